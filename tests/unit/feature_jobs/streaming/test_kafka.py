@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,24 +29,16 @@ from feature_jobs.store.streaming.kafka_consumer import ConsumerSettings, librdk
 from feature_jobs.store.streaming.kafka_stream import Fenced, KafkaStream
 from feature_jobs.store.streaming.lateness import BEGINNING, Lateness, LatePolicy
 from tests.processes import forks
-from tests.projects.push import PushProject, consume_until_killed, kafka_view, message, payments_view
-from tests.servers.kafka_broker import MockBroker, mock_broker
+from tests.projects.push import PushProject, Sent, consume_until_killed, kafka_view, message, payments_view
+from tests.servers.kafka_broker import MockBroker
+from tests.unit.feature_jobs.streaming.push_kills import KILLS
 
-KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
 TOPIC = "incomes"
 
 
 @pytest.fixture
-def broker() -> Iterator[MockBroker]:
-    with mock_broker() as broker:
-        yield broker
-
-
-@pytest.fixture
-def project(tmp_path: Path, access: KeyAccess, broker: MockBroker) -> Iterator[PushProject]:
-    push_project = PushProject(tmp_path, access, view=kafka_view(broker.servers))
-    yield push_project
-    push_project.close()
+def project(open_project: Callable[..., PushProject], broker: MockBroker) -> PushProject:
+    return open_project(kafka_view(broker.servers))
 
 
 def ingested(project: PushProject, *names: str) -> list[Any]:
@@ -69,10 +60,10 @@ def test_rows_are_stored_once_and_read_online(project: PushProject, broker: Mock
 
 
 def test_streamed_events_give_the_same_values_online_and_offline(
-    tmp_path: Path, access: KeyAccess, broker: MockBroker, monkeypatch: pytest.MonkeyPatch
+    open_project: Callable[..., PushProject], broker: MockBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The view has aggregations. A crash kept some events from going online, and others correct earlier ones."""
-    project = PushProject(tmp_path, access, view=kafka_view(broker.servers, payments_view()))
+    project = open_project(kafka_view(broker.servers, payments_view()))
     broker.send(TOPIC, message(1, 6, 5.0, payment="a"), message(0, 6, 7.0, payment="b"))
     project.consume()
     project.materialise()
@@ -85,7 +76,6 @@ def test_streamed_events_give_the_same_values_online_and_offline(
     project.consume()
     assert project.served(7, 7.5, 8.5, 12) == project.trained(7, 7.5, 8.5, 12)
     assert project.served(7.5)[0]["income__amount_sum_5h"] == [None, 6.0]
-    project.close()
 
 
 def test_no_message_stops_the_stream(project: PushProject, broker: MockBroker) -> None:
@@ -179,27 +169,11 @@ def test_consumer_with_an_older_generation_is_refused(project: PushProject, brok
     old.start()
     new.start()
     with pytest.raises(Fenced, match="started later"):
-        old.store_messages([Sent(0, 1, b"{}")])
+        old.store_messages([Sent((0, 1), b"{}")])
     with pytest.raises(Fenced, match="started later"):
         old.start()
-    assert new.store_messages([Sent(0, 0, b"{}")]) == 0, "the table has it already"
+    assert new.store_messages([Sent((0, 0), b"{}")]) == 0, "the table has it already"
     assert project.table().height == 1
-
-
-class Sent:
-    """A message as the Kafka client returns it."""
-
-    def __init__(self, partition: int, offset: int, value: bytes) -> None:
-        self._fields = (partition, offset, value)
-
-    def partition(self) -> int:
-        return self._fields[0]
-
-    def offset(self) -> int:
-        return self._fields[1]
-
-    def value(self) -> bytes:
-        return self._fields[2]
 
 
 @pytest.mark.parametrize("policy", list(LatePolicy))
@@ -256,7 +230,7 @@ def test_properties_file_cannot_change_exactly_once_settings(tmp_path: Path) -> 
 
 
 def test_killed_consumer_loses_and_duplicates_no_rows(
-    tmp_path: Path, access: KeyAccess, broker: MockBroker
+    tmp_path: Path, access: KeyAccess, broker: MockBroker, open_project: Callable[..., PushProject]
 ) -> None:
     """Killed at random points and started again: table, quarantine and online store are the same as without kills."""
     draw = random.Random(0)
@@ -264,13 +238,12 @@ def test_killed_consumer_loses_and_duplicates_no_rows(
         person = draw.randrange(4)
         row = message(person, draw.randrange(6), draw.choice([1.0, -1.0, draw.random()]))
         broker.send(TOPIC, row | {"gone": draw.random() < 0.2}, partition=person % 2)
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    whole = PushProject(tmp_path / "whole", access, view=kafka_view(broker.servers))
+    whole = open_project(kafka_view(broker.servers), folder="whole")
     whole.consume()
+    (tmp_path / "killed").mkdir()
     kills = sum(killed_midway(tmp_path / "killed", access, broker) for _ in range(KILLS))
     assert kills == KILLS
-    killed = PushProject(tmp_path / "killed", access, view=kafka_view(broker.servers))
+    killed = open_project(kafka_view(broker.servers), folder="killed")
     killed.consume()
     columns = ["person_id", "event_timestamp", "amount", "sector", "deleted"]
     expected, actual = (run.table().select(columns).sort(pl.all()) for run in (whole, killed))
@@ -280,8 +253,6 @@ def test_killed_consumer_loses_and_duplicates_no_rows(
         assert sum(n for [n] in ingested(killed, name)) == sum(n for [n] in ingested(whole, name))
     people = [(person,) for person in range(4)]
     assert killed.store.get(killed.view.spec, people) == whole.store.get(whole.view.spec, people)
-    whole.close()
-    killed.close()
 
 
 def killed_midway(root: Path, access: KeyAccess, broker: MockBroker) -> bool:

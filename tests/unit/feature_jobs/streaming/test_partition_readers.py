@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 
 from cluster.errors import ConfigError, Inconsistent
 from cluster.ledger.events import BatchIngested
-from cluster.security.keys.access import KeyAccess
 from feature_jobs.store.ingestion.pushed_rows import POSITION
 from feature_jobs.store.streaming.checked_messages import CheckedMessages, combine, to_checked
 from feature_jobs.store.streaming.kafka_consumer import (
@@ -31,35 +29,12 @@ from feature_jobs.store.streaming.kafka_consumer import (
 )
 from feature_jobs.store.streaming.kafka_stream import Fenced, KafkaStream
 from feature_jobs.store.streaming.lateness import Lateness, LatePolicy
-from tests.projects.push import PushProject, kafka_view, message
-from tests.servers.kafka_broker import MockBroker, mock_broker
+from tests.projects.push import PushProject, Sent, kafka_view, message
+from tests.servers.kafka_broker import MockBroker
 
 TOPIC, KEYS = "incomes", {"person_id": "int64"}
 VIEW = kafka_view("a:1")
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-@pytest.fixture
-def broker() -> Iterator[MockBroker]:
-    with mock_broker() as broker:
-        yield broker
-
-
-@dataclass(frozen=True)
-class Sent:
-    """A message."""
-
-    position: tuple[int, int]
-    content: bytes
-
-    def partition(self) -> int:
-        return self.position[0]
-
-    def offset(self) -> int:
-        return self.position[1]
-
-    def value(self) -> bytes:
-        return self.content
 
 
 VALUES = st.sampled_from([b"nonsense", orjson.dumps(message(1, 1, 5.0)), orjson.dumps(message(2, 2, -5.0))])
@@ -135,10 +110,10 @@ def test_each_partition_has_one_reader(partitions: list[int], readers: int) -> N
 
 
 def test_first_row_ends_the_start_without_a_table(
-    tmp_path: Path, access: KeyAccess, broker: MockBroker
+    open_project: Callable[..., PushProject], broker: MockBroker
 ) -> None:
     """The first row decides the key types. After a restart the table has them."""
-    project = PushProject(tmp_path, access, view=kafka_view(broker.servers))
+    project = open_project(kafka_view(broker.servers))
     broker.send(TOPIC, b"nonsense", message(1, 1), message(2, 1))
     reading = ConsumerSettings(source=project.topic, linger_s=0.01, max_rows=1)
     stream, never = project.kafka(), threading.Event()
@@ -146,11 +121,10 @@ def test_first_row_ends_the_start_without_a_table(
     assert consume(stream, reading, never, until_table=True) == 2
     assert stream.key_types == KEYS
     assert consume(project.kafka(), reading, never, until_table=True) == 0
-    project.close()
 
 
 def test_killed_readers_lose_and_duplicate_no_rows(
-    tmp_path: Path, access: KeyAccess, broker: MockBroker
+    open_project: Callable[..., PushProject], broker: MockBroker
 ) -> None:
     """Table, quarantine, lateness and online rows equal those of one reader."""
     draw = random.Random(1)
@@ -159,7 +133,7 @@ def test_killed_readers_lose_and_duplicate_no_rows(
         row = message(person, draw.randrange(20), draw.choice([1.0, -1.0, draw.random()]))
         broker.send(TOPIC, row if draw.random() < 0.9 else b"nonsense", partition=partition)
     lateness = Lateness(3_600_000_000, LatePolicy.quarantine)
-    single, apart = (PushProject(root, access, view=kafka_view(broker.servers)) for root in roots(tmp_path))
+    single, apart = (open_project(kafka_view(broker.servers), folder=name) for name in ("single", "apart"))
     single.consume(lateness=lateness)
     first = apart.kafka(lateness=lateness)
     reading = ConsumerSettings(source=apart.topic, linger_s=0.01, max_rows=4, once=True)
@@ -174,16 +148,6 @@ def test_killed_readers_lose_and_duplicate_no_rows(
     assert apart.store.get(apart.view.spec, people) == single.store.get(single.view.spec, people)
     with pytest.raises(Fenced, match="started later"):
         first.store_checked(check([Sent((0, 0), b"nonsense")], starts={0: 0}))
-    single.close()
-    apart.close()
-
-
-def roots(folder: Path) -> list[Path]:
-    """Return the folders of two projects."""
-    made = [folder / name for name in ("whole", "apart")]
-    for one in made:
-        one.mkdir()
-    return made
 
 
 def read_with_kills(stream: KafkaStream, reading: ConsumerSettings, draw: random.Random) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from cluster.security.keys.access import KeyAccess
 from feature_jobs.materialize import newest_rows as materialised
 from feature_jobs.store.catalog.protection import quarantine_protection
 from feature_jobs.store.offline.tables import open_table
-from feature_jobs.store.online.rows import OnlineRow
+from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.streaming import micro_batches
 from feature_jobs.store.streaming.pushed_view import load_pushed_view, view_from_definition
 from feature_jobs.store.types.schema import PROVISIONAL
@@ -26,16 +26,16 @@ from tests.projects.push import INCOME, START, PushProject, payments_view, row
 from tests.unit.feature_jobs.streaming.push_kills import KILLS, run_and_kill
 
 
-@pytest.fixture
-def project(tmp_path: Path, access: KeyAccess) -> Iterator[PushProject]:
-    opened = PushProject(tmp_path, access)
-    yield opened
-    opened.close()
-
-
 def ingested(project: PushProject) -> list[dict[str, Any]]:
     """Return the `BatchIngested` events."""
     return [entry.payload for entry in project.ledger.entries(BatchIngested)]
+
+
+def stored_horizon(project: PushProject) -> Horizon:
+    """Return what the table has of the log."""
+    table = open_table(project.target().uri)
+    assert table is not None
+    return micro_batches.table_horizon(table)
 
 
 def test_pushed_row_is_read_at_once_and_streamed_once(project: PushProject) -> None:
@@ -170,10 +170,8 @@ def test_online_equals_rebuild_for_late_and_deleted_rows(project: PushProject) -
     while project.stream(max_rows=3).step():
         pass
     assert project.store.get(spec, people) == pushed
-    pinned, table = project.snapshot(), open_table(project.places.features("income"))
-    assert table is not None
-    known = list(materialised(spec, pinned, START.replace(year=2025)))
-    project.store.replace(spec, {"person_id": "int64"}, known, horizon=micro_batches.table_horizon(table))
+    known = list(materialised(spec, project.snapshot(), START.replace(year=2025)))
+    project.store.replace(spec, {"person_id": "int64"}, known, horizon=stored_horizon(project))
     assert project.store.get(spec, people) == pushed
     assert project.store.put(spec, {"person_id": "int64"}, known) == 0
 
@@ -184,19 +182,13 @@ def test_materialisation_keeps_pushes_that_the_table_lacks(project: PushProject)
     project.stream().step()
     project.push(row(1, 2, 2.0), key="b")
     project.push(row(2, 2, 2.0), key="c")
-    table = open_table(project.places.features("income"))
-    assert table is not None
-    known = micro_batches.table_horizon(table)
+    known = stored_horizon(project)
     assert (known.seq, known.offset) == (0, 0)
     assert not known.covers(PROVISIONAL + 1)
     project.store.replace(project.view.spec, {"person_id": "int64"}, [], horizon=known)
     assert project.amounts(1, 2) == [2.0, 2.0]
     project.stream().step()
-    table = open_table(project.places.features("income"))
-    assert table is not None
-    project.store.replace(
-        project.view.spec, {"person_id": "int64"}, [], horizon=micro_batches.table_horizon(table)
-    )
+    project.store.replace(project.view.spec, {"person_id": "int64"}, [], horizon=stored_horizon(project))
     assert project.amounts(1, 2) == [None, None]
 
 
@@ -256,14 +248,10 @@ def test_pushed_values_are_encrypted_everywhere(project: PushProject, tmp_path: 
 def test_view_without_a_transform_needs_no_module() -> None:
     """Its definition in the ledger is enough to check rows."""
     again = view_from_definition(INCOME.definition())
-    assert (again.checks, again.join_keys, again.created_lag) == (
-        INCOME.checks,
-        INCOME.join_keys,
-        INCOME.created_lag,
-    )
-    assert [(field.name, field.dtype) for field in again.schema] == [
-        (field.name, field.dtype) for field in INCOME.schema
-    ]
+    for name in ("checks", "join_keys", "created_lag"):
+        assert getattr(again, name) == getattr(INCOME, name)
+    types = [[(field.name, field.dtype) for field in view.schema] for view in (again, INCOME)]
+    assert types[0] == types[1]
     assert view_from_definition(payments_view().definition()).windows == payments_view().windows
 
 
@@ -307,15 +295,16 @@ def pushes(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_killed_server_and_stream_lose_and_duplicate_no_pushes(tmp_path: Path, access: KeyAccess) -> None:
+def test_killed_server_and_stream_lose_and_duplicate_no_pushes(
+    tmp_path: Path, access: KeyAccess, open_project: Callable[..., PushProject]
+) -> None:
     """Killed at random points and repeated with the same keys.
 
     Table, quarantine and online store are the same as without kills.
     """
     sent = pushes(5 * (KILLS + 1))
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    whole = PushProject(tmp_path / "whole", access)
+    (tmp_path / "killed").mkdir()
+    whole = open_project(folder="whole")
     for push in sent:
         whole.push(*push["rows"], key=push["key"])
     while whole.stream(max_rows=5).step():
@@ -327,12 +316,10 @@ def test_killed_server_and_stream_lose_and_duplicate_no_pushes(tmp_path: Path, a
         kills += kill_after_s is not None
         waiting = waiting[run_and_kill(tmp_path / "killed", access, waiting, kill_after_s) :]
     assert kills == KILLS
-    killed = PushProject(tmp_path / "killed", access)
+    killed = open_project(folder="killed")
     columns = ["person_id", "event_timestamp", "amount", "sector", "deleted", "ingest_seq"]
     assert killed.table().select(columns).equals(whole.table().select(columns))
     for name in ("rows_in", "rows_stored", "rows_quarantined"):
         assert sum(event[name] for event in ingested(killed)) == sum(event[name] for event in ingested(whole))
     spec, people = whole.view.spec, [(number,) for number in range(4)]
     assert killed.store.get(spec, people) == whole.store.get(spec, people)
-    whole.close()
-    killed.close()

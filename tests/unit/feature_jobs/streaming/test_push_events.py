@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from cluster.security.keys.access import KeyAccess
-from feature_jobs.store.catalog.specifications import Definitions, apply
+from feature_jobs.store.catalog.specifications import apply
 from feature_jobs.store.streaming.pushed_view import load_pushed_view
 from feature_jobs.store.streaming.pusher import Pusher
 from tests.projects.push import PushProject, payment, payments_view
+from tests.projects.views import define
 from tests.unit.feature_jobs.streaming import push_kills
 from tests.unit.feature_jobs.streaming.push_kills import run_and_kill
 
@@ -23,11 +24,9 @@ KILLS = (push_kills.KILLS + 1) // 2
 
 
 @pytest.fixture
-def payments(tmp_path: Path, access: KeyAccess) -> Iterator[PushProject]:
-    """Return a project with an aggregated view."""
-    opened = PushProject(tmp_path, access, view=payments_view())
-    yield opened
-    opened.close()
+def payments(open_project: Callable[..., PushProject]) -> PushProject:
+    """A project with an aggregated view."""
+    return open_project(payments_view())
 
 
 HOURS = (7, 8, 9.5, 12, 20)
@@ -55,19 +54,14 @@ def test_pushed_events_count_before_and_after_streaming(payments: PushProject) -
     assert payments.served(*HOURS) == pushed
 
 
-def test_view_with_new_windows_is_missing_until_materialised(
-    payments: PushProject,
-) -> None:
+def test_view_with_new_windows_is_missing_until_materialised(payments: PushProject) -> None:
     """The old state may lack events for the new windows. A new event does not complete it."""
     payments.push(payment(2, 6, 7.0), key="a")
     payments.stream().step()
     payments.materialise()
-    [longer] = [
-        replace(aggregation, windows=[timedelta(hours=9)])
-        for aggregation in payments_view().aggregations[1:2]
-    ]
+    longer = replace(payments_view().aggregations[1], windows=[timedelta(hours=9)])
     changed = replace(payments_view(), aggregations=[longer])
-    apply(Definitions(module="m", views={"income": changed}, services={}), payments.ledger, actor="test")
+    apply(define(changed), payments.ledger, actor="test")
     payments.view = load_pushed_view(payments.ledger, "income")
     payments.pusher = Pusher(payments.view, payments.places, payments.store, payments.log)
     payments.push(payment(4, 7, 1.0), key="b")
@@ -77,7 +71,9 @@ def test_view_with_new_windows_is_missing_until_materialised(
     assert payments.served(8) == payments.trained(8) == [{"income__amount_sum_9h": [8.0, None]}]
 
 
-def test_killed_event_jobs_lose_and_duplicate_no_events(tmp_path: Path, access: KeyAccess) -> None:
+def test_killed_event_jobs_lose_and_duplicate_no_events(
+    tmp_path: Path, access: KeyAccess, open_project: Callable[..., PushProject]
+) -> None:
     """Killed at random points and repeated with the same keys: online values equal offline values."""
     draw, kills = random.Random(0), 0
     hours = [draw.randrange(8) for _ in range(6 * KILLS)]
@@ -97,9 +93,8 @@ def test_killed_event_jobs_lose_and_duplicate_no_events(tmp_path: Path, access: 
         kills += kill_after_s is not None
         waiting = waiting[run_and_kill(tmp_path, access, waiting, kill_after_s, aggregated=True) :]
     assert kills == KILLS
-    killed = PushProject(tmp_path, access, view=payments_view())
+    killed = open_project(payments_view())
     while killed.stream().step():
         pass
     assert killed.table().height == 2 * len(sent) + 1
     assert killed.served(*HOURS) == killed.trained(*HOURS)
-    killed.close()
