@@ -17,12 +17,8 @@ def test_buckets_of_known_keys_never_change() -> None:
     numbers = pa.table({"k": pa.array([0, 1, 2, -1, 2**62, None], pa.int64())})
     texts = pa.table({"k": pa.array(["", "a", "25-34", "falaj", None])})
     both = pa.table({"a": pa.array(["25-34", "65+"]), "b": pa.array(["bachelor", "none"])})
-    actual = [
-        bucket_of(numbers, ["k"], num_buckets=8).tolist(),
-        bucket_of(texts, ["k"], num_buckets=8).tolist(),
-        bucket_of(both, ["a", "b"], num_buckets=8).tolist(),
-    ]
-    assert actual == GOLDEN
+    keyed = ((numbers, ["k"]), (texts, ["k"]), (both, ["a", "b"]))
+    assert [bucket_of(table, keys, num_buckets=8).tolist() for table, keys in keyed] == GOLDEN
 
 
 def test_neighbouring_ids_scatter_evenly() -> None:
@@ -47,9 +43,5 @@ def test_bucket_depends_on_the_row_alone(rows: list[tuple[int | None, str | None
 
 
 def _table(rows: list[tuple[int | None, str | None]]) -> pa.Table:
-    return pa.table(
-        {
-            "n": pa.array([row[0] for row in rows], pa.int64()),
-            "s": pa.array([row[1] for row in rows], pa.string()),
-        }
-    )
+    numbers, texts = zip(*rows, strict=True)
+    return pa.table({"n": pa.array(numbers, pa.int64()), "s": pa.array(texts, pa.string())})

@@ -14,28 +14,19 @@ from cluster.errors import SourceError
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureTableRewritten
 from cluster.security.encryption.access import protected_files
-from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess, key_store
 from feature_jobs.compact import record_rewrites
-from feature_jobs.store.catalog.protection import view_protection
-from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
 from feature_jobs.store.offline import compaction
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.compaction import current_target, fragmented_buckets, past_rewrites, rewrite
 from feature_jobs.store.offline.row_hash import row_hash
-from feature_jobs.store.offline.tables import Batch, Snapshot, Target, snapshot
+from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.training_set import build, join_in_process
+from tests.projects.tables import TIME, batch_of, commit_rows, pin, target_of
+from tests.projects.views import make_spec, service_of
 
-TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)
-VIEW = ViewSpec(
-    name="income",
-    version="1",
-    join_keys=["person_id"],
-    fields=[FieldSpec(name="amount", dtype="float64", sensitivity="personal", categorical=False)],
-    ttl_s=None,
-)
-PROTECTION: Protection = view_protection(VIEW)
+VIEW = make_spec("income", ["person_id"], amount="float64/personal")
 BATCHES, ROWS = 4, 30
 PEOPLE = pa.table(
     {"person_id": range(ROWS), "event_timestamp": pa.array([START + timedelta(days=9)] * ROWS, TIME)}
@@ -56,13 +47,7 @@ def ingest(uri: str, access: KeyAccess, number: int) -> None:
             "ingest_seq": seq,
         }
     )
-    offline.create_table(uri, rows.schema, num_buckets=2)
-    target = Target(uri=uri, keys=("person_id",), buckets=2, protection=PROTECTION, access=access)
-    files = offline.write_files(rows, target, name=f"batch{number}")
-    batch = Batch(
-        ingest_id=str(number), rows_in=ROWS, rows_stored=ROWS, rows_quarantined=0, reasons={}, quarantine=None
-    )
-    offline.commit(DeltaTable(uri), rows.schema, files, batch, seq=seq[-1])
+    commit_rows(target_of(uri, VIEW, access), rows, ingest_id=str(number))
 
 
 @pytest.fixture
@@ -75,15 +60,12 @@ def uri(tmp_path: Path, access: KeyAccess) -> str:
 
 
 def pinned(uri: str, access: KeyAccess, version: int | None = None) -> Snapshot:
-    return snapshot(
-        uri, view="income", keys=["person_id"], protection=PROTECTION, access=access, version=version
-    )
+    return pin(target_of(uri, VIEW, access), version=version)
 
 
 def joined(table: Snapshot) -> str:
     """Return the row hash of the point-in-time join."""
-    service = ServiceSpec(name="s", version="1", views=[VIEW])
-    return row_hash(build(service, {"income": table}, PEOPLE, join_parts=join_in_process))
+    return row_hash(build(service_of(VIEW), {"income": table}, PEOPLE, join_parts=join_in_process))
 
 
 def compact(uri: str, access: KeyAccess) -> int:
@@ -131,9 +113,8 @@ def test_ingestion_that_began_before_the_compaction_conflicts(uri: str, access: 
     """It commits against the table version that it read, so it has to run again."""
     seen = DeltaTable(uri)
     compact(uri, access)
-    batch = Batch(ingest_id="x", rows_in=0, rows_stored=0, rows_quarantined=0, reasons={}, quarantine=None)
     with pytest.raises(SourceError, match="Run it again"):
-        offline.commit(seen, pa.schema(seen.schema().to_arrow()).remove(6), [], batch, seq=10_000)
+        offline.commit(seen, pa.schema(seen.schema().to_arrow()).remove(6), [], batch_of("x", 0), seq=10_000)
     ingest(uri, access, BATCHES)
     assert pinned(uri, access).rows == (BATCHES + 1) * ROWS
 
@@ -164,10 +145,9 @@ def test_kill_before_the_commit_leaves_the_table_unchanged(
     assert joined(pinned(uri, access)) == expected
 
 
-def test_next_run_records_the_event_of_a_killed_run(uri: str, access: KeyAccess, tmp_path: Path) -> None:
+def test_next_run_records_the_event_of_a_killed_run(uri: str, access: KeyAccess, ledger: Ledger) -> None:
     """The event is appended once."""
     version = compact(uri, access)
-    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     assert past_rewrites(DeltaTable(uri)) == {version: 2 * BATCHES}
     assert record_rewrites(ledger, "income", uri, actor="test") == 2 * BATCHES
     assert record_rewrites(ledger, "income", uri, actor="test") == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -15,10 +15,8 @@ from deltalake import DeltaTable
 
 from cluster.errors import SourceError
 from cluster.ledger.events import BatchMended
-from cluster.security.keys.access import KeyAccess
 from feature_jobs.materialize import newest_rows as materialised
 from feature_jobs.store import Field, FileSource
-from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import view_spec
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.validation import prepare
@@ -27,21 +25,14 @@ from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.mending import BatchLocation, mend
 from feature_jobs.store.offline.point_in_time import join_features
 from feature_jobs.store.offline.removal import RemovalReason, remove_rows
-from feature_jobs.store.offline.tables import Batch, Target
-from tests.projects.features import INCOME, START, TIME, FeatureProject
+from tests.projects.features import INCOME, START, FeatureProject
+from tests.projects.tables import TIME, TIMES, batch_of
 
 Row = tuple[int | None, float, timedelta]
 """Person, amount, and time after the start."""
 H = timedelta(hours=1)
 NOW = START + timedelta(days=9)
 CORRECT: list[Row] = [(1, 1.0, H), (2, 2.0, 2 * H), (3, 3.0, 3 * H), (4, 4.0, 4 * H)]
-
-
-@pytest.fixture
-def project(tmp_path: Path, access: KeyAccess) -> Iterator[FeatureProject]:
-    project = FeatureProject(tmp_path / "root", access)
-    yield project
-    project.close()
 
 
 def prepared(rows: Sequence[Row]) -> pa.Table:
@@ -55,27 +46,19 @@ def prepared(rows: Sequence[Row]) -> pa.Table:
 
 
 def mending_place(project: FeatureProject) -> BatchLocation:
-    spec = view_spec(project.ledger, "income")
-    target = Target(
-        uri=project.uri,
-        keys=("person_id",),
-        buckets=2,
-        protection=view_protection(spec),
-        access=project.access,
-    )
     return BatchLocation(
-        pinned=project.newest(), target=target, quarantine=f"{project.root}/quarantine", view="income"
+        pinned=project.newest(),
+        target=project.target(),
+        quarantine=f"{project.root}/quarantine",
+        view="income",
     )
 
 
 def ingest(project: FeatureProject, batch: str, rows: Sequence[Row]) -> None:
     """Store a batch like `feature_jobs.ingest`. Rows without a person go to quarantine."""
-    times = dict.fromkeys(("event_timestamp", "created_timestamp", "ingested_at"), TIME)
-    schema = pa.schema(
-        [("person_id", pa.int64()), ("amount", pa.float64()), *times.items(), ("ingest_seq", pa.int64())]
-    )
+    schema = pa.schema([("person_id", pa.int64()), ("amount", pa.float64()), *TIMES])
     offline.create_table(project.uri, schema, num_buckets=2)
-    table, target = DeltaTable(project.uri), mending_place(project).target
+    table, target = DeltaTable(project.uri), project.target()
     first = offline.last_seq(table) + 1
     checked = prepared(rows).append_column("ingested_at", pa.array([NOW] * len(rows), TIME))
     frame = checked.append_column("ingest_seq", pa.array(range(first, first + len(rows)), pa.int64()))
@@ -86,14 +69,7 @@ def ingest(project: FeatureProject, batch: str, rows: Sequence[Row]) -> None:
         rows_aside = bad.select(["__reason", "__raw", "ingested_at", "ingest_seq"])
         rows_aside = rows_aside.rename_columns(["reason", "raw", "ingested_at", "ingest_seq"])
         quarantine(project).write(batch, rows_aside)
-    record = Batch(
-        ingest_id=batch,
-        rows_in=len(rows),
-        rows_stored=good.num_rows,
-        rows_quarantined=bad.num_rows,
-        reasons={},
-        quarantine=None,
-    )
+    record = batch_of(batch, good.num_rows, quarantined=bad.num_rows)
     offline.commit(table, schema, files, record, seq=first + len(rows) - 1)
 
 
@@ -122,10 +98,7 @@ def newest_rows(project: FeatureProject, *columns: str) -> pl.DataFrame:
 def stored(project: FeatureProject) -> list[tuple[Any, ...]]:
     """Return person, amount, hours and `ingest_seq` of each row of the newest version."""
     frame = newest_rows(project, "amount")
-    return [
-        (person, amount, (at - START) / H, seq)
-        for person, at, _, seq, amount in frame.iter_rows()
-    ]  # fmt: skip
+    return [(person, amount, (at - START) / H, seq) for person, at, _, seq, amount in frame.iter_rows()]
 
 
 def training_value(project: FeatureProject, person: int, at: datetime) -> float | None:
@@ -187,11 +160,8 @@ def test_new_column_and_tombstones_are_mended(project: FeatureProject) -> None:
     rows = prepare(pa.table(block), wider, now=NOW)
     event = mend(mending_place(project), rows, event_template("a"), project.ledger, actor="test")
     assert (event.rows_kept, event.rows_changed) == (1, 1)
-    stored_rows = newest_rows(project, "amount", "sector")
-    assert stored_rows.select("amount", "sector", "deleted").rows() == [
-        (1.0, None, False),
-        (None, None, True),
-    ]
+    stored_rows = newest_rows(project, "amount", "sector").select("amount", "sector", "deleted").rows()
+    assert stored_rows == [(1.0, None, False), (None, None, True)]
 
 
 def test_mending_a_correct_batch_changes_nothing(project: FeatureProject) -> None:
@@ -225,12 +195,20 @@ def test_mending_does_not_restore_removed_rows(project: FeatureProject) -> None:
     assert (event.rows_in, event.rows_kept, event.rows_changed) == (2, 0, 1)
 
 
+def killed_after(function: Any) -> Any:
+    def killed(*arguments: Any) -> None:
+        function(*arguments)
+        raise KeyboardInterrupt
+
+    return killed
+
+
 def test_next_run_finishes_a_killed_mending(project: FeatureProject, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run was killed after its commit. The next run appends the event once, and removes the quarantine file."""
     ingest(project, "a", [(None, 1.0, H), (2, 22.0, 2 * H)])
     rows: list[Row] = [(1, 1.0, H), (2, 2.0, 2 * H)]
     with monkeypatch.context() as killed:
-        killed.setattr(mending, "_rewrite", _killed_after(mending._rewrite))
+        killed.setattr(mending, "_rewrite", killed_after(mending._rewrite))
         with pytest.raises(KeyboardInterrupt):
             mend_batch(project, "a", rows)
     assert list(project.ledger.entries(BatchMended)) == []
@@ -247,11 +225,3 @@ def test_source_with_another_number_of_rows_is_refused(project: FeatureProject) 
     for batch in ("a", "b"):
         with pytest.raises(SourceError, match="cannot be mended"):
             mend_batch(project, batch, CORRECT[:2])
-
-
-def _killed_after(function: Any) -> Any:
-    def killed(*arguments: Any) -> None:
-        function(*arguments)
-        raise KeyboardInterrupt
-
-    return killed

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_jobs.store.offline.point_in_time import join_features, latest_rows
-from tests.samples.pit_oracle import START, TIME, connect, expected, hidden
+from tests.samples.pit_oracle import START, TIME, expected, hidden
 
 KEYS = {"person": pl.Int64, "place": pl.String}
 FEATURES = KEYS | {
@@ -25,7 +25,7 @@ FEATURES = KEYS | {
     "deleted": pl.Boolean,
 }
 
-hours = st.integers(0, 12).map(lambda hour: START + timedelta(hours=hour))
+moments = st.integers(0, 12).map(lambda hour: START + timedelta(hours=hour))
 people = st.integers(1, 3)
 places = st.sampled_from(["n", "s"])
 amounts = st.none() | st.integers(0, 9).map(float)
@@ -36,20 +36,15 @@ ends = st.sampled_from([False, False, False, True])
 @st.composite
 def feature_frames(draw: st.DrawFn) -> pl.DataFrame:
     """Draw rows with few keys and few moments, so that ties, corrections and late rows are frequent."""
-    rows = draw(st.lists(st.tuples(people, places, hours, hours, amounts, sectors, ends), max_size=25))
+    rows = draw(st.lists(st.tuples(people, places, moments, moments, amounts, sectors, ends), max_size=25))
     order = draw(st.permutations(range(len(rows))))
     data = [(*row[:4], seq, *row[4:]) for row, seq in zip(rows, order, strict=True)]
     return pl.DataFrame(data, schema=FEATURES, orient="row")
 
 
 entity_frames = st.lists(
-    st.tuples(st.none() | st.integers(1, 4), st.none() | places, hours), max_size=15
+    st.tuples(st.none() | st.integers(1, 4), st.none() | places, moments), max_size=15
 ).map(lambda rows: pl.DataFrame(rows, schema=KEYS | {"event_timestamp": TIME}, orient="row"))
-
-
-@pytest.fixture(scope="module")
-def oracle() -> duckdb.DuckDBPyConnection:
-    return connect()
 
 
 @settings(max_examples=4 * settings.default.max_examples, deadline=None)
@@ -73,7 +68,7 @@ def test_join_agrees_with_the_definition_in_sql(
 
 
 @settings(max_examples=2 * settings.default.max_examples, deadline=None)
-@given(features=feature_frames(), as_of=hours)
+@given(features=feature_frames(), as_of=moments)
 def test_latest_is_the_join_at_one_moment(features: pl.DataFrame, as_of: datetime) -> None:
     """`latest_rows` returns the rows that a training set would have at that moment."""
     rows = latest_rows(features, keys=list(KEYS), as_of=as_of)
@@ -86,22 +81,17 @@ def test_latest_is_the_join_at_one_moment(features: pl.DataFrame, as_of: datetim
     assert sorted(joined["ingest_seq"].drop_nulls()) == sorted(rows["ingest_seq"])
 
 
+def at(hour: int) -> datetime:
+    return START + timedelta(hours=hour)
+
+
 def rows(*values: tuple[int, int, float | None], deleted: Sequence[int] = ()) -> pl.DataFrame:
     """Return feature rows of one person from (event hour, created hour, amount).
 
     `deleted` has the indices of tombstones.
     """
     data: list[tuple[Any, ...]] = [
-        (
-            1,
-            "n",
-            START + timedelta(hours=event),
-            START + timedelta(hours=created),
-            seq,
-            amount,
-            None,
-            seq in deleted,
-        )
+        (1, "n", at(event), at(created), seq, amount, None, seq in deleted)
         for seq, (event, created, amount) in enumerate(values)
     ]
     return pl.DataFrame(data, schema=FEATURES, orient="row")
@@ -109,66 +99,58 @@ def rows(*values: tuple[int, int, float | None], deleted: Sequence[int] = ()) ->
 
 def amounts_at(features: pl.DataFrame, *hours_asked: int, ttl: timedelta | None = None) -> list[float | None]:
     """Return the amounts that are known at some hours."""
-    data = [(1, "n", START + timedelta(hours=hour)) for hour in hours_asked]
+    data = [(1, "n", at(hour)) for hour in hours_asked]
     entities = pl.DataFrame(data, schema=KEYS | {"event_timestamp": TIME}, orient="row")
     joined = join_features(entities, features, keys=list(KEYS), columns=["amount"], ttl=ttl)
     return joined.columns["amount"].to_list()
 
 
-def test_late_event_never_overwrites_newer_value() -> None:
-    """A correction of an old event that arrives last changes nothing."""
-    assert amounts_at(rows((1, 1, 1.0), (5, 5, 2.0), (1, 8, 9.0)), 10) == [2.0]
+@pytest.mark.parametrize(
+    ("values", "hours", "expected"),
+    [
+        pytest.param([(1, 1, 1.0), (5, 5, 2.0), (1, 8, 9.0)], [10], [2.0], id="late event"),
+        pytest.param([(1, 1, 1.0), (1, 8, 9.0)], [7, 8], [1.0, 9.0], id="correction"),
+        pytest.param([(5, 2, 1.0)], [4, 5], [None, 1.0], id="created before its event"),
+        pytest.param([(1, 1, 1.0), (1, 1, 2.0)], [3], [2.0], id="last ingested of equal times"),
+        pytest.param([(1, 1, 1.0), (2, 2, None)], [3], [None], id="newer null"),
+        pytest.param([(1, 1, 1.0), (4, 4, 2.0)], [5, 2, 5, 0], [2.0, 1.0, 2.0, None], id="order of entities"),
+        pytest.param([], [1, 2], [None, None], id="empty bucket"),
+    ],
+)
+def test_newest_known_value_is_joined(
+    values: list[tuple[int, int, float | None]], hours: list[int], expected: list[float | None]
+) -> None:
+    """A late event never overwrites a newer value, and a correction counts from its created time."""
+    assert amounts_at(rows(*values), *hours) == expected
 
 
-def test_correction_counts_from_its_created_time() -> None:
-    """Before its created time the first value counts, from then on the corrected one."""
-    assert amounts_at(rows((1, 1, 1.0), (1, 8, 9.0)), 7, 8) == [1.0, 9.0]
-
-
-def test_row_is_hidden_before_its_event() -> None:
-    """A value that was created before its event is not used before the event."""
-    assert amounts_at(rows((5, 2, 1.0)), 4, 5) == [None, 1.0]
-
-
-def test_last_ingested_wins_a_full_tie() -> None:
-    """Of two rows with the same event and created time, the one that was stored later counts."""
-    assert amounts_at(rows((1, 1, 1.0), (1, 1, 2.0)), 3) == [2.0]
-
-
-def test_null_value_hides_the_older_one() -> None:
-    """A newer null replaces an older value."""
-    assert amounts_at(rows((1, 1, 1.0), (2, 2, None)), 3) == [None]
-
-
-def test_ttl_includes_its_edge_and_uses_no_older_row() -> None:
-    """An age equal to the TTL counts. One microsecond more does not, and no older row replaces the value."""
-    features = rows((1, 1, 1.0), (4, 4, 2.0))
-    assert amounts_at(features, 6, 7, ttl=timedelta(hours=2)) == [2.0, None]
-
-
-def test_expired_newer_event_is_not_replaced_by_correction_of_older_event() -> None:
-    """The TTL is applied to the joined row, not to the candidates."""
-    assert amounts_at(rows((3, 3, 1.0), (1, 9, 5.0)), 10, ttl=timedelta(hours=6)) == [None]
+@pytest.mark.parametrize(
+    ("values", "hours", "ttl_h", "expected"),
+    [
+        pytest.param([(1, 1, 1.0), (4, 4, 2.0)], [6, 7], 2, [2.0, None], id="edge of the TTL"),
+        pytest.param([(3, 3, 1.0), (1, 9, 5.0)], [10], 6, [None], id="correction of an older event"),
+    ],
+)
+def test_no_older_row_replaces_an_expired_one(
+    values: list[tuple[int, int, float | None]], hours: list[int], ttl_h: int, expected: list[float | None]
+) -> None:
+    """The TTL is applied to the joined row, not to the candidates. An age equal to the TTL counts."""
+    assert amounts_at(rows(*values), *hours, ttl=timedelta(hours=ttl_h)) == expected
 
 
 def test_tombstone_hides_values_until_a_newer_row() -> None:
-    """A tombstone counts from its availability, like any other row, and no older row returns."""
+    """A tombstone counts from its availability, and no older row returns, not even one that arrives later."""
     features = rows((1, 1, 1.0), (3, 5, 7.0), (6, 6, 2.0), deleted=[1])
     assert amounts_at(features, 4, 5, 6) == [1.0, None, 2.0]
-
-
-def test_late_row_from_before_a_tombstone_changes_nothing() -> None:
-    """A deleted entity stays deleted."""
     assert amounts_at(rows((3, 3, 0.0), (2, 4, 9.0), deleted=[0]), 5) == [None]
 
 
 def test_latest_omits_deleted_entities_or_returns_their_tombstones() -> None:
     """By default a deleted entity has no row. On request its tombstone is returned."""
     features = rows((1, 1, 1.0), (3, 3, 7.0), deleted=[1])
-    at = START + timedelta(hours=4)
-    assert latest_rows(features, keys=list(KEYS), as_of=at).is_empty()
-    tombstone = latest_rows(features, keys=list(KEYS), as_of=at, tombstones=True)
-    assert tombstone["event_timestamp"].to_list() == [START + timedelta(hours=3)]
+    assert latest_rows(features, keys=list(KEYS), as_of=at(4)).is_empty()
+    tombstone = latest_rows(features, keys=list(KEYS), as_of=at(4), tombstones=True)
+    assert tombstone["event_timestamp"].to_list() == [at(3)]
 
 
 def test_ordered_rows_need_no_sequence_numbers() -> None:
@@ -177,13 +159,3 @@ def test_ordered_rows_need_no_sequence_numbers() -> None:
     entities = rows((4, 4, None), (9, 9, None)).select(*KEYS, "event_timestamp")
     joined = join_features(entities, features, keys=list(KEYS), columns=["amount"], ttl=None, ordered=True)
     assert joined.columns["amount"].to_list() == [2.0, 3.0]
-
-
-def test_rows_keep_order_and_repetitions() -> None:
-    """The result has one row for each entity row, in the same order."""
-    assert amounts_at(rows((1, 1, 1.0), (4, 4, 2.0)), 5, 2, 5, 0) == [2.0, 1.0, 2.0, None]
-
-
-def test_no_features_give_nulls() -> None:
-    """An empty bucket is not an error."""
-    assert amounts_at(rows(), 1, 2) == [None, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,25 +14,23 @@ import pytest
 from cluster.errors import Inconsistent, TrainingSetError
 from cluster.ledger.events import TrainingSetBuilt, TrainingSetNotReproducible
 from cluster.security.encryption.access import protected_files
-from cluster.security.keys.access import KeyAccess, key_store
-from feature_jobs.store import FeatureView, Field
+from cluster.security.keys.access import key_store
+from feature_jobs.store import Field
 from feature_jobs.store.offline.compaction import current_target, rewrite
 from feature_jobs.training_set import TrainingSetConfig
-from tests.projects.features import INCOME, PEOPLE, START, TIME, FeatureProject
+from tests.projects.features import INCOME, PEOPLE, START, FeatureProject
+from tests.projects.tables import TIME
 
 
 @pytest.fixture
-def project(tmp_path: Path, access: KeyAccess) -> Iterator[FeatureProject]:
-    project = FeatureProject(tmp_path / "root", access)
+def project(project: FeatureProject) -> FeatureProject:
+    """A project with three batches."""
     for number in range(3):
         project.ingest(number)
-    yield project
-    project.close()
+    return project
 
 
-def test_rebuild_gives_the_same_rows_after_all_kinds_of_changes(
-    project: FeatureProject,
-) -> None:
+def test_rebuild_gives_the_same_rows_after_all_kinds_of_changes(project: FeatureProject) -> None:
     """The changes are: corrections, compaction, key rotation and a new definition. The newest state has other rows."""
     first = project.build()
     project.ingest(3)
@@ -41,14 +39,7 @@ def test_rebuild_gives_the_same_rows_after_all_kinds_of_changes(
     protected_files(project.access).forget()
     table = project.newest()
     rewrite(table, current_target(table), range(2))
-    project.apply(
-        FeatureView(
-            "income",
-            entities=INCOME.entities,
-            source=INCOME.source,
-            schema=[*INCOME.schema, Field("sector", "string")],
-        )
-    )
+    project.apply(replace(INCOME, schema=[*INCOME.schema, Field("sector", "string")]))
     rebuilt = project.again()
     assert (rebuilt["row_hash"], rebuilt["table_versions"]) == (first["row_hash"], first["table_versions"])
     original, again = (pq.read_table(project.root.parent / f"{name}.parquet") for name in ("train", "again"))
@@ -146,9 +137,13 @@ def test_rebuild_of_an_irreproducible_training_set_is_refused(project: FeaturePr
     """The message says since when and why."""
     first = project.build()
     event = TrainingSetNotReproducible(
-        training_set=first["seq"], service="credit", row_hash=first["row_hash"], view="income", table_version=3,
+        training_set=first["seq"],
+        service="credit",
+        row_hash=first["row_hash"],
+        view="income",
+        table_version=3,
         cause="retention",
-    )  # fmt: skip
+    )
     project.ledger.append(event, actor="test")
     with pytest.raises(TrainingSetError, match=r"not reproducible since \d{4}-.* \(retention\)"):
         project.again()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,24 +13,16 @@ import pytest
 
 from cluster.errors import ConfigError, TrainingSetError
 from cluster.ledger.events import RowsRemoved, TrainingSetNotReproducible
-from cluster.security.keys.access import KeyAccess
 from feature_jobs.retain import oldest_kept
-from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.offline import removal
 from feature_jobs.store.offline.compaction import current_target, rewrite
 from feature_jobs.store.offline.removal import RemovalReason, count_matching_rows, remove_rows
 from tests.projects.features import PEOPLE, START, FeatureProject
+from tests.projects.views import make_spec
 
 OLD = pl.col("event_timestamp") < START + timedelta(hours=1)
+"""Batch n of a project has the values of hour n. The tests remove those of hour 0."""
 RETENTION = RemovalReason(cause="retention", older_than="2024-01-01T01:00:00+00:00")
-
-
-@pytest.fixture
-def project(tmp_path: Path, access: KeyAccess) -> Iterator[FeatureProject]:
-    """An empty project. Batch n has the values of hour n; the tests remove those of hour 0."""
-    project = FeatureProject(tmp_path / "root", access)
-    yield project
-    project.close()
 
 
 def remove(project: FeatureProject, where: pl.Expr = OLD, reason: RemovalReason = RETENTION) -> int:
@@ -61,9 +53,7 @@ def test_rows_are_removed_from_the_table_and_the_disk(project: FeatureProject) -
     assert (payload["table_version"], payload["older_than"]) == (after.version, RETENTION.older_than)
 
 
-def test_only_training_sets_with_removed_rows_are_marked(
-    project: FeatureProject,
-) -> None:
+def test_only_training_sets_with_removed_rows_are_marked(project: FeatureProject) -> None:
     """Files without removed rows stay, so other training sets can still be rebuilt."""
     project.ingest(1)
     reproducible = project.build("kept")
@@ -139,9 +129,8 @@ def test_new_file_without_a_commit_is_not_deleted(project: FeatureProject) -> No
 
 def test_retention_keeps_rows_of_exactly_that_age() -> None:
     """A view without retention is refused."""
-    view = ViewSpec(name="v", version="1", join_keys=["k"], fields=[], ttl_s=None, retention_s=3600)
-    assert oldest_kept(view, START) == START - timedelta(hours=1)
-    forever = ViewSpec(name="v", version="1", join_keys=["k"], fields=[], ttl_s=None)
+    forever = make_spec("v", ["k"])
+    assert oldest_kept(replace(forever, retention_s=3600), START) == START - timedelta(hours=1)
     with pytest.raises(ConfigError, match="has no retention"):
         oldest_kept(forever, START)
 

@@ -15,19 +15,13 @@ from cluster.errors import SchemaMismatch, SourceError, TrainingSetError
 from cluster.security.encryption.parquet import ProtectedFileCorrupt, Protection
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.store.catalog.protection import view_protection
-from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.tables import Batch, BucketFile, Snapshot, Target, snapshot
+from feature_jobs.store.offline.tables import BucketFile, Snapshot, Target
+from tests.projects.tables import TIMES, batch_of, commit_rows, pin
+from tests.projects.views import make_spec
 
-TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)
 BASE = [("person_id", pa.int64()), ("amount", pa.float64())]
-TIMES = [
-    ("event_timestamp", TIME),
-    ("created_timestamp", TIME),
-    ("ingested_at", TIME),
-    ("ingest_seq", pa.int64()),
-]
 SCHEMA = pa.schema([*BASE, *TIMES])
 
 
@@ -46,54 +40,36 @@ def rows(first: int, count: int, *, schema: pa.Schema = SCHEMA, **columns: Any) 
     return pa.table({name: (values | columns)[name] for name in schema.names}, schema=schema)
 
 
-def batch(ingest_id: str, count: int) -> Batch:
-    """Return what a commit records about a batch."""
-    return Batch(
-        ingest_id=ingest_id, rows_in=count, rows_stored=count, rows_quarantined=0, reasons={}, quarantine=None
-    )
-
-
 PUBLIC = Protection(
     default="features/income/internal", keys=tuple((name, None) for name in (*SCHEMA.names, "sector"))
 )
-"""So that foreign readers see everything; `test_who_has_no_key_reads_public_columns` has another."""
+"""So that foreign readers see everything; `test_reader_without_keys_reads_public_columns_only` has another."""
 
 
 TOMBSTONES = Protection(default=PUBLIC.default, keys=(*PUBLIC.keys, ("deleted", None)))
 
 
-def write(
-    uri: str, table: pa.Table, name: str, access: KeyAccess, protection: Protection = PUBLIC
-) -> list[BucketFile]:
+def target(uri: str, access: KeyAccess, protection: Protection = PUBLIC) -> Target:
+    return Target(uri=uri, keys=("person_id",), buckets=4, protection=protection, access=access)
+
+
+def write(uri: str, table: pa.Table, name: str, access: KeyAccess) -> list[BucketFile]:
     """Write bucket files without a commit."""
-    target = Target(uri=uri, keys=("person_id",), buckets=4, protection=protection, access=access)
-    return offline.write_files(table, target, name=name)
+    return offline.write_files(table, target(uri, access), name=name)
 
 
 def ingest(
     uri: str, table: pa.Table, ingest_id: str, access: KeyAccess, protection: Protection = PUBLIC
 ) -> int:
     """Ingest rows without Ray and return the table version."""
-    opened = offline.open_table(uri) or offline.create_table(uri, table.schema, num_buckets=4)
-    offline.evolve_schema(opened, table.schema, view="income")
-    opened = DeltaTable(uri)
-    seq = offline.last_seq(opened) + table.num_rows
-    return offline.commit(
-        opened,
-        table.schema,
-        write(uri, table, ingest_id, access, protection),
-        batch(ingest_id, table.num_rows),
-        seq=seq,
-    )
+    return commit_rows(target(uri, access, protection), table, ingest_id=ingest_id)
 
 
 def newest(
     uri: str, access: KeyAccess, *, protection: Protection = PUBLIC, version: int | None = None
 ) -> Snapshot:
     """Return the newest snapshot of the table."""
-    return snapshot(
-        uri, view="income", keys=["person_id"], protection=protection, access=access, version=version
-    )
+    return pin(target(uri, access, protection), version=version)
 
 
 @pytest.fixture
@@ -111,18 +87,12 @@ def test_foreign_delta_reader_sees_the_committed_rows(uri: str, access: KeyAcces
     assert {0, 1, 2, 3} == set(actual["bucket"])
 
 
-def test_bucket_files_are_sorted_by_availability(uri: str, access: KeyAccess) -> None:
-    """Each file is sorted, so that a bucket only has to be merged."""
-    ingest(uri, rows(0, 50), "a", access)
-    for file in newest(uri, access).files:
-        times = pl.read_parquet(f"{uri}/{file.path}")["event_timestamp"]
-        assert times.is_sorted()
-
-
-def test_each_row_is_in_one_bucket(uri: str, access: KeyAccess) -> None:
-    """The buckets together have every row of the table exactly once."""
+def test_each_row_is_in_one_bucket_sorted_by_availability(uri: str, access: KeyAccess) -> None:
+    """The buckets together have every row exactly once. Files are sorted, so that a bucket only has to be merged."""
     ingest(uri, rows(0, 50), "a", access)
     pinned = newest(uri, access)
+    for file in pinned.files:
+        assert pl.read_parquet(f"{uri}/{file.path}")["event_timestamp"].is_sorted()
     frame = pl.concat(pinned.read(bucket, ["amount"]) for bucket in range(pinned.num_buckets))
     assert list(range(50)) == sorted(frame["person_id"])
     assert pinned.rows == 50
@@ -150,7 +120,7 @@ def test_commit_without_ledger_event_is_found_by_its_id(uri: str, access: KeyAcc
     version = ingest(uri, rows(10, 7), "b", access)
     ingest(uri, rows(17, 5), "c", access)
     table = DeltaTable(uri)
-    assert (batch("b", 7), version) == offline.find_committed_batch(table, "b")
+    assert (batch_of("b", 7), version) == offline.find_committed_batch(table, "b")
     assert offline.find_committed_batch(table, "never") is None
 
 
@@ -158,16 +128,15 @@ def test_second_of_two_concurrent_commits_is_refused(uri: str, access: KeyAccess
     """Two ingestions used the same sequence numbers, so only one may commit."""
     ingest(uri, rows(0, 10), "a", access)
     table, other = DeltaTable(uri), DeltaTable(uri)
-    offline.commit(other, SCHEMA, write(uri, rows(10, 5), "b", access), batch("b", 5), seq=14)
+    offline.commit(other, SCHEMA, write(uri, rows(10, 5), "b", access), batch_of("b", 5), seq=14)
     with pytest.raises(SourceError, match="Another job committed"):
-        offline.commit(table, SCHEMA, write(uri, rows(10, 5), "c", access), batch("c", 5), seq=14)
+        offline.commit(table, SCHEMA, write(uri, rows(10, 5), "c", access), batch_of("c", 5), seq=14)
     assert newest(uri, access).rows == 15
 
 
 def test_sequence_numbers_continue_after_the_last_batch(uri: str, access: KeyAccess) -> None:
     """A later batch has greater sequence numbers."""
-    table = offline.create_table(uri, SCHEMA, num_buckets=4)
-    assert offline.last_seq(table) == -1
+    assert offline.last_seq(offline.create_table(uri, SCHEMA, num_buckets=4)) == -1
     ingest(uri, rows(0, 10), "a", access)
     assert offline.last_seq(DeltaTable(uri)) == 9
 
@@ -218,13 +187,7 @@ def test_view_without_rows_says_what_to_run(uri: str, access: KeyAccess) -> None
 
 def test_reader_without_keys_reads_public_columns_only(uri: str, access: KeyAccess) -> None:
     """Any Delta reader reads the public columns. A reader with the keys reads all columns."""
-    view = ViewSpec(
-        name="income",
-        version="1",
-        join_keys=["person_id"],
-        fields=[FieldSpec(name="amount", dtype="float64", sensitivity="internal", categorical=False)],
-        ttl_s=None,
-    )
+    view = make_spec("income", ["person_id"], amount="float64")
     ingest(uri, rows(0, 40), "a", access, view_protection(view))
     table = pl.scan_delta(uri)
     assert table.select("event_timestamp", "ingest_seq").collect().height == 40

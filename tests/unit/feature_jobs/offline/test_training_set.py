@@ -11,42 +11,24 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from deltalake import DeltaTable
 
 from cluster.errors import TrainingSetError
 from cluster.security.keys.access import KeyAccess
-from feature_jobs.store.catalog.protection import view_protection
-from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions.missing import MissingPolicy
-from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.row_hash import row_hash
-from feature_jobs.store.offline.tables import Batch, Snapshot, Target, snapshot
+from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.training_set import assemble, build, event_times, join_in_process
 from feature_jobs.training_set import hidden_warning, read_entities
+from tests.projects.tables import TIME, TIMES, commit_rows, pin, target_of
+from tests.projects.views import make_spec, service_of
 
-TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)
-TIMES = [
-    ("event_timestamp", TIME),
-    ("created_timestamp", TIME),
-    ("ingested_at", TIME),
-    ("ingest_seq", pa.int64()),
-]
 
 
 def hours(*offsets: float) -> list[datetime]:
     """Return a moment, in hours after the start."""
     return [START + timedelta(hours=hour) for hour in offsets]
-
-
-def view(name: str, keys: list[str], ttl_h: float | None = None, **fields: str) -> ViewSpec:
-    """Return a view's spec from feature names and dtypes."""
-    specs = [
-        FieldSpec(name=field, dtype=dtype, sensitivity="internal", categorical=False)
-        for field, dtype in fields.items()
-    ]
-    ttl_s = None if ttl_h is None else ttl_h * 3600
-    return ViewSpec(name=name, version="v1", join_keys=keys, fields=specs, ttl_s=ttl_s)
 
 
 def store(
@@ -58,36 +40,25 @@ def store(
     **columns: pa.Array,
 ) -> Snapshot:
     """Store rows in a feature table. By default a row is created at its event time."""
-    uri = f"{folder}/{spec.name}"
     arrays = {name: pa.array(values) for name, values in columns.items()}
     schema = pa.schema([*((name, values.type) for name, values in arrays.items()), *TIMES])
     seq = list(range(len(event)))
     rows = pa.table([*arrays.values(), event, created or event, event, seq], schema=schema)
-    table = offline.create_table(uri, schema, num_buckets=4)
-    target = Target(
-        uri=uri, keys=tuple(spec.join_keys), buckets=4, protection=view_protection(spec), access=access
-    )
-    files = offline.write_files(rows, target, name="a")
-    commit_info = Batch(
-        ingest_id="a", rows_in=len(seq), rows_stored=len(seq), rows_quarantined=0, reasons={}, quarantine=None
-    )
-    offline.commit(DeltaTable(table.table_uri), schema, files, commit_info, seq=len(seq))
-    return snapshot(uri, view=spec.name, keys=spec.join_keys, protection=view_protection(spec), access=access)
+    target = target_of(f"{folder}/{spec.name}", spec, access, buckets=4)
+    commit_rows(target, rows)
+    return pin(target)
 
 
-PERSON = view("person", ["person_id"], age_band="string", amount="float64", seen="timestamp")
-COHORT = view("cohort", ["age_band"], ttl_h=10, rate="float64", size="int64")
+PERSON = make_spec("person", ["person_id"], age_band="string", amount="float64", seen="timestamp")
+COHORT = make_spec("cohort", ["age_band"], ttl_h=10, rate="float64", size="int64")
 SERVICE = ServiceSpec(name="credit", version="s1", views=[PERSON, COHORT])
 
 
 @pytest.fixture(scope="module")
 def snapshots(tmp_path_factory: pytest.TempPathFactory, access: KeyAccess) -> dict[str, Snapshot]:
     folder = tmp_path_factory.mktemp("features")
-    seen = pa.array(hours(0, 0, 0), TIME)
-    person = store(
-        folder, access, PERSON, hours(1, 1, 5), person_id=[1, 2, 1], age_band=["young", "old", "old"],
-        amount=[10.0, None, 11.0], seen=seen,
-    )  # fmt: skip
+    columns = {"person_id": [1, 2, 1], "age_band": ["young", "old", "old"], "amount": [10.0, None, 11.0]}
+    person = store(folder, access, PERSON, hours(1, 1, 5), **columns, seen=pa.array(hours(0, 0, 0), TIME))
     cohort = store(
         folder, access, COHORT, hours(2, 4), age_band=["young", "old"], rate=[0.5, 0.7], size=[3, 4]
     )
@@ -148,11 +119,11 @@ def test_ttl_of_the_view_is_applied(snapshots: dict[str, Snapshot]) -> None:
 
 def test_cutoff_hides_and_counts_later_knowledge(tmp_path: Path, access: KeyAccess) -> None:
     """Without the cutoff only the event time decides."""
-    late = view("person", ["person_id"], amount="float64")
+    late = make_spec("person", ["person_id"], amount="float64")
     table = store(
         tmp_path, access, late, hours(1, 1), created=hours(1, 5), person_id=[1, 2], amount=[1.0, 2.0]
     )
-    service, rows = ServiceSpec(name="s", version="1", views=[late]), entities([1, 2, 2, 3], 4, 4, 5, 4)
+    service, rows = service_of(late), entities([1, 2, 2, 3], 4, 4, 5, 4)
     with_it, without = (
         assemble(service, {"person": table}, rows, join_parts=join_in_process, cutoff=cutoff)
         for cutoff in (True, False)

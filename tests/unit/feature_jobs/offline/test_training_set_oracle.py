@@ -11,19 +11,19 @@ import duckdb
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess
 from cluster.security.tokens.source import TokenSource
-from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.offline.buckets import bucket_of
 from feature_jobs.store.offline.point_in_time import AVAILABLE
 from feature_jobs.store.offline.tables import BucketFile, Snapshot
 from feature_jobs.store.offline.training_set import assemble, join_in_process
-from tests.samples.pit_oracle import connect, expected, hidden, random_entities, random_features
+from tests.projects.views import make_spec, service_of
+from tests.samples.pit_oracle import expected, hidden, random_entities, random_features
 
 PEOPLE, PLACES = [1, 2, 3], ["n", "s", "w"]
 AMOUNTS = [None, 0.5, 1.5, 2.5]
@@ -75,24 +75,21 @@ def stored(name: str, frame: pl.DataFrame, *, batches: int, tombstones: bool) ->
         for path, table in tables_by_path.items()
     )
     return Batches(
-        uri=name, version=1, num_buckets=BUCKETS, key_types=types, files=files, protection=Protection(default=""),
-        access=KeyAccess(socket="", token=TokenSource()), tombstones=tombstones, tables_by_path=tables_by_path,
-    )  # fmt: skip
+        uri=name,
+        version=1,
+        num_buckets=BUCKETS,
+        key_types=types,
+        files=files,
+        protection=Protection(default=""),
+        access=KeyAccess(socket="", token=TokenSource()),
+        tombstones=tombstones,
+        tables_by_path=tables_by_path,
+    )
 
 
 def view(name: str, ttl: timedelta | None) -> ViewSpec:
-    fields = [
-        FieldSpec(name=field, dtype=DTYPES[field], sensitivity="internal", categorical=False)
-        for field in VALUES[name]
-        if field not in KEYS[name]
-    ]
-    ttl_s = None if ttl is None else ttl.total_seconds()
-    return ViewSpec(name=name, version="1", join_keys=KEYS[name], fields=fields, ttl_s=ttl_s)
-
-
-@pytest.fixture(scope="module")
-def oracle() -> duckdb.DuckDBPyConnection:
-    return connect()
+    fields = {field: DTYPES[field] for field in VALUES[name] if field not in KEYS[name]}
+    return make_spec(name, KEYS[name], ttl_h=None if ttl is None else ttl / timedelta(hours=1), **fields)
 
 
 def definition(
@@ -132,24 +129,21 @@ def test_training_set_equals_the_definition_in_sql(oracle: duckdb.DuckDBPyConnec
     tables = {
         name: random_features(draw, int(draw.integers(0, 30)), values) for name, values in VALUES.items()
     }
-    tables = {
-        name: frame if tombstones[name] else frame.with_columns(deleted=False)
-        for name, frame in tables.items()
-    }
+    for name, has_tombstones in tombstones.items():
+        if not has_tombstones:
+            tables[name] = tables[name].with_columns(deleted=False)
     requests: dict[str, list[Any]] = {"person_id": [None, *PEOPLE, 9]}
     if draw.random() < 0.3:
         requests["place"] = [None, *PLACES, "x"]
-    entities = random_entities(draw, int(draw.integers(1, 20)), requests)
-    entities = entities.cast({"person_id": pl.Int64})
+    entities = random_entities(draw, int(draw.integers(1, 20)), requests).cast({"person_id": pl.Int64})
     snapshots: dict[str, Snapshot] = {
         name: stored(name, frame, batches=int(draw.integers(1, 4)), tombstones=tombstones[name])
         for name, frame in tables.items()
     }
     for cutoff in (True, False):
         built = assemble(
-            ServiceSpec(name="s", version="1", views=views), snapshots, entities.to_arrow(),
-            join_parts=join_in_process, cutoff=cutoff,
-        )  # fmt: skip
+            service_of(*views), snapshots, entities.to_arrow(), join_parts=join_in_process, cutoff=cutoff
+        )
         columns, counts = definition(oracle, views, ttls, entities, tables, cutoff=cutoff)
         assert columns == {name: built.table[name].to_pylist() for name in columns}
         assert counts == built.hidden

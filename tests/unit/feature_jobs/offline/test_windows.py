@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import duckdb
@@ -71,14 +71,6 @@ def expression(column: str, function: str) -> str:
     return f"CASE WHEN e.person IS NOT NULL AND e.place IS NOT NULL THEN {inner} END"
 
 
-@pytest.fixture(scope="module")
-def oracle() -> duckdb.DuckDBPyConnection:
-    connection = duckdb.connect()
-    connection.execute("SET TimeZone = 'UTC'")
-    connection.execute("SET threads = 1")
-    return connection
-
-
 @settings(max_examples=settings.default.max_examples, deadline=None)
 @given(events=event_frames(), entities=entity_frames, cutoff=st.booleans())
 def test_aggregations_agree_with_the_definition_in_sql(
@@ -106,16 +98,17 @@ def only(*columns_and_functions: tuple[str, str], hours: int = 5) -> WindowSpec:
     )
 
 
+def moment(hour: float) -> datetime:
+    return START + timedelta(hours=hour)
+
+
 def events(*rows: tuple[str, float, float, Any], **more: Any) -> pl.DataFrame:
     """Build events of one person from (id, event hour, created hour, amount)."""
     defaults = dict.fromkeys(COLUMNS) | {"deleted": False} | more
     data = [
         defaults
         | {"person": 1, "place": "n", "event_id": event, "ingest_seq": seq, "amount": amount}
-        | {
-            "event_timestamp": START + timedelta(hours=at),
-            "created_timestamp": START + timedelta(hours=known),
-        }
+        | {"event_timestamp": moment(at), "created_timestamp": moment(known)}
         for seq, (event, at, known, amount) in enumerate(rows)
     ]
     return pl.DataFrame(data, schema=EVENTS)
@@ -123,42 +116,42 @@ def events(*rows: tuple[str, float, float, Any], **more: Any) -> pl.DataFrame:
 
 def aggregated(frame: pl.DataFrame, spec: WindowSpec, *hours: float) -> list[tuple[Any, ...]]:
     """Return the aggregations at some hours."""
-    data = [(1, "n", START + timedelta(hours=hour)) for hour in hours]
+    data = [(1, "n", moment(hour)) for hour in hours]
     entities = pl.DataFrame(data, schema=KEYS | {"event_timestamp": TIME}, orient="row")
     return aggregate(entities, frame, keys=list(KEYS), windows=spec).columns.rows()
 
 
 def test_window_excludes_its_start_and_includes_its_end() -> None:
     """(t - w, t]: an event exactly w ago does not count, an event at t counts."""
-    spec = only(("amount", "sum"))
-    assert aggregated(events(("a", 1, 1, 2.0)), spec, 0.5, 1, 5.999, 6) == [(None,), (2.0,), (2.0,), (None,)]
+    frame = events(("a", 1, 1, 2.0))
+    actual = aggregated(frame, only(("amount", "sum")), 0.5, 1, 5.999, 6)
+    assert actual == [(None,), (2.0,), (2.0,), (None,)]
 
 
-def test_correction_replaces_its_event_from_when_it_was_known() -> None:
-    """The two versions never both count, and the correction never counts early."""
-    spec = only(("amount", "sum"), (ALL_EVENTS, "count"))
-    frame = events(("a", 1, 1, 2.0), ("a", 1, 3, 7.0))
-    assert aggregated(frame, spec, 2, 3) == [(2.0, 1), (7.0, 1)]
-
-
-def test_correction_may_move_an_event_back_in_time() -> None:
-    """The version that was created last counts, not the one with the latest event time."""
-    frame = events(("a", 6, 6, 2.0), ("a", 1, 7, 2.0))
-    assert aggregated(frame, only((ALL_EVENTS, "count")), 6.5, 7) == [(1,), (0,)]
-
-
-def test_older_version_that_arrives_late_changes_nothing() -> None:
-    """The newer version stays, although the older version becomes available later."""
-    frame = events(("a", 1, 2, 5.0), ("a", 4, 1, 9.0))
-    assert aggregated(frame, only(("amount", "sum")), 3, 5) == [(5.0,), (5.0,)]
+@pytest.mark.parametrize(
+    ("versions", "hours", "expected"),
+    [
+        pytest.param([(1, 1, 2.0), (1, 3, 7.0)], [2, 3], [(2.0, 1), (7.0, 1)], id="correction"),
+        pytest.param([(6, 6, 2.0), (1, 7, 2.0)], [6.5, 7], [(2.0, 1), (None, 0)], id="moved back in time"),
+        pytest.param(
+            [(1, 2, 5.0), (4, 1, 9.0)], [3, 5], [(5.0, 1), (5.0, 1)], id="older version arrives late"
+        ),
+    ],
+)
+def test_version_that_was_created_last_counts(
+    versions: list[tuple[float, float, float]], hours: list[float], expected: list[tuple[float | None, int]]
+) -> None:
+    """Two versions of an event never both count, and a correction never counts early."""
+    frame = events(*[("a", *version) for version in versions])
+    assert aggregated(frame, only(("amount", "sum"), (ALL_EVENTS, "count")), *hours) == expected
 
 
 def test_rows_without_events_because_of_the_cutoff_are_counted() -> None:
     """Rows that have no events even without the cutoff are not counted."""
     frame = events(("a", 1, 4, 2.0), ("b", 3, 4, 2.0))
-    times = [START + timedelta(hours=hour) for hour in (0, 1, 3, 4, 9)]
     entities = pl.DataFrame(
-        {"person": 1, "place": "n", "event_timestamp": times}, schema=KEYS | {"event_timestamp": TIME}
+        {"person": 1, "place": "n", "event_timestamp": [moment(hour) for hour in (0, 1, 3, 4, 9)]},
+        schema=KEYS | {"event_timestamp": TIME},
     )
     spec = only((ALL_EVENTS, "count"))
     assert aggregate(entities, frame, keys=list(KEYS), windows=spec).hidden == 2
