@@ -9,18 +9,16 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable
 
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.skew import Materialization, OpenedView, SkewResult, compare
-from feature_jobs.store.catalog.protection import view_protection
-from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
-from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.tables import Snapshot, snapshot
+from feature_jobs.store.catalog.specifications import ViewSpec
+from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.skew.comparison import FeatureSkew
 from feature_jobs.store.skew.served import read_served
+from tests.projects.tables import TIME, commit_rows, pin, target_of
+from tests.projects.views import make_spec, service_of
 
-TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)
 AS_OF, REQUESTED = START + timedelta(hours=20), START + timedelta(hours=21)
 
@@ -29,16 +27,11 @@ def hour(number: int) -> datetime:
     return START + timedelta(hours=number)
 
 
-def view(name: str, key: str, **fields: str) -> ViewSpec:
-    specs = [
-        FieldSpec(name=field, dtype=dtype, sensitivity="internal", categorical=False)
-        for field, dtype in fields.items()
-    ]
-    return ViewSpec(name=name, version="1", join_keys=[key], fields=specs, ttl_s=None)
-
-
-PERSON, COHORT = view("person", "person_id", band="string"), view("cohort", "band", rate="float64")
-SERVICE = ServiceSpec(name="credit", version="1", views=[PERSON, COHORT])
+PERSON, COHORT = (
+    make_spec("person", ["person_id"], band="string"),
+    make_spec("cohort", ["band"], rate="float64"),
+)
+SERVICE = service_of(PERSON, COHORT)
 ROWS = {
     "person": [(1, "old", 1), (2, "young", 1), (1, "young", 10)],
     "cohort": [("old", 0.5, 1), ("young", 0.25, 1), ("young", 0.75, 10)],
@@ -51,38 +44,22 @@ class Tables:
 
     def __init__(self, folder: Path, access: KeyAccess, *, materialized_seq: int | None) -> None:
         self._opened = {view.name: self._store(folder, access, view) for view in SERVICE.views}
-        self._materializations = (
-            []
-            if materialized_seq is None
-            else [Materialization(at=hour(20), seq=materialized_seq, as_of=hour(20))]
-        )
+        done = Materialization(at=hour(20), seq=materialized_seq or 0, as_of=hour(20))
+        self._materializations = [] if materialized_seq is None else [done]
 
     def open(self, view: ViewSpec) -> OpenedView:
         return OpenedView(self._opened[view.name], self._materializations)
 
     def _store(self, folder: Path, access: KeyAccess, spec: ViewSpec) -> Snapshot:
-        uri, protection = f"{folder}/{spec.name}", view_protection(spec)
         keys, values, hours = zip(*ROWS[spec.name], strict=True)
         times = pa.array([hour(number) for number in hours], TIME)
         columns = {spec.join_keys[0]: pa.array(keys), spec.fields[0].name: pa.array(values)}
         for name in ("event_timestamp", "created_timestamp", "ingested_at"):
             columns[name] = times
         rows = pa.table({**columns, "ingest_seq": pa.array(range(len(keys)), pa.int64())})
-        offline.create_table(uri, rows.schema, num_buckets=2)
-        target = offline.Target(
-            uri=uri, keys=tuple(spec.join_keys), buckets=2, protection=protection, access=access
-        )
-        files = offline.write_files(rows, target, name="a")
-        batch = offline.Batch(
-            ingest_id="a",
-            rows_in=len(keys),
-            rows_stored=len(keys),
-            rows_quarantined=0,
-            reasons={},
-            quarantine=None,
-        )
-        offline.commit(DeltaTable(uri), rows.schema, files, batch, seq=len(keys) - 1)
-        return snapshot(uri, view=spec.name, keys=spec.join_keys, protection=protection, access=access)
+        target = target_of(f"{folder}/{spec.name}", spec, access)
+        commit_rows(target, rows)
+        return pin(target)
 
 
 def compare_request(

@@ -13,16 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import OnlineStoreOutdated
-from cluster.security.keys.keyring import Keyring
-from cluster.security.keys.store import KeyInfo
-from cluster.settings import OnlineConfig
-from cluster.storage import Layout
-from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
 from feature_jobs.store.online.addresses import ADDRESS_BYTES, Addresses
 from feature_jobs.store.online.changes import Change
 from feature_jobs.store.online.meta import STAMP_BYTES
-from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from feature_jobs.store.online.rows import OnlineRow
+from tests.projects.online import online_keys, open_store, reader_of
+from tests.projects.views import make_spec
 
 SECRET = bytes(range(32))
 numbers = st.integers(-(2**63), 2**64 - 1)
@@ -65,8 +61,7 @@ def test_threads_get_the_right_addresses() -> None:
         assert [list(addresses) for addresses in pool.map(of, batches)] == expected
 
 
-AMOUNT = FieldSpec(name="amount", dtype="float64", sensitivity="internal", categorical=False)
-VIEW = ViewSpec(name="v", version="v1", join_keys=["id"], fields=[AMOUNT], ttl_s=None)
+VIEW = make_spec("v", ["id"], amount="float64")
 AT = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
 
@@ -76,9 +71,8 @@ def row(value: float) -> OnlineRow:
 
 def test_rows_of_an_older_release_are_refused_until_materialised(tmp_path: Path) -> None:
     """They have other addresses. Without the check, every entity would be missing."""
-    keys = Keyring.create(tmp_path / "keyring.json", bytes(32))
-    keys.ensure(KeyInfo(name="online/v/internal"))
-    store = open_online_store(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)
+    keys = online_keys(tmp_path, "v")
+    store = open_store(tmp_path, keys)
     store.replace(VIEW, {"id": "int64"}, [row(1.0)])
     stored = store.engine.meta("v")
     assert stored is not None
@@ -87,8 +81,8 @@ def test_rows_of_an_older_release_are_refused_until_materialised(tmp_path: Path)
     store.engine.set_meta("v", stamp, stamp + msgpack.packb(content))  # as the older release wrote it
     store.close()
 
-    store = open_online_store(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)
-    reader = FeatureReader(ServiceSpec(name="s", version="1", views=[VIEW]), store)
+    store = open_store(tmp_path, keys)
+    reader = reader_of(store, VIEW)
     attempts: list[Callable[[], object]] = [
         lambda: reader.read([{"id": 1}], AT),
         lambda: store.put(VIEW, {"id": "int64"}, [row(3.0)]),

@@ -14,14 +14,10 @@ from cluster.security.tls.certificates import ensure_tls
 from cluster.settings import OnlineConfig, OnlineKind, PlatformConfig, load
 from cluster.storage import Layout
 from feature_jobs.store.online.reader import open_online_store
+from tests.projects.online import open_store
 from tests.servers.ports import free_port
 from tests.servers.redis_server import running_redis
-from tests.unit.feature_jobs.online.test_store import KEY_TYPES, PERSONS, VIEW, amounts, row, view_keys
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
-    return view_keys(tmp_path_factory.mktemp("keys"))
+from tests.unit.feature_jobs.online.test_store import KEY_TYPES, PERSONS, VIEW, amounts, row
 
 
 def test_unavailable_redis_is_named(keys: Keyring) -> None:
@@ -61,7 +57,7 @@ def test_redis_connection_uses_tls_and_a_password_file(tmp_path: Path, keys: Key
 
 def test_full_store_names_the_setting_to_raise(tmp_path: Path, keys: Keyring) -> None:
     """The old rows stay."""
-    small = open_online_store(OnlineConfig(map_size_gib=0.0002), Layout(str(tmp_path)), keys, readonly=False)
+    small = open_store(tmp_path, keys, OnlineConfig(map_size_gib=0.0002))
     small.put(VIEW, KEY_TYPES, [row(1, 1, 1.0)])
     with pytest.raises(OnlineStoreUnavailable, match="map_size_gib"):
         small.put(VIEW, KEY_TYPES, [row(key, 2, 2.0) for key in range(5000)])

@@ -5,6 +5,7 @@ Online values equal offline values at any instant. Every test runs on both engin
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 import threading
@@ -17,17 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.security.keys.keyring import Keyring
-from cluster.security.keys.store import KeyInfo
 from cluster.settings import OnlineConfig, OnlineKind
-from cluster.storage import Layout
 from feature_jobs.store.online.engine import Write
 from feature_jobs.store.online.events import assign_sequence_online, merge_function, put_online
-from feature_jobs.store.online.reader import FeatureReader, open_online_store
+from feature_jobs.store.online.reader import FeatureReader
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.online.windows import entity_states, stored_view
 from feature_jobs.store.types.schema import PROVISIONAL
+from tests.projects.online import online_keys, open_store
 from tests.unit.feature_jobs.aggregation.event_frames import KEYS, SPEC, START, event_frames
 from tests.unit.feature_jobs.online.test_windows import (
     EVENT,
@@ -47,18 +46,13 @@ HOURS = (7, 9, 12, 15)
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[list[OnlineStore]]:
     folder = tmp_path_factory.mktemp("online")
-    keyring = Keyring.create(folder / "keyring.json", bytes(32))
-    for name in ("internal", "personal"):
-        for view in ("visits", "others"):
-            keyring.ensure(KeyInfo(name=f"online/{view}/{name}"))
+    keys = online_keys(folder, "visits", "others")
     remote = OnlineConfig(kind=OnlineKind.redis, url=redis_url, prefix="events")
-    opened = [
-        open_online_store(config, Layout(str(folder)), keyring, readonly=False)
-        for config in (OnlineConfig(map_size_gib=0.1), remote)
-    ]
-    yield opened
-    for store in opened:
-        store.close()
+    with (
+        contextlib.closing(open_store(folder, keys)) as lmdb,
+        contextlib.closing(open_store(folder, keys, remote)) as redis,
+    ):
+        yield [lmdb, redis]
 
 
 @pytest.fixture(params=[0, 1], ids=["lmdb", "redis"])

@@ -8,24 +8,19 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import pytest
-
 from cluster.security.keys.keyring import Keyring
-from cluster.security.keys.store import KeyInfo
-from cluster.settings import OnlineConfig, OnlineKind
-from cluster.storage import Layout
-from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
+from cluster.settings import OnlineConfig
 from feature_jobs.store.online import lmdb_engine as online_lmdb
 from feature_jobs.store.online import redis_engine as online_redis
-from feature_jobs.store.online.reader import open_online_store
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.types.schema import PROVISIONAL
 from tests.processes import forks
+from tests.projects.online import online_keys, open_store
+from tests.projects.views import make_spec
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
 PEOPLE, PUSHED = 400, 401
-FIELD = FieldSpec(name="amount", dtype="int64", sensitivity="internal", categorical=False)
-VIEW = ViewSpec(name="v", version="v1", join_keys=["id"], fields=[FIELD], ttl_s=None)
+VIEW = make_spec("v", ["id"], amount="int64")
 KEY_TYPES = {"id": "int64"}
 
 
@@ -38,22 +33,15 @@ def rows(value: int) -> Iterator[OnlineRow]:
 def materialise(config: OnlineConfig, root: str, first: int, began: Connection) -> None:
     """Materialise repeatedly in small pieces, until the process is killed."""
     online_lmdb.PIECE_ROWS = online_redis.PIECE_ROWS = 20
-    store = open_online_store(config, Layout(root), Keyring(Path(root) / "k.json", bytes(32)), readonly=False)
+    store = open_store(Path(root), Keyring(Path(root) / "keyring.json", bytes(32)), config)
     began.send("began")
     for value in range(first, 10**6):
         store.replace(VIEW, KEY_TYPES, rows(value), horizon=Horizon(0, -1))
 
 
-@pytest.mark.parametrize("kind", list(OnlineKind))
-def test_killed_materialisation_leaves_the_previous_one(
-    kind: OnlineKind, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_killed_materialisation_leaves_the_previous_one(config: OnlineConfig, tmp_path: Path) -> None:
     """All values are of one materialisation. Pushed rows stay until a materialisation covers them."""
-    keys = Keyring.create(tmp_path / "k.json", bytes(32))
-    keys.ensure(KeyInfo(name="online/v/internal"))
-    url = request.getfixturevalue("redis_url") if kind is OnlineKind.redis else "redis://unused"
-    config = OnlineConfig(kind=kind, url=url, prefix=tmp_path.name, map_size_gib=0.05)
-    reader = open_online_store(config, Layout(str(tmp_path)), keys, readonly=False)
+    reader = open_store(tmp_path, online_keys(tmp_path, "v"), config)
     reader.replace(VIEW, KEY_TYPES, rows(1))
     pushed = OnlineRow(keys=(PUSHED,), event_us=5, created_us=5, seq=PROVISIONAL, values=(5,))
     reader.put(VIEW, KEY_TYPES, [pushed])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,34 +13,24 @@ import pytest
 
 from cluster.errors import AccessDenied, ArtifactTampered, InvalidRequest
 from cluster.security.keys.keyring import Keyring
-from cluster.security.keys.store import KeyInfo, KeyRevoked, KeyStoreUnavailable
+from cluster.security.keys.store import KeyRevoked, KeyStoreUnavailable
 from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout
-from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
+from feature_jobs.store.catalog.specifications import ServiceSpec
 from feature_jobs.store.online import store as online_store
 from feature_jobs.store.online.lmdb_engine import LmdbEngine
 from feature_jobs.store.online.reader import FeatureReader, epoch_microseconds, open_online_store
 from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.online.store import OnlineStore
+from tests.processes import forks
+from tests.projects.online import SMALL, online_keys, open_store, reader_of
+from tests.projects.views import make_spec, service_of
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
-SMALL = OnlineConfig(map_size_gib=0.01)
-on_lmdb = pytest.mark.parametrize("store", ["lmdb"], indirect=True)
-
-
-def view(name: str, keys: list[str], *, ttl_h: float | None = None, **fields: str) -> ViewSpec:
-    """Return a view's spec from feature names and dtypes."""
-    specs = [
-        FieldSpec(name=field, dtype=dtype, sensitivity="internal", categorical=False)
-        for field, dtype in fields.items()
-    ]
-    ttl_s = None if ttl_h is None else ttl_h * 3600
-    return ViewSpec(name=name, version="v1", join_keys=keys, fields=specs, ttl_s=ttl_s)
-
-
-PERSON = view("person", ["person_id"], ttl_h=10, amount="float64", age_band="string")
-COHORT = view("cohort", ["age_band"], rate="float64")
-SERVICE = ServiceSpec(name="credit", version="s1", views=[PERSON, COHORT])
+on_lmdb = pytest.mark.parametrize("config", [OnlineKind.lmdb], indirect=True)
+PERSON = make_spec("person", ["person_id"], ttl_h=10, amount="float64", age_band="string")
+COHORT = make_spec("cohort", ["age_band"], rate="float64")
+SERVICE = service_of(PERSON, COHORT)
 
 
 def hour(number: float) -> datetime:
@@ -62,24 +52,15 @@ def row(key: int | str, *values: Any, event: float = 1, available: float | None 
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Keyring:
-    keyring = Keyring.create(tmp_path / "keyring.json", bytes(32))
-    for name in ("person", "cohort", "person2"):
-        for sensitivity in ("internal", "personal", "sensitive"):
-            keyring.ensure(KeyInfo(name=f"online/{name}/{sensitivity}"))
-    return keyring
+    return online_keys(tmp_path, "person", "cohort", "person2")
 
 
-@pytest.fixture(params=["lmdb", "redis"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, keys: Keyring) -> Iterator[OnlineStore]:
-    config = SMALL
-    if request.param == "redis":
-        url = request.getfixturevalue("redis_url")
-        config = OnlineConfig(kind=OnlineKind.redis, url=url, prefix=tmp_path.name)
-    opened = open_online_store(config, Layout(str(tmp_path)), keys, readonly=False)
-    opened.replace(PERSON, {"person_id": "int64"}, [row(1, 10.0, "young"), row(2, None, "old")])
-    opened.replace(COHORT, {"age_band": "string"}, [row("young", 0.5), row("old", 0.7)])
-    yield opened
-    opened.close()
+@pytest.fixture
+def store(config: OnlineConfig, tmp_path: Path, keys: Keyring) -> Iterator[OnlineStore]:
+    with contextlib.closing(open_store(tmp_path, keys, config)) as opened:
+        opened.replace(PERSON, {"person_id": "int64"}, [row(1, 10.0, "young"), row(2, None, "old")])
+        opened.replace(COHORT, {"age_band": "string"}, [row("young", 0.5), row("old", 0.7)])
+        yield opened
 
 
 def read(
@@ -102,11 +83,11 @@ def test_join_key_can_come_from_an_earlier_view(store: OnlineStore) -> None:
 @pytest.mark.parametrize("others", [0, 64])
 def test_list_of_an_earlier_length_is_read_unchanged(store: OnlineStore, others: int) -> None:
     """As in a training set: it is neither cut nor filled up to the declared length."""
-    lists = view("person2", ["person_id"], emb="list<float32, 3>", amount="float64")
+    lists = make_spec("person2", ["person_id"], emb="list<float32, 3>", amount="float64")
     given = [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0], *([1.0, 2.0, 3.0] for _ in range(others))]
     rows = [row(number, emb, 1.5) for number, emb in enumerate(given)]
     store.replace(lists, {"person_id": "int64"}, rows)
-    reader = FeatureReader(ServiceSpec(name="s", version="1", views=[lists]), store)
+    reader = reader_of(store, lists)
     found = reader.read([{"person_id": number} for number in range(len(given))], hour(5))
     assert [list(one) for one in found.columns["person2__emb"]] == given
     assert set(found.status["person2__emb"]) == {"present"}
@@ -114,9 +95,9 @@ def test_list_of_an_earlier_length_is_read_unchanged(store: OnlineStore, others:
 
 def test_whole_float_is_used_as_an_integer_key(store: OnlineStore) -> None:
     """As in a training set: 10.0 is the key 10, and 0.5 is no key."""
-    service = ServiceSpec(name="s", version="1", views=[PERSON, view("cohort", ["amount"], rate="float64")])
-    store.replace(service.views[1], {"amount": "int64"}, [row(10, 0.9)])
-    reader = FeatureReader(service, store)
+    by_amount = make_spec("cohort", ["amount"], rate="float64")
+    store.replace(by_amount, {"amount": "int64"}, [row(10, 0.9)])
+    reader = reader_of(store, PERSON, by_amount)
     assert reader.read([{"person_id": 1}], hour(5)).columns["cohort__rate"] == [0.9]
     store.put(PERSON, {"person_id": "int64"}, [row(1, 0.5, "young", event=2)])
     with pytest.raises(InvalidRequest, match="amount must be a whole number"):
@@ -125,9 +106,9 @@ def test_whole_float_is_used_as_an_integer_key(store: OnlineStore) -> None:
 
 def test_reader_refreshes_key_types_set_by_the_table(store: OnlineStore) -> None:
     """A first push with another key type is read as such until the table sets the types."""
-    other = view("person2", ["person_id"], amount="float64")
+    other = make_spec("person2", ["person_id"], amount="float64")
     store.put(other, {"person_id": "int64"}, [row(7, 1.0)])
-    reader = FeatureReader(ServiceSpec(name="s", version="1", views=[other]), store)
+    reader = reader_of(store, other)
     with pytest.raises(InvalidRequest, match="must be a whole number"):
         reader.read([{"person_id": "a"}], hour(5))
     store.set_key_types("person2", {"person_id": "string"})
@@ -191,19 +172,17 @@ def test_materialisation_replaces_all_rows_of_its_view_only(store: OnlineStore) 
     """An entity without a new row is removed. Other views do not change."""
     assert store.replace(PERSON, {"person_id": "int64"}, [row(2, 20.0, "old")]) == 1
     assert read(store, {"person_id": 1})[1]["person__amount"] == "missing"
-    assert tuple(read(store, {"person_id": 2})[0][name] for name in ("person__amount", "cohort__rate")) == (
-        20.0,
-        0.7,
-    )
+    values, _ = read(store, {"person_id": 2})
+    assert (values["person__amount"], values["cohort__rate"]) == (20.0, 0.7)
 
 
 def test_view_with_a_common_name_prefix_is_not_changed(store: OnlineStore) -> None:
     """The rows of `person` and `person2` are separate."""
-    other = view("person2", ["person_id"], amount="float64")
+    other = make_spec("person2", ["person_id"], amount="float64")
     store.replace(other, {"person_id": "int64"}, [row(1, 5.0)])
     store.replace(PERSON, {"person_id": "int64"}, [])
-    service = ServiceSpec(name="s", version="1", views=[other])
-    assert FeatureReader(service, store).read([{"person_id": 1}], hour(2)).columns["person2__amount"] == [5.0]
+    columns = reader_of(store, other).read([{"person_id": 1}], hour(2)).columns
+    assert columns["person2__amount"] == [5.0]
 
 
 def test_failed_materialisation_leaves_the_old_rows(store: OnlineStore) -> None:
@@ -225,38 +204,31 @@ def test_empty_store_returns_missing(tmp_path: Path, keys: Keyring) -> None:
     empty.close()
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from cluster.security.keys.keyring import Keyring
-from cluster.settings import OnlineConfig
-from cluster.storage import Layout
-from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
-from feature_jobs.store.online.reader import open_online
-from feature_jobs.store.online.rows import OnlineRow
-field = FieldSpec(name="amount", dtype="float64", sensitivity="internal", categorical=False)
-view = ViewSpec(name="person", version="v1", join_keys=["person_id"], fields=[field], ttl_s=None)
-keys = Keyring(Path(sys.argv[1]) / "keyring.json", bytes(32))
-store = open_online(OnlineConfig(map_size_gib=0.01), Layout(sys.argv[1]), keys, readonly=False)
-row = OnlineRow(keys=(1,), event_us=0, created_us=0, seq=0, values=[7.0])
-store.replace(view, {"person_id": "int64"}, [row])
-"""
+AMOUNT = make_spec("person", ["person_id"], amount="float64")
+
+
+def write_amount(folder: Path) -> None:
+    """Materialise a row, in a process of its own."""
+    writer = open_store(folder, Keyring(folder / "keyring.json", bytes(32)))
+    writer.replace(AMOUNT, {"person_id": "int64"}, [row(1, 7.0, event=0)])
+    writer.close()
 
 
 def test_open_reader_sees_what_another_process_writes(tmp_path: Path, keys: Keyring) -> None:
     """A replica does not have to restart after a materialisation."""
-    service = ServiceSpec(name="s", version="1", views=[view("person", ["person_id"], amount="float64")])
     replica = open_online_store(SMALL, Layout(str(tmp_path)), keys)
-    reader = FeatureReader(service, replica)
+    reader = reader_of(replica, AMOUNT)
     assert reader.read([{"person_id": 1}], START).columns["person__amount"] == [None]
-    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], check=True)
+    job = forks.context().Process(target=write_amount, args=(tmp_path,))
+    job.start()
+    job.join()
     assert reader.read([{"person_id": 1}], START).columns["person__amount"] == [7.0]
     replica.close()
 
 
 def test_older_view_version_reads_its_features_by_name(store: OnlineStore) -> None:
     """A new first feature does not shift an older model's inputs. A removed feature is null."""
-    newer = view("person", ["person_id"], added="int64", age_band="string")
+    newer = make_spec("person", ["person_id"], added="int64", age_band="string")
     store.replace(newer, {"person_id": "int64"}, [row(1, 77, "old")])
     values, _ = read(store, {"person_id": 1})
     assert tuple(values.values()) == (None, "old", 0.7)
@@ -264,7 +236,7 @@ def test_older_view_version_reads_its_features_by_name(store: OnlineStore) -> No
 
 def test_feature_with_another_dtype_is_null_for_an_older_version(store: OnlineStore) -> None:
     """A model that was trained with text must not get a number."""
-    newer = view("person", ["person_id"], amount="string", age_band="string")
+    newer = make_spec("person", ["person_id"], amount="string", age_band="string")
     store.replace(newer, {"person_id": "int64"}, [row(1, "ten", "old")])
     assert read(store, {"person_id": 1})[0]["person__amount"] is None
 
@@ -277,15 +249,8 @@ def test_long_text_keys_are_distinct(store: OnlineStore) -> None:
     assert read(store, {"person_id": 1, "age_band": long})[1]["cohort__rate"] == "missing"
 
 
-MIXED = ViewSpec(
-    name="person",
-    version="v1",
-    join_keys=["name"],
-    fields=[
-        FieldSpec(name=name, dtype="string", sensitivity=sensitivity, categorical=False)
-        for name, sensitivity in (("illness", "sensitive"), ("ward", "public"), ("street", "personal"))
-    ],
-    ttl_s=None,
+MIXED = make_spec(
+    "person", ["name"], illness="string/sensitive", ward="string/public", street="string/personal"
 )
 PATIENT = {"name": "Alicia Keyes"}
 
@@ -301,8 +266,7 @@ def clinic(store: OnlineStore) -> OnlineStore:
 
 def only(*names: str) -> ServiceSpec:
     fields = [field for field in MIXED.fields if field.name in names]
-    view = ViewSpec(name="person", version="-".join(names), join_keys=["name"], fields=fields, ttl_s=None)
-    return ServiceSpec(name="s", version="1", views=[view])
+    return service_of(replace(MIXED, version="-".join(names), fields=fields))
 
 
 def read_patient(store: OnlineStore, service: ServiceSpec) -> list[Any]:

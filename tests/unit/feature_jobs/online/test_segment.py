@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -15,16 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ArtifactTampered, OnlineStoreUnavailable
-from cluster.security.keys.keyring import Keyring
-from cluster.security.keys.store import KeyInfo
-from cluster.settings import OnlineConfig
 from cluster.storage import Layout
-from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
 from feature_jobs.store.online import lmdb_engine as online_lmdb
 from feature_jobs.store.online.reader import open_online_store
 from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.online.segment import Segment, write
 from feature_jobs.store.online.store import OnlineStore
+from tests.projects.online import SMALL, online_keys, open_store
+from tests.projects.views import make_spec
 
 heads = st.sampled_from([bytes(8), b"\xff" * 8, b"\x80" + bytes(7), b"\x7f" * 8]) | st.binary(
     min_size=8, max_size=8
@@ -32,8 +31,7 @@ heads = st.sampled_from([bytes(8), b"\xff" * 8, b"\x80" + bytes(7), b"\x7f" * 8]
 addresses = st.builds(
     lambda head, rest: head + bytes(7) + bytes([rest]), heads, st.integers(0, 3)
 )  # many begin alike
-AMOUNT = FieldSpec(name="amount", dtype="float64", sensitivity="internal", categorical=False)
-VIEW = ViewSpec(name="v", version="v1", join_keys=["id"], fields=[AMOUNT], ttl_s=None)
+VIEW = make_spec("v", ["id"], amount="float64")
 KEY_TYPES = {"id": "int64"}
 PEOPLE = [(number,) for number in range(12)]
 
@@ -71,11 +69,8 @@ def rows(value: float) -> Iterator[OnlineRow]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[OnlineStore]:
-    keys = Keyring.create(tmp_path / "keyring.json", bytes(32))
-    keys.ensure(KeyInfo(name="online/v/internal"))
-    opened = open_online_store(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), keys, readonly=False)
-    yield opened
-    opened.close()
+    with contextlib.closing(open_store(tmp_path, online_keys(tmp_path, "v"))) as opened:
+        yield opened
 
 
 def amounts(store: OnlineStore) -> list[float | None]:
@@ -143,8 +138,7 @@ def test_recreated_folder_is_opened_again(
     with pytest.raises(OnlineStoreUnavailable, match=r"data\.mdb was deleted, .* view=all"):
         store.put(VIEW, KEY_TYPES, list(rows(2)))
 
-    config, places = OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path))
-    materialisation = open_online_store(config, places, store._keys, readonly=False)
+    materialisation = open_store(tmp_path, store._keys)  # type: ignore[arg-type]
     materialisation.replace(VIEW, KEY_TYPES, rows(3))
     materialisation.close()
     assert amounts(store) == [3.0] * len(PEOPLE)
@@ -176,7 +170,7 @@ def test_altered_value_in_the_segment_is_refused(store: OnlineStore, tmp_path: P
     (path,) = files(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[:60] + bytes([content[60] ^ 1]) + content[61:])
-    opened = open_online_store(OnlineConfig(map_size_gib=0.01), Layout(str(tmp_path)), store._keys)
+    opened = open_online_store(SMALL, Layout(str(tmp_path)), store._keys)
     for requests in (PEOPLE, PEOPLE[:1]):
         with pytest.raises(ArtifactTampered):
             opened.read(VIEW, requests)

@@ -5,10 +5,11 @@ The row with the greatest (event, created, seq) stays, in any order of writes. E
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -17,31 +18,25 @@ from hypothesis import strategies as st
 
 from cluster.errors import SourceError
 from cluster.security.keys.keyring import Keyring
-from cluster.security.keys.store import KeyInfo
 from cluster.settings import OnlineConfig, OnlineKind
 from cluster.storage import Layout
-from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
+from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.online.engine import Rows
-from feature_jobs.store.online.reader import FeatureReader, epoch_microseconds, open_online_store
+from feature_jobs.store.online.reader import epoch_microseconds, open_online_store
 from feature_jobs.store.online.redis_engine import RedisEngine
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.online.store import FoundRow, OnlineStore
 from feature_jobs.store.types.schema import PROVISIONAL
-from tests.unit.feature_jobs.online.test_reads import START, ServiceSpec
+from tests.projects.online import online_keys, open_store, reader_of
+from tests.projects.views import make_spec
 
+START = datetime(2024, 1, 1, tzinfo=UTC)
 KEY_TYPES = {"id": "int64"}
 PERSONS = [(1,), (2,), (3,)]
 
 
 def a_view(version: str = "v1", **fields: str) -> ViewSpec:
-    """Return a view `v`. Fields are given as dtype, or as dtype and class separated by a slash."""
-    specs = []
-    for name, text in fields.items():
-        dtype, _, sensitivity = text.partition("/")
-        specs.append(
-            FieldSpec(name=name, dtype=dtype, sensitivity=sensitivity or "internal", categorical=False)
-        )
-    return ViewSpec(name="v", version=version, join_keys=["id"], fields=specs, ttl_s=None)
+    return make_spec("v", ["id"], version=version, **fields)
 
 
 VIEW = a_view(amount="float64", sector="string/personal")
@@ -61,29 +56,15 @@ def row(
     )
 
 
-def view_keys(folder: Path) -> Keyring:
-    """Return a keyring with the online keys of the view."""
-    keyring = Keyring.create(folder / "keyring.json", bytes(32))
-    for name in ("internal", "personal", "sensitive"):
-        keyring.ensure(KeyInfo(name=f"online/v/{name}"))
-    return keyring
-
-
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
-    return view_keys(tmp_path_factory.mktemp("keys"))
+    return online_keys(tmp_path_factory.mktemp("keys"), "v")
 
 
-@pytest.fixture(params=["lmdb", "redis"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, keys: Keyring) -> Iterator[OnlineStore]:
-    if request.param == "redis":
-        url = request.getfixturevalue("redis_url")
-        config = OnlineConfig(kind=OnlineKind.redis, url=url, prefix=tmp_path.name)
-    else:
-        config = OnlineConfig(map_size_gib=0.05)
-    opened = open_online_store(config, Layout(str(tmp_path)), keys, readonly=False)
-    yield opened
-    opened.close()
+@pytest.fixture
+def store(config: OnlineConfig, tmp_path: Path, keys: Keyring) -> Iterator[OnlineStore]:
+    with contextlib.closing(open_store(tmp_path, keys, config)) as opened:
+        yield opened
 
 
 def answers(store: OnlineStore, view: ViewSpec = VIEW) -> list[FoundRow | None]:
@@ -145,38 +126,28 @@ rows = st.lists(
 def greatest(known: Sequence[OnlineRow]) -> list[OnlineRow]:
     """Return the greatest row of each entity."""
     best: dict[tuple[int | str, ...], OnlineRow] = {}
-    for candidate in sorted(
-        known, key=lambda candidate: (candidate.event_us, candidate.created_us, candidate.seq)
-    ):
+    for candidate in sorted(known, key=lambda each: (each.event_us, each.created_us, each.seq)):
         best[candidate.keys] = candidate
     return list(best.values())
 
 
 @given(rows, st.data())
 def test_any_order_of_pushes_and_a_materialisation_gives_the_same_store(
-    redis_url: str,
-    keys: Keyring,
-    lmdb: OnlineStore,
-    known: list[OnlineRow],
-    data: st.DataObject,
+    redis_url: str, keys: Keyring, lmdb: OnlineStore, known: list[OnlineRow], data: st.DataObject
 ) -> None:
     """Rows put before and after a materialisation give the same store as one materialisation of all rows."""
     config = OnlineConfig(kind=OnlineKind.redis, url=redis_url, prefix="property")
     remote = open_online_store(config, Layout(""), keys)
     horizon = Horizon(data.draw(st.integers(-1, len(known)), label="horizon"), -1)
-    before = data.draw(
-        st.lists(st.sampled_from(known), unique_by=id) if known else st.just([]), label="before"
-    )
-    after = data.draw(
-        st.permutations([candidate for candidate in known if not horizon.covers(candidate.seq)]),
-        label="after",
-    )
+    covered = [candidate for candidate in known if horizon.covers(candidate.seq)]
+    uncovered = [candidate for candidate in known if not horizon.covers(candidate.seq)]
+    some = st.lists(st.sampled_from(known), unique_by=id) if known else st.just([])
+    before, after = data.draw(some, label="before"), data.draw(st.permutations(uncovered), label="after")
     for store in (lmdb, remote):
         store.replace(VIEW, KEY_TYPES, greatest(known))
         wanted = answers(store)
         store.replace(VIEW, KEY_TYPES, [])
         store.put(VIEW, KEY_TYPES, before)
-        covered = [candidate for candidate in known if horizon.covers(candidate.seq)]
         store.replace(VIEW, KEY_TYPES, greatest(covered), horizon=horizon)
         for candidate in after:
             store.put(VIEW, KEY_TYPES, [candidate])
@@ -186,10 +157,8 @@ def test_any_order_of_pushes_and_a_materialisation_gives_the_same_store(
 
 @pytest.fixture(scope="module")
 def lmdb(tmp_path_factory: pytest.TempPathFactory, keys: Keyring) -> Iterator[OnlineStore]:
-    config = OnlineConfig(map_size_gib=0.05)
-    opened = open_online_store(config, Layout(str(tmp_path_factory.mktemp("lmdb"))), keys, readonly=False)
-    yield opened
-    opened.close()
+    with contextlib.closing(open_store(tmp_path_factory.mktemp("lmdb"), keys)) as opened:
+        yield opened
 
 
 def test_push_during_a_materialisation_is_kept(store: OnlineStore) -> None:
@@ -268,16 +237,9 @@ def test_view_versions_share_the_store(store: OnlineStore) -> None:
     written = OnlineRow(keys=(2,), event_us=1, created_us=1, seq=1, values=("s", 7, 2.0))
     assert store.put(newer, KEY_TYPES, [written]) == 1
     assert store.put(VIEW, KEY_TYPES, [row(3, 1, 3.0)]) == 1
-    assert [row_found[3] for row_found in answers(store) if row_found] == [
-        [1.0, "s1.0"],
-        [2.0, "s"],
-        [3.0, "s3.0"],
-    ]
-    assert [row_found[3] for row_found in answers(store, newer) if row_found] == [
-        ["s1.0", None, 1.0],
-        ["s", 7, 2.0],
-        ["s3.0", None, 3.0],
-    ]
+    older, newest = ([found[3] for found in answers(store, view) if found] for view in (VIEW, newer))
+    assert older == [[1.0, "s1.0"], [2.0, "s"], [3.0, "s3.0"]]
+    assert newest == [["s1.0", None, 1.0], ["s", 7, 2.0], ["s3.0", None, 3.0]]
 
 
 def test_every_type_and_null_is_read_back_unchanged(store: OnlineStore) -> None:
@@ -288,19 +250,13 @@ def test_every_type_and_null_is_read_back_unchanged(store: OnlineStore) -> None:
     mixed = a_view("v3", name="string/personal", flag="bool/public", amount="float64/sensitive")
     for view, content in ((fixed, values), (mixed, ("é", False, float("inf")))):
         nulls = tuple(None if index % 2 else value for index, value in enumerate(content))
-        store.put(
-            view,
-            KEY_TYPES,
-            [
-                OnlineRow(keys=(key,), event_us=int(view.version[1]), created_us=0, seq=0, values=values)
-                for key, values in ((1, content), (2, nulls))
-            ],
-        )
-        stored = store.get(view, PERSONS)
-        assert [(row_found[2], tuple(row_found[3])) for row_found in stored if row_found] == [
-            (True, content),
-            (False, nulls),
+        rows = [
+            OnlineRow(keys=(key,), event_us=int(view.version[1]), created_us=0, seq=0, values=values)
+            for key, values in ((1, content), (2, nulls))
         ]
+        store.put(view, KEY_TYPES, rows)
+        stored = [(found[2], tuple(found[3])) for found in store.get(view, PERSONS) if found]
+        assert stored == [(True, content), (False, nulls)]
 
 
 @pytest.mark.parametrize(
@@ -314,18 +270,16 @@ def test_every_type_and_null_is_read_back_unchanged(store: OnlineStore) -> None:
 )
 def test_batch_has_the_status_of_each_row(store: OnlineStore, seen_at: object, states: list[str]) -> None:
     """Present, null, expired, newer and deleted rows in one read, each as of the request's time."""
-    view = ViewSpec(name="v", version="v1", join_keys=["id"], fields=VIEW.fields, ttl_s=7200)
+    view = dataclasses.replace(VIEW, ttl_s=7200)
     hour = [epoch_microseconds(START.replace(hour=number)) for number in range(8)]
     some = OnlineRow(keys=(2,), event_us=hour[1], created_us=hour[1], seq=0, values=(None, None))
     store.put(view, KEY_TYPES, [row(1, hour[1], 1.0), some, row(3, hour[5], 3.0), row(4, hour[1], None)])
-    service = ServiceSpec(name="s", version="1", views=[view])
-    vectors = FeatureReader(service, store).read([{"id": key} for key in (1, 2, 3, 4)], seen_at)  # type: ignore[arg-type]
+    entities = [{"id": key} for key in (1, 2, 3, 4)]
+    vectors = reader_of(store, view).read(entities, seen_at)  # type: ignore[arg-type]
     assert vectors.status["v__amount"] == states
-    values = [
-        value if state == "present" else None
-        for value, state in zip([1.0, None, 3.0, None], states, strict=True)
-    ]
-    assert vectors.columns["v__amount"] == values
+    values = zip([1.0, None, 3.0, None], states, strict=True)
+    expected = [value if state == "present" else None for value, state in values]
+    assert vectors.columns["v__amount"] == expected
 
 
 @pytest.mark.parametrize(
@@ -345,7 +299,7 @@ def test_batch_read_equals_single_reads(
     view = dataclasses.replace(a_view(**fields), ttl_s=2.0)
     moment = START + timedelta(seconds=at)
     with tempfile.TemporaryDirectory() as folder:
-        store = open_online_store(OnlineConfig(map_size_gib=0.01), Layout(folder), keys, readonly=False)
+        store = open_store(Path(folder), keys)
         rows = []
         for key, (second, null) in enumerate(drawn):
             values = [None if null and not complete else makers[dtype](key) for dtype in dtypes]
@@ -353,7 +307,7 @@ def test_batch_read_equals_single_reads(
             rows.append(OnlineRow(keys=(key,), event_us=event, created_us=event, seq=0, values=values))
         store.put(view, KEY_TYPES, rows)
         requests = [{"id": key} for key in range(len(drawn) + (not complete))]
-        reader = FeatureReader(ServiceSpec(name="s", version="1", views=[view]), store)
+        reader = reader_of(store, view)
         batch, alone = reader.read(requests, moment), [reader.read([single], moment) for single in requests]
         store.close()
     for name in view.columns:

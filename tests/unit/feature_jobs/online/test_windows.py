@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 
 import polars as pl
 import pytest
 from hypothesis import given, settings
 
-from cluster.security.keys.keyring import Keyring
-from cluster.security.keys.store import KeyInfo
-from cluster.settings import OnlineConfig
-from cluster.storage import Layout
-from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec, aggregated_fields
+from feature_jobs.store.catalog.specifications import ViewSpec, aggregated_fields
 from feature_jobs.store.definitions.aggregations import Aggregation, WindowSpec, window_spec
 from feature_jobs.store.offline.windows import aggregate
-from feature_jobs.store.online.reader import FeatureReader, OnlineStore, open_online_store
+from feature_jobs.store.online.reader import FeatureReader, OnlineStore
 from feature_jobs.store.online.windows import entity_states, stored_view
+from tests.projects.online import online_keys, open_store, reader_of
+from tests.projects.views import make_spec, service_of
 from tests.unit.feature_jobs.aggregation.event_frames import (
     COLUMNS,
     KEYS,
@@ -35,10 +33,8 @@ CLASSES = {"amount": "personal", "sector": "public"}
 
 def view_of(windows: WindowSpec) -> ViewSpec:
     """Return a view over the events of the tests."""
-    stored = tuple(
-        FieldSpec(name=name, dtype=dtype, sensitivity=CLASSES.get(name, "internal"), categorical=False)
-        for name, dtype in COLUMNS.items()
-    )
+    columns = {name: f"{dtype}/{CLASSES.get(name, 'internal')}" for name, dtype in COLUMNS.items()}
+    stored = tuple(make_spec("visits", [], **columns).fields)
     return ViewSpec(
         name="visits",
         version="v1",
@@ -51,7 +47,7 @@ def view_of(windows: WindowSpec) -> ViewSpec:
 
 
 VIEW = view_of(SPEC)
-SERVICE = ServiceSpec(name="s", version="s1", views=[VIEW])
+SERVICE = service_of(VIEW)
 AS_OF = START + timedelta(hours=9)
 TYPES = {"person": "int64", "place": "string"}
 EVERYONE = [{"person": person, "place": place} for person in (1, 2, 9) for place in ("n", "s")]
@@ -68,12 +64,8 @@ EVENT = pl.DataFrame(
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnlineStore]:
     folder = tmp_path_factory.mktemp("online")
-    keyring = Keyring.create(folder / "keyring.json", bytes(32))
-    for name in ("internal", "personal"):
-        keyring.ensure(KeyInfo(name=f"online/visits/{name}"))
-    opened = open_online_store(OnlineConfig(map_size_gib=0.01), Layout(str(folder)), keyring, readonly=False)
-    yield opened
-    opened.close()
+    with contextlib.closing(open_store(folder, online_keys(folder, "visits"))) as opened:
+        yield opened
 
 
 def offline_columns(frame: pl.DataFrame, hour: int) -> dict[str, list[object]]:
@@ -84,10 +76,8 @@ def offline_columns(frame: pl.DataFrame, hour: int) -> dict[str, list[object]]:
     )
     columns = aggregate(entities, frame, keys=list(KEYS), windows=SPEC).columns
     times = [pl.col(name).dt.epoch("us") for name, dtype in columns.schema.items() if dtype == TIME]
-    return {
-        f"visits__{name}": values
-        for name, values in columns.with_columns(*times).to_dict(as_series=False).items()
-    }
+    values = columns.with_columns(*times).to_dict(as_series=False)
+    return {f"visits__{name}": column for name, column in values.items()}
 
 
 @settings(max_examples=max(settings.default.max_examples // 3, 1), deadline=None)
@@ -118,11 +108,10 @@ def test_status_of_values_without_events(store: OnlineStore) -> None:
     assert set(reader.read([{"person": None, "place": "n"}], AS_OF).status["visits__count_2h"]) == {"missing"}
 
 
-def test_view_that_was_not_materialised_is_missing(tmp_path: Path, store: OnlineStore) -> None:
+def test_view_that_was_not_materialised_is_missing(store: OnlineStore) -> None:
     """Its values are not zero."""
     other = replace(VIEW, name="others")
-    reader = FeatureReader(ServiceSpec(name="s", version="s2", views=[other]), store)
-    assert set(reader.read([EVERYONE[0]], AS_OF).status["others__count_2h"]) == {"missing"}
+    assert set(reader_of(store, other).read([EVERYONE[0]], AS_OF).status["others__count_2h"]) == {"missing"}
 
 
 def test_state_made_for_other_windows_is_missing(store: OnlineStore) -> None:
@@ -130,25 +119,17 @@ def test_state_made_for_other_windows_is_missing(store: OnlineStore) -> None:
     day = Aggregation("amount", "sum", windows=[timedelta(days=1)])
     windows = window_spec("event_id", day.definition(), COLUMNS)
     longer = replace(view_of(windows), version="v2")
-    service = ServiceSpec(name="s", version="s2", views=[longer])
+    reader = reader_of(store, longer)
     store.replace(stored_view(VIEW), TYPES, entity_states(frame_of(EVENT), list(KEYS), SPEC, AS_OF))
-    assert FeatureReader(service, store).read([EVERYONE[0]], AS_OF).status == {
-        "visits__amount_sum_1d": ["missing"]
-    }
+    assert reader.read([EVERYONE[0]], AS_OF).status == {"visits__amount_sum_1d": ["missing"]}
     store.replace(stored_view(longer), TYPES, entity_states(EVENT, list(KEYS), windows, AS_OF))
-    assert FeatureReader(service, store).read([EVERYONE[0]], AS_OF).columns == {
-        "visits__amount_sum_1d": [1.0]
-    }
+    assert reader_of(store, longer).read([EVERYONE[0]], AS_OF).columns == {"visits__amount_sum_1d": [1.0]}
 
 
 def frame_of(event: pl.DataFrame) -> pl.DataFrame:
     """Return one event with all columns of the tests' events."""
-    return event.with_columns(
-        pl.lit(None, pl.Int64).alias("size"),
-        pl.lit(None, pl.String).alias("sector"),
-        pl.lit(None, TIME).alias("seen"),
-        pl.lit(None, pl.Boolean).alias("flag"),
-    )
+    others = {"size": pl.Int64, "sector": pl.String, "seen": TIME, "flag": pl.Boolean}
+    return event.with_columns(pl.lit(None, dtype).alias(name) for name, dtype in others.items())
 
 
 def test_state_has_the_most_sensitive_class_of_its_columns() -> None:

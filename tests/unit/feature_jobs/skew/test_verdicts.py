@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
 from feature_jobs.store.skew.comparison import (
     AS_OF,
     FLOOR_AS_OF,
@@ -26,28 +25,23 @@ from feature_jobs.store.skew.comparison import (
     feature_skew,
 )
 from feature_jobs.store.skew.served import ServedRequests, read_served
+from tests.projects.views import make_spec, service_of
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 TIME = pl.Datetime("us", "UTC")
 
 
-def at(hour: float | None) -> datetime | None:
-    return None if hour is None else START + timedelta(hours=hour)
+def at(hour: float) -> datetime:
+    return START + timedelta(hours=hour)
 
 
 def history(*rows: tuple[float, float, Any]) -> pl.DataFrame:
     """Return rows of entity 1 from (event hour, ingestion hour, value), in order of `ingest_seq`."""
     return pl.DataFrame(
-        {
-            "key": [1] * len(rows),
-            "event_timestamp": [at(row[0]) for row in rows],
-            "created_timestamp": [at(row[0]) for row in rows],
-            "ingest_seq": list(range(len(rows))),
-            "ingested_at": [at(row[1]) for row in rows],
-            "value": pl.Series([row[2] for row in rows], dtype=pl.Int64),
-        },
-        schema_overrides=dict.fromkeys(("event_timestamp", "created_timestamp", "ingested_at"), TIME)
-        | {"key": pl.Int64, "ingest_seq": pl.Int64},
+        [(1, at(event), at(event), seq, at(known), value) for seq, (event, known, value) in enumerate(rows)],
+        schema={"key": pl.Int64, "event_timestamp": TIME, "created_timestamp": TIME}
+        | {"ingest_seq": pl.Int64, "ingested_at": TIME, "value": pl.Int64},
+        orient="row",
     )
 
 
@@ -60,16 +54,12 @@ def verdict(
     floor: tuple[int, float] | None = None,
     ttl_h: float | None = None,
 ) -> str:
+    floor_seq, floor_hour = floor or (None, None)
     requests = pl.DataFrame(
-        {
-            POSITION: [0],
-            "key": [1],
-            AS_OF: [at(as_of)],
-            REQUESTED: [at(requested)],
-            FLOOR_SEQ: pl.Series([floor[0] if floor else None], dtype=pl.Int64),
-            FLOOR_AS_OF: pl.Series([at(floor[1]) if floor else None], dtype=TIME),
-        },
-        schema_overrides={AS_OF: TIME, REQUESTED: TIME},
+        [(0, 1, at(as_of), at(requested), floor_seq, None if floor_hour is None else at(floor_hour))],
+        schema={POSITION: pl.Int64, "key": pl.Int64, AS_OF: TIME, REQUESTED: TIME}
+        | {FLOOR_SEQ: pl.Int64, FLOOR_AS_OF: TIME},
+        orient="row",
     )
     online = pl.Series([served], dtype=pl.Int64)
     ttl = None if ttl_h is None else timedelta(hours=ttl_h)
@@ -78,39 +68,26 @@ def verdict(
     return str(only)
 
 
+TWO = [(1, 1, 4), (2, 2, 5)]
+
+
 @pytest.mark.parametrize(
     ("served", "rows", "more", "expected"),
     [
-        (7, [(1, 1, 5)], {}, "mismatch"),
-        (4, [(1, 1, 4), (2, 2, 5)], {}, "lag"),
-        (4, [(1, 1, 4), (2, 2, 5)], {"floor": (0, 9)}, "lag"),
-        (4, [(1, 1, 4), (2, 2, 5)], {"floor": (1, 9)}, "mismatch"),
-        (4, [(1, 1, 4), (2, 2, 5)], {"floor": (1, 1.5)}, "lag"),
-        (4, [(1, 1, 4), (2, 11, 5)], {}, "lag"),
-        (5, [(1, 1, 4), (2, 11, 5), (3, 12, 6)], {"floor": (0, 9)}, "lag"),
-        (6, [(1, 1, 4), (11, 2, 6)], {}, "mismatch"),
-        (None, [(1, 1, 4)], {}, "online_missing"),
-        (None, [(1, 11, 4)], {}, "lag"),
-        (4, [(1, 1, 4), (2, 2, None)], {"floor": (1, 9)}, "offline_missing"),
-        (4, [(1, 1, 4)], {"ttl_h": 5}, "offline_missing"),
-        (4, [], {}, "offline_missing"),
-        (9, [(1, 1, 4)], {"ttl_h": 5}, "offline_missing"),
-    ],
-    ids=[
-        "a value that was never stored",
-        "an older row, never materialised",
-        "an older row, materialised before the newer one came",
-        "an older row, although the newer one was materialised",
-        "the newer was not available as of the materialisation",
-        "the newer was ingested after the request",
-        "pushed before it was ingested",
-        "a row that is not available yet",
-        "not in the online store",
-        "the row was stored after the request",
-        "served, although the newest row is null",
-        "served, although expired",
-        "served, although the entity is unknown offline",
-        "a wrong value, although expired",
+        pytest.param(7, [(1, 1, 5)], {}, "mismatch", id="never stored"),
+        pytest.param(4, TWO, {}, "lag", id="an older row, never materialised"),
+        pytest.param(4, TWO, {"floor": (0, 9)}, "lag", id="materialised before the newer row came"),
+        pytest.param(4, TWO, {"floor": (1, 9)}, "mismatch", id="the newer row was materialised"),
+        pytest.param(4, TWO, {"floor": (1, 1.5)}, "lag", id="the newer row was not available then"),
+        pytest.param(4, [(1, 1, 4), (2, 11, 5)], {}, "lag", id="the newer row was ingested later"),
+        pytest.param(5, [(1, 1, 4), (2, 11, 5), (3, 12, 6)], {"floor": (0, 9)}, "lag", id="pushed early"),
+        pytest.param(6, [(1, 1, 4), (11, 2, 6)], {}, "mismatch", id="a row that is not available yet"),
+        pytest.param(None, [(1, 1, 4)], {}, "online_missing", id="not in the online store"),
+        pytest.param(None, [(1, 11, 4)], {}, "lag", id="stored after the request"),
+        pytest.param(4, [(1, 1, 4), (2, 2, None)], {"floor": (1, 9)}, "offline_missing", id="now null"),
+        pytest.param(4, [(1, 1, 4)], {"ttl_h": 5}, "offline_missing", id="expired"),
+        pytest.param(4, [], {}, "offline_missing", id="the entity is unknown offline"),
+        pytest.param(9, [(1, 1, 4)], {"ttl_h": 5}, "offline_missing", id="a wrong value, although expired"),
     ],
 )
 def test_difference_has_one_cause(
@@ -143,30 +120,21 @@ def test_counts_and_smape_follow_the_formula() -> None:
     online, offline = pl.Series([1, 0, 5, None]), pl.Series([2, 0, 5, 4])
     verdicts = pl.Series(["mismatch", "equal", "equal", "online_missing"])
     skew = feature_skew(online, offline, verdicts)
-    assert skew.report() == {
-        "compared": 4,
-        "equal": 2,
-        "lag": 0,
-        "online_missing": 1,
-        "offline_missing": 0,
-        "mismatch": 1,
-        "smape": pytest.approx(2 / 9),
-    }
+    smape = pytest.approx(2 / 9)
+    counts = {"compared": 4, "equal": 2, "lag": 0, "online_missing": 1, "offline_missing": 0, "mismatch": 1}
+    assert skew.report() == counts | {"smape": smape}
     parts = [feature_skew(online[i : i + 1], offline[i : i + 1], verdicts[i : i + 1]) for i in range(4)]
     assert sum(parts, FeatureSkew()).report() == skew.report()
     text = pl.Series(["a"])
     assert feature_skew(text, text, pl.Series([Verdict.equal.value])).smape is None
 
 
-# From the log
-
-
 def record(number: int, **changes: Any) -> dict[str, Any]:
     """Return a logged prediction of two entities."""
     base: dict[str, Any] = {
         "prediction_id": f"p{number}",
-        "time": at(10 + number).isoformat(),  # type: ignore[union-attr]
-        "as_of": at(10).isoformat(),  # type: ignore[union-attr]
+        "time": at(10 + number).isoformat(),
+        "as_of": at(10).isoformat(),
         "version": 1,
         "entities": [{"person_id": 1}, {"person_id": 2}],
         "features": {"person__age_band": ["a", "b"], "person__seen": [5, None]},
@@ -190,10 +158,8 @@ def test_requests_that_cannot_be_repeated_are_counted() -> None:
 def test_requests_without_a_score_are_counted() -> None:
     """Records of this and of an older release, which logged a null for a NaN."""
     nulls = [{"probability": None, "label": 0}, {"probability": 0.5, "label": 1}]
-    requests = read_served(
-        [record(1, fault="gave no score", predictions=[]), record(2, predictions=nulls)], since=None
-    )
-    assert requests == ([], 0, 4)
+    without = [record(1, fault="gave no score", predictions=[]), record(2, predictions=nulls)]
+    assert read_served(without, since=None) == ([], 0, 4)
 
 
 def test_served_values_have_the_dtype_of_the_feature() -> None:
@@ -223,11 +189,8 @@ def test_served_values_of_every_type_can_be_compared(dtype: str, logged: Any, va
 def test_requests_are_grouped_by_version_and_client_inputs() -> None:
     """Each group can be read with one join."""
     groups, *_ = read_served([record(1), record(2, version=2), record(3, given=["person__seen"])], since=None)
-    assert [(group.version, group.client_inputs) for group in groups] == [
-        (1, ()),
-        (2, ()),
-        (1, ("person__seen",)),
-    ]
+    assert [group.version for group in groups] == [1, 2, 1]
+    assert [group.client_inputs for group in groups] == [(), (), ("person__seen",)]
 
 
 def test_key_from_an_earlier_view_is_the_served_value() -> None:
@@ -245,21 +208,6 @@ def test_served_time_is_read_from_microseconds() -> None:
     assert seen.to_list() == [datetime(1970, 1, 1, 0, 0, 0, 5, UTC), None]
 
 
-PERSON = ViewSpec(
-    name="person",
-    version="1",
-    join_keys=["person_id"],
-    fields=[
-        FieldSpec(name=name, dtype=dtype, sensitivity="internal", categorical=False)
-        for name, dtype in (("age_band", "string"), ("seen", "timestamp"))
-    ],
-    ttl_s=None,
-)
-COHORT = ViewSpec(
-    name="cohort",
-    version="1",
-    join_keys=["age_band"],
-    fields=[FieldSpec(name="rate", dtype="float64", sensitivity="internal", categorical=False)],
-    ttl_s=None,
-)
-SERVICE = ServiceSpec(name="credit", version="1", views=[PERSON, COHORT])
+PERSON = make_spec("person", ["person_id"], age_band="string", seen="timestamp")
+COHORT = make_spec("cohort", ["age_band"], rate="float64")
+SERVICE = service_of(PERSON, COHORT)

@@ -36,50 +36,42 @@ EVENTS = pl.DataFrame(
 )
 
 
+def explained(requests: list[tuple[Any, ...]], feature: str, online: pl.Series) -> pl.DataFrame:
+    """Return the verdicts on requests of entity 1, from (`as_of`, number and time of the materialisation)."""
+    frame = pl.DataFrame(
+        [(position, 1, as_of, as_of, *floor) for position, (as_of, *floor) in enumerate(requests)],
+        schema={POSITION: pl.UInt32, "key": pl.Int64, AS_OF: TIME, REQUESTED: TIME}
+        | {FLOOR_SEQ: pl.Int64, FLOOR_AS_OF: TIME},
+        orient="row",
+    )
+    return explain_window_differences(
+        frame, EVENTS, keys=["key"], windows=SPEC, feature=feature, online=online
+    )
+
+
 @pytest.mark.parametrize(
     ("served", "as_of", "floor", "expected"),
     [
-        (1.0, 4, (0, 1), "lag"),
-        (3.0, 4, (1, 2), "lag"),
-        (3.0, 4, (2, 2.5), "lag"),
-        (3.0, 4, (2, 3), "mismatch"),
-        (2.0, 6.5, (1, 2), "lag"),
-        (11.0, 4, (1, 2), "mismatch"),
-        (None, 4, (1, 2), "online_missing"),
-        (None, 4, (None, None), "lag"),
-        (1.0, 4, (None, None), "offline_missing"),
-        (1.0, 4, (2, 0), "offline_missing"),
-    ],
-    ids=[
-        "one event materialised",
-        "two events materialised",
-        "the correction was not known as of the materialisation",
-        "the correction was materialised",
-        "an event has left the window since",
-        "a value of no known set of events",
-        "not in the online store",
-        "not materialised yet",
-        "served, although the view was never materialised",
-        "served, although no event was known",
+        pytest.param(1.0, 4, (0, 1), "lag", id="one event materialised"),
+        pytest.param(3.0, 4, (1, 2), "lag", id="two events materialised"),
+        pytest.param(3.0, 4, (2, 2.5), "lag", id="the correction was not known as of the materialisation"),
+        pytest.param(3.0, 4, (2, 3), "mismatch", id="the correction was materialised"),
+        pytest.param(2.0, 6.5, (1, 2), "lag", id="an event has left the window since"),
+        pytest.param(11.0, 4, (1, 2), "mismatch", id="a value of no known set of events"),
+        pytest.param(None, 4, (1, 2), "online_missing", id="not in the online store"),
+        pytest.param(None, 4, (None, None), "lag", id="not materialised yet"),
+        pytest.param(
+            1.0, 4, (None, None), "offline_missing", id="served, although the view was never materialised"
+        ),
+        pytest.param(1.0, 4, (2, 0), "offline_missing", id="served, although no event was known"),
     ],
 )
 def test_difference_has_one_cause(
     served: float | None, as_of: float, floor: tuple[Any, Any], expected: str
 ) -> None:
     """Only the state of the last materialisation, at the request's `as_of`, explains a value."""
-    requests = pl.DataFrame(
-        [(0, 1, at(as_of), at(as_of), floor[0], at(floor[1]))],
-        schema={POSITION: pl.UInt32, "key": pl.Int64, AS_OF: TIME, REQUESTED: TIME}
-        | {FLOOR_SEQ: pl.Int64, FLOOR_AS_OF: TIME},
-        orient="row",
-    )
-    verdicts = explain_window_differences(
-        requests,
-        EVENTS,
-        keys=["key"],
-        windows=SPEC,
-        feature="amount_sum_5h",
-        online=pl.Series([served], dtype=pl.Float64),
+    verdicts = explained(
+        [(at(as_of), floor[0], at(floor[1]))], "amount_sum_5h", pl.Series([served], dtype=pl.Float64)
     )
     assert verdicts.rows() == [(0, expected)]
 
@@ -87,14 +79,6 @@ def test_difference_has_one_cause(
 def test_requests_keep_their_order() -> None:
     """Requests after several materialisations, in any order."""
     floors = [(1, at(2)), (0, at(1)), (None, None), (1, at(2))]
-    requests = pl.DataFrame(
-        [(position, 1, at(4), at(4), *floor) for position, floor in enumerate(floors)],
-        schema={POSITION: pl.UInt32, "key": pl.Int64, AS_OF: TIME, REQUESTED: TIME}
-        | {FLOOR_SEQ: pl.Int64, FLOOR_AS_OF: TIME},
-        orient="row",
-    )
     online = pl.Series([2, 1, None, 7], dtype=pl.Int64)
-    verdicts = explain_window_differences(
-        requests, EVENTS, keys=["key"], windows=SPEC, feature="amount_count_5h", online=online
-    )
+    verdicts = explained([(at(4), *floor) for floor in floors], "amount_count_5h", online)
     assert dict(verdicts.rows()) == {0: "lag", 1: "lag", 2: "lag", 3: "mismatch"}

@@ -16,11 +16,9 @@ from feature_jobs.store import (
     Allowed,
     Default,
     Drift,
-    Entity,
     FeatureService,
     FeatureView,
     Field,
-    FileSource,
     Outlier,
     Pattern,
     Range,
@@ -33,6 +31,7 @@ from feature_jobs.store.ingestion.validation import REASON, prepare
 from feature_jobs.store.offline.row_hash import has_row_hash, row_hash
 from feature_jobs.store.types.casting import cast_feature
 from feature_jobs.store.types.dtypes import DTYPES, from_json, online_value, to_arrow, to_json
+from tests.projects.views import make_view
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 RICH = {
@@ -59,17 +58,9 @@ JSON: list[tuple[str, Any, Any]] = [
 ]
 
 
-def view(
-    checks: list[Check] | None = None, fields: dict[str, str] = RICH, name: str = "v", **more: Any
-) -> FeatureView:
-    return FeatureView(
-        name,
-        entities=[Entity("e", join_keys=["id"])],
-        source=FileSource("x.parquet", event_timestamp="at"),
-        schema=[Field(name, dtype) for name, dtype in fields.items()],
-        checks=checks or [],
-        **more,
-    )
+def view(checks: list[Check] | None = None, fields: dict[str, str] = RICH, **more: Any) -> FeatureView:
+    schema = [Field(name, dtype) for name, dtype in fields.items()]
+    return make_view("v", schema=schema, checks=checks or [], **more)
 
 
 def block(rows: int = 2, **columns: Any) -> pa.Table:
@@ -82,7 +73,7 @@ def block(rows: int = 2, **columns: Any) -> pa.Table:
         "codes": pa.array([[2**53 + 1], None][:rows]),
     } | columns
     times = pa.array([NOW - timedelta(days=1)] * rows, pa.timestamp("us", "UTC"))
-    return pa.table({"id": list(range(rows)), "at": times, **view_columns})
+    return pa.table({"person_id": list(range(rows)), "at": times, **view_columns})
 
 
 @pytest.mark.parametrize(("dtype", "as_json", "online"), JSON, ids=[value[0] for value in JSON])
@@ -235,7 +226,7 @@ def test_text_and_json_lines_are_read_as_declared() -> None:
         lambda: view([Outlier("price")]),
         lambda: view([Drift("emb")]),
         lambda: view([Drift("day")]),
-        lambda: view([Unique(["id", "tags"])]),
+        lambda: view([Unique(["person_id", "tags"])]),
         *(
             lambda name=name: view(
                 event_id="no",
@@ -269,11 +260,8 @@ def test_profile_counts_nulls_of_rich_columns() -> None:
     batch_sketch = sketch(good, good, fields)
     batch_bins = choose_bins([batch_sketch])
     batch_profile = profile([batch_sketch], batch_bins, [count(good, batch_bins)])
-    assert (batch_profile.nulls["price"], batch_profile.nulls["tags"], batch_profile.distributions) == (
-        1,
-        0,
-        {},
-    )
+    assert (batch_profile.nulls["price"], batch_profile.nulls["tags"]) == (1, 0)
+    assert batch_profile.distributions == {}
 
 
 def test_row_hash_of_lists_does_not_depend_on_the_arrow_type() -> None:

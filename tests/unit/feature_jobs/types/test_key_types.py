@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,24 +14,22 @@ import pytest
 
 from cluster.errors import DefinitionError, InvalidRequest, SchemaMismatch, TrainingSetError
 from cluster.ledger.events import BatchIngested
-from cluster.security.encryption.access import protected_files
-from cluster.security.keys.access import KeyAccess
 from feature_jobs.apply import require_stored_key_types
 from feature_jobs.client import keys_of
 from feature_jobs.store import Allowed, Entity, FeatureService, Field, FileSource, Range
 from feature_jobs.store.catalog.differences import Impact, view_changes
-from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection
-from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, ViewSpec
 from feature_jobs.store.ingestion.message_rows import check_messages
+from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.quarantine_replay import recheck_rows
 from feature_jobs.store.ingestion.typed import column_types, typed_text
 from feature_jobs.store.ingestion.validation import REASON, prepare
 from feature_jobs.store.offline.training_set import key_column
-from feature_jobs.store.online.reader import FeatureReader
 from feature_jobs.store.streaming.micro_batches import MicroBatch, store_batch
 from feature_jobs.store.streaming.pushed_view import view_from_definition
 from feature_jobs.store.types.key_types import MAX_KEY, require_declared_types, require_stored_types
+from tests.projects.online import reader_of
 from tests.projects.push import INCOME, START, PushProject, message, row
+from tests.projects.views import define, make_spec, service_of
 
 NOW = datetime(2024, 2, 1, tzinfo=UTC)
 LOWEST = -(2**63)
@@ -40,26 +37,13 @@ WHOLE = replace(INCOME, entities=[Entity("person", join_keys={"person_id": "int6
 TEXT = replace(INCOME, entities=[Entity("person", join_keys={"person_id": "string"})])
 
 
-@pytest.fixture
-def project(tmp_path: Path, access: KeyAccess) -> Iterator[PushProject]:
-    """A project whose view declares no key types."""
-    opened = PushProject(tmp_path, access)
-    yield opened
-    opened.close()
-
-
 def ingest_text(project: PushProject, *people: str) -> None:
     """Store a first batch with text keys, as from files."""
     count = len(people)
+    times = pa.array([START] * count, pa.timestamp("us", "UTC"))
     good = pa.table(
-        {
-            "person_id": pa.array(people),
-            "amount": pa.array([5.0] * count),
-            "sector": pa.array(["s"] * count),
-            "event_timestamp": pa.array([START] * count, pa.timestamp("us", "UTC")),
-            "created_timestamp": pa.array([START] * count, pa.timestamp("us", "UTC")),
-            "ingest_seq": pa.array(range(count), pa.int64()),
-        }
+        {"person_id": people, "amount": [5.0] * count, "sector": ["s"] * count}
+        | {"event_timestamp": times, "created_timestamp": times, "ingest_seq": list(range(count))}
     )
     bad = pa.table({name: pa.array([], kind) for name, kind in (("reason", "string"), ("raw", "string"))})
     batch = MicroBatch(
@@ -68,10 +52,11 @@ def ingest_text(project: PushProject, *people: str) -> None:
     store_batch(None, batch, project.target(), view=project.view.spec, quarantine="")
 
 
-def read(project: PushProject, spec: ViewSpec, person: Any) -> list[Any]:
-    service = ServiceSpec(name="s", version="1", views=[spec])
-    at = START.replace(day=2)
-    return FeatureReader(service, project.store).read([{"person_id": person}], at).columns["income__amount"]
+def quarantined(project: PushProject) -> pa.Table:
+    """Return the quarantine file of the only batch."""
+    [event] = [entry.payload for entry in project.ledger.entries(BatchIngested)]
+    folder = project.places.quarantine("income")
+    return QuarantineFiles(folder=folder, view="income", access=project.access).read(event["ingest_id"])
 
 
 def test_key_types_are_recorded_only_if_declared() -> None:
@@ -117,12 +102,12 @@ def test_declaring_a_type_is_safe_and_changing_it_is_not() -> None:
 
 def test_applying_a_type_that_the_table_does_not_have_is_refused(project: PushProject) -> None:
     """The error comes before anything is recorded. The stored type may be declared at any time."""
-    require_stored_key_types(Definitions(module="m", views={"income": TEXT}, services={}), project.places)
+    require_stored_key_types(define(TEXT), project.places)
     project.push(row(1, 1), key="a")
     assert project.stream().step() == 1
-    require_stored_key_types(Definitions(module="m", views={"income": WHOLE}, services={}), project.places)
+    require_stored_key_types(define(WHOLE), project.places)
     with pytest.raises(DefinitionError, match="View 'income': join key 'person_id' is declared as string"):
-        require_stored_key_types(Definitions(module="m", views={"income": TEXT}, services={}), project.places)
+        require_stored_key_types(define(TEXT), project.places)
 
 
 def test_files_must_have_the_declared_key_type() -> None:
@@ -165,10 +150,8 @@ def test_the_range_of_keys_is_the_same_everywhere(project: PushProject) -> None:
     block = pa.table(
         {"person_id": [LOWEST, 1], "amount": [1.0] * 2, "sector": ["s"] * 2, "at": pa.array([START] * 2)}
     )
-    assert prepare(block, view, now=NOW)[REASON].to_pylist() == [
-        "person_id is outside -(2^63 - 1) to 2^63 - 1",
-        None,
-    ]
+    outside = "person_id is outside -(2^63 - 1) to 2^63 - 1"
+    assert prepare(block, view, now=NOW)[REASON].to_pylist() == [outside, None]
 
 
 @pytest.mark.parametrize(
@@ -183,15 +166,14 @@ def test_the_range_of_keys_is_the_same_everywhere(project: PushProject) -> None:
 )
 def test_entity_rows_must_have_the_stored_key_type(kind: str, column: pa.Array) -> None:
     """The error comes before the join."""
-    view = ViewSpec(name="income", version="1", join_keys=["person_id"], fields=[], ttl_s=None)
-    service = ServiceSpec(name="s", version="1", views=[view])
+    view = make_spec("income", ["person_id"])
     with pytest.raises(TrainingSetError, match="Join key 'person_id'"):
-        key_column("person_id", kind, view, service, pa.table({"person_id": column}))
+        key_column("person_id", kind, view, service_of(view), pa.table({"person_id": column}))
 
 
-def test_declared_key_type_holds_before_the_first_row(tmp_path: Path, access: KeyAccess) -> None:
+def test_declared_key_type_holds_before_the_first_row(open_project: Callable[..., PushProject]) -> None:
     """Reads, pushes and messages of another type are refused."""
-    project = PushProject(tmp_path, access, view=TEXT)
+    project = open_project(TEXT)
     with pytest.raises(InvalidRequest, match="person_id must be text"):
         project.amounts(1)
     with pytest.raises(InvalidRequest, match=r"rows\[0\]\.keys\.person_id must be text"):
@@ -201,19 +183,16 @@ def test_declared_key_type_holds_before_the_first_row(tmp_path: Path, access: Ke
     checked = check_messages(sent, TEXT, key_types={}, now=NOW)
     assert checked.bad["reason"].to_pylist() == ["person_id is no string"]
     assert checked.good["person_id"].to_pylist() == ["a"]
-    project.close()
 
 
-def test_push_with_another_key_type_than_the_table_goes_to_quarantine(
-    project: PushProject, access: KeyAccess
-) -> None:
+def test_push_with_another_key_type_than_the_table_goes_to_quarantine(project: PushProject) -> None:
     """It came before the table had a type. Other rows are stored, and later pushes must have the table's type."""
     project.push(row(7, 1), key="early")
     ingest_text(project, "a")
     project.push(row("b", 2, 6.0), key="later")  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match=r"keys\.person_id must be text"):
         project.push(row(8, 2), key="wrong")
-    reader = FeatureReader(ServiceSpec(name="s", version="1", views=[project.view.spec]), project.store)
+    reader = reader_of(project.store, project.view.spec)
     stream = project.stream()
     assert [stream.step(), stream.step()] == [2, 0]
     assert (stream.tally.stored, stream.tally.quarantined) == (1, 1)
@@ -223,9 +202,7 @@ def test_push_with_another_key_type_than_the_table_goes_to_quarantine(
     [event] = [entry.payload for entry in project.ledger.entries(BatchIngested)]
     reason = "person_id is int64, the feature table holds string"
     assert (event["rows_stored"], event["reasons"]) == (1, {reason: 1})
-    aad = quarantine_aad("income", event["ingest_id"])
-    uri = f"{project.places.quarantine('income')}/{event['quarantine']}"
-    file = protected_files(access).read(uri, protection=quarantine_protection("income"), place=aad)
+    file = quarantined(project)
     assert orjson.loads(file["raw"][0].as_py()) == {
         "person_id": 7,
         "amount": 1.0,
@@ -239,19 +216,18 @@ def test_push_with_another_key_type_than_the_table_goes_to_quarantine(
     assert (replayed.good, replayed.reasons.to_pylist()) == (None, ["person_id is no string"])
 
 
-def test_pushes_before_a_declaration_are_stored_if_they_fit(tmp_path: Path, access: KeyAccess) -> None:
+def test_pushes_before_a_declaration_are_stored_if_they_fit(open_project: Callable[..., PushProject]) -> None:
     """The declared type sets the table's type, although the first pushes have another one."""
-    project = PushProject(tmp_path, access)
+    project = open_project()
     project.push(row(7, 1), key="a")
     project.close()
-    project = PushProject(tmp_path, access, view=TEXT)
+    project = open_project(TEXT)
     project.push(row("b", 2, 6.0), key="b")  # type: ignore[arg-type]
     stream = project.stream(max_rows=1)
     assert [stream.step(), stream.step(), stream.step()] == [1, 1, 0]
     assert project.snapshot().key_types == {"person_id": "string"}
     assert project.table()["person_id"].to_list() == ["b"]
-    assert read(project, project.view.spec, "b") == [6.0]
-    project.close()
+    assert project.amounts("b") == [6.0]  # type: ignore[arg-type]
 
 
 def test_rows_in_quarantine_stay_there_after_a_kill_behind_the_commit(
@@ -272,39 +248,34 @@ def test_rows_in_quarantine_stay_there_after_a_kill_behind_the_commit(
 
 
 def test_push_with_another_feature_type_than_the_table_goes_to_quarantine(
-    tmp_path: Path, access: KeyAccess
+    open_project: Callable[..., PushProject],
 ) -> None:
     """A changed definition does not block later rows."""
-    project = PushProject(tmp_path, access)
+    project = open_project()
     project.push(row(1, 1), key="a")
     assert project.stream().step() == 1
     project.close()
     schema = [Field("amount", "string"), Field("sector", "string")]
-    project = PushProject(tmp_path, access, view=replace(INCOME, schema=schema, checks=[]))
+    project = open_project(replace(INCOME, schema=schema, checks=[]))
     project.push(row(1, 2, "much"), key="b")
     stream = project.stream()
     assert (stream.step(), stream.tally.quarantined) == (1, 1)
     assert list(stream.tally.reasons) == ["amount is string, the feature table holds double"]
-    project.close()
 
 
-def test_quarantined_bytes_and_deletions_can_be_replayed(tmp_path: Path, access: KeyAccess) -> None:
+def test_quarantined_bytes_and_deletions_can_be_replayed(open_project: Callable[..., PushProject]) -> None:
     """Quarantine holds bytes as base64, and a deletion under the source's column name."""
     source = FileSource("x.parquet", event_timestamp="at", deleted="gone")
     view = replace(INCOME, schema=[Field("amount", "bytes")], source=source, checks=[])
-    project = PushProject(tmp_path, access, view=view)
+    project = open_project(view)
     sent = [row(7, 1) | {"features": {"amount": "AAEC"}}, row(7, 2) | {"features": {}, "deleted": True}]
     project.push(*sent, key="early")
     ingest_text(project, "a")
     assert project.stream().step() == 2
-    [event] = [entry.payload for entry in project.ledger.entries(BatchIngested)]
-    aad = quarantine_aad("income", event["ingest_id"])
-    uri = f"{project.places.quarantine('income')}/{event['quarantine']}"
-    file = protected_files(access).read(uri, protection=quarantine_protection("income"), place=aad)
+    file = quarantined(project)
     replayed = recheck_rows(file, view, now=NOW, baseline=None)
     assert replayed.good is not None
     assert replayed.good.select(["amount", "deleted"]).to_pylist() == [
         {"amount": b"\0\1\2", "deleted": False},
         {"amount": None, "deleted": True},
     ]
-    project.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -14,16 +15,17 @@ import pyarrow as pa
 import pytest
 
 from cluster.security.encryption.parquet import ProtectedFiles
-from cluster.security.keys.access import KeyAccess, key_store
-from feature_jobs.store import Aggregation, Default, FeatureService, FeatureView, Field, Sensitivity
-from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, apply, service_spec
+from cluster.security.keys.access import key_store
+from feature_jobs.store import Aggregation, Default, FeatureService, FeatureView, Field
 from feature_jobs.store.definitions.missing import fill_online
 from feature_jobs.store.offline.row_hash import row_hash
 from feature_jobs.store.offline.training_set import assemble, join_in_process
 from feature_jobs.store.online.reader import FeatureReader
 from feature_jobs.store.types.dtypes import DTYPES, to_arrow, to_json
 from serve_apps.replica.http import answer
+from tests.projects.online import reader_of
 from tests.projects.push import INCOME, START, PushProject
+from tests.projects.views import apply_service, make_view
 
 VALUES: dict[str, tuple[str, Any]] = {
     "flag": ("bool", True),
@@ -47,14 +49,10 @@ VALUES: dict[str, tuple[str, Any]] = {
 def typed_view(*names: str) -> FeatureView:
     """A view with a column of each dtype."""
     schema = [
-        Field(
-            name, VALUES[name][0], sensitivity=Sensitivity.PERSONAL if name == "emb" else Sensitivity.INTERNAL
-        )
+        Field(name, VALUES[name][0], sensitivity="personal" if name == "emb" else "internal")  # type: ignore[arg-type]
         for name in names or VALUES
     ]
-    return FeatureView(
-        "income", entities=INCOME.entities, source=INCOME.source, schema=schema, ttl=timedelta(days=30)
-    )
+    return make_view(source=INCOME.source, schema=schema, ttl=timedelta(days=30))
 
 
 def pushed(person: int, features: dict[str, Any], hour: float = 1) -> dict[str, Any]:
@@ -64,7 +62,7 @@ def pushed(person: int, features: dict[str, Any], hour: float = 1) -> dict[str, 
 
 def read(project: PushProject, *people: int, hour: float = 10) -> dict[str, list[Any]]:
     """Read features as `features:read` does, and parse the response."""
-    reader = FeatureReader(ServiceSpec(name="s", version="1", views=[project.view.spec]), project.store)
+    reader = reader_of(project.store, project.view.spec)
     vectors = reader.read([{"person_id": person} for person in people], START + timedelta(hours=hour))
     for name, values in vectors.columns.items():  # as the client in a notebook gives them
         assert to_arrow(values, reader.dtypes[name]).type == DTYPES[reader.dtypes[name]]
@@ -75,10 +73,10 @@ def read(project: PushProject, *people: int, hour: float = 10) -> dict[str, list
 
 @pytest.mark.parametrize("names", [(), ("emb",), ("half", "emb", "born"), ("codes", "tags")])
 def test_values_that_were_read_can_be_pushed_again(
-    tmp_path: Path, access: KeyAccess, names: tuple[str, ...]
+    open_project: Callable[..., PushProject], names: tuple[str, ...]
 ) -> None:
     """Before and after the stream and a materialisation, for one and for many entities, with and without nulls."""
-    project = PushProject(tmp_path, access, view=typed_view(*names))
+    project = open_project(typed_view(*names))
     sent = {name: VALUES[name][1] for name in names or VALUES}
     everyone = range(12)
     answered = project.push(*(pushed(person, sent) for person in everyone), key="a")
@@ -98,10 +96,9 @@ def test_values_that_were_read_can_be_pushed_again(
     assert read(project, *everyone) == before
     project.push(pushed(3, sent, hour=3), key="c")
     assert read(project, *everyone) == before
-    project.close()
 
 
-def test_training_set_has_the_pushed_values(tmp_path: Path, access: KeyAccess) -> None:
+def test_training_set_has_the_pushed_values(open_project: Callable[..., PushProject]) -> None:
     """With the declared types, nulls for unknown entities, and the service's defaults."""
     view = typed_view()
     defaults = {
@@ -110,13 +107,12 @@ def test_training_set_has_the_pushed_values(tmp_path: Path, access: KeyAccess) -
         "income__born": Default("2000-01-01"),
     }
     service = FeatureService("s", views=[view], missing={**defaults, "income__blob": Default("AA==")})
-    project = PushProject(tmp_path, access, view=view)
-    apply(Definitions(module="m", views={"income": view}, services={"s": service}), project.ledger, actor="t")
+    project = open_project(view)
+    spec = apply_service(project.ledger, service)
     project.push(pushed(1, {name: value for name, (_, value) in VALUES.items()}), key="a")
     project.stream().step()
     at = pa.array([START + timedelta(hours=5)] * 2, pa.timestamp("us", "UTC"))
     entities = pa.table({"person_id": [1, 9], "event_timestamp": at})
-    spec = service_spec(project.ledger, "s")
     table = assemble(spec, {"income": project.snapshot()}, entities, join_parts=join_in_process).table
     known, unknown = table.to_pylist()
     assert known["income__price"] == Decimal("-1234567890123456.7890")
@@ -137,23 +133,21 @@ def test_training_set_has_the_pushed_values(tmp_path: Path, access: KeyAccess) -
     }
     frame = pl.DataFrame(pl.from_arrow(table)).to_arrow().cast(table.schema)
     assert row_hash(frame) == row_hash(table)
-    project.close()
 
 
-def test_lists_are_encrypted_with_the_key_of_their_column(tmp_path: Path, access: KeyAccess) -> None:
+def test_lists_are_encrypted_with_the_key_of_their_column(open_project: Callable[..., PushProject]) -> None:
     """The key covers the elements, and the file has no plain statistics."""
-    project = PushProject(tmp_path, access, view=typed_view("tags", "emb"))
+    project = open_project(typed_view("tags", "emb"))
     project.push(pushed(1, {"tags": ["canary"], "emb": [0.5] * 4}), key="a")
     project.stream().step()
     [file] = project.snapshot().files
     uri = f"{project.target().uri}/{file.path}"
-    keys = ProtectedFiles(key_store(access)).keys(uri).columns
+    keys = ProtectedFiles(key_store(project.access)).keys(uri).columns
     assert keys["tags"] == "features/income/internal"
     assert keys["emb"] == "features/income/personal"
     content = Path(uri).read_bytes()
     assert b"canary" not in content
     assert np.array([0.5] * 4, np.float32).tobytes() not in content
-    project.close()
 
 
 @pytest.mark.parametrize(
@@ -168,21 +162,18 @@ def test_lists_are_encrypted_with_the_key_of_their_column(tmp_path: Path, access
     ],
 )
 def test_row_with_an_invalid_value_goes_to_quarantine_alone(
-    tmp_path: Path, access: KeyAccess, name: str, value: Any
+    open_project: Callable[..., PushProject], name: str, value: Any
 ) -> None:
     """The reason names the column and its dtype. The other rows are accepted."""
-    project = PushProject(tmp_path, access, view=typed_view())
+    project = open_project(typed_view())
     answered = project.push(pushed(1, {name: value}), pushed(2, {}), key="a")
     assert answered["accepted"] == 1
     assert answered["quarantined"] == [{"row": 0, "reason": f"{name} is no {VALUES[name][0]}"}]
-    project.close()
 
 
-def test_windows_over_dates_are_the_same_online_and_offline(tmp_path: Path, access: KeyAccess) -> None:
+def test_windows_over_dates_are_the_same_online_and_offline(open_project: Callable[..., PushProject]) -> None:
     """For min, max, last, distinct and count over two hours."""
-    view = FeatureView(
-        "income",
-        entities=INCOME.entities,
+    view = make_view(
         source=INCOME.source,
         schema=[Field("payment", "string"), Field("day", "date"), Field("emb", "list<float32, 2>")],
         event_id="payment",
@@ -191,7 +182,7 @@ def test_windows_over_dates_are_the_same_online_and_offline(tmp_path: Path, acce
             for function in ("min", "max", "last", "distinct", "count")
         ],
     )
-    project = PushProject(tmp_path, access, view=view)
+    project = open_project(view)
     days = ["2023-01-05", "1969-12-31", None, "2023-01-05", "2024-02-29"]
     rows = [
         pushed(1, {"payment": f"p{n}", "day": day, "emb": [1.0, 2.0]}, hour=10 + n / 2)
@@ -200,7 +191,7 @@ def test_windows_over_dates_are_the_same_online_and_offline(tmp_path: Path, acce
     project.push(*rows, key="a")
     project.stream().step()
     project.materialise()
-    reader = FeatureReader(ServiceSpec(name="s", version="1", views=[project.view.spec]), project.store)
+    reader = reader_of(project.store, project.view.spec)
     for hour in (10.5, 12.0, 13.9, 19.0):
         [offline] = project.trained(hour)
         vectors = reader.read([{"person_id": 0}, {"person_id": 1}], START + timedelta(hours=hour))
@@ -208,4 +199,3 @@ def test_windows_over_dates_are_the_same_online_and_offline(tmp_path: Path, acce
             name: list(to_json(values, reader.dtypes[name])) for name, values in vectors.columns.items()
         }
         assert orjson.loads(orjson.dumps(offline)) == online
-    project.close()
