@@ -8,11 +8,11 @@ from cluster.errors import ViewRetired
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureViewStateChanged
 from feature_jobs.retire import RetireConfig
-from feature_jobs.store import Entity, FeatureView, Field, FileSource
 from feature_jobs.store.catalog.lifecycle import ViewState, read_lifecycles, require_not_retired
 from feature_jobs.store.catalog.plan import make_plan, plan_lines
 from feature_jobs.store.catalog.recorded import read_recorded
-from feature_jobs.store.catalog.specifications import Definitions, apply
+from feature_jobs.store.catalog.specifications import apply
+from tests.projects.views import define, make_view
 
 
 def change(ledger: Ledger, view: str, state: ViewState) -> None:
@@ -47,15 +47,11 @@ def test_deprecated_view_warns_and_retired_view_is_refused(
 
 def test_plan_shows_lifecycle_and_how_to_retire_a_removed_view(ledger: Ledger) -> None:
     """A view that its module does not define any more stays active until it is retired."""
-    entity, source = Entity("person", join_keys=["id"]), FileSource("a.parquet", event_timestamp="at")
-    views = {
-        name: FeatureView(name, entities=[entity], source=source, schema=[Field("a", "int64")])
-        for name in ("income", "left", "ended")
-    }
-    apply(Definitions(module="shop", views=views, services={}), ledger, actor="user:test")
+    views = [make_view(name) for name in ("income", "left", "ended")]
+    apply(define(*views, module="shop"), ledger, actor="user:test")
     change(ledger, "income", ViewState.deprecated)
     change(ledger, "ended", ViewState.retired)
-    module = Definitions(module="shop", views={"income": views["income"]}, services={})
+    module = define(views[0], module="shop")
     text = "\n".join(plan_lines(make_plan(module, read_recorded(ledger), read_lifecycles(ledger))))
     assert "! View 'income' is deprecated" in text
     assert "! View 'ended' is retired" in text

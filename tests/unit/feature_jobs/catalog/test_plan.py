@@ -20,8 +20,8 @@ from feature_jobs.store.catalog.differences import Impact, view_changes
 from feature_jobs.store.catalog.plan import Operation, Plan, make_plan, plan_lines, require_no_broken_models
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import Definitions, apply, service_spec
+from tests.projects.views import define, make_view
 
-PERSON = Entity("person", join_keys=["person_id"])
 AMOUNT, SECTOR, CITY = Field("amount", "float64"), Field("sector", "string"), Field("city", "string")
 
 
@@ -32,26 +32,22 @@ def as_it_is(table: pa.Table) -> pa.Table:
 def view(name: str = "income", **changes: Any) -> FeatureView:
     """A view, with some parts changed."""
     parts: dict[str, Any] = {
-        "entities": [PERSON],
         "source": FileSource("income.parquet", event_timestamp="at"),
         "schema": [AMOUNT, SECTOR],
         "ttl": timedelta(days=30),
         "retention": timedelta(days=300),
         "purposes": ["credit", "fraud"],
     }
-    return FeatureView(name, **(parts | changes))
+    return make_view(name, **(parts | changes))
 
 
-def module(*views: FeatureView, name: str = "shop") -> Definitions:
+def module(*views: FeatureView) -> Definitions:
     """A module with these views and a service with all of them."""
-    service = FeatureService("credit", views=views)
-    return Definitions(
-        module=name, views={view.name: view for view in views}, services={service.name: service}
-    )
+    return define(service=FeatureService("credit", views=views), module="shop")
 
 
-def applied(ledger: Ledger, *views: FeatureView, name: str = "shop") -> None:
-    apply(module(*views, name=name), ledger, actor="user:test")
+def applied(ledger: Ledger, *views: FeatureView) -> None:
+    apply(module(*views), ledger, actor="user:test")
 
 
 def register(ledger: Ledger, version: int = 1) -> None:
@@ -164,9 +160,7 @@ def test_no_changes_exactly_if_versions_are_equal(old: list[Field], new: list[Fi
 def test_plan_shows_added_changed_removed_and_unchanged(ledger: Ledger) -> None:
     """Definitions that another module applied do not count as removed."""
     applied(ledger, view("income"), view("old"), view("same"))
-    apply(
-        Definitions(module="other", views={"theirs": view("theirs")}, services={}), ledger, actor="user:test"
-    )
+    apply(define(view("theirs"), module="other"), ledger, actor="user:test")
     plan = planned(ledger, view("income", schema=[AMOUNT]), view("same"), view("new"))
     operations = {(step.kind, step.name): step.operation for step in plan.steps}
     assert operations == {
@@ -253,8 +247,8 @@ def test_removing_or_reordering_views_of_a_service_is_breaking(ledger: Ledger) -
 @pytest.mark.parametrize(
     ("sensitivity", "purposes", "warned"),
     [
-        (Sensitivity.PERSONAL, [], ["v"]),
-        (Sensitivity.SENSITIVE, [], ["v"]),
+        (Sensitivity.PERSONAL, [], ["income"]),
+        (Sensitivity.SENSITIVE, [], ["income"]),
         (Sensitivity.PERSONAL, ["care"], []),
         (Sensitivity.INTERNAL, [], []),
     ],
@@ -263,12 +257,5 @@ def test_view_without_purpose_for_protected_fields_is_listed(
     sensitivity: Sensitivity, purposes: list[str], warned: list[str]
 ) -> None:
     """A principal that may read its columns may read them for any purpose."""
-    view = FeatureView(
-        "v",
-        entities=[Entity("person", join_keys=["id"])],
-        source=FileSource("v.parquet", event_timestamp="at"),
-        schema=[Field("a", "float64", sensitivity=sensitivity)],
-        owner="test",
-        purposes=purposes,
-    )
-    assert views_without_purpose(Definitions(module="m", views={"v": view}, services={})) == warned
+    view = make_view(schema=[Field("a", "float64", sensitivity=sensitivity)], purposes=purposes)
+    assert views_without_purpose(define(view)) == warned

@@ -66,10 +66,8 @@ def test_publication_uses_only_outcomes_known_at_its_time(known: pl.DataFrame) -
             & (pl.col("surveyed_at") <= row["month_end"])
             & (pl.col("surveyed_at") > row["month_end"] - TRAILING)
         )
-        assert (expected.height, expected["employed"].mean()) == (
-            row["outcomes"],
-            pytest.approx(row["employment_rate"]),
-        )
+        rate = pytest.approx(row["employment_rate"])
+        assert (expected.height, expected["employed"].mean()) == (row["outcomes"], rate)
 
 
 def test_late_outcome_does_not_change_a_publication(known: pl.DataFrame) -> None:
@@ -132,18 +130,8 @@ def test_every_publication_passes_its_own_checks(known: pl.DataFrame) -> None:
 def test_bands_have_readable_names_and_no_gaps() -> None:
     """Lower bounds are included, and an invalid age or code has no band."""
     ages = pa.chunked_array([[0.0, 15.9, 16.0, 25.0, 34.0, 64.0, 65.0, 94.0, -1.0, None]])
-    assert age_band(ages).to_pylist() == [
-        "0-15",
-        "0-15",
-        "16-24",
-        "25-34",
-        "25-34",
-        "55-64",
-        "65+",
-        "65+",
-        None,
-        None,
-    ]
+    bands = ["0-15", "0-15", "16-24", "25-34", "25-34", "55-64", "65+", "65+", None, None]
+    assert age_band(ages).to_pylist() == bands
     codes = pa.chunked_array([["0", "16", "18", "21", "24", None]])
     expected = ["none", "high-school", "some-college", "bachelor", "graduate", None]
     assert expected == schooling(codes).to_pylist()

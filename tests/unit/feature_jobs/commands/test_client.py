@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from deltalake import DeltaTable
 
 from cluster.errors import AccessDenied, ClusterNotRunning, InvalidRequest, TrainingSetError, ViewRetired
 from cluster.ledger import Ledger, open_ledger
@@ -25,23 +23,19 @@ from cluster.settings import OnlineConfig, PlatformConfig, StorageConfig
 from cluster.storage import layout, read_parquet
 from feature_jobs.client import FeatureStore, Rows
 from feature_jobs.materialize import newest_rows
-from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, OnDemandTransform
-from feature_jobs.store.catalog.protection import view_protection
-from feature_jobs.store.catalog.specifications import Definitions, apply, view_spec
+from feature_jobs.store import FeatureService, Field, OnDemandTransform
+from feature_jobs.store.catalog.specifications import view_spec
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.manifest import read_manifest, require_reproducible
 from feature_jobs.store.online.reader import open_online_store
 from jobs.train.data import join_keys
+from tests.projects.tables import TIME, commit_rows, pin, target_of
+from tests.projects.views import apply_service, make_view
 from tests.servers.key_broker import running_broker
 from tests.servers.replica import listener, record
 
 AT = datetime(2024, 1, 1, tzinfo=UTC)
-INCOME = FeatureView(
-    "income",
-    entities=[Entity("person", join_keys=["person_id"])],
-    source=FileSource("income.parquet", event_timestamp="at"),
-    schema=[Field("amount", "float64"), Field("since", "timestamp")],
-)
+INCOME = make_view(schema=[Field("amount", "float64"), Field("since", "timestamp")])
 PEOPLE = pa.table({"person_id": [2, 1, 9], "event_timestamp": pa.array([AT] * 3, offline.TIMESTAMP)})
 
 
@@ -73,37 +67,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with running_broker(*KEYS) as access, listener() as port:
         write_record(record(root, access.socket, port), config.storage)
         ledger = open_ledger(config)
-        services = {service.name: service for service in SERVICES}
-        apply(Definitions(module="m", views={"income": INCOME}, services=services), ledger, actor="t")
+        for service in SERVICES:
+            apply_service(ledger, service)
         spec = view_spec(ledger, "income")
         ledger.close()
-        columns = {"person_id": [1, 2], "amount": [4.0, 8.0], "since": [AT, None]}
-        times: dict[str, Any] = dict.fromkeys(
-            ("event_timestamp", "created_timestamp", "ingested_at"), [AT] * 2
-        )
-        types = [pa.int64(), pa.float64(), *[offline.TIMESTAMP] * 4, pa.int64()]
-        names = [*columns, *times, "ingest_seq"]
-        schema = pa.schema(zip(names, types, strict=True))
-        table = pa.table({**columns, **times, "ingest_seq": [0, 1]}, schema=schema)
-        uri = places.features("income")
-        offline.create_table(uri, schema, num_buckets=2)
-        protection = view_protection(spec)
-        target = offline.Target(uri=uri, keys=("person_id",), buckets=2, protection=protection, access=access)
-        batch = offline.Batch(
-            ingest_id="a", rows_in=2, rows_stored=2, rows_quarantined=0, reasons={}, quarantine=None
-        )
-        offline.commit(DeltaTable(uri), schema, offline.write_files(table, target, name="a"), batch, seq=1)
-        pinned = offline.snapshot(
-            uri, view="income", keys=["person_id"], protection=protection, access=access
-        )
+        known = pa.array([AT] * 2, TIME)
+        columns = {"person_id": [1, 2], "amount": [4.0, 8.0], "since": pa.array([AT, None], TIME)}
+        times = dict.fromkeys(("event_timestamp", "created_timestamp", "ingested_at"), known)
+        target = target_of(places.features("income"), spec, access)
+        commit_rows(target, pa.table({**columns, **times, "ingest_seq": [0, 1]}))
+        pinned = pin(target)
         online = open_online_store(OnlineConfig(map_size_gib=0.01), places, key_store(access), readonly=False)
-        fill(online, spec, pinned)
+        online.replace(spec, pinned.key_types, newest_rows(spec, pinned, AT))
         online.close()
         yield root
-
-
-def fill(online: Any, spec: Any, pinned: Any) -> None:
-    online.replace(spec, pinned.key_types, newest_rows(spec, pinned, AT))
 
 
 @pytest.fixture
@@ -124,16 +101,12 @@ def test_training_set_comes_as_arrow_polars_or_pandas(store: FeatureStore, ledge
     num_before = len(list(ledger.entries(TrainingSetBuilt)))
     polars = pl.DataFrame(pl.from_arrow(PEOPLE))
     sets = [store.training_set("credit", people) for people in (PEOPLE, polars, polars.to_pandas())]
-    assert {
-        training_set.to_arrow()["income__amount"].combine_chunks() == pa.array([8.0, 4.0, None])
-        for training_set in sets
-    } == {True}
+    amounts = pa.array([8.0, 4.0, None])
+    assert all(one.to_arrow()["income__amount"].combine_chunks() == amounts for one in sets)
     assert sets[0].to_polars()["income__amount"].to_list() == [8.0, 4.0, None]
     assert sets[0].to_pandas()["income__since"].notna().to_list() == [False, True, False]
     built = [entry.payload for entry in ledger.entries(TrainingSetBuilt)][num_before:]
-    assert [training_set["row_hash"] for training_set in built] == [
-        training_set.manifest["row_hash"] for training_set in sets
-    ]
+    assert [one["row_hash"] for one in built] == [one.manifest["row_hash"] for one in sets]
 
 
 def test_saved_training_set_has_rows_and_a_recorded_manifest(
@@ -173,12 +146,8 @@ def test_on_demand_features_are_equal_online_and_in_training(store: FeatureStore
     training_set = store.training_set("offers", PEOPLE.append_column("asked", pa.array([2.0, 2.0, 2.0])))
     entities = [{"person_id": key} for key in PEOPLE["person_id"].to_pylist()]
     read = store.read("offers", entities, as_of=AT, features={"asked": [2.0, 2.0, 2.0]})
-    expected = [0.25, 0.5, None]
-    assert (
-        training_set.to_arrow()["terms__share"].to_pylist()
-        == read.to_arrow()["terms__share"].to_pylist()
-        == expected
-    )
+    for table in (training_set.to_arrow(), read.to_arrow()):
+        assert table["terms__share"].to_pylist() == [0.25, 0.5, None]
     assert "terms__share" not in store.read("offers", entities, as_of=AT).to_arrow().column_names
 
 

@@ -12,9 +12,10 @@ from cluster.ledger.events import KeysRotated
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 from feature_jobs.rotate_keys import existing_keys, rotate
-from feature_jobs.store import Entity, FeatureView, Field, FileSource, Sensitivity
+from feature_jobs.store import Field, Sensitivity
 from feature_jobs.store.catalog.protection import view_key_names, view_keys
-from feature_jobs.store.catalog.specifications import Definitions, apply, view_spec
+from feature_jobs.store.catalog.specifications import apply, view_spec
+from tests.projects.views import define, make_view
 
 
 class Killed(Exception):
@@ -33,9 +34,8 @@ class KilledKeyring(Keyring):
         return super().rotate(name)
 
 
-def test_every_rotation_has_an_event_before_the_next_one(tmp_path: Path) -> None:
+def test_every_rotation_has_an_event_before_the_next_one(tmp_path: Path, ledger: Ledger) -> None:
     """A kill between two rotations leaves no new version without its event."""
-    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     path, kek = tmp_path / "keyring.json", secrets.token_bytes(32)
     ring = Keyring.create(path, kek)
     names = ["features/v/internal", "features/v/personal", "online/v/internal"]
@@ -58,35 +58,22 @@ def test_keys_that_do_not_exist_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "classes", [[], ["public"], ["internal", "personal"], ["public", "sensitive", "personal"]]
 )
-def test_key_names_of_an_applied_view_match_its_definition(tmp_path: Path, classes: list[str]) -> None:
+def test_key_names_of_an_applied_view_match_its_definition(ledger: Ledger, classes: list[str]) -> None:
     """The names from the ledger are those that were created from the definition."""
-    view = FeatureView(
-        "v",
-        entities=[Entity("person", join_keys=["id"])],
-        source=FileSource("v.parquet", event_timestamp="at"),
-        schema=[
-            Field(f"f{n}", "float64", sensitivity=Sensitivity(name))
-            for n, name in enumerate(classes or ["public"])
-        ],
-        owner="test",
-    )
-    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    apply(Definitions(module="m", views={"v": view}, services={}), ledger, actor="test")
+    schema = [
+        Field(f"f{n}", "float64", sensitivity=Sensitivity(name))
+        for n, name in enumerate(classes or ["public"])
+    ]
+    view = make_view("v", schema=schema)
+    apply(define(view), ledger, actor="test")
     applied = view_key_names(view_spec(ledger, "v"))
     assert sorted(applied) == sorted(info.name for info in view_keys(view, region="local"))
 
 
 def test_personal_and_sensitive_keys_are_limited_to_the_views_purposes() -> None:
     """Internal keys, which encrypt join keys, serve every purpose."""
-    view = FeatureView(
-        "v",
-        entities=[Entity("person", join_keys=["id"])],
-        source=FileSource("v.parquet", event_timestamp="at"),
-        schema=[Field("a", "float64", sensitivity=Sensitivity.PERSONAL)],
-        owner="test",
-        purposes=["care", "credit"],
-        region="oman",
-    )
+    schema = [Field("a", "float64", sensitivity=Sensitivity.PERSONAL)]
+    view = make_view("v", schema=schema, purposes=["care", "credit"], region="oman")
     keys = {
         info.name: (info.column_class, info.purposes, info.region) for info in view_keys(view, region="eu")
     }

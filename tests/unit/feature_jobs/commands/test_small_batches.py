@@ -23,10 +23,9 @@ from feature_jobs.batches.multiple_views import (
     validate_views,
     views_with_batches,
 )
-from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import view_spec
-from feature_jobs.store.offline import tables as offline
 from tests.projects.batch import BatchProject, keys_of
+from tests.projects.tables import pin, target_of
 from tests.servers.key_broker import running_broker
 
 AT = "2024-01-01T00:00:00Z"
@@ -94,10 +93,7 @@ def test_small_batch_needs_no_cluster(project: BatchProject, view: str) -> None:
     assert (batch["rows_in"], batch["rows_stored"], batch["rows_quarantined"]) == (5, 3, 2)
     assert batch["reasons"] == {"watts outside 0..": 1, "meter_id not unique in the batch": 1}
     spec = view_spec(project.ledger, view)
-    uri = f"{project.storage.root}/features/{view}"
-    pinned = offline.snapshot(
-        uri, view=view, keys=["meter_id"], protection=view_protection(spec), access=project.access
-    )
+    pinned = pin(target_of(f"{project.storage.root}/features/{view}", spec, project.access))
     rows = pl.concat([pinned.read(bucket, ["watts"]) for bucket in range(pinned.num_buckets)])
     stored = rows.sort("ingest_seq").select("meter_id", "watts", "ingest_seq").rows()
     assert stored == [(1, 1.0, 0), (3, 3.0, 2), (5, 5.0, 4)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -38,9 +39,8 @@ def actor(access: KeyAccess) -> Actor:
     return cast(Actor, SimpleNamespace(name="test", access=access))
 
 
-def test_once_streams_all_pushes_and_stops(tmp_path: Path, access: KeyAccess) -> None:
+def test_once_streams_all_pushes_and_stops(project: PushProject, tmp_path: Path, access: KeyAccess) -> None:
     """A run with `once` makes as many commits as it needs."""
-    project = PushProject(tmp_path, access)
     for number in range(5):
         project.push(row(number, 1), key=str(number))
     project.store.close()
@@ -52,13 +52,14 @@ def test_once_streams_all_pushes_and_stops(tmp_path: Path, access: KeyAccess) ->
     assert project.snapshot().num_buckets == 2
     stream.store.close()
     stream.log.close()
-    project.ledger.engine.dispose()
 
 
-def test_once_streams_a_topic_to_its_end(tmp_path: Path, access: KeyAccess) -> None:
+def test_once_streams_a_topic_to_its_end(
+    open_project: Callable[..., PushProject], tmp_path: Path, access: KeyAccess
+) -> None:
     """The view's record in the ledger has the source. Quarantined rows are counted separately."""
     with mock_broker() as broker:
-        project = PushProject(tmp_path, access, view=kafka_view(broker.servers))
+        project = open_project(kafka_view(broker.servers))
         project.store.close()
         broker.send("incomes", message(1, 1), message(2, 1), message(3, -1, -1.0))
         settings = config(tmp_path, source=StreamSource.kafka)
@@ -67,16 +68,12 @@ def test_once_streams_a_topic_to_its_end(tmp_path: Path, access: KeyAccess) -> N
         assert project.table()["person_id"].to_list() == [1, 2]
         expected = "3 Kafka rows taken: 2 into the table, 1 quarantined (mostly: amount outside 0..1e+06, 1)"
         assert summarize(tally, "Kafka") == expected
-        project.log.close()
-        project.ledger.engine.dispose()
 
 
-def test_view_without_a_topic_is_refused(tmp_path: Path, access: KeyAccess) -> None:
+def test_view_without_a_topic_is_refused(project: PushProject, tmp_path: Path, access: KeyAccess) -> None:
     """The error names the command to run."""
-    project = PushProject(tmp_path, access)
     with pytest.raises(DefinitionError, match="no KafkaSource"):
         run_kafka(config(tmp_path), project.ledger, actor(access), threading.Event())
-    project.close()
 
 
 class Scripted:

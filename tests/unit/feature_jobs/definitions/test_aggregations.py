@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable
 
 from cluster.errors import DefinitionError
 from cluster.ledger import Ledger
@@ -17,14 +16,14 @@ from feature_jobs.materialize import newest_rows
 from feature_jobs.store import Aggregation, Entity, FeatureService, FeatureView, Field, FileSource
 from feature_jobs.store.aggregation.tiles import Tiling, WindowState
 from feature_jobs.store.catalog.differences import view_changes
-from feature_jobs.store.catalog.protection import training_set_protection, view_protection, view_resources
-from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, apply, service_spec
+from feature_jobs.store.catalog.protection import training_set_protection, view_resources
+from feature_jobs.store.catalog.specifications import ServiceSpec
 from feature_jobs.store.ingestion.validation import REASON, prepare
-from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.tables import Batch, Snapshot, Target, snapshot
+from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.training_set import build, join_in_process
+from tests.projects.tables import TIME, commit_rows, pin, target_of
+from tests.projects.views import apply_service, make_view
 
-TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)
 HOUR, WEEK = timedelta(hours=1), timedelta(days=7)
 
@@ -46,17 +45,12 @@ def view(**changes: Any) -> FeatureView:
             Aggregation("*", "count", windows=[timedelta(minutes=90)]),
         ],
     }
-    return FeatureView("income", **(parts | changes))
+    return make_view(**(parts | changes))
 
 
-def applied(ledger: Ledger, feature_view: FeatureView) -> ServiceSpec:
-    """Apply a service with one view, and return its specification from the ledger."""
-    service = FeatureService("credit", views=[feature_view])
-    definitions = Definitions(
-        module="m", views={feature_view.name: feature_view}, services={"credit": service}
-    )
-    apply(definitions, ledger, actor="user:test")
-    return service_spec(ledger, "credit")
+def applied(ledger: Ledger) -> ServiceSpec:
+    """Apply a service with the view, and return its specification from the ledger."""
+    return apply_service(ledger, FeatureService("credit", views=[view()]))
 
 
 @pytest.mark.parametrize(
@@ -108,16 +102,13 @@ def test_adding_a_window_is_safe_and_removing_one_breaks() -> None:
     wider = view(aggregations=[*view().aggregations, Aggregation("amount", "max", windows=[HOUR])])
     (added,) = view_changes(view().definition(), wider.definition())
     (removed,) = view_changes(wider.definition(), view().definition())
-    assert (added.text, added.impact.breaks, removed.impact.breaks) == (
-        "+ aggregations amount_max_1h ",
-        False,
-        True,
-    )
+    assert added.text == "+ aggregations amount_max_1h "
+    assert (added.impact.breaks, removed.impact.breaks) == (False, True)
 
 
 def test_features_have_names_dtypes_and_the_sensitivity_of_their_column(ledger: Ledger) -> None:
     """A count of events has the sensitivity of the event id."""
-    spec = applied(ledger, view()).views[0]
+    spec = applied(ledger).views[0]
     assert [(field.name, field.dtype, field.sensitivity, field.categorical) for field in spec.fields] == [
         ("amount_sum_1h", "float64", "personal", False),
         ("amount_sum_7d", "float64", "personal", False),
@@ -125,43 +116,42 @@ def test_features_have_names_dtypes_and_the_sensitivity_of_their_column(ledger: 
         ("count_90m", "int64", "internal", False),
     ]
     assert [field.name for field in spec.stored] == ["payment_id", "amount", "shop"]
-    assert [field.column_class for field in view_resources(spec, region="r")] == [
-        "internal",
-        "personal",
-        "public",
-    ]
+    classes = [field.column_class for field in view_resources(spec, region="r")]
+    assert classes == ["internal", "personal", "public"]
 
 
 def test_spec_crosses_a_process_boundary(ledger: Ledger) -> None:
     """`from_dict` rebuilds an equal specification from `to_dict`."""
-    spec = applied(ledger, view())
+    spec = applied(ledger)
     assert ServiceSpec.from_dict(spec.to_dict()) == spec
 
 
 def test_feature_keeps_the_key_of_its_column_in_a_training_set(ledger: Ledger) -> None:
     """A principal that may not read the amounts may not read their sums."""
-    keys = dict(training_set_protection(applied(ledger, view())).keys)
+    keys = dict(training_set_protection(applied(ledger)).keys)
     assert keys["income__amount_sum_7d"] == "features/income/personal"
     assert keys["income__shop_last_7d"] is None
 
 
 def test_event_without_an_id_goes_to_quarantine() -> None:
     """Such an event could not be corrected, and repetitions of it would be counted."""
-    block = pa.table(
-        {"customer_id": [1, 2], "at": pa.array([START] * 2, TIME), "payment_id": ["a", None]}
-        | {"amount": [1.0, 2.0], "shop": [1, 2]}
-    )
-    assert prepare(block, view(), now=START)[REASON].to_pylist() == [None, "payment_id is null"]
+    at = pa.array([START] * 2, TIME)
+    columns = {
+        "customer_id": [1, 2],
+        "at": at,
+        "payment_id": ["a", None],
+        "amount": [1.0, 2.0],
+        "shop": [1, 2],
+    }
+    reasons = prepare(pa.table(columns), view(), now=START)[REASON].to_pylist()
+    assert reasons == [None, "payment_id is null"]
 
 
 def test_tombstone_keeps_the_id_of_the_event_it_removes() -> None:
     """The other values of the tombstone are null."""
     deletable = view(source=FileSource("payments.parquet", event_timestamp="at", deleted="gone"))
-    block = pa.table(
-        {"customer_id": [1], "at": pa.array([START], TIME), "payment_id": ["a"], "amount": [1.0], "shop": [1]}
-        | {"gone": [True]}
-    )
-    row = prepare(block, deletable, now=START).to_pylist()[0]
+    columns = {"customer_id": [1], "at": pa.array([START], TIME), "payment_id": ["a"], "amount": [1.0]}
+    [row] = prepare(pa.table(columns | {"shop": [1], "gone": [True]}), deletable, now=START).to_pylist()
     assert (row["payment_id"], row["amount"], row[REASON]) == ("a", None, None)
 
 
@@ -169,10 +159,9 @@ def test_training_set_holds_the_aggregations_of_each_entity_row(
     ledger: Ledger, tmp_path: Path, access: KeyAccess
 ) -> None:
     """A customer without events has a count of 0, also if the customer's bucket has no file."""
-    service = applied(ledger, view())
+    service = applied(ledger)
     pinned = stored(tmp_path, access, service)
-    hours = [0.5, 1, 1.5, 200, 1]
-    times = [START + timedelta(hours=hour) for hour in hours]
+    times = [START + timedelta(hours=hour) for hour in (0.5, 1, 1.5, 200, 1)]
     entities = pa.table(
         {"customer_id": [1, 1, 1, 1, 99], "event_timestamp": pa.array(times, TIME), "label": [0] * 5}
     )
@@ -191,7 +180,7 @@ def test_materialised_state_has_the_events_known_at_its_time(
     ledger: Ledger, tmp_path: Path, access: KeyAccess
 ) -> None:
     """A read at a later instant equals the training set without corrections that came after the materialisation."""
-    service = applied(ledger, view())
+    service = applied(ledger)
     spec = service.views[0]
     assert spec.windows is not None
     pinned = stored(tmp_path, access, service)
@@ -220,10 +209,6 @@ def stored(folder: Path, access: KeyAccess, service: ServiceSpec) -> Snapshot:
             "ingest_seq": [0, 1, 2],
         }
     )
-    uri, protection = f"{folder}/income", view_protection(spec)
-    table = offline.create_table(uri, events.schema, num_buckets=4)
-    target = Target(uri=uri, keys=("customer_id",), buckets=4, protection=protection, access=access)
-    files = offline.write_files(events, target, name="a")
-    batch = Batch(ingest_id="a", rows_in=3, rows_stored=3, rows_quarantined=0, reasons={}, quarantine=None)
-    offline.commit(DeltaTable(table.table_uri), events.schema, files, batch, seq=2)
-    return snapshot(uri, view="income", keys=["customer_id"], protection=protection, access=access)
+    target = target_of(f"{folder}/income", spec, access, buckets=4)
+    commit_rows(target, events)
+    return pin(target)

@@ -30,8 +30,8 @@ from feature_jobs.store import (
     Sensitivity,
     Unique,
 )
+from tests.projects.views import make_view
 
-PERSON = Entity("person", join_keys=["person_id"])
 SOURCE = FileSource("income.parquet", event_timestamp="at", created_timestamp="known")
 FACTOR = 2
 
@@ -47,14 +47,13 @@ def _scaled(table: pa.Table) -> pa.Table:
 def view(**changes: Any) -> FeatureView:
     """A valid view, with some parts changed."""
     parts: dict[str, Any] = {
-        "entities": [PERSON],
         "source": SOURCE,
         "schema": [Field("amount", "float64", sensitivity=Sensitivity.PERSONAL), Field("sector", "string")],
         "ttl": timedelta(days=365),
         "owner": "risk",
         "purposes": ["credit_scoring"],
     }
-    return FeatureView("income", **(parts | changes))
+    return make_view(**(parts | changes))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +103,7 @@ def view(**changes: Any) -> FeatureView:
         (lambda: view(transform="double").version, "must be a plain function"),
         (lambda: FeatureService("credit", views=[]), "no view"),
         (lambda: FeatureService("credit", views=[view(), view()]), "names the view 'income' twice"),
-        (lambda: FeatureView("a__b", entities=[PERSON], source=SOURCE, schema=[Field("x", "int64")]), "'__'"),
+        (lambda: make_view("a__b"), "'__'"),
     ],
 )
 def test_invalid_definition_is_refused(make: Callable[[], Any], words: str) -> None:
@@ -114,8 +113,11 @@ def test_invalid_definition_is_refused(make: Callable[[], Any], words: str) -> N
 
 
 def test_version_is_stable_for_the_same_definition() -> None:
-    """Equal definitions have equal versions."""
+    """Equal definitions have equal versions. The definition has sensitivity, owner and purposes."""
     assert view(transform=double).version == view(transform=double).version
+    definition = view().definition()
+    assert [field["sensitivity"] for field in definition["schema"]] == ["personal", "internal"]
+    assert (definition["owner"], definition["purposes"]) == ("risk", ["credit_scoring"])
 
 
 @pytest.mark.parametrize(
@@ -138,13 +140,9 @@ def test_version_depends_on_every_part(changes: dict[str, Any]) -> None:
     assert view().version != view(**changes).version
 
 
-def test_source_without_tombstones_has_no_key_for_them() -> None:
+def test_options_are_recorded_only_if_given() -> None:
     """So views of older releases keep their version."""
     assert set(view().definition()["source"]) == {"path", "event_timestamp", "created_timestamp"}
-
-
-def test_from_columns_are_recorded_only_if_given() -> None:
-    """So views of older releases keep their version."""
     declared, undeclared = (
         view(schema=[Field("amount", "float64", from_columns=columns)], transform=double).definition()
         for columns in (["gross", "tax"], [])
@@ -186,10 +184,3 @@ def test_service_version_follows_its_views_and_their_order() -> None:
         for views in ([income, wealth], [wealth, income], [income], [replace(income, owner="x"), wealth])
     }
     assert len(versions) == 4
-
-
-def test_definition_holds_governance_per_column() -> None:
-    """The definition has sensitivity, owner and purposes."""
-    definition = view().definition()
-    assert [field["sensitivity"] for field in definition["schema"]] == ["personal", "internal"]
-    assert (definition["owner"], definition["purposes"]) == ("risk", ["credit_scoring"])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,21 +15,17 @@ from hypothesis import strategies as st
 from cluster.errors import DefinitionError, FeatureAbsent
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureServiceApplied
-from cluster.security.keys.access import KeyAccess
 from feature_jobs.store import (
     Aggregation,
     Default,
-    Entity,
     FeatureService,
-    FeatureView,
     Field,
-    FileSource,
     Missing,
 )
 from feature_jobs.store.catalog.differences import Impact
 from feature_jobs.store.catalog.plan import make_plan
 from feature_jobs.store.catalog.recorded import read_recorded
-from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, apply, service_spec
+from feature_jobs.store.catalog.specifications import ServiceSpec, service_spec
 from feature_jobs.store.definitions.missing import (
     ABSENT,
     MissingPolicy,
@@ -39,14 +33,13 @@ from feature_jobs.store.definitions.missing import (
     fill_online,
     parse_policy,
 )
+from feature_jobs.store.types.dtypes import DTYPES
 from feature_jobs.store.types.status import Status
 from tests.projects.features import INCOME as PEOPLES_INCOME
 from tests.projects.features import PEOPLE, FeatureProject
+from tests.projects.views import apply_service, define, make_view
 
-INCOME = FeatureView(
-    "income",
-    entities=[Entity("person", join_keys=["person_id"])],
-    source=FileSource("income.parquet", event_timestamp="at"),
+INCOME = make_view(
     schema=[
         Field("amount", "float64"),
         Field("jobs", "int32"),
@@ -54,10 +47,8 @@ INCOME = FeatureView(
         Field("at", "timestamp"),
     ],
 )
-VISITS = FeatureView(
+VISITS = make_view(
     "visits",
-    entities=INCOME.entities,
-    source=INCOME.source,
     schema=[Field("id", "string"), Field("page", "string")],
     event_id="id",
     aggregations=[Aggregation("*", "count", windows=[timedelta(days=1)])],
@@ -66,12 +57,6 @@ VISITS = FeatureView(
 
 def service(missing: Any = Missing.NULL) -> FeatureService:
     return FeatureService("credit", views=[INCOME, VISITS], missing=missing)
-
-
-def applied(ledger: Ledger, service: FeatureService) -> ServiceSpec:
-    views = {view.name: view for view in service.views}
-    apply(Definitions(module="m", views=views, services={service.name: service}), ledger, actor="t")
-    return service_spec(ledger, service.name)
 
 
 def test_policy_is_part_of_the_version_unless_it_is_null() -> None:
@@ -95,7 +80,7 @@ def test_ledger_has_the_policy(ledger: Ledger) -> None:
         "income__at": Missing.NULL,
         "visits__count_1d": Default(2**60),
     }
-    spec = applied(ledger, service(missing))
+    spec = apply_service(ledger, service(missing))
     assert spec.missing == MissingPolicy(
         defaults={"income__jobs": 2**31 - 1, "visits__count_1d": 2**60},
         refused=("income__amount", "income__sector"),
@@ -134,10 +119,9 @@ def test_invalid_policy_is_refused(missing: Any, words: str) -> None:
 
 def test_plan_shows_the_impact_of_a_changed_policy(ledger: Ledger) -> None:
     """A default is breaking, a refusal restricts, and removing a refusal is safe."""
-    applied(ledger, service({"income__jobs": Missing.REFUSE, "income__amount": Default(1.5)}))
+    apply_service(ledger, service({"income__jobs": Missing.REFUSE, "income__amount": Default(1.5)}))
     after = service({"income__sector": Missing.REFUSE, "income__amount": Default(2)})
-    module = Definitions(module="m", views={"income": INCOME, "visits": VISITS}, services={"credit": after})
-    plan = make_plan(module, read_recorded(ledger))
+    plan = make_plan(define(service=after), read_recorded(ledger))
     [step] = [step for step in plan.steps if step.kind == "service"]
     assert {(change.text.split(" [")[0].rstrip(), change.impact) for change in step.changes} == {
         ("~ where income__amount is missing default 1.5 -> default 2.0", Impact.breaking),
@@ -159,31 +143,20 @@ VALUES = {
 def test_serving_fills_as_training_does(data: st.DataObject) -> None:
     """Both fill the same missing and expired values. A null from the source stays."""
     dtype = data.draw(st.sampled_from(sorted(VALUES)))
-    view = FeatureView("v", entities=INCOME.entities, source=INCOME.source, schema=[Field("x", dtype)])
+    view = make_view("v", schema=[Field("x", dtype)])
     default = data.draw(VALUES[dtype].filter(lambda value: value is not None))
     service = FeatureService("s", views=[view], missing={"v__x": Default(default)})
     policy = parse_policy(service.missing_definition(), {"v__x": dtype})
     rows = data.draw(st.lists(st.tuples(VALUES[dtype], st.sampled_from(list(Status))), min_size=1))
-    status = [
-        Status.null if value_status is Status.present and value is None else value_status
-        for value, value_status in rows
-    ]
-    values = [
-        value if value_status is Status.present else None
-        for (value, _), value_status in zip(rows, status, strict=True)
-    ]
-    arrow = {"float64": pa.float64(), "float32": pa.float32(), "int64": pa.int64()}
-    kind = arrow.get(dtype, pa.string() if dtype == "string" else pa.bool_())
-    absent = pa.array([value_status in ABSENT for value_status in status])
-    trained = fill_offline(policy, pa.table({"v__x": pa.array(values, kind)}), {"v": absent})[
-        "v__x"
-    ].to_pylist()
+    status = [Status.null if value is None and one is Status.present else one for value, one in rows]
+    values = [value if one is Status.present else None for (value, _), one in zip(rows, status, strict=True)]
+    absent = [one in ABSENT for one in status]
+    table = pa.table({"v__x": pa.array(values, DTYPES[dtype])})
+    trained = fill_offline(policy, table, {"v": pa.array(absent)})["v__x"].to_pylist()
     columns = {"v__x": list(values)}
     filled_rows = fill_online(policy, columns, {"v__x": status}, service="s", needed={"v__x"})
     assert repr(columns["v__x"]) == repr(trained)
-    assert filled_rows.get("v__x", []) == [
-        row for row, value_status in enumerate(status) if value_status in ABSENT
-    ]
+    assert filled_rows.get("v__x", []) == [row for row, is_absent in enumerate(absent) if is_absent]
 
 
 def test_refusal_names_feature_status_and_entity() -> None:
@@ -198,33 +171,26 @@ def test_refusal_names_feature_status_and_entity() -> None:
     assert refused.value.status == {"income__amount": ["present", "expired", "missing"]}
 
 
-@pytest.fixture
-def project(tmp_path: Path, access: KeyAccess) -> Iterator[FeatureProject]:
-    project = FeatureProject(tmp_path / "root", access)
-    yield project
-    project.close()
-
-
-def test_a_training_set_holds_the_defaults(project: FeatureProject) -> None:
+def test_a_training_set_holds_the_defaults(feature_project: FeatureProject) -> None:
     """Defaults replace values of unknown entities, not ingested nulls. The manifest has the share of defaults."""
     amounts: list[Any] = [float(number) for number in range(PEOPLE)]
     amounts[3] = None
-    project.ingest(0, amount=pa.array(amounts, pa.float64()))
-    project.write_entities(PEOPLE + 5)
-    plain = project.build("plain")
+    feature_project.ingest(0, amount=pa.array(amounts, pa.float64()))
+    feature_project.write_entities(PEOPLE + 5)
+    plain = feature_project.build("plain")
     number = FeatureService("credit", views=[PEOPLES_INCOME], missing={"income__amount": Default(-1)})
-    applied(project.ledger, number)
-    manifest = project.build()
+    apply_service(feature_project.ledger, number)
+    manifest = feature_project.build()
     assert manifest["default_share"] == {"income__amount": 5 / (PEOPLE + 5)}
     assert manifest["null_share"] == {"income__amount": 1 / (PEOPLE + 5)}
     assert "default_share" not in plain
-    assert project.again()["row_hash"] == manifest["row_hash"] != plain["row_hash"]
+    assert feature_project.again()["row_hash"] == manifest["row_hash"] != plain["row_hash"]
 
 
-def test_expired_value_gets_the_default(project: FeatureProject) -> None:
+def test_expired_value_gets_the_default(feature_project: FeatureProject) -> None:
     """As online, the default replaces a value that is older than the TTL."""
     view = replace(PEOPLES_INCOME, ttl=timedelta(days=1))
     with_default = FeatureService("credit", views=[view], missing={"income__amount": Default(-1)})
-    applied(project.ledger, with_default)
-    project.ingest(0)
-    assert project.build()["default_share"] == {"income__amount": 1.0}
+    apply_service(feature_project.ledger, with_default)
+    feature_project.ingest(0)
+    assert feature_project.build()["default_share"] == {"income__amount": 1.0}

@@ -22,7 +22,6 @@ from feature_jobs.store import (
     FeatureService,
     FeatureView,
     Field,
-    FileSource,
     Freshness,
     OnDemandTransform,
     Outlier,
@@ -32,11 +31,12 @@ from feature_jobs.store import (
 )
 from feature_jobs.store.catalog.plan import make_plan
 from feature_jobs.store.catalog.recorded import Recorded, RecordedService, RecordedView
-from feature_jobs.store.catalog.specifications import Definitions, FieldSpec, ViewSpec
+from feature_jobs.store.catalog.specifications import Definitions
 from feature_jobs.store.definitions.limits import LONGEST, clamp_span_s, subtract_span
 from feature_jobs.store.definitions.missing import view_of
 from feature_jobs.store.ingestion.ranges import TimeRange, chunks, parse_instant, parse_span
 from feature_jobs.stream import KafkaConfig, StreamConfig
+from tests.projects.views import define, make_spec, make_view
 
 NOW = datetime(2024, 1, 1, tzinfo=UTC)
 HUGE = timedelta.max
@@ -44,12 +44,7 @@ FIELDS = [Field("amount", "float64"), Field("count", "int32"), Field("since", "t
 
 
 def view(name: str = "income", **changes: Any) -> FeatureView:
-    parts: dict[str, Any] = {
-        "entities": [Entity("person", join_keys=["person_id"])],
-        "source": FileSource("x.parquet", event_timestamp="at"),
-        "schema": FIELDS,
-    }
-    return FeatureView(name, **(parts | changes))
+    return make_view(name, **({"schema": FIELDS} | changes))
 
 
 def same(table: pa.Table) -> pa.Table:
@@ -122,11 +117,8 @@ def recorded(*views: str, services: tuple[str, ...] = ()) -> Recorded:
 
 
 def definitions(*views: str, service: str | None = None) -> Definitions:
-    views_by_name = {name: view(name) for name in views}
-    services = (
-        {} if service is None else {service: FeatureService(service, views=list(views_by_name.values()))}
-    )
-    return Definitions(module="m", views=views_by_name, services=services)
+    made = [view(name) for name in views]
+    return define(*made, service=None if service is None else FeatureService(service, views=made))
 
 
 def test_views_and_services_that_would_share_a_folder_are_refused_when_applied() -> None:
@@ -147,7 +139,6 @@ def test_views_and_services_that_would_share_a_folder_are_refused_when_applied()
         (lambda: view(ttl=HUGE), "ttl must be at most"),
         (lambda: view("v" * 201), "at most 200 characters, got 201"),
         (lambda: FeatureService("s" * 201, views=[view()]), "at most 200 characters"),
-        (lambda: view(ttl=-timedelta(days=1)), "ttl must be positive"),
         (lambda: view(ttl=3600), "ttl must be a timedelta"),
         (lambda: view(retention=HUGE), "retention must be at most"),
         (lambda: view(created_lag=HUGE), "created_lag must be at most 36525 days"),
@@ -187,8 +178,7 @@ def test_the_longest_spans_work_from_definition_to_reading() -> None:
     assert Freshness.from_definition(longest.checks[0].definition()) == longest.checks[0]
     assert (clamp_span_s(HUGE.total_seconds()), clamp_span_s(None)) == (LONGEST.total_seconds(), None)
     assert subtract_span(NOW, LONGEST) == datetime.min.replace(tzinfo=UTC)
-    fields = [FieldSpec(name="x", dtype="int64", sensitivity="internal", categorical=False)]
-    spec = ViewSpec(name="v", version="1", join_keys=["k"], fields=fields, ttl_s=None)
+    spec = make_spec("v", ["k"])
     oldest = oldest_kept(replace(spec, retention_s=LONGEST.total_seconds()), NOW)
     assert oldest == datetime.min.replace(tzinfo=UTC)
 

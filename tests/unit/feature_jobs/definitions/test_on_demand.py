@@ -32,13 +32,13 @@ from feature_jobs.store.catalog.plan import make_plan, plan_lines, require_no_br
 from feature_jobs.store.catalog.protection import service_keys, training_set_protection
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import (
-    Definitions,
     ServiceSpec,
     apply,
     load_definitions,
     service_spec,
 )
 from feature_jobs.store.on_demand import append_on_demand, from_request, load_transform
+from tests.projects.views import apply_service, make_view
 
 INCOME = FeatureView(
     "income",
@@ -65,18 +65,9 @@ TERMS = OnDemandTransform(
 CREDIT = FeatureService("credit", views=[INCOME], on_demand=[TERMS])
 
 
-def spec_of(ledger: Ledger, service: FeatureService = CREDIT) -> ServiceSpec:
-    """Return the service as it is read from the ledger after it was applied."""
-    views = {view.name: view for view in service.views}
-    definitions = Definitions(module="shop", views=views, services={service.name: service})
-    apply(definitions, ledger, actor="user:test")
-    return service_spec(ledger, service.name)
-
-
 def rows(asked: list[Any], amount: list[Any]) -> pa.Table:
     """Return entity rows with the features of the views."""
-    at = [datetime(2024, 1, 1, tzinfo=UTC)] * len(asked)
-    times = pa.array(at, pa.timestamp("us", "UTC"))
+    times = pa.array([datetime(2024, 1, 1, tzinfo=UTC)] * len(asked), pa.timestamp("us", "UTC"))
     return pa.table(
         {"asked": asked, "income__amount": pa.array(amount, pa.float64()), "income__since": times}
     )
@@ -84,7 +75,7 @@ def rows(asked: list[Any], amount: list[Any]) -> pa.Table:
 
 def test_training_set_has_on_demand_columns_after_the_views(ledger: Ledger) -> None:
     """Inputs come from the entity rows. A whole number is accepted for a declared float."""
-    spec = spec_of(ledger)
+    spec = apply_service(ledger, CREDIT)
     assert spec.columns == ["income__amount", "income__since", "terms__share", "terms__since"]
     assert ServiceSpec.from_dict(spec.to_dict()) == spec
     table = append_on_demand(spec, rows([1, 2], [4.0, None]))
@@ -98,7 +89,7 @@ NUMBER = st.none() | st.floats(-1e6, 1e6)
 @pytest.fixture(scope="module")
 def applied_spec(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceSpec]:
     opened = Ledger(f"sqlite:///{tmp_path_factory.mktemp('ledger')}/ledger.db")
-    yield spec_of(opened)
+    yield apply_service(opened, CREDIT)
     opened.close()
 
 
@@ -118,7 +109,7 @@ def test_serving_equals_training(
 
 def test_missing_or_wrong_input_is_refused(ledger: Ledger) -> None:
     """In training and in serving; the error names the input."""
-    spec = spec_of(ledger)
+    spec = apply_service(ledger, CREDIT)
     with pytest.raises(TrainingSetError, match="lack 'asked'"):
         append_on_demand(spec, rows([1.0], [1.0]).drop_columns("asked"))
     with pytest.raises(TrainingSetError, match="'asked' should be double"):
@@ -136,7 +127,7 @@ def test_code_other_than_the_applied_one_is_refused(
     """Changed or missing code. A plan that changes what a model calls is refused earlier."""
     monkeypatch.syspath_prepend(tmp_path)
     text = Path(__file__).read_text()
-    start, end = text.index("INCOME = "), text.index("def spec_of")
+    start, end = text.index("INCOME = "), text.index("def rows")
     head = (
         "import pyarrow as pa\nimport pyarrow.compute as pc\nfrom feature_jobs.store import Entity, FeatureService, "
         "FeatureView, Field, FileSource, OnDemandTransform, Sensitivity\n\n"
@@ -171,7 +162,7 @@ def test_personal_inputs_and_features_use_the_keys_of_their_class(ledger: Ledger
     """The keys serve the purposes that all views of the service allow."""
     keys = {info.name: info for info in service_keys(CREDIT, region="eu")}
     assert keys["training_sets/credit/personal"].purposes == ("credit",)
-    protection = dict(training_set_protection(spec_of(ledger)).keys)
+    protection = dict(training_set_protection(apply_service(ledger, CREDIT)).keys)
     assert protection["asked"] == protection["terms__share"] == "training_sets/credit/personal"
     assert protection["terms__since"] == "training_sets/credit/internal"
 
@@ -186,7 +177,10 @@ def test_service_without_on_demand_keeps_its_version() -> None:
     ("make", "words"),
     [
         (lambda: FeatureService("a", views=[], on_demand=[TERMS]), "no view"),
-        (lambda: FeatureService("a", views=[OTHER], on_demand=[TERMS]), "reads the view 'income'"),
+        (
+            lambda: FeatureService("a", views=[make_view("wealth")], on_demand=[TERMS]),
+            "reads the view 'income'",
+        ),
         (lambda: on_demand(inputs=[]), "needs inputs and a schema"),
         (lambda: on_demand(inputs=[ASKED, ASKED]), "names the field 'asked' twice"),
         (lambda: on_demand(inputs=[Field("event_timestamp", "int64")]), "reserved for the platform"),
@@ -196,9 +190,6 @@ def test_invalid_transform_is_refused(make: Any, words: str) -> None:
     """The definition itself raises the error."""
     with pytest.raises(DefinitionError, match=words):
         make()
-
-
-OTHER = FeatureView("wealth", entities=INCOME.entities, source=INCOME.source, schema=[Field("x", "int64")])
 
 
 def on_demand(**changes: Any) -> OnDemandTransform:

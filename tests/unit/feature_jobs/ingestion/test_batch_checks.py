@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from feature_jobs.store import (
     Drift,
-    Entity,
     FeatureView,
     Field,
     FileSource,
@@ -41,6 +40,7 @@ from feature_jobs.store.ingestion.validation import (
     prepare_part,
     reject,
 )
+from tests.projects.views import make_view
 
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
 AT = datetime(2024, 1, 1, tzinfo=UTC)
@@ -48,13 +48,7 @@ DAY = timedelta(days=1)
 
 
 def view(*checks: Any) -> FeatureView:
-    return FeatureView(
-        "income",
-        entities=[Entity("person", join_keys=["person_id"])],
-        source=FileSource("x.parquet", event_timestamp="at"),
-        schema=[Field("amount", "float64"), Field("sector", "string")],
-        checks=checks,
-    )
+    return make_view(schema=[Field("amount", "float64"), Field("sector", "string")], checks=checks)
 
 
 def batch(amount: Any, sector: Any = None, *, keys: Any = None, at: datetime = AT) -> pa.Table:
@@ -87,9 +81,6 @@ def finding(rule: BatchCheck, after: pa.Table, before: pa.Table | None = None) -
     return rule.finding(Facts(batch=profile, baseline=baseline, counts=counts, now=NOW))
 
 
-# Uniqueness
-
-
 @pytest.mark.parametrize(("keep", "bad"), [(Keep.none, [1, 1, 0, 0, 0]), (Keep.first, [0, 1, 0, 0, 0])])
 def test_repeated_rows_go_to_quarantine(keep: Keep, bad: list[int]) -> None:
     """All of them, or all but the first. Rows with a null are never repeated."""
@@ -111,10 +102,8 @@ def test_rejected_row_keeps_its_source_values() -> None:
 def test_a_bad_row_does_not_count_as_the_first() -> None:
     """Otherwise a good row would be rejected because of a row that is not stored."""
     rules = view(Unique(["person_id"], keep=Keep.first), Range("amount", minimum=0))
-    assert prepare(batch([-1.0, 1.0], keys=[1, 1]), rules, now=NOW)[REASON].to_pylist() == [
-        "amount outside 0..",
-        None,
-    ]
+    reasons = prepare(batch([-1.0, 1.0], keys=[1, 1]), rules, now=NOW)[REASON].to_pylist()
+    assert reasons == ["amount outside 0..", None]
 
 
 @given(
@@ -128,21 +117,16 @@ def test_result_does_not_depend_on_blocks(rows: list[tuple[int, str | None]], cu
     whole = batch([1.0] * len(rows), [row[1] for row in rows], keys=[row[0] for row in rows])
     parts = [prepare_part(part, view(rule), now=NOW) for part in (whole.slice(0, cut), whole.slice(cut))]
     failing = find_repeated_rows(parts, rule)
-    settled = pa.concat_tables(
-        [reject(part, one, rule.reason) for part, one in zip(parts, failing, strict=True)]
-    )
+    pairs = zip(parts, failing, strict=True)
+    settled = pa.concat_tables([reject(part, mask, rule.reason) for part, mask in pairs])
     assert prepare(whole, view(rule), now=NOW).equals(settled.drop_columns([SOURCE]))
-
-
-# Fences
 
 
 def test_a_value_far_outside_the_last_good_batch_is_a_bad_row() -> None:
     """Quartiles 25 and 75 give the bounds -125 and 225, both included. Null passes."""
     baseline, _ = measured(batch(np.arange(101.0)))
-    found = prepare(
-        batch([-125.0, -126.0, 225.0, 226.0, None]), view(Outlier("amount")), now=NOW, baseline=baseline
-    )
+    rows = batch([-125.0, -126.0, 225.0, 226.0, None])
+    found = prepare(rows, view(Outlier("amount")), now=NOW, baseline=baseline)
     assert [reason is not None for reason in found[REASON].to_pylist()] == [False, True, False, True, False]
 
 
@@ -152,9 +136,6 @@ def test_no_value_is_an_outlier_without_a_range(before: list[float | None] | Non
     baseline = None if before is None else measured(batch(before))[0]
     found = prepare(batch([1e9]), view(Outlier("amount")), now=NOW, baseline=baseline)
     assert found[REASON].to_pylist() == [None]
-
-
-# Profiles
 
 
 @given(st.lists(st.lists(st.floats(-1e6, 1e6) | st.none(), max_size=20), min_size=1, max_size=3))
@@ -195,9 +176,6 @@ def test_ledger_gets_no_values_of_a_profile() -> None:
     assert profile.summary() == {"rows_in": 20, "rows": 20, "nulls": {"amount": 0, "sector": 0}}
 
 
-# What refuses a batch
-
-
 def test_null_share_counts_rows_that_went_to_quarantine() -> None:
     """A broken source is visible in these rows first."""
     strict = view(NotNull("amount"))
@@ -236,10 +214,8 @@ def test_row_count_may_change_by_a_factor_both_ways(rows: int, passes: bool) -> 
 
 def test_stability_index_is_that_of_the_formula() -> None:
     """Shares 50:50 and 75:25 give 0.25 ln 1.5 + 0.25 ln 2, and equal shares give 0."""
-    many = 10**9
-    assert stability_index([many, many], [3 * many, many]) == pytest.approx(
-        0.25 * np.log(1.5) + 0.25 * np.log(2)
-    )
+    many, expected = 10**9, 0.25 * np.log(1.5) + 0.25 * np.log(2)
+    assert stability_index([many, many], [3 * many, many]) == pytest.approx(expected)
     assert stability_index([5, 7], [5, 7]) == 0
 
 

@@ -14,18 +14,13 @@ from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
 from feature_jobs.batches.reading import in_range
-from feature_jobs.store import Entity, FeatureView, Field, FileSource, NotNull, Sensitivity
+from feature_jobs.store import FeatureView, Field, FileSource, NotNull, Sensitivity
 from feature_jobs.store.ingestion.batch_history import BatchHistory, PlannedBatch
 from feature_jobs.store.ingestion.ranges import TimeRange, chunks, parse_range, parse_span
+from tests.projects.views import make_view
 
-PERSON = Entity("person", join_keys=["person_id"])
 AMOUNT = Field("amount", "float64")
-VIEW = FeatureView(
-    "income",
-    entities=[PERSON],
-    source=FileSource("income.parquet", event_timestamp="at"),
-    schema=[AMOUNT],
-)
+VIEW = make_view(source=FileSource("income.parquet", event_timestamp="at"))
 
 
 def batch(view: FeatureView, **fields: Any) -> dict[str, Any]:
@@ -119,11 +114,8 @@ def test_going_back_to_an_earlier_definition_stores_its_rows_again() -> None:
     other = replace(VIEW, checks=[NotNull("amount")])
     first, second = batch(VIEW, ingest_id="1"), batch(other, ingest_id="2")
     applied = [VIEW, other]
-    ids = [
-        next_id(VIEW, applied=applied),
-        next_id(other, first, applied=applied),
-        next_id(VIEW, first, second, applied=applied),
-    ]
+    histories = ((VIEW, []), (other, [first]), (VIEW, [first, second]))
+    ids = [next_id(view, *batches, applied=applied) for view, batches in histories]
     assert None not in ids
     assert len(set(ids)) == 3
     assert next_id(VIEW, first, second, batch(VIEW, ingest_id="3"), applied=applied) is None
@@ -146,9 +138,8 @@ def missing(
     *batches: dict[str, Any], within: TimeRange | None, view: FeatureView = VIEW
 ) -> list[PlannedBatch]:
     """Return the missing chunks of two days."""
-    applied = definitions(VIEW, OTHER)
-    history = BatchHistory(view.definition(), "d", batches=batches, definitions=applied)
-    return history.missing(within, 2 * DAY)
+    known = definitions(VIEW, OTHER)
+    return BatchHistory(view.definition(), "d", batches=batches, definitions=known).missing(within, 2 * DAY)
 
 
 OTHER = replace(VIEW, checks=[NotNull("amount")])
@@ -166,9 +157,8 @@ def test_backfill_of_a_whole_stored_source_does_nothing() -> None:
     """But a backfill does not stand for the whole source, nor for the rows of another definition."""
     assert missing(batch(VIEW), within=days(0, 5)) == []
     assert len(missing(chunk(VIEW, days(0, 5)), within=None)) == 1
-    assert [plan.event_range for plan in missing(chunk(VIEW, days(0, 2)), within=days(0, 2), view=OTHER)] == [
-        days(0, 2)
-    ]
+    [other] = missing(chunk(VIEW, days(0, 2)), within=days(0, 2), view=OTHER)
+    assert other.event_range == days(0, 2)
     again = missing(chunk(VIEW, days(0, 2)), chunk(OTHER, days(0, 2), ingest_id="2"), within=days(0, 2))
     assert again[0].ingest_id != missing(within=days(0, 2))[0].ingest_id
 
@@ -177,9 +167,7 @@ RANGES = st.builds(lambda start, length: days(start, start + length), st.integer
 
 
 @given(st.lists(st.tuples(RANGES, st.none() | st.integers(1, 5))))
-def test_overlapping_backfills_store_each_day_once(
-    commands: list[tuple[TimeRange, int | None]],
-) -> None:
+def test_overlapping_backfills_store_each_day_once(commands: list[tuple[TimeRange, int | None]]) -> None:
     """Together, the backfills store the union of their ranges, with any chunk lengths."""
     done: list[TimeRange] = []
     for wanted, span in commands:
@@ -211,7 +199,6 @@ def test_invalid_range_or_span_is_refused(parse: Any, words: str) -> None:
 
 def test_range_includes_its_start_and_excludes_its_end() -> None:
     """A row without a time is in no range."""
-    times = pa.chunked_array(
-        [pa.array([None, START, START + DAY, START + 2 * DAY], pa.timestamp("us", "UTC"))]
-    )
+    moments = [None, START, START + DAY, START + 2 * DAY]
+    times = pa.chunked_array([pa.array(moments, pa.timestamp("us", "UTC"))])
     assert times.filter(in_range(times, days(0, 2))).to_pylist() == [START, START + DAY]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import orjson
 import pyarrow as pa
-import pytest
 
-from cluster.security.keys.access import KeyAccess
 from feature_jobs.store import FileSource
 from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.message_rows import check_messages
@@ -89,13 +85,6 @@ def test_computed_created_time_may_be_ahead_only_if_rows_go_online_later() -> No
     assert streamed(-240, 0, view=LAGGED) == [(1, BY_LAG)]
 
 
-@pytest.fixture
-def project(tmp_path: Path, access: KeyAccess) -> Iterator[PushProject]:
-    push_project = PushProject(tmp_path, access)
-    yield push_project
-    push_project.close()
-
-
 def test_future_row_never_hides_the_current_value(project: PushProject) -> None:
     """Online still gives the same value as offline. The future row is in quarantine."""
     now = datetime.now(UTC)
@@ -114,12 +103,8 @@ def test_future_row_never_hides_the_current_value(project: PushProject) -> None:
 
 def test_quarantined_future_row_is_good_once_its_time_is_past() -> None:
     """The replay compares with its own time, which it reads once for the batch."""
-    file = pa.table(
-        {
-            "reason": [EVENT],
-            "raw": [orjson.dumps({"person_id": 1, "amount": 1.0, "at": NOW.isoformat()}).decode()],
-        }
-    )
+    raw = orjson.dumps({"person_id": 1, "amount": 1.0, "at": NOW.isoformat()}).decode()
+    file = pa.table({"reason": [EVENT], "raw": [raw]})
     early = recheck_rows(file, LAGGED, now=NOW - timedelta(seconds=61), baseline=None)
     later = recheck_rows(file, LAGGED, now=NOW, baseline=None)
     assert (early.good, early.reasons.to_pylist()) == (None, [EVENT])

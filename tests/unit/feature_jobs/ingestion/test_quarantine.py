@@ -14,41 +14,29 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
-from cluster.ledger import open_ledger
+from cluster.ledger import Ledger
 from cluster.ledger.events import BatchIngested, QuarantineReplayed
 from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.parquet import ProtectedFileCorrupt
 from cluster.security.keys.access import KeyAccess
-from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs import replay as job
-from feature_jobs.store import Entity, FeatureView, Field, FileSource, Keep, Range, Unique
-from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection, view_protection
-from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
+from feature_jobs.store import FeatureView, Keep, Range, Unique
+from feature_jobs.store.catalog.protection import quarantine_aad, quarantine_protection
 from feature_jobs.store.ingestion.quarantine import quarantined, source_rows, source_schema
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.quarantine_replay import recheck_rows
 from feature_jobs.store.ingestion.validation import RAW, REASON, prepare
 from feature_jobs.store.offline import tables as offline
+from tests.projects.tables import pin, target_of
+from tests.projects.views import make_spec, make_view
 
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
 AT = datetime(2024, 1, 1, tzinfo=UTC)
-SPEC = ViewSpec(
-    name="income",
-    version="v",
-    join_keys=["person_id"],
-    fields=[FieldSpec(name="amount", dtype="float64", sensitivity="internal", categorical=False)],
-    ttl_s=None,
-)
+SPEC = make_spec("income", ["person_id"], amount="float64")
 
 
 def view(*checks: Any) -> FeatureView:
-    return FeatureView(
-        "income",
-        entities=[Entity("person", join_keys=["person_id"])],
-        source=FileSource("x.parquet", event_timestamp="at"),
-        schema=[Field("amount", "float64")],
-        checks=checks,
-    )
+    return make_view(checks=checks)
 
 
 NOT_NEGATIVE = view(Range("amount", minimum=0))
@@ -112,13 +100,8 @@ def test_types_are_stored_in_the_file(tmp_path: Path, access: KeyAccess) -> None
 
 def untyped_file(*rows: dict[str, Any], reason: str = "x") -> pa.Table:
     """Return a quarantine file without the source's types."""
-    return pa.table(
-        {
-            "reason": [reason] * len(rows),
-            "raw": [json.dumps(row) for row in rows],
-            "ingest_seq": list(range(len(rows))),
-        }
-    )
+    raw = [json.dumps(row) for row in rows]
+    return pa.table({"reason": [reason] * len(rows), "raw": raw, "ingest_seq": list(range(len(rows)))})
 
 
 def test_rows_without_types_are_checked_like_a_push() -> None:
@@ -159,14 +142,17 @@ def test_repeated_rows_stay_while_the_view_has_the_unique_rule(rule: Unique) -> 
 
 def test_quarantined_rows_are_counted_from_events() -> None:
     """The counts follow ingestion, a partial replay and a full replay. Other views do not count."""
-    common: dict[str, Any] = {"view_version": "v", "table_version": 1, "rows_in": 9, "rows_stored": 7}
-    ingested = BatchIngested(
-        view="a", ingest_id="1", source="", source_digest="", rows_quarantined=2, reasons={"x": 2}, **common
-    )
-    partial = QuarantineReplayed(
-        view="a", batch="1", replay_id="r", rows_quarantined=1, reasons={"y": 1}, **common
-    )
-    full = QuarantineReplayed(view="a", batch="1", replay_id="s", rows_quarantined=0, reasons={}, **common)
+    common: dict[str, Any] = {
+        "view": "a",
+        "view_version": "v",
+        "table_version": 1,
+        "rows_in": 9,
+        "rows_stored": 7,
+    }
+    bad: dict[str, Any] = {"rows_quarantined": 2, "reasons": {"x": 2}}
+    ingested = BatchIngested(ingest_id="1", source="", source_digest="", **bad, **common)
+    partial = QuarantineReplayed(batch="1", replay_id="r", rows_quarantined=1, reasons={"y": 1}, **common)
+    full = QuarantineReplayed(batch="1", replay_id="s", rows_quarantined=0, reasons={}, **common)
     assert quarantined([ingested], "a") == {"1": {"x": 2}}
     assert quarantined([ingested, partial], "a") == {"1": {"y": 1}}
     assert quarantined([ingested, partial, full], "a") == {}
@@ -180,13 +166,7 @@ class Killed(Exception):
 @pytest.fixture
 def batch_replay(tmp_path: Path, access: KeyAccess) -> job.BatchReplay:
     """A quarantine with the amounts -1, -2 and -3, of which the view now accepts two. The table is empty."""
-    target = offline.Target(
-        uri=str(tmp_path / "features" / "income"),
-        keys=("person_id",),
-        buckets=2,
-        protection=view_protection(SPEC),
-        access=access,
-    )
+    target = target_of(str(tmp_path / "features" / "income"), SPEC, access)
     files = QuarantineFiles(folder=str(tmp_path / "quarantine" / "income"), view="income", access=access)
     files.write("b1", quarantine_of(block([-1.0, -2.0, -3.0]), NOT_NEGATIVE))
     return job.BatchReplay(view=view(Range("amount", minimum=-2)), batch="b1", files=files, target=target)
@@ -200,10 +180,7 @@ def run_replay(batch_replay: job.BatchReplay) -> QuarantineReplayed:
 
 
 def stored_amounts(batch_replay: job.BatchReplay) -> list[float]:
-    target = batch_replay.target
-    pinned = offline.snapshot(
-        target.uri, view="income", keys=["person_id"], protection=target.protection, access=target.access
-    )
+    pinned = pin(batch_replay.target)
     tables = [table for bucket in range(2) for table in pinned.tables(bucket)]
     return sorted(value for table in tables for value in table["amount"].to_pylist())
 
@@ -288,21 +265,11 @@ def test_replay_without_good_rows_does_not_touch_the_table(batch_replay: job.Bat
     assert not DeltaTable.is_deltatable(batch_replay.target.uri)
 
 
-def test_replay_is_recorded_once_and_only_if_it_changed_something(tmp_path: Path) -> None:
+def test_replay_is_recorded_once_and_only_if_it_changed_something(ledger: Ledger) -> None:
     """The next run records the replay of a killed run. A replay without any change is not recorded."""
-    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(tmp_path))))
     common: dict[str, Any] = {"view": "income", "view_version": "v"}
-    ingested = BatchIngested(
-        **common,
-        ingest_id="b",
-        source="",
-        source_digest="",
-        rows_in=9,
-        rows_stored=7,
-        rows_quarantined=2,
-        table_version=1,
-        reasons={"x": 2},
-    )
+    counts: dict[str, Any] = {"rows_in": 9, "rows_stored": 7, "rows_quarantined": 2, "table_version": 1}
+    ingested = BatchIngested(ingest_id="b", source="", source_digest="", reasons={"x": 2}, **counts, **common)
     ledger.append(ingested, actor="ann")
 
     def replayed(replay_id: str, stored: int, **reasons: int) -> QuarantineReplayed:
@@ -319,13 +286,14 @@ def test_replay_is_recorded_once_and_only_if_it_changed_something(tmp_path: Path
         )
 
     num_events = []
-    for event in (
-        replayed("1", 0, x=2),
-        replayed("1", 0, y=2),
-        replayed("1", 1, y=1),
-        replayed("1", 1, y=1),
-        replayed("2", 0, y=1),
-    ):
-        job.record_replay(ledger, event, actor="ann")
+    runs = [
+        ("1", 0, {"x": 2}),
+        ("1", 0, {"y": 2}),
+        ("1", 1, {"y": 1}),
+        ("1", 1, {"y": 1}),
+        ("2", 0, {"y": 1}),
+    ]
+    for replay_id, stored, reasons in runs:
+        job.record_replay(ledger, replayed(replay_id, stored, **reasons), actor="ann")
         num_events.append(len(list(ledger.entries(QuarantineReplayed))))
     assert num_events == [0, 1, 2, 2, 2]

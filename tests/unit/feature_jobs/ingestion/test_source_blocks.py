@@ -15,11 +15,12 @@ import pytest
 
 from cluster.errors import SchemaMismatch, SourceError
 from cluster.storage import Layout, read_parquet
-from feature_jobs.store import Entity, FeatureView, Field, FileSource
+from feature_jobs.store import FeatureView, Field, FileSource
 from feature_jobs.store.ingestion.files import open_source
 from feature_jobs.store.ingestion.quarantine import source_rows, source_schema
 from feature_jobs.store.ingestion.source_blocks import block_reader, checked_blocks, empty_part, group_files
 from feature_jobs.store.ingestion.validation import RAW, REASON, prepare_part
+from tests.projects.views import make_view
 
 NOW = datetime(2025, 1, 1, tzinfo=UTC)
 DAY = datetime(2024, 1, 1, tzinfo=UTC)
@@ -28,10 +29,7 @@ FIELDS = [Field("amount", "float64"), Field("city", "string")]
 
 def view(path: Path, *fields: Field, transform: Any = None, **options: Any) -> FeatureView:
     source = FileSource(str(path), event_timestamp="at", **options)
-    person = Entity("person", join_keys=["person_id"])
-    return FeatureView(
-        "income", entities=[person], source=source, schema=fields or FIELDS, transform=transform
-    )
+    return make_view(source=source, schema=fields or FIELDS, transform=transform)
 
 
 def write(path: Path, **changes: Any) -> Path:

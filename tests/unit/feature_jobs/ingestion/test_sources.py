@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 
 from cluster.errors import DefinitionError, SchemaMismatch, SourceError
 from cluster.storage import Layout
-from feature_jobs.store import Entity, FeatureView, Field, FileSource, SqlSource
+from feature_jobs.store import FeatureView, Field, FileSource, SqlSource
 from feature_jobs.store.definitions.sources import Source, from_path
 from feature_jobs.store.ingestion.files import open_source
 from feature_jobs.store.ingestion.source_blocks import block_reader
 from feature_jobs.store.ingestion.sql import RowDigest, read_chunks
 from feature_jobs.store.ingestion.typed import Roles, column_types, text_column, typed_rows, value_column
+from tests.projects.views import make_view
 
 FIELDS = [Field("amount", "float64"), Field("items", "int64"), Field("city", "string"), Field("new", "bool")]
 DAY = datetime(2024, 1, 1, tzinfo=UTC)
@@ -36,8 +37,7 @@ lines",,2024-01-01 00:00:00.1234567Z,
 
 
 def view(source: Source, *fields: Field) -> FeatureView:
-    person = Entity("person", join_keys=["person_id"])
-    return FeatureView("income", entities=[person], source=source, schema=fields or FIELDS)
+    return make_view(source=source, schema=fields or FIELDS)
 
 
 def read(path: Path | str, text: str | bytes | None = None, *fields: Field, **options: Any) -> pa.Table:

@@ -27,7 +27,7 @@ from feature_jobs.store.online.redis_engine import RedisEngine
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.online.store import FoundRow, OnlineStore
 from feature_jobs.store.types.schema import PROVISIONAL
-from tests.projects.online import online_keys, open_store, reader_of
+from tests.projects.online import open_store, reader_of
 from tests.projects.views import make_spec
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -54,11 +54,6 @@ def row(
         values=() if value is None else (value, f"s{value}"),
         deleted=value is None,
     )
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keyring:
-    return online_keys(tmp_path_factory.mktemp("keys"), "v")
 
 
 @pytest.fixture
