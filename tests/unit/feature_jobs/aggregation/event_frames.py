@@ -7,7 +7,13 @@ from datetime import UTC, datetime, timedelta
 import polars as pl
 from hypothesis import strategies as st
 
-from feature_jobs.store.definitions.aggregations import ALL_EVENTS, FUNCTIONS, Aggregation, window_spec
+from feature_jobs.store.definitions.aggregations import (
+    ALL_EVENTS,
+    FUNCTIONS,
+    Aggregation,
+    WindowSpec,
+    window_spec,
+)
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 TIME = pl.Datetime("us", "UTC")
@@ -82,3 +88,13 @@ def event_frames(draw: st.DrawFn, *, min_size: int = 0) -> pl.DataFrame:
 entity_frames = st.lists(
     st.tuples(st.none() | st.integers(1, 3), st.none() | places, hours), max_size=15
 ).map(lambda rows: pl.DataFrame(rows, schema=KEYS | {"event_timestamp": TIME}, orient="row"))
+
+
+def window_of(*columns_and_functions: tuple[str, str], hours: float = 5) -> WindowSpec:
+    """A few aggregations over one window."""
+    aggregations = [
+        Aggregation(column, function, windows=[timedelta(hours=hours)])
+        for column, function in columns_and_functions
+    ]
+    outputs = [output for aggregation in aggregations for output in aggregation.definition()]
+    return window_spec("event_id", outputs, COLUMNS)

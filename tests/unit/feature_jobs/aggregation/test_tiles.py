@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 
 from cluster.errors import InvalidRequest
 from feature_jobs.store.aggregation.tiles import EventRow, Tiling, WindowState
-from feature_jobs.store.definitions.aggregations import EXACT_DISTINCT, Aggregation, WindowSpec, window_spec
+from feature_jobs.store.definitions.aggregations import EXACT_DISTINCT, WindowSpec
 from feature_jobs.store.offline.windows import aggregate
 from feature_jobs.store.types.schema import PROVISIONAL
 from tests.unit.feature_jobs.aggregation.event_frames import (
-    COLUMNS,
     EVENTS,
     KEYS,
     SPEC,
     START,
     TIME,
     event_frames,
+    window_of,
 )
 
 HOUR_US = 3_600_000_000
@@ -104,14 +104,6 @@ def row(event: str, at: float, value: Any, *, seq: int = 0, created: float | Non
     return EventRow(event, *times, seq, None if value is None else (value,))
 
 
-def only(column: str, *functions: str, hours: float = 5) -> WindowSpec:
-    """Build aggregations of one column over one window."""
-    aggregations = [Aggregation(column, function, windows=[timedelta(hours=hours)]) for function in functions]
-    return window_spec(
-        "event_id", [output for aggregation in aggregations for output in aggregation.definition()], COLUMNS
-    )
-
-
 def at(hour: float) -> int:
     """Return an hour after the start, in microseconds."""
     return START_US + int(hour * HOUR_US)
@@ -119,7 +111,7 @@ def at(hour: float) -> int:
 
 def test_old_events_are_dropped_and_earlier_instants_have_no_values() -> None:
     """So the state's size depends only on the longest window."""
-    state = WindowState(Tiling(only("amount", "count")))
+    state = WindowState(Tiling(window_of(("amount", "count"))))
     for number in range(2000):
         state.apply(row(str(number), number / 10, 1.0, seq=number))
         state.expire(at(number / 10))
@@ -130,7 +122,7 @@ def test_old_events_are_dropped_and_earlier_instants_have_no_values() -> None:
 
 def test_repeated_old_version_does_not_undo_a_correction() -> None:
     """Also if the correction moved the event far back, where all other events were dropped."""
-    state = WindowState(Tiling(only("amount", "count")))
+    state = WindowState(Tiling(window_of(("amount", "count"))))
     state.apply(row("a", 20, 1.0))
     state.apply(row("a", 1, 1.0, seq=1, created=20.5))
     state.expire(at(21))
@@ -140,7 +132,7 @@ def test_repeated_old_version_does_not_undo_a_correction() -> None:
 
 def test_pushed_version_gets_its_final_order_with_its_final_number() -> None:
     """Before that it counts as the last version. Versions that may be later are kept, also through expiry."""
-    state = WindowState(Tiling(only("amount", "sum", "last")))
+    state = WindowState(Tiling(window_of(("amount", "sum"), ("amount", "last"))))
     pushed = row("a", 1, 7.0, seq=PROVISIONAL + 4)
     state.apply(row("a", 1, 5.0, seq=10))
     state.apply(pushed)
@@ -156,7 +148,7 @@ def test_pushed_version_gets_its_final_order_with_its_final_number() -> None:
 
 def test_event_dated_ahead_counts_from_its_event_time() -> None:
     """Until then, the version that it corrects counts."""
-    state = WindowState(Tiling(only("amount", "sum")))
+    state = WindowState(Tiling(window_of(("amount", "sum"))))
     state.apply(row("a", 1, 5.0))
     state.apply(row("a", 3, 7.0, seq=1, created=2))
     assert [state.values(at(hour)) for hour in (2.5, 3)] == [[5.0], [7.0]]
@@ -165,7 +157,7 @@ def test_event_dated_ahead_counts_from_its_event_time() -> None:
 @pytest.mark.parametrize("num_values", [EXACT_DISTINCT - 10, EXACT_DISTINCT, EXACT_DISTINCT + 1, 3000])
 def test_distinct_agrees_with_offline_below_and_above_its_bound(num_values: int) -> None:
     """Also if one tile holds all values, or the window's start cuts a tile."""
-    spec = only("size", "distinct")
+    spec = window_of(("size", "distinct"))
     state = WindowState(Tiling(spec))
     hours = [10 * number / num_values for number in range(num_values)]
     data = [
@@ -184,7 +176,7 @@ def test_distinct_agrees_with_offline_below_and_above_its_bound(num_values: int)
 
 def test_sum_outside_int64_is_refused_while_it_counts() -> None:
     """When its events leave the window, reads work again."""
-    tiling = Tiling(only("size", "sum"))
+    tiling = Tiling(window_of(("size", "sum")))
     state = WindowState(tiling)
     for number in range(3):
         state.apply(row(str(number), 1, 2**62, seq=number))

@@ -18,9 +18,7 @@ from feature_jobs.store.aggregation.hyperloglog import estimate, registers_of
 from feature_jobs.store.definitions.aggregations import (
     ALL_EVENTS,
     EXACT_DISTINCT,
-    Aggregation,
     WindowSpec,
-    window_spec,
 )
 from feature_jobs.store.offline import windows as offline
 from feature_jobs.store.offline.past_retention import corrected_by_old
@@ -35,6 +33,7 @@ from tests.unit.feature_jobs.aggregation.event_frames import (
     WINDOWS_H,
     entity_frames,
     event_frames,
+    window_of,
 )
 
 # The definition itself: what was known, its latest version of each event, no tombstones, then the window.
@@ -87,17 +86,6 @@ def test_aggregations_agree_with_the_definition_in_sql(
         assert expected == actual.select(output.name for output in outputs).rows()
 
 
-def only(*columns_and_functions: tuple[str, str], hours: int = 5) -> WindowSpec:
-    """Build a few aggregations over one window."""
-    aggregations = [
-        Aggregation(column, function, windows=[timedelta(hours=hours)])
-        for column, function in columns_and_functions
-    ]
-    return window_spec(
-        "event_id", [output for aggregation in aggregations for output in aggregation.definition()], COLUMNS
-    )
-
-
 def moment(hour: float) -> datetime:
     return START + timedelta(hours=hour)
 
@@ -124,7 +112,7 @@ def aggregated(frame: pl.DataFrame, spec: WindowSpec, *hours: float) -> list[tup
 def test_window_excludes_its_start_and_includes_its_end() -> None:
     """(t - w, t]: an event exactly w ago does not count, an event at t counts."""
     frame = events(("a", 1, 1, 2.0))
-    actual = aggregated(frame, only(("amount", "sum")), 0.5, 1, 5.999, 6)
+    actual = aggregated(frame, window_of(("amount", "sum")), 0.5, 1, 5.999, 6)
     assert actual == [(None,), (2.0,), (2.0,), (None,)]
 
 
@@ -143,7 +131,7 @@ def test_version_that_was_created_last_counts(
 ) -> None:
     """Two versions of an event never both count, and a correction never counts early."""
     frame = events(*[("a", *version) for version in versions])
-    assert aggregated(frame, only(("amount", "sum"), (ALL_EVENTS, "count")), *hours) == expected
+    assert aggregated(frame, window_of(("amount", "sum"), (ALL_EVENTS, "count")), *hours) == expected
 
 
 def test_rows_without_events_because_of_the_cutoff_are_counted() -> None:
@@ -153,7 +141,7 @@ def test_rows_without_events_because_of_the_cutoff_are_counted() -> None:
         {"person": 1, "place": "n", "event_timestamp": [moment(hour) for hour in (0, 1, 3, 4, 9)]},
         schema=KEYS | {"event_timestamp": TIME},
     )
-    spec = only((ALL_EVENTS, "count"))
+    spec = window_of((ALL_EVENTS, "count"))
     assert aggregate(entities, frame, keys=list(KEYS), windows=spec).hidden == 2
     assert aggregate(entities, frame, keys=list(KEYS), windows=spec, cutoff=False).hidden == 0
 
@@ -165,7 +153,7 @@ def test_only_a_null_key_is_absent() -> None:
         schema=KEYS | {"event_timestamp": TIME},
     )
     answers = aggregate(
-        entities, events(("a", 0, 0, 2.0)), keys=list(KEYS), windows=only((ALL_EVENTS, "count"))
+        entities, events(("a", 0, 0, 2.0)), keys=list(KEYS), windows=window_of((ALL_EVENTS, "count"))
     )
     assert answers.absent.to_list() == [False, True, False]
     assert answers.columns.to_series().to_list() == [1, None, 0]
@@ -180,7 +168,7 @@ def test_retention_changes_no_later_answer(frame: pl.DataFrame, late_h: int) -> 
     oldest = now - timedelta(hours=max(WINDOWS_H))
     corrected = corrected_by_old(frame, list(KEYS), "event_id", oldest)
     retained = frame.filter((pl.col("event_timestamp") >= oldest) & ~pl.col("ingest_seq").is_in(corrected))
-    spec = only((ALL_EVENTS, "count"), ("amount", "sum"))
+    spec = window_of((ALL_EVENTS, "count"), ("amount", "sum"))
     assert aggregated(retained, spec, 12 + late_h) == aggregated(frame, spec, 12 + late_h)
 
 
@@ -188,7 +176,7 @@ def test_tombstone_removes_an_event_from_when_it_was_known() -> None:
     """A later version restores the event."""
     frame = pl.concat([events(("a", 1, 1, 2.0)), events(("a", 1, 2, None), deleted=True)])
     frame = pl.concat([frame, events(("a", 1, 3, 4.0))]).with_columns(pl.Series("ingest_seq", [0, 1, 2]))
-    assert aggregated(frame, only(("amount", "sum"), (ALL_EVENTS, "count")), 1, 2, 3) == [
+    assert aggregated(frame, window_of(("amount", "sum"), (ALL_EVENTS, "count")), 1, 2, 3) == [
         (2.0, 1),
         (None, 0),
         (4.0, 1),
@@ -197,7 +185,7 @@ def test_tombstone_removes_an_event_from_when_it_was_known() -> None:
 
 def test_no_events_give_zero_counts_and_null_values() -> None:
     """For an unknown entity and for an empty table."""
-    spec = only(*[("amount", name) for name in ("count", "distinct", "sum", "mean", "min", "last")])
+    spec = window_of(*[("amount", name) for name in ("count", "distinct", "sum", "mean", "min", "last")])
     assert aggregated(events(), spec, 1) == [(0, 0, None, None, None, None)]
 
 
@@ -207,7 +195,7 @@ def test_sums_of_fractions_are_exact_and_rounded_once() -> None:
     amounts = [1e15, 0.1, -1e15, 1e-300, 1e300, -1e300, *rng.normal(0, 1e6, 40), *rng.normal(0, 1e-9, 40)]
     frame = events(*[(str(i), i / 10, i / 10, amount) for i, amount in enumerate(amounts)])
     actual = aggregated(
-        frame, only(("amount", "sum"), ("amount", "mean"), hours=2), *[i / 10 for i in range(86)]
+        frame, window_of(("amount", "sum"), ("amount", "mean"), hours=2), *[i / 10 for i in range(86)]
     )
     expected = [math.fsum(amounts[max(i - 19, 0) : i + 1]) for i in range(86)]
     assert [row[0] for row in actual] == expected
@@ -218,7 +206,7 @@ def test_infinite_amounts_affect_only_their_windows() -> None:
     """Infinities of both signs give null."""
     frame = events(("a", 1, 1, math.inf), ("b", 2, 2, -math.inf), ("c", 3, 3, 1.0), ("d", 9, 9, 1.7e308))
     frame = pl.concat([frame, events(("e", 9, 9, 1.7e308))])
-    actual = aggregated(frame, only(("amount", "sum")), 1, 3, 6, 7, 9)
+    actual = aggregated(frame, window_of(("amount", "sum")), 1, 3, 6, 7, 9)
     assert actual == [(math.inf,), (None,), (-math.inf,), (1.0,), (math.inf,)]
 
 
@@ -226,7 +214,7 @@ def test_whole_numbers_too_large_for_their_sum_are_refused() -> None:
     """The sum does not wrap around."""
     frame = events(("a", 1, 1, None), ("b", 1, 1, None)).with_columns(size=pl.lit(2**62))
     with pytest.raises(TrainingSetError, match="Declare the column as float64"):
-        aggregated(frame, only(("size", "sum")), 2)
+        aggregated(frame, window_of(("size", "sum")), 2)
 
 
 @pytest.mark.parametrize("places", [1, 7, 256])
@@ -238,7 +226,7 @@ def test_distinct_is_exact_up_to_its_bound_and_estimated_above(
     total = EXACT_DISTINCT + 300
     frame = events(*[(str(i), i / 1000, i / 1000, float(i // 2)) for i in range(2 * total)])
     hours = [(2 * EXACT_DISTINCT - 1) / 1000, 2 * EXACT_DISTINCT / 1000, 2.5, 3.5]
-    actual = aggregated(frame, only(("amount", "distinct"), hours=2), *hours)
+    actual = aggregated(frame, window_of(("amount", "distinct"), hours=2), *hours)
 
     def values(hour: float) -> set[float]:
         return {float(i // 2) for i in range(2 * total) if hour - 2 < i / 1000 <= hour}

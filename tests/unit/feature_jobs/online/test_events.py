@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -58,9 +58,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator
 @pytest.fixture(params=[0, 1], ids=["lmdb", "redis"])
 def store(request: pytest.FixtureRequest, stores: list[OnlineStore]) -> OnlineStore:
     """Return the store after the view was materialised from an empty table."""
-    store = stores[request.param]
-    store.replace(stored_view(VIEW), TYPES, [])
-    return store
+    stores[request.param].replace(stored_view(VIEW), TYPES, [])
+    return stores[request.param]
 
 
 @dataclass
@@ -147,6 +146,21 @@ class Pipeline:
         return [reader.read(EVERYONE, START + timedelta(hours=hour)).columns for hour in HOURS]
 
 
+def run_step(run: Pipeline, step: str, count: int) -> None:
+    """Run one step."""
+    match step:
+        case "p":
+            run.push(count)
+        case "l":
+            run.push(count, lost=True)
+        case "r":
+            run.push_again(count)
+        case "s":
+            run.stream(finish=count > 2)
+        case "c":
+            run.kafka(count)
+
+
 @settings(max_examples=max(settings.default.max_examples // 3, 1), deadline=None)
 @given(frame=event_frames(min_size=20), seed=st.integers(0, 10**6))
 def test_online_equals_offline_for_events_in_any_order(
@@ -171,21 +185,6 @@ def test_online_equals_offline_for_events_in_any_order(
     assert runs[0].online() == runs[1].online() == runs[0].offline()
 
 
-def run_step(run: Pipeline, step: str, count: int) -> None:
-    """Run one step."""
-    match step:
-        case "p":
-            run.push(count)
-        case "l":
-            run.push(count, lost=True)
-        case "r":
-            run.push_again(count)
-        case "s":
-            run.stream(finish=count > 2)
-        case "c":
-            run.kafka(count)
-
-
 def event(number: int, amount: float = 1.0) -> pl.DataFrame:
     """Push an event of one entity."""
     changed = {"event_id": pl.lit(str(number)), "amount": pl.lit(amount)}
@@ -205,11 +204,8 @@ def test_concurrent_writers_lose_no_event(store: OnlineStore) -> None:
         for number in range(start, start + 10):
             put_online(store, VIEW, TYPES, event(number))
 
-    threads = [threading.Thread(target=push, args=(start,)) for start in (0, 100, 200)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(push, (0, 100, 200)))
     assert count(store) == 30
 
 

@@ -1,4 +1,4 @@
-"""Run a push server and kill it at a random moment."""
+"""Run a push server and kill it at a random moment, and compare what jobs leave."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from cluster.ledger.events import BatchIngested
 from cluster.security.keys.access import KeyAccess
 from tests.processes import forks
-from tests.projects.push import serve
+from tests.projects.push import PushProject, serve
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
 
@@ -46,3 +47,17 @@ def run_and_kill(
     server.join()
     ours.close()
     return done
+
+
+def require_same_results(actual: PushProject, expected: PushProject) -> None:
+    """Require the same counts of rows in the ledger, and the same rows of four people in the online store."""
+    assert totals(actual) == totals(expected)
+    people = [(person,) for person in range(4)]
+    assert actual.store.get(actual.view.spec, people) == expected.store.get(expected.view.spec, people)
+
+
+def totals(project: PushProject) -> dict[str, int]:
+    """Return the sums of the ledger's counts over all batches."""
+    batches = [entry.payload for entry in project.ledger.entries(BatchIngested)]
+    names = ("rows_in", "rows_stored", "rows_quarantined", "rows_late")
+    return {name: sum(batch[name] for batch in batches) for name in names}

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError, Inconsistent
-from cluster.ledger.events import BatchIngested
 from feature_jobs.store.ingestion.pushed_rows import POSITION
 from feature_jobs.store.streaming.checked_messages import CheckedMessages, combine, to_checked
 from feature_jobs.store.streaming.kafka_consumer import (
@@ -31,6 +30,7 @@ from feature_jobs.store.streaming.kafka_stream import Fenced, KafkaStream
 from feature_jobs.store.streaming.lateness import Lateness, LatePolicy
 from tests.projects.push import PushProject, Sent, kafka_view, message
 from tests.servers.kafka_broker import MockBroker
+from tests.unit.feature_jobs.streaming.push_kills import require_same_results
 
 TOPIC, KEYS = "incomes", {"person_id": "int64"}
 VIEW = kafka_view("a:1")
@@ -143,9 +143,7 @@ def test_killed_readers_lose_and_duplicate_no_rows(
     expected, actual = (one.table().select(columns).sort(pl.all()) for one in (single, apart))
     assert actual.equals(expected)
     assert apart.table()["ingest_seq"].is_unique().all()
-    assert sums(apart) == sums(single)
-    people = [(person,) for person in range(4)]
-    assert apart.store.get(apart.view.spec, people) == single.store.get(single.view.spec, people)
+    require_same_results(apart, single)
     with pytest.raises(Fenced, match="started later"):
         first.store_checked(check([Sent((0, 0), b"nonsense")], starts={0: 0}))
 
@@ -170,13 +168,6 @@ def read_with_kills(stream: KafkaStream, reading: ConsumerSettings, draw: random
             total += stream.store_checked(taken)
             assert stream.store_checked(taken) == 0, "the table has them already"
     return total
-
-
-def sums(project: PushProject) -> dict[str, int]:
-    """Return the sums of the ledger's counts over all batches."""
-    entries = [entry.payload for entry in project.ledger.entries(BatchIngested)]
-    names = ("rows_in", "rows_stored", "rows_quarantined", "rows_late")
-    return {name: sum(entry[name] for entry in entries) for name in names}
 
 
 def test_reader_names_a_missing_file(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from feature_jobs.store.catalog.protection import quarantine_protection
 from feature_jobs.store.offline.tables import open_table
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.streaming import micro_batches
+from feature_jobs.store.streaming.push_stream import PushStream
 from feature_jobs.store.streaming.pushed_view import load_pushed_view, view_from_definition
 from feature_jobs.store.types.schema import PROVISIONAL
 from tests.projects.push import INCOME, START, PushProject, payments_view, row
-from tests.unit.feature_jobs.streaming.push_kills import KILLS, run_and_kill
+from tests.unit.feature_jobs.streaming.push_kills import KILLS, require_same_results, run_and_kill
 
 
 def ingested(project: PushProject) -> list[dict[str, Any]]:
@@ -196,26 +197,17 @@ def test_concurrent_streams_duplicate_no_rows(project: PushProject) -> None:
     """Of two commits from the same position one is refused. Its retry finds no rows to store."""
     for number in range(6):
         project.push(row(number, 1, float(number)), key=str(number))
-    errors: list[BaseException] = []
 
-    def work() -> None:
-        stream = project.stream(max_rows=1)
+    def work(stream: PushStream) -> None:
         while True:
             try:
                 if stream.step() == 0:
                     return
             except micro_batches.CommitConflict:
                 continue
-            except BaseException as error:
-                errors.append(error)
-                raise
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, [project.stream(max_rows=1) for _ in range(2)]))
     assert project.table().select("amount", "ingest_seq").rows() == [(float(n), n) for n in range(6)]
 
 
@@ -319,7 +311,4 @@ def test_killed_server_and_stream_lose_and_duplicate_no_pushes(
     killed = open_project(folder="killed")
     columns = ["person_id", "event_timestamp", "amount", "sector", "deleted", "ingest_seq"]
     assert killed.table().select(columns).equals(whole.table().select(columns))
-    for name in ("rows_in", "rows_stored", "rows_quarantined"):
-        assert sum(event[name] for event in ingested(killed)) == sum(event[name] for event in ingested(whole))
-    spec, people = whole.view.spec, [(number,) for number in range(4)]
-    assert killed.store.get(spec, people) == whole.store.get(spec, people)
+    require_same_results(killed, whole)
