@@ -17,7 +17,7 @@ from feature_jobs.store.catalog.specifications import view_spec
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.tables import BucketFile, Snapshot, Target
 from feature_jobs.training_set import TrainingSetConfig, build_training_set, load_request
-from tests.projects.tables import TIME, commit_rows, pin, target_of
+from tests.projects.tables import TIME, commit_rows, feature_rows, pin, target_of
 from tests.projects.views import apply_service, make_view
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -54,17 +54,12 @@ class FeatureProject:
         return offline.write_files(self.rows(number), self.target(), name=name)
 
     def rows(self, number: int, **columns: Any) -> pa.Table:
-        seq = list(range(number * PEOPLE, (number + 1) * PEOPLE))
-        times = pa.array([START + timedelta(hours=number)] * PEOPLE, TIME)
-        rows = {
-            "person_id": pa.array(range(PEOPLE)),
-            "amount": pa.array([float(one) for one in seq]),
-            "event_timestamp": times,
-            "created_timestamp": times,
-            "ingested_at": times,
-            "ingest_seq": pa.array(seq),
-        }
-        return pa.table(rows | columns)
+        """The rows of a batch, with some columns changed."""
+        first = number * PEOPLE
+        times = [START + timedelta(hours=number)] * PEOPLE
+        amounts = pa.array([float(first + person) for person in range(PEOPLE)])
+        values = {"person_id": pa.array(range(PEOPLE)), "amount": amounts} | columns
+        return feature_rows(times, first_seq=first, **values)
 
     def target(self) -> Target:
         return target_of(self.uri, view_spec(self.ledger, "income"), self.access)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from typing import Any
+
 import pyarrow as pa
 from deltalake import DeltaTable
 
@@ -19,6 +22,20 @@ TIMES = [
     ("ingest_seq", pa.int64()),
 ]
 """The columns of every feature table besides keys and features."""
+
+
+def feature_rows(
+    event: list[datetime], *, created: list[datetime] | None = None, first_seq: int = 0, **columns: Any
+) -> pa.Table:
+    """Rows as ingestion stores them. By default a row is created at its event time."""
+    times = pa.array(event, TIME)
+    ordering = {
+        "event_timestamp": times,
+        "created_timestamp": times if created is None else pa.array(created, TIME),
+        "ingested_at": times,
+        "ingest_seq": pa.array(range(first_seq, first_seq + len(event)), pa.int64()),
+    }
+    return pa.table(ordering | columns)
 
 
 def target_of(uri: str, spec: ViewSpec, access: KeyAccess, *, buckets: int = 2) -> Target:

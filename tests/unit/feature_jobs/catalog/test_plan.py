@@ -23,6 +23,9 @@ from feature_jobs.store.catalog.specifications import Definitions, apply, servic
 from tests.projects.views import define, make_view
 
 AMOUNT, SECTOR, CITY = Field("amount", "float64"), Field("sector", "string"), Field("city", "string")
+WHOLE, PRIVATE = Field("amount", "int64"), replace(AMOUNT, sensitivity=Sensitivity.PERSONAL)
+SOURCE = FileSource("income.parquet", event_timestamp="at")
+OTHER_KEY = Entity("person", join_keys=["id"])
 
 
 def as_it_is(table: pa.Table) -> pa.Table:
@@ -32,7 +35,7 @@ def as_it_is(table: pa.Table) -> pa.Table:
 def view(name: str = "income", **changes: Any) -> FeatureView:
     """A view, with some parts changed."""
     parts: dict[str, Any] = {
-        "source": FileSource("income.parquet", event_timestamp="at"),
+        "source": SOURCE,
         "schema": [AMOUNT, SECTOR],
         "ttl": timedelta(days=30),
         "retention": timedelta(days=300),
@@ -53,6 +56,7 @@ def applied(ledger: Ledger, *views: FeatureView) -> None:
 def register(ledger: Ledger, version: int = 1) -> None:
     """Register a model that was trained with the applied service."""
     service = service_spec(ledger, "credit")
+    lineage = {"service": service.name, "service_version": service.version}
     event = ModelRegistered(
         name="loan",
         version=version,
@@ -60,7 +64,7 @@ def register(ledger: Ledger, version: int = 1) -> None:
         task="binary",
         manifest_hash="",
         files={},
-        lineage={"service": service.name, "service_version": service.version},
+        lineage=lineage,
         metrics={},
     )
     ledger.append(event, actor="user:test")
@@ -76,39 +80,19 @@ def planned(ledger: Ledger, *views: FeatureView) -> Plan:
         ({"schema": [AMOUNT, SECTOR, CITY]}, "+ column city string, internal", Impact.safe),
         ({"schema": [AMOUNT]}, "- column sector string, internal", Impact.breaking),
         ({"schema": [SECTOR, AMOUNT]}, "~ column order amount, sector -> sector, amount", Impact.safe),
-        (
-            {"schema": [Field("amount", "int64"), SECTOR]},
-            "amount dtype float64 -> int64",
-            Impact.incompatible,
-        ),
-        (
-            {"schema": [replace(AMOUNT, sensitivity=Sensitivity.PERSONAL), SECTOR]},
-            "amount sensitivity internal -> personal",
-            Impact.incompatible,
-        ),
+        ({"schema": [WHOLE, SECTOR]}, "amount dtype float64 -> int64", Impact.incompatible),
+        ({"schema": [PRIVATE, SECTOR]}, "amount sensitivity internal -> personal", Impact.incompatible),
         ({"schema": [replace(AMOUNT, categorical=True), SECTOR]}, "categorical False -> True", Impact.safe),
         ({"schema": [replace(AMOUNT, description="in euro"), SECTOR]}, "none -> in euro", Impact.safe),
-        (
-            {"entities": [Entity("person", join_keys=["id"])]},
-            "join keys person_id -> id",
-            Impact.incompatible,
-        ),
+        ({"entities": [OTHER_KEY]}, "join keys person_id -> id", Impact.incompatible),
         ({"entities": [Entity("human", join_keys=["person_id"])]}, "entities person -> human", Impact.safe),
         ({"ttl": timedelta(days=3)}, "time-to-live 30 days -> 3 days", Impact.safe),
         ({"ttl": None}, "time-to-live 30 days -> none", Impact.safe),
         ({"transform": as_it_is}, "transform none -> ", Impact.breaking),
         ({"created_lag": timedelta(hours=1)}, "created_lag 0 s -> 3600 s", Impact.breaking),
-        ({"source": FileSource("b.parquet", event_timestamp="at")}, "-> b.parquet", Impact.safe),
-        (
-            {"source": FileSource("income.parquet", event_timestamp="on")},
-            "source.event_timestamp at -> on",
-            Impact.breaking,
-        ),
-        (
-            {"source": FileSource("income.parquet", event_timestamp="at", created_timestamp="known")},
-            "+ source.created_timestamp known",
-            Impact.breaking,
-        ),
+        ({"source": replace(SOURCE, path="b.parquet")}, "-> b.parquet", Impact.safe),
+        ({"source": replace(SOURCE, event_timestamp="on")}, ".event_timestamp at -> on", Impact.breaking),
+        ({"source": replace(SOURCE, created_timestamp="known")}, "created_timestamp known", Impact.breaking),
         ({"checks": [NotNull("amount")]}, "+ check NotNull(amount)", Impact.safe),
         ({"owner": "risk"}, "owner none -> risk", Impact.safe),
         ({"purposes": ["credit"]}, "purposes credit, fraud -> credit", Impact.restricts),
@@ -146,14 +130,10 @@ def test_no_changes_exactly_if_versions_are_equal(old: list[Field], new: list[Fi
     changes = view_changes(before.definition(), after.definition())
     reverse = view_changes(after.definition(), before.definition())
     assert (not changes) == (before.version == after.version)
-    assert sorted(
-        (change.subject, change.before, change.after)
-        for change in changes
-        if change.subject != "column order"
-    ) == sorted(
-        (change.subject, change.after, change.before)
-        for change in reverse
-        if change.subject != "column order"
+    there = [(change.subject, change.before, change.after) for change in changes]
+    back = [(change.subject, change.after, change.before) for change in reverse]
+    assert sorted(one for one in there if one[0] != "column order") == sorted(
+        one for one in back if one[0] != "column order"
     )
 
 

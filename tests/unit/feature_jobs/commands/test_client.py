@@ -29,7 +29,7 @@ from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.manifest import read_manifest, require_reproducible
 from feature_jobs.store.online.reader import open_online_store
 from jobs.train.data import join_keys
-from tests.projects.tables import TIME, commit_rows, pin, target_of
+from tests.projects.tables import TIME, commit_rows, feature_rows, pin, target_of
 from tests.projects.views import apply_service, make_view
 from tests.servers.key_broker import running_broker
 from tests.servers.replica import listener, record
@@ -71,11 +71,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             apply_service(ledger, service)
         spec = view_spec(ledger, "income")
         ledger.close()
-        known = pa.array([AT] * 2, TIME)
         columns = {"person_id": [1, 2], "amount": [4.0, 8.0], "since": pa.array([AT, None], TIME)}
-        times = dict.fromkeys(("event_timestamp", "created_timestamp", "ingested_at"), known)
         target = target_of(places.features("income"), spec, access)
-        commit_rows(target, pa.table({**columns, **times, "ingest_seq": [0, 1]}))
+        commit_rows(target, feature_rows([AT, AT], **columns))
         pinned = pin(target)
         online = open_online_store(OnlineConfig(map_size_gib=0.01), places, key_store(access), readonly=False)
         online.replace(spec, pinned.key_types, newest_rows(spec, pinned, AT))

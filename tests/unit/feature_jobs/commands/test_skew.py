@@ -16,7 +16,7 @@ from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.skew.comparison import FeatureSkew
 from feature_jobs.store.skew.served import read_served
-from tests.projects.tables import TIME, commit_rows, pin, target_of
+from tests.projects.tables import commit_rows, feature_rows, pin, target_of
 from tests.projects.views import make_spec, service_of
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -52,11 +52,8 @@ class Tables:
 
     def _store(self, folder: Path, access: KeyAccess, spec: ViewSpec) -> Snapshot:
         keys, values, hours = zip(*ROWS[spec.name], strict=True)
-        times = pa.array([hour(number) for number in hours], TIME)
         columns = {spec.join_keys[0]: pa.array(keys), spec.fields[0].name: pa.array(values)}
-        for name in ("event_timestamp", "created_timestamp", "ingested_at"):
-            columns[name] = times
-        rows = pa.table({**columns, "ingest_seq": pa.array(range(len(keys)), pa.int64())})
+        rows = feature_rows([hour(number) for number in hours], **columns)
         target = target_of(f"{folder}/{spec.name}", spec, access)
         commit_rows(target, rows)
         return pin(target)

@@ -21,7 +21,7 @@ from feature_jobs.store.catalog.specifications import ServiceSpec
 from feature_jobs.store.ingestion.validation import REASON, prepare
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.training_set import build, join_in_process
-from tests.projects.tables import TIME, commit_rows, pin, target_of
+from tests.projects.tables import TIME, commit_rows, feature_rows, pin, target_of
 from tests.projects.views import apply_service, make_view
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -196,18 +196,8 @@ def stored(folder: Path, access: KeyAccess, service: ServiceSpec) -> Snapshot:
     """Store two payments of customer 1, at 0:30 and 1:00, and a correction of the second one."""
     spec = service.views[0]
     times = [START + timedelta(hours=hour) for hour in (0.5, 1, 1)]
-    events = pa.table(
-        {
-            "customer_id": [1, 1, 1],
-            "payment_id": ["a", "b", "b"],
-            "amount": [1.0, 4.0, 5.0],
-            "shop": pa.array([7, 8, 9], pa.int32()),
-            "event_timestamp": pa.array(times, TIME),
-            "created_timestamp": pa.array(times, TIME),
-            "ingested_at": pa.array(times, TIME),
-            "ingest_seq": [0, 1, 2],
-        }
-    )
+    columns = {"customer_id": [1, 1, 1], "payment_id": ["a", "b", "b"], "amount": [1.0, 4.0, 5.0]}
+    events = feature_rows(times, **columns, shop=pa.array([7, 8, 9], pa.int32()))
     target = target_of(f"{folder}/income", spec, access, buckets=4)
     commit_rows(target, events)
     return pin(target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -185,12 +184,3 @@ def test_a_training_set_holds_the_defaults(feature_project: FeatureProject) -> N
     assert manifest["null_share"] == {"income__amount": 1 / (PEOPLE + 5)}
     assert "default_share" not in plain
     assert feature_project.again()["row_hash"] == manifest["row_hash"] != plain["row_hash"]
-
-
-def test_expired_value_gets_the_default(feature_project: FeatureProject) -> None:
-    """As online, the default replaces a value that is older than the TTL."""
-    view = replace(PEOPLES_INCOME, ttl=timedelta(days=1))
-    with_default = FeatureService("credit", views=[view], missing={"income__amount": Default(-1)})
-    apply_service(feature_project.ledger, with_default)
-    feature_project.ingest(0)
-    assert feature_project.build()["default_share"] == {"income__amount": 1.0}

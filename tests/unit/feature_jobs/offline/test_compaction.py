@@ -22,7 +22,7 @@ from feature_jobs.store.offline.compaction import current_target, fragmented_buc
 from feature_jobs.store.offline.row_hash import row_hash
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.training_set import build, join_in_process
-from tests.projects.tables import TIME, batch_of, commit_rows, pin, target_of
+from tests.projects.tables import TIME, batch_of, commit_rows, feature_rows, pin, target_of
 from tests.projects.views import make_spec, service_of
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -35,18 +35,10 @@ PEOPLE = pa.table(
 
 def ingest(uri: str, access: KeyAccess, number: int) -> None:
     """Ingest a batch that corrects the amount of every person."""
-    times = pa.array([START + timedelta(hours=number)] * ROWS, TIME)
-    seq = list(range(number * ROWS, (number + 1) * ROWS))
-    rows = pa.table(
-        {
-            "person_id": range(ROWS),
-            "amount": [float(number) for number in seq],
-            "event_timestamp": times,
-            "created_timestamp": times,
-            "ingested_at": times,
-            "ingest_seq": seq,
-        }
-    )
+    first = number * ROWS
+    amounts = [float(first + person) for person in range(ROWS)]
+    times = [START + timedelta(hours=number)] * ROWS
+    rows = feature_rows(times, first_seq=first, person_id=pa.array(range(ROWS)), amount=amounts)
     commit_rows(target_of(uri, VIEW, access), rows, ingest_id=str(number))
 
 

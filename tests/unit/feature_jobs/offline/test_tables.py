@@ -98,14 +98,6 @@ def test_each_row_is_in_one_bucket_sorted_by_availability(uri: str, access: KeyA
     assert pinned.rows == 50
 
 
-def test_pinned_version_never_sees_later_rows(uri: str, access: KeyAccess) -> None:
-    """A pinned table version does not change when more rows are ingested."""
-    first = ingest(uri, rows(0, 50), "a", access)
-    ingest(uri, rows(50, 50), "b", access)
-    assert newest(uri, access, version=first).rows == 50
-    assert newest(uri, access).rows == 100
-
-
 def test_files_without_a_commit_are_not_read(uri: str, access: KeyAccess) -> None:
     """After a crash before the commit the table is unchanged."""
     ingest(uri, rows(0, 10), "a", access)

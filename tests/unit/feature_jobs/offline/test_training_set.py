@@ -20,7 +20,7 @@ from feature_jobs.store.offline.row_hash import row_hash
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.training_set import assemble, build, event_times, join_in_process
 from feature_jobs.training_set import hidden_warning, read_entities
-from tests.projects.tables import TIME, TIMES, commit_rows, pin, target_of
+from tests.projects.tables import TIME, commit_rows, feature_rows, pin, target_of
 from tests.projects.views import make_spec, service_of
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -37,13 +37,10 @@ def store(
     spec: ViewSpec,
     event: list[datetime],
     created: list[datetime] | None = None,
-    **columns: pa.Array,
+    **columns: Any,
 ) -> Snapshot:
     """Store rows in a feature table. By default a row is created at its event time."""
-    arrays = {name: pa.array(values) for name, values in columns.items()}
-    schema = pa.schema([*((name, values.type) for name, values in arrays.items()), *TIMES])
-    seq = list(range(len(event)))
-    rows = pa.table([*arrays.values(), event, created or event, event, seq], schema=schema)
+    rows = feature_rows(event, created=created, **columns)
     target = target_of(f"{folder}/{spec.name}", spec, access, buckets=4)
     commit_rows(target, rows)
     return pin(target)
@@ -86,10 +83,12 @@ def test_rows_and_columns_of_entities_come_first_in_order(snapshots: dict[str, S
 
 
 def test_join_key_can_come_from_an_earlier_view(snapshots: dict[str, Snapshot]) -> None:
-    """The cohort is the person's band at that time. A row without a person has no cohort."""
+    """The cohort is the person's band at that time, or that of the entity row. Without a person there is none."""
     table = built(snapshots, entities([1, 1, 2, 99], 3, 6, 6, 6))
     assert table["person__age_band"].to_pylist() == ["young", "old", "old", None]
     assert table["cohort__rate"].to_pylist() == [0.5, 0.7, 0.7, None]
+    table = built(snapshots, entities([1], 6, age_band=["young"]))
+    assert table["cohort__rate"].to_pylist() == [0.5]
 
 
 def test_join_key_never_comes_from_a_default(snapshots: dict[str, Snapshot]) -> None:
@@ -104,12 +103,6 @@ def test_join_key_never_comes_from_a_default(snapshots: dict[str, Snapshot]) -> 
     assert table["cohort__rate"].to_pylist() == [0.7, 0.0, 0.0]
     assert table["cohort__size"].to_pylist() == [4, None, None]
     assert training_set.absent == {"person": 1, "cohort": 2}
-
-
-def test_join_key_of_the_entity_row_wins_over_a_view(snapshots: dict[str, Snapshot]) -> None:
-    """If both have the join key, the entity row's value is used."""
-    table = built(snapshots, entities([1], 6, age_band=["young"]))
-    assert table["cohort__rate"].to_pylist() == [0.5]
 
 
 def test_ttl_of_the_view_is_applied(snapshots: dict[str, Snapshot]) -> None:

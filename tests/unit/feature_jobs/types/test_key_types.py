@@ -29,6 +29,7 @@ from feature_jobs.store.streaming.pushed_view import view_from_definition
 from feature_jobs.store.types.key_types import MAX_KEY, require_declared_types, require_stored_types
 from tests.projects.online import reader_of
 from tests.projects.push import INCOME, START, PushProject, message, row
+from tests.projects.tables import feature_rows
 from tests.projects.views import define, make_spec, service_of
 
 NOW = datetime(2024, 2, 1, tzinfo=UTC)
@@ -40,11 +41,8 @@ TEXT = replace(INCOME, entities=[Entity("person", join_keys={"person_id": "strin
 def ingest_text(project: PushProject, *people: str) -> None:
     """Store a first batch with text keys, as from files."""
     count = len(people)
-    times = pa.array([START] * count, pa.timestamp("us", "UTC"))
-    good = pa.table(
-        {"person_id": people, "amount": [5.0] * count, "sector": ["s"] * count}
-        | {"event_timestamp": times, "created_timestamp": times, "ingest_seq": list(range(count))}
-    )
+    columns = {"person_id": people, "amount": [5.0] * count, "sector": ["s"] * count}
+    good = feature_rows([START] * count, **columns).drop_columns(["ingested_at"])
     bad = pa.table({name: pa.array([], kind) for name, kind in (("reason", "string"), ("raw", "string"))})
     batch = MicroBatch(
         ingest_id="files", rows_in=count, good=good, bad=bad, last_seq=count - 1, positions={"files": 1}
