@@ -130,11 +130,11 @@ def test_no_changes_exactly_if_versions_are_equal(old: list[Field], new: list[Fi
     changes = view_changes(before.definition(), after.definition())
     reverse = view_changes(after.definition(), before.definition())
     assert (not changes) == (before.version == after.version)
-    there = [(change.subject, change.before, change.after) for change in changes]
-    back = [(change.subject, change.after, change.before) for change in reverse]
-    assert sorted(one for one in there if one[0] != "column order") == sorted(
-        one for one in back if one[0] != "column order"
+    forth, back = (
+        [change for change in found if change.subject != "column order"] for found in (changes, reverse)
     )
+    undone = sorted((change.subject, change.after, change.before) for change in back)
+    assert sorted((change.subject, change.before, change.after) for change in forth) == undone
 
 
 def test_plan_shows_added_changed_removed_and_unchanged(ledger: Ledger) -> None:
