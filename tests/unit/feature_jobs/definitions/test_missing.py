@@ -138,10 +138,10 @@ VALUES = {
 }
 
 
-@given(st.data())
-def test_serving_fills_as_training_does(data: st.DataObject) -> None:
+@pytest.mark.parametrize("dtype", VALUES)
+@given(data=st.data())
+def test_serving_fills_as_training_does(dtype: str, data: st.DataObject) -> None:
     """Both fill the same missing and expired values. A null from the source stays."""
-    dtype = data.draw(st.sampled_from(sorted(VALUES)))
     view = make_view("v", schema=[Field("x", dtype)])
     default = data.draw(VALUES[dtype].filter(lambda value: value is not None))
     service = FeatureService("s", views=[view], missing={"v__x": Default(default)})
