@@ -10,7 +10,7 @@ _TARGETS = (
     "tests.projects.push",
     "tests.unit.cluster.test_ledger",
     "tests.unit.cluster.test_compaction_kills",
-    "tests.unit.feature_jobs.test_materialize_kill",
+    "tests.unit.feature_jobs.online.test_materialize_kill",
 )
 """Modules whose functions such processes run."""
 

@@ -8,27 +8,20 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import DeltaTable
 
 from cluster.ledger import Ledger
-from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess
 from cluster.settings import StorageConfig
-from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, Sensitivity
-from feature_jobs.store.catalog.protection import view_protection
-from feature_jobs.store.catalog.specifications import Definitions, apply, view_spec
+from feature_jobs.store import FeatureService, FeatureView, Field, Sensitivity
+from feature_jobs.store.catalog.specifications import view_spec
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.tables import Batch, BucketFile, Snapshot, Target, snapshot
+from feature_jobs.store.offline.tables import BucketFile, Snapshot, Target
 from feature_jobs.training_set import TrainingSetConfig, build_training_set, load_request
+from tests.projects.tables import TIME, commit_rows, feature_rows, pin, target_of
+from tests.projects.views import apply_service, make_view
 
-TIME = pa.timestamp("us", "UTC")
 START = datetime(2024, 1, 1, tzinfo=UTC)
-INCOME = FeatureView(
-    "income",
-    entities=[Entity("person", join_keys=["person_id"])],
-    source=FileSource("x.parquet", event_timestamp="at"),
-    schema=[Field("amount", "float64", sensitivity=Sensitivity.PERSONAL)],
-)
+INCOME = make_view(schema=[Field("amount", "float64", sensitivity=Sensitivity.PERSONAL)])
 PEOPLE = 20
 
 
@@ -44,8 +37,7 @@ class FeatureProject:
         self.write_entities(PEOPLE)
 
     def apply(self, view: FeatureView) -> None:
-        services = {"credit": FeatureService("credit", views=[view])}
-        apply(Definitions(module="m", views={view.name: view}, services=services), self.ledger, actor="test")
+        apply_service(self.ledger, FeatureService("credit", views=[view]))
 
     def write_entities(self, count: int) -> None:
         at = pa.array([START + timedelta(days=9)] * count, TIME)
@@ -55,51 +47,25 @@ class FeatureProject:
 
     def ingest(self, number: int, **columns: Any) -> None:
         """A value for each person, `number` hours after the start."""
-        files = self.write(number, f"batch{number}", **columns)
-        batch = Batch(
-            ingest_id=f"{number}",
-            rows_in=PEOPLE,
-            rows_stored=PEOPLE,
-            rows_quarantined=0,
-            reasons={},
-            quarantine=None,
-        )
-        schema = protected_files(self.access).read(f"{self.uri}/{files[0].path}").schema
-        offline.evolve_schema(DeltaTable(self.uri), schema, view="income")
-        offline.commit(DeltaTable(self.uri), schema, files, batch, seq=PEOPLE * (number + 1) - 1)
+        commit_rows(self.target(), self.rows(number, **columns), ingest_id=f"batch{number}")
 
-    def write(self, number: int, name: str, **columns: Any) -> list[BucketFile]:
-        """Its files, without the commit."""
-        seq = list(range(number * PEOPLE, (number + 1) * PEOPLE))
-        times = pa.array([START + timedelta(hours=number)] * PEOPLE, TIME)
-        rows = {
-            "person_id": pa.array(range(PEOPLE)),
-            "amount": pa.array([float(one) for one in seq]),
-            "event_timestamp": times,
-            "created_timestamp": times,
-            "ingested_at": times,
-            "ingest_seq": pa.array(seq),
-        }
-        table = pa.table(rows | columns)
-        offline.create_table(self.uri, table.schema, num_buckets=2)
-        target = Target(
-            uri=self.uri,
-            keys=("person_id",),
-            buckets=2,
-            protection=view_protection(view_spec(self.ledger, "income")),
-            access=self.access,
-        )
-        return offline.write_files(table, target, name=name)
+    def write(self, number: int, name: str) -> list[BucketFile]:
+        """The same values as files of a name, without a commit."""
+        return offline.write_files(self.rows(number), self.target(), name=name)
+
+    def rows(self, number: int, **columns: Any) -> pa.Table:
+        """The rows of a batch, with some columns changed."""
+        first = number * PEOPLE
+        times = [START + timedelta(hours=number)] * PEOPLE
+        amounts = pa.array([float(first + person) for person in range(PEOPLE)])
+        values = {"person_id": pa.array(range(PEOPLE)), "amount": amounts} | columns
+        return feature_rows(times, first_seq=first, **values)
+
+    def target(self) -> Target:
+        return target_of(self.uri, view_spec(self.ledger, "income"), self.access)
 
     def newest(self) -> Snapshot:
-        spec = view_spec(self.ledger, "income")
-        return snapshot(
-            self.uri,
-            view="income",
-            keys=["person_id"],
-            protection=view_protection(spec),
-            access=self.access,
-        )
+        return pin(self.target())
 
     def build(self, output: str = "train", **given: Any) -> dict[str, Any]:
         """What `feature_jobs.training_set` does."""

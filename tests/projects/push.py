@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,7 +20,6 @@ from cluster.storage import Layout
 from feature_jobs.materialize import newest_rows
 from feature_jobs.store import (
     Aggregation,
-    Entity,
     FeatureView,
     Field,
     FileSource,
@@ -28,13 +27,12 @@ from feature_jobs.store import (
     Range,
     Sensitivity,
 )
-from feature_jobs.store.catalog.protection import view_protection
-from feature_jobs.store.catalog.specifications import Definitions, ServiceSpec, apply
+from feature_jobs.store.catalog.specifications import apply
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
-from feature_jobs.store.offline.tables import Snapshot, Target, open_table, snapshot
+from feature_jobs.store.offline.tables import Snapshot, Target, open_table
 from feature_jobs.store.offline.window_values import aggregate
 from feature_jobs.store.online.events import merge_function
-from feature_jobs.store.online.reader import FeatureReader, open_online_store
+from feature_jobs.store.online.reader import open_online_store
 from feature_jobs.store.online.window_states import stored_view
 from feature_jobs.store.streaming.kafka_consumer import ConsumerSettings, consume
 from feature_jobs.store.streaming.kafka_stream import KafkaStream
@@ -44,11 +42,12 @@ from feature_jobs.store.streaming.push_stream import PushStream
 from feature_jobs.store.streaming.pushed_view import load_pushed_view
 from feature_jobs.store.streaming.pusher import Pusher, open_push_log
 from serve_apps.features.request import parse_push
+from tests.projects.online import reader_of
+from tests.projects.tables import pin, target_of
+from tests.projects.views import define, make_view
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
-INCOME = FeatureView(
-    "income",
-    entities=[Entity("person", join_keys=["person_id"])],
+INCOME = make_view(
     source=FileSource("x.parquet", event_timestamp="at", created_timestamp="known_at"),
     schema=[Field("amount", "float64", sensitivity=Sensitivity.PERSONAL), Field("sector", "string")],
     checks=[Range("amount", 0, 1e6)],
@@ -67,9 +66,7 @@ def row(person: int, hour: float, amount: Any = 1.0, **fields: Any) -> dict[str,
 
 def payments_view() -> FeatureView:
     """A view of that name, aggregated from events; made here, as a module has one definition of a name."""
-    return FeatureView(
-        "income",
-        entities=INCOME.entities,
+    return make_view(
         source=INCOME.source,
         schema=[Field("payment", "string"), *INCOME.schema],
         checks=INCOME.checks,
@@ -93,8 +90,7 @@ class PushProject:
     def __init__(self, root: Path, access: KeyAccess, *, view: FeatureView = INCOME) -> None:
         self.places, self.access = Layout(str(root)), access
         self.ledger = Ledger(f"sqlite:///{root}/ledger.db")
-        definitions = Definitions(module="m", views={view.name: view}, services={})
-        apply(definitions, self.ledger, actor="test")
+        apply(define(view), self.ledger, actor="test")
         self.view = load_pushed_view(self.ledger, view.name)
         keys = key_store(access)
         self.store = open_online_store(OnlineConfig(map_size_gib=0.1), self.places, keys, readonly=False)
@@ -124,13 +120,7 @@ class PushProject:
     def target(self) -> Target:
         """The table."""
         spec = self.view.spec
-        return Target(
-            uri=self.places.features(spec.name),
-            keys=tuple(spec.join_keys),
-            buckets=2,
-            protection=view_protection(spec),
-            access=self.access,
-        )
+        return target_of(self.places.features(spec.name), spec, self.access)
 
     def quarantine(self) -> QuarantineFiles:
         """The view's quarantine."""
@@ -167,14 +157,7 @@ class PushProject:
 
     def snapshot(self) -> Snapshot:
         """The table as it is now."""
-        spec = self.view.spec
-        return snapshot(
-            self.places.features(spec.name),
-            view=spec.name,
-            keys=spec.join_keys,
-            protection=view_protection(spec),
-            access=self.access,
-        )
+        return pin(self.target())
 
     def table(self) -> pl.DataFrame:
         """All its rows in the order they came."""
@@ -186,9 +169,8 @@ class PushProject:
 
     def amounts(self, *people: int, hour: float = 100) -> list[float | None]:
         """What the online store says."""
-        service = ServiceSpec(name="s", version="1", views=[self.view.spec])
         entities = [{"person_id": person} for person in people]
-        vectors = FeatureReader(service, self.store).read(entities, START + timedelta(hours=hour))
+        vectors = reader_of(self.store, self.view.spec).read(entities, START + timedelta(hours=hour))
         return vectors.columns["income__amount"]
 
     def materialise(self) -> None:
@@ -202,7 +184,7 @@ class PushProject:
 
     def served(self, *hours: float) -> list[dict[str, list[Any]]]:
         """What the online store says of two people at each hour."""
-        reader = FeatureReader(ServiceSpec(name="s", version="1", views=[self.view.spec]), self.store)
+        reader = reader_of(self.store, self.view.spec)
         entities = [{"person_id": person} for person in (0, 1)]
         return [reader.read(entities, START + timedelta(hours=hour)).columns for hour in hours]
 
@@ -238,6 +220,23 @@ def message(person: int, hour: float, amount: Any = 1.0, **fields: Any) -> dict[
     """A row as a producer sends it."""
     at = (START + timedelta(hours=hour)).isoformat()
     return {"person_id": person, "amount": amount, "sector": f"s{person}", "at": at} | fields
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message as the Kafka client returns it."""
+
+    position: tuple[int, int]
+    content: bytes
+
+    def partition(self) -> int:
+        return self.position[0]
+
+    def offset(self) -> int:
+        return self.position[1]
+
+    def value(self) -> bytes:
+        return self.content
 
 
 def consume_until_killed(root: str, access: KeyAccess, servers: str) -> None:
