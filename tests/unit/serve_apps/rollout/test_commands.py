@@ -37,7 +37,7 @@ from serve_apps.rollout.evaluation import describe
 from serve_apps.rollout.guardrail import Finding, Verdict
 from serve_apps.rollout.state import ModelState, read_states
 from tests.processes.commands import run_main
-from tests.unit.serve_apps.test_rollout_state import fold
+from tests.unit.serve_apps.rollout.test_state import fold
 
 
 @pytest.mark.parametrize(
