@@ -89,7 +89,7 @@ class Project:
     def up(self, *args: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         """Run `cluster.up` on this project's ports; the edge takes its own address from the record."""
         overrides = [f"cluster.ports.{name}={port}" for name, port in self.ports.items()]
-        return self.run_python("-m", "cluster.up", *overrides, *args, check=check, **env)
+        return self.run_python("-m", "cluster.up", *overrides, *args, cwd=self.root, check=check, **env)
 
     def listeners(self) -> dict[int, str]:
         """Every TCP port that a process of the cluster listens on, with its address."""

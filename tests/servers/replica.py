@@ -216,19 +216,6 @@ def register(
 
 def record(root: Path, key_socket: str, port: int) -> ClusterRecord:
     """Of a cluster that is this process."""
-    words = dict.fromkeys(
-        (
-            "dashboard_url",
-            "edge_url",
-            "metrics_url",
-            "ray_metrics_url",
-            "serve_http_url",
-            "token_path",
-            "temp_dir",
-            "started_at",
-        ),
-        "",
-    )
     return ClusterRecord(
         cluster_id="",
         project_root=str(root),
@@ -238,7 +225,14 @@ def record(root: Path, key_socket: str, port: int) -> ClusterRecord:
         tls=False,
         ports={},
         pids={},
-        **words,
+        dashboard_url="",
+        edge_url="",
+        metrics_url="",
+        ray_metrics_url="",
+        serve_http_url="",
+        token_path="",
+        temp_dir="",
+        started_at="",
     )
 
 
