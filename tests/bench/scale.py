@@ -140,7 +140,7 @@ def main() -> None:
         running_edge(Path(folder)) as edge,
         replica(Path(folder)) as port,
     ):
-        edge.settings = dataclasses.replace(edge.settings, holder=f"127.0.0.1:{port}")
+        edge.settings = dataclasses.replace(edge.settings, serve_proxy=f"127.0.0.1:{port}")
         write_bytes(edge.settings.map_file, b"")
         for count in MODELS:
             for name, value in measure(edge, count, port).items():

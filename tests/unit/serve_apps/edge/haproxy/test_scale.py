@@ -39,7 +39,7 @@ def longest_line(text: str) -> int:
 def test_no_line_has_too_many_words(edge: Edge, models: int, replicas: int) -> None:
     """For any number of models, versions and replicas, with and without waiting requests."""
     few, text = (
-        render(wanted, edge.keys, replace(edge.settings, holder="127.0.0.1:9"))
+        render(wanted, edge.keys, replace(edge.settings, serve_proxy="127.0.0.1:9"))
         for wanted in (many_routes(1, 1, edge), many_routes(models, replicas, edge))
     )
     assert longest_line(text) == longest_line(few)

@@ -57,7 +57,7 @@ def load(
     edge: Edge, serve_proxy: HoldingProxy, targets: dict[str, tuple[str, ...]], *, wake_timeout_s: float = 5
 ) -> None:
     address = f"127.0.0.1:{serve_proxy.server_address[1]}"
-    settings = replace(edge.settings, holder=address, wake_timeout_s=wake_timeout_s)
+    settings = replace(edge.settings, serve_proxy=address, wake_timeout_s=wake_timeout_s)
     edge.haproxy.load(render(edge.routes(ROLLOUT, targets), edge.keys, settings))
 
 
