@@ -34,8 +34,8 @@ from tests.servers.replica import listener, record
 
 REPLICA = """
 import sys
-from tests.servers.edge import Echo, Mirror
-Mirror(("127.0.0.1", int(sys.argv[1])), Echo).serve_forever()
+from tests.servers.edge import Mirror
+Mirror(port=int(sys.argv[1])).serve_forever()
 """
 
 
@@ -64,7 +64,7 @@ def test_what_principals_have_asked_survives_a_reload(edge: Edge) -> None:
     patiently(lambda: int(edge.ask("show peers").split("flags=")[1].split()[0], 16) & 3 == 3)
     for number in range(1, 4):
         assert edge.call(token=edge.token(subject="gina"))[0] == 200
-        edge.load_targets(edge.targets)
+        edge.load_targets()
         patiently(lambda told=number: counted(edge, "gina") == told)  # type: ignore[misc]
 
 

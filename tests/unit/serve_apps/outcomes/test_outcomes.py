@@ -9,13 +9,10 @@ from typing import Any
 
 import pytest
 
-from cluster.ledger import open_ledger
 from cluster.records import count_records, read_outcomes
-from cluster.registry import Lineage, Registry
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
-from cluster.settings import PlatformConfig, StorageConfig
-from tests.servers.replica import MODEL, Replica, running_replica, write_model
+from tests.servers.replica import MODEL, Replica, running_replica
 
 FLAGS = ModelSignature(
     task=Task.binary, inputs=(InputSpec(name="x", dtype="double"),), label="y", classes=(False, True)
@@ -26,8 +23,7 @@ WORDS = dataclasses.replace(FLAGS, task=Task.multiclass, classes=("high", "low",
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     with running_replica(tmp_path_factory.mktemp("replica"), FLAGS) as running:
-        yield dataclasses.replace(running, address=running.outcomes, prefix="/outcomes")
-    assert running.failures == []
+        yield running.at_outcomes
 
 
 def post(replica: Replica, *outcomes: Any, prediction_id: str = "p") -> tuple[int, dict[str, Any]]:
@@ -61,21 +57,10 @@ def test_outcome_is_stored_as_its_class(replica: Replica) -> None:
         assert known.sort("row")["outcome"].to_list() == expected
 
 
-def test_outcome_may_be_of_any_version(replica: Replica, tmp_path: Path) -> None:
+def test_outcome_may_be_of_any_version(replica: Replica) -> None:
     """Of a version registered since, and of the old one, whose predictions still get outcomes."""
     assert post(replica, "low")[0] == 400
-    config = PlatformConfig(storage=StorageConfig(root=str(replica.places.root)))
-    write_model(tmp_path / "new", WORDS)
-    Registry(open_ledger(config), replica.places).register(
-        tmp_path / "new",
-        name=MODEL,
-        family="sum",
-        task=WORDS.task.value,
-        lineage=Lineage(training_set_hash=""),
-        metrics={},
-        store=key_store(replica.keys),
-        actor="t",
-    )
+    replica.register(WORDS)
     assert post(replica, "low", True)[0] == 200
     assert "'high', 'low', 'mid' or one of the model's classes False, True" in post(replica, "x")[1]["error"]
 

@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.runtime import InputSpec, ModelSignature, Precision, Task, open_model
+from cluster.runtime import InputSpec, ModelSignature, Precision, open_model
 from tests.samples.network import write_network
+from tests.samples.signatures import of_each_task
 from tests.samples.trees import write_trees
 from tests.servers.replica import Replica, running_replica
 
 AGE = InputSpec(name="p__age", dtype="double")
 SEX = InputSpec(name="p__sex", dtype="string", categories=("f", "m"))
-BINARY = ModelSignature(task=Task.binary, inputs=(AGE, SEX), label="y", classes=("no", "yes"))
-ABC = ModelSignature(task=Task.multiclass, inputs=(AGE, SEX), label="y", classes=(1, 2, 3))
-VALUE = ModelSignature(task=Task.regression, inputs=(AGE, SEX), label="y")
+SIGNATURES = of_each_task(AGE, SEX, multiclass=(1, 2, 3))
 COLUMNS: dict[str, list[Any]] = {"p__age": [3.5, None, 80.0, 1e30], "p__sex": ["m", "f", None, "x"]}
 
 
@@ -56,7 +55,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return found
 
 
-@pytest.fixture(scope="module", params=[BINARY, ABC, VALUE], ids=lambda one: one.task.value)
+@pytest.fixture(scope="module", params=SIGNATURES, ids=lambda one: one.task.value)
 def served(
     request: pytest.FixtureRequest, kind: Kind, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServedModel]:
@@ -64,7 +63,6 @@ def served(
     signature = replace(request.param, precision=kind.precision)
     with running_replica(root, signature, write=kind.write) as replica:
         yield ServedModel(replica=replica, folder=root / "new", signature=signature)
-    assert replica.failures == []
 
 
 def test_both_endpoints_answer_as_the_registered_files_do(served: ServedModel) -> None:

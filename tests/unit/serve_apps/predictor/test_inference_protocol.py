@@ -23,6 +23,7 @@ from serve_apps.predictor.inference_protocol import (
     split_body,
 )
 from serve_apps.predictor.tensors import DATATYPES, RawData, to_raw
+from tests.samples.signatures import of_each_task
 
 AGE = InputSpec(name="p__age", dtype="double")
 SEX = InputSpec(name="p__sex", dtype="string", categories=("1", "2"))
@@ -236,9 +237,7 @@ def test_wrong_length_of_the_json_is_refused(length: list[str]) -> None:
     assert split_body(b"{}", ["2"])[0] == {}
 
 
-BINARY = ModelSignature(task=Task.binary, inputs=(AGE, SEX), label="y", classes=(0, 1))
-ABC = ModelSignature(task=Task.multiclass, inputs=(AGE, SEX), label="y", classes=("a", "b", "é"))
-VALUE = ModelSignature(task=Task.regression, inputs=(AGE, SEX), label="y")
+BINARY, ABC, VALUE = of_each_task(AGE, SEX, binary=(0, 1), multiclass=("a", "b", "é"))
 ROWS: list[tuple[ModelSignature, dict[str, Any], dict[str, Any]]] = [
     (BINARY, {"probability": 0.7, "label": 1}, {"probability": [0.7], "label": [1]}),
     (

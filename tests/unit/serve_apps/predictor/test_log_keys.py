@@ -21,6 +21,7 @@ from serve_apps.predictor.log_keys import (
     prediction_key,
     with_read_features,
 )
+from tests.samples.model_versions import model_version
 
 PERSON = Entity("person", join_keys=["id"])
 
@@ -42,21 +43,8 @@ def served(tmp_path: Path, *views: FeatureView) -> tuple[Ledger, ModelVersion]:
     service = FeatureService("s", views=list(views))
     definitions = Definitions(module="m", views={one.name: one for one in views}, services={"s": service})
     apply(definitions, ledger, actor="test")
-    return ledger, model(Lineage(training_set_hash="", service="s", service_version=service.version))
-
-
-def model(lineage: Lineage) -> ModelVersion:
-    return ModelVersion(
-        name="loan",
-        version=1,
-        family="f",
-        task="binary",
-        uri="",
-        manifest_hash="",
-        files={},
-        lineage=lineage,
-        metrics={},
-    )
+    lineage = Lineage(training_set_hash="", service="s", service_version=service.version)
+    return ledger, model_version(lineage, name="loan")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +70,7 @@ def test_key_has_the_highest_class_of_the_features(
 def test_key_without_declared_features_is_sensitive(tmp_path: Path) -> None:
     """Clients may send any data."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    version = model(Lineage(training_set_hash=""))
+    version = model_version(name="loan")
     assert [one.column_class for one in log_keys(ledger, version, region="here")] == ["sensitive"] * 2
 
 
@@ -149,10 +137,8 @@ def test_later_version_never_widens_an_earlier_versions_key(
 ) -> None:
     """Both share a key; its purposes only become fewer, also by a version without a feature service."""
     name = outcome_key("loan")
-    assert (
-        merged_key(KeyInfo(name=name, purposes=existing), KeyInfo(name=name, purposes=wanted)).purposes
-        == expected
-    )
+    merged = merged_key(KeyInfo(name=name, purposes=existing), KeyInfo(name=name, purposes=wanted))
+    assert merged.purposes == expected
 
 
 def test_version_without_a_common_purpose_is_refused() -> None:

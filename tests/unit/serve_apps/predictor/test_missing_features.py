@@ -140,7 +140,6 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     )
     with running_replica(root, signature, before=put_online) as running:
         yield running
-    assert running.failures == []
 
 
 def ask(replica: Replica, *people: int, **features: Any) -> tuple[int, dict[str, Any]]:

@@ -21,12 +21,12 @@ from cluster.runtime.model import Model
 from cluster.runtime.signature import ONNX_FILE
 from cluster.security.keys.access import key_store
 from serve_apps.predictor.batching import Batches
+from tests.samples.signatures import of_each_task
 from tests.servers.replica import MODEL, Replica, running_replica, write_model
 
 AGE = InputSpec(name="p__age", dtype="double")
-BINARY = ModelSignature(task=Task.binary, inputs=(AGE,), label="y", classes=("no", "yes"))
-ABC = ModelSignature(task=Task.multiclass, inputs=(AGE,), label="y", classes=("a", "b", "c"))
-VALUE = ModelSignature(task=Task.regression, inputs=(AGE,), label="y")
+SIGNATURES = of_each_task(AGE)
+VALUE = SIGNATURES.regression
 PREDICT, INFER = "/v1/models/m:predict", "/v2/models/m/infer"
 SAID = "Model 'm' version 1 gave no finite score for 1 of 2 rows"
 
@@ -44,11 +44,10 @@ def write_root(folder: Path, signature: ModelSignature) -> None:
     (folder / ONNX_FILE).write_bytes(onnx.ModelProto.SerializeToString(model))
 
 
-@pytest.fixture(scope="module", params=[BINARY, ABC, VALUE], ids=lambda one: one.task.value)
+@pytest.fixture(scope="module", params=SIGNATURES, ids=lambda one: one.task.value)
 def replica(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     with running_replica(tmp_path_factory.mktemp("replica"), request.param, write=write_root) as running:
         yield running
-    assert running.failures == []
 
 
 def body(endpoint: str, ages: list[float]) -> dict[str, Any]:
@@ -117,7 +116,7 @@ def test_failing_model_is_503_with_a_record(
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("signature", [BINARY, ABC, VALUE], ids=lambda one: one.task.value)
+@pytest.mark.parametrize("signature", SIGNATURES, ids=lambda one: one.task.value)
 def test_non_finite_scores_of_any_engine_are_refused(signature: ModelSignature, wrong: float) -> None:
     """At any place of any row."""
     shape = (3, 3) if signature.task is Task.multiclass else (3,)

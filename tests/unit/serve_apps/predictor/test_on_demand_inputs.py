@@ -65,7 +65,6 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     )
     with running_replica(root, signature) as running:
         yield running
-    assert running.failures == []
 
 
 def test_on_demand_features_are_computed_and_logged_with_their_inputs(replica: Replica) -> None:

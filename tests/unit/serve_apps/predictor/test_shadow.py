@@ -7,9 +7,8 @@ import contextlib
 import http.server
 import json
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from starlette.responses import Response
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ShadowStarted, ShadowStopped
 from cluster.records import read_shadow_predictions
-from cluster.registry import Lineage, Registry
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig, to_plain
@@ -34,8 +32,9 @@ from serve_apps.predictor.shadow import MAX_COPY_BYTES, MAX_WAITING, SENDERS, Sh
 from serve_apps.predictor.shadow_replicas import Connections, FetchSchedule
 from serve_apps.predictor.tensors import to_raw
 from serve_apps.replica.edge_headers import EdgeHeaders
+from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
-from tests.servers.replica import MODEL, Replica, application, running_replica, served, write_model
+from tests.servers.replica import MODEL, Replica, application, running_replica, served
 
 SIGNATURE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="age", dtype="double"),), label="y")
 APP = "m-v2"
@@ -50,13 +49,6 @@ def no_ledger_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shadow_module, "LEDGER_INTERVAL_S", 0.02)
     monkeypatch.setattr(shadow_replicas, "INTERVAL_S", 0.02)
     monkeypatch.setattr(shadow_replicas, "FIRST_RETRY_S", 0.02)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never became true"
-        threading.Event().wait(0.01)
 
 
 @given(st.uuids(), st.floats(0, 100), st.floats(0, 100))
@@ -340,17 +332,7 @@ def running_pair(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replic
     config = PlatformConfig(storage=StorageConfig(root=str(root)))
     with running_replica(root, SIGNATURE) as replica:
         ledger = open_ledger(config)
-        write_model(root / "second", SIGNATURE)
-        Registry(ledger, replica.places).register(
-            root / "second",
-            name=MODEL,
-            family="sum",
-            task=SIGNATURE.task.value,
-            lineage=Lineage(training_set_hash=""),
-            metrics={},
-            store=key_store(replica.keys),
-            actor="t",
-        )
+        replica.register(SIGNATURE)
         second = Predictor(to_plain(config), MODEL, 2)
         with served(application(second, f"/{APP}", replica.failures)) as address:
             targets[APP] = (address,)
@@ -376,9 +358,8 @@ def test_shadow_predictions_are_logged_and_in_no_figure(
             ids = [replica.as_edge(request_id=f"r{num_requests + n}", arm="outside") for n in range(2)]
             assert replica.json("/v1/models/m:predict", by_key, headers=ids[0])[0] == 200
             length = {"Inference-Header-Content-Length": str(len(head))}
-            assert (
-                replica.call("/v2/models/m/versions/1/infer", head + raw, headers=ids[1] | length)[0] == 200
-            )
+            infer = "/v2/models/m/versions/1/infer"
+            assert replica.call(infer, head + raw, headers=ids[1] | length)[0] == 200
             num_requests += 2
             return read_shadow_predictions(log, store).height >= 4
 
@@ -392,4 +373,3 @@ def test_shadow_predictions_are_logged_and_in_no_figure(
         assert pairs.height == shadows.height
         assert pairs["value"].to_list() == pairs["value_answered"].to_list()
         assert pairs["age"].to_list() == pairs["age_answered"].to_list()
-    assert replica.failures == []

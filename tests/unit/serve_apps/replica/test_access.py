@@ -19,6 +19,7 @@ from cluster.security.tokens.roles import Role
 from cluster.storage import Layout
 from serve_apps.replica import access
 from serve_apps.replica.access import MAX_CACHED_S, AccessCheck, append_in_background
+from tests.servers.polling import wait_until
 
 
 @pytest.fixture
@@ -103,10 +104,7 @@ def test_denials_are_recorded_and_unauthenticated_requests_counted(places: Layou
     with pytest.raises(AccessDenied):
         check(bearer(places, Role.auditor), Action.predict)
     check._decisions.flush()
-    deadline = time.monotonic() + 10
-    while ledger.head() < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: ledger.head() >= 2)
     events = {entry.type: entry for entry in ledger.entries()}
     assert (events["AccessDecided"].actor, events["AccessDecided"].payload["resource"]) == ("alice", "m")
     assert events["StrangersRefused"].payload["count"] == 3
@@ -124,9 +122,6 @@ def test_close_records_the_last_counts_of_unauthenticated_requests(
         check(None, Action.predict)
     if way == "closed":
         check.close()
-    deadline = time.monotonic() + 10
-    while not written:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: bool(written))
     assert [type(event) for event in written] == [StrangersRefused]
     check.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import json
@@ -27,12 +26,12 @@ from cluster.security.keys.store import KeyInfo
 from cluster.settings import Durability
 from serve_apps.replica.http import Unavailable
 from serve_apps.replica.record_log import RecordLog
-from tests.servers.replica import MODEL, Replica, running_replica
+from tests.servers.replica import MODEL, running_replica
 
 KEY = "outcomes/m/sensitive"
 VALUE = ModelSignature(task=Task.regression, inputs=(InputSpec(name="age", dtype="double"),), label="y")
 BODY = {"entities": [{"id": 1}], "features": {"age": 3}}
-PREDICT = "/v1/models/m:predict"
+PREDICT, OUTCOMES = "/v1/models/m:predict", "/v1/outcomes"
 
 
 def outcome(number: int) -> OutcomeRecord:
@@ -223,13 +222,13 @@ def test_replica_answers_after_the_sync(tmp_path: Path, monkeypatch: pytest.Monk
         infer = {"inputs": [{"name": "age", "datatype": "FP64", "shape": [1], "data": [3.0]}]}
         prediction_id = replica.json(PREDICT, BODY)[1]["prediction_id"]
         outcomes_body = {"model": MODEL, "outcomes": [{"prediction_id": prediction_id, "outcome": 1}]}
-        assert post_outcomes(replica, outcomes_body)[0] == 200  # this opens the log
+        assert replica.at_outcomes.json(OUTCOMES, outcomes_body)[0] == 200  # this opens the log
         disk = Disk()
         monkeypatch.setattr(os, "fdatasync", disk)
         for ask in (
             lambda: replica.json(PREDICT, BODY),
             lambda: replica.json("/v2/models/m/infer", infer),
-            lambda: post_outcomes(replica, outcomes_body),
+            lambda: replica.at_outcomes.json(OUTCOMES, outcomes_body),
         ):
             answer = client.submit(ask)
             assert disk.entered.acquire(timeout=10)
@@ -238,13 +237,6 @@ def test_replica_answers_after_the_sync(tmp_path: Path, monkeypatch: pytest.Monk
             disk.may_return.release()
             assert answer.result(timeout=10)[0] == 200
         monkeypatch.undo()
-    assert replica.failures == []
-
-
-def post_outcomes(replica: Replica, body: Any) -> tuple[int, Any]:
-    """Post outcomes, and return status and JSON."""
-    outcomes_app = dataclasses.replace(replica, address=replica.outcomes, prefix="")
-    return outcomes_app.json("/outcomes/v1/outcomes", body)
 
 
 @pytest.fixture
@@ -282,7 +274,7 @@ def test_full_disk_is_503_and_loses_no_answered_record(small_disk: Path) -> None
                 "model": MODEL,
                 "outcomes": [{"prediction_id": answered[0], "outcome": len(answered)}],
             }
-            return {status, post_outcomes(replica, outcomes_body)[0]}
+            return {status, replica.at_outcomes.json(OUTCOMES, outcomes_body)[0]}
 
         assert predict_and_post_outcome() == {200}
         fill_disk(small_disk / "filler")
@@ -294,4 +286,3 @@ def test_full_disk_is_503_and_loses_no_answered_record(small_disk: Path) -> None
         assert replica.log()["prediction_id"].to_list() == answered
         outcomes = read_outcomes(Path(replica.places.outcomes(MODEL)), key_store(replica.keys))
         assert outcomes["outcome"].to_list() == [len(answered)]
-    assert replica.failures == []

@@ -39,7 +39,6 @@ def edge_and_replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
     with running_edge(root) as edge, running_replica(root, SIGNATURE) as replica:
         edge.load_targets(edge.targets | {"m-v1": (replica.address,)})
         yield edge, replica
-    assert replica.failures == []
 
 
 def raw(port: int, content: bytes, *, tls: ssl.SSLContext | None = None) -> tuple[int, Any]:

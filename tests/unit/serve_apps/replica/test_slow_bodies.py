@@ -29,7 +29,6 @@ BODIES = {
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     with running_replica(tmp_path_factory.mktemp("slow"), SIGNATURE) as running:
         yield running
-    assert running.failures == []
 
 
 def test_ready_result_needs_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:

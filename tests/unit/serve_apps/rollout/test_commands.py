@@ -14,11 +14,8 @@ from hypothesis import strategies as st
 from cluster.errors import RefusedError
 from cluster.ledger import Ledger
 from cluster.ledger.events import (
-    AliasMoved,
     DeploymentRemoved,
     LedgerEvent,
-    ModelDeployed,
-    RolloutStarted,
     RolloutWeightChanged,
     ShadowStarted,
     Subject,
@@ -37,6 +34,7 @@ from serve_apps.rollout.evaluation import describe
 from serve_apps.rollout.guardrail import Finding, Verdict
 from serve_apps.rollout.state import ModelState, read_states
 from tests.processes.commands import run_main
+from tests.samples.rollouts import DEPLOYED, STARTED, deployed
 from tests.unit.serve_apps.rollout.test_state import fold
 
 
@@ -119,21 +117,8 @@ def test_weight_decreases_only_while_the_arms_stay_apart(
     assert mixes_arms(reached, weight) is refused
 
 
-DEPLOYED: tuple[LedgerEvent, ...] = (
-    *(
-        ModelDeployed(name="m", version=n, variant="v", app=f"m-v{n}", route_prefix=f"/m-v{n}")
-        for n in (1, 2, 3, 4)
-    ),
-    AliasMoved(name="m", alias="champion", version=1, previous=None, reason=""),
-    RolloutStarted(
-        model="m",
-        rollout="r",
-        salt="s",
-        treatment_version=2,
-        treatment_variant="challenger",
-        champion_version=1,
-        weight=20,
-    ),
+SERVED: tuple[LedgerEvent, ...] = (
+    *(*DEPLOYED, deployed(3), deployed(4), STARTED),
     ShadowStarted(model="m", version=3, app="m-v3", share=1),
 )
 REMOVED = DeploymentRemoved(name="m", version=4, app="m-v4", reason="old")
@@ -142,7 +127,7 @@ REMOVED = DeploymentRemoved(name="m", version=4, app="m-v4", reason="old")
 def test_state_has_the_greatest_weight() -> None:
     """It tells which units were ever treated."""
     weights = (RolloutWeightChanged(model="m", rollout="r", weight=weight) for weight in (60, 30))
-    running = fold([*DEPLOYED, *weights])["m"].rollout
+    running = fold([*SERVED, *weights])["m"].rollout
     assert running is not None
     assert (running.weight, running.reached) == (30, 60)
 
@@ -150,13 +135,13 @@ def test_state_has_the_greatest_weight() -> None:
 def test_removed_version_has_no_application(tmp_path: Path) -> None:
     """Until it is deployed again; an older release refuses the event instead of ignoring it."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
-    for event in (*DEPLOYED, REMOVED):
+    for event in (*SERVED, REMOVED):
         ledger.append(event, actor="t")
     state = read_states(ledger)["m"]
     assert state.apps == {1: "m-v1", 2: "m-v2", 3: "m-v3"}
     assert routes({"m": state}, {}).entries["m"].startswith("m-v1|m-v2|")
     assert Subject.serving.includes(REMOVED.type)
-    assert fold([*DEPLOYED, REMOVED, DEPLOYED[3]])["m"].apps[4] == "m-v4"
+    assert fold([*SERVED, REMOVED, deployed(4)])["m"].apps[4] == "m-v4"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +150,7 @@ def test_removed_version_has_no_application(tmp_path: Path) -> None:
 )
 def test_usage_of_a_version_is_described(version: int, part: str | None) -> None:
     """Only a version without requests may be removed."""
-    state: ModelState = fold(DEPLOYED)["m"]
+    state: ModelState = fold(SERVED)["m"]
     assert state.usage_of(version) == part
 
 

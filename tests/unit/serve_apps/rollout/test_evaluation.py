@@ -14,14 +14,14 @@ from cluster.records import SegmentWriter
 from cluster.registry import Registry
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
-from cluster.settings import PlatformConfig, StorageConfig
+from cluster.settings import StorageConfig
 from jobs.monitor.config import MonitorConfig
 from jobs.monitor.logged import read_served_log
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.evaluation import evaluate
 from serve_apps.rollout.guardrail import Verdict
 from serve_apps.rollout.state import Rollout
-from tests.servers.replica import MODEL, Replica, register, running_replica
+from tests.servers.replica import MODEL, Replica, running_replica
 from tests.unit.cluster.test_typed_log import FLAGS, answer, outcome
 
 WORDS = ModelSignature(
@@ -40,26 +40,16 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     One odd outcome, as an older release stored it, turned a column of flags into one of texts.
     """
     with running_replica(tmp_path_factory.mktemp("replica"), FLAGS) as running:
-        root = Path(running.places.root)
-        register(root / "second", platform(root), FLAGS, running.keys)
-        register(root / "third", platform(root), WORDS, running.keys)
+        for signature in (FLAGS, WORDS):
+            running.register(signature)
         truths = [bool(number % 2) for number in range(40)]
         records: list[Any] = []
         for number, truth in enumerate(truths):
             version, arm = (1, "control") if number < 20 else (2, "treatment")
             score = 0.9 if truth is (version == 1) else 0.1
             predictions = [{"probability": score, "label": score > 0.5}]
-            records.append(
-                answer(
-                    number,
-                    number,
-                    version=version,
-                    rollout="r",
-                    arm=arm,
-                    predictions=predictions,
-                    variant="champion",
-                )
-            )
+            said = {"rollout": "r", "arm": arm, "variant": "champion", "predictions": predictions}
+            records.append(answer(number, number, version=version, **said))
         records.append(
             answer(90, 5, version=2, rollout="r", arm="treatment", predictions=[], fault="gave no score")
         )
@@ -77,10 +67,6 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
             outcome(5, "maybe", second=1),
         )
         yield running
-
-
-def platform(root: Path) -> PlatformConfig:
-    return PlatformConfig(storage=StorageConfig(root=str(root)))
 
 
 def write(replica: Replica, log: str, *records: Any) -> None:

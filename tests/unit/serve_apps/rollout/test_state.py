@@ -11,10 +11,7 @@ import pytest
 from cluster.ledger.events import (
     AliasMoved,
     LedgerEvent,
-    ModelDeployed,
     RolloutPromoted,
-    RolloutRolledBack,
-    RolloutStarted,
     RolloutWeightChanged,
     ShadowStarted,
     ShadowStopped,
@@ -23,21 +20,7 @@ from cluster.runtime import InputSpec, ModelSignature, Task
 from serve_apps.edge.haproxy.routes import entry, routes
 from serve_apps.rollout.guardrail import Verdict, judge
 from serve_apps.rollout.state import ModelState, States, apply
-
-DEPLOYED: list[LedgerEvent] = [
-    ModelDeployed(name="m", version=1, variant="champion", app="m-v1", route_prefix="/m-v1"),
-    AliasMoved(name="m", alias="champion", version=1, previous=None, reason="first"),
-    ModelDeployed(name="m", version=2, variant="challenger", app="m-v2", route_prefix="/m-v2"),
-]
-STARTED = RolloutStarted(
-    model="m",
-    rollout="r",
-    salt="s",
-    treatment_version=2,
-    treatment_variant="challenger",
-    champion_version=1,
-    weight=20,
-)
+from tests.samples.rollouts import DEPLOYED, ROLLED_BACK, STARTED
 
 
 def fold(events: Iterable[LedgerEvent]) -> States:
@@ -65,9 +48,8 @@ def test_rollout_is_two_bounds_in_one_entry() -> None:
 def test_rollback_gives_the_entry_without_a_rollout() -> None:
     """Also after a weight change."""
     change = RolloutWeightChanged(model="m", rollout="r", weight=50)
-    back = RolloutRolledBack(model="m", rollout="r", reason="worse")
     assert entry_after(STARTED, change) == "m-v1|m-v2|challenger|r|s|5000|5000"
-    assert entry_after(STARTED, change, back) == entry_after()
+    assert entry_after(STARTED, change, ROLLED_BACK) == entry_after()
 
 
 def test_promotion_makes_the_treatment_champion() -> None:
@@ -83,9 +65,8 @@ def test_promotion_makes_the_treatment_champion() -> None:
 def test_shadow_is_in_the_state_and_in_no_entry() -> None:
     """The edge sends it no requests; a second shadow replaces the first, and survives the end of a rollout."""
     first, second = (ShadowStarted(model="m", version=n, app=f"m-v{n}", share=5.0) for n in (2, 3))
-    back = RolloutRolledBack(model="m", rollout="r", reason="worse")
     assert entry_after(first) == entry_after()
-    shadow = fold([*DEPLOYED, first, STARTED, second, back])["m"].shadow
+    shadow = fold([*DEPLOYED, first, STARTED, second, ROLLED_BACK])["m"].shadow
     assert shadow is not None
     assert (shadow.version, shadow.app, shadow.share) == (3, "m-v3", 5.0)
     stopped = ShadowStopped(model="m", version=3, reason="")

@@ -2,60 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import os
-import random
-import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cluster.ledger import Ledger
-from cluster.ledger.events import (
-    EdgeLimitSet,
-    RolloutWeightChanged,
-    StrangersRefused,
-)
+from cluster.ledger.events import EdgeLimitSet, RolloutWeightChanged, StrangersRefused
 from cluster.security.tokens.issuer import rotate_issuer
 from cluster.security.tokens.principal import local_keys
 from serve_apps.edge.haproxy import unauthenticated
 from serve_apps.edge.haproxy.request_limits import Limited
-from tests.servers.controller import (
-    CHAMPION_ONLY,
-    ONE,
-    ROLLED_BACK,
-    SPLIT,
-    TWO,
-    Running,
-    running_controller,
-    wait_until,
-)
-
-
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[Running]:
-    with running_controller(tmp_path) as running:
-        yield running
+from tests.samples.rollouts import ROLLED_BACK
+from tests.servers.controller import CHAMPION_ONLY, ONE, SPLIT, TWO, Running, new_controller
+from tests.servers.polling import wait_until
 
 
 def test_state_file_describes_the_running_haproxy(running: Running) -> None:
     """A command that waited for an application in the state can use it at once."""
     assert running.split() == SPLIT
-    running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
-    wait_until(lambda: running.state is not None and "m-v3" in running.state.backends)
+    running.add_app("m-v3")
     assert "m-v3" in running.ask("show backend")
 
 
 def test_rollback_does_not_wait_for_serve(running: Running) -> None:
     """While the dashboard hangs, the split still follows the ledger."""
     running.serve.answering.clear()
-    asked = running.serve.asked
-    wait_until(lambda: running.serve.asked > asked)
-    seq = running.tell(ROLLED_BACK)
-    wait_until(lambda: running.applied == seq, seconds=5)
+    running.wait_for_targets()
+    running.tell_and_wait(ROLLED_BACK, seconds=5)
     assert running.split() == CHAMPION_ONLY
 
 
@@ -65,18 +40,19 @@ def test_rollback_does_not_wait_for_a_reload(running: Running) -> None:
     running.haproxy.loading.clear()
     running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
     assert running.haproxy.loading.wait(10)
-    seq = running.tell(ROLLED_BACK)
-    wait_until(lambda: running.applied == seq, seconds=5)
+    running.tell_and_wait(ROLLED_BACK, seconds=5)
     assert running.split() == CHAMPION_ONLY
     assert "m-v3" not in running.ask("show backend")
     running.haproxy.may_load.set()
-    wait_until(lambda: running.state is not None and "m-v3" in running.state.backends)
+    wait_until(lambda: "m-v3" in running.backends)
     assert running.split() == CHAMPION_ONLY
 
 
 def test_two_edges_follow_one_ledger(running: Running, tmp_path: Path) -> None:
     """Two edges on two nodes; both apply a weight soon after its event."""
-    with second_edge(tmp_path / "other", running.ledger) as other:
+    with new_controller(tmp_path / "other", ledger=running.ledger) as other:
+        other.thread.start()
+        wait_until(lambda: other.state is not None)
         for weight, bounds in ((5, "500|9500"), (50, "5000|5000")):
             seq = running.tell(RolloutWeightChanged(model="m", rollout="r", weight=weight))
             for edge in (running, other):
@@ -84,44 +60,27 @@ def test_two_edges_follow_one_ledger(running: Running, tmp_path: Path) -> None:
                 assert edge.split() == f"m-v1|m-v2|challenger|r|s|{bounds}"
 
 
-@contextlib.contextmanager
-def second_edge(root: Path, ledger: Ledger) -> Iterator[Running]:
-    """A second edge with the first edge's ledger."""
-    short = Path("/tmp") / f"falaj-controller-{random.randrange(10**9)}"
-    short.mkdir(mode=0o700)
-    root.mkdir()
-    edge = Running(root, short, ledger=ledger)
-    edge.thread.start()
-    wait_until(lambda: edge.state is not None)
-    yield edge
-    edge.close()
-    shutil.rmtree(short)
-
-
 @pytest.mark.parametrize("error", [OSError("gone"), ValueError("no JSON"), http.client.IncompleteRead(b"")])
 def test_without_serve_the_last_replicas_stay(running: Running, error: Exception) -> None:
     """A later answer of Serve is applied again."""
     running.serve.error = error
-    asked = running.serve.asked
-    wait_until(lambda: running.serve.asked > asked + 1)
+    running.wait_for_targets(2)
     assert "m-v2" in running.ask("show backend")
     running.serve.error, running.serve.targets = None, {"m-v1": (ONE,)}
-    wait_until(lambda: running.state is not None and running.state.backends == ["m-v1"])
+    wait_until(lambda: running.backends == ["m-v1"])
 
 
 def test_refused_configuration_delays_no_rollback(running: Running) -> None:
     """After an invalid address the old replicas stay, and the split still changes."""
     running.serve.targets = {"m-v1": ("no address",)}
-    asked = running.serve.asked
-    wait_until(lambda: running.serve.asked > asked + 1)
-    seq = running.tell(ROLLED_BACK)
-    wait_until(lambda: running.applied == seq)
+    running.wait_for_targets(2)
+    running.tell_and_wait(ROLLED_BACK)
     assert running.split() == CHAMPION_ONLY
     assert "m-v2" in running.ask("show backend")
     assert running.state is not None
     assert "'backend m-v1'" in running.state.refused
     running.serve.targets = {"m-v1": (TWO,)}
-    wait_until(lambda: running.state is not None and running.state.backends == ["m-v1"])
+    wait_until(lambda: running.backends == ["m-v1"])
     assert running.state.refused == ""
 
 
@@ -138,7 +97,7 @@ def test_restart_with_a_refused_configuration_serves_the_last_good_one(running: 
         assert running.split() == SPLIT
         assert "m-v2" in running.ask("show backend")
     running.serve.targets = {"m-v1": (TWO,)}
-    wait_until(lambda: running.state is not None and running.state.backends == ["m-v1"])
+    wait_until(lambda: running.backends == ["m-v1"])
 
 
 def test_failed_write_of_the_map_is_tried_again(running: Running) -> None:
@@ -148,8 +107,7 @@ def test_failed_write_of_the_map_is_tried_again(running: Running) -> None:
     file.mkdir()
     before = running.state
     seq = running.tell(ROLLED_BACK)
-    asked = running.serve.asked
-    wait_until(lambda: running.serve.asked > asked + 1)
+    running.wait_for_targets(2)
     assert running.state == before
     assert running.split() == CHAMPION_ONLY
     file.rmdir()
@@ -159,8 +117,7 @@ def test_failed_write_of_the_map_is_tried_again(running: Running) -> None:
 
 def test_killed_haproxy_restarts_with_its_last_split(running: Running) -> None:
     """Also if only a `set map` had changed it."""
-    seq = running.tell(ROLLED_BACK)
-    wait_until(lambda: running.applied == seq)
+    running.tell_and_wait(ROLLED_BACK)
     before = running.haproxy.pid
     assert before is not None
     os.kill(before, signal.SIGKILL)
@@ -174,8 +131,7 @@ def test_own_limit_is_applied_and_removed_again(running: Running) -> None:
 
     def set_limit(rate: int | None) -> str:
         event = EdgeLimitSet(limited="principal", name="alice b", requests_per_s=rate, concurrent=None)
-        seq = running.tell(event)
-        wait_until(lambda: running.applied == seq)
+        running.tell_and_wait(event)
         return running.ask(f"show map {file}").strip()
 
     assert set_limit(5).endswith("alice%20b 5|512")
@@ -198,8 +154,7 @@ def test_counts_of_unauthenticated_requests_reach_the_ledger(
             connection.close()
 
     send_without_token(2)
-    running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
-    wait_until(lambda: running.state is not None and "m-v3" in running.state.backends)
+    running.add_app("m-v3")
     send_without_token(3)
     if when == "now and then":
         monkeypatch.setattr(unauthenticated, "REPORT_INTERVAL_S", 0.0)
@@ -226,11 +181,7 @@ def test_rotated_key_reaches_the_edge(running: Running) -> None:
 
 def test_first_configuration_must_load(tmp_path: Path) -> None:
     """Without a last good state, a refused configuration is an error."""
-    short = Path("/tmp") / f"falaj-controller-{random.randrange(10**9)}"
-    short.mkdir(mode=0o700)
-    edge = Running(tmp_path, short)
-    Path(edge.settings.certificate).unlink()
-    with pytest.raises(Exception, match="HAProxy refuses"):
-        edge.controller.run(edge.stopped)
-    edge.ledger.close()
-    shutil.rmtree(short)
+    with new_controller(tmp_path) as edge:
+        Path(edge.settings.certificate).unlink()
+        with pytest.raises(Exception, match="HAProxy refuses"):
+            edge.controller.run(edge.stopped)

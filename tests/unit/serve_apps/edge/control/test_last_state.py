@@ -11,30 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.ledger.events import (
-    AliasMoved,
-)
+from cluster.ledger.events import AliasMoved
 from cluster.security.tls.certificates import ensure_tls
 from cluster.security.tokens.oidc import RemoteKeys
 from cluster.security.tokens.principal import local_keys
 from serve_apps.edge.control import last_state as last
 from serve_apps.replica.targets import Targets
-from tests.servers.controller import (
-    CHAMPION_ONLY,
-    ONE,
-    ROLLED_BACK,
-    SPLIT,
-    Running,
-    entry_of,
-    running_controller,
-    wait_until,
-)
-
-
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[Running]:
-    with running_controller(tmp_path) as running:
-        yield running
+from tests.samples.rollouts import ROLLED_BACK
+from tests.servers.controller import CHAMPION_ONLY, ONE, SPLIT, Running, entry_of
+from tests.servers.polling import wait_until
 
 
 @contextlib.contextmanager
@@ -82,8 +67,7 @@ def test_second_controller_takes_over_without_a_refused_request(running: Running
         assert running.split() == CHAMPION_ONLY
     assert set(statuses) == {200}
     # The open connection is still the old worker's, which gets changes until it ends.
-    seq = running.tell(AliasMoved(name="m", alias="champion", version=2, previous=1, reason="better"))
-    wait_until(lambda: running.applied == seq)
+    running.tell_and_wait(AliasMoved(name="m", alias="champion", version=2, previous=1, reason="better"))
     assert {entry_of(map_text) for map_text in running.ask_all(f"show map {running.settings.map_file}")} == {
         "m-v2|m-v2|champion|none|-|0|10000"
     }
@@ -110,6 +94,11 @@ def serves(running: Running, split: str) -> bool:
         return False
 
 
+def rename_table(running: Running, name: str, new_name: str) -> None:
+    with running.ledger.engine.begin() as connection:
+        connection.exec_driver_sql(f"ALTER TABLE {name} RENAME TO {new_name}")
+
+
 @pytest.mark.parametrize("lost", ["Serve", "Serve and ledger"])
 def test_edge_without_its_control_plane_serves_its_last_state(running: Running, lost: str) -> None:
     """The last replicas, split and keys, although HAProxy was killed, too."""
@@ -118,12 +107,9 @@ def test_edge_without_its_control_plane_serves_its_last_state(running: Running, 
         raise OSError("gone")
 
     wait_until(lambda: running.state_file.with_name("last.json").exists())
-    running.stopped.set()
-    running.thread.join(20)
-    rename = "ALTER TABLE {} RENAME TO {}"
+    running.stop()
     if "ledger" in lost:
-        with running.ledger.engine.begin() as connection:
-            connection.exec_driver_sql(rename.format("events", "elsewhere"))
+        rename_table(running, "events", "elsewhere")
     running.begin(fetch_targets=gone)
     running.thread.start()
     wait_until(lambda: serves(running, SPLIT))
@@ -131,10 +117,8 @@ def test_edge_without_its_control_plane_serves_its_last_state(running: Running, 
     (key,) = local_keys(running.places).all()
     assert key in running.haproxy_file.read_text()
     if "ledger" in lost:
-        with running.ledger.engine.begin() as connection:
-            connection.exec_driver_sql(rename.format("elsewhere", "events"))
-    seq = running.tell(ROLLED_BACK)
-    wait_until(lambda: running.applied == seq)
+        rename_table(running, "elsewhere", "events")
+    running.tell_and_wait(ROLLED_BACK)
     assert running.split() == CHAMPION_ONLY
     assert "m-v2" in running.ask("show backend")
 
@@ -152,14 +136,13 @@ def test_edge_uses_stored_keys_for_a_day_while_its_issuer_is_down(
     (key,) = local_keys(running.places).all()
     confirmed = 0.0
     for app in ("m-v3", "m-v4"):
-        running.stopped.set()
-        running.thread.join(20)
+        running.stop()
         confirmed = confirmed or json.loads(stored.read_text())["at"]
         running.serve.targets = {**running.serve.targets, app: (ONE,)}
         running.begin(keys=RemoteKeys(down, cooldown_s=0.0))
         running.thread.start()
         wait_until(lambda app=app: app in json.loads(stored.read_text())["targets"])  # type: ignore[misc]
-        wait_until(lambda app=app: running.state is not None and app in running.state.backends)  # type: ignore[misc]
+        wait_until(lambda app=app: app in running.backends)  # type: ignore[misc]
         assert key in running.haproxy_file.read_text()
         assert json.loads(stored.read_text())["at"] == confirmed
     monkeypatch.setattr(last, "KEYS_HOLD_S", 0.0)
@@ -181,8 +164,7 @@ def test_new_certificate_is_used_without_a_refused_request(running: Running) -> 
     before, content = served_certificate(), file.read_bytes()
     with request_statuses(running) as statuses:
         file.write_bytes(b"no certificate")
-        running.serve.targets = {**running.serve.targets, "m-v3": (ONE,)}
-        wait_until(lambda: running.state is not None and "m-v3" in running.state.backends)
+        running.add_app("m-v3")
         assert served_certificate() == before
         file.unlink()
         ensure_tls(running.places)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.security.tokens.issuer import AUDIENCE, sign
 from cluster.security.tokens.roles import Role
 from serve_apps.edge.control.haproxy_process import ConfigRefused
 from serve_apps.rollout.assignment import assign, bounds
-from tests.servers.edge import PREDICT, ROLLOUT, SALT, Edge, treated_unit, wait_until
+from tests.servers.edge import PREDICT, ROLLOUT, SALT, Edge, treated_unit
+from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
 
 
@@ -137,9 +137,7 @@ def test_access_records_are_never_cut(edge: Edge) -> None:
     """Whatever the length of a client's names, and of their JSON form."""
 
     def ask(path: str, subject: str) -> int:
-        claims = {"sub": subject, "role": "admin", "purpose": ""}
-        token = sign(edge.places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=60)  # type: ignore[arg-type]
-        return edge.call(path, token=token)[0]
+        return edge.call(path, token=edge.token_with(sub=subject))[0]
 
     odd = "\u0001" * 200
     assert ask(f"/ray/{'%22' * 3000}", odd) == 200
@@ -175,7 +173,7 @@ def test_change_right_after_a_reload_is_not_lost(whole: Edge) -> None:
     for _ in range(5):
         before = admin(whole, "show info")["Pid"]
         whole.load(ROLLOUT)
-        whole.load_targets(whole.targets)
+        whole.load_targets()
         whole.haproxy.set_map(Path(whole.settings.map_file), "m", whole.routes(None).entries["m"])
         wait_until(lambda old=before: admin(whole, "show info")["Pid"] != old)  # type: ignore[misc]
         _, echo = whole.call(token=whole.token(), headers={"X-Unit-ID": treated_unit()})
@@ -193,7 +191,7 @@ def test_open_connection_survives_a_reload_and_follows_a_rollback(whole: Edge) -
     connection.request("POST", PREDICT, b"{}", headers)
     assert json.loads(connection.getresponse().read())["x-falaj-variant"] == "challenger"
     socket_before = connection.sock
-    whole.load_targets(whole.targets)
+    whole.load_targets()
     whole.haproxy.set_map(Path(whole.settings.map_file), "m", whole.routes(None).entries["m"])
     assert connection.sock is socket_before
     connection.request("POST", PREDICT, b"{}", headers)

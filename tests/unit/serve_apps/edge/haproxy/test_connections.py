@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import http.client
-import socket
 import ssl
 import time
 from dataclasses import replace
 
 import pytest
 
-from serve_apps.edge.haproxy.config import render
 from serve_apps.edge.haproxy.connections import MAX_LOGINS
-from tests.servers.edge import PREDICT, ROLLOUT, Edge, wait_until
-
-
-def begun(edge: Edge, data: bytes) -> ssl.SSLSocket:
-    plain = socket.create_connection(("127.0.0.1", edge.port), timeout=10)
-    connection = edge.context.wrap_socket(plain, server_hostname="127.0.0.1")
-    connection.sendall(data)
-    return connection
+from tests.servers.edge import PREDICT, ROLLOUT, Edge, answer_of
+from tests.servers.polling import wait_until
 
 
 def test_one_address_cannot_take_all_connections(edge: Edge) -> None:
@@ -27,9 +18,9 @@ def test_one_address_cannot_take_all_connections(edge: Edge) -> None:
     before = edge.settings
     edge.settings = replace(before, max_connections_of_one_address=5)
     edge.load(ROLLOUT)
-    connections = [begun(edge, b"") for _ in range(5)]
+    connections = [edge.send(b"") for _ in range(5)]
     with pytest.raises((OSError, ssl.SSLError)):
-        begun(edge, b"")
+        edge.send(b"")
     connections.pop().close()
     wait_until(lambda: answers(edge))
     for connection in connections:
@@ -48,9 +39,8 @@ def answers(edge: Edge) -> bool:
 
 def test_slow_head_is_ended_in_time(edge: Edge) -> None:
     """Slowloris: single bytes do not extend the time of a head."""
-    config = render(edge.routes(ROLLOUT), edge.keys, edge.settings)
-    edge.haproxy.load(config.replace("timeout http-request 10s", "timeout http-request 700ms"))
-    connections = [begun(edge, b"POST / HTTP/1.1\r\n") for _ in range(20)]
+    edge.load_targets(timeout=("timeout http-request 10s", "timeout http-request 700ms"))
+    connections = [edge.send(b"POST / HTTP/1.1\r\n") for _ in range(20)]
     began = time.monotonic()
     ended: set[int] = set()
     while len(ended) < len(connections):
@@ -72,30 +62,21 @@ def test_slow_head_is_ended_in_time(edge: Edge) -> None:
 
 def test_unauthenticated_body_is_not_waited_for(edge: Edge) -> None:
     """The request gets 401 at once, whatever the number of streams."""
-    connection = begun(edge, begun_post(PREDICT))
-    connection.settimeout(5)
-    assert status_of(connection) == 401
+    assert answer_of(edge.send(begun_post(PREDICT), timeout_s=5))[0] == 401
 
 
 def test_few_login_bodies_are_read_at_the_same_time(edge: Edge) -> None:
     """They are unauthenticated bodies; other logins get 429."""
     login = begun_post("/ray/login")
-    connections = [begun(edge, login) for _ in range(MAX_LOGINS)]
+    connections = [edge.send(login) for _ in range(MAX_LOGINS)]
     wait_until(lambda: f"conn_cur={MAX_LOGINS}" in edge.ask("show table logins_counted"))
-    assert status_of(begun(edge, login + b"oken=abc")) == 429
+    assert answer_of(edge.send(login + b"oken=abc"))[0] == 429
     for connection in connections:
         connection.close()
-    wait_until(lambda: status_of(begun(edge, login + b"oken=abc")) == 401)
+    wait_until(lambda: answer_of(edge.send(login + b"oken=abc"))[0] == 401)
 
 
 def begun_post(path: str) -> bytes:
     """A request without a token, and one byte of its nine."""
     form = "Content-Type: application/x-www-form-urlencoded\r\nSec-Fetch-Site: same-origin"
     return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n{form}\r\n\r\nt".encode()
-
-
-def status_of(connection: ssl.SSLSocket) -> int:
-    response = http.client.HTTPResponse(connection)
-    response.begin()
-    connection.close()
-    return response.status

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import http.client
-import json
-import time
 import urllib.parse
 from pathlib import Path
 
 import pytest
 
-from cluster.security.tokens.issuer import AUDIENCE, mint_token, sign
+from cluster.security.tokens.issuer import mint_token
 from cluster.security.tokens.roles import Role
 from serve_apps.edge.haproxy.dashboard import COOKIE
 from tests.servers.edge import PREDICT, RAY_TOKEN, Edge
+from tests.servers.polling import wait_until
 
 SAME_SITE = {"sec-fetch-site": "same-origin"}
 
@@ -57,8 +56,7 @@ def test_admin_of_another_tenant_gets_403_everywhere(edge: Edge, tenant: str, pa
 @pytest.mark.parametrize("tenant", [None, "default", ["other"], {"of": "other"}, 7, True])
 def test_dashboard_accepts_own_or_missing_tenant(edge: Edge, tenant: object) -> None:
     """HAProxy reads a tenant that is not text as missing; such a token is refused."""
-    claims = {"sub": "t", "role": "admin", "purpose": "", **({} if tenant is None else {"tenant": tenant})}
-    token = sign(edge.places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=60)  # type: ignore[arg-type]
+    token = edge.token_with() if tenant is None else edge.token_with(tenant=tenant)
     expected = 200 if tenant in (None, "default") else 403
     assert edge.call("/ray/", method="GET", token=token)[0] == expected
 
@@ -66,9 +64,8 @@ def test_dashboard_accepts_own_or_missing_tenant(edge: Edge, tenant: object) -> 
 @pytest.mark.parametrize("scope", ["model:m", "openid model:m", ["model:m"], ["openid", "model:x"]])
 def test_token_for_single_models_does_not_open_the_dashboard(edge: Edge, scope: object) -> None:
     """The dashboard controls all models. Other words of a scope have no effect."""
-    claims = {"sub": "t", "role": "admin", "purpose": ""}
     for claimed, expected in ((scope, 403), ("openid profile", 200), ("", 200)):
-        token = sign(edge.places, claims | {"scope": claimed}, audience=AUDIENCE, token_type="JWT", ttl_s=60)  # type: ignore[arg-type]
+        token = edge.token_with(scope=claimed)
         assert edge.call("/ray/", method="GET", token=token)[0] == expected
         assert sign_in(edge, token)[0].status == (403 if expected == 403 else 303)
 
@@ -167,21 +164,14 @@ def test_access_records_name_the_principal(edge: Edge) -> None:
     Requests without a valid token have no record.
     """
     subject = 'é"\\\n{"status":200}'
-    claims = {"sub": subject, "role": "service", "purpose": ""}
     edge.call(token=edge.token() + "x")
-    edge.call(token=sign(edge.places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=60))
+    edge.call(token=edge.token_with(sub=subject, role="service"))
     edge.call("/ray/api/jobs/secret?token=x", token=edge.token(Role.admin))
     edge.call("/ray/refused", token=edge.token(Role.service))
     edge.call(token=edge.token())
-    folder = Path(edge.settings.map_file).parent / "access"
-    deadline = time.monotonic() + 10
-    while True:
-        lines = [line for file in folder.iterdir() for line in file.read_text().splitlines()]
-        records = [json.loads(line) for line in lines if line.startswith("{")]
-        managed = [each for each in records if each["path"] == "/ray/api/jobs/secret"]
-        if managed and records[-1]["action"] == "predict":
-            break
-        assert time.monotonic() < deadline
+    wait_until(lambda: [each["action"] for each in edge.records()][-1:] == ["predict"])
+    records = edge.records()
+    managed = [each for each in records if each["path"] == "/ray/api/jobs/secret"]
     assert {each["principal"] for each in managed} == {"t"}
     assert [(each["principal"], each["status"]) for each in records if each["path"] == "/ray/refused"] == [
         ("t", 403)

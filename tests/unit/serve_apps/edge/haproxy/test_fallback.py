@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from serve_apps.edge.haproxy.answers import NO_ANSWER
-from serve_apps.edge.haproxy.config import ANSWER_MS, render
+from serve_apps.edge.haproxy.config import ANSWER_MS
 from serve_apps.replica.targets import ScaledToZero
-from tests.servers.edge import PREDICT, ROLLOUT, Edge, treated_unit, wait_until
+from tests.servers.edge import PREDICT, Edge, treated_unit
+from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
 
 
@@ -81,12 +82,8 @@ def test_champion_answers_for_a_treatment_without_a_replica(whole: Edge, lost: s
         del targets["m-v2"]
     whole.load_targets(targets)
     for record in last_records(whole, 5):
-        assert (record["arm"], record["variant"], record["fallback"], record["status"]) == (
-            "treatment",
-            "champion",
-            "1",
-            200,
-        )
+        values = [record[name] for name in ("arm", "variant", "fallback", "status")]
+        assert values == ["treatment", "champion", "1", 200]
 
 
 def test_requests_in_a_hanging_treatment_go_to_the_champion(whole: Edge) -> None:
@@ -98,13 +95,11 @@ def test_requests_in_a_hanging_treatment_go_to_the_champion(whole: Edge) -> None
         open_connections.append(connection)
         reached.set()
 
-    before = whole.settings
-    whole.settings = replace(before, hang_ms=100)
     with server(hang) as address:
-        whole.load_targets(whole.targets | {"m-v2": (address,)})
+        settings = replace(whole.settings, hang_ms=100)
+        whole.load_targets(whole.targets | {"m-v2": (address,)}, settings=settings)
         assert answer_to_treated_unit(whole) == CHAMPION
         assert reached.wait(5)
-    whole.settings = before
 
 
 @pytest.mark.parametrize("champion", ["scaled_to_zero", "slow"])
@@ -136,7 +131,7 @@ def test_slow_champion_gets_a_request_once(whole: Edge, champion: str) -> None:
             "m-v1": ScaledToZero((late,)) if champion == "scaled_to_zero" else (late,),
             "m-v2": (lost,),
         }
-        whole.haproxy.load(render(whole.routes(ROLLOUT, targets), whole.keys, settings))
+        whole.load_targets(targets, settings=settings)
         if champion == "slow":
             wait_until(lambda: ",DOWN," in whole.ask("show stat m-v2:treated 4 -1"))
         status, _ = whole.call(token=whole.token(), headers={"X-Unit-ID": treated_unit()})
@@ -166,9 +161,8 @@ def test_champion_without_an_answer_is_503_to_the_client(
         answer(connection)
 
     with server(healthy_but(serve)) as address:
-        targets = whole.targets | {"m-v1": (address,)}
-        config = render(whole.routes(ROLLOUT, targets), whole.keys, whole.settings)
-        whole.haproxy.load(config.replace(f"timeout server {ANSWER_MS}ms", "timeout server 200ms"))
+        timeout = (f"timeout server {ANSWER_MS}ms", "timeout server 200ms")
+        whole.load_targets(whole.targets | {"m-v1": (address,)}, timeout=timeout)
         before = len(whole.records())
         assert whole.call(token=whole.token()) == (503, {"error": NO_ANSWER, "code": 503})
         wait_until(lambda: len(whole.records()) > before)

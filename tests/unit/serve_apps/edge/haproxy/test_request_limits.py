@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +18,8 @@ from cluster.ledger.events import EdgeLimitSet
 from cluster.security.tokens.roles import Role
 from serve_apps.edge.haproxy.request_limits import Limit, Limited, OwnLimits
 from serve_apps.edge.limits import LimitAction, LimitsCommand
-from tests.servers.edge import PREDICT, ROLLOUT, Edge, wait_until
+from tests.servers.edge import PREDICT, ROLLOUT, Echo, Edge, Mirror
+from tests.servers.polling import wait_until
 
 WIDE = Limit(requests_per_s=100_000, concurrent=1000)
 NAMES = st.text(min_size=1, max_size=20)
@@ -44,29 +44,36 @@ def limited(edge: Edge) -> Iterator[Edge]:
     edge.load(ROLLOUT)
 
 
-def flood(edge: Edge, subject: str, number: int) -> list[tuple[int, str | None, dict[str, Any]]]:
-    """Send requests one right after another, and return status, Retry-After and JSON of each."""
-    connection, token = edge.connect(), edge.token(subject=subject)
-    answers = []
-    for _ in range(number):
-        connection.request("POST", PREDICT, b"{}", {"authorization": f"Bearer {token}"})
-        response = connection.getresponse()
-        answers.append((response.status, response.getheader("retry-after"), json.loads(response.read())))
-    connection.close()
-    return answers
+class Answer(NamedTuple):
+    """An answer of the edge."""
+
+    status: int
+    head: str
+    content: dict[str, Any]
+
+
+def flood(edge: Edge, *subjects: str) -> list[Answer]:
+    """Send a request for each principal in one write, so that all fall within a second on a busy machine, too."""
+    requests = [
+        f"GET /v2 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {edge.token(subject=subject)}\r\n"
+        for subject in subjects
+    ]
+    requests[-1] += "Connection: close\r\n"
+    with edge.send("".join(f"{request}\r\n" for request in requests).encode()) as connection:
+        received = b"".join(iter(lambda: connection.recv(65_536), b"")).decode()
+    parts = [answer.partition("\r\n\r\n") for answer in received.split("HTTP/1.1 ")[1:]]
+    return [Answer(int(head[:3]), head.lower(), json.loads(body)) for head, _, body in parts]
 
 
 def test_principal_over_its_rate_is_429_and_others_are_answered(limited: Edge) -> None:
     """Each principal has its own count, within the tenant's limit."""
-    alice = flood(limited, "alice", 25)
-    assert [status for status, _, _ in alice] == [200] * 20 + [429] * 5
-    assert alice[-1][1] == "1"
-    assert alice[-1][2] == {
-        "error": "Your principal has asked too often within a second; try again.",
-        "code": 429,
-    }
-    assert {status for status, _, _ in flood(limited, "bob", 20)} == {200}
-    assert "tenant" in flood(limited, "carol", 1)[0][2]["error"]
+    answers = flood(limited, *["alice"] * 25, *["bob"] * 20, "carol")
+    assert [answer.status for answer in answers] == [200] * 20 + [429] * 5 + [200] * 20 + [429]
+    alice, carol = answers[24], answers[-1]
+    assert "retry-after: 1\r\n" in f"{alice.head}\r\n"
+    refusal = "Your principal has asked too often within a second; try again."
+    assert alice.content == {"error": refusal, "code": 429}
+    assert "tenant" in carol.content["error"]
     assert limited.call("/v2/health/live", method="GET")[0] == 200
 
 
@@ -74,53 +81,35 @@ def test_refused_requests_do_not_count(limited: Edge) -> None:
     """A principal over its limit still gets as many answers as the limit allows."""
     ended, answered = time.monotonic() + 1, 0
     while time.monotonic() < ended:
-        answered += sum(status == 200 for status, _, _ in flood(limited, "dora", 5))
+        answered += sum(answer.status == 200 for answer in flood(limited, *["dora"] * 5))
         time.sleep(0.02)  # still far more often than allowed
     assert 20 <= answered <= 50
 
 
 def test_too_many_concurrent_requests_are_429(limited: Edge) -> None:
     """Until one of them has been answered."""
-    arrived, release = threading.Semaphore(0), threading.Event()
-
-    def hold(handler: http.client.HTTPConnection) -> None:
-        arrived.release()
-        release.wait(10)
-
-    with slow_replicas(limited, hold), ThreadPoolExecutor(3) as pool:
+    with Mirror(HeldEcho) as replica, ThreadPoolExecutor(3) as pool:
+        limited.load_targets(limited.targets | {"m-v1": (replica.address,)})
         open_requests = [pool.submit(limited.call, token=limited.token(subject="erik")) for _ in range(3)]
         for _ in open_requests:
-            assert arrived.acquire(timeout=10)
+            assert HeldEcho.arrived.acquire(timeout=10)
         status, content = limited.call("/v2", method="GET", token=limited.token(subject="erik"))
-        assert (status, content["error"]) == (
-            429,
-            "Your principal has too many requests open; try again.",
-        )
+        assert (status, content["error"]) == (429, "Your principal has too many requests open; try again.")
         assert limited.call("/v2", method="GET", token=limited.token(subject="fred"))[0] == 200
-        release.set()
+        HeldEcho.release.set()
         assert {answer.result()[0] for answer in open_requests} == {200}
     wait_until(lambda: limited.call("/v2", method="GET", token=limited.token(subject="erik"))[0] == 200)
 
 
-class slow_replicas:
-    """Replicas that do something before they answer."""
+class HeldEcho(Echo):
+    """Answers when it may."""
 
-    def __init__(self, edge: Edge, first: Any) -> None:
-        self._handler = edge.servers[0].RequestHandlerClass
-        self._first = first
+    arrived, release = threading.Semaphore(0), threading.Event()
 
-    def __enter__(self) -> None:
-        first, echo = self._first, self._handler.do_POST  # type: ignore[attr-defined]
-
-        def do_post(handler: Any) -> None:
-            first(handler)
-            echo(handler)
-
-        self._echo = echo
-        self._handler.do_POST = do_post  # type: ignore[attr-defined]
-
-    def __exit__(self, *_: object) -> None:
-        self._handler.do_POST = self._echo  # type: ignore[attr-defined]
+    def do_POST(self) -> None:
+        self.arrived.release()
+        self.release.wait(10)
+        super().do_POST()
 
 
 @pytest.mark.parametrize("subject", ["alice", "a b/ü%|#", "-x", "user:alice@example.org"])
@@ -132,11 +121,11 @@ def test_principal_may_have_its_own_limit(edge: Edge, subject: str) -> None:
     file = edge.settings.limits.file(Limited.principal)
     for key, value in own.entries(Limited.principal, WIDE).items():
         edge.haproxy.set_map(file, key, value)
-    assert [status for status, _, _ in flood(edge, subject, 4)] == [200, 200, 429, 429]
-    assert [status for status, _, _ in flood(edge, "somebody else", 4)] == [200] * 4
+    answers = flood(edge, *[subject] * 4, *["somebody else"] * 4)
+    assert [answer.status for answer in answers] == [200, 200, 429, 429] + [200] * 4
     for key in own.entries(Limited.principal, WIDE):
         edge.haproxy.del_map(file, key)
-    assert flood(edge, subject, 1)[0][0] == 200
+    assert edge.call(token=edge.token(subject=subject))[0] == 200
 
 
 @settings(max_examples=25)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from cluster.storage import write_bytes
 from serve_apps.edge.haproxy.config import render
 from serve_apps.edge.haproxy.routes import Routes, routes
 from serve_apps.rollout.state import ModelState, Rollout
@@ -47,10 +45,7 @@ def test_no_line_has_too_many_words(edge: Edge, models: int, replicas: int) -> N
 
 def test_edge_serves_every_one_of_many_models(whole: Edge) -> None:
     """Loaded, ready when all champions are, split, and limited by a token's scope."""
-    wanted = many_routes(40, 1, whole)
-    map_file = Path(whole.settings.map_file)
-    write_bytes(str(map_file), "".join(f"{k} {v}\n" for k, v in wanted.entries.items()).encode())
-    whole.haproxy.load(render(wanted, whole.keys, whole.settings))
+    whole.load_routes(many_routes(40, 1, whole))
     assert whole.call("/v2/health/ready", method="GET")[0] == 200
     last = "/v1/models/model-39:predict"
     status, echo = whole.call(last, token=whole.token(), headers={"X-Unit-ID": "u"})

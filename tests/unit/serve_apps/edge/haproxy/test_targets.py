@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from serve_apps.edge.haproxy.config import render
 from serve_apps.replica.targets import ScaledToZero, read_targets
-from tests.servers.edge import PREDICT, ROLLOUT, Echo, Edge, Mirror, treated_unit, wait_until
+from tests.servers.edge import PREDICT, Echo, Edge, Mirror, treated_unit
+from tests.servers.polling import wait_until
+from tests.servers.serve_proxy import HoldingProxy
 
 PROXY, REPLICA = 8000, 30001
 
@@ -90,109 +89,60 @@ def test_restarted_serve_controller_removes_no_replica() -> None:
     assert read_targets(published(replicas=("STARTING",), targets=[])) == {}
 
 
-class StartingEcho(Echo):
-    """Answers after a replica would have started."""
-
-    def do_POST(self) -> None:
-        assert isinstance(self.server, SlowProxy)
-        self.server.num_requests += 1
-        self.server.got_request.set()
-        self.server.started.wait(10)
-        super().do_POST()
-
-    def do_GET(self) -> None:
-        super().do_POST()
-
-
-class SlowProxy(Mirror):
-    """Serve's proxy, as far as the edge can tell."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), StartingEcho)
-        self.got_request, self.started = threading.Event(), threading.Event()
-        self.num_requests = 0
-
-
-@pytest.fixture
-def proxy(whole: Edge) -> Iterator[SlowProxy]:
-    """A proxy for a treatment that is scaled to zero and starts slowly."""
-    server = SlowProxy()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    scale_to_zero(whole, server, wake_timeout_s=20)
-    yield server
-    server.started.set()
-    server.shutdown()
-    server.server_close()
-
-
-def scale_to_zero(edge: Edge, proxy: SlowProxy, *, wake_timeout_s: float) -> None:
-    targets = edge.targets | {"m-v2": ScaledToZero((f"127.0.0.1:{proxy.server_address[1]}",))}
+def scale_to_zero(edge: Edge, proxy: HoldingProxy, *, wake_timeout_s: float) -> None:
+    """Load a treatment that is scaled to zero and starts slowly."""
     settings = replace(edge.settings, wake_timeout_s=wake_timeout_s)
-    edge.haproxy.load(render(edge.routes(ROLLOUT, targets), edge.keys, settings))
+    edge.load_targets(edge.targets | {"m-v2": ScaledToZero((proxy.address,))}, settings=settings)
 
 
-def test_request_waits_for_a_version_scaled_to_zero(whole: Edge, proxy: SlowProxy) -> None:
+def test_request_waits_for_a_version_scaled_to_zero(whole: Edge, serve_proxy: HoldingProxy) -> None:
     """It gets the treatment's headers; other requests do not wait."""
+    scale_to_zero(whole, serve_proxy, wake_timeout_s=20)
     headers: dict[str, str | bytes] = {"X-Unit-ID": treated_unit()}
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(whole.call, token=whole.token(), headers=headers)
-        assert proxy.got_request.wait(5)
+        assert serve_proxy.got_request.wait(5)
         assert whole.call(token=whole.token())[1]["x-falaj-variant"] == "champion"
         assert not waiting.done()
-        proxy.started.set()
+        serve_proxy.may_answer.set()
         status, echo = waiting.result(5)
     values = [echo.get(f"x-falaj-{name}") for name in ("variant", "arm", "rollout")]
     assert (status, values, echo["path"]) == (200, ["challenger", "treatment", "r1"], f"/m-v2{PREDICT}")
     assert {"x-falaj-request-id", "x-falaj-unit-hash", "authorization"} <= echo.keys()
 
 
-def test_version_that_never_starts_is_an_error_in_time(whole: Edge, proxy: SlowProxy) -> None:
+def test_version_that_never_starts_is_an_error_in_time(whole: Edge, serve_proxy: HoldingProxy) -> None:
     """In JSON, and the edge sends the request once."""
-    scale_to_zero(whole, proxy, wake_timeout_s=0.3)
+    scale_to_zero(whole, serve_proxy, wake_timeout_s=0.3)
     status, content = whole.call(token=whole.token(), headers={"X-Unit-ID": treated_unit()})
     assert (status, content["code"]) == (503, 503)
-    assert proxy.num_requests == 1
+    assert serve_proxy.num_requests == 1
 
 
 class LeavingEcho(Echo):
-    """Behaves as a replica that Serve stops."""
+    """Behaves as a replica that Serve stops, and counts its health checks."""
+
+    checks = 0
 
     def do_GET(self) -> None:
-        assert isinstance(self.server, LeavingReplica)
-        self.server.checks += 1
+        LeavingEcho.checks += 1
         self.send_response(503)
         self.send_header("content-length", "8")
         self.end_headers()
         self.wfile.write(b"DRAINING")
 
 
-class LeavingReplica(Mirror):
-    """Counts the health checks."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), LeavingEcho)
-        self.checks = 0
-
-
 def test_draining_replica_gets_requests_until_its_successor_is_known(whole: Edge) -> None:
     """It still answers, although its health checks fail."""
-    server = LeavingReplica()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    targets = whole.targets | {"m-v1": (f"127.0.0.1:{server.server_address[1]}",)}
-    config = render(whole.routes(ROLLOUT, targets), whole.keys, whole.settings)
-    whole.haproxy.load(config.replace("inter 500ms", "inter 50ms"))
-    wait_until(lambda: server.checks > 5)
-    assert whole.call(token=whole.token())[0] == 200
-    server.shutdown()
-    server.server_close()
+    with Mirror(LeavingEcho) as replica:
+        targets = whole.targets | {"m-v1": (replica.address,)}
+        whole.load_targets(targets, timeout=("inter 500ms", "inter 50ms"))
+        wait_until(lambda: LeavingEcho.checks > 5)
+        assert whole.call(token=whole.token())[0] == 200
 
 
 def test_champion_scaled_to_zero_is_ready(whole: Edge) -> None:
     """It will answer."""
-    server = Mirror(("127.0.0.1", 0), Echo)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    targets = whole.targets | {"m-v1": ScaledToZero((f"127.0.0.1:{server.server_address[1]}",))}
-    whole.haproxy.load(render(whole.routes(ROLLOUT, targets), whole.keys, whole.settings))
-    assert whole.call("/v2/health/ready", method="GET")[0] == 200
-    server.shutdown()
-    server.server_close()
+    with Mirror() as proxy:
+        whole.load_targets(whole.targets | {"m-v1": ScaledToZero((proxy.address,))})
+        assert whole.call("/v2/health/ready", method="GET")[0] == 200

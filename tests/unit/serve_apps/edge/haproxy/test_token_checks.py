@@ -25,29 +25,19 @@ from cluster.security.tokens.principal import TokenVerifier, local_keys
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.trust import Trust, access_rules
 from cluster.settings import IssuerConfig
-from serve_apps.edge.haproxy.config import render
 from serve_apps.edge.haproxy.keys import key_writer
 from serve_apps.replica.access import AccessCheck
-from tests.servers.edge import PREDICT, ROLLOUT, Edge, wait_until
+from tests.servers.edge import PREDICT, Edge
 from tests.servers.oidc_issuer import Issuer, new_key
+from tests.servers.polling import wait_until
 
 
 def forged(edge: Edge, key: Any, *, alg: str = ALGORITHM, kid: str | None = None, **changes: Any) -> str:
     now = int(time.time())
-    claims = {
-        "iss": ISSUER,
-        "aud": AUDIENCE,
-        "sub": "t",
-        "role": "service",
-        "exp": now + 60,
-        "nbf": now,
-    } | changes
-    return jwt.encode(
-        {"alg": alg, "kid": edge.keys[0].kid if kid is None else kid},
-        {k: v for k, v in claims.items() if v is not None},
-        key,
-        algorithms=[alg],
-    )
+    claims = {"iss": ISSUER, "aud": AUDIENCE, "sub": "t", "role": "service", "exp": now + 60, "nbf": now}
+    given = {name: value for name, value in (claims | changes).items() if value is not None}
+    header = {"alg": alg, "kid": edge.keys[0].kid if kid is None else kid}
+    return jwt.encode(header, given, key, algorithms=[alg])
 
 
 def unsigned(edge: Edge, alg: str) -> str:
@@ -68,6 +58,11 @@ def resigned(edge: Edge, key: ECKey, *, header: str = "", claims: str = "") -> s
     r, s = decode_dss_signature(private.sign(text.encode(), ec.ECDSA(hashes.SHA256())))
     signature = r.to_bytes(32, "big") + s.to_bytes(32, "big")
     return f"{text}.{base64.urlsafe_b64encode(signature).rstrip(b'=').decode()}"
+
+
+def real_key(edge: Edge) -> ECKey:
+    """The key with which the edge's issuer signs."""
+    return ECKey.import_key((Path(edge.places.keys) / "issuer.pem").read_bytes())
 
 
 def confused(edge: Edge, public_key: bytes) -> str:
@@ -96,7 +91,7 @@ def test_invalid_tokens_are_401(edge: Edge) -> None:
     Also tokens without a lifetime or with too long a one, and those of another issuer, audience, key or algorithm.
     """
     other = ECKey.generate_key("P-256")
-    real = ECKey.import_key((Path(edge.places.keys) / "issuer.pem").read_bytes())
+    real = real_key(edge)
     public = (Path(edge.places.keys) / "issuer.pub.pem").read_bytes()
     now = int(time.time())
     tokens = [
@@ -138,7 +133,7 @@ def num_verified_tokens(edge: Edge) -> int:
 
 def test_only_the_signature_of_a_token_is_stored(edge: Edge) -> None:
     """The token still expires, its signature fits no other token, and refused tokens are not stored."""
-    real = ECKey.import_key((Path(edge.places.keys) / "issuer.pem").read_bytes())
+    real = real_key(edge)
     before = num_verified_tokens(edge)
     token = forged(edge, real, exp=int(time.time()) + 2)
     assert [edge.call(token=token)[0] for _ in range(3)] == [200] * 3
@@ -158,7 +153,7 @@ def test_only_the_signature_of_a_token_is_stored(edge: Edge) -> None:
 )
 def test_replica_refuses_what_only_it_can_check(edge: Edge, header: str, claims: str) -> None:
     """Signed by the real key, but with ambiguous content."""
-    real = ECKey.import_key((Path(edge.places.keys) / "issuer.pem").read_bytes())
+    real = real_key(edge)
     token = resigned(edge, real, header=header, claims=claims)
     check = AccessCheck(
         TokenVerifier(local_keys(edge.places)),
@@ -179,7 +174,7 @@ def test_replica_refuses_what_only_it_can_check(edge: Edge, header: str, claims:
 
 def test_edge_takes_the_first_of_repeated_roles(edge: Edge) -> None:
     """Ray's dashboard does not check again, so this documents which one counts."""
-    real = ECKey.import_key((Path(edge.places.keys) / "issuer.pem").read_bytes())
+    real = real_key(edge)
     token = resigned(edge, real, claims='"role":"admin"')
     assert edge.call("/ray/", method="GET", token=token)[0] == 403
 
@@ -203,7 +198,7 @@ def test_oidc_keys_of_both_kinds_are_accepted_and_no_others(whole: Edge, tmp_pat
     config = IssuerConfig(url=issuer.url, role_claim="falaj_role")
     keys = key_writer(Trust.of(config, whole.places).keys, tmp_path / "keys")()
     settings = dataclasses.replace(whole.settings, tokens=access_rules(config), role_claim="falaj_role")
-    whole.haproxy.load(render(whole.routes(ROLLOUT), keys, settings))
+    whole.load_targets(keys=keys, settings=settings)
     rsa, ec_key = issuer.keys
     assert {key.algorithm for key in keys} == {"ES256", "RS256"}
     for key in (rsa, ec_key):
@@ -227,7 +222,7 @@ def test_rotated_key_is_accepted_and_a_withdrawn_one_refused(whole: Edge, tmp_pa
     assert whole.call(token=whole.token(), over=connection)[0] == 200
     for keys, good, bad in (([old], [old], [new]), ([old, new], [old, new], []), ([new], [new], [old])):
         issuer.keys = keys
-        whole.haproxy.load(render(whole.routes(ROLLOUT), key_writer(remote, tmp_path)(), settings))
+        whole.load_targets(keys=key_writer(remote, tmp_path)(), settings=settings)
         wait_until(lambda good=good: all(whole.call(token=issuer.token(key))[0] == 200 for key in good))  # type: ignore[misc]
         assert [whole.call(token=issuer.token(key))[0] for key in bad] == [401] * len(bad)
     assert whole.call(token=whole.token(), over=connection)[0] in (200, 401), "the connection was cut"
@@ -235,7 +230,7 @@ def test_rotated_key_is_accepted_and_a_withdrawn_one_refused(whole: Edge, tmp_pa
     current, stolen = whole.token(), whole.token()
     rotate_issuer(whole.places, keep_s=0)
     fresh = key_writer(local_keys(whole.places), tmp_path)()
-    whole.haproxy.load(render(whole.routes(ROLLOUT), fresh, whole.settings))
+    whole.load_targets(keys=fresh)
     wait_until(lambda: whole.call(token=whole.token())[0] == 200)
     assert [whole.call(token=token)[0] for token in (current, stolen)] == [401, 401]
     whole.keys = fresh
@@ -245,8 +240,8 @@ def test_key_id_may_begin_with_a_dash(whole: Edge) -> None:
     """One thumbprint in 64 does, and HAProxy would read it as an option."""
     (key,) = whole.keys
     renamed = (dataclasses.replace(key, kid="-f"),)
-    whole.haproxy.load(render(whole.routes(ROLLOUT), renamed, whole.settings))
-    real = ECKey.import_key((Path(whole.places.keys) / "issuer.pem").read_bytes())
+    whole.load_targets(keys=renamed)
+    real = real_key(whole)
     wait_until(lambda: whole.call(token=forged(whole, real, kid="-f"))[0] == 200)
     assert whole.call(token=whole.token())[0] == 401
 
@@ -261,5 +256,5 @@ def test_issuer_name_cannot_change_the_configuration(word: str) -> None:
 
 def test_without_keys_every_token_is_refused(whole: Edge) -> None:
     """Before the issuer's first answer, and after all its keys were withdrawn."""
-    whole.haproxy.load(render(whole.routes(ROLLOUT), (), whole.settings))
+    whole.load_targets(keys=())
     wait_until(lambda: whole.call(token=whole.token())[0] == 401)

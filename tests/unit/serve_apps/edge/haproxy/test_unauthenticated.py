@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import socket
-import ssl
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_apps.edge.haproxy.unauthenticated import SHOW_COMMAND, Reason, RefusalCounts, parse_counts
-from tests.servers.edge import PREDICT, Edge, wait_until
+from tests.servers.edge import PREDICT, Edge
+from tests.servers.polling import wait_until
 
 NUMBERS = st.lists(st.integers(min_value=0, max_value=5), max_size=8)
-
-
-def raw(edge: Edge, data: bytes) -> None:
-    """Send bytes that need not be HTTP, and read the answer to its end."""
-    with (
-        socket.create_connection(("127.0.0.1", edge.port), timeout=5) as plain,
-        edge.context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
-    ):
-        try:
-            connection.sendall(data)
-            while connection.recv(65_536):
-                pass
-        except (ConnectionError, ssl.SSLError):
-            pass
 
 
 def test_unauthenticated_requests_are_counted_by_reason_and_not_logged(edge: Edge) -> None:
@@ -37,8 +21,8 @@ def test_unauthenticated_requests_are_counted_by_reason_and_not_logged(edge: Edg
     assert edge.call(token=edge.token(ttl_s=-60))[0] == 401
     assert edge.call("/elsewhere")[0] == 404
     assert edge.call("/v2/health/live", method="GET")[0] == 200
-    raw(edge, b"NONSENSE\r\n\r\n")
-    raw(edge, f"GET {PREDICT} HTTP/1.1\r\nbad header\r\n\r\n".encode())
+    edge.exchange(b"NONSENSE\r\n\r\n")
+    edge.exchange(f"GET {PREDICT} HTTP/1.1\r\nbad header\r\n\r\n".encode())
     after = parse_counts(edge.ask(SHOW_COMMAND))
     added = {reason: after[reason] - before[reason] for reason in Reason}
     assert added == {Reason.identity: 5, Reason.request: 3}

@@ -2,63 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
-from serve_apps.edge.haproxy.config import render
-from tests.servers.edge import PREDICT, ROLLOUT, Echo, Edge, Mirror, treated_unit
+from tests.servers.edge import PREDICT, Edge, treated_unit
 from tests.servers.ports import free_port
-
-
-class HoldingEcho(Echo):
-    """Answers a request when there is a replica, or answers that the application is unknown."""
-
-    def do_POST(self) -> None:
-        assert isinstance(self.server, HoldingProxy)
-        self.server.got_request.set()
-        self.server.may_answer.wait(10)
-        if not self.server.unknown:
-            super().do_POST()
-            return
-        self.rfile.read(int(self.headers["content-length"]))
-        self.send_response(404)
-        self.send_header("content-type", "text/plain")
-        self.send_header("content-length", "14")
-        self.end_headers()
-        self.wfile.write(b"no application")
-
-    do_GET = Echo.do_POST
-
-
-class HoldingProxy(Mirror):
-    """Serve's proxy, as far as the edge can tell."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), HoldingEcho)
-        self.got_request, self.may_answer = threading.Event(), threading.Event()
-        self.unknown = False
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-@pytest.fixture
-def serve_proxy(whole: Edge) -> Iterator[HoldingProxy]:
-    server = HoldingProxy()
-    yield server
-    server.may_answer.set()
-    server.shutdown()
-    server.server_close()
+from tests.servers.serve_proxy import HoldingProxy
 
 
 def load(
     edge: Edge, serve_proxy: HoldingProxy, targets: dict[str, tuple[str, ...]], *, wake_timeout_s: float = 5
 ) -> None:
-    address = f"127.0.0.1:{serve_proxy.server_address[1]}"
-    settings = replace(edge.settings, serve_proxy=address, wake_timeout_s=wake_timeout_s)
-    edge.haproxy.load(render(edge.routes(ROLLOUT, targets), edge.keys, settings))
+    settings = replace(edge.settings, serve_proxy=serve_proxy.address, wake_timeout_s=wake_timeout_s)
+    edge.load_targets(targets, settings=settings)
 
 
 @pytest.mark.parametrize("app", ["m-v1", "outcomes"])
@@ -91,18 +49,15 @@ def test_requests_with_a_replica_do_not_wait(whole: Edge, serve_proxy: HoldingPr
     assert not serve_proxy.got_request.is_set()
 
 
-def test_unknown_application_of_the_proxy_is_503_in_json(whole: Edge, serve_proxy: HoldingProxy) -> None:
+@pytest.mark.parametrize("unknown", [True, False], ids=["unknown application", "no replica in time"])
+def test_request_that_the_proxy_does_not_serve_is_503_in_json(
+    whole: Edge, serve_proxy: HoldingProxy, unknown: bool
+) -> None:
     """The proxy's own answer is text, and names an internal application."""
-    serve_proxy.unknown = True
-    serve_proxy.may_answer.set()
-    load(whole, serve_proxy, {name: target for name, target in whole.targets.items() if name != "m-v1"})
-    status, content = whole.call(token=whole.token())
-    assert (status, content["code"]) == (503, 503)
-
-
-def test_request_that_waits_too_long_is_503(whole: Edge, serve_proxy: HoldingProxy) -> None:
-    """In JSON."""
+    serve_proxy.unknown = unknown
+    if unknown:
+        serve_proxy.may_answer.set()
     targets = {name: target for name, target in whole.targets.items() if name != "m-v1"}
-    load(whole, serve_proxy, targets, wake_timeout_s=0.3)
+    load(whole, serve_proxy, targets, wake_timeout_s=5 if unknown else 0.3)
     status, content = whole.call(token=whole.token())
     assert (status, content["code"]) == (503, 503)
