@@ -21,8 +21,8 @@ from cluster.security.scan import scan
 
 CANARY = "canary-of-a-category"
 HOLDER = f"""
-import sys; from pathlib import Path; from cluster.security.encryption.scratch import scratch
-with scratch(Path(sys.argv[1])) as folder:
+import sys; from pathlib import Path; from cluster.security.encryption.scratch import scratch_directory
+with scratch_directory(Path(sys.argv[1])) as folder:
     (folder / "model.json").write_text({CANARY!r})
     print(folder, flush=True)
     sys.stdin.read()

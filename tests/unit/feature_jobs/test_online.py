@@ -232,12 +232,12 @@ from cluster.security.keys.keyring import Keyring
 from cluster.settings import OnlineConfig
 from cluster.storage import Layout
 from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec
-from feature_jobs.store.online.reader import open_online
+from feature_jobs.store.online.reader import open_online_store
 from feature_jobs.store.online.rows import OnlineRow
 field = FieldSpec(name="amount", dtype="float64", sensitivity="internal", categorical=False)
 view = ViewSpec(name="person", version="v1", join_keys=["person_id"], fields=[field], ttl_s=None)
 keys = Keyring(Path(sys.argv[1]) / "keyring.json", bytes(32))
-store = open_online(OnlineConfig(map_size_gib=0.01), Layout(sys.argv[1]), keys, readonly=False)
+store = open_online_store(OnlineConfig(map_size_gib=0.01), Layout(sys.argv[1]), keys, readonly=False)
 row = OnlineRow(keys=(1,), event_us=0, created_us=0, seq=0, values=[7.0])
 store.replace(view, {"person_id": "int64"}, [row])
 """
