@@ -20,7 +20,6 @@ import pytest
 from cluster.records import read_predictions
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
-from cluster.settings import PlatformConfig, StorageConfig
 from tests.integration.client import Client
 from tests.servers.replica import MODEL, register
 
@@ -83,8 +82,7 @@ class Version(Client):
 
 @pytest.fixture(scope="module")
 def version(falaj_cluster: Project) -> Version:
-    config = PlatformConfig(storage=StorageConfig(root=str(falaj_cluster.storage_root)))
-    register(falaj_cluster.root / "scaled", config, SIGNATURE, falaj_cluster.owner)
+    register(falaj_cluster.root / "scaled", falaj_cluster.config, SIGNATURE, falaj_cluster.owner)
     falaj_cluster.run("serve_apps.deploy", f"name={MODEL}", "version=1", *SHORT, check=True)
     return Version(falaj_cluster)
 
