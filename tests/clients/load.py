@@ -84,11 +84,7 @@ class Load:
         return await asyncio.open_connection(address.hostname, address.port, ssl=self.context)
 
     async def _exchange(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        headers: dict[str, str],
-        body: bytes,
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, headers: dict[str, str], body: bytes
     ) -> tuple[int, bytes, bool]:
         """Status, body, and whether the connection stays open."""
         address = urlsplit(self.url)

@@ -234,11 +234,7 @@ def test_pushed_features_are_read_and_predicted_with_and_streamed(shop: Shop) ->
         for customer, amount in ((5000, 99.0), (5001, -1.0))
     ]
     push = {"view": "income", "rows": rows, "idempotency_key": "first"}
-    pushed = {
-        "view": "income",
-        "accepted": 1,
-        "quarantined": [{"row": 1, "reason": "amount outside 0.."}],
-    }
+    pushed = {"view": "income", "accepted": 1, "quarantined": [{"row": 1, "reason": "amount outside 0.."}]}
     assert shop.call("/v1/features:push", push) == (200, pushed)
     assert shop.call("/v1/features:push", push) == (200, pushed)
     asked = {

@@ -29,10 +29,8 @@ def test_a_killed_replica_loses_no_answer_and_no_request(shop: Shop) -> None:
         os.kill(replica.pid, signal.SIGKILL)
     psutil.wait_procs(replicas, timeout=10)
     assert [shop.predict(11)[0] for _ in range(5)] == [200] * 5
-    assert (
-        prediction_id
-        in read_predictions(loan.log(project), key_store(project.owner))["prediction_id"].to_list()
-    )
+    logged = read_predictions(loan.log(project), key_store(project.owner))
+    assert prediction_id in logged["prediction_id"].to_list()
 
 
 def test_a_log_is_compacted_beside_its_replicas(shop: Shop) -> None:

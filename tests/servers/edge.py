@@ -221,13 +221,7 @@ class Edge:
         scope: str = "",
     ) -> str:
         return mint_token(
-            self.places,
-            subject=subject,
-            role=role,
-            purpose="test",
-            ttl_s=ttl_s,
-            tenant=tenant,
-            scope=scope,
+            self.places, subject=subject, role=role, purpose="test", ttl_s=ttl_s, tenant=tenant, scope=scope
         )
 
     def token_with(self, **claims: Any) -> str:

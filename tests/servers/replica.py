@@ -280,7 +280,7 @@ def served(app: Any) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as bound:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
-        wait_until(lambda: server.started, pause_s=0.01)
+        wait_until(lambda: server.started)
         yield f"127.0.0.1:{bound.getsockname()[1]}"
         server.should_exit = True
         thread.join(timeout=10)

@@ -55,26 +55,6 @@ def test_integers_are_accepted_in_both_json_forms() -> None:
         ({"entities": [{"id": 2**64}]}, "64 bits"),
         ({"entities": [{"id": 1}] * 1001}, "at most 1000"),
         ({"entities": [{"id": 1}], "feature": {}}, "Did you mean 'features'"),
-        ({"entities": [{"id": 1}], "features": {"p__age": "old"}}, "p__age.*a number"),
-        ({"entities": [{"id": 1}], "features": {"p__age": [1, 2]}}, "2 values for 1"),
-        ({"entities": [{"id": 1}], "features": {"p__age": {"a": 1}}}, "single value"),
-        ({"entities": [{"id": 1}], "features": {"p__age": float("nan")}}, "finite"),
-        ({"entities": [{"id": 1}], "features": {"p__sex": 1}}, "p__sex.*text"),
-        (
-            {"entities": [{"id": 1}], "features": {"p__count": 50.5}},
-            r"p__count.*a whole number \(int64\), got 50.5",
-        ),
-        ({"entities": [{"id": 1}], "features": {"p__count": True}}, "p__count.*a whole number"),
-        (
-            {"entities": [{"id": 1}], "features": {"p__count": 2**63}},
-            "p__count.*from -9223372036854775807 to",
-        ),
-        ({"entities": [{"id": 1}], "features": {"p__count": 1e300}}, "p__count.*a whole number"),
-        ({"entities": [{"id": 1}], "features": {"p__tiny": 300}}, "p__tiny.*from -128 to 127"),
-        ({"entities": [{"id": 1}], "features": {"p__tiny": 1.5}}, "p__tiny.*a whole number"),
-        ({"entities": [{"id": 1}], "features": {"p__flag": 1}}, "p__flag.*true or false"),
-        ({"entities": [{"id": 1}], "features": {"p__age": True}}, "p__age.*a number"),
-        ({"entities": [{"id": 1}], "features": {"p__ag": 1}}, "Did you mean 'p__age'"),
         ({"entities": [{"id": 1}], "as_of": "yesterday"}, "as_of"),
         ({"entities": [{"id": 1}], "as_of": 5}, "as_of"),
         ({"entities": [{"id": 1}], "as_of": "0001-01-01T00:00:00+14:00"}, "as_of"),
@@ -139,6 +119,7 @@ EMB = InputSpec(name="p__emb", dtype="float", length=2)
 IDS = InputSpec(name="p__ids", dtype="int16", length=2)
 DUE = FieldSpec(name="due", dtype="date", sensitivity="internal", categorical=False)
 QUERY = FieldSpec(name="query", dtype="list<string>", sensitivity="internal", categorical=False)
+TYPED_INPUTS = {spec.name: spec for spec in (EMB, IDS, DUE, QUERY)}
 
 
 @pytest.mark.parametrize(
@@ -156,18 +137,30 @@ QUERY = FieldSpec(name="query", dtype="list<string>", sensitivity="internal", ca
 def test_override_is_one_value_or_one_for_each_entity(name: str, sent: Any, values: list[Any]) -> None:
     """Also for list values, where a list of lists is one for each entity."""
     body = {"entities": [{"id": 1}, {"id": 2}], "features": {name: sent}}
-    inputs = {spec.name: spec for spec in (EMB, IDS, DUE, QUERY)}
-    assert parse_predict(body, inputs, now=NOW).overrides == {name: values}
+    assert parse_predict(body, TYPED_INPUTS, now=NOW).overrides == {name: values}
+
+
+LIST = "'p__emb' must be a list of 2 numbers"
 
 
 @pytest.mark.parametrize(
     ("name", "sent", "message"),
     [
-        ("p__emb", 0.5, "'p__emb' must be a list of 2 numbers"),
-        ("p__emb", [0.5], "'p__emb' must be a list of 2 numbers"),
-        ("p__emb", ["a", "b"], "'p__emb' must be a list of 2 numbers"),
-        ("p__emb", [[0.5, True]], "'p__emb' must be a list of 2 numbers"),
-        ("p__emb", [[0.5, None]], "'p__emb' must be a list of 2 numbers"),
+        ("p__age", "old", "p__age.*a number"),
+        ("p__age", [1, 2], "2 values for 1"),
+        ("p__age", {"a": 1}, "single value"),
+        ("p__age", float("nan"), "finite"),
+        ("p__age", True, "p__age.*a number"),
+        ("p__ag", 1, "Did you mean 'p__age'"),
+        ("p__sex", 1, "p__sex.*text"),
+        ("p__count", 50.5, r"p__count.*a whole number \(int64\), got 50.5"),
+        ("p__count", True, "p__count.*a whole number"),
+        ("p__count", 2**63, "p__count.*from -9223372036854775807 to"),
+        ("p__count", 1e300, "p__count.*a whole number"),
+        ("p__tiny", 300, "p__tiny.*from -128 to 127"),
+        ("p__tiny", 1.5, "p__tiny.*a whole number"),
+        ("p__flag", 1, "p__flag.*true or false"),
+        *(("p__emb", sent, LIST) for sent in (0.5, [0.5], ["a", "b"], [[0.5, True]], [[0.5, None]])),
         ("p__ids", [[1, 1.5]], r"'p__ids' must be a list of 2 numbers \(int16\) or null, got 1.5"),
         ("p__ids", [[1, 40_000]], "'p__ids' must be a list of 2 numbers .* got 40000"),
         ("due", 20484, "'due' must be date"),
@@ -175,8 +168,8 @@ def test_override_is_one_value_or_one_for_each_entity(name: str, sent: Any, valu
         ("query", [["a", 1]], r"'query' must be list<string>: an element is not a valid string"),
     ],
 )
-def test_wrong_list_or_date_is_refused_by_name(name: str, sent: Any, message: str) -> None:
+def test_wrong_feature_is_refused_by_name(name: str, sent: Any, message: str) -> None:
     """The message has the expected type."""
     body = {"entities": [{"id": 1}], "features": {name: sent}}
     with pytest.raises(InvalidRequest, match=message):
-        parse_predict(body, {spec.name: spec for spec in (EMB, IDS, DUE, QUERY)}, now=NOW)
+        parse_predict(body, INPUTS | TYPED_INPUTS, now=NOW)

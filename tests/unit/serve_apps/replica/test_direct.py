@@ -54,9 +54,7 @@ def test_outside_a_replica_serve_answers_everything() -> None:
     assert asyncio.run(ask("/m-v1/v2/models/m")) == "by Serve"
 
 
-def test_replica_answers_directly_and_serve_answers_health_checks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_replica_answers_directly_and_serve_answers_health_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The application sees the path without its prefix."""
     monkeypatch.setattr(direct.serve, "get_replica_context", Replica)
     answer_directly(answer, max_concurrent=1)

@@ -13,13 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import RefusedError
 from cluster.ledger import Ledger
-from cluster.ledger.events import (
-    DeploymentRemoved,
-    LedgerEvent,
-    RolloutWeightChanged,
-    ShadowStarted,
-    Subject,
-)
+from cluster.ledger.events import DeploymentRemoved, LedgerEvent, RolloutWeightChanged, ShadowStarted, Subject
 from cluster.security.manage_keys import main as manage_keys
 from feature_jobs.stream import main as stream
 from serve_apps.deploy import DeployConfig

@@ -122,11 +122,7 @@ def test_malformed_bodies_are_400(replica: Replica) -> None:
 
 
 ELSEWHERE = {
-    "outcomes": (
-        "/v1/outcomes",
-        '{"model": "m", "outcomes": %s}',
-        '[{"prediction_id": "a", "outcome": %s}]',
-    ),
+    "outcomes": ("/v1/outcomes", '{"model": "m", "outcomes": %s}', '[{"prediction_id": "a", "outcome": %s}]'),
     "features": (
         "/v1/features:push",
         '{"view": "income", "idempotency_key": "k", "rows": %s}',

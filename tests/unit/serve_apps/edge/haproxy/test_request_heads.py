@@ -25,8 +25,7 @@ def answer_to_a_head(edge: Edge, headers: list[tuple[str, str]], *, path: str = 
 
 
 @pytest.mark.parametrize(
-    ("length", "status"),
-    [("100001", 413), ("9999999999", 413), ("10000000000", 400), ("9" * 19, 400)],
+    ("length", "status"), [("100001", 413), ("9999999999", 413), ("10000000000", 400), ("9" * 19, 400)]
 )
 @pytest.mark.parametrize("path", [PREDICT, "/v1/outcomes", "/v2/models/m/infer"])
 def test_length_is_checked_before_the_body(edge: Edge, path: str, length: str, status: int) -> None:
