@@ -1,6 +1,6 @@
 """A real replica for each task of what is no float32 graph: both endpoints answer, and as the registered files do.
 
-`test_replica` does the same for a float32 graph.
+`test_tasks` does the same for a float32 graph.
 """
 
 from __future__ import annotations
@@ -89,8 +89,4 @@ def test_both_endpoints_answer_as_the_registered_files_do(served: ServedModel) -
     log = served.replica.log()
     assert log["prediction_id"].n_unique() == 2
     assert np.isfinite(open_model(served.folder).predict(COLUMNS).scores).all()
-
-
-def test_metadata_has_task_and_outputs(served: ServedModel) -> None:
-    status, content = served.replica.json("/v2/models/m")
-    assert (status, content["task"]) == (200, served.signature.task.value)
+    assert served.replica.json("/v2/models/m")[1]["task"] == served.signature.task.value
