@@ -108,7 +108,7 @@ class Replica:
         return replace(self, address=self.outcomes, prefix="/outcomes")
 
     def register(self, signature: ModelSignature) -> ModelVersion:
-        """Register another version of the model, with other files below the storage root."""
+        """Register another version of the model."""
         root = Path(self.places.root)
         config = PlatformConfig(storage=StorageConfig(root=str(root)))
         return register(Path(tempfile.mkdtemp(dir=root)), config, signature, self.keys)
