@@ -193,7 +193,7 @@ class Edge:
             self.routes(ROLLOUT, targets), self.keys if keys is None else keys, settings or self.settings
         )
         assert timeout[0] in text
-        self.haproxy.load(text.replace(*timeout) if timeout[0] else text)
+        self.haproxy.load(text.replace(*timeout))
 
     def load(self, rollout: Rollout | None) -> None:
         self.load_routes(self.routes(rollout))
