@@ -63,10 +63,10 @@ unit-features:
 	@$(UNIT) tests/unit/feature_jobs
 
 unit-engines:
-	@$(UNIT) tests/unit/cluster/test_runtime.py tests/unit/serve_apps/test_engines.py tests/unit/jobs tests/configs
+	@$(UNIT) tests/unit/cluster/test_runtime.py tests/unit/serve_apps/predictor/test_engines.py tests/unit/jobs tests/configs
 
 unit-serving:
-	@$(UNIT) tests/unit/serve_apps --ignore=tests/unit/serve_apps/test_engines.py
+	@$(UNIT) tests/unit/serve_apps --ignore=tests/unit/serve_apps/predictor/test_engines.py
 
 # Crash tests with fifty kills, property tests with forty times the examples, and a longer load on a cluster while
 # parts of it are killed.

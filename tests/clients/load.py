@@ -60,7 +60,8 @@ class Load:
         while not self.stopped:
             headers, body = self.requests()
             if streams is not None and streams[0].at_eof():
-                streams = _closed(streams[1])
+                streams[1].close()
+                streams = None
             began = time.monotonic()
             try:
                 streams = streams or await self._open()
@@ -70,7 +71,8 @@ class Load:
                 status, content, stays = 0, repr(error).encode(), False
             self.answers.append(Answer(began, time.monotonic() - began, status, content))
             if not stays and streams is not None:
-                streams = _closed(streams[1])
+                streams[1].close()
+                streams = None
             due = max(due + pause_s, time.monotonic() - pause_s)
             if due > time.monotonic():
                 await asyncio.sleep(due - time.monotonic())
@@ -82,11 +84,7 @@ class Load:
         return await asyncio.open_connection(address.hostname, address.port, ssl=self.context)
 
     async def _exchange(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        headers: dict[str, str],
-        body: bytes,
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, headers: dict[str, str], body: bytes
     ) -> tuple[int, bytes, bool]:
         """Status, body, and whether the connection stays open."""
         address = urlsplit(self.url)
@@ -111,10 +109,6 @@ async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
     while await reader.readline() not in (b"\r\n", b""):
         pass
     return bytes(content)
-
-
-def _closed(writer: asyncio.StreamWriter) -> None:
-    writer.close()
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

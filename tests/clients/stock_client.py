@@ -48,12 +48,7 @@ class StockClient:
             given = triton.InferInput(name, list(values.shape), datatype)
             inputs.append(given.set_data_from_numpy(values, binary_data=raw))
         return self.client.infer(
-            model,
-            inputs,
-            model_version=version,
-            outputs=outputs,
-            request_id=request_id,
-            headers=self.headers,
+            model, inputs, model_version=version, outputs=outputs, request_id=request_id, headers=self.headers
         )
 
     def close(self) -> None:

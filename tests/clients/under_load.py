@@ -19,6 +19,7 @@ from cluster.security.keys.access import key_store
 from tests.clients.load import Answer, Load, percentile
 from tests.integration.conftest import Project
 from tests.projects import scoring
+from tests.servers.polling import wait_until
 
 CONNECTIONS = 8
 
@@ -78,17 +79,12 @@ class UnderLoad:
 
     def more(self, count: int) -> None:
         """Wait until so many more requests have been answered."""
-        wanted, deadline = len(self._load.answers) + count, time.monotonic() + 60
-        while len(self._load.answers) < wanted:
-            assert time.monotonic() < deadline, "no more answers come"
-            time.sleep(0.05)
+        wanted = len(self._load.answers) + count
+        self.until(lambda: len(self._load.answers) >= wanted)
 
     def until(self, said: Callable[[], bool], *, seconds: float = 60) -> None:
         """Wait, under load, until something has come true."""
-        deadline = time.monotonic() + seconds
-        while not said():
-            assert time.monotonic() < deadline, "it never came true"
-            time.sleep(0.1)
+        wait_until(said, seconds=seconds)
 
     def outcome(self) -> Outcome:
         """To be asked behind the block."""

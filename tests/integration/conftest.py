@@ -16,15 +16,18 @@ import psutil
 import pytest
 
 from cluster import processes
+from cluster.ledger import Ledger, open_ledger
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess
 from cluster.security.tokens.issuer import mint_token
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.source import TokenSource
 from cluster.session import ClusterRecord, find_record
-from cluster.settings import PortsConfig, StorageConfig
+from cluster.settings import PlatformConfig, PortsConfig, StorageConfig
 from cluster.storage import Layout
 from tests.processes.forked_commands import run_forked
+from tests.projects import loan
+from tests.projects.loan import Shop
 
 NUM_REPLICA_PORTS = 1000
 COMMAND_TIMEOUT_S = 300.0
@@ -47,6 +50,13 @@ class Project:
         record = find_record(StorageConfig(root=str(self.storage_root)))
         assert record is not None, f"no cluster is recorded below {self.root}"
         return record
+
+    @property
+    def config(self) -> PlatformConfig:
+        return PlatformConfig(storage=StorageConfig(root=str(self.storage_root)))
+
+    def ledger(self) -> Ledger:
+        return open_ledger(self.config)
 
     @property
     def edge_url(self) -> str:
@@ -89,7 +99,7 @@ class Project:
     def up(self, *args: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         """Run `cluster.up` on this project's ports; the edge takes its own address from the record."""
         overrides = [f"cluster.ports.{name}={port}" for name, port in self.ports.items()]
-        return self.run_python("-m", "cluster.up", *overrides, *args, check=check, **env)
+        return self.run_python("-m", "cluster.up", *overrides, *args, cwd=self.root, check=check, **env)
 
     def listeners(self) -> dict[int, str]:
         """Every TCP port that a process of the cluster listens on, with its address."""
@@ -148,6 +158,15 @@ def free_ports() -> dict[str, int]:
     raise AssertionError("no free block of ports")
 
 
+def refusal(result: subprocess.CompletedProcess[str]) -> str:
+    """Return the one line of a refused command."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("refused: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
 def exports(output: str) -> dict[str, str]:
     """The variables of `export NAME=value` lines, read as a shell reads them."""
     words = [shlex.split(line) for line in output.splitlines()]
@@ -169,6 +188,19 @@ def falaj_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]
         left = processes.find(record.cluster_id)
         processes.end(record.cluster_id)
     assert left == []
+
+
+@pytest.fixture(scope="session")
+def loan_project(falaj_cluster: Project) -> Project:
+    """The cluster's project, with model `loan` served."""
+    loan.prepare(falaj_cluster)
+    return falaj_cluster
+
+
+@pytest.fixture
+def shop(loan_project: Project) -> Shop:
+    """A client of model `loan`."""
+    return Shop(loan_project)
 
 
 @pytest.fixture

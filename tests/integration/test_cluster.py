@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cluster import processes
-from cluster.ledger import open_ledger
 from cluster.ledger.events import (
     ClusterStarted,
     ClusterStopped,
@@ -30,22 +29,13 @@ from cluster.ledger.events import (
 from cluster.ledger.store import Entry
 from cluster.node.parts import Part, inspect_parts, not_running
 from cluster.session import is_up, metrics_urls
-from cluster.settings import PlatformConfig, StorageConfig
+from tests.integration.conftest import refusal
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project
 
 TOKEN = ("token", "--sub", "alice", "--role", "service", "--purpose", "testing")
 NAMED = ("gcs", "dashboard", "edge", "edge_metrics", "ray_metrics")
-
-
-def refusal(result: subprocess.CompletedProcess[str]) -> str:
-    """The one line of a refused command."""
-    assert result.returncode == 2, result.stdout + result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("refused: ")]
-    assert len(lines) == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    return lines[0]
 
 
 def status_of(
@@ -64,8 +54,7 @@ def status_of(
 
 def entries(project: Project, kind: type[LedgerEvent]) -> list[Entry]:
     """A project's entries of one type."""
-    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
-    return list(ledger.entries(kind))
+    return list(project.ledger().entries(kind))
 
 
 def events(project: Project, kind: type[LedgerEvent]) -> list[Any]:

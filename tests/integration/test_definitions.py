@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 import pytest
 
-from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import BatchIngested, FeatureViewApplied, ModelRegistered
-from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs.store.catalog.specifications import service_spec
 
 if TYPE_CHECKING:
@@ -61,10 +59,6 @@ def training_set(project: Project) -> pl.DataFrame:
     return pl.read_parquet(project.root / "baskets_out.parquet")
 
 
-def ledger(project: Project) -> Ledger:
-    return open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
-
-
 @pytest.fixture(scope="module")
 def project(falaj_cluster: Project) -> Project:
     """The first version applied, ten shoppers ingested, and a model made with it."""
@@ -75,7 +69,7 @@ def project(falaj_cluster: Project) -> Project:
     people.write_parquet(falaj_cluster.root / "shoppers.parquet")
     run(falaj_cluster, "apply")
     run(falaj_cluster, "ingest", "view=basket")
-    service = service_spec(ledger(falaj_cluster), "shopping")
+    service = service_spec(falaj_cluster.ledger(), "shopping")
     lineage = {"service": "shopping", "service_version": service.version}
     model = ModelRegistered(
         name="spender",
@@ -87,29 +81,29 @@ def project(falaj_cluster: Project) -> Project:
         lineage=lineage,
         metrics={},
     )
-    ledger(falaj_cluster).append(model, actor="tester")
+    falaj_cluster.ledger().append(model, actor="tester")
     return falaj_cluster
 
 
 def test_dry_run_tells_and_changes_nothing(project: Project) -> None:
     """Also to somebody who may not apply."""
     define(project, TOTAL, ITEMS)
-    before = len(list(ledger(project).entries(FeatureViewApplied)))
+    before = len(list(project.ledger().entries(FeatureViewApplied)))
     said = run(project, "apply", "plan=true", "identity.role=auditor")
     assert "+ column items int64, internal" in said
-    assert len(list(ledger(project).entries(FeatureViewApplied))) == before
+    assert len(list(project.ledger().entries(FeatureViewApplied))) == before
     run(project, "apply", "identity.role=auditor", refused="may not apply definitions")
 
 
 def test_change_that_breaks_a_model_is_refused(project: Project) -> None:
     """With the way out, and nothing is recorded; what cannot share a table is not to be allowed at all."""
-    before = len(list(ledger(project).entries(FeatureViewApplied)))
+    before = len(list(project.ledger().entries(FeatureViewApplied)))
     define(project, ITEMS)
     for dry in ("plan=true", "plan=false"):
         run(project, "apply", dry, refused="would break model 'spender' version 1")
     define(project, 'Field("total", "int64")')
     run(project, "apply", "allow_breaking=true", refused="would not stay readable")
-    assert len(list(ledger(project).entries(FeatureViewApplied))) == before
+    assert len(list(project.ledger().entries(FeatureViewApplied))) == before
 
 
 def test_new_column_is_null_in_old_rows_until_their_file_is_ingested_again(project: Project) -> None:
@@ -133,12 +127,12 @@ def test_change_that_says_nothing_about_rows_ingests_nothing_twice(project: Proj
     """A new owner is a new version, and the same rows."""
     define(project, TOTAL, owner="risk")
     run(project, "apply")
-    before = len(list(ledger(project).entries(BatchIngested)))
+    before = len(list(project.ledger().entries(BatchIngested)))
     run(project, "ingest", "view=basket")
     define(project, TOTAL, owner="sales")
     run(project, "apply")
     assert "already" in run(project, "ingest", "view=basket")
-    assert len(list(ledger(project).entries(BatchIngested))) <= before + 1
+    assert len(list(project.ledger().entries(BatchIngested))) <= before + 1
 
 
 def test_view_is_deprecated_retired_and_taken_back(project: Project) -> None:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +29,14 @@ from cluster.session import write_record
 from cluster.settings import StorageConfig
 from cluster.storage import Layout
 from tests.servers.edge import Edge, running_edge, treated_unit
+from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
 from tests.servers.replica import listener, record
 
 REPLICA = """
 import sys
-from tests.servers.edge import Echo, Mirror
-Mirror(("127.0.0.1", int(sys.argv[1])), Echo).serve_forever()
+from tests.servers.edge import Mirror
+Mirror(port=int(sys.argv[1])).serve_forever()
 """
 
 
@@ -43,13 +44,6 @@ Mirror(("127.0.0.1", int(sys.argv[1])), Echo).serve_forever()
 def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
     with running_edge(tmp_path_factory.mktemp("edge")) as running:
         yield running
-
-
-def patiently(said: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not said():
-        assert time.monotonic() < deadline, "it never came true"
-        threading.Event().wait(0.2)
 
 
 def counted(edge: Edge, subject: str) -> int:
@@ -61,11 +55,11 @@ def counted(edge: Edge, subject: str) -> int:
 
 def test_what_principals_have_asked_survives_a_reload(edge: Edge) -> None:
     """The outgoing worker teaches the new one, once it has itself been up for ten seconds or was taught."""
-    patiently(lambda: int(edge.ask("show peers").split("flags=")[1].split()[0], 16) & 3 == 3)
+    wait_until(lambda: int(edge.ask("show peers").split("flags=")[1].split()[0], 16) & 3 == 3, seconds=30)
     for number in range(1, 4):
         assert edge.call(token=edge.token(subject="gina"))[0] == 200
-        edge.load_targets(edge.targets)
-        patiently(lambda told=number: counted(edge, "gina") == told)  # type: ignore[misc]
+        edge.load_targets()
+        wait_until(lambda told=number: counted(edge, "gina") == told, seconds=30)  # type: ignore[misc]
 
 
 @contextlib.contextmanager
@@ -103,7 +97,7 @@ def test_a_lost_treatments_share_goes_to_the_champion_within_a_second(
     port, token = free_port(), edge.token()
     with replica(port) as pid, ThreadPoolExecutor(300) as pool:
         edge.load_targets(edge.targets | {"m-v2": (f"127.0.0.1:{port}",)})
-        patiently(lambda: ask(edge, token).variant == "challenger")
+        wait_until(lambda: ask(edge, token).variant == "challenger", seconds=30)
         asked = []
         for turn in range(250):
             if turn == 50:
@@ -135,8 +129,8 @@ class Command:
         lock = self.root / "edge" / "controller.lock"
         command = [sys.executable, "-m", "serve_apps.edge", f"storage.root={self.root}"]
         process = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[2])
-        patiently(lambda: lock.exists() and lock.read_text().strip() == str(process.pid))
-        patiently(lambda: self.haproxy(process) is not None)
+        wait_until(lambda: lock.exists() and lock.read_text().strip() == str(process.pid), seconds=30)
+        wait_until(lambda: self.haproxy(process) is not None, seconds=30)
         return process
 
     def haproxy(self, process: subprocess.Popen[bytes]) -> psutil.Process | None:
@@ -198,7 +192,7 @@ def test_an_edge_is_restarted_killed_and_ended(command: Command) -> None:
     second.kill()
     second.wait(20)
     number = len(lived)
-    patiently(lambda: len(lived) > number + 10)
+    wait_until(lambda: len(lived) > number + 10, seconds=30)
     third = command.start()
     master = command.haproxy(third)
     ended.set()

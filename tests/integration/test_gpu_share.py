@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 import configs
-from cluster.settings import PlatformConfig, StorageConfig
 from tests.integration.conftest import exports
 from tests.integration.test_scaling import BODY, MODEL, PREDICT, SIGNATURE, Version
 from tests.servers.replica import register
@@ -26,8 +25,7 @@ def test_four_replicas_of_a_version_run_on_one_gpu(empty_project: Project) -> No
     tier = OmegaConf.load(Path(configs.__file__).parent / "tier" / "enterprise_gpu.yaml").replica
     project.up("cluster.num_gpus=1", "cluster.num_cpus=16")
     project.env.update(exports(project.run("cluster.status", "--env", check=True).stdout))
-    config = PlatformConfig(storage=StorageConfig(root=str(project.storage_root)))
-    register(project.root / "scaled", config, SIGNATURE, project.owner)
+    register(project.root / "scaled", project.config, SIGNATURE, project.owner)
     overrides = [f"replica.{name}={value}" for name, value in tier.items()]
     project.run("serve_apps.deploy", f"name={MODEL}", "version=1", *overrides, check=True)
     version = Version(project)

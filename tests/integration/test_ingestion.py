@@ -12,9 +12,7 @@ import polars as pl
 import pytest
 from deltalake import DeltaTable
 
-from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import BatchIngested, BatchRefused, QuarantineReplayed
-from cluster.settings import PlatformConfig, StorageConfig
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project
@@ -66,10 +64,6 @@ def write(root: Path, name: str, watts: list[Any], meters: list[int] | None = No
     return f"source.path={name}"
 
 
-def ledger(project: Project) -> Ledger:
-    return open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
-
-
 def stored(project: Project) -> pl.DataFrame:
     """The stored rows' public columns, as any Delta reader sees them."""
     return pl.scan_delta(str(project.storage_root / "features" / "reading")).select("ingest_seq").collect()
@@ -85,7 +79,7 @@ def test_rows_in_are_rows_stored_plus_rows_quarantined(project: Project) -> None
     assert done.stdout == "view reading: 100 rows in = 99 stored + 1 quarantined, table version 1\n"
     assert re.fullmatch(r"done in \d+\.\d s\n", done.stderr)
     again = project.run("feature_jobs.ingest", *INGEST, source, check=True)
-    [entry] = (one for one in ledger(project).entries(BatchIngested) if one.payload["view"] == "reading")
+    [entry] = (one for one in project.ledger().entries(BatchIngested) if one.payload["view"] == "reading")
     batch = entry.payload
     assert (batch["rows_in"], batch["rows_stored"], batch["rows_quarantined"]) == (100, 99, 1)
     [bad] = project.read(project.storage_root / "quarantine" / "reading" / batch["quarantine"]).to_dicts()
@@ -105,7 +99,7 @@ def test_a_bad_batch_is_refused_whole(project: Project, watts: list[Any], said: 
     result = project.run("feature_jobs.ingest", *INGEST, write(project.root, "bad.parquet", watts))
     assert result.returncode == 2
     assert said in result.stderr
-    *_, last = ledger(project).entries(BatchRefused)
+    *_, last = project.ledger().entries(BatchRefused)
     assert said in last.payload["reason"]
     assert stored(project).height == before
 
@@ -116,11 +110,11 @@ def test_a_commit_without_its_event_is_found_again(project: Project) -> None:
     project.run("feature_jobs.ingest", *INGEST, source, check=True)
     table = project.storage_root / "features" / "reading"
     version, rows = DeltaTable(str(table)).version(), stored(project).height
-    with ledger(project).writing() as connection:
+    with project.ledger().writing() as connection:
         last_batch = "SELECT max(seq) FROM events WHERE type = 'BatchIngested'"
         connection.exec_driver_sql(f"DELETE FROM events WHERE seq >= ({last_batch})")
     project.run("feature_jobs.ingest", *INGEST, source, check=True)
-    *_, last = ledger(project).entries(BatchIngested)
+    *_, last = project.ledger().entries(BatchIngested)
     assert (last.payload["rows_stored"], last.payload["table_version"]) == (20, version)
     assert (DeltaTable(str(table)).version(), stored(project).height) == (version, rows)
 
@@ -138,12 +132,12 @@ def test_a_batch_is_held_against_the_last_good_one(project: Project) -> None:
     assert refused.returncode == 2, refused.stderr
     assert "more than a factor of 3" in refused.stderr
     assert "stability index of 'watts'" in refused.stderr
-    *_, event = ledger(project).entries(BatchRefused)
+    *_, event = project.ledger().entries(BatchRefused)
     assert [found["rule"] for found in event.payload["findings"]] == ["RowCount", "Drift(watts)"]
     assert event.payload["findings"][0]["value"] == pytest.approx(400 / 101)
     project.run("feature_jobs.ingest", *flow, moved, "batch_rules=report", check=True)
     batches = [
-        entry.payload for entry in ledger(project).entries(BatchIngested) if entry.payload["view"] == "flow"
+        entry.payload for entry in project.ledger().entries(BatchIngested) if entry.payload["view"] == "flow"
     ]
     assert [batch["reasons"] for batch in batches] == [
         {"meter_id, event_timestamp not unique in the batch": 1},
@@ -197,7 +191,7 @@ def test_a_new_column_of_the_source_is_reported(project: Project) -> None:
     wider.write_parquet(project.root / "wider.parquet")
     said = project.run("feature_jobs.ingest", *INGEST, "source.path=wider.parquet", check=True).stdout
     assert "new in the source: note; ignored" in said
-    *_, last = ledger(project).entries(BatchIngested)
+    *_, last = project.ledger().entries(BatchIngested)
     assert last.payload["new_columns"] == ["note"]
 
 
@@ -223,7 +217,7 @@ def test_quarantined_rows_are_replayed_after_a_fix(project: Project) -> None:
     assert "1 watts outside -2.." in project.run("feature_jobs.quarantine", "view=tank", check=True).stdout
     tank = pl.scan_delta(str(project.storage_root / "features" / "tank")).select("ingest_seq").collect()
     assert tank.height == 99
-    [event] = ledger(project).entries(QuarantineReplayed)
+    [event] = project.ledger().entries(QuarantineReplayed)
     assert (event.payload["rows_in"], event.payload["rows_stored"], event.payload["rows_quarantined"]) == (
         2,
         1,

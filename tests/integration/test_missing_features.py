@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import pytest
 
-from cluster.ledger import open_ledger
 from cluster.ledger.events import SkewChecked
-from cluster.settings import PlatformConfig, StorageConfig
 from tests.integration.client import Client
 
 if TYPE_CHECKING:
@@ -148,7 +146,7 @@ def test_defaults_are_no_skew(project: Project) -> None:
     """The gate asks the same requests again and finds nothing that it cannot explain."""
     assert predict(project, WITHOUT_WAGE)[0] == 200
     project.run("feature_jobs.skew", "name=careful", check=True)
-    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
+    ledger = project.ledger()
     [checked] = [
         entry.payload for entry in ledger.entries(SkewChecked) if entry.payload["model"] == "careful"
     ]

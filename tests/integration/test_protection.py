@@ -12,14 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import AccessDenied, Unauthenticated
-from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import AccessDecided, ModelRegistered
 from cluster.records import count_records, read_outcomes, read_predictions, read_records
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.scan import scan
 from cluster.security.tokens.source import TokenSource
-from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import view_spec
 from feature_jobs.store.offline.tables import Snapshot, snapshot
@@ -130,12 +128,8 @@ def as_scientist(project: Project, purpose: str) -> KeyAccess:
 
 def pinned(project: Project, access: KeyAccess) -> Snapshot:
     uri = str(project.storage_root / "features" / "patient")
-    spec = view_spec(ledger(project), "patient")
+    spec = view_spec(project.ledger(), "patient")
     return snapshot(uri, view="patient", keys=["patient_id"], protection=view_protection(spec), access=access)
-
-
-def ledger(project: Project) -> Ledger:
-    return open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
 
 
 def read(table: Snapshot, *columns: str) -> pl.DataFrame:
@@ -175,7 +169,7 @@ def test_without_the_purpose_the_public_columns_and_no_others(clinic: Project) -
             read(scientist, column)
     denied = [
         entry.payload["resource"]
-        for entry in ledger(clinic).entries(AccessDecided)
+        for entry in clinic.ledger().entries(AccessDecided)
         if not entry.payload["allowed"]
     ]
     assert {"features/patient/personal", "features/patient/sensitive"} <= set(denied)
@@ -237,7 +231,7 @@ def test_a_role_that_may_not_is_refused_before_anything_is_done(
     done = clinic.run(*command.split(), f"identity.token_file={token(clinic, role, 'care')}")
     assert done.returncode == 2, done.stderr
     assert reason in done.stderr
-    last = list(ledger(clinic).entries(AccessDecided))[-1]
+    last = list(clinic.ledger().entries(AccessDecided))[-1]
     assert (last.actor, last.payload["allowed"]) == (role, False)
     assert last.payload["entrypoint"] == command.split()[0]
 
@@ -245,7 +239,7 @@ def test_a_role_that_may_not_is_refused_before_anything_is_done(
 def test_in_production_who_registered_a_model_does_not_deploy_it(clinic: Project) -> None:
     """Whatever his role."""
     (registered,) = (
-        entry for entry in ledger(clinic).entries(ModelRegistered) if entry.payload["name"] == "care"
+        entry for entry in clinic.ledger().entries(ModelRegistered) if entry.payload["name"] == "care"
     )
     path = clinic.root / "registrant.jwt"
     options = ("--sub", registered.actor, "--role", "approver", "--output", str(path))
@@ -282,7 +276,7 @@ def test_compacted_and_under_newer_keys_a_table_gives_the_same_training_set(clin
         next(str(path) for path in (clinic.storage_root / "quarantine" / "patient").glob("*.parquet"))
     )
     assert {text.split(":")[1] for text in wrapped.wrapped.values()} == {"v2"}
-    kinds = [entry.type for entry in ledger(clinic).entries()]
+    kinds = [entry.type for entry in clinic.ledger().entries()]
     assert kinds.count("FeatureTableRewritten") == 2
     assert kinds.count("KeysRotated") == 8, "one of each key"
 

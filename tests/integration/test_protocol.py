@@ -51,7 +51,6 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
         targets = {"m-v1": replica.address, "outcomes": replica.outcomes, "features": features}
         edge.load_targets({name: (address,) for name, address in targets.items()})
         yield edge
-        assert replica.failures == []
 
 
 @pytest.fixture
@@ -69,7 +68,8 @@ def test_it_finds_out_what_is_served(client: StockClient) -> None:
     ready = [triton.is_model_ready("m", version, headers=headers) for version in ("", "1", "2")]
     assert ready == [True, True, False]
     assert not triton.is_model_ready("unknown", headers=headers)
-    assert "binary_tensor_data" in triton.get_server_metadata(headers=headers)["extensions"]
+    server = triton.get_server_metadata(headers=headers)
+    assert (server["name"], "binary_tensor_data" in server["extensions"]) == ("falaj", True)
     described = triton.get_model_metadata("m", "1", headers=headers)
     assert {one["name"]: one["datatype"] for one in described["inputs"]} == {
         "p__age": "FP64",

@@ -10,7 +10,6 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,8 @@ import pytest
 from cluster.records import read_predictions
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
-from cluster.settings import PlatformConfig, StorageConfig
 from tests.integration.client import Client
+from tests.servers.polling import wait_until
 from tests.servers.replica import MODEL, register
 
 if TYPE_CHECKING:
@@ -83,22 +82,14 @@ class Version(Client):
 
 @pytest.fixture(scope="module")
 def version(falaj_cluster: Project) -> Version:
-    config = PlatformConfig(storage=StorageConfig(root=str(falaj_cluster.storage_root)))
-    register(falaj_cluster.root / "scaled", config, SIGNATURE, falaj_cluster.owner)
+    register(falaj_cluster.root / "scaled", falaj_cluster.config, SIGNATURE, falaj_cluster.owner)
     falaj_cluster.run("serve_apps.deploy", f"name={MODEL}", "version=1", *SHORT, check=True)
     return Version(falaj_cluster)
 
 
-def until(said: Callable[[], bool], what: str, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not said():
-        assert time.monotonic() < deadline, f"never {what}"
-        threading.Event().wait(0.2)
-
-
 def test_an_idle_version_sleeps_and_its_first_requests_wait(version: Version) -> None:
     """All that come while it starts are answered by it, each with one row that says whose they were."""
-    until(version.is_asleep, "asleep")
+    wait_until(version.is_asleep, "asleep", seconds=90)
     assert version.replicas() == set()
     before = version.answered().height
     answers: dict[str, tuple[int, dict[str, Any]]] = {}
@@ -124,7 +115,9 @@ def test_an_idle_version_sleeps_and_its_first_requests_wait(version: Version) ->
 def test_once_awake_it_is_addressed_directly_and_scaled_while_it_is_asked(version: Version) -> None:
     """By short requests, one after the other, which a count taken now and then never sees."""
     assert version.call(PREDICT, BODY)[0] == 200
-    until(lambda: bool(version.backend()) and not version.is_woken_by_serve(), "addressed directly")
+    wait_until(
+        lambda: bool(version.backend()) and not version.is_woken_by_serve(), "addressed directly", seconds=90
+    )
     first = version.replicas()
     statuses: set[int] = set()
 
@@ -135,14 +128,14 @@ def test_once_awake_it_is_addressed_directly_and_scaled_while_it_is_asked(versio
             threading.Event().wait(0.02)
         return version.replicas()
 
-    until(lambda: len(asked_for(1)) == 2, "scaled up")
+    wait_until(lambda: len(asked_for(1)) == 2, "scaled up", seconds=90)
     assert first <= asked_for(10)
     assert statuses == {200}
 
 
 def test_no_request_is_lost_while_the_last_replica_leaves(version: Version) -> None:
     """The edge hears of it a little later than it happens."""
-    until(lambda: version.deployment()["target_num_replicas"] == 0, "scaled to zero")
+    wait_until(lambda: version.deployment()["target_num_replicas"] == 0, "scaled to zero", seconds=90)
     statuses: list[int] = []
     threads = [
         threading.Thread(target=lambda: statuses.append(version.call(PREDICT, BODY)[0])) for _ in range(40)
@@ -157,7 +150,7 @@ def test_no_request_is_lost_while_the_last_replica_leaves(version: Version) -> N
 
 def test_a_deployment_that_sleeps_is_deployed(version: Version) -> None:
     """Deploying it again starts nothing, and waits for nothing."""
-    until(version.is_asleep, "asleep")
+    wait_until(version.is_asleep, "asleep", seconds=90)
     version.project.run("serve_apps.deploy", f"name={MODEL}", "version=1", *SHORT, check=True)
     assert version.replicas() == set()
 
@@ -165,7 +158,9 @@ def test_a_deployment_that_sleeps_is_deployed(version: Version) -> None:
 def test_a_killed_champion_is_not_taken_for_one_that_sleeps(version: Version) -> None:
     """Its requests are held, because nobody stands in for a champion, until Serve has brought it back."""
     assert version.call(PREDICT, BODY)[0] == 200
-    until(lambda: bool(version.backend()) and not version.is_woken_by_serve(), "addressed directly")
+    wait_until(
+        lambda: bool(version.backend()) and not version.is_woken_by_serve(), "addressed directly", seconds=90
+    )
     for replica in version.deployment()["replicas"]:
         if replica["state"] == "RUNNING":
             os.kill(replica["pid"], signal.SIGKILL)

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import pytest
 
-from cluster.ledger import open_ledger
 from cluster.ledger.events import BatchIngested
-from cluster.settings import PlatformConfig, StorageConfig
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project
@@ -81,8 +79,7 @@ def test_every_kind_of_source_gives_the_same_features(project: Project) -> None:
         command = ("feature_jobs.ingest", "definitions=gauges_defs", f"view=gauge_{kind}")
         project.run(*command, check=True, GAUGES="sqlite:///gauges.db")
         assert "already" in project.run(*command, check=True, GAUGES="sqlite:///gauges.db").stdout
-    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
-    batches = [entry.payload for entry in ledger.entries(BatchIngested)]
+    batches = [entry.payload for entry in project.ledger().entries(BatchIngested)]
     counts = {
         batch["view"]: (batch["rows_in"], batch["rows_stored"], batch["rows_quarantined"])
         for batch in batches
@@ -148,7 +145,7 @@ def test_hour_without_events_is_a_batch_without_rows(project: Project) -> None:
     (folder / "2.csv").write_text(f"gauge_id,watts,at\n1,1,{AT}\n")
     refused = project.run(*command)
     assert (refused.returncode, "2.csv: Column 'place'" in refused.stderr) == (2, True), refused.stderr
-    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
+    ledger = project.ledger()
     hours = [
         entry.payload for entry in ledger.entries(BatchIngested) if entry.payload["source"] == "1.csv, 2.csv"
     ]
@@ -209,5 +206,4 @@ def test_backfill_that_is_killed_goes_on_where_it_was(project: Project) -> None:
 
 def chunks_of(project: Project) -> list[dict[str, Any]]:
     """What the ledger says of the backfill."""
-    ledger = open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
-    return [entry.payload for entry in ledger.entries(BatchIngested) if entry.payload["start"]]
+    return [entry.payload for entry in project.ledger().entries(BatchIngested) if entry.payload["start"]]

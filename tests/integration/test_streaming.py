@@ -14,9 +14,7 @@ import polars as pl
 import psutil
 
 from cluster import processes
-from cluster.ledger import open_ledger
 from cluster.ledger.events import BatchIngested
-from cluster.settings import PlatformConfig, StorageConfig
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import view_spec
 from feature_jobs.store.offline.tables import snapshot
@@ -142,13 +140,9 @@ def actors(project: Project) -> list[psutil.Process]:
     return found
 
 
-def config(project: Project) -> PlatformConfig:
-    return PlatformConfig(storage=StorageConfig(root=str(project.storage_root)))
-
-
 def rows_of(project: Project, view: str) -> int:
     """How many rows the ledger knows of, each of which is stored or put aside."""
-    entries = [entry.payload for entry in open_ledger(config(project)).entries(BatchIngested)]
+    entries = [entry.payload for entry in project.ledger().entries(BatchIngested)]
     batches = [entry for entry in entries if entry["view"] == view]
     rows = sum(batch["rows_in"] for batch in batches)
     assert rows == sum(batch["rows_stored"] + batch["rows_quarantined"] for batch in batches)
@@ -157,7 +151,7 @@ def rows_of(project: Project, view: str) -> int:
 
 def table_of(project: Project, name: str) -> pl.DataFrame:
     """A view's stored rows, without their order."""
-    spec = view_spec(open_ledger(config(project)), name)
+    spec = view_spec(project.ledger(), name)
     pinned = snapshot(
         str(project.storage_root / "features" / name),
         view=name,

@@ -11,9 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import RowsRemoved, TrainingSetNotReproducible
-from cluster.settings import PlatformConfig, StorageConfig
 from tests.samples.pit_oracle import START, Rows, connect, expected, random_entities, random_features
 
 if TYPE_CHECKING:
@@ -88,10 +86,6 @@ def build(project: Project, output: str, *more: str) -> dict[str, Any]:
 SERVICE = ("service=shop", "entities=shoppers.parquet")
 
 
-def ledger(project: Project) -> Ledger:
-    return open_ledger(PlatformConfig(storage=StorageConfig(root=str(project.storage_root))))
-
-
 def definition(tables: dict[str, pl.DataFrame], at: int) -> Rows:
     """What the service's three columns must be, with the cutoff (0) or without (1)."""
     oracle, asked = connect(), tables["entities"]
@@ -152,9 +146,9 @@ def test_built_again_until_retention_took_rows_away(
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
     assert "not reproducible since" in refused.stderr
     marked = [
-        entry.payload["training_set"] for entry in ledger(falaj_cluster).entries(TrainingSetNotReproducible)
+        entry.payload["training_set"] for entry in falaj_cluster.ledger().entries(TrainingSetNotReproducible)
     ]
     assert first["seq"] in marked
-    (event,) = ledger(falaj_cluster).entries(RowsRemoved)
+    (event,) = falaj_cluster.ledger().entries(RowsRemoved)
     assert event.payload["rows_after"] < event.payload["rows_before"] == 400
     assert build(falaj_cluster, "after", *SERVICE)["rows"] == tables["entities"].height

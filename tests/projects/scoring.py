@@ -15,11 +15,9 @@ import lightgbm as lgb
 import numpy as np
 import polars as pl
 
-from cluster.ledger import open_ledger
 from cluster.registry import Lineage, Registry
 from cluster.runtime.signature import LIGHTGBM_FILE, SIGNATURE_FILE, InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
-from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import layout
 from feature_jobs.store.catalog.specifications import service_spec
 from tests.integration.conftest import Project, exports, new_project
@@ -83,12 +81,11 @@ def prepare(project: Project, *, versions: int = 2) -> None:
 
 def register(project: Project, *, seed: int) -> int:
     """Another version of the model; gives its number."""
-    config = PlatformConfig(storage=StorageConfig(root=str(project.storage_root)))
-    ledger = open_ledger(config)
+    ledger = project.ledger()
     spec = service_spec(ledger, SERVICE)
     folder = project.root / f"model-{seed}"
     write_model(folder, seed=seed, service_version=spec.version)
-    version = Registry(ledger, layout(config.storage)).register(
+    version = Registry(ledger, layout(project.config.storage)).register(
         folder,
         name=MODEL,
         family="lightgbm",

@@ -12,7 +12,12 @@ import polars as pl
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 TIME = pl.Datetime("us", "UTC")
-TIMES = {"event_timestamp": TIME, "created_timestamp": TIME, "ingest_seq": pl.Int64, "deleted": pl.Boolean}
+TIMES: dict[str, Any] = {
+    "event_timestamp": TIME,
+    "created_timestamp": TIME,
+    "ingest_seq": pl.Int64,
+    "deleted": pl.Boolean,
+}
 FOREVER = timedelta(days=3650)
 
 # Filter what was known, take the greatest, then look at its age. With and without the cutoff at once.

@@ -5,24 +5,16 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import random
-import shutil
 import socket
 import ssl
+import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cluster.ledger import Ledger, open_ledger
-from cluster.ledger.events import (
-    AliasMoved,
-    LedgerEvent,
-    ModelDeployed,
-    RolloutRolledBack,
-    RolloutStarted,
-)
+from cluster.ledger.events import LedgerEvent
 from cluster.security.tls.certificates import ensure_tls
 from cluster.security.tokens.issuer import ensure_issuer
 from cluster.security.tokens.oidc import KeySource
@@ -36,22 +28,14 @@ from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy.keys import key_writer
 from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
 from serve_apps.replica.targets import Targets
+from tests.samples.rollouts import DEPLOYED, STARTED
 from tests.servers.edge import edge_settings
+from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
 
 ONE, TWO = "127.0.0.1:9", "127.0.0.1:10"
 CHAMPION_ONLY = "m-v1|m-v1|champion|none|-|0|10000"
 SPLIT = "m-v1|m-v2|challenger|r|s|2000|8000"
-STARTED = RolloutStarted(
-    model="m",
-    rollout="r",
-    salt="s",
-    treatment_version=2,
-    treatment_variant="challenger",
-    champion_version=1,
-    weight=20,
-)
-ROLLED_BACK = RolloutRolledBack(model="m", rollout="r", reason="worse")
 
 
 class Serve:
@@ -113,6 +97,26 @@ class Running:
     def applied(self) -> int:
         return self.state.applied_seq if self.state else 0
 
+    @property
+    def backends(self) -> list[str]:
+        return self.state.backends if self.state else []
+
+    def add_app(self, app: str) -> None:
+        """Add an application with a replica to what Serve lists, and wait until the edge has it."""
+        self.serve.targets = {**self.serve.targets, app: (ONE,)}
+        wait_until(lambda: app in self.backends)
+
+    def tell_and_wait(self, *events: LedgerEvent, seconds: float = 15) -> int:
+        """Append events, and wait until the edge has applied them."""
+        seq = self.tell(*events)
+        wait_until(lambda: self.applied == seq, seconds=seconds)
+        return seq
+
+    def wait_for_targets(self, times: int = 1) -> None:
+        """Wait until the controller has read Serve's targets again."""
+        asked = self.serve.asked
+        wait_until(lambda: self.serve.asked >= asked + times)
+
     def split(self) -> str:
         """The model's entry in the running HAProxy."""
         return entry_of(self.ask(f"show map {self.settings.map_file}"))
@@ -149,8 +153,7 @@ class Running:
 
     def hand_over(self) -> None:
         self.handed_over.set()
-        self.stopped.set()
-        self.thread.join(20)
+        self.stop()
 
     def stop(self) -> None:
         """End the controller, and HAProxy with it."""
@@ -177,8 +180,8 @@ class Running:
     def close(self) -> None:
         self.serve.answering.set()
         self.haproxy.may_load.set()
-        self.stopped.set()
-        self.thread.join(20)
+        if self.thread.is_alive():
+            self.stop()
         self.ledger.close()
 
 
@@ -187,26 +190,22 @@ def entry_of(shown: str) -> str:
     return next((line.split(" ")[2] for line in shown.splitlines() if " m " in line), "")
 
 
-def wait_until(said: Callable[[], bool], seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not said():
-        assert time.monotonic() < deadline, "it never came true"
-        threading.Event().wait(0.02)
+@contextlib.contextmanager
+def new_controller(root: Path, *, ledger: Ledger | None = None) -> Iterator[Running]:
+    """A controller that has not been started."""
+    root.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="falaj-controller-", dir="/tmp") as short:
+        one = Running(root, Path(short), ledger=ledger)
+        try:
+            yield one
+        finally:
+            one.close()
 
 
 @contextlib.contextmanager
 def running_controller(root: Path) -> Iterator[Running]:
-    short = Path("/tmp") / f"falaj-controller-{random.randrange(10**9)}"
-    short.mkdir(mode=0o700)
-    one = Running(root, short)
-    seq = one.tell(
-        ModelDeployed(name="m", version=1, variant="champion", app="m-v1", route_prefix="/m-v1"),
-        AliasMoved(name="m", alias="champion", version=1, previous=None, reason="first"),
-        ModelDeployed(name="m", version=2, variant="challenger", app="m-v2", route_prefix="/m-v2"),
-        STARTED,
-    )
-    one.thread.start()
-    wait_until(lambda: one.state is not None and one.state.applied_seq == seq)
-    yield one
-    one.close()
-    shutil.rmtree(short)
+    """A controller of a model with a rollout."""
+    with new_controller(root) as one:
+        one.thread.start()
+        one.tell_and_wait(*DEPLOYED, STARTED)
+        yield one

@@ -6,18 +6,17 @@ import contextlib
 import http.client
 import http.server
 import json
-import random
-import shutil
 import socket
 import ssl
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from cluster.security.tls.certificates import ensure_tls
-from cluster.security.tokens.issuer import AUDIENCE, ISSUER, ensure_issuer, mint_token
+from cluster.security.tokens.issuer import AUDIENCE, ISSUER, ensure_issuer, mint_token, sign
 from cluster.security.tokens.principal import local_keys
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.verification import TokenRules
@@ -26,13 +25,14 @@ from serve_apps.edge.control.haproxy_process import HAProxy
 from serve_apps.edge.haproxy.answers import ERROR_STATUSES, error_file
 from serve_apps.edge.haproxy.config import EdgeSettings, render
 from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
-from serve_apps.edge.haproxy.keys import key_writer
+from serve_apps.edge.haproxy.keys import JwtKey, key_writer
 from serve_apps.edge.haproxy.request_limits import Limit, Limited, Limits
 from serve_apps.edge.haproxy.routes import Routes, routes
 from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
 from serve_apps.replica.targets import Target
 from serve_apps.rollout.assignment import assign, bounds
 from serve_apps.rollout.serving_state import ModelState, Rollout
+from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
 
 PREDICT = "/v1/models/m:predict"
@@ -75,7 +75,28 @@ class Echo(http.server.BaseHTTPRequestHandler):
 
 
 class Mirror(http.server.ThreadingHTTPServer):
-    """Serves echoes."""
+    """Serves echoes on loopback while its context is open."""
+
+    def __init__(self, handler: type[Echo] = Echo, *, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), handler)
+
+    def start(self) -> Self:
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of a connection that HAProxy gave up."""
@@ -119,9 +140,7 @@ class Edge:
         self.places = Layout(str(root))
         ensure_issuer(self.places)
         ensure_tls(self.places)
-        self.servers = [Mirror(("127.0.0.1", 0), Echo) for _ in range(2)]
-        for server in self.servers:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.servers = [Mirror().start() for _ in range(2)]
         self.port, metrics_port = free_port(), free_port()
         self.settings = edge_settings(
             root,
@@ -154,20 +173,30 @@ class Edge:
 
     @property
     def targets(self) -> dict[str, tuple[str, ...]]:
-        one, two = (f"127.0.0.1:{server.server_address[1]}" for server in self.servers)
+        one, two = (server.address for server in self.servers)
         return {"m-v1": (one,), "m-v2": (two,), "outcomes": (one,), "features": (one,)}
 
     def routes(self, rollout: Rollout | None, targets: Mapping[str, Target] | None = None) -> Routes:
         states = {"m": ModelState(champion_version=1, apps={1: "m-v1", 2: "m-v2"}, rollout=rollout)}
         return routes(states, self.targets if targets is None else targets)
 
-    def load_targets(self, targets: dict[str, tuple[str, ...]]) -> None:
-        self.haproxy.load(render(self.routes(ROLLOUT, targets), self.keys, self.settings))
+    def load_targets(
+        self,
+        targets: Mapping[str, Target] | None = None,
+        *,
+        keys: Sequence[JwtKey] | None = None,
+        settings: EdgeSettings | None = None,
+        timeout: tuple[str, str] = ("", ""),
+    ) -> None:
+        """Load the rollout with some targets; with other keys or settings, or with a constant timeout replaced."""
+        text = render(
+            self.routes(ROLLOUT, targets), self.keys if keys is None else keys, settings or self.settings
+        )
+        assert timeout[0] in text
+        self.haproxy.load(text.replace(*timeout))
 
     def load(self, rollout: Rollout | None) -> None:
-        wanted = self.routes(rollout)
-        write_bytes(self.settings.map_file, "".join(f"{k} {v}\n" for k, v in wanted.entries.items()).encode())
-        self.haproxy.load(render(wanted, self.keys, self.settings))
+        self.load_routes(self.routes(rollout))
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             try:
@@ -176,6 +205,12 @@ class Edge:
             except OSError:
                 threading.Event().wait(0.05)
         raise TimeoutError("HAProxy did not become ready")
+
+    def load_routes(self, wanted: Routes) -> None:
+        """Load routes, and their splits through the map's file."""
+        entries = "".join(f"{name} {split}\n" for name, split in wanted.entries.items())
+        write_bytes(self.settings.map_file, entries.encode())
+        self.haproxy.load(render(wanted, self.keys, self.settings))
 
     def token(
         self,
@@ -186,14 +221,13 @@ class Edge:
         scope: str = "",
     ) -> str:
         return mint_token(
-            self.places,
-            subject=subject,
-            role=role,
-            purpose="test",
-            ttl_s=ttl_s,
-            tenant=tenant,
-            scope=scope,
+            self.places, subject=subject, role=role, purpose="test", ttl_s=ttl_s, tenant=tenant, scope=scope
         )
+
+    def token_with(self, **claims: Any) -> str:
+        """A validly signed token with any claims."""
+        claims = {"sub": "t", "role": "admin", "purpose": ""} | claims
+        return sign(self.places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=60)
 
     def call(
         self,
@@ -248,32 +282,49 @@ class Edge:
     def connect(self) -> http.client.HTTPSConnection:
         return http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context, timeout=10)
 
+    def send(self, data: bytes, *, timeout_s: float = 10) -> ssl.SSLSocket:
+        """Send bytes that need not be HTTP, and return the open connection."""
+        plain = socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s)
+        connection = self.context.wrap_socket(plain, server_hostname="127.0.0.1")
+        connection.sendall(data)
+        return connection
+
+    def exchange(self, data: bytes) -> tuple[int, bytes]:
+        """Send bytes that need not be HTTP, and return status and body; status 0 if the connection just ends."""
+        received = b""
+        with self.send(b"", timeout_s=5) as connection, contextlib.suppress(ConnectionError, ssl.SSLError):
+            connection.sendall(data)
+            while part := connection.recv(65_536):
+                received += part
+        if not received:
+            return 0, b""
+        head, _, body = received.partition(b"\r\n\r\n")
+        return int(head.split()[1]), body
+
     def close(self) -> None:
         self.haproxy.stop()
         for server in self.servers:
-            server.shutdown()
-            server.server_close()
+            server.stop()
+
+
+def answer_of(connection: ssl.SSLSocket) -> tuple[int, bytes]:
+    """Read an answer's status and body, and close the connection."""
+    with connection:
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        return response.status, response.read()
 
 
 @contextlib.contextmanager
 def running_edge(root: Path) -> Iterator[Edge]:
     """An edge whose sockets have short paths."""
-    short = Path("/tmp") / f"falaj-edge-{random.randrange(10**9)}"
-    short.mkdir(mode=0o700)
-    edge = Edge(root, short)
-    try:
-        yield edge
-    finally:
-        edge.close()
-        shutil.rmtree(short)
+    with tempfile.TemporaryDirectory(prefix="falaj-edge-", dir="/tmp") as short:
+        edge = Edge(root, Path(short))
+        try:
+            yield edge
+        finally:
+            edge.close()
 
 
 def treated_unit() -> str:
     return next(str(n) for n in range(1000) if assign(SALT, str(n).encode(), bounds(20)) == "treatment")
-
-
-def wait_until(said: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not said():
-        assert time.monotonic() < deadline, "it never came true"
-        threading.Event().wait(0.05)

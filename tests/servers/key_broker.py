@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from cluster.security.keys.gate import Gate
 from cluster.security.keys.keyring import open_local
 from cluster.security.keys.store import KeyInfo
 from cluster.security.tokens.source import TokenSource
+from tests.servers.polling import wait_until
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,7 @@ def running_broker(*keys: str) -> Iterator[KeyAccess]:
     thread = threading.Thread(target=broker.run, args=(stopped,))
     thread.start()
     try:
-        deadline = time.monotonic() + 10
-        while not Path(access.socket).exists():
-            assert thread.is_alive()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(Path(access.socket).exists)
         for name in keys:
             key_store(access).ensure(KeyInfo(name=name))
         yield access

@@ -16,9 +16,7 @@ from cluster.security.keys.broker import Broker
 from cluster.security.keys.client import BrokerKeyStore
 from cluster.security.keys.gate import Denial, Gate, Operation
 from cluster.security.keys.keyring import Keyring
-from cluster.security.keys.store import (
-    KeyInfo,
-)
+from cluster.security.keys.store import KeyInfo
 
 NAME = "features/income/personal"
 INFO = KeyInfo(name=NAME, column_class="personal", purposes=("credit_scoring",))

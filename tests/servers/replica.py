@@ -6,10 +6,10 @@ import contextlib
 import http.client
 import json
 import socket
+import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from serve_apps.predictor.predictor import Predictor
 from serve_apps.replica.edge_headers import EdgeHeaders, edge_proof
 from tests.projects.push import INCOME
 from tests.servers.key_broker import running_broker
+from tests.servers.polling import wait_until
 
 MODEL = "m"
 
@@ -100,6 +101,17 @@ class Replica:
     def as_edge(self, **said: str) -> dict[str, str]:
         """Headers that the edge would send."""
         return EdgeHeaders(**said).to_headers(edge_proof(self.places))
+
+    @property
+    def at_outcomes(self) -> Replica:
+        """A client of the application that takes outcomes."""
+        return replace(self, address=self.outcomes, prefix="/outcomes")
+
+    def register(self, signature: ModelSignature) -> ModelVersion:
+        """Register another version of the model."""
+        root = Path(self.places.root)
+        config = PlatformConfig(storage=StorageConfig(root=str(root)))
+        return register(Path(tempfile.mkdtemp(dir=root)), config, signature, self.keys)
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self.address, timeout=10)
@@ -177,6 +189,7 @@ def running_replica(
                 predictor=predictor,
                 failures=failures,
             )
+    assert failures == [], "the application let errors through"
 
 
 @contextlib.contextmanager
@@ -216,19 +229,6 @@ def register(
 
 def record(root: Path, key_socket: str, port: int) -> ClusterRecord:
     """Of a cluster that is this process."""
-    words = dict.fromkeys(
-        (
-            "dashboard_url",
-            "edge_url",
-            "metrics_url",
-            "ray_metrics_url",
-            "serve_http_url",
-            "token_path",
-            "temp_dir",
-            "started_at",
-        ),
-        "",
-    )
     return ClusterRecord(
         cluster_id="",
         project_root=str(root),
@@ -238,7 +238,14 @@ def record(root: Path, key_socket: str, port: int) -> ClusterRecord:
         tls=False,
         ports={},
         pids={},
-        **words,
+        dashboard_url="",
+        edge_url="",
+        metrics_url="",
+        ray_metrics_url="",
+        serve_http_url="",
+        token_path="",
+        temp_dir="",
+        started_at="",
     )
 
 
@@ -273,10 +280,7 @@ def served(app: Any) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as bound:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
-        deadline = time.monotonic() + 10
-        while not server.started:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: server.started)
         yield f"127.0.0.1:{bound.getsockname()[1]}"
         server.should_exit = True
         thread.join(timeout=10)

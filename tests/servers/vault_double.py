@@ -17,6 +17,7 @@ import re
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -143,7 +144,7 @@ class VaultDouble:
                     return serve(granted, sent, *found.groups())
         raise Refused(404, f'no handler for route "{path}". route entry not found.')
 
-    def _routes(self) -> list[tuple[str, Any]]:
+    def _routes(self) -> list[tuple[str, Callable[..., tuple[int, Data | None]]]]:
         key = f"({_KEY_NAME})"
         return [
             (r"POST auth/token/renew-self", self._renew),

@@ -57,8 +57,7 @@ def test_a_commands_yaml_has_the_dataclass_defaults(name: str, schema: type[Any]
 
 
 @pytest.mark.parametrize(
-    ("model", "schema"),
-    [("lightgbm", lightgbm.Parameters), ("tabular_network", tabular_network.Parameters)],
+    ("model", "schema"), [("lightgbm", lightgbm.Parameters), ("tabular_network", tabular_network.Parameters)]
 )
 def test_a_familys_yaml_has_the_dataclass_defaults(model: str, schema: type[Any]) -> None:
     """In addition, the YAML file names the family."""

@@ -108,17 +108,27 @@ def test_concept_drift_changes_realised_but_not_estimated_performance(census: Fr
     assert all(measure.value < 0.55 and measure.alert for measure in realised.values())
 
 
+def in_two_chunks(task: Task, *, reference: pd.DataFrame, served: pd.DataFrame, **columns: Any) -> Frames:
+    """Return frames whose served rows are two chunks of equal size."""
+    return Frames(
+        task=task,
+        reference=reference.assign(**{TIME: days(len(reference), chunks=10)}),
+        served=served.assign(**{TIME: days(len(served), chunks=2)}),
+        chunks=["first", "second"],
+        **columns,
+    )
+
+
 def test_regression_is_estimated_by_dle() -> None:
     """On NannyML's car prices, the estimated error is near the realised one."""
     reference = _cars("regression_synthetic_reference.csv").head(4000)
     served = _cars("regression_synthetic_analysis.csv")
     served[TRUTH] = pd.read_csv(data("regression_synthetic_analysis_targets.csv"))["y_true"].to_numpy()
     served = served.head(2000)
-    frames = Frames(
-        task=Task.regression,
-        reference=reference.assign(**{TIME: days(len(reference), chunks=10)}),
-        served=served.assign(**{TIME: days(len(served), chunks=2)}),
-        chunks=["first", "second"],
+    frames = in_two_chunks(
+        Task.regression,
+        reference=reference,
+        served=served,
         continuous=["car_age", "km_driven", "price_new", "accident_count"],
         categorical=["fuel", "transmission"],
     )
@@ -140,11 +150,10 @@ def test_multiclass_is_estimated_over_all_classes() -> None:
     reference = _cards("mc_reference.csv").head(10_000)
     served = _cards("mc_analysis.csv").merge(pd.read_csv(data("mc_analysis_gt.csv")), on="id")
     served = served.rename(columns={"y_true": TRUTH}).head(4000)
-    frames = Frames(
-        task=Task.multiclass,
-        reference=reference.assign(**{TIME: days(len(reference), chunks=10)}),
-        served=served.assign(**{TIME: days(len(served), chunks=2)}),
-        chunks=["first", "second"],
+    frames = in_two_chunks(
+        Task.multiclass,
+        reference=reference,
+        served=served,
         continuous=["app_behavioral_score"],
         categorical=[],
     )

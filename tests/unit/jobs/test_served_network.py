@@ -13,15 +13,7 @@ import torch
 from onnx import TensorProto, helper
 
 from cluster.errors import ConfigError, RefusedError
-from cluster.runtime import (
-    InputSpec,
-    Model,
-    ModelSignature,
-    Precision,
-    Task,
-    open_model,
-    parse_signature,
-)
+from cluster.runtime import InputSpec, Model, ModelSignature, Precision, Task, open_model, parse_signature
 from cluster.runtime.hardware import CUDA, Hardware
 from cluster.runtime.onnx_engine import OnnxEngine
 from cluster.runtime.signature import NETWORK_FILE, ONNX_FILE, SIGNATURE_FILE, WEIGHTS_FILE
@@ -30,27 +22,24 @@ from jobs.train.__main__ import requested_precision
 from jobs.train.quantise import bounded_layers, quantisation_cost, quantise
 from jobs.train.tabular_network.family import Parameters
 from tests.samples.network import as_int8, rows, write_network
+from tests.samples.signatures import of_each_task
 
 INPUTS = (
     InputSpec(name="p__age", dtype="double"),
     InputSpec(name="p__sex", dtype="string", categories=("f", "m")),
     InputSpec(name="p__income", dtype="double"),
 )
-BINARY = ModelSignature(task=Task.binary, inputs=INPUTS, label="y", classes=("no", "yes"))
-ABC = ModelSignature(task=Task.multiclass, inputs=INPUTS, label="y", classes=("a", "b", "c"))
-VALUE = ModelSignature(task=Task.regression, inputs=INPUTS, label="y")
-by_task = pytest.mark.parametrize(
-    "signature", [BINARY, ABC, VALUE], ids=lambda signature: signature.task.value
-)
+SIGNATURES = of_each_task(*INPUTS)
+BINARY = SIGNATURES.binary
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Task, Path]:
     """Folders with a float32 network of each task."""
     root = tmp_path_factory.mktemp("networks")
-    for signature in (BINARY, ABC, VALUE):
+    for signature in SIGNATURES:
         write_network(root / signature.task.value, signature)
-    return {signature.task: root / signature.task.value for signature in (BINARY, ABC, VALUE)}
+    return {signature.task: root / signature.task.value for signature in SIGNATURES}
 
 
 @pytest.fixture
@@ -68,7 +57,7 @@ def torch_model(folder: Path, signature: ModelSignature) -> Model:
     return Model(signature, TorchEngine(shape, weights, hardware=Hardware()))
 
 
-@by_task
+@pytest.mark.parametrize("signature", SIGNATURES, ids=lambda signature: signature.task.value)
 def test_torch_and_onnx_runtime_give_the_same_scores(
     folders: dict[Task, Path], signature: ModelSignature
 ) -> None:

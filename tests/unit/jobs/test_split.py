@@ -20,6 +20,7 @@ from jobs.train.describe import describe_data, omitted_columns
 from jobs.train.lineage import build_lineage
 from jobs.train.split import held_out_mask, resolve_split, version_held_out_mask
 from jobs.train.tabular_network.family import Parameters
+from tests.samples.model_versions import model_version
 
 ROWS = 400
 KEYS = [f"k{n // 4}" for n in range(ROWS)]
@@ -45,17 +46,7 @@ def config(**changes: Any) -> LearningConfig:
 
 def version(split: dict[str, Any] | None, *, hash: str = "h") -> ModelVersion:
     settings = {} if split is None else {"split": split}
-    return ModelVersion(
-        name="m",
-        version=1,
-        family="f",
-        task="binary",
-        uri="",
-        manifest_hash="",
-        files={},
-        lineage=Lineage(training_set_hash=hash, config=settings, seed=5),
-        metrics={},
-    )
+    return model_version(Lineage(training_set_hash=hash, config=settings, seed=5))
 
 
 @pytest.mark.parametrize(

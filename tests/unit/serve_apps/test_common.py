@@ -22,54 +22,40 @@ from serve_apps.shared_apps import Settings, run_shared_apps, settings_at_start
 from tests.servers.replica import record
 
 REDIS = OnlineConfig(kind=OnlineKind.redis, url="rediss://r:1/0")
+OWN = PlatformConfig(
+    online=REDIS,
+    replica=ReplicaConfig(durability=Durability.disk, max_replicas=7),
+    identity=IdentityConfig(service_token_file="t"),
+    features=FeaturesConfig(max_ahead_s=5.0),
+)
 DEFAULT = Settings.of(PlatformConfig())
 DISK = Settings.of(PlatformConfig(replica=ReplicaConfig(durability=Durability.disk)))
 
 
 def test_settings_round_trip_through_a_configuration() -> None:
     """All settings, and no other field changes."""
-    given = PlatformConfig(
-        online=REDIS,
-        replica=ReplicaConfig(durability=Durability.disk, max_replicas=7),
-        identity=IdentityConfig(service_token_file="t"),
-        features=FeaturesConfig(max_ahead_s=5.0),
-    )
-    settings = Settings.of(given)
-    assert settings.apply_to(given) == given
+    settings = Settings.of(OWN)
+    assert settings.apply_to(OWN) == OWN
     put = settings.apply_to(PlatformConfig())
-    assert (put.online, put.replica.durability, put.identity.service_token_file) == (
-        REDIS,
-        Durability.disk,
-        "t",
-    )
+    values = (put.online, put.replica.durability, put.identity.service_token_file)
+    assert values == (REDIS, Durability.disk, "t")
     assert put.replica.max_replicas == ReplicaConfig().max_replicas
 
 
 def test_deployment_with_defaults_changes_nothing() -> None:
-    stored = Settings.of(
-        PlatformConfig(
-            online=REDIS,
-            replica=ReplicaConfig(durability=Durability.disk),
-            identity=IdentityConfig(service_token_file="t"),
-            features=FeaturesConfig(max_ahead_s=5.0),
-        )
-    )
+    stored = Settings.of(OWN)
     assert DEFAULT.merged_over(stored) == stored
     assert DEFAULT.merged_over(DEFAULT) == DEFAULT
 
 
 def test_deployment_with_own_settings_gets_them() -> None:
     """Another store, and outcomes on disk, which a later deployment does not undo."""
-    assert (
-        Settings.of(PlatformConfig(online=REDIS)).merged_over(DEFAULT).apply_to(PlatformConfig()).online
-        == REDIS
-    )
+    redis = Settings.of(PlatformConfig(online=REDIS)).merged_over(DEFAULT)
+    assert redis.apply_to(PlatformConfig()).online == REDIS
     assert DISK.merged_over(DEFAULT) == DISK
     assert DEFAULT.merged_over(DISK) == DISK
-    assert (
-        Settings.of(PlatformConfig(features=FeaturesConfig(max_ahead_s=5.0))).merged_over(DEFAULT).max_ahead_s
-        == 5.0
-    )
+    ahead = Settings.of(PlatformConfig(features=FeaturesConfig(max_ahead_s=5.0)))
+    assert ahead.merged_over(DEFAULT).max_ahead_s == 5.0
 
 
 def test_new_head_keeps_the_stored_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

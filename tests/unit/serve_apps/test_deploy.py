@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from cluster.registry import Lineage, ModelVersion
 from serve_apps.deploy import describe
 from serve_apps.rollout.serving_state import ModelState, Rollout, Shadow
+from tests.samples.model_versions import model_version
 
-VERSION = ModelVersion(
-    name="m",
-    version=2,
-    family="f",
-    task="binary",
-    uri="",
-    manifest_hash="",
-    files={},
-    lineage=Lineage(training_set_hash=""),
-    metrics={},
-)
+VERSION = model_version(version=2)
 
 
 def test_deployment_describes_the_traffic_of_the_version() -> None:

@@ -1,0 +1,105 @@
+"""Other versions of a served model: in a rollout, as a shadow, removed, and tampered with.
+
+The tests are one story, in this order: the second version that the first test trains is the others' version 2.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import polars as pl
+
+from cluster.ledger.events import ArtifactRefused
+from cluster.records import read_predictions, read_shadow_predictions
+from cluster.security.keys.access import key_store
+from tests.projects import loan
+from tests.projects.loan import Shop
+from tests.servers.polling import wait_until
+
+
+def test_a_rollout_starts_sticks_and_rolls_back_without_a_lost_request(shop: Shop) -> None:
+    """Under constant load; a rollback reaches the edge in under a second."""
+    project = shop.project
+    project.run("jobs.train", *loan.TRAIN, "label_permutation=true", check=True)
+    start = ("action=start", "name=loan", "version=2", "weight=50")
+    project.run("serve_apps.rollout", *start, check=True)
+    wrong = project.run("serve_apps.rollout", "action=promote", "name=loan", "version=1")
+    assert (wrong.returncode, "tries version 2, not version 1" in wrong.stderr) == (2, True), wrong.stderr
+    used = project.run("serve_apps.deploy", "action=remove", "name=loan", "version=2")
+    assert (used.returncode, "the treatment of rollout" in used.stderr) == (2, True), used.stderr
+    first = {customer: shop.predict(customer)[1]["variant"] for customer in range(40)}
+    again = {customer: shop.predict(customer)[1]["variant"] for customer in range(40)}
+    assert first == again
+    assert set(first.values()) == {"champion", "challenger"}
+    statuses: list[int] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            statuses.append(shop.predict(len(statuses) % loan.NUM_CUSTOMERS)[0])
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    result = project.run("serve_apps.rollout", "action=rollback", "name=loan", check=True)
+    stop.set()
+    thread.join()
+    assert json.loads(result.stdout[result.stdout.index("{") :])["rollback_ms"] < 1000
+    assert set(statuses) == {200}
+    assert {shop.predict(customer)[1]["variant"] for customer in range(40)} == {"champion"}
+
+
+def test_a_shadow_sees_every_request_and_no_client_sees_it(shop: Shop) -> None:
+    """Real replicas of two applications: its predictions lie beside the answers by request id, until it is stopped."""
+    project = shop.project
+    log, store = loan.log(project), key_store(project.owner)
+    project.run("serve_apps.rollout", "action=shadow", "name=loan", "version=2", "share=100", check=True)
+    answered: dict[str, str] = {}
+    deadline = time.monotonic() + 60
+    while (shadows := read_shadow_predictions(log, store)).height < 20:
+        assert time.monotonic() < deadline, f"{shadows.height} copies after {len(answered)} answers"
+        for customer in range(10):
+            status, content = shop.predict(customer)
+            assert (status, content["variant"]) == (200, "champion")
+            answered[content["prediction_id"]] = content["model_version"]
+    project.run("serve_apps.rollout", "action=stop_shadow", "name=loan", check=True)
+    assert set(shadows.select("version", "variant", "arm").rows()) == {(2, "shadow", "shadow")}
+    served = read_predictions(log, store)
+    pairs = shadows.join(served, on="request_id", suffix="_answered")
+    assert pairs.height == shadows.height
+    assert set(pairs["prediction_id_answered"]) <= set(answered)
+    assert pairs["income__amount"].to_list() == pairs["income__amount_answered"].to_list()
+    assert served.filter(pl.col("prediction_id").is_in(shadows["prediction_id"].to_list())).is_empty()
+
+
+def test_a_version_that_serves_nobody_is_removed(shop: Shop) -> None:
+    """Its application ends, the edge and the status hear of it, and a second time there is nothing to remove."""
+    project = shop.project
+    remove = ("serve_apps.deploy", "action=remove", "name=loan", "reason=it's old")
+    assert "loan-v2" in project.run("cluster.status", check=True).stdout
+    project.run(*remove, "version=2", check=True)
+    assert "loan-v2" not in project.run("cluster.status", check=True).stdout
+    state = project.storage_root / "edge" / "state.json"
+    wait_until(lambda: "loan-v2" not in json.loads(state.read_text())["backends"], seconds=20)
+    lineage = project.run("cluster.lineage", "--model", "loan", "--version", "2", check=True).stdout
+    assert "removed from loan-v2: it's old" in lineage
+    refused = project.run(*remove, "version=2")
+    assert (refused.returncode, "is not deployed" in refused.stderr) == (2, True), refused.stderr
+    assert shop.predict(1)[0] == 200
+
+
+def test_a_tampered_version_is_refused_and_the_old_one_serves_on(shop: Shop) -> None:
+    """The command says which file; what serves goes on."""
+    project = shop.project
+    project.run("jobs.train", *loan.TRAIN, "output=tampered.json", check=True)
+    version = json.loads((project.root / "tampered.json").read_text())["version"]
+    model = project.storage_root / "models" / "loan" / str(version) / "model.txt"
+    content = model.read_bytes()
+    model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    result = project.run("serve_apps.rollout", "action=start", "name=loan", f"version={version}")
+    assert result.returncode == 2
+    assert "model.txt" in result.stderr
+    assert shop.predict(1)[0] == 200
+    refused = [entry.payload["version"] for entry in project.ledger().entries(ArtifactRefused)]
+    assert refused == [version]

@@ -1,0 +1,109 @@
+"""Guardrail and monitor over a real replica's log: each version separately, unusable outcomes counted separately."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.ledger import open_ledger
+from cluster.records import SegmentWriter
+from cluster.registry import Registry
+from cluster.runtime import InputSpec, ModelSignature, Task
+from cluster.security.keys.access import key_store
+from cluster.settings import StorageConfig
+from jobs.monitor.config import MonitorConfig
+from jobs.monitor.logged import read_served_log
+from serve_apps.rollout.config import RolloutConfig
+from serve_apps.rollout.evaluation import evaluate
+from serve_apps.rollout.guardrail import Verdict
+from serve_apps.rollout.serving_state import Rollout
+from tests.servers.replica import MODEL, Replica, running_replica
+from tests.unit.cluster.test_typed_log import FLAGS, answer, outcome
+
+WORDS = ModelSignature(
+    task=Task.multiclass,
+    inputs=(InputSpec(name="x", dtype="string", categories=("old", "new")),),
+    label="y",
+    classes=("a", "b", "c"),
+)
+ROLLOUT = Rollout(id="r", salt="s", treatment_version=2, treatment_variant="challenger", weight=50.0)
+
+
+@pytest.fixture(scope="module")
+def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
+    """Two versions: the first always answers correctly, the second the opposite.
+
+    One odd outcome, as an older release stored it, turned a column of flags into one of texts.
+    """
+    with running_replica(tmp_path_factory.mktemp("replica"), FLAGS) as running:
+        for signature in (FLAGS, WORDS):
+            running.register(signature)
+        truths = [bool(number % 2) for number in range(40)]
+        records: list[Any] = []
+        for number, truth in enumerate(truths):
+            version, arm = (1, "control") if number < 20 else (2, "treatment")
+            score = 0.9 if truth is (version == 1) else 0.1
+            predictions = [{"probability": score, "label": score > 0.5}]
+            said = {"rollout": "r", "arm": arm, "variant": "champion", "predictions": predictions}
+            records.append(answer(number, number, version=version, **said))
+        records.append(
+            answer(90, 5, version=2, rollout="r", arm="treatment", predictions=[], fault="gave no score")
+        )
+        share = {"a": 0.25, "b": 0.5, "c": 0.25}
+        predictions = [{"probabilities": share, "label": "b"}]
+        records.append(answer(91, "old", version=3, variant="champion", predictions=predictions))
+        write(running, "predictions", *records)
+        write(
+            running,
+            "outcomes",
+            *(outcome(number, truth) for number, truth in enumerate(truths)),
+            outcome(91, "c"),
+            outcome(77, "true"),
+            outcome(3, True, row=4),
+            outcome(5, "maybe", second=1),
+        )
+        yield running
+
+
+def write(replica: Replica, log: str, *records: Any) -> None:
+    folder = Path(replica.places.root) / log / MODEL
+    writer = SegmentWriter(folder, store=key_store(replica.keys), key=f"{log}/{MODEL}/sensitive")
+    writer.append(*records)
+    writer.close()
+
+
+def test_one_odd_outcome_does_not_silence_the_guardrail(replica: Replica) -> None:
+    """The bad treatment is found, and the finding counts what was left out."""
+    storage = StorageConfig(root=replica.places.root)
+    config = RolloutConfig(name=MODEL, min_outcomes=20, storage=storage)
+    actor: Any = SimpleNamespace(access=replica.keys)
+    finding = evaluate(config, open_ledger(config), actor, ROLLOUT)
+    assert (finding.verdict, finding.treatment, finding.control) == (Verdict.breached, 0.0, 1.0)
+    assert (finding.treatment_outcomes, finding.control_outcomes) == (20, 20)
+    assert (finding.odd_outcomes, finding.unknown_outcomes) == (1, 2)
+    assert (finding.treatment_failures, finding.control_failures) == (1, 0)
+
+
+def test_versions_of_one_variant_are_measured_separately(replica: Replica) -> None:
+    """As after a promotion, also if one version's classes have another type."""
+    storage = StorageConfig(root=replica.places.root)
+    config = MonitorConfig(name=MODEL, reference="", label="y", storage=storage)
+    registry = Registry(open_ledger(config), replica.places)
+    logged = read_served_log(config, registry, key_store(replica.keys))
+    assert [one.name for one in logged.served] == ["champion v1", "champion v2", "champion v3"]
+    assert [one.rows.height for one in logged.served] == [20, 20, 1]
+    assert logged.served[2].rows.select("outcome", "label", "x").rows() == [("c", "b", "old")]
+    assert logged.served[0].rows["outcome"].to_list() == [bool(number % 2) for number in range(20)]
+    assert [logged.left_out(one) for one in logged.served[:2]] == [
+        {
+            "rows_without_score": failed,
+            "odd_outcomes": odd,
+            "outcomes_of_unknown_predictions": 1,
+            "outcomes_of_unknown_rows": 1,
+        }
+        for failed, odd in ((0, 1), (1, 0))
+    ]
