@@ -23,21 +23,8 @@ from cluster.security.keys.broker import Broker, peer_allowed
 from cluster.security.keys.client import BrokerKeyStore, is_broker_alive
 from cluster.security.keys.gate import Denial
 from cluster.security.keys.metrics import BrokerMetrics
-from cluster.security.keys.store import (
-    KeyInfo,
-    KeyNotFound,
-    KeyStoreUnavailable,
-)
-from tests.servers.key_broker_world import (
-    INFO,
-    NAME,
-    SECRET,
-    Failing,
-    World,
-    answers,
-    framed,
-    until,
-)
+from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyStoreUnavailable
+from tests.servers.key_broker_world import INFO, NAME, SECRET, Failing, World, answers, framed, until
 
 
 def test_client_survives_a_restart_of_the_broker(world: World) -> None:

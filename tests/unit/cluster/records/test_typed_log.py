@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from cluster.records import (
-    OutcomeRecord,
     SegmentWriter,
     iter_outcomes,
     match_outcomes,
@@ -20,46 +19,12 @@ from cluster.records import (
 )
 from cluster.records.compaction import compact
 from cluster.records.reading import INVALID_OUTCOME
-from cluster.runtime import InputSpec, ModelSignature, OutcomeParser, Task
+from cluster.runtime import InputSpec, OutcomeParser, Task
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.keyring import Keyring
-from cluster.security.keys.store import KeyInfo
-from tests.samples.record_log import prediction
+from tests.samples.record_log import FLAGS, LATER, OUTCOMES, PERSONAL, answer, outcome
 
 LARGE = 2**53 + 1
-PERSONAL, OUTCOMES = "predictions/m/personal", "outcomes/m/sensitive"
-FLAGS = ModelSignature(
-    task=Task.binary, inputs=(InputSpec(name="x", dtype="int64"),), label="y", classes=(False, True)
-)
-
-
-@pytest.fixture
-def keyring(tmp_path: Path) -> Keyring:
-    keyring = Keyring.create(tmp_path / "keyring.json", bytes(32))
-    for name in (PERSONAL, OUTCOMES):
-        keyring.ensure(KeyInfo(name=name))
-    return keyring
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    return tmp_path / "predictions" / "m"
-
-
-@pytest.fixture
-def outcomes(tmp_path: Path) -> Path:
-    return tmp_path / "outcomes" / "m"
-
-
-def answer(number: int, *values: Any, version: int = 1, name: str = "x", **changes: Any) -> Any:
-    record = replace(
-        prediction(number),
-        version=version,
-        entities=[{"id": row} for row in range(len(values))],
-        features={name: list(values)},
-        predictions=[{"probability": 0.75, "label": True} for _ in values],
-    )
-    return replace(record, **changes)
 
 
 def write(folder: Path, keyring: Keyring, *records: Any, compacted: bool = False) -> None:
@@ -70,18 +35,6 @@ def write(folder: Path, keyring: Keyring, *records: Any, compacted: bool = False
     writer.close()
     if compacted:
         compact(folder, store=keyring, files=ProtectedFiles(keyring))
-
-
-def test_log_without_outcomes_is_empty(outcomes: Path, keyring: Keyring) -> None:
-    assert list(iter_outcomes(outcomes, keyring)) == []
-    assert read_outcomes(outcomes, keyring).is_empty()
-
-
-def outcome(number: int, value: Any, *, second: int = 0, row: int = 0) -> OutcomeRecord:
-    received = f"2026-01-01T00:00:{second:02}+00:00"
-    return OutcomeRecord(
-        prediction_id=f"p{number}", row=row, outcome=value, observed_at=received, received_at=received
-    )
 
 
 @pytest.mark.parametrize("compacted", [False, True])
@@ -163,9 +116,9 @@ def test_invalid_and_unknown_outcomes_are_counted_and_change_no_others(
         outcome(1, True, row=5),
         outcome(2, "maybe"),
         outcome(3, "maybe"),
-        outcome(3, False, second=1),
+        outcome(3, False, received_at=LATER),
         outcome(4, True),
-        outcome(4, "maybe", second=1),
+        outcome(4, "maybe", received_at=LATER),
     ]
     write(outcomes, keyring, *posted, compacted=compacted)
     matched = match_outcomes(
@@ -192,6 +145,7 @@ def test_outcomes_of_other_versions_are_ignored(log: Path, outcomes: Path, keyri
 
 def test_answers_without_outcomes_are_matched(log: Path, outcomes: Path, keyring: Keyring) -> None:
     write(log, keyring, answer(1, 1), answer(2, 2))
+    assert list(iter_outcomes(outcomes, keyring)) == []
     assert read_outcomes(outcomes, keyring).is_empty()
     matched = match_outcomes(
         read_predictions(log, keyring), iter_outcomes(outcomes, keyring), {1: OutcomeParser(FLAGS)}

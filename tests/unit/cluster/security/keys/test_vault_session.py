@@ -17,11 +17,7 @@ from joserfc import jwt
 from joserfc.jwk import ECKey
 
 from cluster.errors import ConfigError, InvalidRequest, Unauthenticated
-from cluster.security.keys.store import (
-    KeyInfo,
-    KeyNotFound,
-    KeyStoreUnavailable,
-)
+from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyStoreUnavailable
 from cluster.security.keys.vault import VaultKeyStore
 from cluster.security.keys.vault_session import (
     AppRole,

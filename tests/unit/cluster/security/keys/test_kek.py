@@ -8,23 +8,10 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import ConfigError
-from cluster.security.keys.kek import (
-    Derivation,
-    create_kek_file,
-    kek_from_file,
-    kek_from_passphrase,
-)
-from cluster.security.keys.keyring import (
-    RING_NAME,
-    Keyring,
-    open_with_passphrase,
-)
+from cluster.security.keys.kek import Derivation, create_kek_file, kek_from_file, kek_from_passphrase
+from cluster.security.keys.keyring import RING_NAME, Keyring, open_with_passphrase
 from cluster.security.keys.ringfile import derivation_of
-from cluster.security.keys.store import (
-    KeyEncryptionKeyWrong,
-    KeyFileRefused,
-    KeyInfo,
-)
+from cluster.security.keys.store import KeyEncryptionKeyWrong, KeyFileRefused, KeyInfo
 
 KEK = bytes(range(32))
 

@@ -18,64 +18,15 @@ import polars as pl
 import pytest
 
 from cluster.errors import RecordLogCorrupt
-from cluster.records import (
-    OutcomeRecord,
-    PredictionRecord,
-    SegmentWriter,
-    count_records,
-    read_outcomes,
-    read_predictions,
-    read_records,
-)
+from cluster.records import SegmentWriter, count_records, read_predictions, read_records
 from cluster.security.keys.keyring import Keyring
-from cluster.security.keys.store import KeyInfo, KeyRevoked
-
-
-def prediction(number: int) -> PredictionRecord:
-    return PredictionRecord(
-        prediction_id=f"p{number}",
-        request_id=f"r{number}",
-        time="2026-01-02T03:04:05.000006+00:00",
-        model="m",
-        version=1,
-        variant="champion",
-        rollout="",
-        arm="outside",
-        unit_hash="",
-        as_of="2016-12-31T00:00:00+00:00",
-        entities=[{"id": 1}, {"id": 2}],
-        features={"person__AGEP": [41.0, None]},
-        predictions=[{"probability": 0.25, "label": 0}, {"probability": 0.75, "label": 1}],
-    )
-
-
-def outcome(prediction_id: str, value: int, received_at: str) -> OutcomeRecord:
-    return OutcomeRecord(
-        prediction_id=prediction_id,
-        outcome=value,
-        observed_at="2017-01-01T00:00:00Z",
-        received_at=received_at,
-    )
-
-
-KEY = "predictions/m/personal"
-
-
-@pytest.fixture
-def keyring(tmp_path: Path) -> Keyring:
-    keyring = Keyring.create(tmp_path / "keyring.json", bytes(32))
-    keyring.ensure(KeyInfo(name=KEY))
-    return keyring
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    return tmp_path / "predictions" / "m"
+from cluster.security.keys.store import KeyInfo
+from tests.samples.record_log import PERSONAL, prediction
 
 
 @pytest.fixture
 def writer(log: Path, keyring: Keyring) -> SegmentWriter:
-    return SegmentWriter(log, store=keyring, key=KEY)
+    return SegmentWriter(log, store=keyring, key=PERSONAL)
 
 
 def test_each_entity_of_an_answer_is_one_row(log: Path, keyring: Keyring, writer: SegmentWriter) -> None:
@@ -85,16 +36,8 @@ def test_each_entity_of_an_answer_is_one_row(log: Path, keyring: Keyring, writer
     frame = read_predictions(log, keyring)
     assert count_records(log) == 2
     assert frame.select("prediction_id", "row").rows() == [("p1", 0), ("p1", 1), ("p2", 0), ("p2", 1)]
-    assert frame["person__AGEP"].to_list() == [41.0, None, 41.0, None]
+    assert frame["age"].to_list() == [41.5, None, 41.5, None]
     assert frame["as_of"].dtype == pl.Datetime("us", "UTC")
-
-
-def test_the_last_received_outcome_counts(log: Path, keyring: Keyring, writer: SegmentWriter) -> None:
-    """An outcome that is sent twice or corrected later counts once."""
-    writer.append(outcome("p1", 0, "2026-01-01T00:00:00Z"), outcome("p2", 1, "2026-01-01T00:00:00Z"))
-    writer.append(outcome("p1", 1, "2026-01-02T00:00:00Z"))
-    frame = read_outcomes(log, keyring).sort("prediction_id")
-    assert frame["outcome"].to_list() == [1, 1]
 
 
 def test_incomplete_line_is_skipped(log: Path, keyring: Keyring, writer: SegmentWriter) -> None:
@@ -112,7 +55,7 @@ def test_kill_9_after_append_loses_nothing(tmp_path: Path, log: Path, keyring: K
         "import sys; from pathlib import Path; from cluster.records import OutcomeRecord, SegmentWriter\n"
         "from cluster.security.keys.keyring import Keyring\n"
         f"keyring = Keyring(Path({str(tmp_path / 'keyring.json')!r}), bytes(32))\n"
-        f"writer = SegmentWriter(Path({str(log)!r}), store=keyring, key={KEY!r})\n"
+        f"writer = SegmentWriter(Path({str(log)!r}), store=keyring, key={PERSONAL!r})\n"
         "for n in range(5):\n"
         "    writer.append(OutcomeRecord(prediction_id=str(n), outcome=1, observed_at='', received_at=''))\n"
         "print('done', flush=True); sys.stdin.read()"
@@ -130,24 +73,6 @@ def test_kill_9_after_append_loses_nothing(tmp_path: Path, log: Path, keyring: K
     assert count_records(log) == 5
 
 
-def test_partly_written_record_is_removed_and_raises(
-    log: Path, keyring: Keyring, writer: SegmentWriter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    writer.append(prediction(1))
-    real_write = os.write
-    monkeypatch.setattr(os, "write", lambda descriptor, data: real_write(descriptor, data[:10]))
-    with pytest.raises(OSError, match="took 10 of"):
-        writer.append(prediction(2))
-    monkeypatch.undo()
-    writer.append(prediction(3))
-    assert [row["prediction_id"] for row in read_predictions(log, keyring).iter_rows(named=True)] == [
-        "p1",
-        "p1",
-        "p3",
-        "p3",
-    ]
-
-
 def test_partly_written_record_is_removed_at_a_real_file_size_limit(
     log: Path, keyring: Keyring, writer: SegmentWriter
 ) -> None:
@@ -163,7 +88,7 @@ def test_partly_written_record_is_removed_at_a_real_file_size_limit(
         with pytest.raises(OSError, match="too large"):
             writer.append(prediction(2))
         with pytest.raises(OSError, match="took 10 of"):
-            SegmentWriter(log, store=keyring, key=KEY)
+            SegmentWriter(log, store=keyring, key=PERSONAL)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(log.iterdir()) == [writer.path]
@@ -200,8 +125,8 @@ def is_locked(path: Path) -> bool:
 @pytest.mark.parametrize("limits", [{"max_bytes": 1}, {"max_age_s": 0.0}], ids=["large", "old"])
 def test_large_or_old_segment_is_replaced(log: Path, keyring: Keyring, limits: dict[str, Any]) -> None:
     """Its lock is released. All segments together are one log, and the key store is used once."""
-    writer = SegmentWriter(log, store=keyring, key=KEY, **limits)
-    keyring.revoke(KEY)  # a new segment does not use the key store
+    writer = SegmentWriter(log, store=keyring, key=PERSONAL, **limits)
+    keyring.revoke(PERSONAL)  # a new segment does not use the key store
     for number in range(3):
         writer.append(prediction(number))
     paths = sorted(log.iterdir())
@@ -216,8 +141,8 @@ def test_records_are_encrypted(log: Path, writer: SegmentWriter) -> None:
     """Only the key's name and the number of records are visible."""
     writer.append(prediction(1))
     content = writer.path.read_bytes()
-    assert KEY.encode() in content
-    for word in (b"champion", b"AGEP", b"probability"):
+    assert PERSONAL.encode() in content
+    for word in (b"champion", b"probability", b"outside"):
         assert word not in content
         assert word not in base64.b64decode(content.splitlines()[1])
     assert count_records(log) == 1
@@ -279,16 +204,6 @@ def test_segment_with_incomplete_first_line_is_empty(
         writer.path.write_bytes(header[:cut])
         assert count_records(log) == 0
         assert list(read_records(log, keyring)) == []
-
-
-def test_log_with_a_revoked_key_can_only_be_counted(
-    log: Path, keyring: Keyring, writer: SegmentWriter
-) -> None:
-    writer.append(prediction(1))
-    keyring.revoke(KEY)
-    with pytest.raises(KeyRevoked):
-        read_predictions(log, keyring)
-    assert count_records(log) == 1
 
 
 @pytest.mark.parametrize(

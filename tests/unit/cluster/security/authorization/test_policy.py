@@ -11,13 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.security.authorization.policy import (
-    EDGE_ACTIONS,
-    POLICY_FOLDER,
-    Action,
-    Policy,
-    Resource,
-)
+from cluster.security.authorization.policy import EDGE_ACTIONS, POLICY_FOLDER, Action, Policy, Resource
 from cluster.security.keys.store import COLUMN_CLASSES
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.roles import Role

@@ -18,10 +18,7 @@ import pytest
 
 from cluster.errors import ConfigError
 from cluster.security.keys import keyring as keyring_module
-from cluster.security.keys.kek import (
-    create_kek_file,
-    kek_from_file,
-)
+from cluster.security.keys.kek import create_kek_file, kek_from_file
 from cluster.security.keys.keyring import (
     KEK_NAME,
     NEW_KEK_NAME,

@@ -9,12 +9,7 @@ import pytest
 
 from cluster.errors import AccessDenied, ConfigError
 from cluster.security.authorization import policy as policy_module
-from cluster.security.authorization.policy import (
-    NOT_EVALUATED,
-    Action,
-    Policy,
-    Resource,
-)
+from cluster.security.authorization.policy import NOT_EVALUATED, Action, Policy, Resource
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.roles import Role
 

@@ -24,17 +24,7 @@ from cluster.records.table import LogTable
 from cluster.security.encryption.parquet import ProtectedFileCorrupt, ProtectedFiles
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyRevoked
-from tests.samples.record_log import PERSONAL, fill, ids, new_keyring, outcome, post, prediction, run
-
-
-@pytest.fixture
-def keyring(tmp_path: Path) -> Keyring:
-    return new_keyring(tmp_path)
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    return tmp_path / "predictions" / "m"
+from tests.samples.record_log import LATER, PERSONAL, fill, ids, outcome, post, prediction, run
 
 
 def test_compacted_log_reads_the_same(log: Path, keyring: Keyring) -> None:
@@ -190,24 +180,22 @@ def test_swapped_table_file_is_refused(log: Path, keyring: Keyring) -> None:
         read_predictions(moved, keyring)
 
 
-def test_table_with_a_revoked_key_can_only_be_counted(log: Path, keyring: Keyring) -> None:
+@pytest.mark.parametrize("compacted", [False, True])
+def test_log_with_a_revoked_key_can_only_be_counted(log: Path, keyring: Keyring, compacted: bool) -> None:
     fill(log, keyring)
-    run(log, keyring)
+    if compacted:
+        run(log, keyring)
     keyring.revoke(PERSONAL)
     with pytest.raises(KeyRevoked):
         read_predictions(log, keyring)
     assert count_records(log) == 12
 
 
-LATER = "2026-01-03T00:00:00+00:00"
-
-
 @pytest.mark.parametrize("compacted", range(8), ids="compacted after {:03b}".format)
 def test_last_received_outcome_counts_whatever_is_compacted(
-    tmp_path: Path, keyring: Keyring, compacted: int
+    log: Path, outcomes: Path, keyring: Keyring, compacted: int
 ) -> None:
     """The order of writing does not matter."""
-    log, outcomes = tmp_path / "predictions" / "m", tmp_path / "outcomes" / "m"
     steps: list[Callable[[], None]] = [
         lambda: post(outcomes, keyring, outcome(0, "no"), outcome(1, "no", LATER), outcome(1, "yes", row=1)),
         lambda: post(outcomes, keyring, outcome(0, "yes", LATER), outcome(1, "yes")),
@@ -228,10 +216,9 @@ def test_last_received_outcome_counts_whatever_is_compacted(
 
 
 def test_of_two_outcomes_received_at_the_same_time_the_last_written_counts(
-    tmp_path: Path, keyring: Keyring
+    outcomes: Path, keyring: Keyring
 ) -> None:
     """Before and after compaction."""
-    outcomes = tmp_path / "outcomes" / "m"
     post(outcomes, keyring, outcome(1, "no"), outcome(1, "yes"))
     for _ in range(2):
         assert read_outcomes(outcomes, keyring)["outcome"].to_list() == ["yes"]

@@ -27,16 +27,6 @@ KILLS = int(os.environ.get("FALAJ_KILLS", "1"))
 """Number of killed processes, which take seconds to start. Every single step is broken in every run."""
 
 
-@pytest.fixture
-def keyring(tmp_path: Path) -> Keyring:
-    return new_keyring(tmp_path)
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    return tmp_path / "predictions" / "m"
-
-
 class Killed(BaseException):
     """Simulates the end of the process. No code catches it."""
 

@@ -19,16 +19,7 @@ from cluster.security.keys.store import (
     KeyStoreUnavailable,
 )
 from cluster.security.keys.wire import MAX_BYTES
-from tests.servers.key_broker_world import (
-    INFO,
-    NAME,
-    OPEN,
-    SECRET,
-    Failing,
-    Person,
-    World,
-    framed,
-)
+from tests.servers.key_broker_world import INFO, NAME, OPEN, SECRET, Failing, Person, World, framed
 
 
 def test_permitted_principal_gets_the_secret_and_a_denial_is_recorded(world: World) -> None:
