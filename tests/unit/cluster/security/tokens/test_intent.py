@@ -24,7 +24,7 @@ from cluster.security.tokens.intent import (
     read_intent,
     write_intent,
 )
-from cluster.security.tokens.issuer import ensure_issuer, mint_token, rotate_issuer
+from cluster.security.tokens.issuer import mint_token, rotate_issuer
 from cluster.security.tokens.principal import Principal, TokenVerifier, local_keys
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.verification import TokenRules
@@ -34,24 +34,12 @@ ENTRYPOINT = "feature_jobs.ingest"
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> Layout:
-    places = Layout(str(tmp_path / "root"))
-    ensure_issuer(places)
-    return places
-
-
-@pytest.fixture
 def alice(places: Layout) -> Principal:
     """The principal of an access token."""
-    token = mint_token(
-        places,
-        subject="alice",
-        role=Role.data_engineer,
-        purpose="credit",
-        tenant="north",
-        scope="model:a model:b",
+    granted = {"purpose": "credit", "tenant": "north", "scope": "model:a model:b"}
+    return TokenVerifier.of(places).verify(
+        mint_token(places, subject="alice", role=Role.data_engineer, **granted)
     )
-    return TokenVerifier.of(places).verify(token)
 
 
 @pytest.fixture
@@ -62,15 +50,8 @@ def verifier(places: Layout) -> IntentVerifier:
 def forged(places: Layout, *, typ: str | None = INTENT_TYPE, **changes: Any) -> str:
     """Return an intent with changed claims, signed with the issuer's real key."""
     key, now = ECKey.import_key((Path(places.keys) / "issuer.pem").read_bytes()), int(time.time())
-    claims = {
-        "iss": "falaj-dev",
-        "aud": INTENT_AUDIENCE,
-        "sub": "alice",
-        "role": "data_engineer",
-        "entrypoint": ENTRYPOINT,
-        "jti": "1",
-        "exp": now + 60,
-    } | changes
+    claims = {"iss": "falaj-dev", "aud": INTENT_AUDIENCE, "sub": "alice", "role": "data_engineer"}
+    claims |= {"entrypoint": ENTRYPOINT, "jti": "1", "exp": now + 60} | changes
     present_claims = {name: value for name, value in claims.items() if value is not None}
     return jwt.encode({"alg": "ES256", "kid": key.thumbprint()}, present_claims, key, default_type=typ)
 
@@ -125,22 +106,12 @@ def test_access_token_and_intent_cannot_replace_each_other(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"typ": "JWT"},
-        {"typ": None},
-        {"aud": "falaj"},
-        {"aud": ["falaj"]},
-        {"iss": "somebody"},
-        {"entrypoint": None},
-        {"entrypoint": ""},
-        {"entrypoint": ["feature_jobs.ingest"]},
-        {"entrypoint": "feature_jobs.ingest; rm"},
-        {"entrypoint": "../ingest"},
-        {"entrypoint": "feature_jobs.materialize"},
-        {"jti": None},
-        {"role": "king"},
-        {"exp": None},
-        {"exp": 1},
-        {"exp": int(time.time()) + 30 * 86_400},
+        *({"typ": value} for value in ("JWT", None)),
+        *({"aud": value} for value in ("falaj", ["falaj"])),
+        *({"entrypoint": value} for value in (None, "", ["feature_jobs.ingest"], "feature_jobs.ingest; rm")),
+        *({"entrypoint": value} for value in ("../ingest", "feature_jobs.materialize")),
+        *({"exp": value} for value in (None, 1, int(time.time()) + 30 * 86_400)),
+        *({"iss": "somebody"}, {"jti": None}, {"role": "king"}),
         {"nbf": int(time.time()) + 86_400},
     ],
     ids=",".join,
@@ -160,10 +131,10 @@ def test_expired_intent_is_refused(places: Layout, alice: Principal) -> None:
         late.verify(token, entrypoint=ENTRYPOINT)
 
 
-def test_intent_ends_with_its_key(places: Layout, alice: Principal, verifier: IntentVerifier) -> None:
+def test_intent_ends_with_its_key(fresh: Layout, alice: Principal) -> None:
     """A rotation with keep_s=0 ends intents."""
-    token = mint_intent(places, alice, entrypoint=ENTRYPOINT)
-    rotate_issuer(places, keep_s=0)
+    verifier, token = IntentVerifier.of(fresh), mint_intent(fresh, alice, entrypoint=ENTRYPOINT)
+    rotate_issuer(fresh, keep_s=0)
     with pytest.raises(Unauthenticated, match="key"):
         verifier.verify(token)
 

@@ -23,25 +23,6 @@ from cluster.storage import Layout
 from tests.processes.commands import run_main
 
 
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Layout:
-    """A storage root with a dev issuer."""
-    places = Layout(str(tmp_path_factory.mktemp("root")))
-    ensure_issuer(places)
-    return places
-
-
-@pytest.fixture(scope="module")
-def verifier(places: Layout) -> TokenVerifier:
-    return TokenVerifier.of(places)
-
-
-@pytest.fixture(scope="module")
-def kid(places: Layout) -> str:
-    jwks = json.loads((Path(places.keys) / "jwks.json").read_text())
-    return str(jwks["keys"][0]["kid"])
-
-
 def test_second_start_keeps_the_issuer(places: Layout) -> None:
     """A second start keeps the keys. Only the owner can read the private key."""
     files = {path.name: path.read_bytes() for path in Path(places.keys).iterdir()}
@@ -67,14 +48,6 @@ def test_missing_issuer_error_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.up"):
         TokenVerifier.of(places)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def fresh(tmp_path: Path) -> Layout:
-    """A storage root whose issuer the test may change."""
-    places = Layout(str(tmp_path / "root"))
-    ensure_issuer(places)
-    return places
 
 
 def mint(places: Layout) -> str:
@@ -165,15 +138,8 @@ def test_missing_or_broken_key_file_refuses_all_tokens(fresh: Layout) -> None:
     """Tokens are refused without another error. They are valid again when the file is restored."""
     verifier, token, path = TokenVerifier.of(fresh), mint(fresh), Path(fresh.keys) / "jwks.json"
     good = path.read_bytes()
-    for bad in (
-        None,
-        b"",
-        b"{",
-        b"[]",
-        b'{"keys": 7}',
-        b'{"keys": []}',
-        b'{"keys": [{"kty": "oct", "k": "AA"}]}',
-    ):
+    secret_key = b'{"keys": [{"kty": "oct", "k": "AA"}]}'
+    for bad in (None, b"", b"{", b"[]", b'{"keys": 7}', b'{"keys": []}', secret_key):
         path.unlink(missing_ok=True)
         if bad is not None:
             path.write_bytes(bad)

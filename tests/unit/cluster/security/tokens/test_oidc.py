@@ -6,7 +6,7 @@ import http.server
 import json
 import threading
 import warnings
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ from cluster.security.tokens.oidc import (
 )
 from cluster.security.tokens.principal import TokenVerifier
 from cluster.security.tokens.verification import TokenRules
-from tests.servers.oidc_issuer import AUDIENCE, Answer, Issuer, new_key
+from tests.servers.oidc_issuer import AUDIENCE, Answer, Issuer, new_key, refused
 
 
 class Clock:
@@ -38,13 +38,6 @@ class Clock:
 
 
 @pytest.fixture
-def issuer() -> Iterator[Issuer]:
-    issuer = Issuer()
-    yield issuer
-    issuer.close()
-
-
-@pytest.fixture
 def clock() -> Clock:
     return Clock()
 
@@ -53,14 +46,6 @@ def clock() -> Clock:
 def verifier(issuer: Issuer, clock: Clock) -> TokenVerifier:
     keys = RemoteKeys(discovery_fetcher(issuer.url, timeout_s=1), clock=clock)
     return TokenVerifier(keys, rules=TokenRules(issuer=issuer.url, audience=AUDIENCE))
-
-
-def refused(verifier: TokenVerifier, token: str) -> bool:
-    try:
-        verifier.verify(token)
-    except Unauthenticated:
-        return True
-    return False
 
 
 def test_keys_are_discovered_and_cached(issuer: Issuer, verifier: TokenVerifier, clock: Clock) -> None:
@@ -144,9 +129,10 @@ def test_unreachable_issuer_is_unauthenticated(clock: Clock) -> None:
     [
         {"issuer": "https://evil.example", "jwks_uri": "/jwks"},
         {"issuer": "OURS/", "jwks_uri": "/jwks"},
-        {"issuer": "OURS", "jwks_uri": "http://evil.example/jwks"},
-        {"issuer": "OURS", "jwks_uri": "file:///etc/passwd"},
-        {"issuer": "OURS", "jwks_uri": 7},
+        *(
+            {"issuer": "OURS", "jwks_uri": uri}
+            for uri in ("http://evil.example/jwks", "file:///etc/passwd", 7)
+        ),
         {"issuer": "OURS"},
         [],
         None,
@@ -190,19 +176,9 @@ def test_download_refuses_redirects_large_and_slow_answers(issuer: Issuer) -> No
 @pytest.mark.parametrize(
     "url",
     [
-        "http://issuer.example",
-        "http://127.0.0.1.evil.example",
-        "http://10.0.0.1",
-        "ftp://127.0.0.1",
-        "file:///etc/passwd",
-        "https://user:secret@issuer.example",
-        "https://",
-        "issuer.example",
-        "http://[::1",
-        "",
-        None,
-        7,
-        b"https://issuer.example",
+        *("http://issuer.example", "http://127.0.0.1.evil.example", "http://10.0.0.1", "http://[::1"),
+        *("ftp://127.0.0.1", "file:///etc/passwd", "https://user:secret@issuer.example"),
+        *("https://", "issuer.example", "", None, 7, b"https://issuer.example"),
     ],
 )
 def test_unsafe_addresses_are_refused(url: Any) -> None:
@@ -284,12 +260,7 @@ def test_emptied_key_set_refuses_all_tokens(
 
 def test_threads_share_the_first_fetch(issuer: Issuer, verifier: TokenVerifier) -> None:
     """Concurrent first requests wait for the same answer."""
-    token, results = issuer.token(), []
-    threads = [
-        threading.Thread(target=lambda: results.append(verifier.verify(token).subject)) for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (results, issuer.fetches()) == (["alice"] * 8, 1)
+    with ThreadPoolExecutor(8) as threads:
+        principals = threads.map(verifier.verify, [issuer.token()] * 8)
+    assert [principal.subject for principal in principals] == ["alice"] * 8
+    assert issuer.fetches() == 1

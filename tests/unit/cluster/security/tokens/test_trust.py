@@ -4,44 +4,19 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from joserfc.jwk import RSAKey
 
 from cluster.errors import ConfigError, Unauthenticated
 from cluster.security.tokens.intent import INTENT_AUDIENCE, MAX_TTL_S, mint_intent
-from cluster.security.tokens.issuer import ISSUER, ensure_issuer, mint_token
+from cluster.security.tokens.issuer import ISSUER, mint_token
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.trust import Trust
 from cluster.settings import IssuerConfig
 from cluster.storage import Layout
-from tests.servers.oidc_issuer import Issuer, new_key
-
-
-@pytest.fixture
-def issuer() -> Iterator[Issuer]:
-    issuer = Issuer()
-    yield issuer
-    issuer.close()
-
-
-@pytest.fixture
-def places(tmp_path: Path) -> Layout:
-    """A storage root that also has a dev issuer."""
-    places = Layout(str(tmp_path))
-    ensure_issuer(places)
-    return places
-
-
-def refused(trust: Trust, token: str) -> bool:
-    try:
-        trust.verify(token)
-    except Unauthenticated:
-        return True
-    return False
+from tests.servers.oidc_issuer import Issuer, new_key, refused
 
 
 def intent_of(issuer: Issuer, **changes: object) -> str:

@@ -21,7 +21,7 @@ from joserfc import jwt
 from joserfc.jwk import ECKey, RSAKey
 
 from cluster.errors import Unauthenticated
-from cluster.security.tokens.issuer import ensure_issuer, mint_token
+from cluster.security.tokens.issuer import mint_token
 from cluster.security.tokens.principal import TokenVerifier, local_keys
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.verification import LEEWAY_S, MAX_LIFETIME_S, MAX_TOKEN_BYTES, TokenRules
@@ -33,40 +33,13 @@ DAY = 86_400
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Layout:
-    """A storage root with a dev issuer."""
-    places = Layout(str(tmp_path_factory.mktemp("root")))
-    ensure_issuer(places)
-    return places
-
-
-@pytest.fixture(scope="module")
-def verifier(places: Layout) -> TokenVerifier:
-    return TokenVerifier.of(places)
-
-
-@pytest.fixture(scope="module")
-def kid(places: Layout) -> str:
-    jwks = json.loads((Path(places.keys) / "jwks.json").read_text())
-    return str(jwks["keys"][0]["kid"])
-
-
-@pytest.fixture(scope="module")
 def sign(places: Layout, kid: str) -> Sign:
     """Sign arbitrary claims with the issuer's real key."""
     key = ECKey.import_key((Path(places.keys) / "issuer.pem").read_bytes())
 
     def signed(*, drop: str | None = None, header: dict[str, Any] | None = None, **changes: Any) -> str:
-        claims: dict[str, Any] = {
-            "iss": "falaj-dev",
-            "aud": "falaj",
-            "sub": "alice",
-            "role": "service",
-            "purpose": "testing",
-            "nbf": NOW - 5,
-            "exp": NOW + DAY,
-        }
-        claims |= changes
+        claims: dict[str, Any] = {"iss": "falaj-dev", "aud": "falaj", "sub": "alice", "role": "service"}
+        claims |= {"purpose": "testing", "nbf": NOW - 5, "exp": NOW + DAY} | changes
         claims.pop(drop, None)
         protected = {"alg": "ES256", "kid": kid, "typ": "JWT"} | (header or {})
         return sealed(key, json.dumps(protected), json.dumps(claims))
@@ -74,27 +47,28 @@ def sign(places: Layout, kid: str) -> Sign:
     return signed
 
 
+def encoded(part: bytes) -> str:
+    """Return a part of a JWT."""
+    return base64.urlsafe_b64encode(part).decode().rstrip("=")
+
+
 def sealed(key: ECKey, header: str, claims: str) -> str:
-    """Return a token with any text as header and claims, and a valid ES256 signature. joserfc would refuse to write
-    it."""
-    parts = [base64.urlsafe_b64encode(part.encode()).decode().rstrip("=") for part in (header, claims)]
+    """Return a token with any text as header and claims, and a valid ES256 signature. joserfc refuses to write it."""
+    parts = [encoded(header.encode()), encoded(claims.encode())]
     r, s = decode_dss_signature(
         key.private_key.sign(".".join(parts).encode(), ec.ECDSA(hashes.SHA256()))  # type: ignore[union-attr]
     )
-    signature = r.to_bytes(32, "big") + s.to_bytes(32, "big")
-    return ".".join([*parts, base64.urlsafe_b64encode(signature).decode().rstrip("=")])
+    return ".".join([*parts, encoded(r.to_bytes(32, "big") + s.to_bytes(32, "big"))])
 
 
-def unsigned(*parts: str) -> str:
-    """Return a token with these texts as header and claims, and an invalid signature."""
-    return ".".join(
-        [*(base64.urlsafe_b64encode(part.encode()).decode().rstrip("=") for part in parts), "c2ln"]
-    )
+def unsigned(header: str, claims: str) -> str:
+    """Return a token with any text as header and claims, and an invalid signature."""
+    return f"{encoded(header.encode())}.{encoded(claims.encode())}.c2ln"
 
 
-def encoded(value: dict[str, Any]) -> str:
-    """Return a part of a JWT."""
-    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+def in_json(**value: Any) -> str:
+    """Return a part of a JWT with these fields."""
+    return encoded(json.dumps(value).encode())
 
 
 @pytest.mark.parametrize("role", list(Role))
@@ -116,43 +90,22 @@ def test_minted_token_has_the_claims_that_the_edge_reads(places: Layout, kid: st
     assert claims["exp"] - claims["iat"] == 900
 
 
-def test_unchanged_signed_token_is_valid(sign: Sign, verifier: TokenVerifier) -> None:
-    """The helper `sign` gives a valid token, so the refusals below have the tested reason."""
-    assert verifier.verify(sign()).subject == "alice"
-
-
 @pytest.mark.parametrize(
     "changes",
     [
-        *(
-            {"exp": value}
-            for value in (NOW - 60, "never", str(NOW + DAY), True, None, [NOW + DAY], -1, -(10**400))
-        ),
+        *({"exp": value} for value in (NOW - 60, "never", str(NOW + DAY), True, None, [NOW + DAY])),
+        *({"exp": value} for value in (-1, -(10**400))),
         *({"exp": value} for value in (10**400, 1e308, NOW + 366 * DAY, float("inf"), float("nan"))),
         *({"nbf": value} for value in (NOW + DAY, str(NOW - 5), False, float("nan"))),
         *({"iat": value} for value in (NOW + DAY, "yesterday")),
         {"jti": 7},
-        {"iss": "somebody"},
-        {"aud": "another"},
-        {"aud": ["another"]},
-        {"aud": []},
-        {"aud": ["falaj", 1]},
-        {"aud": {"falaj": True}},
-        {"iss": ["falaj-dev"]},
-        {"sub": ""},
-        {"sub": 7},
-        {"sub": ["alice"]},
-        {"sub": "a" * 300},
-        {"sub": "alice\nrefused: bob"},
-        {"sub": "\u202eecila"},
-        {"purpose": None},
-        {"purpose": ["credit"]},
-        {"tenant": None},
-        {"tenant": {"default": 1}},
-        *(
-            {"role": value}
-            for value in ("king", None, ["service"], ["service", "admin"], {"role": "admin"}, "Admin", "")
-        ),
+        *({"iss": value} for value in ("somebody", ["falaj-dev"])),
+        *({"aud": value} for value in ("another", ["another"], [], ["falaj", 1], {"falaj": True})),
+        *({"sub": value} for value in ("", 7, ["alice"], "a" * 300, "alice\nrefused: bob", "\u202eecila")),
+        *({"purpose": value} for value in (None, ["credit"])),
+        *({"tenant": value} for value in (None, {"default": 1})),
+        *({"role": value} for value in ("king", "Admin", "", None, ["service"], ["service", "admin"])),
+        {"role": {"role": "admin"}},
         *({"drop": name} for name in ("exp", "iss", "aud", "sub", "role")),
     ],
     ids=",".join,
@@ -169,7 +122,7 @@ def test_unsigned_token_is_refused(sign: Sign, verifier: TokenVerifier, kid: str
     """`alg: none` is refused, with and without a signature."""
     _, claims, signature = sign().split(".")
     for name in ("none", "None", "NONE"):
-        header = encoded({"alg": name, "kid": kid})
+        header = in_json(alg=name, kid=kid)
         for tail in ("", signature):
             with pytest.raises(Unauthenticated):
                 verifier.verify(f"{header}.{claims}.{tail}")
@@ -180,10 +133,10 @@ def test_public_key_is_not_accepted_as_an_hmac_secret(
 ) -> None:
     """An HS256 token keyed with the public key's PEM is refused (algorithm confusion)."""
     public = (Path(places.keys) / "issuer.pub.pem").read_bytes()
-    message = f"{encoded({'alg': 'HS256', 'kid': kid})}.{sign().split('.')[1]}"
+    message = f"{in_json(alg='HS256', kid=kid)}.{sign().split('.')[1]}"
     digest = hmac.new(public, message.encode(), hashlib.sha256).digest()
     with pytest.raises(Unauthenticated):
-        verifier.verify(f"{message}.{base64.urlsafe_b64encode(digest).decode().rstrip('=')}")
+        verifier.verify(f"{message}.{encoded(digest)}")
 
 
 def test_key_in_the_token_is_not_used(verifier: TokenVerifier, kid: str) -> None:
@@ -204,40 +157,17 @@ def test_key_in_the_token_is_not_used(verifier: TokenVerifier, kid: str) -> None
 @pytest.mark.parametrize(
     "header",
     [
-        {"kid": "../../../../dev/null"},
-        {"kid": ".."},
-        {"kid": "x' UNION SELECT 'secret"},
-        {"kid": "/etc/passwd"},
-        {"kid": "file:///dev/null"},
-        {"kid": ""},
-        {"kid": "a" * 300},
-        {"kid": "\u0000"},
-        {"kid": None},
-        {"kid": 7},
-        {"kid": ["k"]},
+        *({"kid": value} for value in ("../../../../dev/null", "..", "/etc/passwd", "file:///dev/null")),
+        *({"kid": value} for value in ("x' UNION SELECT 'secret", "", "a" * 300, "\u0000", None, 7, ["k"])),
         {"jku": "https://evil.example/jwks.json"},
         {"x5u": "https://evil.example/chain.pem"},
         {"x5c": ["MIIB"]},
         {"jwk": {"kty": "EC"}},
-        {"crit": ["exp"], "exp": NOW + DAY},
-        {"crit": ["falaj"], "falaj": "x"},
-        {"crit": []},
-        {"crit": "b64"},
-        {"b64": False, "crit": ["b64"]},
-        {"zip": "DEF"},
-        {"enc": "A256GCM"},
-        {"cty": "JWT"},
-        {"typ": "falaj-intent+jwt"},
-        {"typ": "dpop+jwt"},
-        {"typ": 7},
-        {"alg": "none"},
-        {"alg": "nOnE"},
-        {"alg": "es256"},
-        {"alg": "ES384"},
-        {"alg": "HS256"},
-        {"alg": "RS256"},
-        {"alg": ["ES256"]},
-        {"alg": None},
+        *({"crit": ["exp"], "exp": NOW + DAY}, {"crit": ["falaj"], "falaj": "x"}, {"crit": []}),
+        *({"crit": "b64"}, {"b64": False, "crit": ["b64"]}),
+        *({"zip": "DEF"}, {"enc": "A256GCM"}, {"cty": "JWT"}),
+        *({"typ": value} for value in ("falaj-intent+jwt", "dpop+jwt", 7)),
+        *({"alg": value} for value in ("none", "nOnE", "es256", "ES384", "HS256", "RS256", ["ES256"], None)),
         {"extra": "a" * 600},
     ],
     ids=",".join,
@@ -285,16 +215,12 @@ def test_ambiguous_json_is_refused(places: Layout, kid: str, tail: str) -> None:
         patient.verify(sealed(key, twice, head + '"role": "service"}'))
 
 
-NOT_TEXT_OF_THREE_PARTS = [None, b"a.b.c", 7, [], "é.é.é", "\ud800.a.b", "", ".", "..", "...", "a.b.c.d.e"]
-WRONG_HEADERS = ["[]", "{}", '{"alg":1}', '{"alg":["ES256"]}', "null", "{"]
-
-
 @pytest.mark.parametrize(
     "value",
     [
-        *NOT_TEXT_OF_THREE_PARTS,
+        *(None, b"a.b.c", 7, [], "é.é.é", "\ud800.a.b", "", ".", "..", "...", "a.b.c.d.e"),
         unsigned("null", "null"),
-        *(unsigned(header, "{}") for header in WRONG_HEADERS),
+        *(unsigned(header, "{}") for header in ("[]", "{}", '{"alg":1}', '{"alg":["ES256"]}', "null", "{")),
     ],
 )
 def test_malformed_token_is_unauthenticated(verifier: TokenVerifier, value: Any) -> None:
@@ -371,9 +297,9 @@ def test_only_public_key_algorithms_can_be_configured() -> None:
 def test_changed_claims_break_the_signature(sign: Sign, verifier: TokenVerifier) -> None:
     """A changed role needs a new signature."""
     header, _, signature = sign().split(".")
-    claims = {"iss": "falaj-dev", "aud": "falaj", "sub": "alice", "role": "admin", "exp": NOW + DAY}
+    claims = in_json(iss="falaj-dev", aud="falaj", sub="alice", role="admin", exp=NOW + DAY)
     with pytest.raises(Unauthenticated):
-        verifier.verify(f"{header}.{encoded(claims)}.{signature}")
+        verifier.verify(f"{header}.{claims}.{signature}")
 
 
 def test_oversized_token_is_refused_before_decoding(verifier: TokenVerifier) -> None:
