@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from cluster.security.keys.client import BrokerKeyStore, is_broker_alive
 from cluster.security.keys.gate import Denial
 from cluster.security.keys.metrics import BrokerMetrics
 from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyStoreUnavailable
+from tests.processes.other_user import NOBODY, needs_root, start_as_nobody
 from tests.servers.key_broker_world import INFO, NAME, SECRET, Failing, World, answers, framed, until
 
 
@@ -59,37 +60,27 @@ def test_token_of_root_is_sent_only_to_the_cluster_user_and_root(
     """Root may use a cluster of another user, as its record names it."""
     monkeypatch.setattr(client_module.os, "geteuid", lambda: 0)
     with world.serving():
-        for peer, owner, accepted in (
-            (1000, 1000, True),
-            (4242, 1000, False),
-            (4242, None, False),
-            (0, 1000, True),
-        ):
+        for peer, owner in ((1000, 1000), (4242, 1000), (4242, None), (0, 1000)):
             monkeypatch.setattr(client_module, "peer_uid", lambda connection, peer=peer: peer)
             client = BrokerKeyStore(world.path, lambda: "admin/all", owner=owner)
-            if accepted:
+            if peer != 4242:
                 assert client.names() == world.ring.names()
             else:
                 with pytest.raises(KeyStoreUnavailable, match=r"user 4242.*no token was sent"):
                     client.names()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@needs_root
 def test_real_socket_of_another_user_gets_no_token(tmp_path: Path) -> None:
     """The socket is in the place of the broker's. The client connects and sends nothing."""
-    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
-    if python is None:
-        pytest.skip("no python3 that every user may run")
     code = (
         "import socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); print(flush=True); "
         "print(s.accept()[0].recv(9999), flush=True)"
     )
     with tempfile.TemporaryDirectory(prefix="fk-") as folder:
-        os.chown(folder, 65534, 65534)
+        os.chown(folder, NOBODY, NOBODY)
         path = Path(folder) / "broker.sock"
-        with subprocess.Popen(
-            [python, "-c", code, str(path)], user=65534, stdout=subprocess.PIPE, text=True, cwd="/"
-        ) as listener:
+        with start_as_nobody(code, str(path)) as listener:
             assert listener.stdout is not None
             listener.stdout.readline()
             with pytest.raises(KeyStoreUnavailable, match=r"user 65534.*no token was sent"):
@@ -121,12 +112,8 @@ def test_requests_are_counted_by_operation_and_result(world: World) -> None:
         for sample in metric.samples
         if sample.name == "falaj_broker_requests_total"
     }
-    assert counted == {
-        ("names", "ok"): 1,
-        ("names", "refused"): 1,
-        ("info", "failed"): 1,
-        ("other", "failed"): 1,
-    }
+    expected = [("names", "ok"), ("names", "refused"), ("info", "failed"), ("other", "failed")]
+    assert counted == dict.fromkeys(expected, 1)
     assert registry.get_sample_value("falaj_broker_request_seconds_count", {"operation": "names"}) == 2
 
 
@@ -211,30 +198,19 @@ def test_only_the_same_user_and_root_may_connect() -> None:
     assert [peer_allowed(uid, own=0) for uid in (0, 1000)] == [True, False]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@needs_root
 def test_another_user_is_refused_although_the_socket_is_open(world: World) -> None:
     """The denial names the user's number."""
     code = (
         "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); "
         "print(s.recv(9999)[4:].decode())"
     )
-    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
-    if python is None:
-        pytest.skip("no python3 that every user may run")
     with world.serving():
         world.path.parent.chmod(0o711)
         world.path.chmod(0o666)
-        done = subprocess.run(
-            [python, "-c", code, str(world.path)],
-            user=65534,
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-            cwd="/",
-        )
+        answer, _ = start_as_nobody(code, str(world.path)).communicate(timeout=20)
         world.path.parent.chmod(0o700)
-    assert json.loads(done.stdout)["error"] == "AccessDenied"
+    assert json.loads(answer)["error"] == "AccessDenied"
     assert world.denials == [
         Denial(principal=None, operation="connect", name="", reason="it comes from user 65534")
     ]
@@ -259,25 +235,18 @@ def client_unwrap(path: Path, text: str) -> bytes:
 
 def test_many_clients_are_served_at_once(world: World) -> None:
     """Each gets its own secrets back."""
-    wrong: list[object] = []
 
     def work(number: int, client: BrokerKeyStore) -> None:
         for turn in range(20):
             secret = bytes([number, turn]) * 16
-            if client.unwrap(NAME, client.wrap(NAME, secret)) != secret:
-                wrong.append((number, turn))
+            assert client.unwrap(NAME, client.wrap(NAME, secret)) == secret
 
     with world.serving():
         shared = world.client()
-        threads = [
-            threading.Thread(target=work, args=(number, shared if number % 2 else world.client()))
-            for number in range(12)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert wrong == []
+        with ThreadPoolExecutor(12) as threads:
+            list(
+                threads.map(lambda number: work(number, shared if number % 2 else world.client()), range(12))
+            )
 
 
 def test_broker_imports_no_ray() -> None:

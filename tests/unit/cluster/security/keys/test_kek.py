@@ -11,24 +11,8 @@ from cluster.errors import ConfigError
 from cluster.security.keys.kek import Derivation, create_kek_file, kek_from_file, kek_from_passphrase
 from cluster.security.keys.keyring import RING_NAME, Keyring, open_with_passphrase
 from cluster.security.keys.ringfile import derivation_of
-from cluster.security.keys.store import KeyEncryptionKeyWrong, KeyFileRefused, KeyInfo
-
-KEK = bytes(range(32))
-
-
-NAME = "features/income/personal"
-
-
-INFO = KeyInfo(name=NAME, column_class="personal", purposes=("credit_scoring",))
-
-
-@pytest.fixture
-def ring(tmp_path: Path) -> Keyring:
-    """A keyring with one key of two versions."""
-    ring = Keyring.create(tmp_path / RING_NAME, KEK)
-    ring.ensure(INFO)
-    ring.rotate(NAME)
-    return ring
+from cluster.security.keys.store import KeyEncryptionKeyWrong, KeyFileRefused
+from tests.servers.key_broker_world import INFO, NAME
 
 
 def test_only_its_passphrase_opens_a_keyring(tmp_path: Path) -> None:

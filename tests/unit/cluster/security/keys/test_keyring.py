@@ -36,13 +36,11 @@ from cluster.security.keys.store import (
     WrappedKeyInvalid,
     canonical,
 )
+from tests.servers.key_broker_world import INFO, NAME, SECRET
 
 KEK = bytes(range(32))
 KILLS = int(os.environ.get("FALAJ_KILLS", "3"))
 """Kills per crash test; `make chaos` uses more."""
-NAME = "features/income/personal"
-INFO = KeyInfo(name=NAME, column_class="personal", purposes=("credit_scoring",))
-SECRET = b"a data key of thirty-two bytes.."
 
 ROTATE = """
 import sys
@@ -73,15 +71,6 @@ for number in range(60):
 """
 
 
-@pytest.fixture
-def ring(tmp_path: Path) -> Keyring:
-    """A keyring with one key of two versions."""
-    ring = Keyring.create(tmp_path / RING_NAME, KEK)
-    ring.ensure(INFO)
-    ring.rotate(NAME)
-    return ring
-
-
 def script(code: str, *arguments: object) -> subprocess.Popen[str]:
     """Start a Python process."""
     return subprocess.Popen(
@@ -101,7 +90,7 @@ def killed_at_random(code: str, folder: Path) -> list[str]:
     threading.Event().wait(random.random() * 0.03)
     process.kill()
     rest, _ = process.communicate()
-    return [first.strip(), *(line for line in rest.split("\n")[:-1])]
+    return [first.strip(), *rest.split("\n")[:-1]]
 
 
 def test_kill_during_rotation_loses_nothing(tmp_path: Path) -> None:
@@ -129,12 +118,8 @@ def test_kill_during_kek_rotation_is_completed_or_undone(tmp_path: Path) -> None
         killed_at_random(ROTATE_KEK, tmp_path)
         assert open_local(tmp_path).unwrap(NAME, text) == SECRET
     rotate_local_kek(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "kek",
-        "kek.lock",
-        "keyring.json",
-        "keyring.json.lock",
-    }
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"kek", "kek.lock", "keyring.json", "keyring.json.lock"}
 
 
 @pytest.mark.parametrize("reached_the_ring", [False, True])
@@ -188,14 +173,8 @@ def test_every_truncation_is_reported_as_damage(ring: Keyring, tmp_path: Path) -
     """Also an empty file and a file with extra bytes."""
     path = tmp_path / RING_NAME
     intact = path.read_bytes()
-    for raw in (
-        *(intact[:size] for size in range(len(intact))),
-        intact + b" ",
-        intact * 2,
-        b"[]",
-        b"null",
-        b"[" * 100_000,
-    ):
+    truncated = [intact[:size] for size in range(len(intact))]
+    for raw in (*truncated, intact + b" ", intact * 2, b"[]", b"null", b"[" * 100_000):
         path.write_bytes(raw)
         with pytest.raises(KeyringDamaged):
             Keyring(path, KEK)
@@ -311,11 +290,8 @@ def test_kek_rotation_keeps_every_secret_and_tombstone(ring: Keyring, tmp_path: 
     """The old key opens nothing, and its holders get KeyEncryptionKeyWrong."""
     ring.ensure(KeyInfo(name="gone"))
     ring.revoke("gone")
-    text, bystander, new = (
-        ring.wrap(NAME, SECRET),
-        Keyring(tmp_path / RING_NAME, KEK),
-        secrets.token_bytes(32),
-    )
+    text, bystander = ring.wrap(NAME, SECRET), Keyring(tmp_path / RING_NAME, KEK)
+    new = secrets.token_bytes(32)
     before = (tmp_path / RING_NAME).read_bytes()
     with pytest.raises(KeyEncryptionKeyWrong):
         ring.rotate_kek(bytes(32), new)

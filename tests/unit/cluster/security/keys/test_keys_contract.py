@@ -10,20 +10,16 @@ import base64
 import os
 import secrets
 import tempfile
-import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import hvac
 import pytest
 
 from cluster.errors import InvalidRequest, RefusedError
-from cluster.security.keys.broker import Broker
-from cluster.security.keys.client import BrokerKeyStore
-from cluster.security.keys.gate import Gate, Operation
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import (
     MAX_SECRET_BYTES,
@@ -35,60 +31,13 @@ from cluster.security.keys.store import (
     WrappedKeyInvalid,
 )
 from cluster.security.keys.vault import VaultKeyStore
+from tests.servers.key_broker_world import World
 from tests.servers.vault_double import VaultDouble
+from tests.servers.vault_double import store as vault_store
 
 INCOME = KeyInfo(name="features/income/personal", column_class="personal", purposes=("credit_scoring",))
 HEALTH = KeyInfo(name="features/health/sensitive", column_class="sensitive", region="eu", tenant="north")
 SECRET = bytes(range(32))
-
-
-@dataclass(frozen=True)
-class Anyone:
-    """A principal that may do everything."""
-
-    subject: str = "anyone"
-
-
-@dataclass(frozen=True)
-class Yes:
-    """A decision that permits."""
-
-    allowed: bool = True
-    policies: tuple[str, ...] = ()
-
-
-def permit(principal: Anyone, operation: Operation, info: KeyInfo) -> Yes:
-    return Yes()
-
-
-@contextmanager
-def served(store: KeyStore) -> Iterator[BrokerKeyStore]:
-    """Yield a client of a broker that permits everything, over a store."""
-    with tempfile.TemporaryDirectory(prefix="fk-") as folder:
-        path = Path(folder) / "keys.sock"
-        gate = Gate(store, verify=lambda token: Anyone(), decide=permit, audit=lambda denial: None)
-        broker = Broker(gate, path)
-        stopped = threading.Event()
-        thread = threading.Thread(target=broker.run, args=(stopped,))
-        thread.start()
-        try:
-            wait_for(path)
-            client = BrokerKeyStore(path, lambda: "token")
-            yield client
-            client.close()
-        finally:
-            stopped.set()
-            thread.join()
-
-
-def wait_for(path: Path) -> None:
-    """Wait until a broker listens."""
-    pause = threading.Event()
-    for _ in range(500):
-        if path.is_socket():
-            return
-        pause.wait(0.01)
-    raise AssertionError(f"no socket at {path}")
 
 
 def real_vault() -> VaultKeyStore:
@@ -106,16 +55,31 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KeyStore]:
             case "keyring":
                 yield Keyring.create(tmp_path / "keyring.json", secrets.token_bytes(32))
             case "broker":
-                keyring = Keyring.create(tmp_path / "keyring.json", secrets.token_bytes(32))
-                yield stack.enter_context(served(keyring))
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fk-")))
+                world = World(
+                    folder / "k.sock", Keyring.create(folder / "keyring.json", secrets.token_bytes(32))
+                )
+                stack.enter_context(world.serving())
+                yield stack.enter_context(closing(world.client()))
             case "vault_double":
-                double = stack.enter_context(VaultDouble())
-                yield VaultKeyStore(hvac.Client(url=double.address, token=double.root_token))
+                yield vault_store(stack.enter_context(VaultDouble()))
             case _:
                 vault = real_vault()
                 yield vault
                 for name in vault.names():
                     vault.revoke(name)
+
+
+def uses(store: KeyStore, name: str, text: str) -> list[Callable[[], object]]:
+    """Return every call that needs the key `name`."""
+    return [
+        lambda: store.info(name),
+        lambda: store.wrap(name, SECRET),
+        lambda: store.unwrap(name, text),
+        lambda: store.rewrap(name, text),
+        lambda: store.rotate(name),
+        lambda: store.revoke(name),
+    ]
 
 
 def test_unwrap_returns_the_wrapped_secret(store: KeyStore) -> None:
@@ -143,7 +107,8 @@ def test_secrets_of_every_allowed_size_can_be_wrapped(store: KeyStore) -> None:
 
 
 def test_info_returns_the_description(store: KeyStore) -> None:
-    """The description is returned unchanged."""
+    """The description is returned unchanged. The list of names is empty before the first key."""
+    assert store.names() == []
     store.ensure(INCOME)
     store.ensure(HEALTH)
     assert store.info(INCOME.name) == INCOME
@@ -171,22 +136,10 @@ def test_missing_key_is_not_found_and_not_created(store: KeyStore) -> None:
     """Only `ensure` creates keys."""
     store.ensure(HEALTH)
     text = store.wrap(HEALTH.name, SECRET)
-    for call in (
-        lambda: store.info(INCOME.name),
-        lambda: store.wrap(INCOME.name, SECRET),
-        lambda: store.unwrap(INCOME.name, text),
-        lambda: store.rewrap(INCOME.name, text),
-        lambda: store.rotate(INCOME.name),
-        lambda: store.revoke(INCOME.name),
-    ):
+    for call in uses(store, INCOME.name, text):
         with pytest.raises(KeyNotFound, match=INCOME.name):
             call()
     assert store.names() == [HEALTH.name]
-
-
-def test_empty_store_has_no_names(store: KeyStore) -> None:
-    """The list is empty before the first key."""
-    assert store.names() == []
 
 
 def test_wrapped_secret_is_bound_to_its_name(store: KeyStore) -> None:
@@ -220,20 +173,10 @@ def test_truncation_and_other_spellings_are_refused(store: KeyStore) -> None:
     text = store.wrap(INCOME.name, SECRET)
     scheme, _, sealed = text.split(":")
     others = [text[:size] for size in range(len(text))]
-    others += [
-        f"{text} ",
-        f" {text}",
-        f"{text}\n",
-        f"{text}=",
-        f"{text}AAAA",
-        text.upper(),
-        f"{text}\0",
-        "ü" * 90,
-    ]
-    others += [
-        f"{scheme}:{version}:{sealed}"
-        for version in ("v0", "v01", "v2", "v-1", "v+1", "v 1", "1", "v" + "9" * 30)
-    ]
+    others += [f"{text}{tail}" for tail in (" ", "\n", "=", "AAAA", "\0")]
+    others += [f" {text}", text.upper(), "ü" * 90]
+    versions = ("v0", "v01", "v2", "v-1", "v+1", "v 1", "1", "v" + "9" * 30)
+    others += [f"{scheme}:{version}:{sealed}" for version in versions]
     others += [f"other:v1:{sealed}", f"{scheme}:v1:", f"{scheme}:v1:{sealed[:-1]}", sealed]
     for other in others:
         with pytest.raises(WrappedKeyInvalid):
@@ -268,15 +211,7 @@ def test_revoked_key_is_lost(store: KeyStore) -> None:
     text, other = store.wrap(INCOME.name, SECRET), store.wrap(HEALTH.name, SECRET)
     store.rotate(INCOME.name)
     store.revoke(INCOME.name)
-    for call in (
-        lambda: store.ensure(INCOME),
-        lambda: store.info(INCOME.name),
-        lambda: store.wrap(INCOME.name, SECRET),
-        lambda: store.unwrap(INCOME.name, text),
-        lambda: store.rewrap(INCOME.name, text),
-        lambda: store.rotate(INCOME.name),
-        lambda: store.revoke(INCOME.name),
-    ):
+    for call in (lambda: store.ensure(INCOME), *uses(store, INCOME.name, text)):
         with pytest.raises(KeyRevoked, match=INCOME.name):
             call()
     assert store.names() == [HEALTH.name]
@@ -285,34 +220,10 @@ def test_revoked_key_is_lost(store: KeyStore) -> None:
 
 def test_invalid_names_are_refused(store: KeyStore) -> None:
     """All stores give the same error, without a request to Vault."""
-    parts = [
-        "",
-        "/",
-        "a/",
-        "/a",
-        "a//b",
-        "a/../b",
-        "..",
-        ".a",
-        "a.",
-        "-a",
-        "a-",
-        "a b",
-        "a\n",
-        "a\0b",
-        "naïve/x",
-        "a/ü",
-    ]
-    for name in (*parts, "a:b", "a%2fb", "a\\b", "a" * 201, "\ud800"):
-        for call in (
-            lambda name=name: KeyInfo(name=name),
-            lambda name=name: store.info(name),
-            lambda name=name: store.wrap(name, SECRET),
-            lambda name=name: store.unwrap(name, "kr:v1:AAAA"),
-            lambda name=name: store.rewrap(name, "kr:v1:AAAA"),
-            lambda name=name: store.rotate(name),
-            lambda name=name: store.revoke(name),
-        ):
+    names = ["", "/", "a/", "/a", "a//b", "a/../b", "..", ".a", "a.", "-a", "a-", "a b", "a\n", "a\0b"]
+    names += ["naïve/x", "a/ü", "a:b", "a%2fb", "a\\b", "a" * 201, "\ud800"]
+    for name in names:
+        for call in (lambda name=name: KeyInfo(name=name), *uses(store, name, "kr:v1:AAAA")):
             with pytest.raises(KeyNameInvalid, match="A name is a path such as"):
                 call()
 
@@ -331,7 +242,7 @@ def test_similar_names_are_different_keys(store: KeyStore) -> None:
         "a.b/c",
         "a/b/c",
         "a_b",
-        "models/credit-scorer.v2",
+        "models/credit.v2",
     ]
     for name in names:
         store.ensure(KeyInfo(name=name))
@@ -369,11 +280,8 @@ def test_store_is_thread_safe(store: KeyStore) -> None:
             versions.append(store.rotate(INCOME.name))
             texts.append(store.wrap(INCOME.name, SECRET))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: work(), range(4)))
     assert max(versions) == 13
     assert len(texts) == 24
     assert {store.unwrap(INCOME.name, text) for text in texts} == {SECRET}

@@ -5,11 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import threading
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import hvac
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -17,7 +15,7 @@ from joserfc import jwt
 from joserfc.jwk import ECKey
 
 from cluster.errors import ConfigError, InvalidRequest, Unauthenticated
-from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyStoreUnavailable
+from cluster.security.keys.store import KeyNotFound, KeyStoreUnavailable
 from cluster.security.keys.vault import VaultKeyStore
 from cluster.security.keys.vault_session import (
     AppRole,
@@ -29,31 +27,10 @@ from cluster.security.keys.vault_session import (
     read_secret,
     renew,
 )
+from tests.servers.key_broker_world import INFO, NAME, SECRET, until
 from tests.servers.vault_double import VaultDouble
 
-NAME = "features/income/personal"
-
-
-INFO = KeyInfo(name=NAME, column_class="personal", purposes=("credit_scoring",))
-
-
-SECRET = b"a data key of thirty-two bytes.."
-
-
 ROLE = AppRole(role_id="falaj", secret_id=lambda: "canary-secret-id")
-
-
-@pytest.fixture
-def double() -> Iterator[VaultDouble]:
-    """A Vault double with an AppRole."""
-    with VaultDouble() as double:
-        double.state.approles["falaj"] = "canary-secret-id"
-        yield double
-
-
-def store(double: VaultDouble, **token: object) -> VaultKeyStore:
-    text = double.token(**token) if token else double.root_token  # type: ignore[arg-type]
-    return VaultKeyStore(hvac.Client(url=double.address, token=text, timeout=5))
 
 
 def signed(key: ECKey, **claims: object) -> str:
@@ -169,20 +146,12 @@ def test_login_survives_an_outage(double: VaultDouble, monkeypatch: pytest.Monke
     renewal = threading.Thread(target=lambda: keep_renewed(client, ROLE, stopped=stopped))
     renewal.start()
     before = len(double.state.requests)
-    wait_until(lambda: len(double.state.requests) > before + 2)
+    until(lambda: len(double.state.requests) > before + 2)
     double.state.sealed = False
-    wait_until(lambda: client.token != expired)
+    until(lambda: client.token != expired)
     stopped.set()
     renewal.join(10)
     assert not renewal.is_alive()
-
-
-def wait_until(condition: object) -> None:
-    """Poll a condition with a deadline."""
-    deadline, pause = time.monotonic() + 10, threading.Event()
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        pause.wait(0.01)
 
 
 def test_secret_is_read_from_kv(double: VaultDouble) -> None:
@@ -198,22 +167,16 @@ def test_certificate_is_issued_with_its_key(double: VaultDouble) -> None:
     """The authority signs it for the requested names and addresses, and the key fits."""
     double.state.pki_roles["edge"] = ("edge.falaj",)
     client = login(double.address, ROLE)
-    issued = issue_certificate(
-        client,
-        role="edge",
-        common_name="edge.falaj",
-        alt_names=("localhost",),
-        ip_addresses=("127.0.0.1",),
-        ttl_s=3600,
-    )
+    names = {"common_name": "edge.falaj", "alt_names": ("localhost",), "ip_addresses": ("127.0.0.1",)}
+    issued = issue_certificate(client, role="edge", ttl_s=3600, **names)  # type: ignore[arg-type]
     certificate = x509.load_pem_x509_certificate(issued.certificate.encode())
     authority = x509.load_pem_x509_certificate(issued.ca_chain[0].encode())
     certificate.verify_directly_issued_by(authority)
     key = serialization.load_pem_private_key(issued.private_key.encode(), password=None)
     assert key.public_key() == certificate.public_key()
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert names.get_values_for_type(x509.DNSName) == ["edge.falaj", "localhost"]
-    assert [str(each) for each in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
+    alternatives = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert alternatives.get_values_for_type(x509.DNSName) == ["edge.falaj", "localhost"]
+    assert [str(each) for each in alternatives.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
     assert issued.expires_at == certificate.not_valid_after_utc
     assert issued.expires_at - dt.datetime.now(dt.UTC) < dt.timedelta(hours=1)
     assert "PRIVATE" not in repr(issued)
