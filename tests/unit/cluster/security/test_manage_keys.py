@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +16,13 @@ from cluster.security.acting import Actor, create_actor
 from cluster.security.keys import keyring, ringfile
 from cluster.security.keys.kek import kek_from_file
 from cluster.security.keys.keyring import KEK_NAME, open_local, rotate_local_kek
-from cluster.security.keys.store import KeyInfo, KeyRevoked
+from cluster.security.keys.store import KeyRevoked
 from cluster.security.manage_keys import ENTRYPOINT, KeyAction, ManageKeysConfig, revoke, rotate_kek
 from cluster.security.tokens.issuer import ensure_issuer
-from cluster.session import ClusterRecord
 from cluster.settings import IdentityConfig, SecretsConfig, StorageConfig
 from cluster.storage import Layout
-
-INFO = KeyInfo(name="features/income/personal", column_class="personal", purposes=("credit",))
+from tests.servers.key_broker_world import INFO
+from tests.servers.replica import record
 
 
 @pytest.fixture
@@ -40,13 +38,7 @@ def config(tmp_path: Path, *, role: str = "admin", **settings: Any) -> ManageKey
 
 
 def actor(tmp_path: Path, ledger: Ledger, *, role: str = "admin") -> Actor:
-    required: dict[str, Any] = {
-        field.name: "" for field in dataclasses.fields(ClusterRecord) if field.default is dataclasses.MISSING
-    }
-    record = ClusterRecord(
-        **required | {"storage_root": str(tmp_path), "ports": {}, "pids": {}, "tls": False}
-    )
-    return create_actor(config(tmp_path, role=role), record, ledger, entrypoint=ENTRYPOINT)
+    return create_actor(config(tmp_path, role=role), record(tmp_path, "", 1), ledger, entrypoint=ENTRYPOINT)
 
 
 def test_running_broker_follows_a_kek_rotation(tmp_path: Path, ledger: Ledger) -> None:

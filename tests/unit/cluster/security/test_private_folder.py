@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,27 +16,14 @@ from cluster.security.private_folder import (
     find_exposure,
     remove_access_of_others,
 )
-
-NOBODY = 65534
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+from tests.processes.other_user import NOBODY, needs_root, start_as_nobody
 
 
-def as_nobody(code: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code as another user of this machine."""
-    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
-    if python is None:
-        pytest.skip("no python3 that every user may run")
-    return subprocess.run(
-        [python, "-c", code, *words],
-        user=NOBODY,
-        group=NOBODY,
-        extra_groups=[],
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-        cwd="/",
-    )
+def as_nobody(code: str, *words: str) -> tuple[int, str]:
+    """Run Python code as another user of this machine; return its exit code and errors."""
+    process = start_as_nobody(code, *words)
+    _, errors = process.communicate(timeout=20)
+    return process.returncode, errors
 
 
 def test_folder_and_parents_are_created_private(tmp_path: Path) -> None:
@@ -63,7 +49,7 @@ def test_folder_that_others_can_enter_is_refused(tmp_path: Path, mode: int) -> N
     assert ensure_private_folder(folder) == folder
 
 
-@as_root
+@needs_root
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("/tmp")])
 def test_folder_of_another_user_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
     """Another user may guess the name and create the folder first."""
@@ -86,20 +72,20 @@ def test_writable_parent_is_refused_unless_it_is_sticky(tmp_path: Path) -> None:
     assert ensure_private_folder(parent / "keys") == parent / "keys"
 
 
-@as_root
+@needs_root
 def test_another_user_cannot_replace_the_folder(tmp_path: Path) -> None:
     """A real second user tries to rename it. In a writable parent, that succeeds."""
     runtime = Path("/tmp") / f"falaj-test-{os.getpid()}"
     code = "import os, sys; os.rename(sys.argv[1], sys.argv[1] + '-old'); os.mkdir(sys.argv[1])"
     try:
         keys = ensure_private_folder(runtime / "keys")
-        refused = as_nobody(code, str(keys))
-        assert refused.returncode != 0
-        assert "PermissionError" in refused.stderr
+        exit_code, errors = as_nobody(code, str(keys))
+        assert exit_code != 0
+        assert "PermissionError" in errors
         assert keys.stat().st_uid == 0
         assert (find_exposure(runtime), find_exposed_parent(keys)) == (None, None)
         runtime.chmod(0o777)
-        assert as_nobody(code, str(keys)).returncode == 0
+        assert as_nobody(code, str(keys)) == (0, "")
         assert find_exposed_parent(keys) is not None
     finally:
         shutil.rmtree(runtime)

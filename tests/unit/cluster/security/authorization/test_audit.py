@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -49,18 +49,9 @@ def test_denial_is_recorded_with_all_details() -> None:
     for at in (10.0, 10.0, 11.0):
         decisions.record_decision(who(), Action.deploy, MODEL, DENIED, at=at)
     assert len(records) == 3
-    assert records[0] == AccessDecided(
-        allowed=False,
-        role="admin",
-        purpose="credit",
-        tenant="north",
-        entrypoint="",
-        action="deploy",
-        kind="model",
-        resource="loan",
-        column_class="internal",
-        policies=["four-eyes"],
-    )
+    who_and_why = {"role": "admin", "purpose": "credit", "tenant": "north", "entrypoint": ""}
+    what = {"action": "deploy", "kind": "model", "resource": "loan", "column_class": "internal"}
+    assert records[0] == AccessDecided(allowed=False, policies=["four-eyes"], **who_and_why, **what)
     assert records.actors == ["alice"] * 3
 
 
@@ -74,17 +65,11 @@ def test_repeated_denials_are_counted() -> None:
     assert [type(record) for record in records] == [AccessDecided] * MAX_EVENTS_PER_RESOURCE
     decisions.record_decision(who(), Action.deploy, replace(MODEL, name="other"), DENIED, at=59.0)
     decisions.record_decision(who(), Action.deploy, MODEL, DENIED, at=60.0)
-    assert [type(record) for record in records[MAX_EVENTS_PER_RESOURCE:]] == [
-        AccessDecided,
-        DenialsCounted,
-        AccessDecided,
-    ]
+    later = [type(record) for record in records[MAX_EVENTS_PER_RESOURCE:]]
+    assert later == [AccessDecided, DenialsCounted, AccessDecided]
+    first = MAX_EVENTS_PER_RESOURCE
     assert records[-2] == DenialsCounted(
-        tenant="north",
-        action="deploy",
-        count=50 - MAX_EVENTS_PER_RESOURCE,
-        first_at=float(MAX_EVENTS_PER_RESOURCE),
-        last_at=49.0,
+        tenant="north", action="deploy", count=50 - first, first_at=float(first), last_at=49.0
     )
     assert set(records.actors) == {"alice"}
 
@@ -225,11 +210,8 @@ def test_counts_are_thread_safe() -> None:
         for _ in range(2000):
             decisions.count_unauthenticated("expired", at=1.0)
 
-    threads = [threading.Thread(target=many) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: many(), range(4)))
     decisions.flush()
     assert records == [StrangersRefused(reason="expired", count=8000, first_at=1.0, last_at=1.0)]
 

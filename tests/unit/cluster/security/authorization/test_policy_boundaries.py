@@ -12,23 +12,9 @@ from cluster.security.authorization import policy as policy_module
 from cluster.security.authorization.policy import NOT_EVALUATED, Action, Policy, Resource
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.roles import Role
+from tests.samples.principals import columns, who
 
 RELEASES = {Action.approve_model, Action.deploy, Action.rollout}
-
-
-@pytest.fixture(scope="module")
-def policy() -> Policy:
-    return Policy.load()
-
-
-def who(role: Role, purpose: str = "", *, subject: str = "alice", tenant: str = "default") -> Principal:
-    return Principal(subject=subject, role=role, purpose=purpose, expires_at=0, tenant=tenant)
-
-
-def columns(column_class: str = "public", purposes: tuple[str, ...] = (), **changes: str) -> Resource:
-    return Resource(
-        kind="feature view", name="income", column_class=column_class, purposes=purposes, **changes
-    )
 
 
 @pytest.mark.parametrize(
@@ -85,9 +71,8 @@ def test_registrant_may_not_release_the_model_in_production(
 
 def test_model_without_registrant_is_not_released_in_production(policy: Policy) -> None:
     """Without a registrant, the four-eyes rule cannot be checked."""
-    decision = policy.decide(
-        who(Role.approver), Action.deploy, Resource(kind="model", name="m"), environment="production"
-    )
+    model = Resource(kind="model", name="m")
+    decision = policy.decide(who(Role.approver), Action.deploy, model, environment="production")
     assert (decision.allowed, decision.policies) == (False, ("registrant-unknown",))
 
 
@@ -108,10 +93,8 @@ def test_registrant_may_roll_back_in_production(policy: Policy) -> None:
 
 def test_ml_engineer_deploys_only_outside_production(policy: Policy) -> None:
     """Also a model of another principal."""
-    model, bob = (
-        Resource(kind="model", name="loan", registered_by="alice"),
-        who(Role.ml_engineer, subject="bob"),
-    )
+    model = Resource(kind="model", name="loan", registered_by="alice")
+    bob = who(Role.ml_engineer, subject="bob")
     assert policy.decide(bob, Action.deploy, model, environment="staging").allowed
     assert not policy.decide(bob, Action.deploy, model, environment="production").allowed
     assert policy.decide(bob, Action.rollout, model, environment="production").allowed
@@ -145,9 +128,8 @@ def test_special_characters_in_a_subject_have_no_effect(policy: Policy, name: st
     model = Resource(kind="model", name=name, registered_by=name)
     decision = policy.decide(who(Role.approver, subject=name), Action.deploy, model, environment="production")
     assert decision.policies == ("four-eyes",)
-    assert policy.decide(
-        who(Role.approver, subject="b"), Action.deploy, model, environment="production"
-    ).allowed
+    other = who(Role.approver, subject="b")
+    assert policy.decide(other, Action.deploy, model, environment="production").allowed
 
 
 @pytest.mark.parametrize(
