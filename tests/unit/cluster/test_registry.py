@@ -36,14 +36,10 @@ def register(registry: Registry, tmp_path: Path, *, content: str = "{}", **chang
     (source / "model.json").write_text(content)
     (source / "model.txt").write_text("tree")
     lineage = Lineage(training_set_hash="abc", table_versions={"person": 3}, seed=7)
-    details = {
-        "name": "m",
-        "family": "lightgbm",
-        "task": "binary",
-        "lineage": lineage,
-        "metrics": {"auc": 0.9},
-    }
-    return registry.register(source, store=keys(tmp_path), actor="user:a", **details | changes)
+    details: dict[str, Any] = {"name": "m", "family": "lightgbm", "task": "binary", "lineage": lineage}
+    return registry.register(
+        source, store=keys(tmp_path), actor="user:a", **details | {"metrics": {"auc": 0.9}} | changes
+    )
 
 
 def test_versions_are_numbered_and_keep_their_lineage(registry: Registry, tmp_path: Path) -> None:

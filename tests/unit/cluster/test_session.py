@@ -39,14 +39,13 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 def record(root: Path, port: int) -> ClusterRecord:
     """Return the record of a cluster whose project is `root`."""
-    own = {"storage_root": str(root / ".falaj"), "token_path": str(root / ".falaj" / "keys" / "ray_token")}
-    return replace(
-        replica.record(root, "", port),
-        cluster_id="abc",
-        temp_dir="/tmp/falaj-abc",
-        ports={"gcs": port},
-        **own,
-    )
+    home = root / ".falaj"
+    places = {
+        "storage_root": str(home),
+        "token_path": str(home / "keys" / "ray_token"),
+        "temp_dir": "/tmp/falaj-abc",
+    }
+    return replace(replica.record(root, "", port), cluster_id="abc", ports={"gcs": port}, **places)
 
 
 def test_missing_record_error_says_how_to_start_a_cluster() -> None:

@@ -57,7 +57,6 @@ def sleeper() -> Iterator[psutil.Process]:
 
 
 def test_state_follows_the_kernel(sleeper: psutil.Process) -> None:
-    """A process can be running, stopped or dead."""
     assert state_of(sleeper) is State.running
     sleeper.suspend()
     while state_of(sleeper) is State.running:

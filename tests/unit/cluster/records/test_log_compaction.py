@@ -218,7 +218,6 @@ def test_last_received_outcome_counts_whatever_is_compacted(
 def test_of_two_outcomes_received_at_the_same_time_the_last_written_counts(
     outcomes: Path, keyring: Keyring
 ) -> None:
-    """Before and after compaction."""
     post(outcomes, keyring, outcome(1, "no"), outcome(1, "yes"))
     for _ in range(2):
         assert read_outcomes(outcomes, keyring)["outcome"].to_list() == ["yes"]

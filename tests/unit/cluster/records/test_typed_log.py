@@ -109,17 +109,9 @@ def test_invalid_and_unknown_outcomes_are_counted_and_change_no_others(
     log: Path, outcomes: Path, keyring: Keyring, compacted: bool
 ) -> None:
     write(log, keyring, answer(1, 1, 2), answer(2, 3), answer(3, 4), answer(4, 5))
-    posted = [
-        outcome(1, True),
-        outcome(1, 0, row=1),
-        outcome(77, "true"),
-        outcome(1, True, row=5),
-        outcome(2, "maybe"),
-        outcome(3, "maybe"),
-        outcome(3, False, received_at=LATER),
-        outcome(4, True),
-        outcome(4, "maybe", received_at=LATER),
-    ]
+    posted = [outcome(1, True), outcome(1, 0, row=1), outcome(77, "true"), outcome(1, True, row=5)]
+    posted += [outcome(2, "maybe"), outcome(3, "maybe"), outcome(3, False, LATER)]
+    posted += [outcome(4, True), outcome(4, "maybe", LATER)]
     write(outcomes, keyring, *posted, compacted=compacted)
     matched = match_outcomes(
         read_predictions(log, keyring), iter_outcomes(outcomes, keyring), {1: OutcomeParser(FLAGS)}

@@ -99,16 +99,8 @@ def test_a_tampered_model_is_refused_before_it_is_parsed(tmp_path: Path) -> None
     build(tmp_path / "m", model_signature, objective)
     registry = Registry(Ledger(f"sqlite:///{tmp_path}/ledger.db"), Layout(str(tmp_path)))
     keyring = Keyring.create(tmp_path / "keyring.json", b"k" * 32)
-    version = registry.register(
-        tmp_path / "m",
-        name="m",
-        family="f",
-        task="binary",
-        lineage=Lineage(training_set_hash=""),
-        metrics={},
-        store=keyring,
-        actor="a",
-    )
+    details: dict[str, Any] = {"family": "f", "task": "binary", "lineage": Lineage(training_set_hash="")}
+    version = registry.register(tmp_path / "m", name="m", metrics={}, store=keyring, actor="a", **details)
     assert load_model(version, keyring).signature == model_signature
     (Path(version.uri) / "model.txt").write_text("not a tree at all")
     with pytest.raises(ArtifactTampered, match=r"model\.txt"):
@@ -189,11 +181,8 @@ def test_list_input_becomes_columns_of_the_matrix(tmp_path: Path) -> None:
     """From lists, NumPy arrays and Arrow. A missing list is all NaN."""
     emb = InputSpec(name="emb", dtype="float", length=2)
     model_signature = ModelSignature(task=Task.regression, inputs=(emb, SEX, AGE), label="y")
-    assert (
-        model_signature.width,
-        model_signature.categorical,
-        parse_signature(model_signature.to_json()),
-    ) == (4, [2], model_signature)
+    assert (model_signature.width, model_signature.categorical) == (4, [2])
+    assert parse_signature(model_signature.to_json()) == model_signature
     expected = np.array([[0.5, 1.5, 1, 3], [np.nan, np.nan, 0, np.nan]], np.float32)
     rest = {"sex": ["m", "f"], "age": [3.0, None]}
     for lists in ([[0.5, 1.5], None], [np.array([0.5, 1.5], np.float32), None]):

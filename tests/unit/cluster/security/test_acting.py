@@ -6,6 +6,7 @@ import dataclasses
 import io
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cluster.errors import AccessDenied, ConfigError, Unauthenticated
 from cluster.ledger import Ledger
 from cluster.ledger.events import AccessDecided, StrangersRefused
 from cluster.security import acting
-from cluster.security.acting import check_reader, create_actor
+from cluster.security.acting import Actor, check_reader, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store
 from cluster.security.tokens.intent import FILE_VARIABLE, mint_intent, write_intent
@@ -33,6 +34,7 @@ from tests.servers.vault_double import VaultDouble
 
 JOB = "feature_jobs.ingest"
 VIEW = Resource(kind="feature view", name="income")
+Act = Callable[..., Actor]
 
 
 @pytest.fixture
@@ -55,30 +57,34 @@ def config(places: Layout, **identity: Any) -> PlatformConfig:
     return PlatformConfig(storage=StorageConfig(root=places.root), identity=IdentityConfig(**identity))
 
 
+@pytest.fixture
+def act(places: Layout, ledger: Ledger) -> Act:
+    """Return a function that creates the actor of a job with this configured identity."""
+    return lambda **identity: create_actor(config(places, **identity), record(places), ledger, entrypoint=JOB)
+
+
 def as_alice(places: Layout, tmp_path: Path, *, role: Role, purpose: str = "") -> str:
     path = tmp_path / "alice.jwt"
     write_intent(path, mint_token(places, subject="alice", role=role, purpose=purpose))
     return str(path)
 
 
-def test_without_a_token_the_local_user_acts(places: Layout, ledger: Ledger) -> None:
+def test_without_a_token_the_local_user_acts(act: Act) -> None:
     """With the configured role and purpose, for this entrypoint only."""
-    actor = create_actor(
-        config(places, role="data_engineer", purpose="care"), record(places), ledger, entrypoint=JOB
-    )
+    actor = act(role="data_engineer", purpose="care")
     assert actor.name.startswith("user:")
     assert (actor.principal.role, actor.principal.purpose) == (Role.data_engineer, "care")
     assert actor.principal.entrypoint == JOB
     actor.check(Action.write_features, VIEW)
 
 
-def test_access_token_is_exchanged_for_an_intent(places: Layout, ledger: Ledger, tmp_path: Path) -> None:
+def test_access_token_is_exchanged_for_an_intent(act: Act, places: Layout, tmp_path: Path) -> None:
     """With the same subject, role, purpose and tenant. The intent is in a private file, and workers get its path.
 
     A token file that others can read is refused.
     """
     token_file = as_alice(places, tmp_path, role=Role.data_engineer)
-    actor = create_actor(config(places, token_file=token_file), record(places), ledger, entrypoint=JOB)
+    actor = act(token_file=token_file)
     assert (actor.name, actor.principal.entrypoint) == ("alice", JOB)
     intent_path = Path(actor.access.token.file or "")
     assert intent_path.stat().st_mode & 0o777 == 0o600
@@ -87,11 +93,11 @@ def test_access_token_is_exchanged_for_an_intent(places: Layout, ledger: Ledger,
     assert dataclasses.asdict(actor.access)["entrypoint"] == JOB, "plain data"
     Path(token_file).chmod(0o644)
     with pytest.raises(ConfigError, match="0600"):
-        create_actor(config(places, token_file=token_file), record(places), ledger, entrypoint=JOB)
+        act(token_file=token_file)
 
 
 def test_intent_is_used_unchanged_for_its_entrypoint(
-    places: Layout, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    act: Act, places: Layout, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if the environment names it. An intent for another job is refused and counted."""
     token = mint_token(places, subject="alice", role=Role.data_engineer, purpose="")
@@ -99,7 +105,7 @@ def test_intent_is_used_unchanged_for_its_entrypoint(
     path = tmp_path / "intent.jwt"
     write_intent(path, mint_intent(places, alice, entrypoint=JOB))
     monkeypatch.setenv(FILE_VARIABLE, str(path))
-    assert create_actor(config(places), record(places), ledger, entrypoint=JOB).access.token.file == str(path)
+    assert act().access.token.file == str(path)
     with pytest.raises(Unauthenticated, match=r"not for 'feature_jobs\.apply'"):
         create_actor(config(places), record(places), ledger, entrypoint="feature_jobs.apply")
     (counted,) = ledger.entries(StrangersRefused)
@@ -114,20 +120,18 @@ def test_intent_is_used_unchanged_for_its_entrypoint(
         ({"token_file": "/nowhere.jwt"}, "/nowhere.jwt"),
     ],
 )
-def test_invalid_identity_setting_is_refused(
-    places: Layout, ledger: Ledger, identity: dict[str, str], match: str
-) -> None:
+def test_invalid_identity_setting_is_refused(act: Act, identity: dict[str, str], match: str) -> None:
     """The message names the setting."""
     with pytest.raises(ConfigError, match=match):
-        create_actor(config(places, **identity), record(places), ledger, entrypoint=JOB)
+        act(**identity)
 
 
 def test_denial_is_an_event_with_principal_resource_and_policy(
-    places: Layout, ledger: Ledger, tmp_path: Path
+    act: Act, places: Layout, ledger: Ledger, tmp_path: Path
 ) -> None:
     """The check stops at the first denied resource."""
     token_file = as_alice(places, tmp_path, role=Role.data_scientist)
-    actor = create_actor(config(places, token_file=token_file), record(places), ledger, entrypoint=JOB)
+    actor = act(token_file=token_file)
     sensitive = Resource(kind="feature view", name="illness", column_class="sensitive", purposes=("care",))
     with pytest.raises(AccessDenied, match="purpose-not-listed"):
         actor.check(Action.build_training_set, VIEW, sensitive, VIEW)
@@ -177,7 +181,6 @@ def test_command_line_cannot_weaken_a_production_cluster(
 
 
 def test_stricter_environment_may_be_requested(places: Layout, ledger: Ledger) -> None:
-    """A command may be stricter than its cluster."""
     strict = config(places, environment="production")
     assert create_actor(
         strict, record(places, policy_environment="local"), ledger, entrypoint=JOB
@@ -205,7 +208,7 @@ def test_contradiction_of_the_cluster_is_refused(
         create_actor(elsewhere, production, ledger, entrypoint=JOB)
 
 
-def test_oidc_issuer_of_the_cluster_is_not_bypassed(places: Layout, ledger: Ledger, tmp_path: Path) -> None:
+def test_oidc_issuer_of_the_cluster_is_not_bypassed(places: Layout, ledger: Ledger) -> None:
     """The dev issuer's key may be left from an earlier use of the folder. Its tokens are refused."""
     issuer = dataclasses.asdict(IssuerConfig(url="https://127.0.0.1:1"))
     with pytest.raises(ConfigError, match="A job needs an intent of https://127"):
@@ -223,33 +226,30 @@ def test_enterprise_tier_never_accepts_the_dev_issuer(places: Layout, ledger: Le
         create_actor(job_config, cluster_record, ledger, entrypoint=JOB)
 
 
-def test_intent_is_renewed_while_the_job_lives(
-    places: Layout, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_intent_is_renewed_while_the_job_lives(act: Act, monkeypatch: pytest.MonkeyPatch) -> None:
     """A training of a day can still register its model."""
     monkeypatch.setattr(acting, "RENEW_S", 0.01)
-    actor = create_actor(config(places), record(places), ledger, entrypoint=JOB)
+    actor = act()
     path = Path(actor.access.token.file or "")
     first = path.read_text()
     until(lambda: path.read_text() != first)
 
 
-def test_expired_intent_of_a_killed_job_is_removed(places: Layout, ledger: Ledger) -> None:
-    """The next job removes it."""
+def test_expired_intent_of_a_killed_job_is_removed(act: Act, places: Layout) -> None:
     folder = Path(places.keys) / "intents"
     folder.mkdir(mode=0o700)
     old, fresh = folder / "old.jwt", folder / "fresh.jwt"
     for path in (old, fresh):
         path.write_text("left")
     os.utime(old, (0, 0))
-    create_actor(config(places), record(places), ledger, entrypoint=JOB)
+    act()
     assert (old.exists(), fresh.exists()) == (False, True)
 
 
-def test_worker_verifies_the_intent(places: Layout, ledger: Ledger) -> None:
+def test_worker_verifies_the_intent(act: Act) -> None:
     """Before it requests a key."""
     with running_broker() as broker:
-        actor = create_actor(config(places), record(places), ledger, entrypoint=JOB)
+        actor = act()
         access = dataclasses.replace(actor.access, socket=broker.socket)
         key_store(access)
         with pytest.raises(Unauthenticated, match=r"not for 'jobs\.train'"):

@@ -107,7 +107,6 @@ def test_only_a_key_manager_revokes_a_key(tmp_path: Path, ledger: Ledger) -> Non
     [({}, "name of a key"), ({"key": "k"}, "confirm=k"), ({"key": "k", "confirm": "other"}, "confirm=k")],
 )
 def test_revocation_needs_a_confirmation(tmp_path: Path, settings: dict[str, str], match: str) -> None:
-    """A revocation cannot be undone."""
     with pytest.raises(ValueError, match=match):
         config(tmp_path, action=KeyAction.revoke, **settings)
 

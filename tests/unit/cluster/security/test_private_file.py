@@ -17,9 +17,7 @@ from cluster.security.tokens.source import TokenSource
     [
         (0o600, 1000, 1000, True),
         (0o400, 1000, 1000, True),
-        (0o640, 1000, 1000, False),
-        (0o660, 1000, 1000, False),
-        (0o604, 1000, 1000, False),
+        *((mode, 1000, 1000, False) for mode in (0o640, 0o660, 0o604)),
         (0o600, 1001, 1000, False),
         (0o440, 0, 1000, True),
         (0o460, 0, 1000, False),

@@ -48,17 +48,12 @@ def zipped(folder: Path) -> None:
         archive.writestr("inner", filler())
 
 
-def gzipped(folder: Path) -> None:
-    """Write two gzip members, as appending does."""
-    (folder / "a").write_bytes(gzip.compress(b"first") + gzip.compress(filler().encode()))
+def packed(name: str, pack: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "a").write_bytes(pack(filler().encode()))
 
-
-def xz(folder: Path) -> None:
-    (folder / "a").write_bytes(lzma.compress(filler().encode()))
-
-
-def bzip2(folder: Path) -> None:
-    (folder / "a").write_bytes(bz2.compress(filler().encode()))
+    write.__name__ = name
+    return write
 
 
 def zstd(folder: Path) -> None:
@@ -102,14 +97,12 @@ def store(folder: Path) -> None:
 
 
 PACKED = [
-    zipped,
-    gzipped,
-    xz,
-    bzip2,
-    zstd,
+    *(zipped, zstd, nested, arrow),
+    packed(
+        "gzip", lambda data: gzip.compress(b"first") + gzip.compress(data)
+    ),  # two members, as appending does
+    *(packed("xz", lzma.compress), packed("bzip2", bz2.compress)),
     *map(parquet, ("snappy", "gzip", "zstd", "brotli")),
-    nested,
-    arrow,
 ]
 
 

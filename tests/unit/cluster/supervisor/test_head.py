@@ -89,7 +89,6 @@ def test_daemon_does_not_start_from_a_folder_open_to_others(
 
 
 def test_restore_is_due_until_marked_as_restored(cluster: ClusterRecord) -> None:
-    """The marker file decides."""
     assert not head.restore_is_due(cluster)
     (Path(cluster.runtime_folder) / "restore-due").touch()
     assert head.restore_is_due(cluster)

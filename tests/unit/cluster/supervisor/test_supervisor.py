@@ -50,10 +50,8 @@ class FakeMachine:
     actions: list[str] = field(default_factory=list)
 
     def find(self) -> dict[Part, psutil.Process]:
-        return cast(
-            dict[Part, psutil.Process],
-            {part: process for part, process in self.parts.items() if process.is_running()},
-        )
+        found: dict[Part, Any] = {part: one for part, one in self.parts.items() if one.is_running()}
+        return found
 
     def answers(self, part: Part) -> bool:
         return part not in self.silent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -38,14 +39,19 @@ class Records(list[LedgerEvent]):
         self.actors.append(actor)
 
 
+def recorder(**settings: Any) -> tuple[Records, DecisionRecorder]:
+    """Return a recorder with these settings, and what it records."""
+    records = Records()
+    return records, DecisionRecorder(records.write, **settings)
+
+
 def who(subject: str = "alice") -> Principal:
     return Principal(subject=subject, role=Role.admin, purpose="credit", expires_at=0, tenant="north")
 
 
 def test_denial_is_recorded_with_all_details() -> None:
     """The event contains principal, action, resource and policies."""
-    records = Records()
-    decisions = DecisionRecorder(records.write, permit_rate=0.0)
+    records, decisions = recorder(permit_rate=0.0)
     for at in (10.0, 10.0, 11.0):
         decisions.record_decision(who(), Action.deploy, MODEL, DENIED, at=at)
     assert len(records) == 3
@@ -58,8 +64,7 @@ def test_denial_is_recorded_with_all_details() -> None:
 def test_repeated_denials_are_counted() -> None:
     """The count is recorded when the window ends. The next window starts with single events again, and other resources
     have their own limit."""
-    records = Records()
-    decisions = DecisionRecorder(records.write, window_s=60)
+    records, decisions = recorder(window_s=60)
     for at in range(50):
         decisions.record_decision(who(), Action.deploy, MODEL, DENIED, at=float(at))
     assert [type(record) for record in records] == [AccessDecided] * MAX_EVENTS_PER_RESOURCE
@@ -77,8 +82,7 @@ def test_repeated_denials_are_counted() -> None:
 @pytest.mark.parametrize(("subjects", "each"), [(1, 500), (3, 200), (MAX_TRACKED + 10, 1)])
 def test_many_denials_give_few_events_and_a_full_count(subjects: int, each: int) -> None:
     """Holds for many principals and for many resource names."""
-    records = Records()
-    decisions = DecisionRecorder(records.write)
+    records, decisions = recorder()
     for number in range(each):
         for subject in range(subjects):
             resource = replace(MODEL, name=f"m{number}")
@@ -92,8 +96,7 @@ def test_many_denials_give_few_events_and_a_full_count(subjects: int, each: int)
 
 def test_unauthenticated_requests_are_counted_per_window_and_reason() -> None:
     """The counts are recorded when the window ends."""
-    records = Records()
-    decisions = DecisionRecorder(records.write, window_s=60)
+    records, decisions = recorder(window_s=60)
     for at in (0.0, 30.0, 59.0):
         decisions.count_unauthenticated("expired", at=at)
     decisions.count_unauthenticated("no token", at=31.0)
@@ -112,8 +115,7 @@ def test_unauthenticated_requests_are_counted_per_window_and_reason() -> None:
 
 def test_decision_of_a_known_principal_also_ends_a_window() -> None:
     """Its event follows the counts of the previous window."""
-    records = Records()
-    decisions = DecisionRecorder(records.write, permit_rate=0.0)
+    records, decisions = recorder(permit_rate=0.0)
     decisions.count_unauthenticated("expired", at=1.0)
     decisions.record_decision(who(), Action.predict, MODEL, ALLOWED, at=61.0)
     assert [type(record) for record in records] == [StrangersRefused]
@@ -127,8 +129,7 @@ def test_unauthenticated_count_is_complete_and_memory_is_bounded(
     requests: list[tuple[str, float]], max_reasons: int
 ) -> None:
     """Holds for any number of reasons and any order of times."""
-    records = Records()
-    decisions = DecisionRecorder(records.write, max_reasons=max_reasons, window_s=50)
+    records, decisions = recorder(max_reasons=max_reasons, window_s=50)
     for reason, at in requests:
         before = len(records)
         decisions.count_unauthenticated(reason, at=at)
@@ -141,8 +142,7 @@ def test_unauthenticated_count_is_complete_and_memory_is_bounded(
 
 def test_many_unauthenticated_reasons_give_few_events() -> None:
     """20,000 requests with different reasons."""
-    records = Records()
-    decisions = DecisionRecorder(records.write, max_reasons=8)
+    records, decisions = recorder(max_reasons=8)
     for number in range(20_000):
         decisions.count_unauthenticated(f"reason {number}", at=number / 200)
     decisions.flush()
@@ -156,8 +156,7 @@ def test_sample_of_permissions_is_reproducible() -> None:
     subjects = [f"user {number}" for number in range(2000)]
     samples = []
     for _ in range(2):
-        records = Records()
-        decisions = DecisionRecorder(records.write, permit_rate=0.1)
+        records, decisions = recorder(permit_rate=0.1)
         for subject in subjects * 2:
             decisions.record_decision(who(subject), Action.predict, MODEL, ALLOWED, at=120.0)
         samples.append(records.actors)
@@ -173,8 +172,7 @@ def test_sample_of_permissions_is_reproducible() -> None:
 @pytest.mark.parametrize(("rate", "recorded"), [(0.0, 0), (1.0, 50)])
 def test_sample_rates_0_and_1_are_exact(rate: float, recorded: int) -> None:
     """Rate 0 records no permission, rate 1 records all."""
-    records = Records()
-    decisions = DecisionRecorder(records.write, permit_rate=rate)
+    records, decisions = recorder(permit_rate=rate)
     for number in range(50):
         decisions.record_decision(who(str(number)), Action.predict, MODEL, ALLOWED, at=1.0)
     assert len(records) == recorded
@@ -182,8 +180,7 @@ def test_sample_rates_0_and_1_are_exact(rate: float, recorded: int) -> None:
 
 def test_recorded_permissions_per_window_are_bounded() -> None:
     """The limit does not apply to denials."""
-    records = Records()
-    decisions = DecisionRecorder(records.write, permit_rate=1.0, max_permits=10)
+    records, decisions = recorder(permit_rate=1.0, max_permits=10)
     for number in range(50):
         decisions.record_decision(who(str(number)), Action.predict, MODEL, ALLOWED, at=1.0)
         decisions.record_decision(who(str(number)), Action.predict, MODEL, DENIED, at=1.0)
@@ -203,8 +200,7 @@ def test_error_of_append_reaches_the_caller() -> None:
 
 def test_counts_are_thread_safe() -> None:
     """A broker answers many requests at once."""
-    records = Records()
-    decisions = DecisionRecorder(records.write)
+    records, decisions = recorder()
 
     def many() -> None:
         for _ in range(2000):

@@ -86,7 +86,6 @@ def test_admin_needs_a_purpose_except_in_local(policy: Policy) -> None:
 
 
 def test_registrant_may_roll_back_in_production(policy: Policy) -> None:
-    """A rollback needs no second person."""
     model = Resource(kind="model", name="loan", registered_by="alice")
     assert policy.decide(who(Role.ml_engineer), Action.rollback, model, environment="production").allowed
 

@@ -88,36 +88,15 @@ def test_truncated_file_is_refused(keyring: Keyring) -> None:
             reopen(keyring, sealed[:length])
 
 
+HEADER = {"key": KEY, "wrapped": "x", "artifact": "models/m", "version": 1, "part": "model.onnx"}
+HEADER |= {"chunk_bytes": 64, "nonce_prefix": "00" * 7}
+CHANGES: list[dict[str, object]] = [{"chunk_bytes": value} for value in (1.5, True, 2**40, "64")]
+CHANGES += [{"nonce_prefix": 7}, {"nonce_prefix": "00"}, {"more": 1}]
+
+
 @pytest.mark.parametrize(
     "header",
-    [
-        b"[" * 60000,
-        b"[]",
-        b"\xff",
-        *(
-            json.dumps(
-                {
-                    "key": KEY,
-                    "wrapped": "x",
-                    "artifact": "models/m",
-                    "version": 1,
-                    "part": "model.onnx",
-                    "chunk_bytes": 64,
-                    "nonce_prefix": "00" * 7,
-                }
-                | change
-            ).encode()
-            for change in (
-                {"chunk_bytes": 1.5},
-                {"chunk_bytes": True},
-                {"chunk_bytes": 2**40},
-                {"chunk_bytes": "64"},
-                {"nonce_prefix": 7},
-                {"nonce_prefix": "00"},
-                {"more": 1},
-            )
-        ),
-    ],
+    [b"[" * 60000, b"[]", b"\xff", *(json.dumps(HEADER | change).encode() for change in CHANGES)],
     ids=lambda header: header[-40:].decode(errors="replace"),
 )
 def test_invalid_header_is_refused(keyring: Keyring, header: bytes) -> None:
@@ -127,27 +106,17 @@ def test_invalid_header_is_refused(keyring: Keyring, header: bytes) -> None:
         reopen(keyring, forged)
 
 
-def swapped(chunks: list[bytes]) -> list[bytes]:
-    return [chunks[1], chunks[0], *chunks[2:]]
-
-
-def repeated(chunks: list[bytes]) -> list[bytes]:
-    return [chunks[0], *chunks]
-
-
-def without_first(chunks: list[bytes]) -> list[bytes]:
-    return chunks[1:]
-
-
-def without_last(chunks: list[bytes]) -> list[bytes]:
-    return chunks[:-1]
-
-
-def with_more(chunks: list[bytes]) -> list[bytes]:
-    return [*chunks, b"more"]
-
-
-@pytest.mark.parametrize("change", [swapped, repeated, without_first, without_last, with_more])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda chunks: [chunks[1], chunks[0], *chunks[2:]],
+        lambda chunks: [chunks[0], *chunks],
+        lambda chunks: chunks[1:],
+        lambda chunks: chunks[:-1],
+        lambda chunks: [*chunks, b"more"],
+    ],
+    ids=["swapped", "repeated", "without the first", "without the last", "with more"],
+)
 def test_moved_or_missing_chunk_is_refused(
     small_chunks: None, keyring: Keyring, change: Callable[[list[bytes]], list[bytes]]
 ) -> None:

@@ -51,10 +51,8 @@ def test_key_names_can_be_read_without_a_key(keyring: Keyring, path: str) -> Non
     keys = ProtectedFiles(keyring).keys(path)
     assert keys.signed_by == INTERNAL
     assert keys.columns == {"id": PERSONAL, "name": PERSONAL, "illness": PERSONAL, "year": None}
-    assert {name: text.split(":")[1] for name, text in keys.wrapped.items()} == {
-        INTERNAL: "v1",
-        PERSONAL: "v1",
-    }
+    versions = {name: text.split(":")[1] for name, text in keys.wrapped.items()}
+    assert versions == {INTERNAL: "v1", PERSONAL: "v1"}
 
 
 def test_damaged_footer_never_passes_verification(keyring: Keyring, path: str) -> None:
@@ -64,9 +62,8 @@ def test_damaged_footer_never_passes_verification(keyring: Keyring, path: str) -
     start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     refused = 0
     for position in range(start, len(data), 5):
-        Path(path).write_bytes(
-            data[:position] + bytes([data[position] ^ 1 << position % 8]) + data[position + 1 :]
-        )
+        changed = bytes([data[position] ^ 1 << position % 8])
+        Path(path).write_bytes(data[:position] + changed + data[position + 1 :])
         try:
             files.keys(path)
         except ProtectedFileCorrupt:
@@ -93,6 +90,7 @@ def test_unencrypted_file_is_accepted_only_for_a_public_table(keyring: Keyring, 
     files = ProtectedFiles(keyring)
     files.write(table, path, public, place="open")
     assert files.read(path, protection=public).equals(table)
+    assert pq.read_table(path).equals(table), "an ordinary file"
     with pytest.raises(ProtectedFileCorrupt, match="no key"):
         files.read(path, protection=Protection(default=INTERNAL))
 
@@ -116,9 +114,7 @@ def test_pages_cannot_be_moved_between_columns_or_files(keyring: Keyring, tmp_pa
     protection = Protection(default=INTERNAL, keys=(("a", PERSONAL), ("b", PERSONAL)))
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     sizes: set[int] = set()
-    while (
-        len(sizes) != 1
-    ):  # the encoded checksum of a page takes four or five bytes, so retry until the sizes are equal
+    while len(sizes) != 1:  # an encoded checksum takes four or five bytes: retry until the sizes are equal
         for path, start in ((one, 0), (two, 2)):
             files.write(pa.table({"a": numbers(start), "b": numbers(start + 1)}), path, protection)
         target, other_column, other_file = chunk(one, files, 0), chunk(one, files, 1), chunk(two, files, 0)
@@ -143,13 +139,7 @@ FORGED = pa.table({"id": [1], "name": ["forged"], "illness": [0.1], "year": pa.a
         (Protection(default=INTERNAL, keys=(("year", None), ("name", None))), FORGED.column_names),
         (Protection(default=INTERNAL, keys=(("id", PERSONAL), ("year", INTERNAL))), ["id", "year"]),
     ],
-    ids=[
-        "in the clear",
-        "public columns only",
-        "under another key",
-        "a column in the clear",
-        "a column closed",
-    ],
+    ids=["in the clear", "public only", "under another key", "a column in the clear", "a column closed"],
 )
 def test_exchanged_file_is_refused_if_the_keys_are_expected(
     keyring: Keyring, path: str, protection: Protection | None, columns: list[str]
@@ -241,9 +231,6 @@ def test_statistics_contain_only_public_columns() -> None:
     assert statistics["numRecords"] == 3
     assert statistics["minValues"] == {"whole": -1, "real": 0.5, "word": "a", "moment": instant, "day": day}
     assert statistics["maxValues"] == {"whole": 3, "real": 1.5, "word": "ä", "moment": instant, "day": day}
-    assert {name: count for name, count in statistics["nullCount"].items() if count} == {
-        "whole": 1,
-        "real": 1,
-        "none": 3,
-    }
+    nulls = {name: count for name, count in statistics["nullCount"].items() if count}
+    assert nulls == {"whole": 1, "real": 1, "none": 3}
     assert "closed" not in statistics["nullCount"]

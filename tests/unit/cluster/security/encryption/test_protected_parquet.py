@@ -5,9 +5,10 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import duckdb
@@ -101,13 +102,25 @@ def test_file_contains_no_value_and_no_statistic_of_a_protected_column(path: str
     assert (2004).to_bytes(4, "little") in content, "the control: a public column's maximum is there"
 
 
-def test_denied_column_raises_and_others_can_be_read(keyring: Counted, path: str) -> None:
+@pytest.mark.parametrize(
+    ("withdraw", "error"),
+    [
+        (lambda keyring: keyring.denied.add(SENSITIVE), AccessDenied),
+        (lambda keyring: keyring.revoke(SENSITIVE), KeyRevoked),
+    ],
+    ids=["denied", "revoked"],
+)
+def test_column_without_its_key_raises_and_others_can_be_read(
+    keyring: Counted, path: str, withdraw: Callable[[Counted], None], error: type[Exception]
+) -> None:
     """The error is the key store's own."""
-    keyring.denied.add(SENSITIVE)
+    withdraw(keyring)
     files = ProtectedFiles(keyring)
-    with pytest.raises(AccessDenied, match=SENSITIVE):
-        files.read(path)
+    for columns in (None, ["illness"]):
+        with pytest.raises(error, match=SENSITIVE):
+            files.read(path, columns)
     assert files.read(path, ["name", "year"]).equals(TABLE.select(["name", "year"]))
+    assert files.readable_columns(path) == ["id", "name", "year", "note"]
 
 
 def test_public_columns_need_no_key(keyring: Counted, path: str) -> None:
@@ -119,16 +132,6 @@ def test_public_columns_need_no_key(keyring: Counted, path: str) -> None:
     for columns in (None, ["year", "note"], ["illness"]):
         with pytest.raises(AccessDenied):
             files.read(path, columns)
-
-
-def test_revoked_key_makes_its_columns_unreadable(keyring: Counted, path: str) -> None:
-    """The other columns can still be read."""
-    keyring.revoke(SENSITIVE)
-    files = ProtectedFiles(keyring)
-    with pytest.raises(KeyRevoked):
-        files.read(path, ["illness"])
-    assert files.read(path, ["year"]).num_rows == 500
-    assert files.readable_columns(path) == ["id", "name", "year", "note"]
 
 
 @pytest.mark.parametrize("pause_s", [0.0, 0.3], ids=["busy", "idle"])
@@ -162,22 +165,9 @@ def test_revocation_stops_writers(keyring: Counted, tmp_path: Path) -> None:
 
 
 def test_threads_share_a_reader_whose_cache_is_cleared(keyring: Counted, path: str) -> None:
-    """No thread fails."""
     files = ProtectedFiles(keyring, cache_s=0)
-    wrong: list[BaseException] = []
-
-    def read() -> None:
-        try:
-            assert all(files.read(path).equals(TABLE) for _ in range(20))
-        except BaseException as error:  # noqa: BLE001
-            wrong.append(error)
-
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(4) as threads:
+        assert all(table.equals(TABLE) for table in threads.map(files.read, [path] * 80))
 
 
 @pytest.mark.parametrize("error", [TimeoutError("late"), ConnectionResetError(104, "gone")])
@@ -204,14 +194,9 @@ def test_reprotect_uses_the_newest_key_version(keyring: Counted, path: str, tmp_
     newer = str(tmp_path / "newer.parquet")
     files.reprotect(path, newer, PROTECTION, was=PROTECTION)
     assert files.read(newer, protection=PROTECTION).equals(TABLE)
-    versions = [
-        {key: wrapped.split(":")[1] for key, wrapped in files.keys(name).wrapped.items()}
-        for name in (path, newer)
-    ]
-    assert versions == [
-        {INTERNAL: "v1", PERSONAL: "v1", SENSITIVE: "v1"},
-        {INTERNAL: "v1", PERSONAL: "v2", SENSITIVE: "v1"},
-    ]
+    for file, version in ((path, "v1"), (newer, "v2")):
+        versions = {key: wrapped.split(":")[1] for key, wrapped in files.keys(file).wrapped.items()}
+        assert versions == {INTERNAL: "v1", PERSONAL: version, SENSITIVE: "v1"}
 
 
 def test_unknown_key_writes_nothing(keyring: Counted, tmp_path: Path) -> None:
@@ -231,14 +216,6 @@ def test_key_store_is_called_once_per_key(keyring: Counted, tmp_path: Path) -> N
         reader.read(str(tmp_path / f"{number}.parquet"))
     assert set(keyring.calls.values()) == {1}
     assert len(keyring.calls) == 6
-
-
-def test_table_of_public_columns_is_an_ordinary_file(tmp_path: Path, keyring: Counted) -> None:
-    """No key is needed."""
-    protection = Protection(default="features/open/internal", keys=(("year", None),))
-    path = str(tmp_path / "open.parquet")
-    ProtectedFiles(keyring).write(TABLE.select(["year"]), path, protection)
-    assert pq.read_table(path).equals(TABLE.select(["year"]))
 
 
 def test_protection_can_be_pickled() -> None:

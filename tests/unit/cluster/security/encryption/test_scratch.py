@@ -7,8 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,8 @@ from cluster.security.scan import scan
 
 CANARY = "canary-of-a-category"
 HOLDER = f"""
-import sys; from pathlib import Path; from cluster.security.encryption.scratch import scratch
-with scratch(Path(sys.argv[1])) as folder:
+import sys; from pathlib import Path; from cluster.security.encryption.scratch import scratch_directory
+with scratch_directory(Path(sys.argv[1])) as folder:
     (folder / "model.json").write_text({CANARY!r})
     print(folder, flush=True)
     sys.stdin.read()
@@ -71,21 +71,15 @@ def test_scratch_folder_is_private_and_removed_after_an_error(tmp_path: Path) ->
 
 def test_concurrent_scratch_folders_do_not_remove_each_other(tmp_path: Path) -> None:
     """A folder is locked before other processes can see it."""
-    lost: list[Path] = []
 
     def work() -> None:
         for _ in range(20):
             with scratch_directory(tmp_path) as folder:
                 (folder / "x").write_text("x")
-                if not (folder / "x").exists():
-                    lost.append(folder)
+                assert (folder / "x").exists()
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert lost == []
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: work(), range(4)))
 
 
 def test_folder_of_an_earlier_release_is_removed_after_a_day(tmp_path: Path) -> None:
@@ -102,9 +96,7 @@ def test_memory_folder_must_be_private_and_have_room(tmp_path: Path, monkeypatch
     """Another user could have created the folder first."""
     monkeypatch.setattr(module, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(module, "MIN_FREE_BYTES", 1)
-    assert memory_folder(otherwise=tmp_path / "disk") == tmp_path / "disk", (
-        "no memory at all, if /tmp is on a disk"
-    )
+    assert memory_folder(otherwise=tmp_path / "disk") == tmp_path / "disk", "if /tmp is on a disk"
     kind = next(iter(MEMORY_FILE_SYSTEMS))
     monkeypatch.setattr(module, "find_mount", lambda folder: Mount(folder="/", device="0:1", kind=kind))
     own = tmp_path / f"falaj-{os.geteuid()}"

@@ -36,6 +36,8 @@ from cluster.storage import Layout
 from tests.servers.key_broker_world import INFO, SECRET, until
 from tests.servers.vault_double import VaultDouble
 
+ADDRESS = "secrets.vault.address=https://vault:8200"
+
 
 def chosen(root: Path, *overrides: str) -> PlatformConfig:
     """Return the configuration with these command-line overrides."""
@@ -72,11 +74,7 @@ def secret_file(tmp_path: Path) -> Path:
 def in_vault(tmp_path: Path, double: VaultDouble, secret_file: Path) -> PlatformConfig:
     """Configuration of an installation with keys in Vault."""
     config = chosen(
-        tmp_path,
-        "secrets=vault",
-        "tier=enterprise_gpu",
-        "secrets.vault.address=http://127.0.0.1:8200",
-        "secrets.vault.secret_file=/run/secret",
+        tmp_path, "secrets=vault", "tier=enterprise_gpu", ADDRESS, "secrets.vault.secret_file=/secret"
     )
     config.secrets.vault.address, config.secrets.vault.secret_file = double.address, str(secret_file)
     return config
@@ -113,19 +111,15 @@ def serving(config: PlatformConfig, stopped: threading.Event) -> Iterator[tuple[
 def test_production_tier_refuses_the_keyring_unless_acknowledged(
     tmp_path: Path, stopped: threading.Event
 ) -> None:
-    """Refused before the start, and again when the broker opens the store."""
+    """Refused before the start, and again when the broker opens the store. The small tier needs no setting."""
     config = chosen(tmp_path, "tier=enterprise_gpu")
     for check in (lambda: up.check(config), lambda: open_store(config, stopped=stopped)):
         with pytest.raises(ConfigError, match=r"secrets=vault, or secrets\.acknowledge_keyring=true"):
             check()
     assert not (tmp_path / "keys").exists()
     acknowledged = chosen(tmp_path, "tier=enterprise_gpu", "secrets.acknowledge_keyring=true")
-    assert isinstance(open_store(acknowledged, stopped=stopped), Keyring)
-
-
-def test_small_tier_uses_a_keyring_by_default(tmp_path: Path, stopped: threading.Event) -> None:
-    """No setting is needed."""
-    assert isinstance(open_store(chosen(tmp_path), stopped=stopped), Keyring)
+    for accepted in (acknowledged, chosen(tmp_path)):
+        assert isinstance(open_store(accepted, stopped=stopped), Keyring)
 
 
 def test_broker_checks_the_policies_before_it_calls_vault(
@@ -164,12 +158,9 @@ def test_broker_process_gets_the_same_choice(in_vault: PlatformConfig) -> None:
     ("overrides", "message"),
     [
         ([], "address is missing"),
-        (["secrets.vault.address=https://vault:8200"], "secret_file is missing.*AppRole's secret id"),
-        (
-            ["secrets.vault.address=https://vault:8200", "secrets.vault.auth=jwt"],
-            "secret_file is missing.*token",
-        ),
-        (["secrets.vault.address=https://vault:8200", "secrets.vault.auth=ldap"], "auth"),
+        ([ADDRESS], "secret_file is missing.*AppRole's secret id"),
+        ([ADDRESS, "secrets.vault.auth=jwt"], "secret_file is missing.*token"),
+        ([ADDRESS, "secrets.vault.auth=ldap"], "auth"),
     ],
     ids=["nothing", "no secret id", "no token", "unknown"],
 )

@@ -224,7 +224,6 @@ def test_change_with_a_correct_digest_is_refused(ring: Keyring, tmp_path: Path, 
 
 
 def test_wrong_kek_has_its_own_error(ring: Keyring, tmp_path: Path) -> None:
-    """A wrong key is distinguished from damage."""
     with pytest.raises(KeyEncryptionKeyWrong, match="another key-encryption key"):
         Keyring(tmp_path / RING_NAME, bytes(32))
     with pytest.raises(ConfigError, match="32 bytes"):

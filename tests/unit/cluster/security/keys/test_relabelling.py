@@ -95,7 +95,6 @@ def test_only_a_key_manager_may_widen_a_key(world: World) -> None:
 
 
 def test_change_that_cannot_be_recorded_is_not_made(tmp_path: Path) -> None:
-    """The key stays unchanged."""
 
     def full(*_: object) -> None:
         raise OSError("disk full")

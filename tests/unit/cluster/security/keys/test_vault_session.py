@@ -42,12 +42,8 @@ def test_every_login_method_works(double: VaultDouble, tmp_path: Path) -> None:
     key = ECKey.generate_key("P-256")
     double.state.jwt_roles |= {("jwt", "jobs"): key, ("kubernetes", "pods"): key}
     (tmp_path / "token").write_text(signed(key) + "\n")
-    ways = [
-        ROLE,
-        Jwt(role="jobs", token=lambda: signed(key)),
-        Kubernetes(role="pods", token_path=tmp_path / "token"),
-    ]
-    for auth in ways:
+    pod = Kubernetes(role="pods", token_path=tmp_path / "token")
+    for auth in (ROLE, Jwt(role="jobs", token=lambda: signed(key)), pod):
         vault = VaultKeyStore(login(double.address, auth))
         vault.ensure(INFO)
         assert vault.unwrap(NAME, vault.wrap(NAME, SECRET)) == SECRET

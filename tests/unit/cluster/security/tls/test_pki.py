@@ -50,7 +50,6 @@ def test_certificates_come_from_the_authority_of_vault(tmp_path: Path, vault: Va
 def test_certificates_are_renewed_in_their_last_third(
     tmp_path: Path, vault: VaultConfig, share: float, renewed: bool
 ) -> None:
-    """Not earlier."""
     places = Layout(str(tmp_path))
     fetch_certificates(places, vault)
     before = files(tmp_path)

@@ -52,14 +52,10 @@ def test_client_that_trusts_the_authority_connects(folder: Path, name: str) -> N
     assert connect(folder / "edge.pem", folder / "ca.pem", name) == "TLSv1.3"
 
 
-def test_another_host_name_is_refused(folder: Path) -> None:
-    """The certificate is valid for loopback only."""
+def test_another_host_name_or_authority_is_refused(folder: Path, tmp_path: Path) -> None:
+    """The certificate is valid for loopback only, and every storage root has its own authority."""
     with pytest.raises(ssl.SSLCertVerificationError, match="not valid for"):
         connect(folder / "edge.pem", folder / "ca.pem", "example.org")
-
-
-def test_another_authority_is_refused(folder: Path, tmp_path: Path) -> None:
-    """Every storage root has its own authority."""
     ensure_tls(Layout(str(tmp_path / "other")))
     with pytest.raises(ssl.SSLCertVerificationError):
         connect(folder / "edge.pem", tmp_path / "other" / "tls" / "ca.pem", "localhost")
@@ -130,7 +126,6 @@ def test_ray_variables_name_existing_files(folder: Path) -> None:
 
 @pytest.mark.parametrize(("share", "renewed"), [(0.6, False), (0.7, True)])
 def test_certificate_is_renewed_in_its_last_third(folder: Path, share: float, renewed: bool) -> None:
-    """By the same authority, and not earlier."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     later = dt.datetime.now(dt.UTC) + dt.timedelta(days=tls.LEAF_DAYS * share)
     ensure_tls(Layout(str(folder.parent)), now=later)
@@ -172,8 +167,7 @@ def test_command_shows_renews_and_issues(folder: Path, tmp_path: Path) -> None:
 
 
 def company(folder: Path) -> dict[str, bytes]:
-    """Put a company's authority and certificates into a tls folder, without the authority's key, and return the
-    files."""
+    """Put a company's authority and certificates into a tls folder, without the authority's key; return the files."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Company CA")])
     certificate = tls._builder(name, name, key.public_key(), days=30).sign(key, hashes.SHA256())

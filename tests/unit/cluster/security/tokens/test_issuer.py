@@ -164,18 +164,7 @@ def test_command_prints_or_writes_only_the_token(
     places: Layout, verifier: TokenVerifier, tmp_path: Path
 ) -> None:
     """The output file is readable for its owner only, also if an open file existed before."""
-    flags = (
-        "--root",
-        places.root,
-        "--sub",
-        "alice",
-        "--role",
-        "auditor",
-        "--purpose",
-        "audit",
-        "--ttl-s",
-        "60",
-    )
+    flags = ["--root", places.root, "--sub", "alice", "--role", "auditor", "--purpose", "audit"]
     printed = run(*flags)
     assert printed.stdout.count("\n") == 1
     assert verifier.verify(printed.stdout.strip()).role is Role.auditor

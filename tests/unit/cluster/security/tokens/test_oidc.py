@@ -116,7 +116,6 @@ def test_requests_to_a_dead_issuer_back_off(issuer: Issuer, verifier: TokenVerif
 
 
 def test_unreachable_issuer_is_unauthenticated(clock: Clock) -> None:
-    """Nothing listens on the port."""
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     url = f"http://127.0.0.1:{server.server_address[1]}"
     server.server_close()
@@ -240,7 +239,6 @@ def test_only_suitable_keys_are_used() -> None:
     [b"", b"[]", b"{}", b'{"keys": 7}', b'{"keys": "ab"}', b'{"keys": {}}', b"[" * 100_000, b"\xff\xfe"],
 )
 def test_invalid_key_set_is_refused(document: bytes) -> None:
-    """It raises ConfigError."""
     with pytest.raises(ConfigError):
         usable_keys(document, ("ES256",))
 

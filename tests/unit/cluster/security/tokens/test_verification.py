@@ -113,7 +113,6 @@ def test_minted_token_has_the_claims_that_the_edge_reads(places: Layout, kid: st
 def test_wrong_or_missing_claim_is_refused(
     sign: Sign, verifier: TokenVerifier, changes: dict[str, Any]
 ) -> None:
-    """A wrong or missing claim is refused, although the signature is valid."""
     with pytest.raises(Unauthenticated):
         verifier.verify(sign(**changes))
 
@@ -303,7 +302,6 @@ def test_changed_claims_break_the_signature(sign: Sign, verifier: TokenVerifier)
 
 
 def test_oversized_token_is_refused_before_decoding(verifier: TokenVerifier) -> None:
-    """The length is checked before the token is decoded."""
     with pytest.raises(Unauthenticated, match="longer"):
         verifier.verify("a" * (MAX_TOKEN_BYTES + 1))
 
