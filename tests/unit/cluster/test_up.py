@@ -275,8 +275,13 @@ def test_environment_has_the_clusters_own_values(
     assert environment["RAY_gcs_storage_path"] == record.gcs_dir
 
 
+def test_cluster_with_gpus_does_not_force_the_cpu(config: PlatformConfig, record: ClusterRecord) -> None:
+    config.cluster.num_gpus = 1
+    assert "DS_ACCELERATOR" not in up.environment(config, record)
+
+
 def test_repair_keeps_the_clusters_gpus(config: PlatformConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The supervisor that a repair starts inherits the repair's environment. GPUs are never switched off."""
+    """The supervisor that a repair starts inherits the repair's environment."""
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     record = up.describe(config)
     for name, value in up.environment(config, record).items():

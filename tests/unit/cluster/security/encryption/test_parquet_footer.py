@@ -84,9 +84,9 @@ def test_file_without_a_footer_is_refused(keyring: Keyring, path: str, content: 
 
 
 def test_unencrypted_file_is_accepted_only_for_a_public_table(keyring: Keyring, path: str) -> None:
-    """Every column must be named as public."""
+    """Every column must be named as public. Such a table needs no key."""
     table = TABLE.select(["year"])
-    public = Protection(default=INTERNAL, keys=(("year", None),))
+    public = Protection(default="features/without-a-key/internal", keys=(("year", None),))
     files = ProtectedFiles(keyring)
     files.write(table, path, public, place="open")
     assert files.read(path, protection=public).equals(table)
