@@ -10,7 +10,7 @@ import lightgbm
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cluster.errors import ArtifactTampered, InvalidRequest, RefusedError
@@ -124,6 +124,7 @@ VALUES = st.sampled_from([*KINDS, st.one_of(KINDS)]).flatmap(
     ),
     VALUES,
 )
+@example(SEX, ["f", None, "x"])
 def test_long_list_is_encoded_like_single_values(spec: InputSpec, values: list[Any]) -> None:
     """Errors have the same message, too."""
     encoder = Encoder(ModelSignature(task=Task.regression, inputs=(spec,), label="y"))

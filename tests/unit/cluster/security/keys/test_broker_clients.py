@@ -29,11 +29,11 @@ from tests.servers.key_broker_world import INFO, NAME, SECRET, Failing, World, a
 
 
 def test_client_survives_a_restart_of_the_broker(world: World) -> None:
-    """The client reconnects without an error for its caller. Without a broker, the error names socket and command."""
+    """The client reconnects without an error for its caller."""
     client = world.client()
     with world.serving():
         text = client.wrap(NAME, SECRET)
-    with pytest.raises(KeyStoreUnavailable, match=rf"{world.path}.*cluster\.up"):
+    with pytest.raises(KeyStoreUnavailable, match=str(world.path)):
         client.info(NAME)
     with world.serving():
         assert client.unwrap(NAME, text) == SECRET
@@ -115,6 +115,11 @@ def test_requests_are_counted_by_operation_and_result(world: World) -> None:
     expected = [("names", "ok"), ("names", "refused"), ("info", "failed"), ("other", "failed")]
     assert counted == dict.fromkeys(expected, 1)
     assert registry.get_sample_value("falaj_broker_request_seconds_count", {"operation": "names"}) == 2
+
+
+def test_missing_broker_error_names_the_socket_and_the_command(world: World) -> None:
+    with pytest.raises(KeyStoreUnavailable, match=rf"{world.path}.*cluster\.up"):
+        world.client().names()
 
 
 def test_running_request_is_answered_before_the_broker_stops(world: World) -> None:
