@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cluster.security.authorization.policy import Resource
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.roles import Role
@@ -15,7 +17,7 @@ def who(
     )
 
 
-def columns(column_class: str = "public", purposes: tuple[str, ...] = (), **changes: str) -> Resource:
+def columns(column_class: str = "public", purposes: tuple[str, ...] = (), **changes: Any) -> Resource:
     return Resource(
         kind="feature view", name="income", column_class=column_class, purposes=purposes, **changes
     )
