@@ -57,13 +57,13 @@ unit: $(STAMP)
 	@$(MAKE) --silent --jobs=4 --output-sync=target unit-features unit-serving unit-ground unit-engines
 
 unit-ground:
-	@$(UNIT) tests/unit/cluster --ignore=tests/unit/cluster/test_runtime.py
+	@$(UNIT) tests/unit/cluster --ignore=tests/unit/cluster/runtime/test_runtime.py
 
 unit-features:
 	@$(UNIT) tests/unit/feature_jobs
 
 unit-engines:
-	@$(UNIT) tests/unit/cluster/test_runtime.py tests/unit/serve_apps/predictor/test_engines.py tests/unit/jobs tests/configs
+	@$(UNIT) tests/unit/cluster/runtime/test_runtime.py tests/unit/serve_apps/predictor/test_engines.py tests/unit/jobs tests/configs
 
 unit-serving:
 	@$(UNIT) tests/unit/serve_apps --ignore=tests/unit/serve_apps/predictor/test_engines.py

@@ -8,8 +8,8 @@ from multiprocessing.context import ForkServerContext
 
 _TARGETS = (
     "tests.projects.push",
-    "tests.unit.cluster.test_ledger",
-    "tests.unit.cluster.test_compaction_kills",
+    "tests.unit.cluster.ledger.test_ledger",
+    "tests.unit.cluster.records.test_compaction_kills",
     "tests.unit.feature_jobs.online.test_materialize_kill",
 )
 """Modules whose functions such processes run."""

@@ -1,4 +1,4 @@
-"""Logs of predictions and outcomes for the tests of compaction."""
+"""Logs of predictions and outcomes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import Any
 
 from cluster.records import OutcomeRecord, PredictionRecord, SegmentWriter, read_records
 from cluster.records.compaction import compact
+from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 
 PERSONAL, SENSITIVE, OUTCOMES = "predictions/m/personal", "predictions/m/sensitive", "outcomes/m/sensitive"
 TIME = "2026-01-02T03:04:05.000006+00:00"
+LATER = "2026-01-03T00:00:00+00:00"
+FLAGS = ModelSignature(
+    task=Task.binary, inputs=(InputSpec(name="x", dtype="int64"),), label="y", classes=(False, True)
+)
 
 
 def prediction(number: int, *, version: int = 1, **changes: Any) -> PredictionRecord:
@@ -36,6 +41,16 @@ def prediction(number: int, *, version: int = 1, **changes: Any) -> PredictionRe
         given=["age"],
     )
     return dataclasses.replace(record, **changes)
+
+
+def answer(number: int, *values: Any, version: int = 1, name: str = "x", **changes: Any) -> PredictionRecord:
+    """Return a record with a row for each value of one input."""
+    rows = {
+        "entities": [{"id": row} for row in range(len(values))],
+        "features": {name: list(values)},
+        "predictions": [{"probability": 0.75, "label": True} for _ in values],
+    }
+    return prediction(number, version=version, **rows | changes)
 
 
 def outcome(number: int, value: Any, received_at: str = TIME, row: int = 0) -> OutcomeRecord:

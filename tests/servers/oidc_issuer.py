@@ -13,6 +13,8 @@ from typing import Any
 from joserfc import jwt
 from joserfc.jwk import ECKey, KeySet
 
+from cluster.errors import Unauthenticated
+
 AUDIENCE = "falaj"
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -78,3 +80,12 @@ class Issuer:
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+def refused(verifier: Any, token: str) -> bool:
+    """Return whether a verifier refuses a token."""
+    try:
+        verifier.verify(token)
+    except Unauthenticated:
+        return True
+    return False

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import hvac  # type: ignore[import-untyped]
 from cryptography import x509
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes, serialization
@@ -33,6 +34,8 @@ from cryptography.x509.oid import NameOID
 from joserfc import jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey
+
+from cluster.security.keys.vault import VaultKeyStore
 
 Data = dict[str, Any]
 _KEY_NAME = r"\w(?:[\w.-]*\w)?"  # Vault's GenericNameRegex
@@ -387,3 +390,9 @@ def _certificate(
 
 def _pem(certificate: x509.Certificate) -> str:
     return certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def store(double: VaultDouble, **token: Any) -> VaultKeyStore:
+    """Return the key store in a double, with the root token or a token with these properties."""
+    text = double.token(**token) if token else double.root_token
+    return VaultKeyStore(hvac.Client(url=double.address, token=text, timeout=5))

@@ -112,14 +112,22 @@ def test_failure_exits_with_1_and_its_traceback(program: Path) -> None:
         ("cluster.num_cpus=many", "many"),
         ("cluster.num_cpus=0", "cluster.num_cpus must be at least 1, got 0"),
         ("tier=huge", "huge"),
+        (
+            "storag.root=x",
+            "refused: No option 'storag.root'. Did you mean 'storage.root'? `--help` lists the options.\n",
+        ),
+        ("zzz=1", "refused: No option 'zzz'. `--help` lists the options.\n"),
+        (
+            "tier=smb",
+            "refused: In 'platform': Could not find 'tier/smb' Available options in 'tier': enterprise_gpu smb_cpu\n",
+        ),
     ],
 )
 def test_bad_override_exits_with_2_and_is_named(override: str, message: str) -> None:
-    """Unknown key, wrong type, out of range, unknown group: one line each."""
+    """Unknown key, wrong type, out of range, unknown group: one line each, without Hydra's advice to use `+`."""
     result = run_main(nothing, override)
-    assert result.returncode == 2
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert result.stderr.startswith("refused: ")
-    assert len(result.stderr.splitlines()) == 1
     assert message in result.stderr
 
 
@@ -138,18 +146,9 @@ def test_text_values_are_taken_literally() -> None:
 @pytest.mark.parametrize(
     "word",
     [
-        "storage.root='nan'",
-        'storage.root="a b"',
-        "storage.root=${oc.env:HOME}",
-        "storage.root=",
-        "ledger.url=null",
-        "cluster.num_cpus=2",
-        "tier=smb_cpu",
-        "online=redis",
-        "cluster.unknown=it's",
-        "~storage.root",
-        "--cfg",
-        "hydra.verbose=true",
+        *("storage.root='nan'", 'storage.root="a b"', "storage.root=${oc.env:HOME}", "storage.root="),
+        *("ledger.url=null", "cluster.num_cpus=2", "tier=smb_cpu", "online=redis", "cluster.unknown=it's"),
+        *("~storage.root", "--cfg", "hydra.verbose=true"),
     ],
 )
 def test_hydra_syntax_is_not_quoted(word: str) -> None:
@@ -158,41 +157,19 @@ def test_hydra_syntax_is_not_quoted(word: str) -> None:
     assert quote_texts(["storage.root=a,b", "-m"], PlatformConfig) == ["storage.root=a,b", "-m"]
 
 
-@pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
-def test_help_and_config_exit_with_0(flags: list[str]) -> None:
-    result = run_main(nothing, *flags)
-    assert result.returncode == 0
-    assert "storage" in result.stdout
+def test_config_is_shown_and_exits_with_0() -> None:
+    result = run_main(nothing, "--cfg", "job")
+    assert (result.returncode, "storage" in result.stdout) == (0, True)
 
 
 def test_help_starts_with_the_command_and_its_own_options() -> None:
     """The module's docstring and the commented options come before Hydra's help."""
     result = run_main(nothing, "--help")
+    assert result.returncode == 0
     assert __doc__ is not None
     assert result.stdout.startswith(__doc__)
     option = result.stdout.index("checkpoint_every: 50   # events between two signed checkpoints")
     assert option < result.stdout.index("== Config ==")
-
-
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        (
-            "storag.root=x",
-            "refused: No option 'storag.root'. Did you mean 'storage.root'? `--help` lists the options.",
-        ),
-        ("zzz=1", "refused: No option 'zzz'. `--help` lists the options."),
-        (
-            "tier=smb",
-            "refused: In 'platform': Could not find 'tier/smb' Available options in 'tier': enterprise_gpu smb_cpu",
-        ),
-    ],
-)
-def test_unknown_option_gets_a_suggestion(word: str, message: str) -> None:
-    """Hydra would advise to append the option with `+`, which would be refused too."""
-    result = run_main(nothing, word)
-    assert result.returncode == 2
-    assert result.stderr.strip() == message
 
 
 def test_shadowed_package_is_refused(program: Path) -> None:

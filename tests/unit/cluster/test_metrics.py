@@ -31,9 +31,7 @@ def _scrape_when_ready(port: int, *, until_s: float = 10.0) -> bytes:
         time.sleep(0.05)
 
 
-def test_idle_connections_are_limited_and_cut(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_idle_connections_are_limited_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any user can open them. They are few, they end soon, and then metrics can be read again."""
     monkeypatch.setattr(metrics._Handler, "timeout", 1.0)
     port, registry = free_port(), CollectorRegistry()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import http.server
 import os
-import shutil
 import socket
-import subprocess
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.port_owner import NotOurServer, listener_uid, open_own, require_own_peer
+from tests.processes.other_user import needs_root, start_as_nobody
 from tests.servers.ports import free_port
 
 LISTENER = """
@@ -45,16 +44,12 @@ def test_own_server_gets_the_request(own_port: int) -> None:
     assert send_token(own_port) == 200
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@needs_root
 def test_another_users_server_gets_no_token() -> None:
     """The connection is made, but nothing is sent. This happens when Ray's dashboard died and another user took its
     port."""
-    port, python = free_port(), shutil.which("python3", path="/usr/bin:/usr/local/bin")
-    if python is None:
-        pytest.skip("no python3 that every user may run")
-    with subprocess.Popen(
-        [python, "-c", LISTENER, str(port)], user=65534, stdout=subprocess.PIPE, text=True, cwd="/"
-    ) as other:
+    port = free_port()
+    with start_as_nobody(LISTENER, str(port)) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "listens\n"
         with pytest.raises(NotOurServer, match=r"user 65534 .*no token was sent"):

@@ -13,13 +13,9 @@ import pytest
 
 from cluster import processes
 from cluster.node.parts import Part, processes_by_part
+from tests.processes.other_user import NOBODY, needs_root
 
-NOBODY = 65534
 PROGRAM = "import sys; open('/proc/self/comm', 'w').write('gcs_server'); print(flush=True); sys.stdin.read()"
-NEEDS_ROOT = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("setpriv") is None,
-    reason="only root can become a second user, by setpriv",
-)
 
 
 @pytest.fixture
@@ -29,16 +25,15 @@ def started() -> Iterator[ExitStack]:
         yield stack
 
 
-def _start(stack: ExitStack, cluster_id: str, *, by: tuple[str, ...] = ()) -> int:
+def _start(stack: ExitStack, cluster_id: str, *, user: int | None = None) -> int:
     """Start a process with a cluster's id and a daemon's name; return its pid."""
+    python = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin") or sys.executable
     process = stack.enter_context(
         subprocess.Popen(
-            [
-                *by,
-                shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin") or sys.executable,
-                "-c",
-                PROGRAM,
-            ],
+            [python, "-c", PROGRAM],
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
             cwd="/",
             env={"PATH": os.environ["PATH"], processes.ID_VARIABLE: cluster_id},
             stdin=subprocess.PIPE,
@@ -51,19 +46,17 @@ def _start(stack: ExitStack, cluster_id: str, *, by: tuple[str, ...] = ()) -> in
     return process.pid
 
 
-@NEEDS_ROOT
+@needs_root
 def test_another_users_process_is_not_found(started: ExitStack) -> None:
     """A root supervisor would otherwise restart a daemon with another user's command line."""
     cluster_id = f"{os.getpid()}-own"
-    other = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
-    pid = _start(started, cluster_id, by=other)
+    pid = _start(started, cluster_id, user=NOBODY)
     assert processes_by_part(processes.find(cluster_id)) == {}
     assert processes.end(cluster_id) == 0
     assert [process.pid for process in processes.find(cluster_id, owner=NOBODY)] == [pid]
     own_pid = _start(started, cluster_id)
-    assert {part: process.pid for part, process in processes_by_part(processes.find(cluster_id)).items()} == {
-        Part.gcs: own_pid
-    }
+    found = processes_by_part(processes.find(cluster_id))
+    assert {part: process.pid for part, process in found.items()} == {Part.gcs: own_pid}
 
 
 def test_job_finds_its_parents_but_does_not_end_them(started: ExitStack) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,21 +29,16 @@ def keys(tmp_path: Path) -> Keyring:
     return Keyring(path, b"k" * 32) if path.exists() else Keyring.create(path, b"k" * 32)
 
 
-def register(registry: Registry, tmp_path: Path, *, name: str = "m", content: str = "{}") -> ModelVersion:
+def register(registry: Registry, tmp_path: Path, *, content: str = "{}", **changes: Any) -> ModelVersion:
+    """Register the folder `built`, with a signature and trees."""
     source = tmp_path / "built"
     source.mkdir(exist_ok=True)
     (source / "model.json").write_text(content)
     (source / "model.txt").write_text("tree")
     lineage = Lineage(training_set_hash="abc", table_versions={"person": 3}, seed=7)
+    details: dict[str, Any] = {"name": "m", "family": "lightgbm", "task": "binary", "lineage": lineage}
     return registry.register(
-        source,
-        name=name,
-        family="lightgbm",
-        task="binary",
-        lineage=lineage,
-        metrics={"auc": 0.9},
-        store=keys(tmp_path),
-        actor="user:a",
+        source, store=keys(tmp_path), actor="user:a", **details | {"metrics": {"auc": 0.9}} | changes
     )
 
 
@@ -129,20 +125,10 @@ def test_tampered_folder_is_refused_and_recorded(registry: Registry, tmp_path: P
 
 def test_pickle_is_refused(registry: Registry, tmp_path: Path) -> None:
     """It can run code."""
-    source = tmp_path / "bad"
-    source.mkdir()
-    (source / "model.pkl").write_bytes(b"")
+    (tmp_path / "built").mkdir()
+    (tmp_path / "built" / "model.pkl").write_bytes(b"")
     with pytest.raises(RefusedError, match=r"model\.pkl"):
-        registry.register(
-            source,
-            name="m",
-            family="f",
-            task="binary",
-            lineage=Lineage(training_set_hash=""),
-            metrics={},
-            store=keys(tmp_path),
-            actor="a",
-        )
+        register(registry, tmp_path)
     assert registry.names() == []
 
 
@@ -154,20 +140,8 @@ def test_folder_of_a_crashed_registration_is_skipped(registry: Registry, tmp_pat
 
 def test_warnings_and_null_metrics_are_stored_with_a_version(registry: Registry, tmp_path: Path) -> None:
     """Metrics that are not finite become null. Events of older releases have no warnings."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "model.json").write_text("{}")
-    version = registry.register(
-        folder,
-        name="m",
-        family="f",
-        task="binary",
-        lineage=Lineage(training_set_hash=""),
-        metrics={"auc": float("nan"), "bins": [{"rate": float("inf")}]},
-        warnings=["leak: input 'a'"],
-        store=keys(tmp_path),
-        actor="a",
-    )
+    metrics = {"auc": float("nan"), "bins": [{"rate": float("inf")}]}
+    version = register(registry, tmp_path, metrics=metrics, warnings=["leak: input 'a'"])
     assert version.metrics == {"auc": None, "bins": [{"rate": None}]}
     assert version.warnings == ["leak: input 'a'"]
     event = ModelRegistered(

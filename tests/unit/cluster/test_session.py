@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import socket
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +16,8 @@ from cluster import session
 from cluster.errors import ArtifactTampered, ClusterNotRunning, ConfigError, SourceError
 from cluster.session import ClusterRecord
 from cluster.settings import PlatformConfig, StorageConfig
+from tests.processes.other_user import needs_root, start_as_nobody
+from tests.servers import replica
 
 
 @pytest.fixture(autouse=True)
@@ -40,24 +39,13 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 def record(root: Path, port: int) -> ClusterRecord:
     """Return the record of a cluster whose project is `root`."""
-    return ClusterRecord(
-        cluster_id="abc",
-        project_root=str(root),
-        storage_root=str(root / ".falaj"),
-        ray_address=f"127.0.0.1:{port}",
-        dashboard_url="http://127.0.0.1:2",
-        edge_url="https://127.0.0.1:3",
-        metrics_url="http://127.0.0.1:4/metrics",
-        ray_metrics_url="http://127.0.0.1:5/metrics",
-        serve_http_url="http://127.0.0.1:6",
-        token_path=str(root / ".falaj" / "keys" / "ray_token"),
-        temp_dir="/tmp/falaj-abc",
-        key_socket="/tmp/falaj-abc/keys/broker.sock",
-        tls=False,
-        ports={"gcs": port},
-        pids={},
-        started_at="2026-01-01T00:00:00+00:00",
-    )
+    home = root / ".falaj"
+    places = {
+        "storage_root": str(home),
+        "token_path": str(home / "keys" / "ray_token"),
+        "temp_dir": "/tmp/falaj-abc",
+    }
+    return replace(replica.record(root, "", port), cluster_id="abc", ports={"gcs": port}, **places)
 
 
 def test_missing_record_error_says_how_to_start_a_cluster() -> None:
@@ -83,23 +71,17 @@ def test_damaged_record_error_says_what_to_do(shell: Path, content: str) -> None
         session.require_running_cluster(PlatformConfig())
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@needs_root
 def test_another_users_process_on_the_heads_port_does_not_count(
     shell: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A driver would send Ray's token to it. Without root rights, the process's cluster id is not visible."""
     monkeypatch.setattr(session, "cluster_of_listener", lambda port: None)
-    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
-    if python is None:
-        pytest.skip("no python3 that every user may run")
     listens = (
         "import socket, sys; server = socket.create_server(('127.0.0.1', 0)); "
         "print(server.getsockname()[1], flush=True); sys.stdin.read()"
     )
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [python, "-c", listens], user=65534, stdin=pipe, stdout=pipe, text=True, cwd="/"
-    ) as process:
+    with start_as_nobody(listens) as process:
         assert process.stdout is not None
         port = int(process.stdout.readline())
         assert not session.is_up(replace(record(shell, port), owner_uid=0))

@@ -63,14 +63,8 @@ def test_remote_path_is_refused_for_local_state() -> None:
 
 def test_floats_and_times_are_written_without_a_dictionary(tmp_path: Path) -> None:
     """Their values rarely repeat. Text and integers keep theirs."""
-    table = pa.table(
-        {
-            "amount": [0.5, 0.5],
-            "at": pa.array([0, 0], pa.timestamp("us", "UTC")),
-            "sector": ["x", "x"],
-            "code": [1, 1],
-        }
-    )
+    at = pa.array([0, 0], pa.timestamp("us", "UTC"))
+    table = pa.table({"amount": [0.5, 0.5], "at": at, "sector": ["x", "x"], "code": [1, 1]})
     storage.write_parquet(table, f"{tmp_path}/t.parquet")
     group = pq.ParquetFile(tmp_path / "t.parquet").metadata.row_group(0)
     coded = [group.column(at).path_in_schema for at in range(4) if group.column(at).has_dictionary_page]

@@ -21,8 +21,15 @@ from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortI
 from cluster.node.launch import remove_folders
 from cluster.node.parts import BROKER, Part, PartStatus, State
 from cluster.security.private_folder import ensure_private_folder
-from cluster.session import write_record
-from cluster.settings import ClusterConfig, LedgerConfig, PlatformConfig, PortsConfig, StorageConfig, Tier
+from cluster.session import ClusterRecord, write_record
+from cluster.settings import (
+    ClusterConfig,
+    LedgerConfig,
+    PlatformConfig,
+    PortsConfig,
+    StorageConfig,
+    Tier,
+)
 from cluster.settings_conversion import load
 from tests.servers.ports import free_port
 
@@ -35,28 +42,46 @@ def config(tmp_path: Path) -> PlatformConfig:
 
 
 @pytest.fixture
+def record(config: PlatformConfig) -> Iterator[ClusterRecord]:
+    """Return the record of a cluster with this configuration."""
+    record = up.describe(config)
+    yield record
+    remove_folders(record)
+
+
+@pytest.fixture
+def written(record: ClusterRecord, config: PlatformConfig) -> ClusterRecord:
+    """Write the record to its file."""
+    write_record(record, config.storage)
+    return record
+
+
+def start(stack: ExitStack, cluster_id: str, *command: str, folder: Path | None = None) -> psutil.Process:
+    """Start a Python process of a cluster, and wait for its first line."""
+    process = stack.enter_context(
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=folder,
+            env=os.environ | {processes.ID_VARIABLE: cluster_id},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+    )
+    stack.callback(process.kill)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return psutil.Process(process.pid)
+
+
+@pytest.fixture
 def listener() -> Iterator[Callable[..., None]]:
     """Return a function that starts a process of a cluster that listens on a port."""
+    program = (
+        "import socket, sys; server = socket.create_server(('127.0.0.1', int(sys.argv[1])));"
+        "print(flush=True); sys.stdin.read()"
+    )
     with ExitStack() as stack:
-
-        def start(port: int, *, cluster_id: str) -> None:
-            program = (
-                f"import socket, sys; server = socket.create_server(('127.0.0.1', {port}));"
-                "print(flush=True); sys.stdin.read()"
-            )
-            process = stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-c", program],
-                    env=os.environ | {processes.ID_VARIABLE: cluster_id},
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                )
-            )
-            stack.callback(process.kill)
-            assert process.stdout is not None
-            process.stdout.readline()
-
-        yield start
+        yield lambda port, *, cluster_id: start(stack, cluster_id, "-c", program, str(port))
 
 
 @pytest.fixture
@@ -67,21 +92,8 @@ def part(tmp_path: Path) -> Iterator[Callable[[str], psutil.Process]]:
     for folder in (package, package.parent, package.parent.parent):
         (folder / "__init__.py").write_text("")
     (package / "__main__.py").write_text("import sys; print(flush=True); sys.stdin.read()")
-    pipe = subprocess.PIPE
     with ExitStack() as stack:
-
-        def start(cluster_id: str) -> psutil.Process:
-            environment = os.environ | {processes.ID_VARIABLE: cluster_id}
-            command = [sys.executable, "-m", BROKER]
-            process = stack.enter_context(
-                subprocess.Popen(command, cwd=tmp_path, env=environment, stdin=pipe, stdout=pipe)
-            )
-            stack.callback(process.kill)
-            assert process.stdout is not None
-            process.stdout.readline()
-            return psutil.Process(process.pid)
-
-        yield start
+        yield lambda cluster_id: start(stack, cluster_id, "-m", BROKER, folder=tmp_path)
 
 
 def test_suitable_machine_passes_all_checks(config: PlatformConfig) -> None:
@@ -160,121 +172,99 @@ def test_spilling_to_an_unencrypted_disk_prints_a_warning(
 
 
 def test_start_is_refused_while_the_recorded_head_answers(
-    config: PlatformConfig, listener: Callable[..., None]
+    config: PlatformConfig, written: ClusterRecord, listener: Callable[..., None]
 ) -> None:
     """The message says how to end the cluster."""
-    record = up.describe(config)
-    write_record(record, config.storage)
-    listener(record.ports["gcs"], cluster_id=record.cluster_id)
+    listener(written.ports["gcs"], cluster_id=written.cluster_id)
     with pytest.raises(ClusterAlreadyUp, match=r"cluster\.down"):
         up.check(config)
 
 
 def test_another_clusters_head_on_the_recorded_port_does_not_count(
-    config: PlatformConfig, listener: Callable[..., None]
+    config: PlatformConfig, written: ClusterRecord, listener: Callable[..., None]
 ) -> None:
     """After a reboot, another project's cluster may use the same port."""
-    record = up.describe(config)
-    write_record(record, config.storage)
-    listener(record.ports["gcs"], cluster_id="another")
+    listener(written.ports["gcs"], cluster_id="another")
     with pytest.raises(PortInUse, match=r"\(gcs\)"):
         up.check(config)
 
 
-def test_record_of_a_dead_cluster_does_not_block_a_start(config: PlatformConfig) -> None:
+def test_record_of_a_dead_cluster_does_not_block_a_start(
+    config: PlatformConfig, written: ClusterRecord
+) -> None:
     """With or without its folder for sockets."""
-    record = up.describe(config)
-    write_record(record, config.storage)
     assert up.running_record(config) is None
-    ensure_private_folder(Path(record.runtime_folder))
+    ensure_private_folder(Path(written.runtime_folder))
     assert up.running_record(config) is None
-    assert not Path(record.runtime_folder).exists()
+    assert not Path(written.runtime_folder).exists()
     up.check(config)
 
 
-def test_cluster_with_a_running_part_is_repaired(config: PlatformConfig, part: Callable[[str], None]) -> None:
+def test_cluster_with_a_running_part_is_repaired(
+    config: PlatformConfig, written: ClusterRecord, part: Callable[[str], psutil.Process]
+) -> None:
     """A new start would replace its head."""
-    record = up.describe(config)
-    write_record(record, config.storage)
-    part(record.cluster_id)
-    assert up.running_record(config) == record
+    part(written.cluster_id)
+    assert up.running_record(config) == written
 
 
 def test_processes_of_a_killed_start_are_ended(
-    config: PlatformConfig, part: Callable[[str], psutil.Process]
+    config: PlatformConfig, record: ClusterRecord, part: Callable[[str], psutil.Process]
 ) -> None:
-    """Its record has `starting` set."""
-    record = replace(up.describe(config), starting=True)
-    write_record(record, config.storage)
+    write_record(replace(record, starting=True), config.storage)
     process = part(record.cluster_id)
     assert up.running_record(config) is None
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 def test_repair_of_a_complete_cluster_is_refused(
-    config: PlatformConfig, monkeypatch: pytest.MonkeyPatch
+    config: PlatformConfig, record: ClusterRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The message says how to end the cluster."""
-    monkeypatch.setattr(
-        up, "inspect_parts", lambda record: [PartStatus(part=part, state=State.running) for part in Part]
-    )
-    record = up.describe(config)
-    try:
-        with pytest.raises(ClusterAlreadyUp, match=r"cluster\.down"):
-            up.repair(config, record)
-    finally:
-        remove_folders(record)
+    running = [PartStatus(part=part, state=State.running) for part in Part]
+    monkeypatch.setattr(up, "inspect_parts", lambda record: running)
+    with pytest.raises(ClusterAlreadyUp, match=r"cluster\.down"):
+        up.repair(config, record)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_folder_of_another_user_is_refused(config: PlatformConfig) -> None:
+def test_folder_of_another_user_is_refused(config: PlatformConfig, record: ClusterRecord) -> None:
     """Nothing is started."""
-    record = up.describe(config)
     os.mkdir(record.runtime_folder, 0o700)
     os.chown(record.runtime_folder, 65534, 65534)
-    try:
-        with pytest.raises(ConfigError, match="belongs to user 65534"):
-            up.prepare(config, record)
-    finally:
-        remove_folders(record)
+    with pytest.raises(ConfigError, match="belongs to user 65534"):
+        up.prepare(config, record)
 
 
-def test_state_folders_of_an_earlier_release_become_private(config: PlatformConfig) -> None:
+def test_state_folders_of_an_earlier_release_become_private(
+    config: PlatformConfig, record: ClusterRecord
+) -> None:
     """Earlier releases created the state folder, the keys and the edge's maps readable for others."""
     folders = [Path(config.storage.root) / name for name in ("", "keys", "edge")]
     for folder in folders:
         folder.mkdir(exist_ok=True)
         folder.chmod(0o755)
-    record = up.describe(config)
-    try:
-        up.prepare(config, record)
-        assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700] * 3
-    finally:
-        remove_folders(record)
+    up.prepare(config, record)
+    assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o700] * 3
 
 
-def test_production_tier_requires_another_issuer(config: PlatformConfig) -> None:
+def test_production_tier_requires_another_issuer(config: PlatformConfig, record: ClusterRecord) -> None:
     """With another issuer, the dev issuer's key file is not created."""
     config.tier = Tier.enterprise_gpu
     with pytest.raises(ConfigError, match="OIDC issuer"):
-        up.prepare(config, up.describe(config))
-    config.identity.issuer.url = "https://issuer.example"
-    record = up.describe(config)
-    try:
         up.prepare(config, record)
-    finally:
-        remove_folders(record)
+    config.identity.issuer.url = "https://issuer.example"
+    up.prepare(config, record)
     assert not (Path(config.storage.root) / "keys" / "issuer.pem").exists()
 
 
 def test_environment_has_the_clusters_own_values(
-    config: PlatformConfig, monkeypatch: pytest.MonkeyPatch
+    config: PlatformConfig, record: ClusterRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another cluster's address is not inherited, Ray's own HAProxy stays off, and the token is a path."""
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://10.0.0.1:8265")
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
-    record = up.describe(config)
     environment = up.environment(config, record)
     assert not {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_SERVE_ENABLE_HA_PROXY"} & environment.keys()
     assert environment[processes.ID_VARIABLE] == record.cluster_id
@@ -285,10 +275,9 @@ def test_environment_has_the_clusters_own_values(
     assert environment["RAY_gcs_storage_path"] == record.gcs_dir
 
 
-def test_cluster_with_gpus_does_not_force_the_cpu(config: PlatformConfig) -> None:
+def test_cluster_with_gpus_does_not_force_the_cpu(config: PlatformConfig, record: ClusterRecord) -> None:
     config.cluster.num_gpus = 1
-    environment = up.environment(config, up.describe(config))
-    assert "DS_ACCELERATOR" not in environment
+    assert "DS_ACCELERATOR" not in up.environment(config, record)
 
 
 def test_repair_keeps_the_clusters_gpus(config: PlatformConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,18 +301,8 @@ def test_shared_overrides_compose_to_the_same_configuration(config: PlatformConf
     overrides = up.shared_overrides(config, up.describe(config))
     with initialize_config_module("configs", version_base=None):
         composed = load(compose("cluster", overrides=overrides), PlatformConfig)
-    assert composed.ledger == config.ledger
-    assert (composed.storage, composed.identity, composed.secrets) == (
-        config.storage,
-        config.identity,
-        config.secrets,
-    )
-    assert (composed.cluster, composed.replica, composed.online) == (
-        config.cluster,
-        config.replica,
-        config.online,
-    )
-    assert composed.features == config.features
+    for section in ("ledger", "storage", "identity", "secrets", "cluster", "replica", "online", "features"):
+        assert getattr(composed, section) == getattr(config, section), section
 
 
 @pytest.mark.parametrize("url", ["postgresql://falaj:canary@db/l", "postgresql://falaj@db/l?password=canary"])

@@ -11,7 +11,7 @@ from cluster.records import SHADOW, SegmentWriter, read_log
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 from jobs.pipeline.summary import count_logged, select_versions
-from tests.unit.cluster.test_records import prediction
+from tests.samples.record_log import prediction
 
 
 def test_summary_counts_only_the_requests_of_its_own_client(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.evaluation import evaluate
 from serve_apps.rollout.guardrail import Verdict
 from serve_apps.rollout.serving_state import Rollout
+from tests.samples.record_log import FLAGS, LATER, answer, outcome
 from tests.servers.replica import MODEL, Replica, running_replica
-from tests.unit.cluster.test_typed_log import FLAGS, answer, outcome
 
 WORDS = ModelSignature(
     task=Task.multiclass,
@@ -64,7 +64,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
             outcome(91, "c"),
             outcome(77, "true"),
             outcome(3, True, row=4),
-            outcome(5, "maybe", second=1),
+            outcome(5, "maybe", LATER),
         )
         yield running
 

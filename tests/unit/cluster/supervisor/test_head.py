@@ -1,0 +1,96 @@
+"""Tests of restoring a lost head: the supervisor's intent, and restarts of Ray's daemons."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import ConfigError, Unauthenticated
+from cluster.node.parts import Part
+from cluster.security.tokens.intent import read_intent
+from cluster.security.tokens.issuer import ensure_issuer
+from cluster.security.tokens.roles import Role
+from cluster.security.tokens.trust import Trust
+from cluster.session import ClusterRecord
+from cluster.settings import IssuerConfig, PlatformConfig, StorageConfig
+from cluster.storage import Layout
+from cluster.supervisor import daemons, head
+from tests.servers.replica import record
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> ClusterRecord:
+    """Return a cluster's record, with its folder for sockets."""
+    (tmp_path / "run").mkdir(mode=0o700)
+    return replace(record(tmp_path, "", 1), runtime_dir=str(tmp_path / "run"))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PlatformConfig:
+    return PlatformConfig(storage=StorageConfig(root=str(tmp_path)))
+
+
+def test_supervisor_intent_allows_only_the_restore_command(
+    config: PlatformConfig, cluster: ClusterRecord
+) -> None:
+    """It acts as `system:supervisor` with the role supervisor."""
+    places = Layout(config.storage.root)
+    ensure_issuer(places)
+    path = head.supervisor_intent(config, cluster)
+    intents = Trust.of(config.identity.issuer, places).intents
+    principal = read_intent(path, intents, entrypoint="serve_apps.deploy").principal
+    assert (principal.subject, principal.role) == ("system:supervisor", Role.supervisor)
+    with pytest.raises(Unauthenticated, match=r"not for 'feature_jobs\.ingest'"):
+        read_intent(path, intents, entrypoint="feature_jobs.ingest")
+
+
+def test_another_issuer_requires_an_intent_file(config: PlatformConfig, cluster: ClusterRecord) -> None:
+    """The message names the setting and the manual command."""
+    config.identity.issuer = IssuerConfig(url="https://issuer.example")
+    with pytest.raises(ConfigError, match=r"supervisor_token_file.*serve_apps\.deploy action=restore"):
+        head.supervisor_intent(config, cluster)
+    config.identity.supervisor_token_file = "/run/secrets/supervisor.jwt"
+    assert head.supervisor_intent(config, cluster) == Path("/run/secrets/supervisor.jwt")
+
+
+def test_daemon_restarts_with_its_saved_command(cluster: ClusterRecord, tmp_path: Path) -> None:
+    """It gets Ray's saved variables. A daemon without a saved command is not started."""
+    output = tmp_path / "output"
+    script = f'echo "$0 $RAY_gcs_storage $FALAJ_CLUSTER_ID" > {output}.new; mv {output}.new {output}'
+    command = {"argv": ["sh", "-c", script, "gcs"], "variables": {"RAY_gcs_storage": "rocksdb"}, "cwd": "/"}
+    (Path(cluster.runtime_folder) / "daemons.json").write_text(json.dumps({"gcs": command}))
+    environment = {"FALAJ_CLUSTER_ID": "abc", "PATH": os.environ["PATH"]}
+    assert daemons.restart_daemon(cluster, Part.gcs, environment, log=tmp_path / "log")
+    deadline = time.monotonic() + 10
+    while not output.exists():
+        assert time.monotonic() < deadline
+    assert output.read_text() == "gcs rocksdb abc\n"
+    assert not daemons.restart_daemon(cluster, Part.dashboard, environment, log=tmp_path / "log")
+
+
+@pytest.mark.parametrize("opened", ["run", "memory"])
+def test_daemon_does_not_start_from_a_folder_open_to_others(
+    cluster: ClusterRecord, tmp_path: Path, opened: str
+) -> None:
+    """Another user could have changed the command or the GCS's state there."""
+    (tmp_path / "memory").mkdir(mode=0o700)
+    cluster = replace(cluster, gcs_dir=str(tmp_path / "memory" / "gcs"))
+    command = {"argv": ["touch", str(tmp_path / "ran")], "variables": {}, "cwd": "/"}
+    (Path(cluster.runtime_folder) / "daemons.json").write_text(json.dumps({"gcs": command}))
+    (tmp_path / opened).chmod(0o777)
+    with pytest.raises(ConfigError, match="mode 0777"):
+        daemons.restart_daemon(cluster, Part.gcs, {"PATH": os.environ["PATH"]}, log=tmp_path / "log")
+    assert not (tmp_path / "log").exists()
+
+
+def test_restore_is_due_until_marked_as_restored(cluster: ClusterRecord) -> None:
+    assert not head.restore_is_due(cluster)
+    (Path(cluster.runtime_folder) / "restore-due").touch()
+    assert head.restore_is_due(cluster)
+    head.mark_restored(cluster)
+    assert not head.restore_is_due(cluster)
