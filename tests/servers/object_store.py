@@ -82,7 +82,7 @@ def object_store_environment() -> Iterator[str]:
 
 def main() -> None:
     """Serve on a port of the loopback address."""
-    from moto.server import DomainDispatcherApplication, create_backend_app
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import run_simple
 
     app = DomainDispatcherApplication(create_backend_app)
