@@ -56,8 +56,8 @@ def test_store_with_exclusive_writes_is_accepted(bucket: str) -> None:
 def test_store_without_exclusive_writes_is_refused(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a store that ignores If-None-Match."""
     fs, _ = storage.file_system(bucket)
-    plain = type(fs).pipe_file
-    monkeypatch.setattr(type(fs), "pipe_file", lambda self, path, data, mode="": plain(self, path, data))
+    plain = fs.pipe_file
+    monkeypatch.setattr(fs, "pipe_file", lambda path, data, mode="": plain(path, data))
     with pytest.raises(ConfigError, match="let two writers create the same file"):
         storage.require_exclusive_writes(f"{bucket}/project")
 

@@ -229,7 +229,7 @@ def test_events_without_a_configured_address_are_refused(
     monkeypatch.delenv("OPENLINEAGE_URL", raising=False)
     arguments = flags(ledger)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [*arguments, "--emit"])
+    monkeypatch.setattr("sys.argv", ["lineage", *arguments, "--emit"])
     with pytest.raises(SystemExit) as exited:
         __main__.main()
     assert exited.value.code == 2

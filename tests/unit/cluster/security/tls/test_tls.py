@@ -118,10 +118,10 @@ def test_nodes_of_one_authority_accept_each_other(folder: Path, tmp_path: Path) 
 
 def test_ray_variables_name_existing_files(folder: Path) -> None:
     """They also switch TLS off explicitly, because the shell's variables may differ."""
-    variables = tls_environment(str(folder.parent), on=True)
+    variables = tls_environment(Layout(str(folder.parent)), on=True)
     assert variables.pop("RAY_USE_TLS") == "1"
     assert all(Path(path).exists() for path in variables.values())
-    assert tls_environment(str(folder.parent), on=False) == {"RAY_USE_TLS": "0"}
+    assert tls_environment(Layout(str(folder.parent)), on=False) == {"RAY_USE_TLS": "0"}
 
 
 @pytest.mark.parametrize(("share", "renewed"), [(0.6, False), (0.7, True)])
