@@ -3,13 +3,16 @@
 An append takes the ledger's write lock, reads the head, and links the new entry to it, in one transaction. So
 concurrent writers wait for each other and never fork the chain. SQLite locks with BEGIN IMMEDIATE, and PostgreSQL with
 an advisory lock that ends with the transaction.
+
+The ledger's time never goes backwards: an event of a writer whose clock is behind gets the time of the event before it.
+So events in the order of `seq` are in the order of time too, whichever machine wrote them.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,22 +47,37 @@ EVENTS = sa.Table(
 
 _HEAD = sa.select(sa.func.coalesce(sa.func.max(EVENTS.c.seq), 0))
 """Built once, because building the query takes longer than running it, and the edge runs it many times a second."""
+_LAST = sa.select(EVENTS.c.seq, EVENTS.c.time, EVENTS.c.hash).order_by(EVENTS.c.seq.desc()).limit(1)
+
+
+def utc_now() -> dt.datetime:
+    """Return this machine's time, in UTC."""
+    return dt.datetime.now(dt.UTC)
 
 
 class Ledger:
     """Append-only events in a SQL database."""
 
-    def __init__(self, url: str, *, signer: Signer | None = None, checkpoint_every: int = 50) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        signer: Signer | None = None,
+        checkpoint_every: int = 50,
+        clock: Callable[[], dt.datetime] = utc_now,
+    ) -> None:
         """Connect, and create the table if it does not exist.
 
         Args:
             url: SQLAlchemy URL, `sqlite:///…` or `postgresql+psycopg://…`.
             signer: Signs a checkpoint after every `checkpoint_every` events. None signs no checkpoints.
             checkpoint_every: Number of events from one checkpoint to the next.
+            clock: Returns this writer's time, in UTC.
         """
         self._engine = _engine(url)
         self._signer = signer
         self._checkpoint_every = checkpoint_every
+        self._clock = clock
         with self.writing() as connection:
             METADATA.create_all(connection)
 
@@ -72,10 +90,10 @@ class Ledger:
         """Append one event durably, and a checkpoint if one is due."""
         payload = to_json(event.payload())
         with self.writing() as connection:
-            entry = _append(connection, event.type, actor, payload)
+            entry = self._append(connection, event.type, actor, payload)
             if self._signer is not None and entry.seq % self._checkpoint_every == 0:
                 mark = checkpoint(self._signer, entry)
-                _append(connection, mark.type, "system:ledger", mark.payload())
+                self._append(connection, mark.type, "system:ledger", mark.payload())
         return entry
 
     def entries(self, kind: type[LedgerEvent] | None = None, *, after: int = 0) -> Iterator[Entry]:
@@ -115,6 +133,33 @@ class Ledger:
     def close(self) -> None:
         """Close the connections."""
         self._engine.dispose()
+
+    def _append(
+        self, connection: sa.Connection, type_name: str, actor: str, payload: dict[str, Any]
+    ) -> Entry:
+        last = connection.execute(_LAST).first()
+        now = self._clock().isoformat(timespec="microseconds")
+        entry = build_entry(
+            seq=last.seq + 1 if last else 1,
+            # All times have the same form, so text compares as the times do.
+            time=max(now, last.time) if last else now,
+            type=type_name,
+            actor=actor,
+            payload=payload,
+            prev_hash=last.hash if last else GENESIS,
+        )
+        connection.execute(
+            EVENTS.insert().values(
+                seq=entry.seq,
+                time=entry.time,
+                type=entry.type,
+                actor=entry.actor,
+                payload=canonical(entry.payload).decode(),
+                prev_hash=entry.prev_hash,
+                hash=entry.hash,
+            )
+        )
+        return entry
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
@@ -160,32 +205,6 @@ def _require_tls(url: str) -> None:
         f"The ledger's database at {address.host} would be reached without a verified TLS connection. Add "
         "sslmode=verify-full and sslrootcert=/path/to/ca.pem to ledger.url."
     )
-
-
-def _append(connection: sa.Connection, type_name: str, actor: str, payload: dict[str, Any]) -> Entry:
-    last = connection.execute(
-        sa.select(EVENTS.c.seq, EVENTS.c.hash).order_by(EVENTS.c.seq.desc()).limit(1)
-    ).first()
-    entry = build_entry(
-        seq=last.seq + 1 if last else 1,
-        time=dt.datetime.now(dt.UTC).isoformat(timespec="microseconds"),
-        type=type_name,
-        actor=actor,
-        payload=payload,
-        prev_hash=last.hash if last else GENESIS,
-    )
-    connection.execute(
-        EVENTS.insert().values(
-            seq=entry.seq,
-            time=entry.time,
-            type=entry.type,
-            actor=entry.actor,
-            payload=canonical(entry.payload).decode(),
-            prev_hash=entry.prev_hash,
-            hash=entry.hash,
-        )
-    )
-    return entry
 
 
 def _entry(row: sa.Row[Any]) -> Entry:
