@@ -98,7 +98,9 @@ class Registry:
     def __init__(self, ledger: Ledger, storage: Layout) -> None:
         self._ledger = ledger
         self._storage = storage
-        self._projection = Projection(ledger, name="registry", metadata=METADATA, apply=_apply)
+        self._projection = Projection(
+            ledger, name="registry", metadata=METADATA, wanted=_wanted, apply=_apply
+        )
 
     def register(
         self,
@@ -252,6 +254,10 @@ class Registry:
                 "uri": self._storage.model(event["name"], event["version"]),
             }
         )
+
+
+def _wanted(type_name: str) -> bool:
+    return type_name in (ModelRegistered.__name__, AliasMoved.__name__)
 
 
 def _apply(connection: sa.Connection, entry: Entry) -> None:

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of its own for one test."""
+"""A PostgreSQL server for tests."""
 
 from __future__ import annotations
 
@@ -74,6 +74,15 @@ def running_server(*settings: str, certificates: Path | None = None) -> Iterator
         process.terminate()
         process.wait()
         shutil.rmtree(folder)
+
+
+def new_database(address: str, name: str) -> str:
+    """Create an empty database on a server and return its address."""
+    engine = sa.create_engine(address, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f'CREATE DATABASE "{name}"')
+    engine.dispose()
+    return address.replace("/postgres", f"/{name}")
 
 
 def _wait(address: str) -> None:
