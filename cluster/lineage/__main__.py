@@ -13,7 +13,7 @@ from openlineage.client.serde import Serde
 from cluster.entrypoint import refuse
 from cluster.errors import RefusedError
 from cluster.lineage.openlineage import run_events
-from cluster.lineage.trace import ModelTrace, as_json, describe, trace_model
+from cluster.lineage.trace import ModelTrace, as_json, describe, read_entries, trace_model
 from cluster.registry import LATEST
 from cluster.security.ledger_reader import add_ledger_flags, open_reader
 
@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="file to write instead of standard output")
     arguments = parser.parse_args()
     try:
-        model_trace = trace_model(open_reader(arguments).entries(), arguments.model, arguments.version)
+        entries = read_entries(open_reader(arguments), arguments.model, arguments.version)
+        model_trace = trace_model(entries, arguments.model, arguments.version)
     except RefusedError as error:
         refuse(error)
     if arguments.emit:

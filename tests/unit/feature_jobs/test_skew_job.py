@@ -12,7 +12,7 @@ import pytest
 from deltalake import DeltaTable
 
 from cluster.security.keys.access import KeyAccess
-from feature_jobs.skew import Materialization, OpenedView, SkewResult, compare
+from feature_jobs.skew import Materialization, Materializations, OpenedView, SkewResult, compare
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec
 from feature_jobs.store.offline import tables as offline
@@ -51,7 +51,7 @@ class Tables:
 
     def __init__(self, folder: Path, access: KeyAccess, *, materialized_seq: int | None) -> None:
         self._opened = {view.name: self._store(folder, access, view) for view in SERVICE.views}
-        self._materializations = (
+        self._materializations = Materializations(
             []
             if materialized_seq is None
             else [Materialization(at=hour(20), seq=materialized_seq, as_of=hour(20))]
