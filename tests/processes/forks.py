@@ -10,6 +10,7 @@ _TARGETS = (
     "tests.projects.push",
     "tests.unit.cluster.test_ledger",
     "tests.unit.cluster.test_ledger_time",
+    "tests.unit.cluster.test_version_numbers",
     "tests.unit.cluster.test_compaction_kills",
     "tests.unit.feature_jobs.test_materialize_kill",
 )
