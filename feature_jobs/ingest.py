@@ -292,7 +292,7 @@ def mend_stored(run: Run, history: BatchHistory, event_range: TimeRange | None) 
 
 def load_history(run: Run) -> BatchHistory:
     """Return the view's batches that hold the source's content."""
-    content = {"view": run.view.name, "source_digest": run.source.digest}
+    content: dict[str, Any] = {"view": run.view.name, "source_digest": run.source.digest}
     entries = [*run.ledger.find(BatchIngested, **content), *run.ledger.find(BatchMended, **content)]
     return BatchHistory(
         run.view.definition(),

@@ -100,7 +100,7 @@ def read_entries(ledger: Ledger, model: str, version: int | str) -> list[Entry]:
         number = _number(_read(sorted(entries, key=_seq)), model, version)
     except ModelNotFound:
         return sorted(entries, key=_seq)
-    of_version = {"name": model, "version": number}
+    of_version: dict[str, Any] = {"name": model, "version": number}
     entries += [*ledger.find(ModelDeployed, **of_version), *ledger.find(DeploymentRemoved, **of_version)]
     for entry in registered:
         if entry.payload["version"] == number:

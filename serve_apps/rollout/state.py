@@ -155,7 +155,7 @@ def _apply_stored(connection: sa.Connection, entry: Entry) -> None:
     event = entry.event()
     require_known(event, Subject.serving)
     payload = event.payload()
-    model = payload.get("model", payload.get("name"))
+    model = str(payload["model"] if "model" in payload else payload["name"])
     stored = connection.execute(sa.select(STATES).where(STATES.c.model == model)).first()
     before = {model: _from_json(stored.state)} if stored else {}
     after = apply(before, event, time=entry.time)
