@@ -16,7 +16,7 @@ from cluster.ledger.chain import Entry
 from cluster.ledger.database import EVENTS, POSITIONS, to_entry, writing
 
 BATCH = 200
-"""Events of one transaction: 5 to 30 ms."""
+"""Events of one transaction. It takes 5 to 30 ms."""
 _PAUSE = 0.5
 """Pause between two transactions, in proportion to the first one's duration. A writer that waits for SQLite's lock only
 asks for it from time to time."""

@@ -84,11 +84,10 @@ _ADVANCE = (
 )
 
 
-def create(connection: sa.Connection) -> None:
-    """Start the index of an empty ledger, so that the first append continues it."""
-    known = connection.execute(sa.select(POSITIONS.c.seq).where(POSITIONS.c.name == NAME)).first()
-    if known is None:
-        connection.execute(POSITIONS.insert().values(name=NAME, seq=0))
+def start(connection: sa.Connection) -> None:
+    """Start with an empty table. In an empty ledger the first append continues it, else the first lookup fills it."""
+    connection.execute(POSITIONS.delete().where(POSITIONS.c.name == NAME))
+    connection.execute(POSITIONS.insert().values(name=NAME, seq=0))
 
 
 def is_indexed(type_name: str) -> bool:

@@ -47,8 +47,10 @@ class Projection:
         self._metadata = metadata
         self._wanted = wanted
         self._apply = apply
-        with ledger.writing() as connection:
-            metadata.create_all(connection)
+        if not self._has_tables(ledger.engine):
+            with ledger.writing() as connection:
+                if not self._has_tables(connection):
+                    self._create(connection)
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
@@ -63,10 +65,17 @@ class Projection:
     def rebuild(self) -> None:
         """Drop the tables and rebuild them from the first event."""
         with self._ledger.writing() as connection:
-            self._metadata.drop_all(connection)
-            connection.execute(POSITIONS.delete().where(POSITIONS.c.name == self._name))
-            self._metadata.create_all(connection)
+            self._create(connection)
         self._catch_up()
+
+    def _has_tables(self, bind: sa.Engine | sa.Connection) -> bool:
+        return self._metadata.tables.keys() <= set(sa.inspect(bind).get_table_names())
+
+    def _create(self, connection: sa.Connection) -> None:
+        """Create empty tables, which are filled from the first event on."""
+        self._metadata.drop_all(connection)
+        self._metadata.create_all(connection)
+        connection.execute(POSITIONS.delete().where(POSITIONS.c.name == self._name))
 
     def _catch_up(self) -> None:
         catch_up(self._ledger.engine, self._name, wanted=self._wanted, apply=self._apply_all)

@@ -63,8 +63,10 @@ class Ledger:
         self._checkpoint_every = checkpoint_every
         self._clock = clock
         with self.writing() as connection:
+            is_indexed = sa.inspect(connection).has_table(index.NAME)
             create_tables(connection)
-            index.create(connection)
+            if not is_indexed:
+                index.start(connection)
 
     @property
     def engine(self) -> sa.Engine:

@@ -113,11 +113,10 @@ def test_events_of_an_older_release_are_found(ledger: Ledger) -> None:
 
 
 def test_ledger_of_an_older_release_gets_the_tables_and_indexes(ledger: Ledger) -> None:
-    """Its events can be looked up."""
+    """Its events can be looked up. The same happens after the index was dropped."""
     ledger.append(materialized("income", 7), actor="user:a")
     with ledger.writing() as connection:
         connection.exec_driver_sql(f"DROP TABLE {index.NAME}")
-        connection.exec_driver_sql("DELETE FROM projection_positions")
         with suppress(OperationalError):
             connection.exec_driver_sql("DROP INDEX IF EXISTS ix_events_type_seq")
     reopened = Ledger(str(ledger.engine.url))
@@ -152,6 +151,17 @@ def test_projection_reads_only_events_of_its_types(ledger: Ledger) -> None:
     ledger.append(AliasMoved(name="m", alias="a", version=1, previous=None, reason=""), actor="user:a")
     with projection.reading() as connection:
         assert position_of(connection, "counted") == 2
+
+
+def test_dropped_projection_is_built_again(ledger: Ledger) -> None:
+    """From the first event on."""
+    ledger.append(materialized("income"), actor="user:a")
+    with counting(ledger).reading():
+        pass
+    with ledger.writing() as connection:
+        COUNTS.drop_all(connection)
+    with counting(ledger).reading() as connection:
+        assert list(connection.execute(sa.select(COUNTED.c.seq)).scalars()) == [1]
 
 
 class _Stopped(Exception):
