@@ -28,9 +28,10 @@ from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import AliasMoved, ArtifactRefused, ModelRegistered
 from cluster.ledger.projection import Projection
+from cluster.ledger.reservations import reserve_number
 from cluster.security.authorization.policy import Resource
 from cluster.security.keys.store import KeyStore
-from cluster.storage import Layout, local, replace_non_finite, write_bytes
+from cluster.storage import Layout, exists, is_uri, replace_non_finite, write_bytes
 
 __all__ = ["Lineage", "ModelVersion", "Registry", "verify_files"]
 
@@ -98,7 +99,9 @@ class Registry:
     def __init__(self, ledger: Ledger, storage: Layout) -> None:
         self._ledger = ledger
         self._storage = storage
-        self._projection = Projection(ledger, name="registry", metadata=METADATA, apply=_apply)
+        self._projection = Projection(
+            ledger, name="registry", metadata=METADATA, wanted=_wanted, apply=_apply
+        )
 
     def register(
         self,
@@ -130,15 +133,16 @@ class Registry:
         """
         parts = allowed_files(source)
         store.ensure(model_key(name))
-        version, folder = self._reserve(name)
+        version = self._reserve(name)
+        folder = self._storage.model(name, version)
         files: dict[str, str] = {}
         for part in parts:
             data = (source / part).read_bytes()
             sealed = seal_file(data, name=name, version=version, part=part, store=store)
-            write_bytes(str(folder / part), sealed)
+            write_bytes(f"{folder}/{part}", sealed)
             files[part] = hashlib.sha256(sealed).hexdigest()
         manifest = manifest_bytes(files)
-        write_bytes(str(folder / MANIFEST), manifest)
+        write_bytes(f"{folder}/{MANIFEST}", manifest)
         event = ModelRegistered(
             name=name,
             version=version,
@@ -233,16 +237,16 @@ class Registry:
             )
         return aliases[version]
 
-    def _reserve(self, name: str) -> tuple[int, Path]:
-        folder = local(self._storage.models(name))
-        folder.mkdir(parents=True, exist_ok=True)
-        version = max(self.versions(name), default=0) + 1
+    def _reserve(self, name: str) -> int:
+        """Reserve the next version number in the ledger's database.
+
+        A folder without a version is of a crashed registration or of an older release, and its number is skipped.
+        """
         while True:
-            try:
-                (folder / str(version)).mkdir()
-                return version, folder / str(version)
-            except FileExistsError:
-                version += 1
+            newest = max(self.versions(name), default=0)
+            version = reserve_number(self._ledger, f"models/{name}", above=newest)
+            if _create_folder(self._storage.model(name, version)):
+                return version
 
     def _version(self, event: dict[str, Any]) -> ModelVersion:
         return ModelVersion(
@@ -252,6 +256,21 @@ class Registry:
                 "uri": self._storage.model(event["name"], event["version"]),
             }
         )
+
+
+def _create_folder(uri: str) -> bool:
+    """Create a version's folder, and return whether it is new. A remote folder exists with its first file."""
+    if is_uri(uri):
+        return not exists(uri)
+    try:
+        Path(uri).mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _wanted(type_name: str) -> bool:
+    return type_name in (ModelRegistered.__name__, AliasMoved.__name__)
 
 
 def _apply(connection: sa.Connection, entry: Entry) -> None:

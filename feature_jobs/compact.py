@@ -13,6 +13,7 @@ from deltalake import DeltaTable
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import FeatureTableRewritten
+from cluster.ledger.table_versions import unrecorded
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.session import require_running_cluster
@@ -63,18 +64,12 @@ def record_rewrites(ledger: Ledger, view: str, uri: str, *, actor: str) -> int:
     Returns:
         The number of files that these rewrites replaced.
     """
-    recorded = {
-        entry.payload["table_version"]
-        for entry in ledger.entries(FeatureTableRewritten)
-        if entry.payload["view"] == view
-    }
-    new = {
-        version: files for version, files in past_rewrites(DeltaTable(uri)).items() if version not in recorded
-    }
-    for version, files in sorted(new.items()):
-        event = FeatureTableRewritten(view=view, table_version=version, files_replaced=files)
+    rewrites = past_rewrites(DeltaTable(uri))
+    new = unrecorded(ledger, FeatureTableRewritten, rewrites, view=view)
+    for version in new:
+        event = FeatureTableRewritten(view=view, table_version=version, files_replaced=rewrites[version])
         ledger.append(event, actor=actor)
-    return sum(new.values())
+    return sum(rewrites[version] for version in new)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import pyarrow as pa
 from cluster.entrypoint import job
 from cluster.errors import ConfigError, RefusedError, SourceError
 from cluster.ledger import Ledger, open_ledger
-from cluster.ledger.events import BatchIngested, BatchMended, BatchRefused
+from cluster.ledger.events import BatchIngested, BatchMended, BatchRefused, FeatureViewApplied
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.session import attach, require_running_cluster
@@ -57,7 +57,6 @@ from feature_jobs.batches.storing import StoredBatch, empty_batch, store
 from feature_jobs.batches.work import Work
 from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_retired
 from feature_jobs.store.catalog.protection import view_resources
-from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.definitions.batch_checks import Finding
 from feature_jobs.store.definitions.limits import validate_num_buckets
@@ -290,12 +289,16 @@ def mend_stored(run: Run, history: BatchHistory, event_range: TimeRange | None) 
 
 def load_history(run: Run) -> BatchHistory:
     """Return the view's batches that hold the source's content."""
-    entries = [*run.ledger.entries(BatchIngested), *run.ledger.entries(BatchMended)]
+    content: dict[str, Any] = {"view": run.view.name, "source_digest": run.source.digest}
+    entries = [*run.ledger.find(BatchIngested, **content), *run.ledger.find(BatchMended, **content)]
     return BatchHistory(
         run.view.definition(),
         run.source.digest,
         batches=[entry.payload for entry in sorted(entries, key=lambda entry: entry.seq)],
-        definitions={key: view.definition for key, view in read_recorded(run.ledger).views.items()},
+        definitions={
+            (run.view.name, entry.payload["version"]): entry.payload["definition"]
+            for entry in run.ledger.find(FeatureViewApplied, view=run.view.name)
+        },
     )
 
 

@@ -50,7 +50,7 @@ def main(config: QuarantineConfig) -> None:
     spec = view_spec(ledger, config.view)
     action = Action.read_columns if config.rows else Action.read_metadata
     actor.check(action, resource(spec, region=config.cluster.region))
-    batches = quarantined((entry.event() for entry in ledger.entries()), spec.name)
+    batches = quarantined(ledger, spec.name)
     if config.batch is not None:
         if config.batch not in batches:
             raise ConfigError(

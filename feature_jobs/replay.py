@@ -196,13 +196,12 @@ def replayed_event(
 def record_replay(ledger: Ledger, event: QuarantineReplayed, *, actor: str) -> None:
     """Append the event of a replay once. A replay that stored no row and changed no reason gets no event."""
     if event.rows_stored == 0:
-        batches = quarantined((entry.event() for entry in ledger.entries()), event.view)
+        batches = quarantined(ledger, event.view)
         is_recorded = batches.get(event.batch) == event.reasons
     else:
         is_recorded = any(
-            (entry.payload["replay_id"], entry.payload["table_version"])
-            == (event.replay_id, event.table_version)
-            for entry in ledger.entries(QuarantineReplayed)
+            entry.payload["table_version"] == event.table_version
+            for entry in ledger.find(QuarantineReplayed, replay_id=event.replay_id)
         )
     if not is_recorded:
         ledger.append(event, actor=actor)

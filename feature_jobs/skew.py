@@ -7,9 +7,11 @@ verdicts. Features of views with aggregations are not compared yet.
 
 from __future__ import annotations
 
+import bisect
 import datetime as dt
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -78,11 +80,51 @@ class Materialization:
     as_of: dt.datetime
 
 
+class Materializations:
+    """Materialisations of a view, read from the newest backwards as far as requests need them.
+
+    Args:
+        newest_first: the materialisations.
+    """
+
+    def __init__(self, newest_first: Iterable[Materialization]) -> None:
+        self._read: list[Materialization] = []
+        self._unread = iter(newest_first)
+
+    def last_before(self, at: dt.datetime) -> Materialization | None:
+        """Return the last materialisation up to a moment."""
+        while not self._read or self._read[-1].at > at:
+            earlier = next(self._unread, None)
+            if earlier is None:
+                break
+            self._read.append(earlier)
+        # Newest first, so the negative times ascend.
+        position = bisect.bisect_left(self._read, -at.timestamp(), key=lambda read: -read.at.timestamp())
+        return self._read[position] if position < len(self._read) else None
+
+
+def read_materializations(ledger: Ledger, uri: str, view: str) -> Iterator[Materialization]:
+    """Yield a view's materialisations, the newest first, except those whose table version was removed.
+
+    In place of a removed one, the one before it is used.
+    """
+    for entry in ledger.find(ViewMaterialized, view=view, newest_first=True):
+        try:
+            table = DeltaTable(uri, version=entry.payload["table_version"])
+        except (DeltaError, ValueError):
+            continue
+        yield Materialization(
+            at=dt.datetime.fromisoformat(entry.time),
+            seq=offline.last_seq(table),
+            as_of=dt.datetime.fromisoformat(entry.payload["as_of"]),
+        )
+
+
 class OpenedView(NamedTuple):
     """A view's newest rows, and its materialisations."""
 
     table: Snapshot
-    materializations: list[Materialization]
+    materializations: Materializations
 
 
 @dataclass(kw_only=True, slots=True)
@@ -186,7 +228,7 @@ class OfflineTables:
             )
             table = view_snapshot(view, layout(self._config.storage), self._actor.access)
             self._opened[view.name, view.version] = OpenedView(
-                table, read_materializations(self._ledger, table.uri, view.name)
+                table, Materializations(read_materializations(self._ledger, table.uri, view.name))
             )
         return self._opened[view.name, view.version]
 
@@ -269,42 +311,13 @@ def request_frame(
     """Return keys, times and the last materialisation of each request, as `explain_differences` needs them."""
     keys = {key: key_column(key, kind, view, spec, joined) for key, kind in opened.table.key_types.items()}
     frame = pl.DataFrame(pl.from_arrow(pa.table(keys))).with_row_index(POSITION)
-    before = [last_before(opened.materializations, at) for at in group.requested]
+    before = [opened.materializations.last_before(at) for at in group.requested]
     return frame.with_columns(
         pl.Series(AS_OF, group.as_of, TIME),
         pl.Series(REQUESTED, group.requested, TIME),
         pl.Series(FLOOR_SEQ, [last.seq if last else None for last in before], pl.Int64),
         pl.Series(FLOOR_AS_OF, [last.as_of if last else None for last in before], TIME),
     )
-
-
-def last_before(materializations: list[Materialization], at: dt.datetime) -> Materialization | None:
-    """Return the last materialisation up to a moment."""
-    earlier = (materialization for materialization in materializations if materialization.at <= at)
-    return max(earlier, key=lambda materialization: materialization.at, default=None)
-
-
-def read_materializations(ledger: Ledger, uri: str, view: str) -> list[Materialization]:
-    """Return a view's materialisations, except those whose table version was removed.
-
-    In place of a removed one, the one before it is used.
-    """
-    materializations = []
-    for entry in ledger.entries(ViewMaterialized):
-        if entry.payload["view"] != view:
-            continue
-        try:
-            table = DeltaTable(uri, version=entry.payload["table_version"])
-        except (DeltaError, ValueError):
-            continue
-        materializations.append(
-            Materialization(
-                at=dt.datetime.fromisoformat(entry.time),
-                seq=offline.last_seq(table),
-                as_of=dt.datetime.fromisoformat(entry.payload["as_of"]),
-            )
-        )
-    return materializations
 
 
 if __name__ == "__main__":

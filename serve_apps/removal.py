@@ -73,12 +73,7 @@ def _undo_if_used(ledger: Ledger, actor: Actor, version: ModelVersion) -> None:
     try:
         _require_unused(version, state)
     except RefusedError:
-        events = [entry.event() for entry in ledger.entries(ModelDeployed)]
-        deployments = [
-            event
-            for event in events
-            if isinstance(event, ModelDeployed)
-            and (event.name, event.version) == (version.name, version.version)
-        ]
-        ledger.append(deployments[-1], actor=actor.name)
+        deployment = ledger.newest(ModelDeployed, name=version.name, version=version.version)
+        assert deployment is not None, "A deployed version has an event."
+        ledger.append(deployment.event(), actor=actor.name)
         raise

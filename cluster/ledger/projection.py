@@ -1,26 +1,24 @@
 """Tables that are built from the ledger's events and can be rebuilt at any time.
 
 A projection stores its position next to its rows, in the ledger's database, and updates both in one transaction. So a
-crash changes neither. Every read first applies the new events.
+crash changes neither. Every read first applies the new events of the projection's types. It does this in short
+transactions, so that writers do not wait for the whole of it.
+
+Two releases can share one ledger, and then they share its projections too. So a release that stores other rows for the
+same events gives its projection and its tables a new name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import sqlalchemy as sa
 
 from cluster.ledger.chain import Entry
+from cluster.ledger.database import POSITIONS
+from cluster.ledger.following import catch_up, is_behind
 from cluster.ledger.store import Ledger
-
-_POSITIONS_METADATA = sa.MetaData()
-POSITIONS = sa.Table(
-    "projection_positions",
-    _POSITIONS_METADATA,
-    sa.Column("name", sa.String(64), primary_key=True),
-    sa.Column("seq", sa.BigInteger, nullable=False),
-)
 
 
 class Projection:
@@ -32,6 +30,7 @@ class Projection:
         *,
         name: str,
         metadata: sa.MetaData,
+        wanted: Callable[[str], bool],
         apply: Callable[[sa.Connection, Entry], None],
     ) -> None:
         """Create the tables if they do not exist.
@@ -40,19 +39,25 @@ class Projection:
             ledger: Source of the events.
             name: Name of the projection, unique in the ledger.
             metadata: Its tables.
+            wanted: Whether the projection depends on events of a type.
             apply: Applies one event to the tables. It must ignore events that it does not know.
         """
         self._ledger = ledger
         self._name = name
         self._metadata = metadata
+        self._wanted = wanted
         self._apply = apply
-        with ledger.writing() as connection:
-            self._create(connection)
+        if not self._has_tables(ledger.engine):
+            with ledger.writing() as connection:
+                if not self._has_tables(connection):
+                    self._create(connection)
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
         """Yield a connection to the tables, after all current events are applied to them."""
-        if self._position() < self._ledger.head():
+        with self._ledger.engine.connect() as connection:
+            behind = is_behind(connection, self._name, self._wanted)
+        if behind:
             self._catch_up()
         with self._ledger.engine.connect() as connection:
             yield connection
@@ -60,28 +65,21 @@ class Projection:
     def rebuild(self) -> None:
         """Drop the tables and rebuild them from the first event."""
         with self._ledger.writing() as connection:
-            self._metadata.drop_all(connection)
-            connection.execute(POSITIONS.delete().where(POSITIONS.c.name == self._name))
             self._create(connection)
         self._catch_up()
 
+    def _has_tables(self, bind: sa.Engine | sa.Connection) -> bool:
+        return self._metadata.tables.keys() <= set(sa.inspect(bind).get_table_names())
+
     def _create(self, connection: sa.Connection) -> None:
-        _POSITIONS_METADATA.create_all(connection)
+        """Create empty tables, which are filled from the first event on."""
+        self._metadata.drop_all(connection)
         self._metadata.create_all(connection)
-
-    def _position(self) -> int:
-        with self._ledger.engine.connect() as connection:
-            return self._position_in(connection)
-
-    def _position_in(self, connection: sa.Connection) -> int:
-        query = sa.select(POSITIONS.c.seq).where(POSITIONS.c.name == self._name)
-        return int(connection.execute(query).scalar_one_or_none() or 0)
+        connection.execute(POSITIONS.delete().where(POSITIONS.c.name == self._name))
 
     def _catch_up(self) -> None:
-        with self._ledger.writing() as connection:
-            position = start = self._position_in(connection)
-            for entry in self._ledger.entries(after=start):
-                self._apply(connection, entry)
-                position = entry.seq
-            connection.execute(POSITIONS.delete().where(POSITIONS.c.name == self._name))
-            connection.execute(POSITIONS.insert().values(name=self._name, seq=position))
+        catch_up(self._ledger.engine, self._name, wanted=self._wanted, apply=self._apply_all)
+
+    def _apply_all(self, connection: sa.Connection, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._apply(connection, entry)

@@ -1,67 +1,72 @@
-"""The ledger's table in SQLite (default) or PostgreSQL (by URL).
+"""The ledger: appends events to the table in its database, and reads them.
 
 An append takes the ledger's write lock, reads the head, and links the new entry to it, in one transaction. So
-concurrent writers wait for each other and never fork the chain. SQLite locks with BEGIN IMMEDIATE, and PostgreSQL with
-an advisory lock that ends with the transaction.
+concurrent writers wait for each other and never fork the chain.
+
+The ledger's time never goes backwards: an event of a writer whose clock is behind gets the time of the event before it.
+So events in the order of `seq` are in the order of time too, whichever machine wrote them.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from cluster.errors import ConfigError
+from cluster.ledger import index
 from cluster.ledger.chain import GENESIS, Entry, build_entry, canonical, to_json
 from cluster.ledger.checkpoint import Signer, checkpoint, load_signer
-from cluster.ledger.events import LedgerEvent, Subject, UnknownEvent, is_known, require_known
+from cluster.ledger.database import EVENTS, connect, create_tables, to_entry, writing
+from cluster.ledger.events import Json, LedgerEvent, Subject, UnknownEvent, is_known, require_known
+from cluster.ledger.following import HEAD, catch_up, newest_by_type, position_of
 from cluster.settings import PlatformConfig, Tier
 from cluster.storage import layout, local
 
-_LOCK_KEY = 0x0FA1A7
 _PAGE = 1000
+_FIRST_PAGE = 20
+"""Size of a lookup's first page, because many lookups need one event."""
 
-METADATA = sa.MetaData()
-EVENTS = sa.Table(
-    "events",
-    METADATA,
-    sa.Column(
-        "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True, autoincrement=False
-    ),
-    sa.Column("time", sa.String(32), nullable=False),
-    sa.Column("type", sa.String(64), nullable=False, index=True),
-    sa.Column("actor", sa.String(256), nullable=False),
-    sa.Column("payload", sa.Text, nullable=False),
-    sa.Column("prev_hash", sa.String(64), nullable=False, unique=True),
-    sa.Column("hash", sa.String(64), nullable=False, unique=True),
-)
+_LAST = sa.select(EVENTS.c.seq, EVENTS.c.time, EVENTS.c.hash).order_by(EVENTS.c.seq.desc()).limit(1)
 
 
-_HEAD = sa.select(sa.func.coalesce(sa.func.max(EVENTS.c.seq), 0))
-"""Built once, because building the query takes longer than running it, and the edge runs it many times a second."""
+def utc_now() -> dt.datetime:
+    """Return this machine's time, in UTC."""
+    return dt.datetime.now(dt.UTC)
 
 
 class Ledger:
     """Append-only events in a SQL database."""
 
-    def __init__(self, url: str, *, signer: Signer | None = None, checkpoint_every: int = 50) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        signer: Signer | None = None,
+        checkpoint_every: int = 50,
+        clock: Callable[[], dt.datetime] = utc_now,
+    ) -> None:
         """Connect, and create the table if it does not exist.
 
         Args:
             url: SQLAlchemy URL, `sqlite:///…` or `postgresql+psycopg://…`.
             signer: Signs a checkpoint after every `checkpoint_every` events. None signs no checkpoints.
             checkpoint_every: Number of events from one checkpoint to the next.
+            clock: Returns this writer's time, in UTC.
         """
-        self._engine = _engine(url)
+        self._engine = connect(url)
         self._signer = signer
         self._checkpoint_every = checkpoint_every
+        self._clock = clock
         with self.writing() as connection:
-            METADATA.create_all(connection)
+            is_indexed = sa.inspect(connection).has_table(index.NAME)
+            create_tables(connection)
+            if not is_indexed:
+                index.start(connection)
 
     @property
     def engine(self) -> sa.Engine:
@@ -72,10 +77,10 @@ class Ledger:
         """Append one event durably, and a checkpoint if one is due."""
         payload = to_json(event.payload())
         with self.writing() as connection:
-            entry = _append(connection, event.type, actor, payload)
+            entry = self._append(connection, event.type, actor, payload)
             if self._signer is not None and entry.seq % self._checkpoint_every == 0:
                 mark = checkpoint(self._signer, entry)
-                _append(connection, mark.type, "system:ledger", mark.payload())
+                self._append(connection, mark.type, "system:ledger", mark.payload())
         return entry
 
     def entries(self, kind: type[LedgerEvent] | None = None, *, after: int = 0) -> Iterator[Entry]:
@@ -90,15 +95,56 @@ class Ledger:
             with self._engine.connect() as connection:
                 rows = connection.execute(query).all()
             for row in rows:
-                yield _entry(row)
+                yield to_entry(row)
             if len(rows) < _PAGE:
                 return
             after = rows[-1].seq
 
+    def find(
+        self, kind: type[LedgerEvent], *, having: str = "", newest_first: bool = False, **values: Json
+    ) -> Iterator[Entry]:
+        """Yield the entries of one type with these values in their payload, in order, by the event index.
+
+        Args:
+            kind: Type of the events.
+            having: Only events in which this field is not empty.
+            newest_first: Start with the newest event.
+            values: Values by field. `index.KEYS` has the combinations that can be looked up.
+        """
+        key = index.lookup_key(kind.__name__, having, values)
+        self._update_index()
+        beyond, limit = None, _FIRST_PAGE
+        while True:
+            query = index.page(key, beyond=beyond, newest_first=newest_first, limit=limit)
+            with self._engine.connect() as connection:
+                rows = connection.execute(query).all()
+            for row in rows:
+                yield to_entry(row)
+            if len(rows) < limit:
+                return
+            beyond, limit = rows[-1].seq, _PAGE
+
+    def newest(self, kind: type[LedgerEvent], *, having: str = "", **values: Json) -> Entry | None:
+        """Return the newest entry of one type with these values, or None if there is none."""
+        return next(self.find(kind, having=having, newest_first=True, **values), None)
+
+    def get(self, seq: int) -> Entry | None:
+        """Return the entry with a `seq`, or None if there is none."""
+        with self._engine.connect() as connection:
+            row = connection.execute(sa.select(EVENTS).where(EVENTS.c.seq == seq)).first()
+        return None if row is None else to_entry(row)
+
+    def last(self, kind: type[LedgerEvent]) -> Entry | None:
+        """Return the last entry of one type, or None if there is none."""
+        query = sa.select(sa.func.max(EVENTS.c.seq)).where(EVENTS.c.type == kind.__name__)
+        with self._engine.connect() as connection:
+            seq = connection.execute(query).scalar_one()
+        return None if seq is None else self.get(seq)
+
     def head(self) -> int:
         """Return the last seq, or 0 if there are no events."""
         with self._engine.connect() as connection:
-            return int(connection.execute(_HEAD).scalar_one())
+            return int(connection.execute(HEAD).scalar_one())
 
     def require_known(self, subject: Subject) -> None:
         """Require that this release knows all the ledger's event types of a subject, before a command changes it.
@@ -107,7 +153,7 @@ class Ledger:
             ReleaseTooOld: A newer release wrote an unknown event type of the subject. The message names the first one.
         """
         with self._engine.connect() as connection:
-            types = connection.execute(sa.select(EVENTS.c.type).distinct()).scalars().all()
+            types = newest_by_type(connection)
         for type_name in sorted(types):
             if not is_known(type_name):
                 require_known(UnknownEvent(stored_type=type_name, content={}), subject)
@@ -116,16 +162,43 @@ class Ledger:
         """Close the connections."""
         self._engine.dispose()
 
-    @contextmanager
-    def writing(self) -> Iterator[sa.Connection]:
+    def writing(self) -> AbstractContextManager[sa.Connection]:
         """Open a transaction that holds the ledger's write lock. It commits at the end, except after an exception."""
+        return writing(self._engine)
+
+    def _update_index(self) -> None:
         with self._engine.connect() as connection:
-            if connection.dialect.name == "sqlite":
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-            else:
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY)))
-            yield connection
-            connection.commit()
+            is_current = position_of(connection, index.NAME) >= int(connection.execute(HEAD).scalar_one())
+        if not is_current:
+            catch_up(self._engine, index.NAME, wanted=index.is_indexed, apply=index.add)
+
+    def _append(
+        self, connection: sa.Connection, type_name: str, actor: str, payload: dict[str, Any]
+    ) -> Entry:
+        last = connection.execute(_LAST).first()
+        now = self._clock().isoformat(timespec="microseconds")
+        entry = build_entry(
+            seq=last.seq + 1 if last else 1,
+            # All times have the same form, so text compares as the times do.
+            time=max(now, last.time) if last else now,
+            type=type_name,
+            actor=actor,
+            payload=payload,
+            prev_hash=last.hash if last else GENESIS,
+        )
+        connection.execute(
+            EVENTS.insert().values(
+                seq=entry.seq,
+                time=entry.time,
+                type=entry.type,
+                actor=entry.actor,
+                payload=canonical(entry.payload).decode(),
+                prev_hash=entry.prev_hash,
+                hash=entry.hash,
+            )
+        )
+        index.add_appended(connection, entry)
+        return entry
 
 
 def open_ledger(config: PlatformConfig) -> Ledger:
@@ -156,56 +229,3 @@ def _require_tls(url: str) -> None:
         f"The ledger's database at {address.host} would be reached without a verified TLS connection. Add "
         "sslmode=verify-full and sslrootcert=/path/to/ca.pem to ledger.url."
     )
-
-
-def _append(connection: sa.Connection, type_name: str, actor: str, payload: dict[str, Any]) -> Entry:
-    last = connection.execute(
-        sa.select(EVENTS.c.seq, EVENTS.c.hash).order_by(EVENTS.c.seq.desc()).limit(1)
-    ).first()
-    entry = build_entry(
-        seq=last.seq + 1 if last else 1,
-        time=dt.datetime.now(dt.UTC).isoformat(timespec="microseconds"),
-        type=type_name,
-        actor=actor,
-        payload=payload,
-        prev_hash=last.hash if last else GENESIS,
-    )
-    connection.execute(
-        EVENTS.insert().values(
-            seq=entry.seq,
-            time=entry.time,
-            type=entry.type,
-            actor=entry.actor,
-            payload=canonical(entry.payload).decode(),
-            prev_hash=entry.prev_hash,
-            hash=entry.hash,
-        )
-    )
-    return entry
-
-
-def _entry(row: sa.Row[Any]) -> Entry:
-    return Entry(
-        seq=row.seq,
-        time=row.time,
-        type=row.type,
-        actor=row.actor,
-        payload=json.loads(row.payload),
-        prev_hash=row.prev_hash,
-        hash=row.hash,
-    )
-
-
-def _engine(url: str) -> sa.Engine:
-    engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
-    if engine.dialect.name == "sqlite":
-
-        @sa.event.listens_for(engine, "connect")
-        def configure(connection: Any, _record: Any) -> None:
-            # The driver's implicit BEGIN would take the write lock only after the head is read.
-            connection.isolation_level = None
-            connection.execute("PRAGMA busy_timeout = 30000")
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-
-    return engine

@@ -14,7 +14,7 @@ from openlineage.client.transport.console import ConsoleTransport
 from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError
 from cluster.lineage.openlineage import run_events
-from cluster.lineage.trace import ModelTrace, as_json, describe, trace_model
+from cluster.lineage.trace import ModelTrace, as_json, describe, read_entries, trace_model
 from cluster.registry import LATEST
 from cluster.security.ledger_reader import add_ledger_flags, open_reader
 
@@ -41,7 +41,8 @@ def main() -> None:
     target.add_argument("--output", type=Path, help="file to write instead of standard output")
     arguments = parser.parse_args()
     try:
-        model_trace = trace_model(open_reader(arguments).entries(), arguments.model, arguments.version)
+        entries = read_entries(open_reader(arguments), arguments.model, arguments.version)
+        model_trace = trace_model(entries, arguments.model, arguments.version)
         if arguments.emit:
             _emit(model_trace, arguments.namespace)
             return

@@ -1,17 +1,18 @@
 """Trace a model version through the ledger: source column, feature, training-set column, model version, deployment.
 
-It is a pure function of the ledger's entries and needs no running cluster. A view without a transform takes each
-feature from the source column of the same name. The columns that a transform reads are not visible from outside: a
-field can declare them (`from_columns`), and otherwise all columns of the source count.
+The trace is a pure function of entries, which `read_entries` finds. It needs no running cluster. A view without a
+transform takes each feature from the source column of the same name. The columns that a transform reads are not visible
+from outside: a field can declare them (`from_columns`), and otherwise all columns of the source count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from cluster.errors import LedgerCorrupt, ModelNotFound, did_you_mean
+from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import (
     AliasMoved,
@@ -83,11 +84,49 @@ class _History:
     removed: list[Entry] = field(default_factory=list)
 
 
+def read_entries(ledger: Ledger, model: str, version: int | str) -> list[Entry]:
+    """Return the entries of a model version's lineage, in order, by the event index.
+
+    They are the same for `trace_model` as all entries of the ledger.
+    """
+    registered = list(ledger.find(ModelRegistered, name=model))
+    if not registered:  # for the message that names similar models
+        return list(ledger.entries(ModelRegistered))
+    entries = [*registered]
+    if isinstance(version, str) and not version.isdecimal() and version != LATEST:
+        moved = ledger.newest(AliasMoved, name=model, alias=version)
+        entries += [moved] if moved else ledger.find(AliasMoved, name=model)
+    try:
+        number = _number(_read(sorted(entries, key=_seq)), model, version)
+    except ModelNotFound:
+        return sorted(entries, key=_seq)
+    of_version: dict[str, Any] = {"name": model, "version": number}
+    entries += [*ledger.find(ModelDeployed, **of_version), *ledger.find(DeploymentRemoved, **of_version)]
+    for entry in registered:
+        if entry.payload["version"] == number:
+            entries += _training_data(ledger, entry)
+    return sorted(entries, key=_seq)
+
+
+def _training_data(ledger: Ledger, registered: Entry) -> Iterator[Entry]:
+    """Yield a version's training set, and the definitions and batches of its views."""
+    row_hash = registered.payload["lineage"].get("training_set_hash", "")
+    built = list(ledger.find(TrainingSetBuilt, row_hash=row_hash))
+    yield from built
+    for view in {view for entry in built for view in entry.payload["view_versions"]}:
+        yield from ledger.find(FeatureViewApplied, view=view)
+        yield from ledger.find(BatchIngested, view=view)
+
+
+def _seq(entry: Entry) -> int:
+    return entry.seq
+
+
 def trace_model(entries: Iterable[Entry], model: str, version: int | str) -> ModelTrace:
     """Return the lineage of a model version.
 
     Args:
-        entries: All entries of the ledger.
+        entries: The entries of `read_entries`, or all entries of the ledger.
         model: Name of the model.
         version: A number, an alias, or `LATEST`.
 

@@ -190,14 +190,10 @@ def load_baseline(ledger: Ledger, view: FeatureView, quarantine: QuarantineFiles
     Raises:
         AccessDenied, KeyRevoked: the key store refuses the quarantine's key.
     """
-    batches = [
-        entry.payload
-        for entry in ledger.entries(BatchIngested)
-        if entry.payload["view"] == view.name and entry.payload.get("profile")
-    ]
-    if not batches:
+    last = ledger.newest(BatchIngested, view=view.name, having="profile")
+    if last is None:
         return None
-    summary, ingest_id = batches[-1]["profile"], batches[-1]["ingest_id"]
+    summary, ingest_id = last.payload["profile"], last.payload["ingest_id"]
     if not any(isinstance(check, Drift | Outlier) for check in view.checks):
         return Profile(**summary, newest_event_us=None, distributions={})
     return quarantine.read_profile(ingest_id)
@@ -205,12 +201,8 @@ def load_baseline(ledger: Ledger, view: FeatureView, quarantine: QuarantineFiles
 
 def new_columns(ledger: Ledger, view: str, columns: list[str]) -> list[str]:
     """Return the columns of a source that it did not have at the view's last batch."""
-    known = [
-        entry.payload["source_columns"]
-        for entry in ledger.entries(BatchIngested)
-        if entry.payload["view"] == view and entry.payload.get("source_columns")
-    ]
-    before = set(known[-1]) if known else set(columns)
+    last = ledger.newest(BatchIngested, view=view, having="source_columns")
+    before = set(last.payload["source_columns"] if last else columns)
     return [name for name in columns if name not in before]
 
 

@@ -14,6 +14,7 @@ from cluster.entrypoint import job
 from cluster.errors import ModelNotFound, did_you_mean
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import OutcomesCompacted, PredictionsCompacted
+from cluster.ledger.table_versions import unrecorded
 from cluster.records.compaction import compact
 from cluster.records.table import LogTable
 from cluster.registry import Registry
@@ -81,20 +82,18 @@ def compact_log(log: Path, event: CompactedEvent, ledger: Ledger, actor: Actor, 
 
 def append_events(log: Path, event: CompactedEvent, ledger: Ledger, *, model: str, actor: str) -> None:
     """Append an event for each compaction that has none yet, including those of a job that was killed."""
-    recorded = {
-        entry.payload["table_version"] for entry in ledger.entries(event) if entry.payload["model"] == model
-    }
-    for version, compaction in sorted(LogTable(log).compactions().items()):
-        if version not in recorded:
-            ledger.append(
-                event(
-                    model=model,
-                    table_version=version,
-                    segments=compaction.segments,
-                    records=compaction.records,
-                ),
-                actor=actor,
-            )
+    compactions = LogTable(log).compactions()
+    for version in unrecorded(ledger, event, compactions, model=model):
+        compaction = compactions[version]
+        ledger.append(
+            event(
+                model=model,
+                table_version=version,
+                segments=compaction.segments,
+                records=compaction.records,
+            ),
+            actor=actor,
+        )
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ def _rows(ledger: Ledger) -> dict[str, dict[str, int]]:
 
 
 def _training_set(ledger: Ledger) -> dict[str, Any]:
-    *_, newest = ledger.entries(TrainingSetBuilt)
+    newest = ledger.last(TrainingSetBuilt)
+    assert newest is not None, "The demo has built a training set."
     return {"rows": newest.payload["rows"], "hash": newest.payload["row_hash"]}
 
 

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
-from cluster.ledger import Ledger, open_ledger
-from cluster.ledger.events import EdgeLimitSet, Subject
+from cluster.ledger import open_ledger
+from cluster.ledger.events import EdgeLimitSet
 from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from serve_apps.edge.control.edge_state import wait_until_applied
-from serve_apps.edge.haproxy.request_limits import MAX_NAME_BYTES, Limit, Limited, OwnLimits
+from serve_apps.edge.control.own_limits import read_own_limits
+from serve_apps.edge.haproxy.request_limits import MAX_NAME_BYTES, Limit, Limited
 
 
 class LimitAction(enum.Enum):
@@ -85,15 +86,6 @@ def main(config: LimitsCommand) -> None:
             wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
     own_limits = read_own_limits(ledger).set.values()
     print(json.dumps([event.payload() for event in own_limits], indent=1))
-
-
-def read_own_limits(ledger: Ledger) -> OwnLimits:
-    """Return the own limits after the ledger's last event."""
-    limits = OwnLimits()
-    for entry in ledger.entries():
-        if Subject.limit.includes(entry.type):
-            limits = limits.apply(entry.event())
-    return limits
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,6 @@ from starlette.responses import Response
 from cluster.errors import InvalidRequest, ModelNotFound, RefusedError
 from cluster.ledger import open_ledger
 from cluster.ledger.chain import canonical
-from cluster.ledger.events import OutcomesReceived
 from cluster.records import OutcomeRecord
 from cluster.registry import Registry
 from cluster.runtime import OutcomeParser
@@ -27,6 +27,7 @@ from cluster.security.keys.store import KeyNotFound, KeyStore
 from cluster.session import require_running_cluster
 from cluster.settings_conversion import from_plain
 from cluster.storage import layout, local
+from serve_apps.outcomes.sums import OutcomeSums
 from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.request import shortened, to_utc
 from serve_apps.replica.access import AccessCheck
@@ -163,9 +164,12 @@ class Outcomes:
         self._durability = platform.replica.durability
         self._types = OutcomeTypes(Registry(self._ledger, self._places), self._store)
         self._logs: dict[str, RecordLog] = {}
+        self._sums = OutcomeSums(self._ledger.append)
 
     def __del__(self) -> None:
-        """Close the access check and the logs; Serve calls this when a replica stops normally."""
+        """Close the sums, the access check and the logs; Serve calls this when a replica stops normally."""
+        if (sums := getattr(self, "_sums", None)) is not None:
+            sums.close()
         if (access := getattr(self, "_access", None)) is not None:
             access.close()
         for log in getattr(self, "_logs", {}).values():
@@ -193,14 +197,7 @@ class Outcomes:
         await log.after_durable(None)
         content = canonical([[record.prediction_id, record.row, str(record.outcome)] for record in records])
         digest = hashlib.sha256(content).hexdigest()
-        try:
-            self._ledger.append(
-                OutcomesReceived(model=model, accepted=len(records), digest=digest), actor=actor
-            )
-        except sa.exc.OperationalError as error:  # a full disk, for example; outcomes sent again count once
-            raise Unavailable(
-                "The ledger cannot be written, so the outcomes are not accepted. Try again later."
-            ) from error
+        self._sums.add(model, accepted=len(records), digest=digest, actor=actor, at=time.time())
 
     def _open_log(self, model: str) -> RecordLog:
         try:

@@ -27,7 +27,7 @@ from ray.serve import metrics
 from starlette.background import BackgroundTask
 from starlette.responses import Response
 
-from cluster.ledger import Ledger
+from cluster.ledger import Entry, Ledger
 from cluster.ledger.events import LedgerEvent, ShadowStarted, ShadowStopped, Subject
 from cluster.records import SHADOW
 from serve_apps.predictor.inference_protocol import JSON_LENGTH
@@ -210,15 +210,15 @@ class Shadowing:
         head = self._ledger.head()
         if head != self._seq:
             self._ledger.require_known(Subject.serving)
-            events = [*self._new_events(ShadowStarted), *self._new_events(ShadowStopped)]
-            for _, event in sorted(events, key=lambda seq_and_event: seq_and_event[0]):
-                self._states = apply(self._states, event)
+            newest = (self._newest_event(kind) for kind in (ShadowStarted, ShadowStopped))
+            entries = sorted((entry for entry in newest if entry is not None), key=lambda entry: entry.seq)
+            for entry in entries:
+                self._states = apply(self._states, entry.event())
             self._seq = head
 
-    def _new_events(self, kind: type[LedgerEvent]) -> list[tuple[int, LedgerEvent]]:
-        """Return the model's new events of a kind, with their sequence numbers."""
-        entries = self._ledger.entries(kind, after=self._seq)
-        return [(entry.seq, entry.event()) for entry in entries if entry.payload["model"] == self._model]
+    def _newest_event(self, kind: type[LedgerEvent]) -> Entry | None:
+        """Return the model's newest event of a kind; earlier ones do not count any more."""
+        return self._ledger.newest(kind, model=self._model)
 
     def _start_senders(self) -> None:
         self._senders = [sender for sender in self._senders if sender.is_alive()]

@@ -1,10 +1,19 @@
-"""Serving state of every model, as a pure fold over ledger events."""
+"""Serving state of every model, as a pure fold over ledger events.
+
+`read_states` stores the folded states in a projection, so that it folds only new events. To apply the last events a
+second time, in order, changes nothing. So a reader that follows the ledger itself may start with these states and an
+earlier position.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
-from cluster.ledger import Ledger
+import sqlalchemy as sa
+
+from cluster.ledger import Entry, Ledger
 from cluster.ledger.events import (
     AliasMoved,
     DeploymentRemoved,
@@ -19,6 +28,7 @@ from cluster.ledger.events import (
     Subject,
     require_known,
 )
+from cluster.ledger.projection import Projection
 from cluster.registry import CHAMPION
 
 
@@ -69,6 +79,16 @@ class ModelState:
 
 
 States = dict[str, ModelState]
+
+METADATA = sa.MetaData()
+STATES = sa.Table(
+    "serving_states_1",
+    METADATA,
+    sa.Column("model", sa.String(128), primary_key=True),
+    sa.Column("seq", sa.BigInteger, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+)
+"""One row for each model, in the order of their first events. A release with another fold gives it another number."""
 
 
 def apply(states: States, event: LedgerEvent, *, time: str = "") -> States:
@@ -122,11 +142,40 @@ def read_states(ledger: Ledger) -> States:
     Raises:
         ReleaseTooOld: an event is of a newer release and changes what is served.
     """
-    states: States = {}
-    for entry in ledger.entries():
-        if Subject.serving.includes(entry.type):
-            states = apply(states, entry.event(), time=entry.time)
-    return states
+    projection = Projection(
+        ledger, name=STATES.name, metadata=METADATA, wanted=Subject.serving.includes, apply=_apply_stored
+    )
+    query = sa.select(STATES.c.model, STATES.c.state).order_by(STATES.c.seq)
+    with projection.reading() as connection:
+        return {row.model: _from_json(row.state) for row in connection.execute(query)}
+
+
+def _apply_stored(connection: sa.Connection, entry: Entry) -> None:
+    """Apply an event to the stored state of its model."""
+    event = entry.event()
+    require_known(event, Subject.serving)
+    payload = event.payload()
+    model = str(payload["model"] if "model" in payload else payload["name"])
+    stored = connection.execute(sa.select(STATES).where(STATES.c.model == model)).first()
+    before = {model: _from_json(stored.state)} if stored else {}
+    after = apply(before, event, time=entry.time)
+    if after == before:
+        return
+    text = json.dumps(asdict(after[model]))
+    if stored:
+        connection.execute(STATES.update().where(STATES.c.model == model).values(state=text))
+    else:
+        connection.execute(STATES.insert().values(model=model, seq=entry.seq, state=text))
+
+
+def _from_json(text: str) -> ModelState:
+    content: dict[str, Any] = json.loads(text)
+    return ModelState(
+        champion_version=content["champion_version"],
+        apps={int(version): app for version, app in content["apps"].items()},
+        rollout=Rollout(**content["rollout"]) if content["rollout"] else None,
+        shadow=Shadow(**content["shadow"]) if content["shadow"] else None,
+    )
 
 
 def _with_rollout(states: States, model: str, rollout: Rollout | None) -> States:

@@ -1,4 +1,7 @@
-"""`make bench BENCH=scale`: what one HAProxy of the edge costs with 1, 20 and 200 models, each with two versions.
+"""`make bench BENCH=scale`: what grows with the number of models, and with the number of ledger events.
+
+`python tests/bench/scale.py ledger` measures the ledger only. `… edge` measures the edge only: what one HAProxy costs
+with 1, 20 and 200 models, each with two versions. `_scale_ledger.py` describes the ledger's figures.
 
 No Ray and no replicas: behind every version stands one server, another HAProxy, that answers at once. Measured:
 `render` (routes to text), `start` (checked and started), `reload` (one more replica, until the new worker serves),
@@ -30,6 +33,7 @@ from serve_apps.edge.control.running_map import RunningMap
 from serve_apps.edge.haproxy.config import render
 from serve_apps.edge.haproxy.routes import Routes, routes
 from serve_apps.rollout.serving_state import ModelState, Rollout
+from tests.bench import _scale_ledger
 from tests.servers.edge import Edge, running_edge
 from tests.servers.ports import free_port
 
@@ -132,18 +136,18 @@ def idle_cpu(edge: Edge) -> float:
     return (used() - before) / IDLE_S
 
 
-def main() -> None:
-    """Measure, print and write."""
+def edge() -> list[dict[str, Any]]:
+    """Measure the edge."""
     rows: list[dict[str, Any]] = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_edge(Path(folder)) as edge,
+        running_edge(Path(folder)) as running,
         replica(Path(folder)) as port,
     ):
-        edge.settings = dataclasses.replace(edge.settings, serve_proxy=f"127.0.0.1:{port}")
-        write_bytes(edge.settings.map_file, b"")
+        running.settings = dataclasses.replace(running.settings, serve_proxy=f"127.0.0.1:{port}")
+        write_bytes(running.settings.map_file, b"")
         for count in MODELS:
-            for name, value in measure(edge, count, port).items():
+            for name, value in measure(running, count, port).items():
                 metric, unit = name.rsplit("_", 1) if name.endswith("_ms") else (name, "cores")
                 rows.append(
                     {
@@ -155,6 +159,19 @@ def main() -> None:
                     }
                 )
                 print(f"{count:4} models  {metric:9} {value:10.3f} {unit}", flush=True)
+    return rows
+
+
+def ledger() -> list[dict[str, Any]]:
+    """Measure the ledger."""
+    with tempfile.TemporaryDirectory() as folder:
+        return list(_scale_ledger.measure(Path(folder)))
+
+
+def main() -> None:
+    """Measure the named parts, or all, print and write."""
+    parts = {"edge": edge, "ledger": ledger}
+    rows = [row for name in sys.argv[1:] or parts for row in parts[name]()]
     target = Path(".falaj/bench/scale.json")
     write_bytes(str(target.absolute()), json.dumps(rows, indent=1).encode())
 

@@ -9,6 +9,8 @@ from multiprocessing.context import ForkServerContext
 _TARGETS = (
     "tests.projects.push",
     "tests.unit.cluster.ledger.test_ledger",
+    "tests.unit.cluster.ledger.test_ledger_time",
+    "tests.unit.cluster.ledger.test_version_numbers",
     "tests.unit.cluster.records.test_compaction_kills",
     "tests.unit.feature_jobs.online.test_materialize_kill",
 )

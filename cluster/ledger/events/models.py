@@ -143,9 +143,26 @@ class GuardrailBreached(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutcomesReceived(LedgerEvent):
+    """The outcomes of one request were accepted. Older releases wrote it; `OutcomesSummed` replaces it."""
+
     model: str
     accepted: int
     digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutcomesSummed(LedgerEvent):
+    """Accepted outcomes that the event's actor sent for a model to one replica within about a minute."""
+
+    model: str
+    requests: int
+    accepted: int
+    """Number of outcomes."""
+    digest: str
+    """SHA-256 of the requests' digests in hex, one after the other."""
+    first_at: float
+    """Unix seconds."""
+    last_at: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

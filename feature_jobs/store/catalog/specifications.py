@@ -234,13 +234,13 @@ def view_spec(ledger: Ledger, name: str) -> ViewSpec:
     Raises:
         FeatureViewNotFound: No view of that name was applied.
     """
-    known = view_specs(ledger)
-    if name not in known:
+    applied = ledger.newest(FeatureViewApplied, view=name)
+    if applied is None:
         raise FeatureViewNotFound(
             f"No feature view '{name}' has been applied.",
-            hint=f"{did_you_mean(name, known)} Run `python -m feature_jobs.apply`.",
+            hint=f"{did_you_mean(name, view_specs(ledger))} Run `python -m feature_jobs.apply`.",
         )
-    return known[name]
+    return _view_spec(applied.payload["version"], applied.payload["definition"])
 
 
 def service_spec(ledger: Ledger, name: str, version: str | None = None) -> ServiceSpec:
@@ -250,8 +250,7 @@ def service_spec(ledger: Ledger, name: str, version: str | None = None) -> Servi
         FeatureServiceNotFound: No such service or version was applied.
     """
     payload = _applied_service(ledger, name, version)
-    known_views = _all_views(ledger)
-    views = [known_views[view, payload["views"][view]] for view in payload["view_order"]]
+    views = [_applied_view(ledger, view, payload["views"][view]) for view in payload["view_order"]]
     dtypes = {
         column: field.dtype for view in views for column, field in zip(view.columns, view.fields, strict=True)
     }
@@ -266,21 +265,27 @@ def service_spec(ledger: Ledger, name: str, version: str | None = None) -> Servi
 
 def _applied_service(ledger: Ledger, name: str, version: str | None) -> dict[str, Any]:
     """Return the payload of the event that applied a version of a service."""
-    applied = [entry.payload for entry in ledger.entries(FeatureServiceApplied)]
-    of_name = [payload for payload in applied if payload["service"] == name]
-    if not of_name:
-        known = {payload["service"] for payload in applied}
-        raise FeatureServiceNotFound(
-            f"No feature service '{name}' has been applied.",
-            hint=f"{did_you_mean(name, known)} Run `python -m feature_jobs.apply`.",
-        )
-    matching = [payload for payload in of_name if version in (None, payload["version"])]
-    if not matching:
-        versions = [payload["version"] for payload in of_name]
+    versions = []
+    for entry in ledger.find(FeatureServiceApplied, service=name, newest_first=True):
+        if version in (None, entry.payload["version"]):
+            return entry.payload
+        versions.append(entry.payload["version"])
+    if versions:
         raise FeatureServiceNotFound(
             f"Feature service '{name}' has no version '{version}'.{did_you_mean(str(version), versions)}"
         )
-    return matching[-1]
+    known = {entry.payload["service"] for entry in ledger.entries(FeatureServiceApplied)}
+    raise FeatureServiceNotFound(
+        f"No feature service '{name}' has been applied.",
+        hint=f"{did_you_mean(name, known)} Run `python -m feature_jobs.apply`.",
+    )
+
+
+def _applied_view(ledger: Ledger, name: str, version: str) -> ViewSpec:
+    """Return a version of a view that a service names. It was applied before the service."""
+    applied = ledger.find(FeatureViewApplied, view=name, newest_first=True)
+    payload = next(entry.payload for entry in applied if entry.payload["version"] == version)
+    return _view_spec(version, payload["definition"])
 
 
 def _all_views(ledger: Ledger) -> dict[tuple[str, str], ViewSpec]:

@@ -9,31 +9,66 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import json
-from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import sqlalchemy as sa
 
 from cluster.errors import SourceError
-from cluster.ledger.events import BatchIngested, BatchMended, LedgerEvent, QuarantineReplayed
+from cluster.ledger import Entry, Ledger
+from cluster.ledger.events import BatchIngested, BatchMended, QuarantineReplayed
+from cluster.ledger.projection import Projection
 from feature_jobs.store.ingestion.validation import SOURCE_SCHEMA
 
+METADATA = sa.MetaData()
+BATCHES = sa.Table(
+    "quarantined_batches_1",
+    METADATA,
+    sa.Column("view", sa.String(256), primary_key=True),
+    sa.Column("batch", sa.String(256), primary_key=True),
+    sa.Column("seq", sa.BigInteger, nullable=False),
+    sa.Column("reasons", sa.Text, nullable=False),
+)
+"""Batches with rows in quarantine. A release with other rows for the same events gives it another number."""
+_TYPES = frozenset({BatchIngested.__name__, BatchMended.__name__, QuarantineReplayed.__name__})
 
-def quarantined(events: Iterable[LedgerEvent], view: str) -> dict[str, dict[str, int]]:
+
+def quarantined(ledger: Ledger, view: str) -> dict[str, dict[str, int]]:
     """Return the number of quarantined rows by batch and reason, in the order of ingestion.
 
     Batches of the view that have no row in quarantine are left out.
     """
-    batches: dict[str, dict[str, int]] = {}
-    for event in events:
-        match event:
-            case BatchIngested(view=name) if name == view and event.rows_quarantined:
-                batches[event.ingest_id] = dict(event.reasons)
-            case QuarantineReplayed(view=name) | BatchMended(view=name) if name == view:
-                batches[event.batch] = dict(event.reasons)
-    return {batch: reasons for batch, reasons in batches.items() if reasons}
+    projection = Projection(
+        ledger, name=BATCHES.name, metadata=METADATA, wanted=_TYPES.__contains__, apply=_apply
+    )
+    query = (
+        sa.select(BATCHES.c.batch, BATCHES.c.reasons).where(BATCHES.c.view == view).order_by(BATCHES.c.seq)
+    )
+    with projection.reading() as connection:
+        return {row.batch: json.loads(row.reasons) for row in connection.execute(query)}
+
+
+def _apply(connection: sa.Connection, entry: Entry) -> None:
+    """Store the newest counts of a batch, or remove the batch if its last row has left the quarantine."""
+    match entry.event():
+        case BatchIngested() as event:
+            if not event.rows_quarantined:
+                return
+            view, batch, reasons = event.view, event.ingest_id, event.reasons
+        case QuarantineReplayed() | BatchMended() as event:
+            view, batch, reasons = event.view, event.batch, event.reasons
+        case _:
+            return
+    same_batch = (BATCHES.c.view == view) & (BATCHES.c.batch == batch)
+    if not reasons:
+        connection.execute(BATCHES.delete().where(same_batch))
+        return
+    text = json.dumps(reasons)
+    if connection.execute(BATCHES.update().where(same_batch).values(reasons=text)).rowcount == 0:
+        row = {"view": view, "batch": batch, "seq": entry.seq, "reasons": text}
+        connection.execute(BATCHES.insert().values(row))
 
 
 def source_schema(file: pa.Table) -> pa.Schema | None:

@@ -76,12 +76,11 @@ def require_reproducible(manifest: Manifest, ledger: Ledger) -> None:
         TrainingSetError: the ledger has no such training set, or rows that it needs were removed.
     """
     require_recorded(manifest, ledger)
-    for entry in ledger.entries(TrainingSetNotReproducible):
-        if entry.payload["training_set"] == manifest.seq:
-            raise TrainingSetError(
-                f"{manifest.path} is not reproducible since {entry.time}: rows of view '{entry.payload['view']}' were "
-                f"removed ({entry.payload['cause']}). Build a new training set."
-            )
+    for entry in ledger.find(TrainingSetNotReproducible, training_set=manifest.seq):
+        raise TrainingSetError(
+            f"{manifest.path} is not reproducible since {entry.time}: rows of view '{entry.payload['view']}' were "
+            f"removed ({entry.payload['cause']}). Build a new training set."
+        )
 
 
 def require_recorded(manifest: Manifest, ledger: Ledger) -> None:
@@ -90,8 +89,9 @@ def require_recorded(manifest: Manifest, ledger: Ledger) -> None:
     Raises:
         TrainingSetError: the ledger has no such training set.
     """
-    recorded = ledger.entries(TrainingSetBuilt, after=manifest.seq - 1)
-    if not any(entry.seq == manifest.seq and _matches(manifest, entry.payload) for entry in recorded):
+    recorded = ledger.get(manifest.seq)
+    is_built = recorded is not None and recorded.type == TrainingSetBuilt.__name__
+    if recorded is None or not is_built or not _matches(manifest, recorded.payload):
         raise TrainingSetError(
             f"The ledger has no training set at {manifest.seq} that matches {manifest.path}. Use the unchanged "
             "manifest, in the project that built it."

@@ -32,6 +32,7 @@ from deltalake import DeltaTable
 from cluster.errors import SourceError
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchMended
+from cluster.ledger.table_versions import unrecorded
 from cluster.security.encryption.access import protected_files
 from feature_jobs.store.ingestion.quarantine_files import COLUMNS, QuarantineFiles
 from feature_jobs.store.ingestion.validation import RAW, REASON
@@ -161,17 +162,12 @@ def record_mendings(place: BatchLocation, ledger: Ledger, *, actor: str) -> list
 
     The ledger lacks a mending when the job was killed after its commit.
     """
-    recorded = {
-        entry.payload["table_version"]
-        for entry in ledger.entries(BatchMended)
-        if entry.payload["view"] == place.view
-    }
+    history = DeltaTable(place.target.uri).history()
+    mendings = {int(entry["version"]): json.loads(entry[_KEY]) for entry in history if _KEY in entry}
     events = []
-    for entry in sorted(DeltaTable(place.target.uri).history(), key=lambda entry: int(entry["version"])):
-        if _KEY in entry and int(entry["version"]) not in recorded:
-            fields = json.loads(entry[_KEY]) | {"table_version": int(entry["version"])}
-            events.append(BatchMended(**fields))
-            ledger.append(events[-1], actor=actor)
+    for version in unrecorded(ledger, BatchMended, mendings, view=place.view):
+        events.append(BatchMended(**mendings[version] | {"table_version": version}))
+        ledger.append(events[-1], actor=actor)
     return events
 
 

@@ -22,6 +22,7 @@ from deltalake import DeltaTable
 
 from cluster.ledger import Ledger
 from cluster.ledger.events import RowsRemoved, TrainingSetBuilt, TrainingSetNotReproducible
+from cluster.ledger.table_versions import unrecorded
 from cluster.security.encryption.access import protected_files
 from cluster.storage import file_system, list_files, read_bytes
 from feature_jobs.store.offline import tables as offline
@@ -132,15 +133,10 @@ def _record_lost_training_sets(
 
     These are the training sets that pin a table version with a file in `counts`.
     """
-    recorded = {
-        entry.payload["training_set"]
-        for entry in ledger.entries(TrainingSetNotReproducible)
-        if entry.payload["view"] == view
-    }
     is_lost: dict[int, bool] = {}
     for entry in list(ledger.entries(TrainingSetBuilt)):
         version = entry.payload["table_versions"].get(view)
-        if version is None or entry.seq in recorded:
+        if version is None or ledger.newest(TrainingSetNotReproducible, training_set=entry.seq, view=view):
             continue
         if version not in is_lost:
             is_lost[version] = not counts.keys().isdisjoint(_files_of(pinned.uri, version))
@@ -158,15 +154,10 @@ def _record_lost_training_sets(
 
 def _record_removals(uri: str, ledger: Ledger, *, view: str, actor: str) -> None:
     """Append an event for every removal in the table's history that the ledger lacks, also those of killed jobs."""
-    recorded = {
-        entry.payload["table_version"]
-        for entry in ledger.entries(RowsRemoved)
-        if entry.payload["view"] == view
-    }
-    for entry in sorted(DeltaTable(uri).history(), key=lambda entry: int(entry["version"])):
-        if _KEY in entry and int(entry["version"]) not in recorded:
-            event = RowsRemoved(view=view, table_version=int(entry["version"]), **json.loads(entry[_KEY]))
-            ledger.append(event, actor=actor)
+    history = DeltaTable(uri).history()
+    removals = {int(entry["version"]): json.loads(entry[_KEY]) for entry in history if _KEY in entry}
+    for version in unrecorded(ledger, RowsRemoved, removals, view=view):
+        ledger.append(RowsRemoved(view=view, table_version=version, **removals[version]), actor=actor)
 
 
 def _files_on_disk(pinned: Snapshot) -> Iterator[str]:

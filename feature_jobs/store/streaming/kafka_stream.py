@@ -253,10 +253,7 @@ class KafkaStream:
                 self._put_online(rows.filter(pl.col(SEQ).is_between(first, last)).to_arrow())
         ingest_id = f"kafka-{first}-{last}"
         found = offline.find_batch(table, ingest_id)
-        is_recorded = any(
-            entry.payload["ingest_id"] == ingest_id for entry in self.ledger.entries(BatchIngested)
-        )
-        if found is not None and not is_recorded:
+        if found is not None and self.ledger.newest(BatchIngested, ingest_id=ingest_id) is None:
             self._append_event(*found)
 
     def _put_online(self, good: pa.Table) -> None:

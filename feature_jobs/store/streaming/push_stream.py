@@ -132,7 +132,7 @@ class PushStream:
 
     def _unrecorded_batch(self, table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
         """Return a batch and its table version if the ledger has no event for it."""
-        if any(entry.payload["ingest_id"] == ingest_id for entry in self.ledger.entries(BatchIngested)):
+        if self.ledger.newest(BatchIngested, ingest_id=ingest_id) is not None:
             return None
         return offline.find_batch(table, ingest_id)
 

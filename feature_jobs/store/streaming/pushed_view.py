@@ -40,15 +40,14 @@ def load_pushed_view(ledger: Ledger, name: str) -> PushedView:
         ViewRetired: the view takes no new rows.
         DefinitionError: the transform's code cannot be imported here, or is not the applied code.
     """
-    applied = [entry.payload for entry in ledger.entries(FeatureViewApplied)]
-    versions = [payload for payload in applied if payload["view"] == name]
-    if not versions:
-        known = {payload["view"] for payload in applied}
+    applied = ledger.newest(FeatureViewApplied, view=name)
+    if applied is None:
+        known = {entry.payload["view"] for entry in ledger.entries(FeatureViewApplied)}
         raise FeatureViewNotFound(
             f"No feature view '{name}' has been applied.", hint=did_you_mean(name, known)
         )
     require_not_retired(read_lifecycles(ledger), [name], doing="No new rows are taken.")
-    newest = versions[-1]
+    newest = applied.payload
     definition, version = newest["definition"], newest["version"]
     if definition["transform"] is None:
         view = view_from_definition(definition)

@@ -29,6 +29,7 @@ from serve_apps.edge.control.edge_state import EdgeState, write_state
 from serve_apps.edge.control.haproxy_process import ConfigRefused, HAProxy
 from serve_apps.edge.control.last_answers import LastState
 from serve_apps.edge.control.metrics import EdgeMetrics
+from serve_apps.edge.control.own_limits import read_own_limits
 from serve_apps.edge.control.polled_source import PolledSource
 from serve_apps.edge.control.running_map import RunningMap
 from serve_apps.edge.haproxy import unauthenticated
@@ -39,7 +40,7 @@ from serve_apps.edge.haproxy.request_limits import Limited, OwnLimits
 from serve_apps.edge.haproxy.routes import Backend, Routes, routes
 from serve_apps.replica.access import append_in_background
 from serve_apps.replica.targets import Targets
-from serve_apps.rollout.serving_state import States, apply
+from serve_apps.rollout.serving_state import States, apply, read_states
 
 LEDGER_INTERVAL_S = 0.03
 SERVE_INTERVAL_S = 0.5
@@ -188,9 +189,12 @@ class Controller:
 
     def _read_ledger(self) -> None:
         try:
-            if self._ledger.head() == self._seq:
+            head = self._ledger.head()
+            if head == self._seq:
                 self._ledger_read = True
                 return
+            if self._seq == 0:
+                self._start_from_projections(head)
             for entry in self._ledger.entries(after=self._seq):
                 event = entry.event()
                 self._states = apply(self._states, event, time=entry.time)
@@ -199,6 +203,18 @@ class Controller:
             self._ledger_read = True
         except sa.exc.SQLAlchemyError as error:
             LOG.warning("the ledger cannot be read, so the last state stays: %s", error)
+
+    def _start_from_projections(self, head: int) -> None:
+        """Take the states of the ledger's events up to `head` at once, instead of all these events.
+
+        The states may contain newer events already. Applying these again changes nothing.
+        """
+        try:
+            states, own_limits = read_states(self._ledger), read_own_limits(self._ledger)
+        except sa.exc.OperationalError as error:
+            LOG.warning("the ledger cannot be written, so all its events are read: %s", error)
+            return
+        self._states, self._own_limits, self._seq = states, own_limits, head
 
     def _update_maps(self, wanted: Routes) -> None:
         self._splits.update(wanted.entries)

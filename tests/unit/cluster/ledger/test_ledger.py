@@ -42,7 +42,7 @@ from cluster.security.tokens.issuer import ensure_issuer, mint_token, write_priv
 from cluster.security.tokens.roles import Role
 from cluster.settings import LedgerConfig, PlatformConfig, Tier
 from cluster.storage import Layout
-from serve_apps.edge.limits import read_own_limits
+from serve_apps.edge.control.own_limits import read_own_limits
 from serve_apps.rollout.serving_state import read_states
 from tests.processes import forks
 from tests.processes.commands import run_main

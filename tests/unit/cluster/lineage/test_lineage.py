@@ -24,9 +24,16 @@ from cluster.ledger.events import (
 )
 from cluster.lineage import __main__
 from cluster.lineage.openlineage import run_events
-from cluster.lineage.trace import ModelTrace, describe, source_name, trace_model
+from cluster.lineage.trace import ModelTrace, describe, read_entries, source_name, trace_model
 from cluster.settings import PlatformConfig, StorageConfig
 from tests.processes.commands import run_main
+
+
+def traced(ledger: Ledger, model: str, version: int | str) -> ModelTrace:
+    """The trace of the entries that the event index finds. It is the same as that of all entries."""
+    trace = trace_model(read_entries(ledger, model, version), model, version)
+    assert trace == trace_model(ledger.entries(), model, version)
+    return trace
 
 
 def applied(
@@ -102,7 +109,7 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
 
 @pytest.fixture(scope="module")
 def trace(ledger: Ledger) -> ModelTrace:
-    return trace_model(ledger.entries(), "loan", 1)
+    return traced(ledger, "loan", 1)
 
 
 def test_each_column_is_traced_to_its_source_columns(trace: ModelTrace) -> None:
@@ -128,14 +135,15 @@ def test_trace_has_only_batches_and_deployments_of_its_version(trace: ModelTrace
 
 def test_a_training_set_from_elsewhere_has_no_columns(ledger: Ledger) -> None:
     """The text says that the lineage of the columns is unknown."""
-    other = trace_model(ledger.entries(), "loan", 2)
+    other = traced(ledger, "loan", 2)
     assert (other.training_set, other.columns, other.batches) == (None, [], [])
     assert "lineage of its columns is unknown" in describe(other)
 
 
 @pytest.mark.parametrize(("version", "number"), [("1", 1), ("latest", 2), ("champion", 1)])
 def test_version_can_be_a_number_an_alias_or_latest(ledger: Ledger, version: str, number: int) -> None:
-    assert trace_model(ledger.entries(), "loan", version).version == number
+    """All three forms select a version."""
+    assert traced(ledger, "loan", version).version == number
 
 
 @pytest.mark.parametrize(
@@ -151,7 +159,7 @@ def test_unknown_model_version_or_alias_is_refused(
 ) -> None:
     """The message lists known names or versions."""
     with pytest.raises(ModelNotFound, match=message):
-        trace_model(ledger.entries(), model, version)
+        traced(ledger, model, version)
 
 
 def test_an_address_with_a_password_is_never_a_sources_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.security.keys.access import KeyAccess
-from feature_jobs.skew import Materialization, OpenedView, SkewResult, compare
+from feature_jobs.skew import Materialization, Materializations, OpenedView, SkewResult, compare
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.skew.comparison import FeatureSkew
@@ -44,8 +45,11 @@ class Tables:
 
     def __init__(self, folder: Path, access: KeyAccess, *, materialized_seq: int | None) -> None:
         self._opened = {view.name: self._store(folder, access, view) for view in SERVICE.views}
-        done = Materialization(at=hour(20), seq=materialized_seq or 0, as_of=hour(20))
-        self._materializations = [] if materialized_seq is None else [done]
+        self._materializations = Materializations(
+            []
+            if materialized_seq is None
+            else [Materialization(at=hour(20), seq=materialized_seq, as_of=hour(20))]
+        )
 
     def open(self, view: ViewSpec) -> OpenedView:
         return OpenedView(self._opened[view.name], self._materializations)
@@ -145,3 +149,21 @@ def test_default_is_no_mismatch(tables: Tables) -> None:
     assert counts(result, "person__band") == {"equal": 1, "online_missing": 1}
     assert counts(result, "cohort__rate") == {"equal": 2}
     assert result.mismatches == 0
+
+
+def test_materializations_are_read_as_far_back_as_requests_need() -> None:
+    """Each read one opens a table version, and a view may have years of them."""
+    read: list[int] = []
+
+    def newest_first() -> Iterator[Materialization]:
+        for number in range(20, 0, -1):
+            read.append(number)
+            yield Materialization(at=hour(number), seq=number, as_of=hour(number))
+
+    materializations = Materializations(newest_first())
+    for requested, expected in ((18, 18), (20, 20), (19, 19), (23, 20)):
+        found = materializations.last_before(hour(requested))
+        assert found is not None
+        assert found.seq == expected
+    assert read == [20, 19, 18]
+    assert materializations.last_before(hour(0)) is None

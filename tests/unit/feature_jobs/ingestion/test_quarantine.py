@@ -140,23 +140,21 @@ def test_repeated_rows_stay_while_the_view_has_the_unique_rule(rule: Unique) -> 
         assert rechecked.reasons.is_valid().to_pylist().count(True) == expected
 
 
-def test_quarantined_rows_are_counted_from_events() -> None:
+def test_quarantined_rows_are_counted_from_events(tmp_path: Path) -> None:
     """The counts follow ingestion, a partial replay and a full replay. Other views do not count."""
-    common: dict[str, Any] = {
-        "view": "a",
-        "view_version": "v",
-        "table_version": 1,
-        "rows_in": 9,
-        "rows_stored": 7,
-    }
-    bad: dict[str, Any] = {"rows_quarantined": 2, "reasons": {"x": 2}}
-    ingested = BatchIngested(ingest_id="1", source="", source_digest="", **bad, **common)
-    partial = QuarantineReplayed(batch="1", replay_id="r", rows_quarantined=1, reasons={"y": 1}, **common)
-    full = QuarantineReplayed(batch="1", replay_id="s", rows_quarantined=0, reasons={}, **common)
-    assert quarantined([ingested], "a") == {"1": {"x": 2}}
-    assert quarantined([ingested, partial], "a") == {"1": {"y": 1}}
-    assert quarantined([ingested, partial, full], "a") == {}
-    assert quarantined([ingested], "b") == {}
+    common: dict[str, Any] = {"view_version": "v", "table_version": 1, "rows_in": 9, "rows_stored": 7}
+    ingested = BatchIngested(
+        view="a", ingest_id="1", source="", source_digest="", rows_quarantined=2, reasons={"x": 2}, **common
+    )
+    partial = QuarantineReplayed(
+        view="a", batch="1", replay_id="r", rows_quarantined=1, reasons={"y": 1}, **common
+    )
+    full = QuarantineReplayed(view="a", batch="1", replay_id="s", rows_quarantined=0, reasons={}, **common)
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    for event, expected in ((ingested, {"1": {"x": 2}}), (partial, {"1": {"y": 1}}), (full, {})):
+        ledger.append(event, actor="user:a")
+        assert quarantined(ledger, "a") == expected
+        assert quarantined(ledger, "b") == {}
 
 
 class Killed(Exception):

@@ -5,11 +5,18 @@ from __future__ import annotations
 import http.client
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cluster.ledger.events import EdgeLimitSet, RolloutWeightChanged, StrangersRefused
+from cluster.ledger import Entry, Ledger
+from cluster.ledger.events import (
+    EdgeLimitSet,
+    LedgerEvent,
+    RolloutWeightChanged,
+    StrangersRefused,
+)
 from cluster.security.tokens.issuer import rotate_issuer
 from cluster.security.tokens.principal import local_keys
 from serve_apps.edge.haproxy import unauthenticated
@@ -163,6 +170,32 @@ def test_counts_of_unauthenticated_requests_reach_the_ledger(
     wait_until(lambda: any(running.ledger.entries(StrangersRefused)))
     (entry,) = running.ledger.entries(StrangersRefused)
     assert (entry.actor, entry.payload["count"]) == ("system:edge", 5)
+
+
+class WatchedLedger(Ledger):
+    """A ledger that records from which positions it was read."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.read_after: list[int] = []
+
+    def entries(self, kind: type[LedgerEvent] | None = None, *, after: int = 0) -> Iterator[Entry]:
+        self.read_after.append(after)
+        return super().entries(kind, after=after)
+
+
+def test_new_controller_starts_from_the_stored_states(running: Running) -> None:
+    """It reads no event from before its start, and follows the ledger from there."""
+    running.hand_over()
+    head = running.ledger.head()
+    watched = WatchedLedger(str(running.ledger.engine.url))
+    running.ledger = watched
+    running.begin()
+    running.thread.start()
+    seq = running.tell(ROLLED_BACK)
+    wait_until(lambda: running.applied == seq)
+    assert running.split() == CHAMPION_ONLY
+    assert all(after >= head for after in watched.read_after)
 
 
 def test_rotated_key_reaches_the_edge(running: Running) -> None:

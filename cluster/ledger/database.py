@@ -1,0 +1,88 @@
+"""The ledger's tables in SQLite (default) or PostgreSQL (by URL), and its write lock.
+
+SQLite locks with BEGIN IMMEDIATE, and PostgreSQL with an advisory lock that ends with the transaction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+
+from cluster.ledger.chain import Entry
+
+_LOCK_KEY = 0x0FA1A7
+
+METADATA = sa.MetaData()
+EVENTS = sa.Table(
+    "events",
+    METADATA,
+    sa.Column(
+        "seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True, autoincrement=False
+    ),
+    sa.Column("time", sa.String(32), nullable=False),
+    sa.Column("type", sa.String(64), nullable=False, index=True),
+    sa.Column("actor", sa.String(256), nullable=False),
+    sa.Column("payload", sa.Text, nullable=False),
+    sa.Column("prev_hash", sa.String(64), nullable=False, unique=True),
+    sa.Column("hash", sa.String(64), nullable=False, unique=True),
+)
+POSITIONS = sa.Table(
+    "projection_positions",
+    METADATA,
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("seq", sa.BigInteger, nullable=False),
+)
+_TYPE_AND_SEQ = sa.Index("ix_events_type_seq", EVENTS.c.type, EVENTS.c.seq).ddl_if(dialect="postgresql")
+"""SQLite needs no such index, because its index of `type` contains the primary key."""
+
+
+def connect(url: str) -> sa.Engine:
+    """Return an engine whose transactions work as `writing` needs them."""
+    engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    if engine.dialect.name == "sqlite":
+
+        @sa.event.listens_for(engine, "connect")
+        def configure(connection: Any, _record: Any) -> None:
+            # The driver's implicit BEGIN would take the write lock only after the head is read.
+            connection.isolation_level = None
+            connection.execute("PRAGMA busy_timeout = 30000")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+
+    return engine
+
+
+@contextmanager
+def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Open a transaction that holds the ledger's write lock. It commits at the end, except after an exception."""
+    with engine.connect() as connection:
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        else:
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY)))
+        yield connection
+        connection.commit()
+
+
+def create_tables(connection: sa.Connection) -> None:
+    """Create the tables and indexes that do not exist, also in a database of an older release."""
+    METADATA.create_all(connection)
+    if connection.dialect.name == "postgresql":
+        _TYPE_AND_SEQ.create(connection, checkfirst=True)
+
+
+def to_entry(row: sa.Row[Any]) -> Entry:
+    """Return a row of the events' table as an entry."""
+    return Entry(
+        seq=row.seq,
+        time=row.time,
+        type=row.type,
+        actor=row.actor,
+        payload=json.loads(row.payload),
+        prev_hash=row.prev_hash,
+        hash=row.hash,
+    )
