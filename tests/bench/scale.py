@@ -144,7 +144,7 @@ def edge() -> list[dict[str, Any]]:
         running_edge(Path(folder)) as running,
         replica(Path(folder)) as port,
     ):
-        running.settings = dataclasses.replace(running.settings, holder=f"127.0.0.1:{port}")
+        running.settings = dataclasses.replace(running.settings, serve_proxy=f"127.0.0.1:{port}")
         write_bytes(running.settings.map_file, b"")
         for count in MODELS:
             for name, value in measure(running, count, port).items():
