@@ -1,7 +1,7 @@
 """Tables that are built from the ledger's events and can be rebuilt at any time.
 
-A projection stores its position next to its rows, in the ledger's database, and updates both in one transaction. So a
-crash changes neither. Every read first applies the new events.
+A projection is in the ledger's database. It also stores its position: the number of the last event that it has applied.
+One transaction updates rows and position, so after a crash they still agree. Every read first applies the new events.
 """
 
 from __future__ import annotations
