@@ -27,7 +27,7 @@ def score(predictions: Predictions, target: npt.NDArray[Any]) -> dict[str, Any]:
 
     Args:
         predictions: Predictions of some rows.
-        target: Target of the same rows: class positions (int64) for binary and multiclass, values for a regression.
+        target: Target of the same rows: indices of their classes (int64), or their values in a regression.
     """
     signature = predictions.signature
     match signature.task:

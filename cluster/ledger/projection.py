@@ -1,8 +1,8 @@
 """Tables that are built from the ledger's events and can be rebuilt at any time.
 
-A projection stores its position next to its rows, in the ledger's database, and updates both in one transaction. So a
-crash changes neither. Every read first applies the new events of the projection's types. It does this in short
-transactions, so that writers do not wait for the whole of it.
+A projection is in the ledger's database. It also stores its position: the number of the last event that it has applied.
+One transaction updates rows and position, so after a crash they still agree. Every read first applies the new events of
+the projection's types, in short transactions, so that writers do not wait for all of it.
 
 Two releases can share one ledger, and then they share its projections too. So a release that stores other rows for the
 same events gives its projection and its tables a new name.

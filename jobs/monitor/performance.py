@@ -1,9 +1,11 @@
 """Estimated and realised performance of the served rows.
 
-CBPE estimates performance from calibrated probabilities, so it cannot see concept drift. Realised performance can, once
-outcomes are known. Both are reported side by side; neither replaces the other. DLE estimates the error of a regression.
-Thresholds are three standard deviations around the mean of the reference's chunks. Intervals are three sampling errors
-to each side. Both are NannyML's.
+Estimated performance needs no outcomes. For a classifier, NannyML's CBPE (confidence-based performance estimation)
+computes it from calibrated probabilities. For a regression, NannyML's DLE (direct loss estimation) does. Neither can
+see concept drift. Realised performance needs outcomes, and shows concept drift. So both are reported.
+
+Thresholds and intervals are NannyML's. A threshold is three standard deviations from the mean of the reference's
+chunks. An interval is the value plus and minus three sampling errors.
 """
 
 from __future__ import annotations

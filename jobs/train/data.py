@@ -50,7 +50,7 @@ class Dataset:
     matrix: Matrix
     """float32 [rows, inputs]; missing values are NaN."""
     target: Target
-    """Class positions (int64) or values (float64), one for each row."""
+    """For each row, the index of its class (int64), or its value in a regression (float64)."""
     fit: Mask
     """Rows to fit the model on."""
     validation: Mask

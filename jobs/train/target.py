@@ -1,4 +1,4 @@
-"""Encode the label column as a target: class positions, or the values of a regression."""
+"""Encode the label column as a target: the index of each row's class, or the values of a regression."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def learn_classes(task: Task, column: pa.ChunkedArray, *, label: str) -> tuple[L
 def encode_target(
     task: Task, column: pa.ChunkedArray, *, classes: tuple[Label, ...] | None, label: str
 ) -> Target:
-    """Return class positions, int64 [rows], or the values of a regression, float64 [rows].
+    """Return the target, one element per row.
+
+    For a classification, an element is the index of the row's class in `classes` (int64). For a regression, it is the
+    label's value (float64).
 
     Raises:
         TrainingSetError: A label is null or is not one of the classes.

@@ -31,7 +31,14 @@ async def with_timeout(timeout_s: float, work: Coroutine[Any, Any, T]) -> T:
 
 @types.coroutine
 def _resume(work: Coroutine[Any, Any, T], awaited: Any) -> Generator[Any, Any, T]:
-    """Await a coroutine that has started and waits for something (the steps of PEP 380's `yield from`)."""
+    """Await a coroutine whose first step has already run. `await` itself cannot do that.
+
+    Args:
+        work: The coroutine.
+        awaited: What its first step waits for.
+
+    The steps are those of `yield from`, as PEP 380 defines it.
+    """
     while True:
         try:
             try:

@@ -173,7 +173,7 @@ class DecisionRecorder:
 def start_flushing(
     decisions: DecisionRecorder, *, every_s: float, stopped: threading.Event
 ) -> threading.Thread:
-    """Start a thread that records counts every `every_s` seconds and once at the end, also if no request arrives."""
+    """Start a thread that records counts every `every_s` seconds and once at the end, even if no request arrives."""
 
     def flush_until_stopped() -> None:
         while not stopped.wait(every_s):

@@ -54,7 +54,7 @@ def ensure_tls(places: Layout, *, renew: bool = False, now: dt.datetime | None =
 
     Args:
         places: paths below the storage root.
-        renew: create the certificates again, also if they are still valid.
+        renew: create the certificates again, even if they are still valid.
         now: the time for the check of the lifetime; the present time by default.
 
     Raises:

@@ -91,7 +91,11 @@ class FileSource:
         return next(matching, FileFormat.parquet)
 
     def definition(self) -> dict[str, Any]:
-        """Return the source as the ledger records it. Unused fields are left out, so older views keep their version."""
+        """Return the source as the ledger records it.
+
+        Unused fields are left out. A view's version is a hash of this JSON, so a new optional field does not change
+        the version of a view that does not use it.
+        """
         return {
             "path": self.path,
             "event_timestamp": self.event_timestamp,

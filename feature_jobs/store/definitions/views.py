@@ -297,7 +297,11 @@ def content_hash(value: Any) -> str:
 
 
 def entity_definition(entity: Entity) -> dict[str, Any]:
-    """Return an entity as JSON. Types are included only if declared, so that older views keep their version."""
+    """Return an entity as JSON.
+
+    Types are included only if declared. A view's version is a hash of this JSON, so a view that declares no types
+    keeps the version that it had before types existed.
+    """
     types = {"key_types": dict(entity.key_types)} if entity.key_types else {}
     return {"name": entity.name, "join_keys": list(entity.join_keys), **types}
 
@@ -310,7 +314,7 @@ def field_definition(field: Field) -> dict[str, Any]:
         "sensitivity": field.sensitivity.value,
         "categorical": field.categorical,
         "description": field.description,
-        # Included only if used, so that older views keep their version.
+        # Included only if used: the JSON is hashed into the view's version, which must not change.
         **({"from_columns": list(field.from_columns)} if field.from_columns else {}),
     }
 
