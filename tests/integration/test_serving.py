@@ -169,7 +169,7 @@ def test_a_replica_checks_the_token_itself(shop: Shop) -> None:
     """Addressed directly, behind the edge's back, it refuses too; and by itself, for what Serve handles has its id."""
     config = (shop.project.storage_root / "edge" / "haproxy.cfg").read_text()
     [(host, port)] = re.findall(r"backend loan-v1\n[\s\S]*?\n    server \S+ (\S+):(\d+) ", config)
-    connection = http.shop.HTTPConnection(host, int(port), timeout=10)
+    connection = http.client.HTTPConnection(host, int(port), timeout=10)
     connection.request("POST", f"/loan-v1{loan.PREDICT}", b"{}")
     response = connection.getresponse()
     assert response.status == 401
