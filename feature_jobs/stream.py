@@ -11,7 +11,6 @@ import signal
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
@@ -22,6 +21,7 @@ from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
 from cluster.session import attach, require_running_cluster
 from cluster.settings import PlatformConfig
+from cluster.signals import set_on_signal
 from cluster.storage import layout, resolve
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ViewSpec, view_spec
@@ -219,11 +219,7 @@ def _stop_on_signals() -> threading.Event:
     """Return an event that SIGTERM and SIGINT set. The current batch is finished first."""
     stopped = threading.Event()
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopped.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    set_on_signal(stopped, signal.SIGTERM, signal.SIGINT)
     return stopped
 
 

@@ -31,6 +31,7 @@ from cluster.node.scheduling import wait_for_turn
 from cluster.security.private_folder import ensure_private_folder
 from cluster.session import ClusterRecord, find_record, require_recorded_cluster
 from cluster.settings import PlatformConfig
+from cluster.signals import set_on_signal
 from cluster.supervisor import daemons, head
 from cluster.supervisor.metrics import SupervisorMetrics
 from cluster.supervisor.watch import Supervisor
@@ -97,7 +98,7 @@ def main(config: PlatformConfig) -> None:
         record_restart=restart_recorder(config, record),
         metrics=SupervisorMetrics(registry),
     )
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    set_on_signal(stopped, signal.SIGTERM)
     signal.signal(signal.SIGHUP, lambda *_: supervisor.retry_now())
     with supervisor_lock(config.storage), protected_from_cleanup(folder):
         serve_metrics(registry, port=record.ports.get("supervisor_metrics"))

@@ -27,6 +27,7 @@ from cluster.security.tls.certificates import EDGE_NAME
 from cluster.security.tokens.trust import Trust, access_rules
 from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
+from cluster.signals import set_on_signal
 from cluster.storage import layout, local
 from serve_apps.edge.control.controller import Controller
 from serve_apps.edge.control.edge_state import state_file
@@ -145,12 +146,8 @@ def main(config: EdgeConfig) -> None:
     )
     stopped, handed_over = threading.Event(), threading.Event()
 
-    def hand_over(*_: object) -> None:
-        handed_over.set()
-        stopped.set()
-
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-    signal.signal(SIGNAL, hand_over)
+    set_on_signal(stopped, signal.SIGTERM)
+    set_on_signal(handed_over, SIGNAL, then=stopped)
     with sole_controller(edge / "controller.lock"):
         registry = CollectorRegistry()
         serve_metrics(registry, port=record.ports.get("edge_controller_metrics"))

@@ -25,6 +25,7 @@ from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.trust import Trust
 from cluster.session import require_recorded_cluster
 from cluster.settings import PlatformConfig
+from cluster.signals import set_on_signal
 from cluster.storage import layout
 
 FLUSH_S = 60.0
@@ -81,7 +82,7 @@ def main(config: PlatformConfig) -> None:
     )
     broker = Broker(gate, Path(record.key_socket), metrics=BrokerMetrics(registry))
     flusher = start_flushing(decisions, every_s=FLUSH_S, stopped=stopped)
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    set_on_signal(stopped, signal.SIGTERM)
     broker.run(stopped)
     flusher.join()
     decisions.flush()

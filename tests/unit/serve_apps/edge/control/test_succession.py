@@ -24,10 +24,11 @@ from serve_apps.replica.targets import ScaledToZero
 HOLDER = """
 import signal, sys, threading
 from pathlib import Path
+from cluster.signals import set_on_signal
 from serve_apps.edge.control.succession import SIGNAL, sole_controller
 stopped = threading.Event()
 if sys.argv[2] == "willing":
-    signal.signal(SIGNAL, lambda *_: stopped.set())
+    set_on_signal(stopped, SIGNAL)
 else:
     signal.signal(SIGNAL, signal.SIG_IGN)
 with sole_controller(Path(sys.argv[1])):
