@@ -238,7 +238,7 @@ def view_spec(ledger: Ledger, name: str) -> ViewSpec:
     if name not in known:
         raise FeatureViewNotFound(
             f"No feature view '{name}' has been applied.",
-            hint=f"{did_you_mean(name, known)} Run `python -m feature_jobs.apply`.",
+            hint=f"{did_you_mean(name, known)} Apply it with `python -m feature_jobs.apply definitions=…`.",
         )
     return known[name]
 
@@ -272,7 +272,7 @@ def _applied_service(ledger: Ledger, name: str, version: str | None) -> dict[str
         known = {payload["service"] for payload in applied}
         raise FeatureServiceNotFound(
             f"No feature service '{name}' has been applied.",
-            hint=f"{did_you_mean(name, known)} Run `python -m feature_jobs.apply`.",
+            hint=f"{did_you_mean(name, known)} Apply it with `python -m feature_jobs.apply definitions=…`.",
         )
     matching = [payload for payload in of_name if version in (None, payload["version"])]
     if not matching:
