@@ -19,11 +19,11 @@ from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cluster.command_line import option_names, quote_texts
-from cluster.errors import ConfigError, RefusedError, refusal_behind, suggest_name
+from cluster.errors import ConfigError, RefusedError, did_you_mean, refusal_behind, suggest_name
 from cluster.settings_conversion import load
 
 C = TypeVar("C")
@@ -87,9 +87,12 @@ def introduction(description: str | None, config_name: str) -> str:
 
     Hydra's help follows and shows the whole configuration, without comments and with the command's options last.
     """
-    options = files("configs").joinpath(f"{config_name}.yaml").read_text(encoding="utf-8").strip()
+    file = (
+        "platform.yaml" if config_name == "cluster" else f"{config_name}.yaml"
+    )  # cluster.yaml has no own options
+    options = files("configs").joinpath(file).read_text(encoding="utf-8").strip()
     description = (description or "").strip()
-    return f"{description}\n\n== Options of this command (configs/{config_name}.yaml) ==\n{options}\n\n== Hydra =="
+    return f"{description}\n\n== Options of this command (configs/{file}) ==\n{options}\n\n== Hydra =="
 
 
 def refuse(error: RefusedError) -> NoReturn:
@@ -116,6 +119,14 @@ def refuse_shadowed_packages() -> None:
             )
 
 
+def _group_options(group: str) -> set[str]:
+    """Return the dotted names of the options in the files of `configs/<group>/`, such as `model.learning_rate`."""
+    folder = files("configs").joinpath(group)
+    choices = [file for file in folder.iterdir() if file.name.endswith(".yaml")] if folder.is_dir() else []
+    options = [OmegaConf.create(file.read_text(encoding="utf-8")) for file in choices]
+    return {f"{group}.{key}" for option in options for key in map(str, option)}
+
+
 def _composition_message(error: Exception, schema: type[Any]) -> str:
     """Return Hydra's message as one line. For an unknown option, suggest the nearest known one."""
     cause = error.__cause__
@@ -123,5 +134,12 @@ def _composition_message(error: Exception, schema: type[Any]) -> str:
     unknown = re.match(r"Could not override '([^']+)'", text)
     if unknown:
         name = unknown[1]
-        return f"No option '{name}'.{suggest_name(name, option_names(schema))} `--help` lists the options."
+        known, group = option_names(schema), name.partition(".")[0]
+        if group in known:
+            known += _group_options(group)
+        return f"No option '{name}'.{suggest_name(name, known)} `--help` lists the options."
+    choice = re.search(r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':([^:]*)", text)
+    if choice:
+        group, name, known = choice[1], choice[2], choice[3].partition("Config search path")[0].split()
+        return f"Option '{group}' has no choice '{name}'.{did_you_mean(name, known)}"
     return " ".join(text.partition("Config search path:")[0].split())

@@ -199,7 +199,8 @@ def _start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
 
 def _already_up(record: ClusterRecord) -> ClusterAlreadyUp:
     return ClusterAlreadyUp(
-        f"A cluster is up for {record.storage_root} at {record.edge_url}. `python -m cluster.down` ends it."
+        f"A cluster is up for {record.storage_root} at {record.edge_url}. To start it with other settings, run "
+        "`python -m cluster.down` first."
     )
 
 

@@ -11,6 +11,7 @@ from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError
 from cluster.ledger.chain import Entry, read_lines, verify_chain
 from cluster.ledger.checkpoint import load_public_key, verify_signatures
+from cluster.ledger.events import CheckpointSigned
 from cluster.ledger.store import Ledger
 from cluster.security.ledger_reader import add_ledger_flags, open_reader
 
@@ -54,8 +55,21 @@ def _verify(arguments: argparse.Namespace) -> None:
     entries = verify_chain(_entries(arguments))
     if arguments.public_key is not None:
         entries = verify_signatures(entries, load_public_key(arguments.public_key))
-    count = sum(1 for _ in entries)
-    print(f"verified {count} events")
+    count = covered = 0
+    for entry in entries:
+        count += 1
+        if entry.type == CheckpointSigned.__name__:
+            covered = entry.payload["upto_seq"]
+    print(f"verified {count} events{_coverage(covered, with_key=arguments.public_key is not None)}")
+
+
+def _coverage(covered: int, *, with_key: bool) -> str:
+    """Say how far signatures prove the events. Without one, anyone could have written or cut off the whole file."""
+    if not with_key:
+        return ": hash chain only; --public-key also verifies the checkpoints' signatures"
+    if not covered:
+        return ": hash chain only; they contain no signed checkpoint"
+    return f"; signed checkpoints cover events 1 to {covered}"
 
 
 def _entries(arguments: argparse.Namespace) -> Iterator[Entry]:

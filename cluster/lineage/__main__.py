@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def main() -> None:
         sys.stdout.write(text)
     else:
         arguments.output.write_text(text)
+        print(f"wrote the lineage of {arguments.model} to {arguments.output}")
 
 
 def _emit(trace: ModelTrace, namespace: str) -> None:
@@ -61,6 +63,8 @@ def _emit(trace: ModelTrace, namespace: str) -> None:
     Raises:
         ConfigError: No transport is configured. OpenLineage would then only log the events, where nobody sees them.
     """
+    # The refusal below replaces the client's warning, which says that it prints the events.
+    logging.getLogger("openlineage.client.client").addFilter(_is_no_missing_transport)
     client = OpenLineageClient()
     if isinstance(client.transport, ConsoleTransport):
         raise ConfigError(
@@ -70,6 +74,10 @@ def _emit(trace: ModelTrace, namespace: str) -> None:
     for event in run_events(trace, namespace=namespace):
         client.emit(event)
     client.close()
+
+
+def _is_no_missing_transport(record: logging.LogRecord) -> bool:
+    return "transport configuration" not in record.getMessage()
 
 
 def _formatted(trace: ModelTrace, output_format: str, namespace: str) -> str:

@@ -103,7 +103,8 @@ def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState
         return asdict(state.rollout)
     if state.rollout is not None:
         raise RolloutError(
-            f"Rollout {state.rollout.id} of '{config.name}' already runs. Promote it or roll it back first."
+            f"Rollout {state.rollout.id} of '{config.name}' already runs, with version "
+            f"{state.rollout.treatment_version}. End it first with `action=promote` or `action=rollback`."
         )
     version = require_permission(config, ledger, actor, Action.rollout, config.version)
     if state.champion_version is None or version.version == state.champion_version:

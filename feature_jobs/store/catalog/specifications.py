@@ -238,7 +238,7 @@ def view_spec(ledger: Ledger, name: str) -> ViewSpec:
     if applied is None:
         raise FeatureViewNotFound(
             f"No feature view '{name}' has been applied.",
-            hint=f"{did_you_mean(name, view_specs(ledger))} Run `python -m feature_jobs.apply`.",
+            hint=f"{did_you_mean(name, view_specs(ledger))} Apply it with `python -m feature_jobs.apply definitions=…`.",
         )
     return _view_spec(applied.payload["version"], applied.payload["definition"])
 
@@ -277,7 +277,7 @@ def _applied_service(ledger: Ledger, name: str, version: str | None) -> dict[str
     known = {entry.payload["service"] for entry in ledger.entries(FeatureServiceApplied)}
     raise FeatureServiceNotFound(
         f"No feature service '{name}' has been applied.",
-        hint=f"{did_you_mean(name, known)} Run `python -m feature_jobs.apply`.",
+        hint=f"{did_you_mean(name, known)} Apply it with `python -m feature_jobs.apply definitions=…`.",
     )
 
 

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.exceptions import RayTaskError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster.command_line import quote_texts
-from cluster.entrypoint import job
+from cluster.entrypoint import introduction, job
 from cluster.errors import SourceError
 from cluster.settings import PlatformConfig
 from tests.processes.commands import run_main
@@ -116,10 +117,11 @@ def test_failure_exits_with_1_and_its_traceback(program: Path) -> None:
             "storag.root=x",
             "refused: No option 'storag.root'. Did you mean 'storage.root'? `--help` lists the options.\n",
         ),
+        ("model.learnig_rate=1", "refused: No option 'model.learnig_rate'. `--help` lists the options.\n"),
         ("zzz=1", "refused: No option 'zzz'. `--help` lists the options.\n"),
         (
             "tier=smb",
-            "refused: In 'platform': Could not find 'tier/smb' Available options in 'tier': enterprise_gpu smb_cpu\n",
+            "refused: Option 'tier' has no choice 'smb'. Did you mean 'smb_cpu'? Known: enterprise_gpu, smb_cpu.\n",
         ),
     ],
 )
@@ -129,6 +131,40 @@ def test_bad_override_exits_with_2_and_is_named(override: str, message: str) -> 
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert result.stderr.startswith("refused: ")
     assert message in result.stderr
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig(PlatformConfig):
+    """A configuration with a section whose options are in `configs/model/`."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+@job("train", ModelConfig)
+def train(config: ModelConfig) -> None:
+    """End at once."""
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.learnig_rate=1", "No option 'model.learnig_rate'. Did you mean 'model.learning_rate'?"),
+        (
+            "model=lightgmb",
+            "Option 'model' has no choice 'lightgmb'. Did you mean 'lightgbm'? Known: lightgbm, tabular_network.",
+        ),
+    ],
+)
+def test_bad_option_of_a_model_is_answered_with_the_nearest(override: str, message: str) -> None:
+    """The options of a model are those of the files in its group."""
+    result = run_main(train, override)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_help_of_a_cluster_command_explains_the_platforms_options() -> None:
+    """Its own file has no options."""
+    assert "replicas: 30000      # first of 1,000" in introduction("Start.", "cluster")
 
 
 def test_text_values_are_taken_literally() -> None:

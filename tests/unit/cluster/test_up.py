@@ -176,7 +176,7 @@ def test_start_is_refused_while_the_recorded_head_answers(
 ) -> None:
     """The message says how to end the cluster."""
     listener(written.ports["gcs"], cluster_id=written.cluster_id)
-    with pytest.raises(ClusterAlreadyUp, match=r"cluster\.down"):
+    with pytest.raises(ClusterAlreadyUp, match=r"other settings, run `python -m cluster\.down` first"):
         up.check(config)
 
 
@@ -223,7 +223,7 @@ def test_repair_of_a_complete_cluster_is_refused(
     """The message says how to end the cluster."""
     running = [PartStatus(part=part, state=State.running) for part in Part]
     monkeypatch.setattr(up, "inspect_parts", lambda record: running)
-    with pytest.raises(ClusterAlreadyUp, match=r"cluster\.down"):
+    with pytest.raises(ClusterAlreadyUp, match=r"other settings, run `python -m cluster\.down` first"):
         up.repair(config, record)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -297,6 +298,26 @@ def test_export_requires_a_role_that_may_read_the_ledger(tmp_path: Path, role: R
     assert ("ClusterStopped" in result.stdout) == (code == 0)
     denied = [entry.actor for entry in ledger.entries(AccessDecided) if not entry.payload["allowed"]]
     assert denied == ["ann"] * (code == 2)
+
+
+@pytest.mark.parametrize(
+    ("num_events", "with_key", "message"),
+    [
+        (4, True, r"verified \d+ events; signed checkpoints cover events 1 to [2-9]\n"),
+        (1, True, "verified 1 events: hash chain only; they contain no signed checkpoint\n"),
+        (4, False, r"verified \d+ events: hash chain only; --public-key also verifies .*\n"),
+    ],
+)
+def test_verify_says_which_events_are_signed(
+    tmp_path: Path, num_events: int, with_key: bool, message: str
+) -> None:
+    """Anyone can write a new hash chain, so an export without a signed checkpoint proves nothing about its author."""
+    ledger, _ = signed(tmp_path)
+    fill(ledger, num_events)
+    key = ["--public-key", str(tmp_path / "keys" / PUBLIC_NAME)] if with_key else []
+    result = run_main(ledger_command.main, "--root", str(tmp_path), "verify", *key)
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(message, result.stdout)
 
 
 @pytest.mark.parametrize("options", ["", "?sslmode=require", "?sslmode=verify-ca"])

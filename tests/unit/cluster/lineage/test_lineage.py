@@ -231,9 +231,13 @@ def test_events_are_sent_to_the_configured_address(ledger: Ledger, monkeypatch: 
 
 
 def test_events_without_a_configured_address_are_refused(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ledger: Ledger,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
-    """OpenLineage would only log them."""
+    """OpenLineage would only log them. Its own warning, which says that it prints them, is not shown."""
     monkeypatch.delenv("OPENLINEAGE_URL", raising=False)
     arguments = flags(ledger)
     monkeypatch.chdir(tmp_path)
@@ -242,6 +246,7 @@ def test_events_without_a_configured_address_are_refused(
         __main__.main()
     assert exited.value.code == 2
     assert "No OpenLineage transport is configured" in capsys.readouterr().err
+    assert "will print events" not in caplog.text
 
 
 def test_an_unknown_view_version_is_refused(ledger: Ledger) -> None:
@@ -262,7 +267,8 @@ def test_the_command_prints_and_writes_without_a_cluster(ledger: Ledger, tmp_pat
     assert "person__grade <- person.grade (1) <- all columns of person.parquet by shop:bands" in text
     assert "deployed as loan-v1, variant champion" in text
     output = tmp_path / "events.jsonl"
-    run_main(__main__.main, *flags(ledger), "--format", "openlineage", "--output", str(output))
+    done = run_main(__main__.main, *flags(ledger), "--format", "openlineage", "--output", str(output))
+    assert done.stdout == f"wrote the lineage of loan to {output}\n"
     types = [json.loads(line)["eventType"] for line in output.read_text().splitlines()]
     assert types == ["START", "COMPLETE"] * 5
     printed = run_main(__main__.main, *flags(ledger), "--format", "json").stdout

@@ -93,9 +93,10 @@ def test_unknown_names_are_refused_with_the_nearest(folder: Path, ledger: Ledger
     apply(definitions, ledger, actor="user:test")
     with pytest.raises(FeatureViewNotFound, match="Did you mean 'income'"):
         definitions.view("incme")
-    with pytest.raises(FeatureViewNotFound, match="Did you mean 'income'"):
+    apply_with = "Apply it with `python -m feature_jobs.apply definitions=…`"
+    with pytest.raises(FeatureViewNotFound, match=f"Did you mean 'income'.* {apply_with}"):
         view_spec(ledger, "incme")
-    with pytest.raises(FeatureServiceNotFound, match="Did you mean 'credit'"):
+    with pytest.raises(FeatureServiceNotFound, match=f"Did you mean 'credit'.* {apply_with}"):
         service_spec(ledger, "credti")
     with pytest.raises(FeatureServiceNotFound, match="no version 'abc'"):
         service_spec(ledger, "credit", "abc")

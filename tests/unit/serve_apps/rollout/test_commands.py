@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.errors import RefusedError
+from cluster.errors import RefusedError, RolloutError
 from cluster.ledger import Ledger
 from cluster.ledger.events import DeploymentRemoved, LedgerEvent, RolloutWeightChanged, ShadowStarted, Subject
+from cluster.security.acting import Actor
 from cluster.security.manage_keys import main as manage_keys
 from feature_jobs.stream import main as stream
 from serve_apps.deploy import DeployConfig
@@ -22,8 +23,9 @@ from serve_apps.edge.haproxy.routes import routes
 from serve_apps.edge.limits import main as limits
 from serve_apps.removal import require_number
 from serve_apps.rollout.__main__ import main as rollout
+from serve_apps.rollout.__main__ import start
 from serve_apps.rollout.assignment import Arm, assign, bounds, mixes_arms
-from serve_apps.rollout.config import RolloutConfig
+from serve_apps.rollout.config import RolloutAction, RolloutConfig
 from serve_apps.rollout.evaluation import describe
 from serve_apps.rollout.guardrail import Finding, Verdict
 from serve_apps.rollout.serving_state import ModelState, read_states
@@ -124,6 +126,14 @@ def test_state_has_the_greatest_weight() -> None:
     running = fold([*SERVED, *weights])["m"].rollout
     assert running is not None
     assert (running.weight, running.reached) == (30, 60)
+
+
+def test_second_rollout_is_refused_with_the_running_version(tmp_path: Path) -> None:
+    """The message says how to end it."""
+    config = RolloutConfig(action=RolloutAction.start, name="m", version="5")
+    ledger, state = Ledger(f"sqlite:///{tmp_path}/ledger.db"), fold(SERVED)["m"]
+    with pytest.raises(RolloutError, match=r"with version 2\. End it first with `action=promote` or"):
+        start(config, ledger, cast(Actor, None), state)
 
 
 def test_removed_version_has_no_application(tmp_path: Path) -> None:
