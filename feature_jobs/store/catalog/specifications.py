@@ -22,6 +22,8 @@ from feature_jobs.store.definitions.views import FeatureView
 
 N = TypeVar("N", FeatureView, FeatureService)
 
+APPLY_ADVICE = "Apply it with `python -m feature_jobs.apply definitions=…`."
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FieldSpec:
@@ -238,7 +240,7 @@ def view_spec(ledger: Ledger, name: str) -> ViewSpec:
     if applied is None:
         raise FeatureViewNotFound(
             f"No feature view '{name}' has been applied.",
-            hint=f"{did_you_mean(name, view_specs(ledger))} Apply it with `python -m feature_jobs.apply definitions=…`.",
+            hint=f"{did_you_mean(name, view_specs(ledger))} {APPLY_ADVICE}",
         )
     return _view_spec(applied.payload["version"], applied.payload["definition"])
 
