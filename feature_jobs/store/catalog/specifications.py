@@ -279,7 +279,7 @@ def _applied_service(ledger: Ledger, name: str, version: str | None) -> dict[str
     known = {entry.payload["service"] for entry in ledger.entries(FeatureServiceApplied)}
     raise FeatureServiceNotFound(
         f"No feature service '{name}' has been applied.",
-        hint=f"{did_you_mean(name, known)} Apply it with `python -m feature_jobs.apply definitions=…`.",
+        hint=f"{did_you_mean(name, known)} {APPLY_ADVICE}",
     )
 
 
