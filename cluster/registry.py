@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,15 +134,9 @@ class Registry:
         parts = allowed_files(source)
         store.ensure(model_key(name))
         version = self._reserve(name)
-        folder = self._storage.model(name, version)
-        files: dict[str, str] = {}
-        for part in parts:
-            data = (source / part).read_bytes()
-            sealed = seal_file(data, name=name, version=version, part=part, store=store)
-            write_bytes(f"{folder}/{part}", sealed)
-            files[part] = hashlib.sha256(sealed).hexdigest()
+        files = self._store_files(source, parts, name=name, version=version, store=store)
         manifest = manifest_bytes(files)
-        write_bytes(f"{folder}/{MANIFEST}", manifest)
+        write_bytes(f"{self._storage.model(name, version)}/{MANIFEST}", manifest)
         event = ModelRegistered(
             name=name,
             version=version,
@@ -236,6 +230,19 @@ class Registry:
                 hint=did_you_mean(version, [LATEST, *aliases]),
             )
         return aliases[version]
+
+    def _store_files(
+        self, source: Path, parts: Iterable[str], *, name: str, version: int, store: KeyStore
+    ) -> dict[str, str]:
+        """Encrypt and store the files of a version; return the SHA-256 of each encrypted file."""
+        folder = self._storage.model(name, version)
+        files: dict[str, str] = {}
+        for part in parts:
+            data = (source / part).read_bytes()
+            sealed = seal_file(data, name=name, version=version, part=part, store=store)
+            write_bytes(f"{folder}/{part}", sealed)
+            files[part] = hashlib.sha256(sealed).hexdigest()
+        return files
 
     def _reserve(self, name: str) -> int:
         """Reserve the next version number in the ledger's database.

@@ -61,7 +61,7 @@ def _emit(trace: ModelTrace, namespace: str) -> None:
     """Send the events.
 
     Raises:
-        ConfigError: No transport is configured. OpenLineage would then only log the events, where nobody sees them.
+        ConfigError: No transport is configured. OpenLineage would then only write the events to a log.
     """
     # The refusal below replaces the client's warning, which says that it prints the events.
     logging.getLogger("openlineage.client.client").addFilter(_is_no_missing_transport)

@@ -45,7 +45,7 @@ def test_a_killed_replica_loses_no_answer_and_no_request(shop: Shop) -> None:
 
 
 def test_a_log_is_compacted_beside_its_replicas(shop: Shop) -> None:
-    """By an ML engineer: what replicas of before wrote is in tables, what lives goes on, and nothing else changes."""
+    """An ML engineer compacts the log. Segments of killed replicas go into tables, and reads return the same rows."""
     project = shop.project
     log, store = loan.log(project), key_store(project.owner)
     outcomes = project.storage_root / "outcomes" / "loan"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,23 +25,13 @@ from cluster.ledger.events import (
 from cluster.ledger.following import BATCH, position_of
 from cluster.ledger.projection import Projection
 from tests.samples.many_events import load_events
-from tests.servers.postgresql import new_database, running_server
 
 SECOND = dt.timedelta(seconds=1)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with running_server() as address:
-        yield address
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ledger]:
-    if request.param == "sqlite":
-        yield Ledger(f"sqlite:///{tmp_path}/ledger.db")
-        return
-    opened = Ledger(new_database(request.getfixturevalue("server"), secrets.token_hex(4)))
+@pytest.fixture
+def ledger(url: str) -> Iterator[Ledger]:
+    opened = Ledger(url)
     yield opened
     opened.close()
 

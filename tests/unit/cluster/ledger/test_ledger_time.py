@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import datetime as dt
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from cluster.ledger import Ledger
 from cluster.ledger.chain import verify_chain
 from cluster.ledger.checkpoint import ensure_signer
 from cluster.ledger.events import ClusterStopped
 from tests.processes import forks
-from tests.servers.postgresql import new_database, running_server
 
 BEHIND = dt.timedelta(minutes=10)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with running_server() as address:
-        yield address
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/ledger.db"
-    return new_database(request.getfixturevalue("server"), secrets.token_hex(4))
 
 
 def _late_clock() -> dt.datetime:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,20 +14,6 @@ from cluster.runtime.loader import read_file
 from cluster.security.keys.keyring import Keyring
 from cluster.storage import Layout
 from tests.processes import forks
-from tests.servers.postgresql import new_database, running_server
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with running_server() as address:
-        yield address
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/ledger.db"
-    return new_database(request.getfixturevalue("server"), secrets.token_hex(4))
 
 
 def _keyring(folder: Path) -> Keyring:
