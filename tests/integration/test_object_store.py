@@ -1,0 +1,81 @@
+"""The whole way from rows to an answer with feature tables, models and quarantine in an object store.
+
+The store is moto, a double of S3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from tests.integration.client import Client
+from tests.integration.conftest import Project, new_project
+from tests.servers.object_store import BUCKET, object_store
+
+ROOT = f"s3://{BUCKET}/project"
+STORAGE = ("storage=s3", f"storage.root={ROOT}")
+ROWS = 400
+DEFINITIONS = """
+from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, NotNull, Sensitivity
+
+customer = Entity("customer", join_keys=["customer_id"])
+income = FeatureView(
+    "income",
+    entities=[customer],
+    source=FileSource("income.parquet", event_timestamp="at"),
+    schema=[Field("amount", "float64", sensitivity=Sensitivity.PERSONAL)],
+    checks=[NotNull("amount")],
+)
+credit = FeatureService("credit", views=[income])
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    with object_store() as variables:
+        project = new_project(tmp_path_factory.mktemp("remote"))
+        project.env.update(variables)
+        project.up(*STORAGE)
+        try:
+            yield project
+        finally:
+            project.run("cluster.down", *STORAGE)
+
+
+def write_rows(root: Path) -> None:
+    """Write the definitions, the source with one bad row, and the entity rows with labels."""
+    (root / "shop.py").write_text(DEFINITIONS)
+    customers = pl.DataFrame({"customer_id": range(ROWS)})
+    day = pl.lit("2026-01-01").str.to_datetime(time_unit="us", time_zone="UTC")
+    amount = pl.when(pl.col("customer_id") == 5).then(None).otherwise(pl.col("customer_id") % 40 * 1.0)
+    customers.with_columns(amount=amount, at=day).write_parquet(root / "income.parquet")
+    labels = customers.with_columns(
+        repaid=(pl.col("customer_id") % 40 >= 20).cast(pl.Int64), event_timestamp=day.dt.offset_by("1mo")
+    )
+    labels.write_parquet(root / "people.parquet")
+
+
+def test_rows_become_an_answer_and_only_local_state_is_on_the_disk(project: Project) -> None:
+    """Each step finds in the store what the step before has written there."""
+    write_rows(project.root)
+    definitions = "definitions=shop"
+    project.run("feature_jobs.apply", definitions, *STORAGE, check=True)
+    ingested = project.run("feature_jobs.ingest", definitions, "view=income", *STORAGE, check=True)
+    assert f"{ROWS} rows in = {ROWS - 1} stored + 1 quarantined" in ingested.stdout
+    quarantine = project.run("feature_jobs.quarantine", "view=income", *STORAGE, check=True)
+    assert "amount is null" in quarantine.stdout
+    training_set = (definitions, "service=credit", "entities=people.parquet", "output=train.parquet")
+    project.run("feature_jobs.training_set", *training_set, *STORAGE, check=True)
+    project.run("feature_jobs.materialize", definitions, "view=income", *STORAGE, check=True)
+    train = ("model=lightgbm", "name=loan", "training_set=train.parquet", "label=repaid")
+    project.run("jobs.train", *train, *STORAGE, check=True)
+    project.run("serve_apps.deploy", "name=loan", "version=1", *STORAGE, check=True)
+    status, content = Client(project).call(
+        "/v1/models/loan:predict", {"entities": [{"customer_id": 39}]}, unit="39"
+    )
+    assert status == 200
+    assert content["predictions"][0]["label"] == 1
+    assert not {"features", "models", "quarantine"} & {path.name for path in project.storage_root.iterdir()}
