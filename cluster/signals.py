@@ -1,4 +1,4 @@
-"""Setting an event when a signal arrives.
+"""Sets events when a signal arrives.
 
 A signal handler runs in the main thread, between any two of its instructions. If that thread is inside `Event.wait`, it
 may hold the event's lock, and `Event.set` in the handler would then wait for it forever. So another thread sets it.
@@ -9,18 +9,16 @@ from __future__ import annotations
 import _thread
 import signal
 import threading
+from collections.abc import Collection
 from types import FrameType
 
 
-def set_on_signal(
-    event: threading.Event, *numbers: signal.Signals, then: threading.Event | None = None
-) -> None:
-    """Set an event whenever one of the signals arrives, and then another one, if given."""
+def set_on_signal(numbers: Collection[signal.Signals], *events: threading.Event) -> None:
+    """Set the events, in their order, whenever one of the signals arrives."""
 
     def set_events() -> None:
-        event.set()
-        if then is not None:
-            then.set()
+        for event in events:
+            event.set()
 
     def handle(_number: int, _frame: FrameType | None) -> None:
         _thread.start_new_thread(set_events, ())

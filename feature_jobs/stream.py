@@ -219,7 +219,7 @@ def _stop_on_signals() -> threading.Event:
     """Return an event that SIGTERM and SIGINT set. The current batch is finished first."""
     stopped = threading.Event()
 
-    set_on_signal(stopped, signal.SIGTERM, signal.SIGINT)
+    set_on_signal([signal.SIGTERM, signal.SIGINT], stopped)
     return stopped
 
 

@@ -98,7 +98,7 @@ def main(config: PlatformConfig) -> None:
         record_restart=restart_recorder(config, record),
         metrics=SupervisorMetrics(registry),
     )
-    set_on_signal(stopped, signal.SIGTERM)
+    set_on_signal([signal.SIGTERM], stopped)
     signal.signal(signal.SIGHUP, lambda *_: supervisor.retry_now())
     with supervisor_lock(config.storage), protected_from_cleanup(folder):
         serve_metrics(registry, port=record.ports.get("supervisor_metrics"))

@@ -146,8 +146,8 @@ def main(config: EdgeConfig) -> None:
     )
     stopped, handed_over = threading.Event(), threading.Event()
 
-    set_on_signal(stopped, signal.SIGTERM)
-    set_on_signal(handed_over, SIGNAL, then=stopped)
+    set_on_signal([signal.SIGTERM], stopped)
+    set_on_signal([SIGNAL], handed_over, stopped)
     with sole_controller(edge / "controller.lock"):
         registry = CollectorRegistry()
         serve_metrics(registry, port=record.ports.get("edge_controller_metrics"))

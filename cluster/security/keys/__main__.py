@@ -82,7 +82,7 @@ def main(config: PlatformConfig) -> None:
     )
     broker = Broker(gate, Path(record.key_socket), metrics=BrokerMetrics(registry))
     flusher = start_flushing(decisions, every_s=FLUSH_S, stopped=stopped)
-    set_on_signal(stopped, signal.SIGTERM)
+    set_on_signal([signal.SIGTERM], stopped)
     broker.run(stopped)
     flusher.join()
     decisions.flush()

@@ -28,7 +28,7 @@ from cluster.signals import set_on_signal
 from serve_apps.edge.control.succession import SIGNAL, sole_controller
 stopped = threading.Event()
 if sys.argv[2] == "willing":
-    set_on_signal(stopped, SIGNAL)
+    set_on_signal([SIGNAL], stopped)
 else:
     signal.signal(SIGNAL, signal.SIG_IGN)
 with sole_controller(Path(sys.argv[1])):
