@@ -1,4 +1,4 @@
-"""Every job's configuration composes, and every tier, and fits its dataclass."""
+"""Every job's configuration and every tier compose and fit their dataclasses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIERS = sorted(path.stem for path in (ROOT / "tier").glob("*.yaml"))
     ("name", "tier"), [*((name, "smb_cpu") for name in JOBS), *(("platform", tier) for tier in TIERS)]
 )
 def test_every_configuration_composes(name: str, tier: str) -> None:
-    """The platform's sections are there and valid; all that a tier sets is theirs."""
+    """The composed platform sections are valid. Every setting of a tier belongs to one of them."""
     with initialize_config_module("configs", version_base=None):
         config = compose(name, overrides=[f"tier={tier}"])
     sections = {key: config[key] for key in PlatformConfig.__dataclass_fields__ if key in config}
@@ -34,6 +34,6 @@ def test_every_configuration_composes(name: str, tier: str) -> None:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_group_has_options(group: str) -> None:
-    """An empty group would fail only when somebody picks from it."""
+    """A group without options would fail only when a user selects an option from it."""
     options = list((ROOT / group).glob("*.yaml"))
     assert options

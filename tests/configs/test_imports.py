@@ -1,4 +1,4 @@
-"""The lock leaves out packages that nothing imports. All modules import without them."""
+"""The lock leaves out packages that no module imports. All modules import without them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ MODULES = sorted(
 
 
 def test_every_module_imports() -> None:
-    """Commands' own modules are imported too; only `__main__` would run."""
+    """Every module imports, including those of commands.
+
+    `__main__` is left out because importing it would run it.
+    """
     assert len(MODULES) > 200
     for module in MODULES:
         importlib.import_module(module)
@@ -26,6 +29,6 @@ def test_every_module_imports() -> None:
 
 @pytest.mark.parametrize("name", ["kaleido", "nvidia-nccl-cu12"])
 def test_packages_that_nothing_imports_are_not_installed(name: str) -> None:
-    """NannyML's dependencies declare them. They take 690 MB."""
+    """NannyML's dependencies declare these packages. They take 690 MB."""
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.distribution(name)

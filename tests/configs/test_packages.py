@@ -1,4 +1,4 @@
-"""Packages depend on one another in one direction."""
+"""Imports between packages go in one direction."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ ROOTS = ("cluster", "feature_jobs", "jobs", "serve_apps")
 
 
 def test_no_package_imports_one_that_imports_it() -> None:
-    """Neither do modules beside one another. Commands (`__main__`) stand above their package and are left out, and so
-    are imports for type checkers alone."""
+    """Neither packages nor modules of one package import each other in a cycle.
+
+    The test leaves out commands (`__main__`), which are a layer above their package. It also leaves out
+    imports for type checkers only.
+    """
     graph = grimp.build_graph(*ROOTS, exclude_type_checking_imports=True)
     modules = [name for name in graph.modules if not name.endswith(".__main__")]
     siblings: dict[str, dict[str, set[str]]] = {}

@@ -1,4 +1,4 @@
-"""Speaks to the edge as an application would: over TLS, with a token."""
+"""A client that calls the edge as an application does: over TLS, with a token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Client:
-    """One application of a project."""
+    """A client application of one project."""
 
     project: Project
 
@@ -32,7 +32,7 @@ class Client:
         unit: str | None = None,
         method: str = "POST",
     ) -> tuple[int, dict[str, Any]]:
-        """Status and JSON of one request; `token=None` sends none."""
+        """Send one request, and return its status and JSON. `token=None` sends no token."""
         headers = {} if token is None else {"Authorization": f"Bearer {token or self.token}"}
         headers |= {} if unit is None else {"X-Unit-ID": unit}
         data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()

@@ -1,4 +1,7 @@
-"""One real cluster for all integration tests, on free ports, in a project of its own outside the checkout."""
+"""Fixtures: one real cluster for all integration tests.
+
+It uses free ports and its own project folder outside the checkout.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ COMMAND_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True, kw_only=True)
 class Project:
-    """A folder with a `.falaj` of its own, and the ways to run the platform's commands in it."""
+    """A folder with its own `.falaj`, and methods that run the platform's commands in it."""
 
     root: Path
     ports: dict[str, int]
@@ -65,7 +68,10 @@ class Project:
     def run(
         self, module: str, *args: str, cwd: Path | None = None, check: bool = False, **env: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run `python -m module args` in a forked process; with `check`, a failure shows what it printed."""
+        """Run `python -m module args` in a forked process.
+
+        With `check`, a failure shows the command's output.
+        """
         result = run_forked(
             module, *args, cwd=cwd or self.root, env=self.env | env, timeout_s=COMMAND_TIMEOUT_S
         )
@@ -74,7 +80,7 @@ class Project:
     def run_python(
         self, *args: str, cwd: Path | None = None, check: bool = False, **env: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run the interpreter, where the start of a process is what is tested."""
+        """Run the interpreter as a new process, for tests of process start."""
         result = subprocess.run(
             [sys.executable, *args],
             cwd=cwd or self.root,
@@ -88,21 +94,21 @@ class Project:
 
     @property
     def owner(self) -> KeyAccess:
-        """The keys, as the cluster's owner may use them."""
+        """Return access to the keys with the rights of the cluster's owner."""
         token = TokenSource(root=str(self.storage_root), subject="owner", role=Role.admin)
         return KeyAccess(socket=self.record.key_socket, token=token)
 
     def read(self, path: Path) -> pl.DataFrame:
-        """A protected file."""
+        """Read and decrypt a protected file."""
         return pl.DataFrame(pl.from_arrow(protected_files(self.owner).read(str(path))))
 
     def up(self, *args: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run `cluster.up` on this project's ports; the edge takes its own address from the record."""
+        """Run `cluster.up` on this project's ports. The edge reads its address from the record."""
         overrides = [f"cluster.ports.{name}={port}" for name, port in self.ports.items()]
         return self.run_python("-m", "cluster.up", *overrides, *args, cwd=self.root, check=check, **env)
 
     def listeners(self) -> dict[int, str]:
-        """Every TCP port that a process of the cluster listens on, with its address."""
+        """Return the address of each TCP port on which a process of the cluster listens."""
         mine = {process.pid for process in processes.find(self.record.cluster_id)}
         return {
             connection.laddr.port: connection.laddr.ip.removeprefix("::ffff:")
@@ -111,14 +117,14 @@ class Project:
         }
 
     def stranger(self) -> Project:
-        """The same project from a shell that was told nothing."""
+        """Return the same project for a shell without any `RAY_` or `FALAJ_` variable."""
         env = {name: value for name, value in self.env.items() if not name.startswith(("RAY_", "FALAJ_"))}
         return Project(root=self.root, ports=self.ports, env=env)
 
     def token(
         self, role: str = "service", *, subject: str = "tester", purpose: str = "testing", ttl_s: int = 900
     ) -> str:
-        """A token of this project's dev issuer."""
+        """Return a token of this project's development issuer."""
         places = Layout(str(self.storage_root))
         return mint_token(places, subject=subject, role=Role(role), purpose=purpose, ttl_s=ttl_s)
 
@@ -132,7 +138,7 @@ def _checked(result: subprocess.CompletedProcess[str], *, check: bool) -> subpro
 
 
 def new_project(root: Path) -> Project:
-    """A project on free ports, in a shell that knows of no cluster."""
+    """Return a project on free ports, for a shell without variables of a cluster."""
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -143,9 +149,10 @@ def new_project(root: Path) -> Project:
 
 
 def free_ports() -> dict[str, int]:
-    """A port for each of the cluster's, between the ports of Ray's workers and those of the kernel's clients.
+    """Return a free port for each of the cluster's ports.
 
-    Workers of pytest-xdist that look at the same moment get different blocks.
+    The ports lie between those of Ray's workers and the kernel's ports for clients. Workers of pytest-xdist
+    that search at the same moment get different blocks.
     """
     names = list(PortsConfig.__dataclass_fields__)
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
@@ -159,7 +166,7 @@ def free_ports() -> dict[str, int]:
 
 
 def refusal(result: subprocess.CompletedProcess[str]) -> str:
-    """Return the one line of a refused command."""
+    """Return the one line that a refused command prints."""
     assert result.returncode == 2, result.stdout + result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("refused: ")]
     assert len(lines) == 1, result.stderr
@@ -168,7 +175,7 @@ def refusal(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def exports(output: str) -> dict[str, str]:
-    """The variables of `export NAME=value` lines, read as a shell reads them."""
+    """Parse `export NAME=value` lines as a shell does, and return the variables."""
     words = [shlex.split(line) for line in output.splitlines()]
     assert all(word == "export" and len(rest) == 1 for word, *rest in words), output
     return dict(rest[0].split("=", 1) for _, *rest in words)
@@ -176,7 +183,10 @@ def exports(output: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def falaj_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """A running cluster; `.env` is what `cluster.status --env` tells a shell."""
+    """Start a cluster, and end it after the tests.
+
+    `.env` has the variables that `cluster.status --env` prints.
+    """
     project = new_project(tmp_path_factory.mktemp("project"))
     project.up()
     record = project.record
@@ -192,20 +202,20 @@ def falaj_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]
 
 @pytest.fixture(scope="session")
 def loan_project(falaj_cluster: Project) -> Project:
-    """The cluster's project, with model `loan` served."""
+    """Return the cluster's project after model `loan` is deployed."""
     loan.prepare(falaj_cluster)
     return falaj_cluster
 
 
 @pytest.fixture
 def shop(loan_project: Project) -> Shop:
-    """A client of model `loan`."""
+    """Return a client of model `loan`."""
     return Shop(loan_project)
 
 
 @pytest.fixture
 def empty_project(tmp_path: Path) -> Iterator[Project]:
-    """A project without a cluster; one that a test starts is ended."""
+    """Yield a project without a cluster. If the test starts a cluster, end it."""
     project = new_project(tmp_path / "project")
     yield project
     if (project.storage_root / "cluster.json").exists():

@@ -1,4 +1,4 @@
-"""The cluster's life: up, status, down, and what is refused on the way."""
+"""Tests of the cluster's life cycle: up, status, down, and refused commands."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NAMED = ("gcs", "dashboard", "edge", "edge_metrics", "ray_metrics")
 def status_of(
     url: str, *, token: str | None = None, ca: Path | None = None, body: bytes | None = None
 ) -> int:
-    """The HTTP status of a GET, or of a POST of a body."""
+    """Return the HTTP status of a GET, or of a POST if there is a body."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     request = urllib.request.Request(url, data=body, headers=headers)
     context = ssl.create_default_context(cafile=str(ca)) if ca else None
@@ -53,18 +53,18 @@ def status_of(
 
 
 def entries(project: Project, kind: type[LedgerEvent]) -> list[Entry]:
-    """A project's entries of one type."""
+    """Return a project's ledger entries of one type."""
     return list(project.ledger().entries(kind))
 
 
 def events(project: Project, kind: type[LedgerEvent]) -> list[Any]:
-    """A project's events of one type."""
+    """Return a project's events of one type."""
     return [entry.event() for entry in entries(project, kind)]
 
 
 @contextmanager
 def attached_driver(project: Project) -> Iterator[subprocess.Popen[str]]:
-    """Somebody's own process that is attached to the cluster."""
+    """Run a separate process that is attached to the cluster."""
     program = (
         "from cluster.session import attach; from cluster.settings import PlatformConfig; import sys;"
         "attach(PlatformConfig()); print('attached', flush=True); sys.stdin.read()"
@@ -89,7 +89,11 @@ def attached_driver(project: Project) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_everything_answers_and_nothing_open_answers_a_stranger(falaj_cluster: Project) -> None:
-    """The edge speaks TLS under our CA; Ray's dashboard wants its token, or at the edge an admin's."""
+    """Each endpoint answers, and protected endpoints require a token.
+
+    The edge uses TLS with a certificate of our CA. Ray's dashboard requires Ray's token; through the edge, it
+    requires an admin's token.
+    """
     record = falaj_cluster.record
     ca = falaj_cluster.storage_root / "tls" / "ca.pem"
     assert status_of(f"{record.edge_url}/v2/health/live", ca=ca) == 200
@@ -107,7 +111,10 @@ def test_everything_answers_and_nothing_open_answers_a_stranger(falaj_cluster: P
 
 
 def test_features_and_outcomes_are_there_before_any_model(falaj_cluster: Project) -> None:
-    """What answers is the application, which knows no such service, view and model."""
+    """Features and outcomes are served before a model exists.
+
+    The applications answer 404 for an unknown service, view or model.
+    """
     token = falaj_cluster.token("service")
     ca = falaj_cluster.storage_root / "tls" / "ca.pem"
     asked: dict[str, dict[str, Any]] = {
@@ -126,7 +133,7 @@ def test_features_and_outcomes_are_there_before_any_model(falaj_cluster: Project
 
 
 def test_the_edge_refuses_an_older_tls(falaj_cluster: Project) -> None:
-    """TLS 1.3 is the least."""
+    """The edge requires at least TLS 1.3."""
     context = ssl.create_default_context(cafile=str(falaj_cluster.storage_root / "tls" / "ca.pem"))
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     with (
@@ -140,7 +147,10 @@ def test_the_edge_refuses_an_older_tls(falaj_cluster: Project) -> None:
 def test_rays_own_port_answers_nobody_without_a_certificate(
     falaj_cluster: Project, certificate: bool
 ) -> None:
-    """Of the cluster's authority; the token alone is not enough, and nothing travels in the clear."""
+    """Ray's GCS port requires TLS and a client certificate of the cluster's CA.
+
+    The Ray token alone is not enough.
+    """
     folder = falaj_cluster.storage_root / "tls"
     context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
     context.set_alpn_protocols(["h2"])
@@ -184,7 +194,7 @@ def test_the_node_has_the_configured_size_and_region(falaj_cluster: Project) -> 
 def test_a_shell_in_another_folder_attaches_with_what_status_prints(
     falaj_cluster: Project, tmp_path: Path
 ) -> None:
-    """`status --env` is all that a shell needs, wherever it stands."""
+    """A shell in any folder can attach with only the variables that `status --env` prints."""
     program = (
         "from cluster.session import attach; from cluster.settings import PlatformConfig;"
         "print(attach(PlatformConfig()).cluster_id)"
@@ -195,7 +205,7 @@ def test_a_shell_in_another_folder_attaches_with_what_status_prints(
 
 
 def test_a_shell_below_the_project_needs_no_variables(falaj_cluster: Project) -> None:
-    """The record is found in the folders above."""
+    """A command in a subfolder finds the cluster's record in a parent folder."""
     below = falaj_cluster.root / "notebooks" / "one"
     below.mkdir(parents=True)
     result = falaj_cluster.stranger().run("cluster.status", "--json", cwd=below, check=True)
@@ -203,7 +213,7 @@ def test_a_shell_below_the_project_needs_no_variables(falaj_cluster: Project) ->
 
 
 def test_status_names_what_listens_and_who_guards_it(falaj_cluster: Project) -> None:
-    """Every port of the cluster is shown, and those that answer without a token are not called guarded."""
+    """Status shows the cluster's named ports. It mentions a token only for ports that require one."""
     text = falaj_cluster.run("cluster.status", check=True).stdout
     lines = {name: next(line for line in text.splitlines() if f" {name} " in line) for name in NAMED}
     assert all(f":{falaj_cluster.ports[name]} " in line for name, line in lines.items())
@@ -211,14 +221,20 @@ def test_status_names_what_listens_and_who_guards_it(falaj_cluster: Project) -> 
 
 
 def test_everything_listens_on_loopback_only(falaj_cluster: Project) -> None:
-    """A stranger on the network reaches nothing, Ray's own ports and metrics included."""
+    """The cluster listens only on loopback, including Ray's own ports and metrics.
+
+    Other machines cannot connect.
+    """
     listening = falaj_cluster.listeners()
     assert {falaj_cluster.ports[name] for name in NAMED} <= set(listening)
     assert set(listening.values()) == {"127.0.0.1"}
 
 
 def test_a_second_up_is_refused_and_harms_nothing(falaj_cluster: Project) -> None:
-    """The refusal names the cluster that is up."""
+    """A second `up` is refused, and its message names the running cluster.
+
+    The running cluster does not change.
+    """
     before = falaj_cluster.record
     message = refusal(falaj_cluster.up(check=False))
     assert before.edge_url in message
@@ -228,7 +244,7 @@ def test_a_second_up_is_refused_and_harms_nothing(falaj_cluster: Project) -> Non
 
 
 def test_a_busy_port_is_named_with_its_owner(empty_project: Project) -> None:
-    """Nothing is started or left behind."""
+    """`up` refuses a busy port and names the process that uses it. It starts nothing and leaves no record."""
     with socket.create_server(("127.0.0.1", empty_project.ports["edge"])):
         message = refusal(empty_project.up(check=False))
     assert str(empty_project.ports["edge"]) in message
@@ -240,7 +256,7 @@ def test_a_busy_port_is_named_with_its_owner(empty_project: Project) -> None:
 def test_without_a_cluster_jobs_and_status_are_refused_and_down_has_nothing_to_do(
     empty_project: Project,
 ) -> None:
-    """They say how to start one; ending nothing is no error."""
+    """Without a cluster, commands are refused and say how to start one. `down` succeeds."""
     assert "cluster.up" in refusal(empty_project.run("cluster.status", "--env"))
     assert "cluster.up" in refusal(empty_project.run("feature_jobs.apply"))
     assert "cluster.up" in refusal(empty_project.run("cluster.security.identity", *TOKEN))
@@ -248,13 +264,16 @@ def test_without_a_cluster_jobs_and_status_are_refused_and_down_has_nothing_to_d
 
 
 def test_an_unknown_setting_is_refused(empty_project: Project) -> None:
-    """A typo in an override starts nothing."""
+    """An unknown setting, or a value of the wrong type, is refused before anything starts."""
     assert "num_cpu" in refusal(empty_project.up("cluster.num_cpu=2", check=False))
     assert "num_cpus" in refusal(empty_project.up("cluster.num_cpus=many", check=False))
 
 
 def test_a_failed_start_leaves_nothing_and_shows_the_log(empty_project: Project) -> None:
-    """An edge that cannot start takes Ray down with it; once mended, the same command works."""
+    """If the edge cannot start, `up` fails, shows the edge's error, and stops Ray.
+
+    It frees all ports, and leaves no record and no event.
+    """
     certificate = empty_project.storage_root / "tls" / "edge.pem"
     certificate.parent.mkdir(parents=True)
     certificate.write_text("no certificate")
@@ -270,7 +289,10 @@ def test_a_failed_start_leaves_nothing_and_shows_the_log(empty_project: Project)
 def test_a_lost_head_and_a_lost_supervisor_are_repaired_and_down_ends_all(
     falaj_cluster: Project, empty_project: Project
 ) -> None:
-    """Status says what is dead, `up` brings it back in place, and another cluster lives on."""
+    """`up` restarts dead parts that status reports, and `down` ends all of the cluster's processes.
+
+    The cluster keeps its record. Another cluster and an attached driver continue to run.
+    """
     empty_project.up("cluster.num_cpus=2", "cluster.region=oman")
     first = empty_project.record
     there = {one.part: one.process for one in inspect_parts(first)}
@@ -305,7 +327,11 @@ def test_a_lost_head_and_a_lost_supervisor_are_repaired_and_down_ends_all(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user_of_the_machine_comes_to_nothing(falaj_cluster: Project) -> None:
-    """Not to sockets, keys, state or Ray's folder: no looking, no connecting, no putting something in their place."""
+    """Another user of the machine gets permission errors.
+
+    The user cannot list or replace the cluster's folders (sockets, keys, state, Ray), and cannot connect to
+    its sockets.
+    """
     record = falaj_cluster.record
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     if python is None:
@@ -335,7 +361,7 @@ def test_another_user_of_the_machine_comes_to_nothing(falaj_cluster: Project) ->
 
 
 def test_our_own_processes_publish_their_metrics(falaj_cluster: Project) -> None:
-    """For Prometheus, on loopback."""
+    """Falaj's own processes publish metrics for Prometheus, on loopback."""
     found = {}
     for url in metrics_urls(falaj_cluster.record):
         with urllib.request.urlopen(url, timeout=10) as response:

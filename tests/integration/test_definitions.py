@@ -1,4 +1,7 @@
-"""Definitions that change while their data stays: plan, apply, ingest, and what each version reads."""
+"""Tests of definitions that change while their data stays.
+
+They cover plan, apply, ingest, and the rows that each version reads.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def define(project: Project, *fields: str, owner: str = "") -> None:
 
 
 def write(project: Project, name: str, first: int) -> None:
-    """Ten shoppers, with all columns there are."""
+    """Write ten shoppers with all columns."""
     ids = range(first, first + 10)
     frame = pl.DataFrame(
         {"shopper_id": ids, "total": [float(one) for one in ids], "items": ids, "at": [AT] * 10}
@@ -45,7 +48,10 @@ def write(project: Project, name: str, first: int) -> None:
 
 
 def run(project: Project, command: str, *arguments: str, refused: str | None = None) -> str:
-    """What a command prints, or why it refuses."""
+    """Run a command and return its output.
+
+    With `refused`, require that the command is refused with this text.
+    """
     result = project.run(f"feature_jobs.{command}", "definitions=baskets", *arguments, check=refused is None)
     if refused is not None:
         assert (result.returncode, refused in result.stderr) == (2, True), result.stderr
@@ -61,7 +67,7 @@ def training_set(project: Project) -> pl.DataFrame:
 
 @pytest.fixture(scope="module")
 def project(falaj_cluster: Project) -> Project:
-    """The first version applied, ten shoppers ingested, and a model made with it."""
+    """Apply the first version, ingest ten shoppers, and register a model that uses this version."""
     define(falaj_cluster, TOTAL)
     write(falaj_cluster, "basket.parquet", 0)
     write(falaj_cluster, "more.parquet", 10)
@@ -86,7 +92,10 @@ def project(falaj_cluster: Project) -> Project:
 
 
 def test_dry_run_tells_and_changes_nothing(project: Project) -> None:
-    """Also to somebody who may not apply."""
+    """A dry run shows the changes and records none.
+
+    A role that may not apply definitions may still run it.
+    """
     define(project, TOTAL, ITEMS)
     before = len(list(project.ledger().entries(FeatureViewApplied)))
     said = run(project, "apply", "plan=true", "identity.role=auditor")
@@ -96,7 +105,11 @@ def test_dry_run_tells_and_changes_nothing(project: Project) -> None:
 
 
 def test_change_that_breaks_a_model_is_refused(project: Project) -> None:
-    """With the way out, and nothing is recorded; what cannot share a table is not to be allowed at all."""
+    """A change that breaks a model is refused, and records nothing.
+
+    A dry run is refused too. A column whose new type cannot share the table is refused even with
+    `allow_breaking=true`.
+    """
     before = len(list(project.ledger().entries(FeatureViewApplied)))
     define(project, ITEMS)
     for dry in ("plan=true", "plan=false"):
@@ -107,7 +120,11 @@ def test_change_that_breaks_a_model_is_refused(project: Project) -> None:
 
 
 def test_new_column_is_null_in_old_rows_until_their_file_is_ingested_again(project: Project) -> None:
-    """No rewrite; the version before still reads what it always read, from old and new files."""
+    """A new column is null in old rows until their file is ingested again.
+
+    No rows are rewritten when the column is added. The earlier version reads the same values as before, from
+    old and new files.
+    """
     define(project, TOTAL, ITEMS)
     run(project, "apply")
     run(project, "ingest", "view=basket", "source.path=more.parquet")
@@ -124,7 +141,7 @@ def test_new_column_is_null_in_old_rows_until_their_file_is_ingested_again(proje
 
 
 def test_change_that_says_nothing_about_rows_ingests_nothing_twice(project: Project) -> None:
-    """A new owner is a new version, and the same rows."""
+    """A new owner makes a new version of the view, but the same file is not ingested again."""
     define(project, TOTAL, owner="risk")
     run(project, "apply")
     before = len(list(project.ledger().entries(BatchIngested)))
@@ -136,7 +153,11 @@ def test_change_that_says_nothing_about_rows_ingests_nothing_twice(project: Proj
 
 
 def test_view_is_deprecated_retired_and_taken_back(project: Project) -> None:
-    """A warning first; then no new rows and training sets; the online store is still filled from what there is."""
+    """A deprecated view gives a warning.
+
+    A retired view accepts no new rows and no new training sets; its stored rows can still be materialised.
+    `restore=true` ends the retirement.
+    """
     run(project, "apply")
     retire = ("feature_jobs.retire", "view=basket", "reason=use purses")
     denied = project.run(*retire, "identity.role=auditor")

@@ -1,4 +1,7 @@
-"""What takes a running edge some seconds: a real HAProxy and replicas that are killed or stopped, without Ray."""
+"""Tests of a running edge that take seconds.
+
+They use a real HAProxy, and replicas that are killed or stopped, without Ray.
+"""
 
 from __future__ import annotations
 
@@ -47,14 +50,18 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
 
 
 def counted(edge: Edge, subject: str) -> int:
-    """How many requests of a principal the running HAProxy has let through."""
+    """Return how many requests of a principal the running HAProxy has let through."""
     said = edge.ask("show table principals_counted").splitlines()
     line = next((line for line in said if f"key={subject} " in line), "gpc0=0")
     return int(line.split("gpc0=")[1].split()[0])
 
 
 def test_what_principals_have_asked_survives_a_reload(edge: Edge) -> None:
-    """The outgoing worker teaches the new one, once it has itself been up for ten seconds or was taught."""
+    """Request counts of principals survive a reload of HAProxy.
+
+    The old worker sends its counts to the new one. It does so once it has run for ten seconds, or has itself
+    received counts.
+    """
     wait_until(lambda: int(edge.ask("show peers").split("flags=")[1].split()[0], 16) & 3 == 3, seconds=30)
     for number in range(1, 4):
         assert edge.call(token=edge.token(subject="gina"))[0] == 200
@@ -64,7 +71,7 @@ def test_what_principals_have_asked_survives_a_reload(edge: Edge) -> None:
 
 @contextlib.contextmanager
 def replica(port: int) -> Iterator[int]:
-    """Pid of a replica that is a process of its own."""
+    """Run a replica as a separate process, and yield its pid."""
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen([sys.executable, "-c", REPLICA, str(port)], cwd=root) as process:
         try:
@@ -75,7 +82,7 @@ def replica(port: int) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Answer:
-    """Of one request; times in monotonic seconds."""
+    """The answer to one request. Times are in monotonic seconds."""
 
     asked_at: float
     at: float
@@ -93,7 +100,10 @@ def ask(edge: Edge, token: str) -> Answer:
 def test_a_lost_treatments_share_goes_to_the_champion_within_a_second(
     edge: Edge, number: signal.Signals
 ) -> None:
-    """Killed or hanging: every request is answered, those that had reached it too."""
+    """The champion takes over the requests of a killed or hanging treatment within a second.
+
+    Every request gets an answer, including those that had reached the lost replica.
+    """
     port, token = free_port(), edge.token()
     with replica(port) as pid, ThreadPoolExecutor(300) as pool:
         edge.load_targets(edge.targets | {"m-v2": (f"127.0.0.1:{port}",)})
@@ -119,13 +129,13 @@ def test_a_lost_treatments_share_goes_to_the_champion_within_a_second(
 
 @dataclass
 class Command:
-    """`python -m serve_apps.edge` of a cluster whose Ray does not answer."""
+    """`python -m serve_apps.edge` for a cluster whose Ray does not answer."""
 
     root: Path
     port: int
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Once it has said who controls."""
+        """Start the command, and return when its pid is in the lock file and HAProxy answers."""
         lock = self.root / "edge" / "controller.lock"
         command = [sys.executable, "-m", "serve_apps.edge", f"storage.root={self.root}"]
         process = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[2])
@@ -134,7 +144,7 @@ class Command:
         return process
 
     def haproxy(self, process: subprocess.Popen[bytes]) -> psutil.Process | None:
-        """The process's master, once it answers."""
+        """Return HAProxy's master process if HAProxy answers, else `None`."""
         children = psutil.Process(process.pid).children()
         masters = [child for child in children if "-W" in child.cmdline()]
         return masters[0] if masters and self.lives() else None
@@ -176,7 +186,10 @@ def command(tmp_path: Path) -> Iterator[Command]:
 
 
 def test_an_edge_is_restarted_killed_and_ended(command: Command) -> None:
-    """By starting it again; a killed controller leaves HAProxy, and the next one takes it over; SIGTERM ends both."""
+    """Starting the edge again replaces the first controller, and no request fails.
+
+    If a controller is killed, HAProxy continues, and the next controller takes it over. SIGTERM ends both.
+    """
     first = command.start()
     lived: list[bool] = []
     ended = threading.Event()

@@ -1,4 +1,7 @@
-"""Replicas that share a GPU, on a machine that has it in name only: Ray places by numbers."""
+"""Tests of replicas that share a GPU.
+
+The machine needs no real GPU, because Ray places replicas by declared numbers.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ FREE = "import json, ray; ray.init(log_to_driver=False); print(json.dumps(ray.av
 
 
 def test_four_replicas_of_a_version_run_on_one_gpu(empty_project: Project) -> None:
-    """With the replicas of `tier=enterprise_gpu`, which fill it."""
+    """Four replicas with the settings of `tier=enterprise_gpu` use one GPU fully."""
     project = empty_project
     tier = OmegaConf.load(Path(configs.__file__).parent / "tier" / "enterprise_gpu.yaml").replica
     project.up("cluster.num_gpus=1", "cluster.num_cpus=16")

@@ -1,5 +1,8 @@
-"""Ingestion on a cluster, in Ray tasks where a test says so: bad rows set apart, bad batches refused whole, the same
-batch never stored twice."""
+"""Tests of ingestion on a cluster.
+
+Bad rows go to quarantine, a bad batch is refused as a whole, and a batch is never stored twice. Tests with
+`task_values=0` use Ray tasks.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ IN_TASKS = "task_values=0"
 
 @pytest.fixture(scope="module")
 def project(falaj_cluster: Project) -> Project:
-    """The project with the meters' definitions applied."""
+    """Return the project after the meters' definitions are applied."""
     (falaj_cluster.root / "meters.py").write_text(DEFINITIONS)
     falaj_cluster.run("feature_jobs.apply", "definitions=meters", check=True)
     return falaj_cluster
@@ -65,14 +68,14 @@ def write(root: Path, name: str, watts: list[Any], meters: list[int] | None = No
 
 
 def stored(project: Project) -> pl.DataFrame:
-    """The stored rows' public columns, as any Delta reader sees them."""
+    """Return the public columns of the stored rows, as any Delta reader sees them."""
     return pl.scan_delta(str(project.storage_root / "features" / "reading")).select("ingest_seq").collect()
 
 
 def test_rows_in_are_rows_stored_plus_rows_quarantined(project: Project) -> None:
-    """A bad row lies in quarantine with its reason and what the source said; a second run changes nothing.
+    """A bad row goes to quarantine with the reason and its source values. A second run changes nothing.
 
-    In Ray tasks, of which the command says nothing but what came out and how long it took.
+    This test uses Ray tasks. The command prints only the result and the duration.
     """
     source = write(project.root, "mixed.parquet", [1.0, -1.0] + [2.0] * 98)
     done = project.run("feature_jobs.ingest", *INGEST, source, IN_TASKS, check=True)
@@ -94,7 +97,7 @@ def test_rows_in_are_rows_stored_plus_rows_quarantined(project: Project) -> None
     ("watts", "said"), [([-1.0] * 50 + [1.0] * 50, "50.0% of 100 rows"), (["many"] * 10, "watts")]
 )
 def test_a_bad_batch_is_refused_whole(project: Project, watts: list[Any], said: str) -> None:
-    """Nothing of it is stored, and the ledger says why."""
+    """No row of a bad batch is stored, and the ledger records the reason."""
     before = stored(project).height
     result = project.run("feature_jobs.ingest", *INGEST, write(project.root, "bad.parquet", watts))
     assert result.returncode == 2
@@ -105,7 +108,10 @@ def test_a_bad_batch_is_refused_whole(project: Project, watts: list[Any], said: 
 
 
 def test_a_commit_without_its_event_is_found_again(project: Project) -> None:
-    """Killed between the table's commit and the ledger: the next run writes the event and no row."""
+    """After a crash between the table's commit and the ledger event, the next run writes the event.
+
+    It stores no row again.
+    """
     source = write(project.root, "killed.parquet", [3.0] * 20)
     project.run("feature_jobs.ingest", *INGEST, source, check=True)
     table = project.storage_root / "features" / "reading"
@@ -120,7 +126,11 @@ def test_a_commit_without_its_event_is_found_again(project: Project) -> None:
 
 
 def test_a_batch_is_held_against_the_last_good_one(project: Project) -> None:
-    """Rows alike and far out go to quarantine; a batch of another kind is refused with the rules' figures."""
+    """A batch is compared with the last good batch.
+
+    Duplicate rows and outliers go to quarantine. A batch with a different distribution is refused, and the
+    message shows the rules' figures.
+    """
     flow = ("definitions=meters", "view=flow")
     spread = [float(number) for number in range(100)]
     first = write(project.root, "flow-1.parquet", [*spread, 7.0], [*range(100), 99])
@@ -149,7 +159,11 @@ def test_a_batch_is_held_against_the_last_good_one(project: Project) -> None:
 
 
 def test_several_views_are_one_command(project: Project) -> None:
-    """One is refused, which the command says and exits 2; the other is stored. All that have rows go online at once."""
+    """One command ingests several views.
+
+    One view is refused, so the exit code is 2 and the command names the view; the other view is stored. One
+    command then materialises several views.
+    """
     first = DEFINITIONS.split("flow =")[0].replace("reading", "inflow")
     (project.root / "several.py").write_text(
         first
@@ -168,7 +182,10 @@ def test_several_views_are_one_command(project: Project) -> None:
 
 
 def test_a_source_that_is_damaged_in_its_middle_is_refused(project: Project) -> None:
-    """Its footer and first rows are whole; what is broken shows only in a worker, and is no crash for all that."""
+    """A file that is damaged in the middle is refused without a crash.
+
+    Its footer and first rows are intact, so only a worker detects the damage.
+    """
     frame = pl.DataFrame({"meter_id": range(300_000), "watts": [float(n) for n in range(300_000)]})
     at = pl.lit("2024-01-01").str.to_datetime(time_unit="us", time_zone="UTC")
     path = project.root / "damaged.parquet"
@@ -185,7 +202,10 @@ def test_a_source_that_is_damaged_in_its_middle_is_refused(project: Project) -> 
 
 
 def test_a_new_column_of_the_source_is_reported(project: Project) -> None:
-    """It is ignored, but neither silently nor for ever: the next batch has it as a matter of course."""
+    """A new column of the source is ignored and reported.
+
+    It is reported only for the first batch that has it.
+    """
     project.run("feature_jobs.ingest", *INGEST, write(project.root, "before.parquet", [5.0]), check=True)
     wider = pl.read_parquet(project.root / "before.parquet").with_columns(note=pl.lit("x"))
     wider.write_parquet(project.root / "wider.parquet")
@@ -196,7 +216,10 @@ def test_a_new_column_of_the_source_is_reported(project: Project) -> None:
 
 
 def test_quarantined_rows_are_replayed_after_a_fix(project: Project) -> None:
-    """With a wider rule the row is stored, once; what still fails stays; the commands say so."""
+    """After a rule is widened, a replay stores each row that now passes, once.
+
+    Rows that still fail stay in quarantine. The commands print both counts.
+    """
     view = ("definitions=quarantined", "view=tank")
     text = DEFINITIONS.replace("reading", "tank").split("flow =")[0]
     definitions = project.root / "quarantined.py"

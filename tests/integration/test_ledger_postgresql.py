@@ -1,4 +1,4 @@
-"""The ledger on a real PostgreSQL server, started and ended by the test."""
+"""Tests of the ledger on a real PostgreSQL server that the tests start and stop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def _append_many(url: str, writer: int) -> None:
 
 
 def test_concurrent_writers_on_postgresql_never_fork(url: str, tmp_path: Path) -> None:
-    """Four processes append 25 events each: one chain of 100; the registry works beside it."""
+    """Four processes append 25 events each and make one chain of 100 events.
+
+    The registry works in the same database.
+    """
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=_append_many, args=(url, writer)) for writer in range(4)]
     for writer in writers:
@@ -45,7 +48,10 @@ def test_concurrent_writers_on_postgresql_never_fork(url: str, tmp_path: Path) -
 
 
 def test_the_ledger_speaks_tls_to_the_server_it_means(url: str, tmp_path: Path) -> None:
-    """Verified by our authority; a server without TLS, or of another authority, is not written to."""
+    """The ledger verifies the server's certificate with our CA.
+
+    It does not connect to a server without TLS, or to one with another CA's certificate.
+    """
     for name in ("ours", "others"):
         ensure_tls(Layout(str(tmp_path / name)))
     verified = f"?sslmode=verify-full&sslrootcert={tmp_path}/ours/tls/ca.pem"

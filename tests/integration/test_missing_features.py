@@ -1,4 +1,4 @@
-"""A feature service that says what becomes of missing features, from its definition to answers through the edge."""
+"""Tests of a feature service with rules for missing features, from its definition to answers through the edge."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ AT = pl.lit("2024-01-01").str.to_datetime(time_unit="us", time_zone="UTC")
 
 @pytest.fixture(scope="module")
 def project(falaj_cluster: Project) -> Project:
-    """A project with a model served that was trained with such a service."""
+    """Return a project that serves a model trained with this service."""
     root, run = falaj_cluster.root, falaj_cluster.run
     (root / "lending.py").write_text(DEFINITIONS)
     write_data(root)
@@ -88,7 +88,10 @@ def predict(project: Project, *workers: int, **more: Any) -> tuple[int, dict[str
 
 
 def test_the_training_set_holds_the_defaults(project: Project) -> None:
-    """Where nothing is known of a worker's wage; what is refused online stays null there."""
+    """The training set has the default for a worker without a wage.
+
+    A feature whose absence is refused online stays null.
+    """
     rows = pl.read_parquet(project.root / "careful.parquet")
     assert (rows["wage__amount"] == -1.0).sum() == WORKERS - WITH_WAGE
     assert rows["debts__total"].null_count() == WORKERS - WITH_DEBTS
@@ -97,7 +100,10 @@ def test_the_training_set_holds_the_defaults(project: Project) -> None:
 
 
 def test_answers_say_what_stood_in_and_what_was_refused(project: Project) -> None:
-    """Through the edge; reading features goes on saying what is stored."""
+    """Answers through the edge name the defaults that were used, and the feature that caused a refusal.
+
+    Reading features returns the stored values without defaults.
+    """
     status, content = predict(project, KNOWN, WITHOUT_WAGE)
     assert status == 200, content
     assert content["features_status"] == {"wage__amount": ["present", "missing"]}
@@ -120,7 +126,10 @@ def push(project: Project, worker: int | str, at: str = "2024-02-01T00:00:00Z") 
 
 
 def test_a_bad_push_before_the_first_batch_stops_nothing(project: Project) -> None:
-    """The batch decides of which type keys are; then pushes are held to it, and so is who reads."""
+    """A push with a wrong key type before the first batch does not block ingestion.
+
+    The first batch decides the type of keys. Later pushes must use this type, and so must reads.
+    """
     assert push(project, 7)[0] == 200
     times = pl.lit("2024-01-01").str.to_datetime(time_unit="us", time_zone="UTC")
     known = pl.DataFrame({"worker_id": ["a", "b"], "amount": [1.0, 1.0]}).with_columns(at=times)
@@ -143,7 +152,7 @@ def test_a_bad_push_before_the_first_batch_stops_nothing(project: Project) -> No
 
 
 def test_defaults_are_no_skew(project: Project) -> None:
-    """The gate asks the same requests again and finds nothing that it cannot explain."""
+    """The skew check reads the same requests again. It does not count a default as a mismatch."""
     assert predict(project, WITHOUT_WAGE)[0] == 200
     project.run("feature_jobs.skew", "name=careful", check=True)
     ledger = project.ledger()

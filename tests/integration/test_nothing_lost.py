@@ -1,6 +1,7 @@
-"""Under constant load, with two replicas a variant: no request fails, and each answer has exactly one row in the log.
+"""Tests under constant load, with two replicas for each variant.
 
-FALAJ_LOAD_S=60 keeps each disturbance's load up for longer, as `make chaos` does.
+No request fails, and each answer has exactly one row in the log.
+FALAJ_LOAD_S=60 keeps the load up for longer after each disturbance, as `make chaos` does.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ if TYPE_CHECKING:
 
 PER_S = 60.0
 AFTERWARDS = round(float(os.environ.get("FALAJ_LOAD_S", "2")) * PER_S)
-"""Requests that still come when a disturbance is over."""
+"""Number of requests that are still sent after a disturbance."""
 CONTROLLER, TWO = "ray::ServeController", "replica.num_replicas=2"
 
 
 @pytest.fixture(scope="module")
 def project(falaj_cluster: Project) -> Iterator[Project]:
-    """Two versions with two replicas each, half of the units for each."""
+    """Serve two versions with two replicas each. Each version gets half of the units."""
     scoring.prepare(falaj_cluster, versions=3)
     scoring.serve(falaj_cluster, TWO)
     yield falaj_cluster
@@ -48,7 +49,10 @@ def project(falaj_cluster: Project) -> Iterator[Project]:
 
 
 def stop(project: Project) -> None:
-    """Make room for the tests that follow; without its champion the edge would not be ready."""
+    """Free resources for the tests that follow.
+
+    The champion stays, because the edge would not be ready without it.
+    """
     project.run("serve_apps.rollout", "action=rollback", f"name={scoring.MODEL}", check=True)
     program = "import sys; from cluster.session import attach; from cluster.settings import PlatformConfig\n"
     program += "attach(PlatformConfig()); from ray import serve\n"
@@ -57,7 +61,7 @@ def stop(project: Project) -> None:
 
 
 def check(outcome: Outcome, *, orphans: int = 0) -> None:
-    """Nothing failed, nothing was lost."""
+    """Require that no request failed and that no record was lost or doubled."""
     print(outcome)
     assert [(answer.status, answer.body[:200]) for answer in outcome.failed] == []
     assert (outcome.lost, outcome.twice, outcome.unrecorded) == (set(), set(), set())
@@ -65,7 +69,10 @@ def check(outcome: Outcome, *, orphans: int = 0) -> None:
 
 
 def running(project: Project, title: str) -> list[psutil.Process]:
-    """The cluster's processes whose title has a word; others come and go meanwhile."""
+    """Return the cluster's processes whose command line contains `title`.
+
+    Processes that end meanwhile are left out.
+    """
     found = []
     for one in processes.find(project.record.cluster_id):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -75,12 +82,12 @@ def running(project: Project, title: str) -> list[psutil.Process]:
 
 
 def replicas(project: Project, version: int) -> list[psutil.Process]:
-    """The processes that serve a version."""
+    """Return the processes that serve a version."""
     return running(project, f"ServeReplica:{scoring.MODEL}-v{version}:")
 
 
 def test_a_changed_weight_costs_no_request(project: Project) -> None:
-    """Back and forth."""
+    """The weight is changed and then changed back."""
     with UnderLoad(project, per_s=PER_S) as load:
         for weight in (10, 50):
             project.run(
@@ -92,7 +99,10 @@ def test_a_changed_weight_costs_no_request(project: Project) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_killed_replica_costs_no_request(project: Project, version: int) -> None:
-    """What it had not answered another one does; a row that it wrote meanwhile is an orphan, and counted."""
+    """Another replica answers the requests that the killed replica had not answered.
+
+    If the killed replica had already written a row for such a request, the row is counted as an orphan.
+    """
     with UnderLoad(project, per_s=PER_S) as load:
         before = replicas(project, version)
         victim = random.choice(before)
@@ -103,7 +113,7 @@ def test_a_killed_replica_costs_no_request(project: Project, version: int) -> No
 
 
 def test_a_killed_serve_controller_costs_no_request(project: Project) -> None:
-    """Replicas need it for nothing that a request waits for, and the edge keeps what it knew."""
+    """No request waits for the Serve controller, and the edge keeps its last known state."""
     with UnderLoad(project, per_s=PER_S) as load:
         [controller] = running(project, CONTROLLER)
         controller.send_signal(signal.SIGKILL)
@@ -114,7 +124,7 @@ def test_a_killed_serve_controller_costs_no_request(project: Project) -> None:
 
 
 def test_a_reload_of_the_edge_costs_no_request(project: Project) -> None:
-    """Three in a row: the workers before go on with what they have begun."""
+    """After each of three reloads, the previous workers finish the requests that they have begun."""
     master = f"{project.record.runtime_folder}/master.sock"
     with UnderLoad(project, per_s=PER_S) as load:
         for _ in range(3):
@@ -124,7 +134,10 @@ def test_a_reload_of_the_edge_costs_no_request(project: Project) -> None:
 
 
 def test_a_killed_gcs_broker_and_edge_controller_cost_no_request(project: Project) -> None:
-    """All three at once: their supervisor starts them again, and what serves needs none of them for a while."""
+    """All three are killed at once, and the supervisor restarts them.
+
+    Serving can run without them for a while.
+    """
     record = project.record
     lost = {
         one.part: one.process
@@ -145,7 +158,7 @@ def test_a_killed_gcs_broker_and_edge_controller_cost_no_request(project: Projec
 
 
 def said(address: str, line: str) -> str:
-    """What HAProxy's master answers."""
+    """Send a line to HAProxy's master, and return its answer."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(20)
         connection.connect(address)
@@ -155,7 +168,10 @@ def said(address: str, line: str) -> str:
 
 
 def test_a_restarted_edge_and_a_killed_controller_of_it_cost_no_request(project: Project) -> None:
-    """Started again beside itself; and once more when the controller is gone and HAProxy serves alone."""
+    """A second edge is started beside the running one and takes over.
+
+    A third one takes over after the controller was killed and HAProxy served alone.
+    """
     with UnderLoad(project, per_s=PER_S) as load:
         second = restarted_edge(project, load)
         load.more(AFTERWARDS)
@@ -168,7 +184,7 @@ def test_a_restarted_edge_and_a_killed_controller_of_it_cost_no_request(project:
 
 
 def restarted_edge(project: Project, load: UnderLoad) -> subprocess.Popen[bytes]:
-    """The controller that has taken the edge over."""
+    """Start another edge, wait until its controller has taken over, and return its process."""
     edge = project.storage_root / "edge"
 
     def said() -> tuple[str, int]:
@@ -191,7 +207,7 @@ def restarted_edge(project: Project, load: UnderLoad) -> subprocess.Popen[bytes]
 
 
 def test_a_new_certificate_costs_no_request(project: Project) -> None:
-    """It is shown as soon as its file is there."""
+    """The edge presents a new certificate as soon as its file exists."""
     places = Layout(str(project.storage_root))
     file = project.storage_root / "tls" / EDGE_NAME
     host, port = urlsplit(project.edge_url).netloc.split(":")
@@ -209,7 +225,7 @@ def test_a_new_certificate_costs_no_request(project: Project) -> None:
 
 
 def test_a_new_version_costs_no_request(project: Project) -> None:
-    """Deployed, promoted, and the next one started beside it: the edge reloads several times."""
+    """A version is promoted, and the next version starts beside it. The edge reloads several times."""
     with UnderLoad(project, per_s=PER_S) as load:
         run: Any = project.run
         run("serve_apps.rollout", "action=promote", f"name={scoring.MODEL}", check=True)

@@ -1,6 +1,6 @@
-"""The whole way from rows to an answer with feature tables, models and quarantine in an object store.
+"""Test of the whole path from rows to an answer, with feature tables, models and quarantine in an object store.
 
-The store is moto, a double of S3.
+The store is moto, a test double of S3.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def write_rows(root: Path) -> None:
 
 
 def test_rows_become_an_answer_and_only_local_state_is_on_the_disk(project: Project) -> None:
-    """Each step finds in the store what the step before has written there."""
+    """Each step reads from the object store what the step before it has written."""
     write_rows(project.root)
     definitions = "definitions=shop"
     project.run("feature_jobs.apply", definitions, *STORAGE, check=True)

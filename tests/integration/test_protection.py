@@ -1,4 +1,7 @@
-"""What lies on disk and who may read it: real broker, real policies, canaries planted in protected columns."""
+"""Tests of the data on disk and of access to it, with a real broker and real policies.
+
+Protected columns contain canaries: marked values that the tests search for.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,10 @@ AT = "2026-01-01T00:00:00Z"
 
 @pytest.fixture(scope="module")
 def clinic(falaj_cluster: Project) -> Project:
-    """Patients ingested, one of them into quarantine, a training set below the storage root, and a model of it."""
+    """Ingest patients, one of them into quarantine, and serve a model.
+
+    The model's training set is below the storage root.
+    """
     root = falaj_cluster.root
     (root / "clinic.py").write_text(DEFINITIONS)
     at = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
@@ -92,7 +98,10 @@ def clinic(falaj_cluster: Project) -> Project:
 
 @pytest.fixture(scope="module")
 def answer(clinic: Project) -> dict[str, Any]:
-    """One prediction by key, one of its inputs brought along, and its outcome."""
+    """Make one prediction by key, with one input in the request, and send its outcome.
+
+    A token with a purpose that the view does not list gets 403.
+    """
     client = Client(clinic)
     body = {"entities": [{"patient_id": 1}], "as_of": AT, "features": {"patient__illness": [GIVEN]}}
     path = "/v1/models/care:predict"
@@ -137,7 +146,10 @@ def read(table: Snapshot, *columns: str) -> pl.DataFrame:
 
 
 def test_nothing_protected_lies_in_the_clear(clinic: Project, answer: dict[str, Any]) -> None:
-    """Not below the storage root, nor in Ray's folder and logs; the scanner does find it in the source."""
+    """No protected value is readable below the storage root, or in Ray's folder and logs.
+
+    As a control, the scanner finds the values in the source.
+    """
     source = list(scan([clinic.root / "patient.parquet"], [NAME, ILLNESS, BAD]))
     assert {one.canary for one in source} == {NAME, ILLNESS, BAD}, "the control"
     record = clinic.record
@@ -148,7 +160,10 @@ def test_nothing_protected_lies_in_the_clear(clinic: Project, answer: dict[str, 
 
 
 def test_what_was_served_can_be_read_with_the_keys(clinic: Project, answer: dict[str, Any]) -> None:
-    """The log has what was asked and brought along, the outcomes what came of it; for the right purpose."""
+    """With the right purpose, the log shows the features that were read or sent in the request.
+
+    The outcomes can be read too. Without the purpose, both are denied.
+    """
     for_care, without = (key_store(as_scientist(clinic, purpose)) for purpose in ("care", ""))
     logs = [clinic.storage_root / log / "care" for log in ("predictions", "outcomes")]
     (row,) = read_predictions(logs[0], for_care).iter_rows(named=True)
@@ -161,7 +176,7 @@ def test_what_was_served_can_be_read_with_the_keys(clinic: Project, answer: dict
 
 
 def test_without_the_purpose_the_public_columns_and_no_others(clinic: Project) -> None:
-    """The refusal names the policy, and is an event."""
+    """Without the purpose, only public columns can be read. The denial names the policy, and is an event."""
     scientist = pinned(clinic, as_scientist(clinic, ""))
     assert set(read(scientist, "ward")["ward"]) == {WARD}
     for column in ("name", "illness", "age"):
@@ -176,7 +191,10 @@ def test_without_the_purpose_the_public_columns_and_no_others(clinic: Project) -
 
 
 def test_with_the_purpose_both(clinic: Project) -> None:
-    """And a purpose that the view does not list is none."""
+    """With a listed purpose, public and protected columns can be read.
+
+    A purpose that the view does not list is denied.
+    """
     assert set(read(pinned(clinic, as_scientist(clinic, "care")), "ward", "name", "illness")["illness"]) == {
         ILLNESS
     }
@@ -185,7 +203,7 @@ def test_with_the_purpose_both(clinic: Project) -> None:
 
 
 def test_by_hand_the_files_show_the_public_columns_and_no_others(clinic: Project) -> None:
-    """Of the feature table and of the training set."""
+    """PyArrow without keys reads only public columns, from the feature table and the training set."""
     files = [
         *(clinic.storage_root / "features" / "patient").rglob("*.parquet"),
         clinic.storage_root / "care.parquet",
@@ -201,7 +219,7 @@ def test_by_hand_the_files_show_the_public_columns_and_no_others(clinic: Project
 
 @pytest.mark.parametrize(("purpose", "code"), [("care", 0), ("", 2)])
 def test_a_job_acts_as_its_token_says(clinic: Project, purpose: str, code: int) -> None:
-    """One line of refusal, no traceback."""
+    """A job has the rights of its token. A refusal is one line without a traceback."""
     mine = f"identity.token_file={token(clinic, 'data_scientist', purpose)}"
     done = clinic.run(*training_set(f"output=out-{purpose}.parquet", mine))
     assert done.returncode == code, done.stderr
@@ -227,7 +245,7 @@ def test_a_job_acts_as_its_token_says(clinic: Project, purpose: str, code: int) 
 def test_a_role_that_may_not_is_refused_before_anything_is_done(
     clinic: Project, role: str, command: str, reason: str
 ) -> None:
-    """And the ledger says who asked, by which entry point."""
+    """A role without the permission is refused. The ledger records the actor and the entry point."""
     done = clinic.run(*command.split(), f"identity.token_file={token(clinic, role, 'care')}")
     assert done.returncode == 2, done.stderr
     assert reason in done.stderr
@@ -237,7 +255,7 @@ def test_a_role_that_may_not_is_refused_before_anything_is_done(
 
 
 def test_in_production_who_registered_a_model_does_not_deploy_it(clinic: Project) -> None:
-    """Whatever his role."""
+    """In production, the actor that registered a model may not deploy it, whatever the role."""
     (registered,) = (
         entry for entry in clinic.ledger().entries(ModelRegistered) if entry.payload["name"] == "care"
     )
@@ -256,7 +274,10 @@ def test_in_production_who_registered_a_model_does_not_deploy_it(clinic: Project
 
 
 def test_compacted_and_under_newer_keys_a_table_gives_the_same_training_set(clinic: Project) -> None:
-    """A data engineer compacts what he may not read; keys are for the admin to rotate."""
+    """Compaction and key rotation do not change the training set.
+
+    A data engineer may compact a table that this role may not read. Only an admin may rotate keys.
+    """
     frame = pl.read_parquet(clinic.root / "patient.parquet").with_columns(
         pl.col("at") - dt.timedelta(days=1), name=pl.lit(NAME), age=pl.lit(50.0)
     )
@@ -282,7 +303,7 @@ def test_compacted_and_under_newer_keys_a_table_gives_the_same_training_set(clin
 
 
 def test_a_stranger_gets_no_key(clinic: Project, tmp_path: Path) -> None:
-    """A token of nobody's is no token."""
+    """A forged token gets no key."""
     (tmp_path / "forged.jwt").touch(mode=0o600)
     (tmp_path / "forged.jwt").write_text("eyJhbGciOiJub25lIn0.eyJzdWIiOiJldmUifQ.")
     access = KeyAccess(socket=clinic.record.key_socket, token=TokenSource(file=str(tmp_path / "forged.jwt")))

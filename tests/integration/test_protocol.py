@@ -1,5 +1,8 @@
-"""The protocol as others know it, through a real edge to a real replica, without Ray: NVIDIA's client works unchanged,
-and what schemathesis makes of our OpenAPI document is answered as the document says."""
+"""Tests of the inference protocol through a real edge to a real replica, without Ray.
+
+NVIDIA's client works unchanged. Requests that schemathesis generates from our OpenAPI document get documented
+answers.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ COLUMNS = {
 
 @pytest.fixture(scope="module")
 def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
-    """Version 1 of model `m` behind it, and the application that takes outcomes."""
+    """Run an edge with version 1 of model `m`, and the applications for outcomes and features."""
     with (
         running_edge(tmp_path_factory.mktemp("edge")) as edge,
         running_replica(Path(edge.places.root), SIGNATURE) as replica,
@@ -61,7 +64,7 @@ def client(edge: Edge) -> Iterator[StockClient]:
 
 
 def test_it_finds_out_what_is_served(client: StockClient) -> None:
-    """Liveness, readiness, of the server and of a version, and both metadata."""
+    """The client reads liveness, readiness and metadata of the server and of a version."""
     triton, headers = client.client, client.headers
     assert triton.is_server_live(headers=headers)
     assert triton.is_server_ready(headers=headers)
@@ -80,7 +83,10 @@ def test_it_finds_out_what_is_served(client: StockClient) -> None:
 
 @pytest.mark.parametrize("raw", [False, True], ids=["json", "binary"])
 def test_it_gets_its_answers(client: StockClient, raw: bool) -> None:
-    """As JSON and as binary data, all outputs or those asked for, with its own id."""
+    """The client gets answers as JSON and as binary data.
+
+    It gets all outputs or only the requested ones, and its own request id.
+    """
     whole = client.infer("m", COLUMNS, raw=raw, version="1", request_id="mine")
     assert whole.get_response()["id"] == "mine"
     probabilities = whole.as_numpy("probabilities")
@@ -96,7 +102,7 @@ def test_it_gets_its_answers(client: StockClient, raw: bool) -> None:
 
 
 def test_it_says_what_was_wrong(client: StockClient) -> None:
-    """Its exception carries our words and the status."""
+    """The client's exception has our error message and the status."""
     with pytest.raises(InferenceServerException, match="'p__flag' is missing") as refused:
         client.infer("m", {name: COLUMNS[name] for name in ("p__age", "p__sex")}, raw=True)
     assert refused.value.status() == "400"
@@ -107,7 +113,7 @@ def test_it_says_what_was_wrong(client: StockClient) -> None:
 
 
 def test_what_the_openapi_document_says_is_true(edge: Edge) -> None:
-    """Requests that fit it and requests that do not, of every operation: documented answers and no failure."""
+    """For every operation, valid and invalid requests get documented answers, and the server does not fail."""
     token = edge.token(Role.admin)
     response = requests.get(f"{edge.url}/openapi.json", headers=bearer(token), verify=edge.ca_file, timeout=5)
     schema = schemathesis.openapi.from_dict(of_this_model(response.json()))
@@ -122,7 +128,10 @@ def test_what_the_openapi_document_says_is_true(edge: Edge) -> None:
 
 
 def of_this_model(document: dict[str, Any]) -> dict[str, Any]:
-    """The document with the names of what is served here, or hardly a request would get beyond them."""
+    """Return the document with the names of the served model, service and view.
+
+    Without these names, almost every request would be rejected as unknown.
+    """
     components = document["components"]
     components["parameters"]["model"]["schema"] = {"enum": ["m"]}
     components["parameters"]["version"]["schema"] = {"enum": ["1"]}
@@ -189,7 +198,7 @@ def fuzz(
     headers: dict[str, str],
     answered: set[str],
 ) -> None:
-    # What a model's inputs are called is its own, so a request that fits the document need not fit the model.
+    # Each model has its own input names, so a request that fits the document may not fit the model.
     too_strict = [positive_data_acceptance]
 
     @given(cases)

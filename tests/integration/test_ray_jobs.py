@@ -1,4 +1,4 @@
-"""The same command lines under `ray job submit --working-dir .`, from a user's own folder outside the checkout."""
+"""Tests of the same commands under `ray job submit --working-dir .`, from a user's folder outside the checkout."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def doubled(batch: pa.Table) -> pa.Table:
 
 @pytest.fixture(scope="module")
 def workspace(falaj_cluster: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with definitions of its own; its data lies in the project, where relative paths point."""
+    """Return a folder with its own definitions.
+
+    Its data is in the project, because relative paths start there.
+    """
     folder = tmp_path_factory.mktemp("workspace")
     (folder / "submitted.py").write_text(DEFINITIONS)
     (folder / "arithmetic.py").write_text(ARITHMETIC)
@@ -72,7 +75,7 @@ def workspace(falaj_cluster: Project, tmp_path_factory: pytest.TempPathFactory) 
 def submit(
     project: Project, folder: Path, name: str, *command: str, role: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command under `ray job submit` in a shell that stands in `folder`; with a role, through the edge."""
+    """Run a command under `ray job submit` from a shell in `folder`. With a role, submit through the edge."""
     ray, options, env = str(Path(sys.executable).parent / "ray"), ["--working-dir", "."], project.env
     if role is not None:
         options += ["--verify", str(project.storage_root / "tls" / "ca.pem")]
@@ -93,7 +96,7 @@ def submit(
 
 
 def job_details(project: Project, name: str) -> dict[str, Any]:
-    """What Ray's dashboard shows of a job."""
+    """Return what Ray's dashboard shows of a job."""
     token = Path(project.record.token_path).read_text().strip()
     request = urllib.request.Request(
         f"{project.record.dashboard_url}/api/jobs/{name}", headers={"Authorization": f"Bearer {token}"}
@@ -104,7 +107,10 @@ def job_details(project: Project, name: str) -> dict[str, Any]:
 
 
 def test_a_users_own_definitions_run_as_ray_jobs(falaj_cluster: Project, workspace: Path) -> None:
-    """Their modules are importable in the driver and in Ray's workers; state lands in the recorded project."""
+    """The user's modules can be imported in the driver and in Ray's workers.
+
+    State is written to the recorded project.
+    """
     definitions = "definitions=submitted"
     applied = submit(falaj_cluster, workspace, "apply", "feature_jobs.apply", definitions)
     assert applied.returncode == 0, applied.stdout + applied.stderr
@@ -125,12 +131,12 @@ def test_a_users_own_definitions_run_as_ray_jobs(falaj_cluster: Project, workspa
     assert details["status"] == "SUCCEEDED"
     assert details["driver_exit_code"] == 0
     assert "feature_jobs.ingest" in details["entrypoint"]
-    # A job's runtime environment is shown in plain text.
+    # The dashboard shows a job's runtime environment in plain text.
     assert Path(falaj_cluster.record.token_path).read_text().strip() not in json.dumps(details)
 
 
 def test_the_job_and_the_shell_see_the_same_platform(falaj_cluster: Project, workspace: Path) -> None:
-    """What was ingested as a Ray job need not be ingested again from a shell in that folder."""
+    """A batch that a Ray job has ingested is not ingested again from a shell in the user's folder."""
     arguments = ("definitions=submitted", "view=submitted_income")
     falaj_cluster.run("feature_jobs.apply", "definitions=submitted", cwd=workspace, check=True)
     result = falaj_cluster.run("feature_jobs.ingest", *arguments, cwd=workspace, check=True)
@@ -140,7 +146,7 @@ def test_the_job_and_the_shell_see_the_same_platform(falaj_cluster: Project, wor
 def test_the_stages_from_training_set_to_deployment_run_as_ray_jobs(
     falaj_cluster: Project, workspace: Path
 ) -> None:
-    """The same command lines as in a shell; the dashboard shows each."""
+    """Each stage runs as a Ray job with the same command line as in a shell. The dashboard shows each job."""
     data = ("name=submitted", "training_set=submitted.parquet")
     stages = {
         "training_set": (
@@ -165,7 +171,10 @@ def test_the_stages_from_training_set_to_deployment_run_as_ray_jobs(
 def test_a_refusal_is_1_for_the_submitter_and_2_for_the_driver(
     falaj_cluster: Project, workspace: Path
 ) -> None:
-    """Ray knows no exit code but 0 and 1; the driver's own says that it was a refusal. Here through the edge."""
+    """A refusal gives exit code 1 for the submitter and 2 for the driver.
+
+    Ray's client has only the exit codes 0 and 1. This job is submitted through the edge.
+    """
     command = ("feature_jobs.apply", "definitions=nowhere")
     result = submit(falaj_cluster, workspace, "refused", *command, role="admin")
     assert result.returncode == 1
@@ -179,7 +188,10 @@ def test_a_refusal_is_1_for_the_submitter_and_2_for_the_driver(
 def test_through_the_edge_nobody_submits_who_may_not_manage_the_cluster(
     falaj_cluster: Project, workspace: Path
 ) -> None:
-    """A job could do whatever the cluster's user can."""
+    """The edge rejects jobs from roles that may not manage the cluster.
+
+    A job has all rights of the cluster's user.
+    """
     result = submit(falaj_cluster, workspace, "forbidden", "cluster.status", role="ml_engineer")
     assert result.returncode == 1
     assert "Your role may not manage cluster" in result.stdout + result.stderr

@@ -1,4 +1,7 @@
-"""A version without requests has no replica, and its next request waits for one instead of failing."""
+"""Tests of scaling to zero.
+
+A version without requests has no replica, and its next request waits for one instead of failing.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ SHORT = (
 
 
 class Version(Client):
-    """One that is scaled to zero soon, and what Serve and the edge make of it."""
+    """A version that soon scales to zero, with its state in Serve and at the edge."""
 
     def deployment(self) -> dict[str, Any]:
         record = self.project.record
@@ -58,7 +61,7 @@ class Version(Client):
         return {one["replica_id"] for one in self.deployment()["replicas"] if one["state"] == "RUNNING"}
 
     def backend(self) -> str:
-        """The edge's, as HAProxy has it."""
+        """Return the version's backend in HAProxy's configuration, or an empty text."""
         text = (self.project.storage_root / "edge" / "haproxy.cfg").read_text()
         return (
             text.split(f"backend {APP}\n", 1)[1].split("\nbackend ", 1)[0]
@@ -67,7 +70,7 @@ class Version(Client):
         )
 
     def is_woken_by_serve(self) -> bool:
-        """Whether Serve's proxy is its server, and not only the backup behind its replicas."""
+        """Return whether Serve's proxy is a regular server of the backend, not only the backup of the replicas."""
         proxy = rf":{self.project.record.ports['serve_http']} check$"
         return re.search(proxy, self.backend(), re.MULTILINE) is not None
 
@@ -88,7 +91,10 @@ def version(falaj_cluster: Project) -> Version:
 
 
 def test_an_idle_version_sleeps_and_its_first_requests_wait(version: Version) -> None:
-    """All that come while it starts are answered by it, each with one row that says whose they were."""
+    """An idle version has no replica, and requests that arrive while it starts wait for it.
+
+    Each answer has one row, with the variant, the arm and the hash of the unit.
+    """
     wait_until(version.is_asleep, "asleep", seconds=90)
     assert version.replicas() == set()
     before = version.answered().height
@@ -113,7 +119,11 @@ def test_an_idle_version_sleeps_and_its_first_requests_wait(version: Version) ->
 
 
 def test_once_awake_it_is_addressed_directly_and_scaled_while_it_is_asked(version: Version) -> None:
-    """By short requests, one after the other, which a count taken now and then never sees."""
+    """A running version gets requests directly from the edge and scales up under load.
+
+    The load is short requests, one after the other. A count of ongoing requests that is taken now and then
+    never sees them.
+    """
     assert version.call(PREDICT, BODY)[0] == 200
     wait_until(
         lambda: bool(version.backend()) and not version.is_woken_by_serve(), "addressed directly", seconds=90
@@ -134,7 +144,7 @@ def test_once_awake_it_is_addressed_directly_and_scaled_while_it_is_asked(versio
 
 
 def test_no_request_is_lost_while_the_last_replica_leaves(version: Version) -> None:
-    """The edge hears of it a little later than it happens."""
+    """No request is lost, although the edge learns a little later that the last replica has gone."""
     wait_until(lambda: version.deployment()["target_num_replicas"] == 0, "scaled to zero", seconds=90)
     statuses: list[int] = []
     threads = [
@@ -149,14 +159,17 @@ def test_no_request_is_lost_while_the_last_replica_leaves(version: Version) -> N
 
 
 def test_a_deployment_that_sleeps_is_deployed(version: Version) -> None:
-    """Deploying it again starts nothing, and waits for nothing."""
+    """Deploying a version that is scaled to zero starts no replica and does not wait for one."""
     wait_until(version.is_asleep, "asleep", seconds=90)
     version.project.run("serve_apps.deploy", f"name={MODEL}", "version=1", *SHORT, check=True)
     assert version.replicas() == set()
 
 
 def test_a_killed_champion_is_not_taken_for_one_that_sleeps(version: Version) -> None:
-    """Its requests are held, because nobody stands in for a champion, until Serve has brought it back."""
+    """A killed champion is not treated as scaled to zero.
+
+    A champion has no fallback, so its requests wait until Serve has restarted it.
+    """
     assert version.call(PREDICT, BODY)[0] == 200
     wait_until(
         lambda: bool(version.backend()) and not version.is_woken_by_serve(), "addressed directly", seconds=90

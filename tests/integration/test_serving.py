@@ -1,4 +1,4 @@
-"""Answers of a served model through the edge, what they leave in the log, and what the edge refuses."""
+"""Tests of a served model through the edge: answers, their rows in the log, and requests that the edge refuses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def test_another_projects_model_answers_by_key(shop: Shop) -> None:
-    """Features are read online; the model has learned the rule of its data."""
+    """The model of another project reads its features online. Its answers follow the rule in its data."""
     answers = [shop.predict(customer) for customer in (1, 2, 3, 4)]
     assert [status for status, _ in answers] == [200] * 4
     labels = [content["predictions"][0]["label"] for _, content in answers]
@@ -38,13 +38,19 @@ def test_another_projects_model_answers_by_key(shop: Shop) -> None:
 
 
 def test_replicas_listen_on_loopback_only(shop: Shop) -> None:
-    """Their gRPC servers for other deployments too, which unpickle what they are sent."""
+    """Replicas listen only on loopback.
+
+    This includes their gRPC servers for other deployments, which unpickle what they receive.
+    """
     assert shop.predict(1)[0] == 200
     assert set(shop.project.listeners().values()) == {"127.0.0.1"}
 
 
 def test_nothing_but_replicas_interrupts_what_runs(shop: Shop) -> None:
-    """On a busy core; Ray's daemons, HAProxy and controllers wait for the end of a slice."""
+    """Only replicas have a scheduling policy that interrupts running processes on a busy core.
+
+    Ray's daemons, HAProxy and controllers wait for the end of a time slice.
+    """
     policies = {}
     for process in processes.find(shop.project.record.cluster_id):
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
@@ -57,7 +63,7 @@ def test_nothing_but_replicas_interrupts_what_runs(shop: Shop) -> None:
 
 
 def test_each_answer_is_one_row_of_the_log(shop: Shop) -> None:
-    """With the features as they were used."""
+    """Each answer has one row in the log, with the features that the model used."""
     before = count_records(loan.log(shop.project))
     ids = [shop.predict(customer)[1]["prediction_id"] for customer in range(10)]
     rows = read_predictions(loan.log(shop.project), key_store(shop.project.owner))
@@ -68,7 +74,10 @@ def test_each_answer_is_one_row_of_the_log(shop: Shop) -> None:
 
 
 def test_what_was_served_is_what_offline_data_gives(shop: Shop) -> None:
-    """The gate opens for honest features, overrides left out, counts what lags, and closes on a forged value."""
+    """The skew gate passes for correct features and fails for a forged value.
+
+    It leaves out overridden features and counts features that lag.
+    """
     project, root = shop.project, shop.project.root
     shop.predict(21, features={"income__amount": 1e6})
     opened = project.run("feature_jobs.skew", "name=loan", check=True).stdout
@@ -94,7 +103,7 @@ def test_what_was_served_is_what_offline_data_gives(shop: Shop) -> None:
 
 
 def forge(project: Project, *, served: float) -> None:
-    """A record as a replica with another transform would write it."""
+    """Append a record as a replica with a different transform would write it."""
     store, [key] = key_store(project.owner), {log_key(path) for path in loan.log(project).iterdir()}
     now = datetime.now(UTC).isoformat()
     record = PredictionRecord(
@@ -127,7 +136,10 @@ def skew_events(project: Project) -> Iterator[dict[str, Any]]:
 
 
 def test_the_inference_protocol_answers_the_same(shop: Shop) -> None:
-    """Named tensors in, named tensors out; metadata and readiness beside it."""
+    """The inference protocol takes and returns named tensors, with the same answer as by key.
+
+    Metadata and readiness are available too.
+    """
     by_key = shop.predict(5)[1]["predictions"][0]
     amount, sector = float(5 * 37 % 101), "farm"
     inputs = [
@@ -148,14 +160,14 @@ def test_the_inference_protocol_answers_the_same(shop: Shop) -> None:
 
 @pytest.mark.parametrize("entity", [{"customer_id": "x"}, {"person": 1}])
 def test_wrong_join_key_gets_a_clear_error(shop: Shop, entity: dict[str, Any]) -> None:
-    """JSON with its code, and no stack trace."""
+    """The error is JSON with its code, without a stack trace."""
     status, content = shop.call(loan.PREDICT, {"entities": [entity]})
     assert (status, content["code"]) == (400, 400)
     assert "Traceback" not in content["error"]
 
 
 def test_identity_and_role_are_checked(shop: Shop) -> None:
-    """401 without a valid token, 403 with the wrong role, 404 for an unknown model."""
+    """401 without a valid token, 403 for the wrong role, 404 for an unknown model."""
     project = shop.project
     expired, auditor = project.token(ttl_s=-10), project.token("auditor")
     body = {"entities": [{"customer_id": 1}]}
@@ -166,7 +178,10 @@ def test_identity_and_role_are_checked(shop: Shop) -> None:
 
 
 def test_a_replica_checks_the_token_itself(shop: Shop) -> None:
-    """Addressed directly, behind the edge's back, it refuses too; and by itself, for what Serve handles has its id."""
+    """A replica that is called directly, not through the edge, refuses a request without a token.
+
+    The replica itself answers: an answer through Serve would have a request id.
+    """
     config = (shop.project.storage_root / "edge" / "haproxy.cfg").read_text()
     [(host, port)] = re.findall(r"backend loan-v1\n[\s\S]*?\n    server \S+ (\S+):(\d+) ", config)
     connection = http.client.HTTPConnection(host, int(port), timeout=10)
@@ -178,7 +193,10 @@ def test_a_replica_checks_the_token_itself(shop: Shop) -> None:
 
 
 def test_pushed_features_are_read_and_predicted_with_and_streamed(shop: Shop) -> None:
-    """At once online, by the view's own checks; in the table when the stream has run; once for a key."""
+    """Pushed rows are checked by the view's rules and are online at once.
+
+    The stream writes them to the table. A repeated idempotency key changes nothing.
+    """
     project = shop.project
     rows = [
         {
@@ -227,14 +245,14 @@ def test_pushed_features_are_read_and_predicted_with_and_streamed(shop: Shop) ->
 def test_wrong_feature_requests_are_refused_in_json(
     shop: Shop, path: str, body: dict[str, Any], status: int, words: str
 ) -> None:
-    """Saying what is wrong."""
+    """The JSON error says what is wrong."""
     answered, content = shop.call(f"/v1/features:{path}", body)
     assert (answered, content["code"]) == (status, status)
     assert words in content["error"]
 
 
 def test_outcomes_are_taken_and_checked(shop: Shop) -> None:
-    """A wrong one refuses the request and is named."""
+    """Valid outcomes are accepted. One wrong outcome refuses the whole request, and the error names it."""
     prediction_id = shop.predict(7)[1]["prediction_id"]
     good = {"model": "loan", "outcomes": [{"prediction_id": prediction_id, "outcome": 1}]}
     assert shop.call("/v1/outcomes", good) == (200, {"accepted": 1})

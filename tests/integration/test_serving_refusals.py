@@ -1,4 +1,4 @@
-"""Commands with wrong input: exit code 2 and one line."""
+"""Tests of commands with wrong input: exit code 2 and one line."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ from tests.projects.loan import Shop
     ],
 )
 def test_wrong_input_is_refused_in_one_line(shop: Shop, command: str, said: str) -> None:
-    """Exit code 2, what, which, what to do."""
+    """The exit code is 2. One line says what is wrong, with which thing, and what to do."""
     assert said in refusal(shop.project.run(*command.split()))

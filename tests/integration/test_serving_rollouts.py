@@ -1,6 +1,6 @@
-"""Other versions of a served model: in a rollout, as a shadow, removed, and tampered with.
+"""Tests of other versions of a served model: in a rollout, as a shadow, removed, and tampered with.
 
-The tests are one story, in this order: the second version that the first test trains is the others' version 2.
+The tests depend on their order. The first test trains version 2, and the other tests use it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from tests.servers.polling import wait_until
 
 
 def test_a_rollout_starts_sticks_and_rolls_back_without_a_lost_request(shop: Shop) -> None:
-    """Under constant load; a rollback reaches the edge in under a second."""
+    """Units keep their variant, and a rollback under constant load loses no request.
+
+    The rollback reaches the edge in less than one second.
+    """
     project = shop.project
     project.run("jobs.train", *loan.TRAIN, "label_permutation=true", check=True)
     start = ("action=start", "name=loan", "version=2", "weight=50")
@@ -51,7 +54,11 @@ def test_a_rollout_starts_sticks_and_rolls_back_without_a_lost_request(shop: Sho
 
 
 def test_a_shadow_sees_every_request_and_no_client_sees_it(shop: Shop) -> None:
-    """Real replicas of two applications: its predictions lie beside the answers by request id, until it is stopped."""
+    """A shadow gets copies of all requests, and clients get only the champion's answers.
+
+    The shadow's predictions are logged beside the answers and can be joined by request id, until the shadow
+    is stopped. The replicas of both applications are real.
+    """
     project = shop.project
     log, store = loan.log(project), key_store(project.owner)
     project.run("serve_apps.rollout", "action=shadow", "name=loan", "version=2", "share=100", check=True)
@@ -74,7 +81,10 @@ def test_a_shadow_sees_every_request_and_no_client_sees_it(shop: Shop) -> None:
 
 
 def test_a_version_that_serves_nobody_is_removed(shop: Shop) -> None:
-    """Its application ends, the edge and the status hear of it, and a second time there is nothing to remove."""
+    """Removing an unused version ends its application, and the edge and the status no longer show it.
+
+    A second removal is refused.
+    """
     project = shop.project
     remove = ("serve_apps.deploy", "action=remove", "name=loan", "reason=it's old")
     assert "loan-v2" in project.run("cluster.status", check=True).stdout
@@ -90,7 +100,7 @@ def test_a_version_that_serves_nobody_is_removed(shop: Shop) -> None:
 
 
 def test_a_tampered_version_is_refused_and_the_old_one_serves_on(shop: Shop) -> None:
-    """The command says which file; what serves goes on."""
+    """The command names the tampered file. The current version continues to serve."""
     project = shop.project
     project.run("jobs.train", *loan.TRAIN, "output=tampered.json", check=True)
     version = json.loads((project.root / "tampered.json").read_text())["version"]

@@ -1,4 +1,7 @@
-"""The prediction log after a replica was killed, and compacted beside running replicas; the ledger after all of it."""
+"""Tests of the prediction log after a replica was killed, and of compaction beside running replicas.
+
+The ledger is verified at the end.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ def is_replica(process: psutil.Process) -> bool:
 
 
 def test_a_killed_replica_loses_no_answer_and_no_request(shop: Shop) -> None:
-    """kill -9 right after an answer: its row is in the log, and the next request waits for the new replica."""
+    """After `kill -9` right after an answer, the answer's row is in the log.
+
+    The next request waits for the new replica.
+    """
     project = shop.project
     prediction_id = shop.predict(11)[1]["prediction_id"]
     kill_replicas(shop)
@@ -74,7 +80,7 @@ def test_a_log_is_compacted_beside_its_replicas(shop: Shop) -> None:
 
 
 def test_the_ledger_of_all_this_verifies(shop: Shop) -> None:
-    """After everything above."""
+    """The ledger verifies after all tests above."""
     ledger = shop.project.ledger()
     assert sum(1 for _ in verify_chain(ledger.entries())) == ledger.head()
     assert shop.project.run("cluster.ledger", "verify").returncode == 0

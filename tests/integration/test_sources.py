@@ -1,4 +1,4 @@
-"""One batch from each kind of source, through the whole of ingestion."""
+"""Tests of one batch from each kind of source, through the whole of ingestion."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ AT = "2024-01-01T00:00:00Z"
 
 @pytest.fixture(scope="module")
 def project(falaj_cluster: Project) -> Project:
-    """The same hundred rows as two CSV files, JSON lines and a table; one of them is bad."""
+    """Write the same hundred rows as two CSV files, as JSON lines and as a table. One of the rows is bad."""
     root = falaj_cluster.root
     (root / "gauges_defs.py").write_text(DEFINITIONS)
     rows = [(n, -1.0 if n == 7 else n / 4, f"room, {n}", AT) for n in range(ROWS)]
@@ -74,7 +74,7 @@ def project(falaj_cluster: Project) -> Project:
 
 
 def test_every_kind_of_source_gives_the_same_features(project: Project) -> None:
-    """Rows in = stored + quarantined, and the same content is one batch."""
+    """For each source, rows in = stored + quarantined. The same content is ingested only once."""
     for kind in ("csv", "json", "sql"):
         command = ("feature_jobs.ingest", "definitions=gauges_defs", f"view=gauge_{kind}")
         project.run(*command, check=True, GAUGES="sqlite:///gauges.db")
@@ -96,7 +96,10 @@ def test_every_kind_of_source_gives_the_same_features(project: Project) -> None:
 
 
 def test_partition_folders_with_lists_and_decimals_go_through_ingestion(project: Project) -> None:
-    """Folders are columns, equal files of two days are two batches' rows, a list of another length is in quarantine."""
+    """Partition folders become columns, and equal files of two days are stored as rows of two batches.
+
+    A list of the wrong length goes to quarantine.
+    """
     day = pl.DataFrame(
         {"gauge_id": [1, 2, 3], "wave": [[0.5, 1.0, 2.0], [0.5], None], "raw": [b"a", b"b", None]},
         schema_overrides={"wave": pl.List(pl.Float32)},
@@ -123,7 +126,7 @@ def test_partition_folders_with_lists_and_decimals_go_through_ingestion(project:
 
 
 def test_source_that_does_not_fit_is_refused(project: Project) -> None:
-    """A word where a number should be, far from the first rows; no database where it should be."""
+    """A text in a number column far from the first rows is refused. A missing database URL is refused too."""
     lines = [f"{n},{n},a,{AT}" for n in range(3000)] + [f"3000,many,a,{AT}"]
     (project.root / "bad.csv").write_text("\n".join(["gauge_id,watts,place,at", *lines]))
     command = ("feature_jobs.ingest", "definitions=gauges_defs")
@@ -134,7 +137,10 @@ def test_source_that_does_not_fit_is_refused(project: Project) -> None:
 
 
 def test_hour_without_events_is_a_batch_without_rows(project: Project) -> None:
-    """Zero rows, exit 0 and an event, as often as it comes; a column that one of several files lacks is refused."""
+    """Files without rows give a batch of zero rows, exit code 0 and an event, each time.
+
+    A column that is missing in one of several files is refused.
+    """
     folder = project.root / "hours"
     folder.mkdir()
     for name in ("1.csv", "2.csv"):
@@ -155,7 +161,7 @@ def test_hour_without_events_is_a_batch_without_rows(project: Project) -> None:
 
 
 def test_source_is_ingested_again_where_it_is_asked_for(project: Project) -> None:
-    """Each row is as it was, or put right; a table that is right gets no new version."""
+    """With `again=true`, each row is kept as it is, or corrected. A correct table gets no new version."""
     command = ("feature_jobs.ingest", "definitions=gauges_defs", "view=gauge_csv")
     said = project.run(*command, "again=true", check=True, GAUGES="sqlite:///gauges.db").stdout
     assert f"{ROWS} rows in = {ROWS - 1} unchanged + 0 mended + 0 added + 1 quarantined" in said
@@ -169,12 +175,15 @@ def test_source_is_ingested_again_where_it_is_asked_for(project: Project) -> Non
     changed = project.run("feature_jobs.apply", "definitions=gauges_defs", check=True).stdout
     assert "source.zone" in changed
     said = project.run(*command, check=True).stdout
-    assert f"{ROWS - 1} unchanged + 0 mended" in said  # the file's times have a zone of their own
+    assert f"{ROWS - 1} unchanged + 0 mended" in said  # the file's times have their own zone
     assert "already" in project.run(*command, check=True).stdout
 
 
 def test_backfill_that_is_killed_goes_on_where_it_was(project: Project) -> None:
-    """Killed between two chunks: the next run stores the others, and every row once."""
+    """A backfill that is killed between two chunks continues on the next run.
+
+    The next run stores the remaining chunks, and every row is stored once.
+    """
     days = [dt.datetime(2024, 1, 1 + n, tzinfo=dt.UTC) for n in range(10)]
     frame = pl.DataFrame({"gauge_id": range(10), "watts": [1.0] * 10, "place": ["x"] * 10, "at": days})
     frame.write_parquet(project.root / "old.parquet")
@@ -205,5 +214,5 @@ def test_backfill_that_is_killed_goes_on_where_it_was(project: Project) -> None:
 
 
 def chunks_of(project: Project) -> list[dict[str, Any]]:
-    """What the ledger says of the backfill."""
+    """Return the ledger's entries of the backfill."""
     return [entry.payload for entry in project.ledger().entries(BatchIngested) if entry.payload["start"]]

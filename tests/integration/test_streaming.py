@@ -1,4 +1,4 @@
-"""A topic read by actors and committed by a driver, either of which may end at any time."""
+"""Tests of a Kafka topic that actors read and a driver commits. Actors and drivers may end at any time."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ TOPIC, WAIT_S, WAVE = "readings", 120.0, 300
 
 
 def test_actors_and_drivers_that_are_killed_lose_and_double_nothing(falaj_cluster: Project) -> None:
-    """A killed actor, a driver that another took over from, a killed driver: as one process that nobody disturbed."""
+    """Killed actors and drivers neither lose nor double rows.
+
+    The disturbances are a killed actor, a driver that another driver replaced, and a killed driver. The table
+    equals that of a single run without disturbances.
+    """
     with mock_broker() as broker:
         (falaj_cluster.root / "sensors.py").write_text(DEFINITIONS.format(servers=broker.servers))
         falaj_cluster.run("feature_jobs.apply", "definitions=sensors", check=True)
@@ -87,12 +91,12 @@ def test_actors_and_drivers_that_are_killed_lose_and_double_nothing(falaj_cluste
 
 
 def command(view: str) -> list[str]:
-    """What is streamed: few rows a commit."""
+    """Return the arguments that stream a view, with few rows in each commit."""
     return ["source=kafka", f"view={view}", "kafka.consumers=2", "max_rows=40"]
 
 
 def send(broker: MockBroker, *, wave: int) -> None:
-    """Rows to all partitions; some of them are bad."""
+    """Send rows to all partitions. Some of the rows are bad."""
     for partition in range(4):
         numbers = range(wave * WAVE + partition, (wave + 1) * WAVE, 4)
         rows: list[Any] = [
@@ -104,7 +108,7 @@ def send(broker: MockBroker, *, wave: int) -> None:
 
 @contextlib.contextmanager
 def streaming(project: Project) -> Iterator[subprocess.Popen[str]]:
-    """A driver that runs until it is ended."""
+    """Run a driver until the block ends."""
     driver = subprocess.Popen(
         [sys.executable, "-m", "feature_jobs.stream", *command("apart")],
         cwd=project.root,
@@ -121,7 +125,7 @@ def streaming(project: Project) -> Iterator[subprocess.Popen[str]]:
 
 
 def until(reached: Callable[[], bool], driver: subprocess.Popen[str] | None = None) -> None:
-    """Wait for something, while the driver lives."""
+    """Wait until `reached` returns true. Fail after a deadline, or when the driver ends."""
     deadline = time.monotonic() + WAIT_S
     while not reached():
         if driver is not None and driver.poll() is not None:
@@ -131,7 +135,7 @@ def until(reached: Callable[[], bool], driver: subprocess.Popen[str] | None = No
 
 
 def actors(project: Project) -> list[psutil.Process]:
-    """The processes that read partitions."""
+    """Return the processes that read partitions."""
     found = []
     for one in processes.find(project.record.cluster_id):
         with contextlib.suppress(psutil.Error):
@@ -141,7 +145,7 @@ def actors(project: Project) -> list[psutil.Process]:
 
 
 def rows_of(project: Project, view: str) -> int:
-    """How many rows the ledger knows of, each of which is stored or put aside."""
+    """Return the number of rows in the ledger. Require that each row is stored or quarantined."""
     entries = [entry.payload for entry in project.ledger().entries(BatchIngested)]
     batches = [entry for entry in entries if entry["view"] == view]
     rows = sum(batch["rows_in"] for batch in batches)
@@ -150,7 +154,7 @@ def rows_of(project: Project, view: str) -> int:
 
 
 def table_of(project: Project, name: str) -> pl.DataFrame:
-    """A view's stored rows, without their order."""
+    """Return a view's stored rows, sorted so that their stored order does not matter."""
     spec = view_spec(project.ledger(), name)
     pinned = snapshot(
         str(project.storage_root / "features" / name),

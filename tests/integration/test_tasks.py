@@ -1,4 +1,7 @@
-"""A model of each task, trained by the job and asked through the edge at both endpoints."""
+"""Tests of one model for each task.
+
+The job trains it, and clients call it through the edge at both endpoints.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +35,17 @@ AGES, CODES = [20.0, 70.0, None], ["c0", "c2", "c1"]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model."""
+    """A model to train, and what its answers contain."""
 
     task: str
     label: str
     model: tuple[str, ...]
     row: set[str]
-    """What `:predict` gives for an entity."""
+    """Fields of an entity's prediction from `:predict`."""
     outputs: set[str]
-    """What `infer` gives."""
+    """Names of the outputs of `infer`."""
     quality: str
-    """Metric that must be above 0.6, which guessing is not."""
+    """Metric that must be above 0.6. Guessing does not reach this value."""
 
     @property
     def name(self) -> str:
@@ -72,7 +75,7 @@ CASES = (
 
 @pytest.fixture(scope="module")
 def project(falaj_cluster: Project) -> Project:
-    """The cluster's project, with rows to learn all three from."""
+    """Return the cluster's project with rows to train all three models."""
     draw = np.random.default_rng(0)
     age, code = draw.uniform(0, 90, ROWS), draw.integers(0, 3, ROWS)
     income = 10 * age + 300 * code + draw.normal(0, 20, ROWS)
@@ -91,7 +94,7 @@ def project(falaj_cluster: Project) -> Project:
 
 
 def train(project: Project, case: Case) -> dict[str, Any]:
-    """Train and deploy; gives what training said."""
+    """Train and deploy a model, and return the output of training."""
     others = {"old", "group", "income"} - {case.label}
     project.run(
         "jobs.train",
@@ -112,7 +115,10 @@ def train(project: Project, case: Case) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.task)
 def test_a_model_of_each_task_answers_at_both_endpoints(project: Project, case: Case) -> None:
-    """Trained by the job, deployed, asked by key and by a stock client: the same answers, better than guessing."""
+    """A call by key and a stock client get the same answers.
+
+    The metric of the trained model is better than guessing.
+    """
     trained = train(project, case)
     assert trained["metrics"][case.quality] > 0.6
     client = Client(project)
@@ -136,7 +142,7 @@ def test_a_model_of_each_task_answers_at_both_endpoints(project: Project, case: 
 
 
 def check_same(case: Case, rows: list[dict[str, Any]], answer: Any) -> None:
-    """Hold one endpoint's answers against the other's."""
+    """Compare the answers of both endpoints."""
     for name in case.row:
         found = answer.as_numpy(name).tolist()
         expected = [row[name] for row in rows]
@@ -149,7 +155,10 @@ def check_same(case: Case, rows: list[dict[str, Any]], answer: Any) -> None:
 
 
 def test_an_int8_version_says_so_and_what_it_cost(project: Project) -> None:
-    """In the metrics that were registered with it; its files hold no other graph."""
+    """The registered metrics of an int8 version show the loss from quantisation.
+
+    Its files contain only one graph.
+    """
     trained = json.loads((project.root / f"{CASES[1].name}.json").read_text())
     paid = trained["metrics"]["quantised_from"]
     assert abs(paid["float32"]["accuracy"] - trained["metrics"]["accuracy"]) < 0.05

@@ -1,4 +1,4 @@
-"""Train, sweep and evaluate on a real cluster, on data too small to learn much from."""
+"""Tests of training, sweep and evaluation on a real cluster, with a small data set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = ("model.width=8", "model.depth=1", "model.epochs=2", "model.batch_size=2
 
 @pytest.fixture(scope="module")
 def project(falaj_cluster: Project) -> Project:
-    """The cluster's project, with a training set in it."""
+    """Return the cluster's project with a training set in it."""
     draw = np.random.default_rng(0)
     age, code = draw.uniform(0, 90, ROWS), draw.integers(0, 3, ROWS)
     y = (age / 90 + code / 3 + draw.normal(0, 0.2, ROWS) > 0.9).astype(np.int64)
@@ -41,7 +41,7 @@ def model_files(project: Project, version: int) -> set[str]:
 
 
 def test_trees_are_registered_and_evaluated(project: Project) -> None:
-    """Evaluation on the held-out rows gives the figures that training registered."""
+    """Evaluation on the held-out rows gives the metrics that training registered."""
     project.run("jobs.train", "model=lightgbm", *DATA, "output=trees.json", check=True)
     trees = output(project, "trees.json")
     assert trees["metrics"]["auc"] > 0.85
@@ -54,7 +54,7 @@ def test_trees_are_registered_and_evaluated(project: Project) -> None:
 
 @pytest.mark.parametrize("stage", ["zero0", "zero3"])
 def test_a_network_of_any_stage_is_exported_whole(project: Project, stage: str) -> None:
-    """Two workers, no pickle among what is registered."""
+    """Two workers train with ZeRO stage 0 or 3. The registered files are complete and contain no pickle."""
     project.run(
         "jobs.train",
         "model=tabular_network",
@@ -72,7 +72,7 @@ def test_a_network_of_any_stage_is_exported_whole(project: Project, stage: str) 
 
 
 def test_a_sweep_ends_and_its_best_is_trained(project: Project) -> None:
-    """More trials than fit at once do not wait for each other for ever."""
+    """A sweep ends even if not all trials fit at once: they do not wait for each other for ever."""
     small = ("sweep.trials=2", "sweep.rows=500", *SMALL[1:2])
     project.run("jobs.sweep", *DATA, *small, "output=sweep.json", check=True)
     sweep = output(project, "sweep.json")
@@ -81,7 +81,10 @@ def test_a_sweep_ends_and_its_best_is_trained(project: Project) -> None:
 
 
 def test_a_sweep_that_diverges_says_so_for_each_trial(project: Project) -> None:
-    """No trial wins with a loss that is no number; exit code 2, a line a trial, no file."""
+    """No trial wins with a loss of NaN.
+
+    The exit code is 2, each trial prints one line, and no file is written.
+    """
     broken = ("model.weight_decay=1e30", "sweep.trials=1", "sweep.rows=200", *SMALL[1:2])
     result = project.run("jobs.sweep", *DATA, *broken, "output=none.json")
     assert result.returncode == 2, result.stderr
@@ -93,7 +96,7 @@ def test_a_sweep_that_diverges_says_so_for_each_trial(project: Project) -> None:
 
 
 def test_permuted_labels_teach_nothing(project: Project) -> None:
-    """The version that is broken on purpose is judged under the true labels."""
+    """A version that is broken on purpose by permuted labels is evaluated with the true labels."""
     arguments = ("model=lightgbm", *DATA, "label_permutation=true", "output=broken.json")
     project.run("jobs.train", *arguments, check=True)
     assert output(project, "broken.json")["metrics"]["auc"] < 0.7
@@ -114,7 +117,7 @@ def test_permuted_labels_teach_nothing(project: Project) -> None:
 def test_a_wrong_command_is_refused_in_one_line(
     project: Project, arguments: tuple[str, ...], said: str
 ) -> None:
-    """Exit code 2, and what to do."""
+    """The exit code is 2, and the message says what to do."""
     result = project.run("jobs.train", *arguments)
     assert result.returncode == 2
     assert said in result.stderr

@@ -1,4 +1,7 @@
-"""Training sets by the commands: against DuckDB in one process and in Ray tasks, built again, and after retention."""
+"""Tests of the training set commands.
+
+They compare one process and Ray tasks with DuckDB, build a training set again, and build it after retention.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ SIZES = {"shopper": (150, 150), "town": (60,)}
 
 
 def ingest(project: Project, view: str, frame: pl.DataFrame, number: int) -> pl.DataFrame:
-    """A batch, in the order that gives its sequence numbers."""
+    """Ingest a batch, and return its rows in the order of their sequence numbers."""
     given = {"event_timestamp": "at", "created_timestamp": "known", "deleted": "gone"}
     frame.drop("ingest_seq").rename(given).write_parquet(project.root / f"{view}{number}.parquet")
     source = f"source.path={view}{number}.parquet"
@@ -58,7 +61,7 @@ def ingest(project: Project, view: str, frame: pl.DataFrame, number: int) -> pl.
 
 @pytest.fixture(scope="module")
 def tables(falaj_cluster: Project) -> dict[str, pl.DataFrame]:
-    """Two views with tombstones and corrections, one of them in two batches, and entity rows."""
+    """Ingest two views with tombstones and corrections, one of them in two batches, and write entity rows."""
     root, draw = falaj_cluster.root, np.random.default_rng(5)
     (root / "shop.py").write_text(DEFINITIONS)
     falaj_cluster.run("feature_jobs.apply", "definitions=shop", check=True)
@@ -75,7 +78,7 @@ def tables(falaj_cluster: Project) -> dict[str, pl.DataFrame]:
 
 
 def build(project: Project, output: str, *more: str) -> dict[str, Any]:
-    """A training set's manifest."""
+    """Build a training set, and return its manifest."""
     project.run(
         "feature_jobs.training_set", "definitions=shop", f"output={output}.parquet", *more, check=True
     )
@@ -87,7 +90,7 @@ SERVICE = ("service=shop", "entities=shoppers.parquet")
 
 
 def definition(tables: dict[str, pl.DataFrame], at: int) -> Rows:
-    """What the service's three columns must be, with the cutoff (0) or without (1)."""
+    """Return the expected values of the service's three columns, with the cutoff (`at=0`) or without it (`at=1`)."""
     oracle, asked = connect(), tables["entities"]
     people = expected(
         oracle,
@@ -111,7 +114,10 @@ def rows(path: Path) -> Rows:
 def test_one_process_and_ray_tasks_give_what_the_definition_says(
     falaj_cluster: Project, tables: dict[str, pl.DataFrame], cutoff: bool
 ) -> None:
-    """Tombstones, corrections, ties, expiry, a key from an earlier view; equal to the hash."""
+    """One process and Ray tasks give the expected rows, with equal row hashes.
+
+    The data has tombstones, corrections, ties, expired values, and a key from an earlier view.
+    """
     more = (*SERVICE, f"cutoff={str(cutoff).lower()}")
     here = build(falaj_cluster, "here", *more)
     tasks = build(falaj_cluster, "tasks", *more, "task_rows=1")
@@ -125,7 +131,10 @@ def test_one_process_and_ray_tasks_give_what_the_definition_says(
 def test_built_again_until_retention_took_rows_away(
     falaj_cluster: Project, tables: dict[str, pl.DataFrame]
 ) -> None:
-    """Compaction and corrections change nothing; other entity rows and removed rows are refusals of one line."""
+    """A training set can be built again after compaction and corrections.
+
+    Other entity rows are refused. After retention has removed rows, the refusal is one line.
+    """
     first = build(falaj_cluster, "first", *SERVICE)
     again = ("manifest=first.manifest.json",)
     correction = random_features(np.random.default_rng(6), 100, VALUES["shopper"])
