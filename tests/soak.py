@@ -1,11 +1,8 @@
 """`make soak`: ten minutes at 70 % of peak load through the edge. No request may fail, and no process may grow.
 
-The peak is the rate of the same client in the first seconds. Memory is the resident set of each process that
-handles or
-supervises requests, sampled every few seconds. Growth is the slope of a least-squares line through the samples.
-The
-first fifth of the time is left out, because caches fill in it. Exits with 1 if a request failed or was lost, or if
-a
+The peak is the rate of the same client in the first seconds. Memory is the resident set of each process that handles or
+supervises requests, sampled every few seconds. Growth is the slope of a least-squares line through the samples. The
+first fifth of the time is left out, because caches fill in it. Exits with 1 if a request failed or was lost, or if a
 process grew.
 
     MINUTES=2 makes a shorter run.

@@ -1,9 +1,7 @@
 """Closed-loop HTTP load: a fixed number of connections, each with one open request at a time.
 
-The load comes from wrk if it is installed (Debian: `apt-get install wrk`). wrk needs a few microseconds of a core
-per
-request. Without wrk, a Python client makes the load and a warning is printed. The Python client takes so much of
-one of
+The load comes from wrk if it is installed (Debian: `apt-get install wrk`). wrk needs a few microseconds of a core per
+request. Without wrk, a Python client makes the load and a warning is printed. The Python client takes so much of one of
 two cores that every figure gets worse.
 """
 

@@ -1,11 +1,8 @@
 """The data of `pit_join`: feature tables with corrections and uneven entities, and entity rows to join to them.
 
-Nine of ten rows are first reports. They are known up to an hour after their event. One of ten rows is a correction
-of a
-first report, known up to two days after that report. Entities are drawn from a Zipf-Mandelbrot distribution: one
-entity
-has twenty times as many rows as the average, and half of the entities have less than half as many. (Under Zipf's
-own
+Nine of ten rows are first reports. They are known up to an hour after their event. One of ten rows is a correction of a
+first report, known up to two days after that report. Entities are drawn from a Zipf-Mandelbrot distribution: one entity
+has twenty times as many rows as the average, and half of the entities have less than half as many. (Under Zipf's own
 law, where one entity has a tenth of all rows, Feast does not finish within minutes.)
 """
 

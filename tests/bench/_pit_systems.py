@@ -1,14 +1,11 @@
 """The systems of `pit_join`. Each reads Parquet from disk and writes Parquet to disk, in its own process.
 
-Run it by its path: `_pit_systems.py SYSTEM FOLDER OUTPUT`. Feast's interpreter runs it too, so each system imports
-its
+Run it by its path: `_pit_systems.py SYSTEM FOLDER OUTPUT`. Feast's interpreter runs it too, so each system imports its
 own packages where it uses them. It prints one JSON object: seconds without imports, and the peak memory of this
 process.
 
-DuckDB and Polars compute what the feature store computes, written by hand: the row with the greatest (event,
-created)
-that was available at the entity row's time, and nulls if that row is older than the TTL. Feast has other
-semantics: it
+DuckDB and Polars compute what the feature store computes, written by hand: the row with the greatest (event, created)
+that was available at the entity row's time, and nulls if that row is older than the TTL. Feast has other semantics: it
 takes the newest event, whether it was known or not.
 """
 

@@ -1,8 +1,7 @@
 """The cost of a ledger with many events: opening it, one append, and each read that commands make.
 
 It compares a ledger of 100 events with a ledger that has the same models and views and a longer history: batches,
-materialisations, compactions, weight changes, decisions and outcomes. `catch_up` is the one read after an older
-release
+materialisations, compactions, weight changes, decisions and outcomes. `catch_up` is the one read after an older release
 wrote the ledger: it fills the event index and the projections. It is measured once, on `CATCH_UP` events.
 """
 

@@ -1,8 +1,6 @@
-"""`make bench BENCH=freshness`: the time from sending a row until it can be read online, beside a steady stream of
-rows.
+"""`make bench BENCH=freshness`: time from sending a row until it is readable online, during a steady stream of rows.
 
-`push`: the time until the push has an answer and the row is read back. The row is checked, on disk (fsync), and in
-LMDB
+`push`: the time until the push has an answer and the row is read back. The row is checked, on disk (fsync), and in LMDB
 (fsync).
 `kafka`: the time from the producer's call until a reader sees the row. The reader runs in another process than the
 consumer. The row goes through librdkafka's mock broker, is committed to Delta, and then goes online.

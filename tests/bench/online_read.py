@@ -1,14 +1,11 @@
 """`make bench BENCH=online_read`: features of 1 and of 100 entities by key, out of a million, in turns with Feast.
 
-Our features are typed, checked against a time-to-live, and encrypted as internal columns are. They are read
-through
+Our features are typed, checked against a time-to-live, and encrypted as internal columns are. They are read through
 LMDB in this process and through a Redis server that the benchmark starts. A case is `<engine> <entities>` with 10
-features, `... x50` with 50, and `... list384` with one list of 384 float32. Feast does not run the list case. In
-the
+features, `... x50` with 50, and `... list384` with one list of 384 float32. Feast does not run the list case. In the
 list case there are a tenth as many entities.
 
-Feast is installed into its own environment below `build/`. If that fails, Feast is left out with a message. Feast
-gets
+Feast is installed into its own environment below `build/`. If that fails, Feast is left out with a message. Feast gets
 a minute to load its store, so its stores are smaller than ours. Their size is printed.
 
     ENTITIES=100000 makes a shorter run.

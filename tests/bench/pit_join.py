@@ -1,19 +1,13 @@
-"""`make bench BENCH=pit_join`: point-in-time joins from Parquet to Parquet, beside plain Polars, plain DuckDB and
-Feast.
+"""`make bench BENCH=pit_join`: point-in-time joins from and to Parquet, beside plain Polars, plain DuckDB and Feast.
 
-Three tables have five features each, with one correction in ten rows, uneven entities and a TTL of seven days.
-Cases:
-100,000 entity rows against tables of a million rows, and a million entity rows against tables of five million
-rows.
-Systems: `falaj` over plaintext tables, as the peers' tables are, `falaj_protected` over encrypted tables,
-`falaj_ray`
+Three tables have five features each, with one correction in ten rows, uneven entities and a TTL of seven days. Cases:
+100,000 entity rows against tables of a million rows, and a million entity rows against tables of five million rows.
+Systems: `falaj` over plaintext tables, as the peers' tables are, `falaj_protected` over encrypted tables, `falaj_ray`
 with one Ray task per bucket.
 
-Every run is a separate process. The systems take turns. The results are medians of the wall time without imports
-and of
+Every run is a separate process. The systems take turns. The results are medians of the wall time without imports and of
 the peak memory of the process (for `falaj_ray`, of the driver alone). `falaj` includes the hashes of the manifest;
-`row_hash_seconds` is the time for these hashes. Systems with the same semantics must return the same values, or
-the
+`row_hash_seconds` is the time for these hashes. Systems with the same semantics must return the same values, or the
 benchmark fails.
 
 Feast is installed into `build/bench/feast`. It is left out if the installation fails.

@@ -1,14 +1,11 @@
 """`make bench BENCH=scale`: costs that grow with the number of models, and with the number of ledger events.
 
 `python tests/bench/scale.py ledger` measures the ledger only. `... edge` measures the edge only: the cost of one
-HAProxy
-with 1, 20 and 200 models, each with two versions. `_scale_ledger.py` describes the figures of the ledger.
+HAProxy with 1, 20 and 200 models, each with two versions. `_scale_ledger.py` describes the figures of the ledger.
 
 Ray and replicas are not used. Behind every version is one server, another HAProxy, that answers at once. Figures:
-`render` (routes to text), `start` (check and start), `reload` (add one replica, until the new worker serves),
-`change`
-(change one split as a rollback does: running map and file), `request` (one connection, the last model, a token
-whose
+`render` (routes to text), `start` (check and start), `reload` (add one replica, until the new worker serves), `change`
+(change one split as a rollback does: running map and file), `request` (one connection, the last model, a token whose
 signature is known), and `idle_cpu` (cores that HAProxy uses without any request, for health checks).
 """
 

@@ -1,12 +1,10 @@
-"""`make bench BENCH=security_cost`: the cost of protection. The same work runs with and without it, in turns in one
-run.
+"""`make bench BENCH=security_cost`: the cost of protection.
 
-Cases: `write` and `read` of a feature table's rows, with half of the columns protected; `join` of entity rows with
-such
-a table; `artifact`, a model file of 50 MB encrypted and decrypted, against hashing it; `request`, what a
-prediction by
-key reads and logs: 16 features from the online store and one record of the log. `request` runs without HTTP and
-the
+The same work runs with and without it, in turns in one run.
+
+Cases: `write` and `read` of a feature table's rows, with half of the columns protected; `join` of entity rows with such
+a table; `artifact`, a model file of 50 MB encrypted and decrypted, against hashing it; `request`, what a prediction by
+key reads and logs: 16 features from the online store and one record of the log. `request` runs without HTTP and the
 model, which are the same either way. Keys come from a real broker.
 """
 

@@ -1,17 +1,14 @@
 """`make bench BENCH=serve`: requests through the edge, against other ways to serve a small model.
 
 All systems run at once on this machine, and take turns. Cases: 16 connections and one connection. Systems:
-`falaj`: through the edge, with TLS, a token, a sticky split between two versions, features read online, and one
-record
+`falaj`: through the edge, with TLS, a token, a sticky split between two versions, features read online, and one record
 per answer.
 `falaj_direct`: one replica of `falaj`, addressed directly, without the edge.
 `fastapi`: plain FastAPI and uvicorn.
-`ray_serve_ab`: an ingress of Ray Serve that awaits the handle of one of two models and does the same work, without
-TLS.
+`ray_serve_ab`: an ingress of Ray Serve that awaits the handle of one of two models and does the same work, without TLS.
 `ray_serve_ab_bare`: the same ingress without that work.
 
-Ray Serve runs in its fastest mode: optimised for throughput, with the ingress replica addressed directly. Serve's
-own
+Ray Serve runs in its fastest mode: optimised for throughput, with the ingress replica addressed directly. Serve's own
 HAProxy in front only adds time. The project is a new one in a temporary folder with its own ports.
 
     SECONDS=2 ROUNDS=3 makes a shorter run. WEIGHT=10 splits as the first step of a rollout does, not half and

@@ -1,16 +1,12 @@
 """`make bench BENCH=serve_cost`: predictions per core-second of each engine, and the cost of a thousand predictions.
 
 It measures one network in ONNX Runtime as int8 and as float32 (ours), and in torch. It measures trees in LightGBM
-beside it. A case is `<width>x<depth> <precision> batch <rows>`, or `trees <rounds>x<leaves> ...`. Core-seconds are
-the
-CPU time of the process with one thread, so other work on the machine disturbs little. These cases measure the
-model
+beside it. A case is `<width>x<depth> <precision> batch <rows>`, or `trees <rounds>x<leaves> ...`. Core-seconds are the
+CPU time of the process with one thread, so other work on the machine disturbs little. These cases measure the model
 alone.
 
-A case `request ...` measures everything that a replica does for one prediction: token, JSON, encoding, model, the
-log
-on disk, the answer. HTTP itself is left out; the benchmark `serve` includes it. The client sends the features. If
-torch
+A case `request ...` measures everything that a replica does for one prediction: token, JSON, encoding, model, the log
+on disk, the answer. HTTP itself is left out; the benchmark `serve` includes it. The client sends the features. If torch
 finds a GPU, the network also runs there, in GPU-seconds of wall time.
 
     PRICES=my.yaml uses other prices than configs/prices/assumed.yaml.

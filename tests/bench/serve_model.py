@@ -1,11 +1,8 @@
 """`make bench BENCH=serve_model`: the p99 at full load if the only random part is the version that a request gets.
 
-It simulates `make bench BENCH=serve` with 16 connections as a closed queueing network. The load generator, HAProxy
-and
-one replica of each version process one request after another. They share the cores evenly while more of them have
-work
-than there are cores. The simulation uses the measured CPU time per request. Nothing is timed, so every run prints
-the
+It simulates `make bench BENCH=serve` with 16 connections as a closed queueing network. The load generator, HAProxy and
+one replica of each version process one request after another. They share the cores evenly while more of them have work
+than there are cores. The simulation uses the measured CPU time per request. Nothing is timed, so every run prints the
 same. In the direct case all requests go to one replica, and none goes through HAProxy.
 """
 

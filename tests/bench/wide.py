@@ -1,12 +1,9 @@
-"""`make bench BENCH=wide`: the cost of a view with 100, 500 and 2,000 columns, each with a check, without HTTP and
-Ray.
+"""`make bench BENCH=wide`: the cost of a view with 100, 500 and 2,000 columns, each with a check, without HTTP and Ray.
 
-`ingest`: 50 rows of a Parquet file into an empty table. `training_set`: 200 entity rows, with hash and manifest,
-as a
+`ingest`: 50 rows of a Parquet file into an empty table. `training_set`: 200 entity rows, with hash and manifest, as a
 protected file. `materialise`: 50 entities. `push`: one row, until it is online. `read`: one entity, online.
 
-The results are medians of `ROUNDS` runs, and the time per column relative to the narrowest view. This ratio is 1
-if the
+The results are medians of `ROUNDS` runs, and the time per column relative to the narrowest view. This ratio is 1 if the
 cost grows with the number of columns. At 2,000 columns it is 20 if the cost grows with the square of that number.
 """
 

@@ -1,7 +1,6 @@
 """Closed-loop HTTP load from Python: a fixed number of keep-alive connections, each with one open request at a time.
 
-Each answer is stored with its result, so that tests can compare it with logs later. Like other HTTP clients, it
-sends
+Each answer is stored with its result, so that tests can compare it with logs later. Like other HTTP clients, it sends
 no request twice. A connection that ends between two requests is opened again. One that ends during a request is a
 failure.
 

@@ -1,9 +1,7 @@
 """Run `python -m module key=value ...` in a forked process whose parent has imported what all commands need.
 
-Starting Python and importing Ray takes most of the time of a small command. The behaviour for a user is the same:
-the
-command has its own process, working directory, environment and exit code. If a test is about the start of the
-process
+Starting Python and importing Ray takes most of the time of a small command. The behaviour for a user is the same: the
+command has its own process, working directory, environment and exit code. If a test is about the start of the process
 itself, run the interpreter instead.
 """
 

@@ -26,7 +26,7 @@ PEOPLE = 20
 
 
 class FeatureProject:
-    """A storage root with a ledger and the table of one view. Its methods run commands without a cluster or policies."""
+    """A storage root with a ledger and the table of one view. Its methods run commands without cluster or policies."""
 
     def __init__(self, root: Path, access: KeyAccess) -> None:
         root.mkdir()

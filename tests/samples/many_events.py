@@ -26,12 +26,10 @@ def load_events(
 ) -> None:
     """Append events as one chain, with `apart` between their times. The next read updates the projections.
 
-    The next read also updates the event index, as it does after an older release. With `indexed` the index is
-    updated at
-    once, as appends do.
+    The next read also updates the event index, as it does after an older release. With `indexed` the index is updated
+    at once, as appends do.
 
-    The payloads may contain only texts, whole numbers, lists and dicts. The sorted JSON of these is canonical, and
-    much
+    The payloads may contain only texts, whole numbers, lists and dicts. The sorted JSON of these is canonical, and much
     faster to write.
     """
     chain = _chain(ledger, events, apart)

@@ -108,7 +108,7 @@ def random_features(
 def random_entities(
     draw: np.random.Generator, size: int, values: dict[str, list[Any]], *, hours: int = 14
 ) -> pl.DataFrame:
-    """Return entity rows in random order. Some occur twice, and some are a microsecond off the times of the features."""
+    """Return entity rows in random order. Some occur twice, some are a microsecond off the times of the features."""
     at = [
         START + timedelta(hours=int(hour), microseconds=int(off))
         for hour, off in zip(draw.integers(0, hours, size), draw.integers(-1, 2, size), strict=True)

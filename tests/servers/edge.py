@@ -290,8 +290,9 @@ class Edge:
         return connection
 
     def exchange(self, data: bytes) -> tuple[int, bytes]:
-        """Send bytes that need not be HTTP, and return status and body. The status is 0 if the connection ends
-        without data.
+        """Send bytes that need not be HTTP, and return status and body.
+
+        The status is 0 if the connection ends without data.
         """
         received = b""
         with self.send(b"", timeout_s=5) as connection, contextlib.suppress(ConnectionError, ssl.SSLError):

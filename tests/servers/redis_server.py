@@ -1,6 +1,4 @@
-"""A real redis-server for tests, on its own port. The test is skipped with a message if redis-server is not
-installed.
-"""
+"""A real redis-server for tests, on its own port. Tests are skipped with a message if redis-server is not installed."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ MODEL = "m"
 
 
 def write_model(folder: Path, signature: ModelSignature) -> None:
-    """Write a linear model as a folder of model files. A score is the sum of the inputs; a missing input counts as 0."""
+    """Write a linear model as a folder of model files. A score is the sum of the inputs. A missing one counts as 0."""
     width, outputs = signature.width, signature.num_scores
     weights = np.tile(np.linspace(0.01, 0.02, outputs, dtype=np.float32), (width, 1))
     known = {"zero": np.float32(0), "weights": weights, "last": np.array([1], dtype=np.int64)}

@@ -1,9 +1,7 @@
 """A double of HashiCorp Vault: NOT Vault, but a loopback server that implements the part of its HTTP API we use.
 
-The cryptography is real: Transit is AES-256-GCM, the PKI signs real certificates, JWT logins verify real
-signatures.
-Paths, status codes and error texts are the same as Vault's. Its lax behaviour that a client must know is the same
-too:
+The cryptography is real: Transit is AES-256-GCM, the PKI signs real certificates, JWT logins verify real signatures.
+Paths, status codes and error texts are the same as Vault's. Its lax behaviour that a client must know is the same too:
 `v0` decrypts as `v1`, base64 may have stray bits, encrypting creates a missing key, rewrap has no associated data.
 
 It does not imitate: policies in HCL (a token has a list of denied paths), leases of secrets, namespaces, high

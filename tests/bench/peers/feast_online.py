@@ -2,8 +2,7 @@
 
     python feast_online.py FOLDER sqlite|redis REDIS_PORT ENTITIES FEATURES LOAD_SECONDS
 
-Prints one JSON line after loading (the number of entities loaded within the time limit), and one JSON line per
-round
+Prints one JSON line after loading (the number of entities loaded within the time limit), and one JSON line per round
 (nanoseconds of each call).
 """
 

@@ -3,11 +3,9 @@
     python serve_ab.py PORT MODEL_FOLDER      with the environment that `tests/bench/serve.py` makes
 
 `/bare` takes 16 numbers and returns a probability.
-`/same` does the same work as a request to our edge: it checks and caches the token, reads features from the same
-online
+`/same` does the same work as a request to our edge: it checks and caches the token, reads features from the same online
 store, and writes a record to a log. It uses our code for each of these, so the only difference is the path between
-them.
-Runs until SIGTERM.
+them. Runs until SIGTERM.
 """
 
 from __future__ import annotations
