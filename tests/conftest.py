@@ -1,4 +1,4 @@
-"""How hard the property tests look: a little in every run, thoroughly with HYPOTHESIS_PROFILE=thorough."""
+"""Number of examples of the property tests: few in every run, many with HYPOTHESIS_PROFILE=thorough."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 from hypothesis import settings
 
-gc.disable()  # imports leave nothing to collect, and pytest_collection_finish turns it on again
+gc.disable()  # imports leave no garbage; pytest_collection_finish enables it again
 
 settings.register_profile("short", max_examples=12, deadline=None)
 settings.register_profile("thorough", max_examples=500, deadline=None)
@@ -15,12 +15,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays, so the garbage collector need not look through it again and again."""
+    """Freeze the imported objects. They stay alive, so the garbage collector need not scan them again and again."""
     gc.collect()
     gc.freeze()
     gc.enable()
 
 
 def pytest_sessionfinish() -> None:
-    """Or what DuckDB made would be reported as leaked when the process ends."""
+    """Unfreeze the objects. Otherwise DuckDB's objects would be reported as leaked when the process ends."""
     gc.unfreeze()

@@ -1,8 +1,9 @@
-"""`make soak`: ten minutes at 70 % of peak through the edge; no request may fail, and no process may grow.
+"""`make soak`: ten minutes at 70 % of peak load through the edge. No request may fail, and no process may grow.
 
-The peak is that of the same client in the first seconds. Memory is the resident set of each process that a request
-passes or that looks after them, sampled every few seconds; what is said of it is the line of least squares through the
-samples after the first fifth of the time, in which caches fill. Exits 1 when something failed, was lost or grew.
+The peak is the rate of the same client in the first seconds. Memory is the resident set of each process that handles or
+supervises requests, sampled every few seconds. Growth is the slope of a least-squares line through the samples. The
+first fifth of the time is left out, because caches fill in it. Exits with 1 if a request failed or was lost, or if a
+process grew.
 
     MINUTES=2 makes a shorter run.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-# This file is run by its path, which leaves the project's root out.
+# This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cluster import processes
 from tests.clients.under_load import UnderLoad
@@ -29,7 +30,7 @@ from tests.projects import scoring
 MINUTES = float(os.environ.get("MINUTES", "10"))
 PEAK_S, SAMPLE_S, CONNECTIONS, SHARE = 15.0, 5.0, 16, 0.7
 GROWTH = 0.05
-"""Of a process' memory, over the whole run, that counts as growing."""
+"""Share of a process's memory, over the whole run, above which it counts as growing."""
 WATCHED = {
     "replica": "ServeReplica",
     "serve controller": "ServeController",
@@ -39,7 +40,7 @@ WATCHED = {
 
 
 def resident(project: Project) -> dict[str, float]:
-    """MiB by process."""
+    """Return the resident memory in MiB by process."""
     found = {}
     for process in processes.find(project.record.cluster_id):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -53,7 +54,7 @@ def resident(project: Project) -> dict[str, float]:
 
 
 def soaked(project: Project, load: UnderLoad) -> list[tuple[float, dict[str, float]]]:
-    """Samples of memory, with their times in seconds."""
+    """Return samples of memory, each with its time in seconds."""
     began, samples = time.monotonic(), []
     while (at := time.monotonic() - began) < MINUTES * 60:
         samples.append((at, resident(project)))
@@ -63,7 +64,7 @@ def soaked(project: Project, load: UnderLoad) -> list[tuple[float, dict[str, flo
 
 
 def lines(samples: list[tuple[float, dict[str, float]]]) -> dict[str, tuple[float, float]]:
-    """MiB at the end of the fit and MiB a minute of each process that was there all the time."""
+    """Return MiB at the end of the fit and MiB per minute, for each process that ran the whole time."""
     settled = [one for one in samples if one[0] >= samples[-1][0] / 5]
     found = {}
     for name in set.intersection(*(set(one) for _, one in settled)):
@@ -73,7 +74,7 @@ def lines(samples: list[tuple[float, dict[str, float]]]) -> dict[str, tuple[floa
 
 
 def main() -> int:
-    """Soak, print, and say by the exit code whether all was well."""
+    """Run the load, print the results, and return the exit code: 0 if all was well."""
     with scoring.running_project() as project:
         with UnderLoad(project, per_s=None, connections=CONNECTIONS) as load:
             time.sleep(PEAK_S)

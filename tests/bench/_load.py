@@ -1,7 +1,8 @@
-"""Closed-loop HTTP load: so many connections, each with one request under way.
+"""Closed-loop HTTP load: a fixed number of connections, each with one open request at a time.
 
-By wrk where it is installed (Debian: `apt-get install wrk`), because it takes a few microseconds of a core for a
-request; else by a client in Python, which takes so much of one of two cores that every figure is worse, and says so.
+The load comes from wrk if it is installed (Debian: `apt-get install wrk`). wrk needs a few microseconds of a core per
+request. Without wrk, a Python client makes the load and a warning is printed. The Python client takes so much of one of
+two cores that every figure gets worse.
 """
 
 from __future__ import annotations
@@ -42,16 +43,16 @@ end
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """Where requests go, and which: they are sent one after the other, again and again."""
+    """The URL of the load and its requests. The requests are sent in order, and again from the start."""
 
     url: str
     requests: Sequence[tuple[dict[str, str], bytes]]
-    """Headers, whose values have no semicolon, and a JSON body of one line."""
+    """Headers and a JSON body of one line, per request. A header value contains no semicolon."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What one turn gave."""
+    """The figures of one turn."""
 
     requests_per_s: float
     p50_ms: float
@@ -59,11 +60,11 @@ class Measured:
 
 
 class LoadFailed(Exception):
-    """A request of a turn was not answered with 2xx."""
+    """A request of a turn did not get a 2xx answer."""
 
 
 def has_wrk() -> bool:
-    """Whether the load comes from wrk; says so loudly where it does not."""
+    """Return whether wrk makes the load. Print a warning if it does not."""
     if shutil.which("wrk"):
         return True
     print(
@@ -75,10 +76,10 @@ def has_wrk() -> bool:
 
 
 def measure(target: Target, *, connections: int, seconds: int, wrk: bool) -> Measured:
-    """One turn.
+    """Run one turn and return its figures.
 
     Raises:
-        LoadFailed: an answer was not 2xx, or none came.
+        LoadFailed: An answer was not 2xx, or no answer came.
     """
     with tempfile.TemporaryDirectory() as name:
         requests = Path(name, "requests")

@@ -1,9 +1,9 @@
-"""The data of `pit_join`: feature tables with corrections and uneven entities, and entity rows to join them to.
+"""The data of `pit_join`: feature tables with corrections and uneven entities, and entity rows to join to them.
 
-Nine rows in ten are first reports, known up to an hour after their event; one in ten is a correction of one of them,
-known up to two days after it. Entities are drawn by the law of Zipf and Mandelbrot: one has twenty times as many rows
-as the average, and half of them have less than half as many. (By Zipf's own law, where one has a tenth of all, Feast
-does not come to an end within minutes.)
+Nine of ten rows are first reports. They are known up to an hour after their event. One of ten rows is a correction of a
+first report, known up to two days after that report. Entities are drawn from a Zipf-Mandelbrot distribution: one entity
+has twenty times as many rows as the average, and half of the entities have less than half as many. (Under Zipf's own
+law, where one entity has a tenth of all rows, Feast does not finish within minutes.)
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A size of the bench."""
+    """One size of the benchmark."""
 
     name: str
     rows: int
-    """Of each feature table."""
+    """Number of rows of each feature table."""
     queries: int
-    """Entity rows."""
+    """Number of entity rows."""
 
     @property
     def folder(self) -> str:
@@ -47,12 +47,12 @@ TINY = Case(name="3 x 20k x 2k", rows=20_000, queries=2_000)
 
 
 def feature_names(view: int) -> list[str]:
-    """The features of a table; names differ between tables, so that one query can have all."""
+    """Return the feature names of a table. Names differ between tables, so one query can return all of them."""
     return [f"t{view}_f{number}" for number in range(FEATURES)]
 
 
 def write_plain(case: Case, folder: Path) -> None:
-    """`entities.parquet` and `t0.parquet` and on, as anybody would keep them."""
+    """Write `entities.parquet` and the feature tables `t0.parquet`, `t1.parquet`, ... as plain Parquet files."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(7)
     pq.write_table(_entities(case, draw), folder / "entities.parquet")
@@ -62,7 +62,7 @@ def write_plain(case: Case, folder: Path) -> None:
 
 def _entities(case: Case, draw: np.random.Generator) -> pa.Table:
     who = _who(draw, case, case.queries)
-    who[: case.queries // 100] += case.rows  # unknown to every table
+    who[: case.queries // 100] += case.rows  # no table knows these entities
     at = _seconds(draw, case.queries, _SPAN_S)
     return pa.table({"row_id": np.arange(case.queries), "entity_id": who, "event_timestamp": _times(at)})
 
@@ -88,13 +88,13 @@ def _who(draw: np.random.Generator, case: Case, count: int) -> Ints:
     count_of = case.rows // 50
     weights = 1 / (np.arange(count_of) + count_of / 100)
     chance = np.cumsum(weights / weights.sum())
-    # Numbers that say nothing of the rank.
+    # Entity ids in random order, so an id does not reveal its rank.
     names = np.random.default_rng(1).permutation(len(weights)).astype(np.int64)
     return names[np.searchsorted(chance, draw.random(count)).clip(0, len(weights) - 1)]
 
 
 def _seconds(draw: np.random.Generator, count: int, limit: int) -> Ints:
-    """Microseconds, uniform below a number of seconds."""
+    """Return microseconds, uniform between 0 and a number of seconds."""
     return draw.integers(0, limit * 1_000_000, count)
 
 

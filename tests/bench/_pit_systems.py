@@ -1,11 +1,12 @@
-"""The systems of `pit_join`, each from Parquet on disk to Parquet on disk in a process of its own.
+"""The systems of `pit_join`. Each reads Parquet from disk and writes Parquet to disk, in its own process.
 
-Run by its path as `_pit_systems.py SYSTEM FOLDER OUTPUT`, by Feast's interpreter too, so what a system needs is
-imported where it is used. Prints one JSON object: seconds without imports, and the peak of this process.
+Run it by its path: `_pit_systems.py SYSTEM FOLDER OUTPUT`. Feast's interpreter runs it too, so each system imports its
+own packages where it uses them. It prints one JSON object: seconds without imports, and the peak memory of this
+process.
 
-DuckDB and Polars do what the feature store does, as one would write it by hand: the greatest (event, created) that was
-available by the entity row's time, nulls once it is older than the TTL. Feast's own meaning is another: it takes the
-newest event whether it was known or not.
+DuckDB and Polars compute what the feature store computes, written by hand: the row with the greatest (event, created)
+that was available at the entity row's time, and nulls if that row is older than the TTL. Feast has other semantics: it
+takes the newest event, whether it was known or not.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Timed = Callable[[], dict[str, float]]
 
 
 def polars(folder: Path, output: Path) -> Timed:
-    """Bare Polars, lazily."""
+    """Plain Polars with lazy frames."""
     import polars as pl
 
     def run() -> dict[str, float]:
@@ -57,7 +58,7 @@ def polars(folder: Path, output: Path) -> Timed:
 
 
 def duckdb(folder: Path, output: Path) -> Timed:
-    """Bare DuckDB, one statement."""
+    """Plain DuckDB with one statement."""
     import duckdb
 
     joins, columns = [], ["e.*"]
@@ -134,8 +135,8 @@ def feast_duckdb(folder: Path, output: Path) -> Timed:
 
 
 def falaj(folder: Path, output: Path, *, tables: str = "plain", tasks: bool = False) -> Timed:
-    """The feature store: its tables, its join, the manifest's hashes."""
-    import polars  # noqa: F401 (as for the others, importing it is not what is measured)
+    """The feature store: its tables, its join, and the hashes of the manifest."""
+    import polars  # noqa: F401 (import time is not measured, as for the others)
 
     from cluster.storage import read_parquet, write_parquet
     from feature_jobs.store.offline.row_hash import row_hash
@@ -171,8 +172,8 @@ def falaj(folder: Path, output: Path, *, tables: str = "plain", tasks: bool = Fa
 
 
 def _ray_tasks() -> Any:
-    """The join of the command, in a Ray of this machine whose workers have started."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # on loopback, for the length of a run
+    """Start Ray on this machine, wait for its workers, and return the join of the command."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # on loopback only, for the length of one run
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
@@ -197,7 +198,10 @@ SYSTEMS: dict[str, Callable[[Path, Path], Timed]] = {
 
 
 def peak_kib() -> int:
-    """The most memory this process had; `getrusage` would count what it was before it became this program."""
+    """Return the peak memory of this process in KiB.
+
+    `getrusage` would include the memory of the process before it became this program.
+    """
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -214,7 +218,7 @@ def main() -> None:
     print(json.dumps({"seconds": seconds, "peak_rss_mib": peak_kib() / 1024} | more), flush=True)
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
-    os._exit(0)  # Feast's threads would keep it
+    os._exit(0)  # Feast's threads would keep the process alive
 
 
 if __name__ == "__main__":

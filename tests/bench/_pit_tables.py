@@ -1,4 +1,4 @@
-"""The feature store's side of `pit_join`: the same rows as feature tables, in the clear and under keys."""
+"""The feature store's tables for `pit_join`: the same rows as feature tables, in plaintext and encrypted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ KEYS = [f"features/t{view}/{name}" for view in range(VIEWS) for name in ("intern
 
 
 def service(*, protected: bool) -> tuple[ServiceSpec, dict[str, Protection]]:
-    """The service, and its tables' protection: two features in five personal and the rest internal, or all public."""
+    """Return the service and the protection of each table.
+
+    With `protected`, two of five features are personal and the others are internal. Otherwise all are public.
+    """
     views = []
     for number in range(VIEWS):
         fields = [
@@ -54,7 +57,7 @@ def _public(view: ViewSpec) -> Protection:
 
 
 def write_tables(folder: Path, kind: str, access: KeyAccess) -> None:
-    """Ingest `t0.parquet` and on, as one batch each."""
+    """Ingest `t0.parquet`, `t1.parquet`, ... as one batch each."""
     spec, protections = service(protected=kind == "protected")
     for view in spec.views:
         rows = pq.read_table(folder / f"{view.name}.parquet")
@@ -78,11 +81,11 @@ def write_tables(folder: Path, kind: str, access: KeyAccess) -> None:
 
 
 def keep_access(folder: Path, access: KeyAccess) -> None:
-    """Tell the runs where the keys are."""
+    """Write the key access to the folder, so that each run can read it."""
     (folder / "access.json").write_text(json.dumps({"socket": access.socket, "token": access.token.file}))
 
 
 def access_of(folder: Path) -> KeyAccess:
-    """The keys of the bench."""
+    """Return the key access of the benchmark."""
     told = json.loads((folder / "access.json").read_text())
     return KeyAccess(socket=told["socket"], token=TokenSource(file=told["token"]))

@@ -1,8 +1,8 @@
-"""What a ledger of many events costs: opening it, an append, and each read that commands make.
+"""The cost of a ledger with many events: opening it, one append, and each read that commands make.
 
-A ledger of 100 events is compared with a ledger that has the same models and views and a longer history: batches,
-materialisations, compactions, weight changes, decisions and outcomes. `catch_up` is the one read that follows a ledger
-that an older release wrote: it fills the event index and the projections. It is measured once, on `CATCH_UP` events.
+It compares a ledger of 100 events with a ledger that has the same models and views and a longer history: batches,
+materialisations, compactions, weight changes, decisions and outcomes. `catch_up` is the one read after an older release
+wrote the ledger: it fills the event index and the projections. It is measured once, on `CATCH_UP` events.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ HOUR = "2026-01-01T00:00:00+00:00"
 
 
 def definition(view: str) -> dict[str, Any]:
-    """The definition of a view with one feature."""
+    """Return the definition of a view with one feature."""
     return {
         "name": view,
         "schema": [{"name": "x", "dtype": "float64", "sensitivity": "public", "categorical": False}],
@@ -68,7 +68,7 @@ def definition(view: str) -> dict[str, Any]:
 
 
 def batch(view: str, number: int) -> BatchIngested:
-    """One batch of a view."""
+    """Return one batch of a view."""
     return BatchIngested(
         view=view,
         view_version="1",
@@ -84,7 +84,7 @@ def batch(view: str, number: int) -> BatchIngested:
 
 
 def state() -> Iterator[LedgerEvent]:
-    """The first events: views, a service, a training set, a model in a rollout, a limit."""
+    """Yield the first events: views, a service, a training set, a model in a rollout, a limit."""
     for view in ("income", "clicks"):
         yield FeatureViewApplied(view=view, version="1", definition=definition(view))
         yield batch(view, 0)
@@ -129,7 +129,7 @@ def state() -> Iterator[LedgerEvent]:
 
 
 def history() -> Iterator[LedgerEvent]:
-    """Endless further events of the same views and models."""
+    """Yield more events of the same views and models, without end."""
     denied = AccessDecided(
         allowed=False,
         role="service",
@@ -157,7 +157,7 @@ def history() -> Iterator[LedgerEvent]:
 
 
 def reads(ledger: Ledger, folder: Path, count: int) -> dict[str, Callable[[], object]]:
-    """What commands read, by name."""
+    """Return the reads of the commands, by name."""
     registry = Registry(ledger, Layout(str(folder)))
     newest = range(max(0, count // 7 - 3), count // 7)
     return {
@@ -181,7 +181,10 @@ def reads(ledger: Ledger, folder: Path, count: int) -> dict[str, Callable[[], ob
 
 
 def milliseconds(works: Sequence[Callable[[], object]], *, turns: int) -> list[float]:
-    """The shortest time of each call, after a first one. The calls take turns, so that all have the same machine."""
+    """Return the shortest time of each call in milliseconds, after one call that is not counted.
+
+    The calls take turns, so all of them run under the same conditions.
+    """
     took: list[list[float]] = [[] for _ in works]
     for turn in range(turns + 1):
         for number, work in enumerate(works):
@@ -193,7 +196,7 @@ def milliseconds(works: Sequence[Callable[[], object]], *, turns: int) -> list[f
 
 
 def command(root: Path) -> None:
-    """One command in its own process."""
+    """Run one command in its own process."""
     arguments = ["--root", str(root), "--model", "loan", "--version", "champion"]
     subprocess.run(
         [sys.executable, "-m", "cluster.lineage", *arguments],
@@ -204,7 +207,7 @@ def command(root: Path) -> None:
 
 
 def build(folder: Path, count: int, *, indexed: bool = True) -> Ledger:
-    """A ledger of so many events."""
+    """Return a new ledger with `count` events."""
     folder.mkdir()
     ledger = Ledger(f"sqlite:///{folder}/ledger.db")
     events = itertools.islice(itertools.chain(state(), history()), count)
@@ -213,7 +216,7 @@ def build(folder: Path, count: int, *, indexed: bool = True) -> Ledger:
 
 
 def measure(folder: Path) -> Iterator[dict[str, Any]]:
-    """Measure, print, and yield the figures."""
+    """Measure and print the figures, and yield them."""
     ledgers = {}
     for count in (SMALL, LARGE):
         ledgers[count] = build(folder / str(count), count)

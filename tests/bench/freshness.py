@@ -1,8 +1,11 @@
-"""`make bench BENCH=freshness`: from a row's birth to its being read online, beside a steady stream of other rows.
+"""`make bench BENCH=freshness`: time from sending a row until it is readable online, during a steady stream of rows.
 
-`push`: until a push is answered and its row read back: checked, on disk (fsync), in LMDB (fsync). `kafka`: from a
-producer's call until a reader in another process than the consumer sees the row: over librdkafka's mock broker,
-committed to Delta, then online. Without HTTP and Ray, which add a constant few milliseconds to `push`.
+`push`: the time until the push has an answer and the row is read back. The row is checked, on disk (fsync), and in LMDB
+(fsync).
+`kafka`: the time from the producer's call until a reader sees the row. The reader runs in another process than the
+consumer. The row goes through librdkafka's mock broker, is committed to Delta, and then goes online.
+
+The benchmark runs without HTTP and Ray. They add a constant few milliseconds to `push`.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-# This file is run by its path, which leaves the project's root out.
+# This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.store.streaming.kafka_consumer import ConsumerSettings, consume
@@ -36,14 +39,14 @@ KEYS = [
 
 
 def stream(root: str, access: KeyAccess, servers: str) -> None:
-    """A consumer, until it is killed."""
+    """Run a consumer until it is killed."""
     project = PushProject(Path(root), access, view=kafka_view(servers))
     reading = ConsumerSettings(source=project.topic, linger_s=0.05)
     consume(project.kafka(), reading, threading.Event())
 
 
 def until_read(project: PushProject, number: int) -> None:
-    """Wait until a row's value is what the online store says."""
+    """Wait until the online store returns the value of a row."""
     person, deadline = number % PEOPLE, time.monotonic() + DEADLINE_S
     while project.amounts(person, hour=ROWS / 60) != [float(number)]:
         assert time.monotonic() < deadline, f"row {number} never came"
@@ -51,7 +54,10 @@ def until_read(project: PushProject, number: int) -> None:
 
 
 def measured(project: PushProject, send: Callable[[int], None]) -> list[float]:
-    """Seconds from sending each row to reading it, one row every few milliseconds at most."""
+    """Return the seconds from sending to reading, per row.
+
+    At most one row is sent every few milliseconds.
+    """
     taken = []
     for number in range(ROWS):
         began = time.perf_counter()
@@ -63,7 +69,7 @@ def measured(project: PushProject, send: Callable[[int], None]) -> list[float]:
 
 
 def push(root: Path, access: KeyAccess) -> list[float]:
-    """By pushes."""
+    """Measure pushes."""
     project = PushProject(root, access)
 
     def send(number: int) -> None:
@@ -75,7 +81,7 @@ def push(root: Path, access: KeyAccess) -> list[float]:
 
 
 def kafka(root: Path, access: KeyAccess) -> list[float]:
-    """Through a topic, and a consumer in another process."""
+    """Measure a topic with a consumer in another process."""
     broker = MockBroker()
     project = PushProject(root, access, view=kafka_view(broker.servers))
     context = multiprocessing.get_context("spawn")

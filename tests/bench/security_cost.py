@@ -1,9 +1,11 @@
-"""`make bench BENCH=security_cost`: what protection costs, against the same work without it, turn by turn in one run.
+"""`make bench BENCH=security_cost`: the cost of protection.
 
-Cases: `write` and `read` of a feature table's rows, half of the columns protected; `join` of entity rows with such a
-table; `artifact`, a model file of 50 MB sealed and opened, against hashing it; `request`, what a prediction by key
-reads and writes down: 16 features from the online store and one record of the log, without HTTP and the model, which
-are the same either way. Keys come from a real broker.
+The same work runs with and without it, in turns in one run.
+
+Cases: `write` and `read` of a feature table's rows, with half of the columns protected; `join` of entity rows with such
+a table; `artifact`, a model file of 50 MB encrypted and decrypted, against hashing it; `request`, what a prediction by
+key reads and logs: 16 features from the online store and one record of the log. `request` runs without HTTP and the
+model, which are the same either way. Keys come from a real broker.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from feature_jobs.store.offline.training_set import build, join_in_process
 from feature_jobs.store.online.reader import FeatureReader, epoch_microseconds, open_online_store
 from feature_jobs.store.online.rows import OnlineRow
 
-# This file is run by its path, which leaves the project's root out.
+# This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.servers.key_broker import running_broker
 
@@ -54,7 +56,7 @@ ONLINE_ENTITIES, ONLINE_FEATURES, REQUESTS = 20_000, 16, 2_000
 
 
 def rows() -> pa.Table:
-    """A view's rows."""
+    """Return the rows of a view."""
     draw = np.random.default_rng(0)
     times = pa.array(np.datetime64(START.replace(tzinfo=None), "us") + draw.integers(0, 10**12, ROWS)).cast(
         pa.timestamp("us", "UTC")
@@ -72,7 +74,7 @@ def rows() -> pa.Table:
 
 
 def protections(table: pa.Table) -> dict[str, Protection]:
-    """Half the features under a key, and none."""
+    """Return two protections: one encrypts half of the features, the other encrypts no column."""
     half = [(name, KEYS["personal"] if number % 2 else None) for number, name in enumerate(NAMES)]
     rest = [(name, None) for name in table.column_names if name not in NAMES and name != "id"]
     return {
@@ -84,14 +86,14 @@ def protections(table: pa.Table) -> dict[str, Protection]:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Wall time of a call."""
+    """Return the wall time of a call in seconds."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def in_turns(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median wall time of each, called in turn after one round that does not count."""
+    """Return the median wall time of each call. The calls take turns, after one round that is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(TURNS + 1):
         for name, work in works.items():
@@ -102,7 +104,7 @@ def in_turns(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def joins(table: pa.Table, folder: Path, access: KeyAccess) -> dict[str, Callable[[], Any]]:
-    """The point-in-time join against a feature table of each kind."""
+    """Return the point-in-time join against a feature table of each kind."""
     draw = np.random.default_rng(1)
     asked = pa.table(
         {
@@ -133,7 +135,7 @@ def joins(table: pa.Table, folder: Path, access: KeyAccess) -> dict[str, Callabl
 
 
 def requests(folder: Path, access: KeyAccess) -> dict[str, Callable[[], Any]]:
-    """Many requests, each for another entity."""
+    """Return many requests per kind. Each request reads another entity."""
     store = key_store(access)
     online = open_online_store(OnlineConfig(map_size_gib=0.5), Layout(str(folder)), store, readonly=False)
     at = epoch_microseconds(START)
@@ -162,7 +164,7 @@ def requests(folder: Path, access: KeyAccess) -> dict[str, Callable[[], Any]]:
 
 
 def serve(reader: FeatureReader, write: Callable[[PredictionRecord], Any]) -> None:
-    """Read and write down, again and again."""
+    """Read features and log a record, `REQUESTS` times."""
     for key in range(REQUESTS):
         vectors = reader.read([{"id": key}], START)
         record = PredictionRecord(

@@ -1,14 +1,18 @@
-"""`make bench BENCH=serve`: requests through the edge, against what one would serve a small model with otherwise.
+"""`make bench BENCH=serve`: requests through the edge, against other ways to serve a small model.
 
-All are up at once on this machine, and take turns. Cases: 16 connections and one. Systems: `falaj`, through the edge
-with TLS, token, sticky split between two versions, features read online and a record per answer; `falaj_direct`, one
-of its replicas addressed directly, without the edge; `fastapi`, bare FastAPI and uvicorn; `ray_serve_ab`, an ingress
-of Ray Serve that awaits the handle of one of two models and does the same work, without TLS; and `ray_serve_ab_bare`,
-the same ingress doing nothing of it. Ray Serve is in its fastest mode: throughput optimised, and the ingress replica
-addressed directly, because Serve's own HAProxy in front only adds to that. The project is a new one in a temporary
-folder on ports of its own.
+All systems run at once on this machine, and take turns. Cases: 16 connections and one connection. Systems:
+`falaj`: through the edge, with TLS, a token, a sticky split between two versions, features read online, and one record
+per answer.
+`falaj_direct`: one replica of `falaj`, addressed directly, without the edge.
+`fastapi`: plain FastAPI and uvicorn.
+`ray_serve_ab`: an ingress of Ray Serve that awaits the handle of one of two models and does the same work, without TLS.
+`ray_serve_ab_bare`: the same ingress without that work.
 
-    SECONDS=2 ROUNDS=3 makes a shorter run; WEIGHT=10 splits as a first step of a rollout does, not half and half.
+Ray Serve runs in its fastest mode: optimised for throughput, with the ingress replica addressed directly. Serve's own
+HAProxy in front only adds time. The project is a new one in a temporary folder with its own ports.
+
+    SECONDS=2 ROUNDS=3 makes a shorter run. WEIGHT=10 splits as the first step of a rollout does, not half and
+    half.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-# This file is run by its path, which leaves the project's root out.
+# This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from _load import Measured, Target, has_wrk, measure
 
@@ -53,7 +57,7 @@ AIMS = (
 
 @contextlib.contextmanager
 def running_peer(script: str, folder: Path, **environment: str) -> Iterator[None]:
-    """Another server, ended in order."""
+    """Run another server, and terminate it at the end."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     process = subprocess.Popen(
         [sys.executable, str(PEERS / script), environment["PORT"], str(folder)],
@@ -70,7 +74,10 @@ def running_peer(script: str, folder: Path, **environment: str) -> Iterator[None
 
 
 def ray_environment(project: Project, first: int) -> dict[str, str]:
-    """A Ray of the peer's own, which knows our project; its replicas' ports begin at the given one."""
+    """Return the environment of the peer's own Ray, which knows our project.
+
+    The ports of its replicas begin at `first`.
+    """
     known = {"FALAJ_CLUSTER_RECORD", "FALAJ_PROJECT_ROOT"}
     return {
         **{name: value for name, value in project.env.items() if name in known},
@@ -80,14 +87,14 @@ def ray_environment(project: Project, first: int) -> dict[str, str]:
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_worker_niceness": "0",  # as ours and FastAPI are
+        "RAY_worker_niceness": "0",  # the same as ours and FastAPI's
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + NUM_PORTS - 1),
     }
 
 
 def wait_for(url: str) -> bytes:
-    """The answer of a server that starts."""
+    """Wait until a starting server answers, and return its answer."""
     deadline = time.monotonic() + 120
     while True:
         try:
@@ -102,7 +109,7 @@ def wait_for(url: str) -> bytes:
 
 
 def ingress_ports(first: int) -> dict[str, int]:
-    """Where Ray Serve's two ingresses listen, by application."""
+    """Return the ports of Ray Serve's two ingresses, by application."""
     found: dict[str, int] = {}
     for port in (first, first + 1):
         [app] = json.loads(wait_for(f"http://127.0.0.1:{port}/-/routes")).values()
@@ -111,7 +118,10 @@ def ingress_ports(first: int) -> dict[str, int]:
 
 
 def targets(project: Project, fastapi: int, ray: dict[str, int]) -> dict[str, Target]:
-    """What is asked of each; a token lives shorter than the bench."""
+    """Return the URL and the requests of each system.
+
+    The token is new on each call, because the benchmark runs longer than a token is valid.
+    """
     token = project.token()
     units = [{"X-Unit-ID": str(unit)} for unit in range(UNITS)]
     by_key = [
@@ -137,7 +147,7 @@ def _json(content: Any) -> bytes:
 
 
 def measured(project: Project, fastapi: int, ray: dict[str, int], *, wrk: bool) -> Iterator[dict[str, Any]]:
-    """Turn by turn; the medians over the rounds, after one that warms up."""
+    """Measure the systems in turns. Yield the medians over the rounds, after one warm-up round."""
     for case, connections in CASES.items():
         turns: dict[str, list[Measured]] = {}
         for number in range(ROUNDS + 1):
@@ -152,7 +162,7 @@ def measured(project: Project, fastapi: int, ray: dict[str, int], *, wrk: bool) 
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    """A table, and the ratios that are aimed at."""
+    """Print a table and the ratios, each with its aim."""
     values = {(one["case"], one["metric"], one["system"]): one["value"] for one in results}
     print(f"{'':20}" + "".join(f"{case:>10} req/s {'p50':>7} {'p99':>7} ms" for case in CASES))
     for system in dict.fromkeys(one["system"] for one in results):
@@ -170,7 +180,10 @@ def show(results: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure and write the results."""
     wrk = has_wrk()
-    fastapi, first = free_port(), random.randrange(32_000, 32_600, NUM_PORTS)  # beyond those of `free_port`
+    fastapi, first = (
+        free_port(),
+        random.randrange(32_000, 32_600, NUM_PORTS),
+    )  # above the ports of `free_port`
     with ExitStack() as stack:
         project = stack.enter_context(scoring.running_project(weight=WEIGHT))
         folder = project.root / "model-0"

@@ -1,13 +1,15 @@
-"""`make bench BENCH=serve_cost`: predictions per core-second of each engine, and what a thousand cost.
+"""`make bench BENCH=serve_cost`: predictions per core-second of each engine, and the cost of a thousand predictions.
 
-One network in ONNX Runtime as int8 and as float32 (ours), and in torch; trees in LightGBM beside it. A case is
-`<width>x<depth> <precision> batch <rows>`, or `trees <rounds>x<leaves> …`. Core-seconds are the process's CPU time with
-one thread, so a busy machine disturbs little. That is the model's share of a prediction alone. A case `request …` is
-all that a replica does for one: token, JSON, encoding, model, the log on disk, the answer; without HTTP itself, which
-the bench `serve` has, and with features that the client gives. Where torch finds a GPU the network runs there too, in
-GPU-seconds of the wall clock.
+It measures one network in ONNX Runtime as int8 and as float32 (ours), and in torch. It measures trees in LightGBM
+beside it. A case is `<width>x<depth> <precision> batch <rows>`, or `trees <rounds>x<leaves> ...`. Core-seconds are the
+CPU time of the process with one thread, so other work on the machine disturbs little. These cases measure the model
+alone.
 
-    PRICES=my.yaml takes other prices than configs/prices/assumed.yaml.
+A case `request ...` measures everything that a replica does for one prediction: token, JSON, encoding, model, the log
+on disk, the answer. HTTP itself is left out; the benchmark `serve` includes it. The client sends the features. If torch
+finds a GPU, the network also runs there, in GPU-seconds of wall time.
+
+    PRICES=my.yaml uses other prices than configs/prices/assumed.yaml.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from cluster.runtime.signature import NETWORK_FILE, WEIGHTS_FILE
 from cluster.runtime.torch_engine import TorchEngine
 from cluster.settings_conversion import load
 
-# This file is run by its path, which leaves the project's root out.
+# This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.samples.network import rows, write_network
 from tests.samples.trees import write_trees
@@ -63,20 +65,20 @@ SIGNATURE = ModelSignature(
     classes=(0, 1),
 )
 Run = Callable[[int], None]
-"""Predicts a batch so many times."""
+"""Function that predicts one batch a given number of times."""
 REQUESTS = ("128x2 float32", "1024x4 int8", "trees 200x31")
-"""Models that whole requests are measured of."""
+"""Models whose whole requests are measured."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PricesConfig:
-    """What machines cost."""
+    """Prices of machines."""
 
     currency: str = "USD"
     core_hour: float = 0.05
-    """A CPU core for an hour."""
+    """Price of a CPU core for an hour."""
     gpu_hour: float = 0.80
-    """A GPU for an hour."""
+    """Price of a GPU for an hour."""
 
     def __post_init__(self) -> None:
         if self.core_hour <= 0 or self.gpu_hour <= 0:
@@ -85,7 +87,7 @@ class PricesConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is measured."""
+    """One measured case."""
 
     system: str
     name: str
@@ -94,7 +96,7 @@ class Case:
 
 
 def writers() -> dict[str, tuple[ModelSignature, Callable[[Path, ModelSignature], None]]]:
-    """Every model by its name."""
+    """Return the signature and the writer of every model, by name."""
     rounds, leaves = TREES
     found: dict[str, tuple[ModelSignature, Callable[[Path, ModelSignature], None]]] = {}
     for width, depth in SIZES:
@@ -107,7 +109,7 @@ def writers() -> dict[str, tuple[ModelSignature, Callable[[Path, ModelSignature]
 
 
 def cases(folder: Path, stack: ExitStack) -> Iterator[Case]:
-    """All, at every batch size."""
+    """Yield all cases, at every batch size."""
     for name, (signature, write) in writers().items():
         place = folder / name.replace(" ", "-")
         write(place, signature)
@@ -123,7 +125,7 @@ def cases(folder: Path, stack: ExitStack) -> Iterator[Case]:
 
 
 def in_torch(name: str, place: Path) -> Iterator[Case]:
-    """A network in torch, on CPU and on a GPU where there is one."""
+    """Yield the cases of a network in torch, on the CPU, and on a GPU if there is one."""
     shape, weights = ((place / part).read_bytes() for part in (NETWORK_FILE, WEIGHTS_FILE))
     yield from scoring("torch", name, Model(SIGNATURE, TorchEngine(shape, weights, hardware=Hardware())))
     if torch.cuda.is_available():
@@ -132,7 +134,7 @@ def in_torch(name: str, place: Path) -> Iterator[Case]:
 
 
 def scoring(system: str, name: str, model: Model) -> Iterator[Case]:
-    """A model on encoded rows."""
+    """Yield the cases of a model on encoded rows."""
 
     def run(times: int, matrix: Matrix) -> None:
         for _ in range(times):
@@ -144,7 +146,7 @@ def scoring(system: str, name: str, model: Model) -> Iterator[Case]:
 
 
 def requests(replica: Replica, batch: int) -> Run:
-    """Whole requests of `:predict`, as Serve hands them to a replica."""
+    """Return a function that sends whole `:predict` requests, as Serve passes them to a replica."""
     matrix = rows(SIGNATURE, batch)
     columns: dict[str, list[Any]] = {}
     for place, spec in enumerate(SIGNATURE.inputs):
@@ -176,7 +178,7 @@ def requests(replica: Replica, batch: int) -> Run:
 
 
 def per_second(case: Case) -> float:
-    """Predictions per core-second, or GPU-second, of one round."""
+    """Return predictions per core-second or GPU-second of one round."""
     clock = time.perf_counter if case.system == "torch_gpu" else time.process_time
     calls, began = 0, clock()
     while (spent := clock() - began) < ROUND_S:
@@ -186,7 +188,7 @@ def per_second(case: Case) -> float:
 
 
 def measured(every: Iterable[Case]) -> dict[tuple[str, str, int], float]:
-    """Medians over rounds in which each case has its turn."""
+    """Return the medians over rounds. Each case runs once per round."""
     found: dict[tuple[str, str, int], list[float]] = {}
     in_turn = list(every)
     for _ in range(ROUNDS):
@@ -196,7 +198,7 @@ def measured(every: Iterable[Case]) -> dict[tuple[str, str, int], float]:
 
 
 def apart(folder: Path) -> Iterator[str]:
-    """How far int8 and float32 of a size are apart."""
+    """Yield the difference between the int8 and float32 scores of each size."""
     matrix = rows(SIGNATURE, 1000)
     for width, depth in SIZES:
         whole, small = (
@@ -211,7 +213,7 @@ def apart(folder: Path) -> Iterator[str]:
 
 
 def prices() -> PricesConfig:
-    """As configured."""
+    """Return the configured prices."""
     path = os.environ.get("PRICES", ROOT / "configs" / "prices" / "assumed.yaml")
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
@@ -219,7 +221,7 @@ def prices() -> PricesConfig:
 
 
 def results(found: dict[tuple[str, str, int], float], price: PricesConfig) -> list[dict[str, Any]]:
-    """As benches write them."""
+    """Return the results in the format of the benchmarks."""
     lines = []
     for (system, name, batch), rate in found.items():
         unit = "gpu_s" if system == "torch_gpu" else "core_s"
@@ -231,12 +233,12 @@ def results(found: dict[tuple[str, str, int], float], price: PricesConfig) -> li
 
 
 def cost_per_1000(rate: float, system: str, price: PricesConfig) -> float:
-    """Of a thousand predictions at so many per core-second, or GPU-second."""
+    """Return the cost of a thousand predictions at `rate` per core-second or GPU-second."""
     return 1000 / rate / 3600 * (price.gpu_hour if system == "torch_gpu" else price.core_hour)
 
 
 def table(found: dict[tuple[str, str, int], float], price: PricesConfig) -> Iterator[str]:
-    """For people; the ratio is to torch on CPU, of the same network and batch."""
+    """Yield the lines of a table to print. The ratio is to torch on the CPU, with the same network and batch."""
     yield f"{'':9} {'case':22} {'batch':>5} {'per core-s':>11} {'x torch':>8} {f'{price.currency} per 1,000':>14}"
     for (system, name, batch), rate in found.items():
         torch_rate = found.get(("torch", f"{name.split()[0]} float32", batch))
@@ -246,7 +248,7 @@ def table(found: dict[tuple[str, str, int], float], price: PricesConfig) -> Iter
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     price = prices()
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)

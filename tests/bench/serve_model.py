@@ -1,9 +1,9 @@
-"""`make bench BENCH=serve_model`: the p99 at full load, were nothing left to chance but which version a request gets.
+"""`make bench BENCH=serve_model`: the p99 at full load if the only random part is the version that a request gets.
 
-A closed queueing network of `make bench BENCH=serve` with 16 connections: the load generator, HAProxy and a replica of
-each version answer one thing after another, and share the cores evenly while more of them have something to do than
-there are cores. It is simulated from the CPU a request that was measured; nothing is timed, so every run prints the
-same. Directly, all requests go to one replica, and none through HAProxy.
+It simulates `make bench BENCH=serve` with 16 connections as a closed queueing network. The load generator, HAProxy and
+one replica of each version process one request after another. They share the cores evenly while more of them have work
+than there are cores. The simulation uses the measured CPU time per request. Nothing is timed, so every run prints the
+same. In the direct case all requests go to one replica, and none goes through HAProxy.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 
 CONNECTIONS, REQUESTS = 16, 60_000
 REPLICA_US, CLIENT_US = 265.0, 25.0
-"""CPU a request."""
+"""CPU time per request in microseconds."""
 BACKGROUND = 0.12
-"""Of a core, that everything else takes."""
+"""Share of a core that everything else uses."""
 CASES = ((2, 50, 105), (3, 50, 105), (4, 50, 105), (2, 10, 105), (2, 50, 60), (2, 50, 30))
-"""Cores, percent of the requests for the second version, HAProxy's CPU a request in microseconds."""
+"""Number of cores, percent of requests for the second version, HAProxy's CPU time per request in microseconds."""
 
 Route = list[tuple[str, float]]
-"""Who has how many microseconds of work on a request, in order."""
+"""The stations of a request in order, each with its work in microseconds."""
 
 
 def route(draw: random.Random, *, weight: float, edge_us: float | None) -> Route:
-    """A request's way: to the first version directly, or by the split."""
+    """Return the route of a request: directly to the first version, or by the split."""
     if edge_us is None:
         return [("client", CLIENT_US), ("first", REPLICA_US)]
     version = "second" if draw.random() < weight / 100 else "first"
@@ -36,12 +36,12 @@ def route(draw: random.Random, *, weight: float, edge_us: float | None) -> Route
 
 
 def p99_us(cores: float, *, weight: float = 0.0, edge_us: float | None = None) -> float:
-    """Of the time from when the load generator has sent a request until its answer is back at it.
+    """Return the p99 of the time from sending a request until its answer is back at the load generator.
 
     Args:
-        cores: for all.
-        weight: share of the second version, in percent.
-        edge_us: HAProxy's CPU a request; without it the first version is addressed directly.
+        cores: Number of cores for all stations.
+        weight: Share of the second version, in percent.
+        edge_us: HAProxy's CPU time per request. Without it the first version is addressed directly.
     """
     draw = random.Random(1)
     queues: dict[str, deque[tuple[Route, float]]] = {

@@ -1,9 +1,10 @@
-"""`make bench BENCH=wide`: what a view costs with 100, 500 and 2,000 columns, each with a check, without HTTP and Ray.
+"""`make bench BENCH=wide`: the cost of a view with 100, 500 and 2,000 columns, each with a check, without HTTP and Ray.
 
 `ingest`: 50 rows of a Parquet file into an empty table. `training_set`: 200 entity rows, with hash and manifest, as a
-protected file. `materialise`: 50 entities. `push`: one row, until it is online. `read`: one entity, online. Given are
-medians of `ROUNDS` runs, and the time for one column beside that of the narrowest view: 1 where the cost grows with the
-columns, 20 at 2,000 columns where it grows with their square.
+protected file. `materialise`: 50 entities. `push`: one row, until it is online. `read`: one entity, online.
+
+The results are medians of `ROUNDS` runs, and the time per column relative to the narrowest view. This ratio is 1 if the
+cost grows with the number of columns. At 2,000 columns it is 20 if the cost grows with the square of that number.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# This file is run by its path, which leaves the project's root out.
+# This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cluster.security.keys.access import key_store
 from cluster.storage import layout
@@ -55,7 +56,7 @@ service = FeatureService("service", views=[wide])
 
 
 def write_source(folder: Path, width: int, seed: int) -> None:
-    """Rows and entity rows."""
+    """Write the source rows and the entity rows."""
     draw = np.random.default_rng(seed)
     values = {f"f{number}": draw.normal(size=ROWS) for number in range(width)}
     at = pa.array([AT] * ROWS, pa.timestamp("us", "UTC"))
@@ -66,7 +67,7 @@ def write_source(folder: Path, width: int, seed: int) -> None:
 
 
 class Wide:
-    """A project with one view of so many columns, and the steps that are measured."""
+    """A project with one view of `width` columns, and the steps that are measured."""
 
     def __init__(self, project: BatchProject, width: int) -> None:
         self.project, self.width = project, width
@@ -132,7 +133,7 @@ STEPS: tuple[Callable[[Wide], None], ...] = (
 
 
 def run(width: int, number: int) -> dict[str, float]:
-    """Milliseconds of each step in a new project."""
+    """Return the milliseconds of each step in a new project."""
     keys = (*keys_of("wide"), "training_sets/service/internal")
     with running_broker(*keys) as access, tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,9 +1,10 @@
-"""Closed-loop HTTP load from Python: so many connections, kept alive, each with one request under way.
+"""Closed-loop HTTP load from Python: a fixed number of keep-alive connections, each with one open request at a time.
 
-Each answer is kept with what became of it, so that it can be held against logs afterwards. As an HTTP client does, it
-sends nothing twice: a connection that ends between two requests is opened again, one that ends within one is a failure.
+Each answer is stored with its result, so that tests can compare it with logs later. Like other HTTP clients, it sends
+no request twice. A connection that ends between two requests is opened again. One that ends during a request is a
+failure.
 
-    python -m tests.clients.load URL REQUESTS_FILE CONNECTIONS SECONDS   # what benches use without wrk
+    python -m tests.clients.load URL REQUESTS_FILE CONNECTIONS SECONDS   # benchmarks use this without wrk
 """
 
 from __future__ import annotations
@@ -20,37 +21,37 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 TIMEOUT_S = 40.0
-"""Longer than the edge waits for a replica, so that it is the edge that gives up."""
+"""Timeout for one answer in seconds. It is longer than the edge waits for a replica, so the edge times out first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one request."""
+    """The result of one request."""
 
     began: float
-    """Monotonic seconds."""
+    """Start time in monotonic seconds."""
     took_s: float
     status: int
-    """0 where no whole answer came."""
+    """HTTP status, or 0 if no complete answer came."""
     body: bytes
-    """Of the answer, or what went wrong."""
+    """Body of the answer, or the error."""
 
 
 @dataclass(kw_only=True)
 class Load:
-    """Requests that go on until told to stop."""
+    """Sends requests until `stopped` is set."""
 
     url: str
     requests: Callable[[], tuple[dict[str, str], bytes]]
-    """Headers and body of the next request."""
+    """Return the headers and body of the next request."""
     context: ssl.SSLContext | None = None
     per_s: float | None = None
-    """Of all connections together at most; none is as fast as answers come."""
+    """Highest rate of all connections together. With None, each connection sends as fast as answers come."""
     answers: list[Answer] = field(default_factory=list)
     stopped: bool = False
 
     async def run(self, *, connections: int) -> None:
-        """Send and wait, until `stopped`."""
+        """Send requests and wait for answers, until `stopped`."""
         pause = connections / self.per_s if self.per_s else 0.0
         await asyncio.gather(*(self._connection(pause) for _ in range(connections)))
 
@@ -86,7 +87,7 @@ class Load:
     async def _exchange(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, headers: dict[str, str], body: bytes
     ) -> tuple[int, bytes, bool]:
-        """Status, body, and whether the connection stays open."""
+        """Return status, body, and whether the connection stays open."""
         address = urlsplit(self.url)
         given = {"host": address.netloc, "content-length": str(len(body)), **headers}
         lines = "".join(f"{name}: {value}\r\n" for name, value in given.items())
@@ -101,7 +102,7 @@ class Load:
 
 
 async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
-    """A chunked body (RFC 9112, section 7.1); extensions and trailers are passed over."""
+    """Read a chunked body (RFC 9112, section 7.1). Extensions and trailers are ignored."""
     content = bytearray()
     while size := int((await reader.readline()).split(b";")[0], 16):
         content += await reader.readexactly(size)
@@ -112,23 +113,26 @@ async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value that so many percent of all do not exceed."""
+    """Return the value that `percent` percent of all values do not exceed."""
     return sorted(values)[min(int(len(values) * percent / 100), len(values) - 1)]
 
 
 def from_file(path: Path) -> Iterator[tuple[dict[str, str], bytes]]:
-    """Headers, `name:value;…`, and bodies, a tab between them."""
+    """Yield headers (`name:value;...`) and bodies. A tab separates them."""
     for line in path.read_text().splitlines():
         headers, _, body = line.partition("\t")
         yield dict(one.split(":", 1) for one in headers.split(";")), body.encode()
 
 
 async def main(url: str, file: str, connections: str, seconds: str) -> None:
-    """Measure for a while, and print what wrk's script prints."""
+    """Send load for some seconds, and print the same figures as wrk's script."""
     requests = itertools.cycle(list(from_file(Path(file))))
     context = ssl.create_default_context() if url.startswith("https:") else None
     if context is not None:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # wrk does not look at it either
+        context.check_hostname, context.verify_mode = (
+            False,
+            ssl.CERT_NONE,
+        )  # wrk does not verify certificates either
     load = Load(url=url, requests=lambda: next(requests), context=context)
     began = time.monotonic()
     running = asyncio.create_task(load.run(connections=int(connections)))

@@ -1,4 +1,4 @@
-"""A stock client of the Open Inference Protocol, as anybody would use it: NVIDIA's, over TLS, with a token."""
+"""A standard client of the Open Inference Protocol: NVIDIA's client, over TLS, with a token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StockClient:
 
     @property
     def headers(self) -> dict[str, str]:
-        """A new dictionary each time, because the client adds its own to what it is given."""
+        """Return a new dictionary each time, because the client adds its own headers to it."""
         return {"Authorization": f"Bearer {self.token}"}
 
     def infer(
@@ -41,7 +41,7 @@ class StockClient:
         outputs: list[Any] | None = None,
         request_id: str = "",
     ) -> Any:
-        """The client's own result; an object array is BYTES."""
+        """Return the client's own result. An object array is sent as BYTES."""
         inputs = []
         for name, values in columns.items():
             datatype = np_to_triton_dtype(values.dtype)
@@ -56,5 +56,5 @@ class StockClient:
 
 
 def wanted(name: str, *, raw: bool) -> Any:
-    """An output to ask for."""
+    """Return an output to request."""
     return triton.InferRequestedOutput(name, binary_data=raw)

@@ -1,4 +1,4 @@
-"""Constant load on a project's edge while something is done to it, and what the logs say of it afterwards."""
+"""Constant load on a project's edge during a test, and a check of the logs afterwards."""
 
 from __future__ import annotations
 
@@ -26,19 +26,23 @@ CONNECTIONS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of all requests of a load."""
+    """The results of all requests of a load."""
 
     answers: list[Answer]
     failed: list[Answer]
-    """Not answered with 200."""
+    """Answers with a status other than 200."""
     lost: set[str]
-    """Ids of answers without a row in the prediction log."""
+    """Prediction ids of answers without a row in the prediction log."""
     twice: set[str]
-    """Ids of answers with more than one."""
+    """Prediction ids of answers with more than one row."""
     orphans: int
-    """Rows without an answer: of a replica that was killed between the two, whose request another one answered."""
+    """Number of rows without an answer.
+
+    A killed replica leaves such a row if it logged the prediction but did not answer. Another replica answered the
+    request.
+    """
     unrecorded: set[str]
-    """Ids of answers without an access record."""
+    """Prediction ids of answers without an access record."""
 
     def __str__(self) -> str:
         took = [answer.took_s for answer in self.answers]
@@ -51,7 +55,7 @@ class Outcome:
 
 
 class UnderLoad:
-    """A block during which requests come, `per_s` in all."""
+    """Context manager that sends requests while it is open, `per_s` in total."""
 
     def __init__(self, project: Project, *, per_s: float | None, connections: int = CONNECTIONS) -> None:
         self._project = project
@@ -78,16 +82,16 @@ class UnderLoad:
         self._thread.join()
 
     def more(self, count: int) -> None:
-        """Wait until so many more requests have been answered."""
+        """Wait until `count` more requests have been answered."""
         wanted = len(self._load.answers) + count
         self.until(lambda: len(self._load.answers) >= wanted)
 
     def until(self, said: Callable[[], bool], *, seconds: float = 60) -> None:
-        """Wait, under load, until something has come true."""
+        """Wait, under load, until a condition is true."""
         wait_until(said, seconds=seconds)
 
     def outcome(self) -> Outcome:
-        """To be asked behind the block."""
+        """Return the results of all requests. Call it after the `with` block."""
         answers = self._load.answers
         good = [answer for answer in answers if answer.status == 200]
         ids = {json.loads(answer.body)["prediction_id"] for answer in good}
@@ -102,14 +106,14 @@ class UnderLoad:
         )
 
     def _request(self) -> tuple[dict[str, str], bytes]:
-        if time.monotonic() - self._minted_at > 300:  # a token lives shorter than a long load
+        if time.monotonic() - self._minted_at > 300:  # a token expires during a long load
             self._token, self._minted_at = self._project.token(), time.monotonic()
         account = next(self._accounts) % scoring.ACCOUNTS
         headers = {"authorization": f"Bearer {self._token}", "x-unit-id": str(account)}
         return headers, json.dumps({"entities": [{"account_id": account}]}).encode()
 
     def _unrecorded(self, ids: set[str]) -> set[str]:
-        """HAProxy writes its records a little later."""
+        """Return the ids without an access record. HAProxy writes its records with a short delay, so poll."""
         deadline = time.monotonic() + 10
         while missing := ids - set(recorded(self._project.storage_root / "edge" / "access")):
             if time.monotonic() > deadline:
@@ -119,14 +123,14 @@ class UnderLoad:
 
 
 def logged(project: Project) -> list[str]:
-    """The prediction ids of the model's log, a row each."""
+    """Return the prediction ids of the model's log, one per row."""
     folder = project.storage_root / "predictions" / scoring.MODEL
     frame = read_predictions(folder, key_store(project.owner))
     return [] if frame.is_empty() else frame["prediction_id"].to_list()
 
 
 def recorded(folder: Path) -> Iterable[str]:
-    """The prediction ids of all access records; HAProxy's own notices stand among them."""
+    """Yield the prediction ids of all access records. The files also contain HAProxy's own notices."""
     for path in folder.glob("*.jsonl"):
         for line in path.read_text().splitlines():
             if line.startswith("{") and '"prediction_id"' in line:

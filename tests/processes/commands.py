@@ -1,4 +1,4 @@
-"""Runs a command's `main` in this process: starting Python for each call would take most of a test's time."""
+"""Run a command's `main` in this process. Starting Python for each call would take most of a test's time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 
 def run_main(main: Callable[[], None], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """What the command printed and its exit code."""
+    """Return the command's output and exit code."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         patch.object(sys, "argv", ["command", *arguments]),

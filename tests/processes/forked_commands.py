@@ -1,8 +1,8 @@
-"""Runs `python -m module key=value …` in a process forked from one that has imported what all commands need.
+"""Run `python -m module key=value ...` in a forked process whose parent has imported what all commands need.
 
-Starting Python and importing Ray takes most of the time of a small command. What a user sees stays the same: the
-command has a process, a working directory, an environment and an exit code of its own. Where the start of the process
-is itself what is tested, run the interpreter instead.
+Starting Python and importing Ray takes most of the time of a small command. The behaviour for a user is the same: the
+command has its own process, working directory, environment and exit code. If a test is about the start of the process
+itself, run the interpreter instead.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ PRELOADED = (
     "jobs.train.families",
     "serve_apps.deploy",
 )
-"""Modules that most commands import; none of them starts a thread that a fork would miss."""
+"""Modules that most commands import. None of them starts a thread. A fork would lose that thread."""
 
 
 def run_forked(
     module: str, *args: str, cwd: Path, env: dict[str, str], timeout_s: float
 ) -> subprocess.CompletedProcess[str]:
-    """What a command printed and its exit code.
+    """Return the command's output and exit code.
 
     Raises:
-        subprocess.TimeoutExpired: it did not end in time, and was killed.
+        subprocess.TimeoutExpired: The command did not end in time, and was killed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         for path in (out, err):
-            path.touch(mode=0o600)  # a process that ends before it is the command has printed nothing
+            path.touch(mode=0o600)  # a process that ends too early leaves empty files
         process = context.Process(target=_main, args=(module, args, str(cwd), env, str(out), str(err)))
         process.start()
         process.join(timeout_s)
@@ -63,7 +63,7 @@ def run_forked(
 
 
 def _main(module: str, args: tuple[str, ...], cwd: str, env: dict[str, str], out: str, err: str) -> None:
-    """Become the command; ends the process with its exit code."""
+    """Run the command in this process, then exit with its exit code."""
     for path, descriptor in ((os.devnull, 0), (out, 1), (err, 2)):
         opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         os.dup2(opened, descriptor)
@@ -84,7 +84,7 @@ def _main(module: str, args: tuple[str, ...], cwd: str, env: dict[str, str], out
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except BaseException:  # noqa: BLE001 (as the interpreter does it)
+    except BaseException:  # noqa: BLE001 (the interpreter does the same)
         traceback.print_exc()
         code = 1
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Processes that tests kill or let race: forked from one that has imported what they need once."""
+"""Forked processes that tests kill or run in races. Their fork server imports the needed modules once."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ _TARGETS = (
     "tests.unit.cluster.records.test_compaction_kills",
     "tests.unit.feature_jobs.online.test_materialize_kill",
 )
-"""Modules whose functions such processes run."""
+"""Modules whose functions run in such processes."""
 
 
 def context() -> ForkServerContext:
-    """The context of them all; there is one server a test run, so it preloads for every test that was collected."""
+    """Return the multiprocessing context of all these processes.
+
+    There is one fork server per test run, so it preloads the modules of all collected tests.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([name for name in _TARGETS if name in sys.modules])
     return context

@@ -1,5 +1,4 @@
-"""The commands of the feature store in this process, on a module of definitions: no cluster, and nobody asks whether
-the caller may."""
+"""The commands of the feature store in this process, on a module of definitions. No cluster and no access checks."""
 
 from __future__ import annotations
 
@@ -24,12 +23,12 @@ KEY_FOLDERS = ("features/{}/internal", "online/{}/internal", "quarantine/{}/sens
 
 
 def keys_of(*views: str) -> list[str]:
-    """The keys of views whose fields are all internal."""
+    """Return the keys of views whose fields are all internal."""
     return [folder.format(view) for view in views for folder in KEY_FOLDERS]
 
 
 class BatchProject:
-    """A storage root with a ledger and the definitions of a module that is written into it."""
+    """A storage root with a ledger, and the definitions of a module that is written into it."""
 
     def __init__(self, root: Path, access: KeyAccess, definitions: str, *, module: str) -> None:
         self.root, self.access, self.module = root, access, module
@@ -49,13 +48,13 @@ class BatchProject:
         apply(load_definitions(self.module), self.ledger, actor="test")
 
     def ingest(self, *views: str, **given: Any) -> None:
-        """What `feature_jobs.ingest` does with views; paths are relative to this process's folder."""
+        """Ingest views as `feature_jobs.ingest` does. Paths are relative to the working directory of this process."""
         words = {"storage": {"root": self.storage.root}, "definitions": self.module, "num_buckets": 2}
         config = load(OmegaConf.create(words | {"view": list(views)} | given), IngestConfig)
         for_each(views, lambda view: ingest(config, self.ledger, self.actor, view))
 
     def close(self) -> None:
-        """Close the ledger and forget the module."""
+        """Close the ledger and remove the module."""
         self.ledger.engine.dispose()
         sys.path.remove(str(self.root))
         sys.modules.pop(self.module, None)

@@ -1,4 +1,4 @@
-"""A feature store without a cluster: a ledger, one view's table, training sets."""
+"""A feature store without a cluster: a ledger, the table of one view, training sets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PEOPLE = 20
 
 
 class FeatureProject:
-    """A storage root with a ledger and one view's table, and the commands but for attaching and the policies."""
+    """A storage root with a ledger and the table of one view. Its methods run commands without cluster or policies."""
 
     def __init__(self, root: Path, access: KeyAccess) -> None:
         root.mkdir()
@@ -46,15 +46,15 @@ class FeatureProject:
         )
 
     def ingest(self, number: int, **columns: Any) -> None:
-        """A value for each person, `number` hours after the start."""
+        """Ingest one value per person, `number` hours after the start."""
         commit_rows(self.target(), self.rows(number, **columns), ingest_id=f"batch{number}")
 
     def write(self, number: int, name: str) -> list[BucketFile]:
-        """The same values as files of a name, without a commit."""
+        """Write the same values as files with a name prefix, without a commit."""
         return offline.write_files(self.rows(number), self.target(), name=name)
 
     def rows(self, number: int, **columns: Any) -> pa.Table:
-        """The rows of a batch, with some columns changed."""
+        """Return the rows of a batch, with some columns changed."""
         first = number * PEOPLE
         times = [START + timedelta(hours=number)] * PEOPLE
         amounts = pa.array([float(first + person) for person in range(PEOPLE)])
@@ -68,7 +68,7 @@ class FeatureProject:
         return pin(self.target())
 
     def build(self, output: str = "train", **given: Any) -> dict[str, Any]:
-        """What `feature_jobs.training_set` does."""
+        """Build a training set as `feature_jobs.training_set` does."""
         if "manifest" not in given:
             given = {"service": "credit", "entities": f"{self.root}/people.parquet"} | given
         config = TrainingSetConfig(
@@ -79,7 +79,7 @@ class FeatureProject:
         )
 
     def again(self, output: str = "train", **given: Any) -> dict[str, Any]:
-        """The same from its manifest."""
+        """Build the same training set from its manifest."""
         return self.build("again", manifest=str(self.manifest(output)), **given)
 
     def manifest(self, output: str = "train") -> Path:

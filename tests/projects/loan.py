@@ -1,6 +1,6 @@
-"""Somebody else's project, from an empty folder to a served model.
+"""A user's project, from an empty folder to a served model.
 
-It has its own data, definitions and configuration; nothing of this repository is edited.
+It has its own data, definitions and configuration. It does not change files of this repository.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TRAIN = ("--config-dir", "conf", "model=small", *DATA, *SPLIT)
 
 
 class Shop(Client):
-    """Asks for a customer's loan."""
+    """A client that requests loan predictions for a customer."""
 
     def predict(self, customer: int, **more: Any) -> tuple[int, dict[str, Any]]:
         body = {"entities": [{"customer_id": customer}], "as_of": AS_OF, **more}
@@ -54,7 +54,7 @@ class Shop(Client):
 
 
 def prepare(project: Project) -> None:
-    """Apply, ingest, train and deploy, in a project whose cluster is up."""
+    """Apply, ingest, train and deploy, in a project whose cluster is running."""
     root, run = project.root, project.run
     (root / "loans.py").write_text(DEFINITIONS)
     (root / "conf" / "model").mkdir(parents=True)
@@ -90,5 +90,5 @@ def write_data(root: Path) -> None:
 
 
 def log(project: Project) -> Path:
-    """The folder of the prediction log."""
+    """Return the folder of the prediction log."""
     return project.storage_root / "predictions" / "loan"

@@ -1,4 +1,4 @@
-"""Online stores with their keys, and what reads them."""
+"""Online stores with their keys, and their readers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from feature_jobs.store.online.store import OnlineStore
 from tests.projects.views import service_of
 
 SMALL = OnlineConfig(map_size_gib=0.05)
-"""An LMDB store for few rows."""
+"""Configuration of an LMDB store for few rows."""
 
 
 def online_keys(folder: Path, *views: str) -> Keyring:
-    """A keyring `keyring.json` with the online keys of views."""
+    """Create a keyring `keyring.json` with the online keys of views."""
     keyring = Keyring.create(folder / "keyring.json", bytes(32))
     for view in views:
         for sensitivity in ("internal", "personal", "sensitive"):
@@ -27,10 +27,10 @@ def online_keys(folder: Path, *views: str) -> Keyring:
 
 
 def open_store(folder: Path, keys: Keyring, config: OnlineConfig = SMALL) -> OnlineStore:
-    """A store for reading and writing below a folder."""
+    """Open a store below a folder for reading and writing."""
     return open_online_store(config, Layout(str(folder)), keys, readonly=False)
 
 
 def reader_of(store: OnlineStore, *views: ViewSpec) -> FeatureReader:
-    """A reader of a service with these views."""
+    """Return a reader of a service with these views."""
     return FeatureReader(service_of(*views), store)

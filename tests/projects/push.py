@@ -1,5 +1,7 @@
-"""A view that is pushed to, without a cluster: its ledger, push log, online store and table; and a process that takes
-pushes and streams, to be killed."""
+"""A view that takes pushes, without a cluster: its ledger, push log, online store and table.
+
+Also a process that takes pushes and runs streams. Tests kill it.
+"""
 
 from __future__ import annotations
 
@@ -54,18 +56,21 @@ INCOME = make_view(
     ttl=timedelta(days=30),
 )
 END = START + timedelta(hours=12)
-"""By then everything that the tests push has happened and is known."""
+"""By this time all rows that the tests push have happened and are known."""
 
 
 def row(person: int, hour: float, amount: Any = 1.0, **fields: Any) -> dict[str, Any]:
-    """A row as a client sends it."""
+    """Return a row as a client sends it."""
     at = (START + timedelta(hours=hour)).isoformat()
     features = {"amount": amount, "sector": f"s{person}"}
     return {"keys": {"person_id": person}, "features": features, "event_timestamp": at} | fields
 
 
 def payments_view() -> FeatureView:
-    """A view of that name, aggregated from events; made here, as a module has one definition of a name."""
+    """Return a view of the same name, aggregated from events.
+
+    It is built on each call, because a module has one definition per name.
+    """
     return make_view(
         source=INCOME.source,
         schema=[Field("payment", "string"), *INCOME.schema],
@@ -79,13 +84,13 @@ def payments_view() -> FeatureView:
 
 
 def payment(number: int, hour: float, amount: float = 1.0, **fields: Any) -> dict[str, Any]:
-    """An event of one of two people, as a client sends it."""
+    """Return an event of one of two people, as a client sends it."""
     sent = row(number % 2, hour, amount, **fields)
     return sent | {"features": sent["features"] | {"payment": f"p{number}"}}
 
 
 class PushProject:
-    """What a replica and a stream have open."""
+    """The objects that a replica and a stream have open."""
 
     def __init__(self, root: Path, access: KeyAccess, *, view: FeatureView = INCOME) -> None:
         self.places, self.access = Layout(str(root)), access
@@ -98,13 +103,13 @@ class PushProject:
         self.pusher = Pusher(self.view, self.places, self.store, self.log)
 
     def push(self, *rows: Mapping[str, Any], key: str) -> dict[str, Any]:
-        """The answer to a push."""
+        """Push rows and return the answer."""
         asked = parse_push({"view": self.view.spec.name, "rows": list(rows), "idempotency_key": key})
         now = datetime.now(UTC)
         return self.pusher.push(asked.rows, idempotency_key=key, digest=asked.digest, now=now)
 
     def stream(self, **changes: Any) -> PushStream:
-        """The stream into the table."""
+        """Return the stream from the push log into the table."""
         spec = self.view.spec
         return PushStream(
             view=spec,
@@ -118,17 +123,17 @@ class PushProject:
         )
 
     def target(self) -> Target:
-        """The table."""
+        """Return the table of the view."""
         spec = self.view.spec
         return target_of(self.places.features(spec.name), spec, self.access)
 
     def quarantine(self) -> QuarantineFiles:
-        """The view's quarantine."""
+        """Return the quarantine of the view."""
         name = self.view.spec.name
         return QuarantineFiles(folder=self.places.quarantine(name), view=name, access=self.access)
 
     def kafka(self, **changes: Any) -> KafkaStream:
-        """The stream of the view's topic."""
+        """Return the stream of the view's topic."""
         given = {"lateness": Lateness(None, LatePolicy.accept)} | changes
         return KafkaStream(
             view=self.view,
@@ -143,24 +148,24 @@ class PushProject:
 
     @property
     def topic(self) -> KafkaSource:
-        """The view's source, if it is one."""
+        """Return the view's source. It must be a Kafka topic."""
         source = self.view.view.source
         assert isinstance(source, KafkaSource)
         return source
 
     def consume(self, **changes: Any) -> int:
-        """Take what is in the topic; gives how many rows."""
+        """Consume the messages of the topic, and return the number of rows."""
         reading = ConsumerSettings(
             source=self.topic, once=True, linger_s=0.01, max_rows=changes.pop("max_rows", 50_000)
         )
         return consume(self.kafka(**changes), reading, threading.Event())
 
     def snapshot(self) -> Snapshot:
-        """The table as it is now."""
+        """Return the current version of the table."""
         return pin(self.target())
 
     def table(self) -> pl.DataFrame:
-        """All its rows in the order they came."""
+        """Return all rows of the table, in the order of ingestion."""
         pinned = self.snapshot()
         parts = [pinned.read(bucket, ["amount", "sector"]) for bucket in range(pinned.num_buckets)]
         return pl.concat([part for part in parts if not part.is_empty()], how="diagonal_relaxed").sort(
@@ -168,13 +173,13 @@ class PushProject:
         )
 
     def amounts(self, *people: int, hour: float = 100) -> list[float | None]:
-        """What the online store says."""
+        """Return the amounts in the online store."""
         entities = [{"person_id": person} for person in people]
         vectors = reader_of(self.store, self.view.spec).read(entities, START + timedelta(hours=hour))
         return vectors.columns["income__amount"]
 
     def materialise(self) -> None:
-        """The table as it is now, as of the end."""
+        """Materialise the current table, as of `END`."""
         spec, pinned, table = self.view.spec, self.snapshot(), open_table(self.target().uri)
         assert table is not None
         found, merge = newest_rows(spec, pinned, END), merge_function(spec)
@@ -183,13 +188,13 @@ class PushProject:
         )
 
     def served(self, *hours: float) -> list[dict[str, list[Any]]]:
-        """What the online store says of two people at each hour."""
+        """Return the online features of two people at each hour."""
         reader = reader_of(self.store, self.view.spec)
         entities = [{"person_id": person} for person in (0, 1)]
         return [reader.read(entities, START + timedelta(hours=hour)).columns for hour in hours]
 
     def trained(self, *hours: float) -> list[dict[str, list[Any]]]:
-        """What the table says of them."""
+        """Return the features of the same two people at each hour, from the table."""
         spec, pinned = self.view.spec, self.snapshot()
         assert spec.windows is not None
         parts = [pinned.read(bucket, spec.windows.table_columns) for bucket in range(pinned.num_buckets)]
@@ -209,7 +214,7 @@ class PushProject:
 
 
 def kafka_view(servers: str, view: FeatureView = INCOME) -> FeatureView:
-    """The same view, from a topic."""
+    """Return the same view with a Kafka source."""
     source = KafkaSource(
         servers, "incomes", event_timestamp="at", created_timestamp="known_at", deleted="gone"
     )
@@ -217,7 +222,7 @@ def kafka_view(servers: str, view: FeatureView = INCOME) -> FeatureView:
 
 
 def message(person: int, hour: float, amount: Any = 1.0, **fields: Any) -> dict[str, Any]:
-    """A row as a producer sends it."""
+    """Return a row as a producer sends it."""
     at = (START + timedelta(hours=hour)).isoformat()
     return {"person_id": person, "amount": amount, "sector": f"s{person}", "at": at} | fields
 
@@ -240,13 +245,16 @@ class Sent:
 
 
 def consume_until_killed(root: str, access: KeyAccess, servers: str) -> None:
-    """Take a topic into a view's table, few rows at a time."""
+    """Consume a topic into a view's table, few rows at a time."""
     project = PushProject(Path(root), access, view=kafka_view(servers))
     project.consume(max_rows=3)
 
 
 def serve(root: str, access: KeyAccess, asked: Connection, *, aggregated: bool = False) -> None:
-    """Do what comes in and say so: a push, `stream`, which takes the log into the table, or `materialise`."""
+    """Run each received request, and send "done" after it.
+
+    A request is a push, `stream`, which moves the log into the table, or `materialise`.
+    """
     project = PushProject(Path(root), access, view=payments_view() if aggregated else INCOME)
     stream = project.stream(max_rows=5)
     while True:

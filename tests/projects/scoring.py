@@ -1,7 +1,6 @@
-"""A project whose model reads 16 features online by `account_id`, in two versions behind the edge, for load.
+"""A project for load tests. Its model reads 16 features online by `account_id`, in two versions behind the edge.
 
-The commands are those that a person would type; only the model is fitted here, because training is not what is looked
-at.
+It runs the commands that a user would type. Only the model is fitted here, because training is not under test.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ scoring = FeatureService("{SERVICE}", views=[usage])
 
 
 def features() -> np.ndarray:
-    """Of all accounts, float64 [accounts, features]."""
+    """Return the features of all accounts, float64 [accounts, features]."""
     return np.random.default_rng(0).normal(size=(ACCOUNTS, FEATURES))
 
 
 def write_model(folder: Path, *, seed: int, service_version: str = "") -> None:
-    """A small model as a folder of model files."""
+    """Write a small model as a folder of model files."""
     inputs = features()
     label = inputs[:, 0] + inputs[:, 1] * inputs[:, 2] > 0
     parameters = {"objective": "binary", "num_leaves": 15, "num_threads": 1, "verbose": -1, "seed": seed}
@@ -66,7 +65,7 @@ def write_model(folder: Path, *, seed: int, service_version: str = "") -> None:
 
 
 def prepare(project: Project, *, versions: int = 2) -> None:
-    """Features online and model versions registered, in a project whose cluster is up."""
+    """Put features online and register model versions, in a project whose cluster is running."""
     (project.root / "scoring.py").write_text(DEFINITIONS)
     columns = {f"f{number}": column for number, column in enumerate(features().T)}
     at = pl.lit("2026-01-01").str.to_datetime(time_unit="us", time_zone="UTC")
@@ -80,7 +79,7 @@ def prepare(project: Project, *, versions: int = 2) -> None:
 
 
 def register(project: Project, *, seed: int) -> int:
-    """Another version of the model; gives its number."""
+    """Register another version of the model, and return its number."""
     ledger = project.ledger()
     spec = service_spec(ledger, SERVICE)
     folder = project.root / f"model-{seed}"
@@ -99,7 +98,7 @@ def register(project: Project, *, seed: int) -> int:
 
 
 def serve(project: Project, *overrides: str, weight: float = 50.0) -> None:
-    """The first version as champion and the second beside it, with a share of the units."""
+    """Deploy the first version as champion, and start a rollout of the second version with a share of the units."""
     project.run("serve_apps.deploy", f"name={MODEL}", "version=1", *overrides, check=True)
     start = ("action=start", f"name={MODEL}", "version=2", f"weight={weight}")
     project.run("serve_apps.rollout", *start, *overrides, check=True)
@@ -107,7 +106,7 @@ def serve(project: Project, *overrides: str, weight: float = 50.0) -> None:
 
 @contextlib.contextmanager
 def running_project(*overrides: str, weight: float = 50.0) -> Iterator[Project]:
-    """A cluster of its own in a temporary folder, that serves both versions."""
+    """Run a new cluster in a temporary folder that serves both versions."""
     with tempfile.TemporaryDirectory(prefix="falaj-scoring-") as name:
         project = new_project(Path(name))
         project.up()

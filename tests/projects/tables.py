@@ -27,7 +27,7 @@ TIMES = [
 def feature_rows(
     event: list[datetime], *, created: list[datetime] | None = None, first_seq: int = 0, **columns: Any
 ) -> pa.Table:
-    """Rows as ingestion stores them. By default a row is created at its event time."""
+    """Return rows as ingestion stores them. By default a row's created time is its event time."""
     times = pa.array(event, TIME)
     ordering = {
         "event_timestamp": times,
@@ -39,7 +39,7 @@ def feature_rows(
 
 
 def target_of(uri: str, spec: ViewSpec, access: KeyAccess, *, buckets: int = 2) -> Target:
-    """The place of a view's rows."""
+    """Return the write target of a view's rows."""
     return Target(
         uri=uri,
         keys=tuple(spec.join_keys),
@@ -50,7 +50,7 @@ def target_of(uri: str, spec: ViewSpec, access: KeyAccess, *, buckets: int = 2) 
 
 
 def batch_of(ingest_id: str, stored: int, *, quarantined: int = 0) -> Batch:
-    """What a commit records about a batch."""
+    """Return the record of a batch in a commit."""
     return Batch(
         ingest_id=ingest_id,
         rows_in=stored + quarantined,
@@ -72,7 +72,7 @@ def commit_rows(target: Target, rows: pa.Table, *, ingest_id: str = "a") -> int:
 
 
 def pin(target: Target, *, version: int | None = None) -> Snapshot:
-    """A version of the table, by default the newest."""
+    """Return a snapshot of the table, by default of the newest version."""
     return offline.snapshot(
         target.uri,
         view="income",

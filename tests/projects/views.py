@@ -19,7 +19,7 @@ PERSON = Entity("person", join_keys=["person_id"])
 
 
 def make_view(name: str = "income", **changes: Any) -> FeatureView:
-    """A valid view of persons with one feature `amount`, with some parts changed."""
+    """Return a valid view of persons with one feature `amount`, with some parts changed."""
     parts: dict[str, Any] = {
         "entities": [PERSON],
         "source": FileSource("x.parquet", event_timestamp="at"),
@@ -29,7 +29,7 @@ def make_view(name: str = "income", **changes: Any) -> FeatureView:
 
 
 def define(*views: FeatureView, service: FeatureService | None = None, module: str = "m") -> Definitions:
-    """A module with some views, and with a service and its views."""
+    """Return the definitions of a module with some views, and with a service and its views."""
     services = {} if service is None else {service.name: service}
     every = [*views, *(service.views if service else [])]
     return Definitions(module=module, views={view.name: view for view in every}, services=services)
@@ -44,7 +44,7 @@ def apply_service(ledger: Ledger, service: FeatureService) -> ServiceSpec:
 def make_spec(
     name: str, keys: list[str], /, *, version: str = "v1", ttl_h: float | None = None, **fields: str
 ) -> ViewSpec:
-    """A view's specification. A field is a dtype, or dtype and class separated by a slash."""
+    """Return a view's specification. A field is a dtype, or dtype and class separated by a slash."""
     specs = []
     for field, text in fields.items():
         dtype, _, sensitivity = text.partition("/")
@@ -56,5 +56,5 @@ def make_spec(
 
 
 def service_of(*views: ViewSpec) -> ServiceSpec:
-    """A service with these views."""
+    """Return a service with these views."""
     return ServiceSpec(name="s", version="s1", views=list(views))

@@ -1,4 +1,4 @@
-"""Writes many events to a ledger at once, in place of one transaction for each."""
+"""Write many events to a ledger at once, instead of one transaction per event."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _ACTOR = "user:loader"
 def load_events(
     ledger: Ledger, events: Iterable[LedgerEvent], *, apart: dt.timedelta, indexed: bool = False
 ) -> None:
-    """Append events as one chain, `apart` from each other. Projections follow at the next read.
+    """Append events as one chain, with `apart` between their times. The next read updates the projections.
 
-    The event index follows at the next read too, as after an older release. With `indexed` it follows at once, as it
-    does after appends.
+    The next read also updates the event index, as it does after an older release. With `indexed` the index is updated
+    at once, as appends do.
 
-    Their payloads must have texts, whole numbers, lists and dicts only: the JSON of these is canonical when it is
-    sorted, and much faster to write.
+    The payloads may contain only texts, whole numbers, lists and dicts. The sorted JSON of these is canonical, and much
+    faster to write.
     """
     chain = _chain(ledger, events, apart)
     while rows := list(islice(chain, _ROWS)):

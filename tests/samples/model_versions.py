@@ -1,4 +1,4 @@
-"""A registered version, for code that only reads what the registry says of it."""
+"""A registered version, for code that reads only the registry's record of it."""
 
 from __future__ import annotations
 

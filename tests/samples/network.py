@@ -1,4 +1,4 @@
-"""A tabular network with weights that nobody trained, as a folder of model files."""
+"""A tabular network with untrained weights, as a folder of model files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jobs.train.tabular_network.export import export
 
 
 def write_network(folder: Path, signature: ModelSignature, *, width: int = 16, depth: int = 2) -> None:
-    """Files as training writes them, of the signature's precision."""
+    """Write the files that training writes, in the precision of the signature."""
     folder.mkdir(parents=True)
     shape = shape_of(signature, width=width, depth=depth)
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def shape_of(signature: ModelSignature, *, width: int, depth: int) -> NetworkSha
 
 
 def rows(signature: ModelSignature, count: int, *, seed: int = 0) -> Matrix:
-    """Encoded rows, one value in ten missing."""
+    """Return encoded rows. One of ten values is missing."""
     draw = np.random.default_rng(seed)
     columns = [
         draw.normal(40, 20, count)

@@ -1,4 +1,4 @@
-"""The point-in-time join's definition in SQL, for DuckDB, and random tables of the kind that traps naive joins."""
+"""The definition of the point-in-time join in SQL, for DuckDB, and random tables that naive joins get wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TIMES: dict[str, Any] = {
 }
 FOREVER = timedelta(days=3650)
 
-# Filter what was known, take the greatest, then look at its age. With and without the cutoff at once.
+# Filter the rows that were known, take the greatest, then check its age. Runs with and without the cutoff at once.
 _SQL = """
 WITH found AS (
     SELECT e.position, e.event_timestamp AS asked_at, c.cutoff, f.*
@@ -44,7 +44,7 @@ Rows = list[tuple[Any, ...]]
 
 
 def connect() -> duckdb.DuckDBPyConnection:
-    """A database of one thread."""
+    """Return a database that uses one thread."""
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")
     connection.execute("SET threads = 1")
@@ -60,7 +60,10 @@ def expected(
     columns: Sequence[str],
     ttl: timedelta | None,
 ) -> tuple[Rows, Rows]:
-    """For each entity row the columns, then whether there is an answer at all; with the cutoff, and without."""
+    """Return the rows with the cutoff and the rows without it.
+
+    Each row has the columns of one entity row, then whether there is an answer.
+    """
     connection.register("features", features.to_arrow())
     connection.register("entities", entities.with_row_index("position").to_arrow())
     query = _SQL.format(
@@ -73,14 +76,17 @@ def expected(
 
 
 def hidden(known: Rows, without_cutoff: Rows) -> int:
-    """The entity rows that have an answer only without the cutoff."""
+    """Return the number of entity rows that have an answer only without the cutoff."""
     return sum(later[-1] and not row[-1] for row, later in zip(known, without_cutoff, strict=True))
 
 
 def random_features(
     draw: np.random.Generator, size: int, values: dict[str, list[Any]], *, hours: int = 12
 ) -> pl.DataFrame:
-    """Few keys and few moments, so that ties, duplicates, corrections and late rows abound; a quarter tombstones."""
+    """Return rows with few keys and few times. A quarter of them are tombstones.
+
+    So there are many ties, duplicates, corrections and late rows.
+    """
     event = draw.integers(0, hours, size)
     created = np.where(draw.random(size) < 0.5, event, draw.integers(0, hours, size))
     return pl.DataFrame(
@@ -102,7 +108,7 @@ def random_features(
 def random_entities(
     draw: np.random.Generator, size: int, values: dict[str, list[Any]], *, hours: int = 14
 ) -> pl.DataFrame:
-    """Entity rows in no order, some twice, some a microsecond off the moments that features have."""
+    """Return entity rows in random order. Some occur twice, some are a microsecond off the times of the features."""
     at = [
         START + timedelta(hours=int(hour), microseconds=int(off))
         for hour, off in zip(draw.integers(0, hours, size), draw.integers(-1, 2, size), strict=True)

@@ -1,4 +1,4 @@
-"""Principals and resources that tests ask the policies about."""
+"""Principals and resources for tests of the policies."""
 
 from __future__ import annotations
 

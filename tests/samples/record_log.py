@@ -22,7 +22,7 @@ FLAGS = ModelSignature(
 
 
 def prediction(number: int, *, version: int = 1, **changes: Any) -> PredictionRecord:
-    """Return a record; the two versions have different inputs."""
+    """Return a record. The two versions have different inputs."""
     features = {"age": [41.5, None]} if version == 1 else {"city": ["a", "b"]}
     record = PredictionRecord(
         prediction_id=f"p{number}",

@@ -1,4 +1,4 @@
-"""A few trees, fitted to nothing in particular, as a folder of model files."""
+"""A few trees, fitted to an arbitrary target, as a folder of model files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OBJECTIVES = {Task.binary: "binary", Task.multiclass: "multiclass", Task.regress
 
 
 def write_trees(folder: Path, signature: ModelSignature, *, rounds: int = 5, num_leaves: int = 8) -> None:
-    """Files as training writes them."""
+    """Write the files that training writes."""
     folder.mkdir(parents=True)
     matrix = rows(signature, 500)
     known = np.nan_to_num(matrix).sum(axis=1)

@@ -1,4 +1,4 @@
-"""A running controller of an edge over a real ledger and a real HAProxy, and what it hears of Serve."""
+"""A running edge controller with a real ledger, a real HAProxy, and a fake of Serve."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SPLIT = "m-v1|m-v2|challenger|r|s|2000|8000"
 
 
 class Serve:
-    """What the controller hears of Serve: targets, an error, or nothing for a while. Our own fake."""
+    """A fake of Serve's targets for the controller. It returns targets, raises an error, or blocks for a while."""
 
     def __init__(self) -> None:
         self.targets: Targets = {"m-v1": (ONE,), "m-v2": (TWO,), "outcomes": (ONE,)}
@@ -57,7 +57,7 @@ class Serve:
 
 
 class Held(HAProxy):
-    """Loads when it may."""
+    """HAProxy that waits for permission before it loads."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -71,7 +71,7 @@ class Held(HAProxy):
 
 
 class Running:
-    """A controller in a thread, and a look at what HAProxy has."""
+    """A controller in a thread, with methods that inspect HAProxy."""
 
     def __init__(self, root: Path, short: Path, *, ledger: Ledger | None = None) -> None:
         self.places = places = Layout(str(root))
@@ -102,7 +102,7 @@ class Running:
         return self.state.backends if self.state else []
 
     def add_app(self, app: str) -> None:
-        """Add an application with a replica to what Serve lists, and wait until the edge has it."""
+        """Add an application with a replica to Serve's targets, and wait until the edge has it."""
         self.serve.targets = {**self.serve.targets, app: (ONE,)}
         wait_until(lambda: app in self.backends)
 
@@ -118,7 +118,7 @@ class Running:
         wait_until(lambda: self.serve.asked >= asked + times)
 
     def split(self) -> str:
-        """The model's entry in the running HAProxy."""
+        """Return the model's map entry in the running HAProxy."""
         return entry_of(self.ask(f"show map {self.settings.map_file}"))
 
     def ask(self, command: str, address: str | None = None) -> str:
@@ -131,7 +131,7 @@ class Running:
     def begin(
         self, *, fetch_targets: Callable[[], Targets] | None = None, keys: KeySource | None = None
     ) -> None:
-        """A controller and a HAProxy of it, over what earlier ones have left."""
+        """Create a controller with its HAProxy, over the state that earlier ones left. It is not started."""
         self.haproxy = Held(
             config=self.haproxy_file,
             admin_socket=Path(self.settings.admin_socket),
@@ -156,7 +156,7 @@ class Running:
         self.stop()
 
     def stop(self) -> None:
-        """End the controller, and HAProxy with it."""
+        """Stop the controller, and its HAProxy."""
         self.stopped.set()
         self.thread.join(20)
 
@@ -166,14 +166,14 @@ class Running:
         return http.client.HTTPSConnection(host, int(port), context=context, timeout=10)
 
     def ask_all(self, command: str) -> list[str]:
-        """What all workers say, those included that drain; there are two masters at least."""
+        """Return the answers of all workers, including workers that drain. There are at least two masters."""
         said = []
         masters = sorted(Path(self.settings.admin_socket).parent.glob("master-*.sock"))
         assert len(masters) > 1
         for master in masters:
             rows = [row.split() for row in self.ask("show proc", str(master)).splitlines()]
             for worker in (row[0] for row in rows if len(row) > 1 and row[1] == "worker"):
-                with contextlib.suppress(ConnectionError):  # it has just ended
+                with contextlib.suppress(ConnectionError):  # the worker has just ended
                     said.append(self.ask(f"@!{worker} {command}", str(master)))
         return said
 
@@ -186,13 +186,13 @@ class Running:
 
 
 def entry_of(shown: str) -> str:
-    """The model's entry in what `show map` says."""
+    """Return the model's entry in the output of `show map`."""
     return next((line.split(" ")[2] for line in shown.splitlines() if " m " in line), "")
 
 
 @contextlib.contextmanager
 def new_controller(root: Path, *, ledger: Ledger | None = None) -> Iterator[Running]:
-    """A controller that has not been started."""
+    """Yield a controller that has not been started."""
     root.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="falaj-controller-", dir="/tmp") as short:
         one = Running(root, Path(short), ledger=ledger)
@@ -204,7 +204,7 @@ def new_controller(root: Path, *, ledger: Ledger | None = None) -> Iterator[Runn
 
 @contextlib.contextmanager
 def running_controller(root: Path) -> Iterator[Running]:
-    """A controller of a model with a rollout."""
+    """Yield a running controller of a model with a rollout."""
     with new_controller(root) as one:
         one.thread.start()
         one.tell_and_wait(*DEPLOYED, STARTED)

@@ -1,4 +1,4 @@
-"""A running HAProxy with our configuration, in front of a server that says what reached it, and a client of it."""
+"""A running HAProxy with our configuration, in front of a server that echoes its requests, and a client of it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ROLLOUT = Rollout(id="r1", salt=SALT, treatment_version=2, treatment_variant="ch
 
 
 def limits(*, folder: str, socket: str) -> Limits:
-    """Those of an edge by default."""
+    """Return the default limits of an edge."""
     return Limits(
         principal=Limit(requests_per_s=10_000, concurrent=512),
         tenant=Limit(requests_per_s=50_000, concurrent=1_500),
@@ -52,10 +52,10 @@ def limits(*, folder: str, socket: str) -> Limits:
 
 
 class Echo(http.server.BaseHTTPRequestHandler):
-    """Answers with the headers and the path it got; no double of a replica, only a mirror."""
+    """Answers with the headers and the path of the request. It does not behave like a replica in any other way."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize = 65_536  # head and body together, or the kernel holds the second back for 40 ms
+    wbufsize = 65_536  # send head and body together; otherwise the kernel delays the body by 40 ms
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("content-length", 0)))
@@ -71,11 +71,11 @@ class Echo(http.server.BaseHTTPRequestHandler):
     do_GET = do_PUT = do_DELETE = do_POST
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 class Mirror(http.server.ThreadingHTTPServer):
-    """Serves echoes on loopback while its context is open."""
+    """An echo server on loopback that runs while its context is open."""
 
     def __init__(self, handler: type[Echo] = Echo, *, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), handler)
@@ -99,20 +99,20 @@ class Mirror(http.server.ThreadingHTTPServer):
         return f"127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a connection that HAProxy gave up."""
+        """Print nothing about connections that HAProxy closed."""
 
 
 def edge_settings(
     root: Path, sockets: Path, places: Layout, *, ports: tuple[int, int], dashboard: str
 ) -> EdgeSettings:
-    """An edge's settings on loopback.
+    """Return an edge's settings on loopback.
 
     Args:
-        root: for its files.
-        sockets: a folder whose name is short enough for a socket's.
-        places: where its certificate is.
-        ports: of the edge and of its metrics.
-        dashboard: address of what stands for Ray's.
+        root: Folder for its files.
+        sockets: Folder with a path short enough for sockets.
+        places: Layout that contains its certificate.
+        ports: Ports of the edge and of its metrics.
+        dashboard: Address of the server in place of Ray's dashboard.
     """
     return EdgeSettings(
         bind=f"127.0.0.1:{ports[0]}",
@@ -188,7 +188,7 @@ class Edge:
         settings: EdgeSettings | None = None,
         timeout: tuple[str, str] = ("", ""),
     ) -> None:
-        """Load the rollout with some targets; with other keys or settings, or with a constant timeout replaced."""
+        """Load the rollout with some targets. Keys, settings, or one constant timeout can be replaced."""
         text = render(
             self.routes(ROLLOUT, targets), self.keys if keys is None else keys, settings or self.settings
         )
@@ -207,7 +207,7 @@ class Edge:
         raise TimeoutError("HAProxy did not become ready")
 
     def load_routes(self, wanted: Routes) -> None:
-        """Load routes, and their splits through the map's file."""
+        """Load routes. Write their splits to the map file."""
         entries = "".join(f"{name} {split}\n" for name, split in wanted.entries.items())
         write_bytes(self.settings.map_file, entries.encode())
         self.haproxy.load(render(wanted, self.keys, self.settings))
@@ -225,7 +225,7 @@ class Edge:
         )
 
     def token_with(self, **claims: Any) -> str:
-        """A validly signed token with any claims."""
+        """Return a validly signed token with any claims."""
         claims = {"sub": "t", "role": "admin", "purpose": ""} | claims
         return sign(self.places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=60)
 
@@ -239,7 +239,7 @@ class Edge:
         body: bytes = b"{}",
         over: http.client.HTTPSConnection | None = None,
     ) -> tuple[int, dict[str, Any]]:
-        """Status and JSON of one request, over a connection of its own unless one is given."""
+        """Return status and JSON of one request. It uses a new connection unless one is passed."""
         connection = over or self.connect()
         connection.putrequest(method, path)
         given: dict[str, str | bytes] = {"content-length": str(len(body)), **(headers or {})}
@@ -255,14 +255,14 @@ class Edge:
         return response.status, content
 
     def ask(self, command: str) -> str:
-        """What the running worker says on its admin socket."""
+        """Return the running worker's answer on its admin socket."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(self.settings.admin_socket)
             connection.sendall(command.encode() + b"\n")
             return b"".join(iter(lambda: connection.recv(4096), b"")).decode()
 
     def logged(self, request_id: str) -> dict[str, Any]:
-        """The access record of a request, once it has been written."""
+        """Wait for the access record of a request, and return it."""
         found: list[dict[str, Any]] = []
 
         def written() -> bool:
@@ -273,7 +273,7 @@ class Edge:
         return found[0]
 
     def records(self) -> list[dict[str, Any]]:
-        """The access records that have been written."""
+        """Return the access records that have been written."""
         files = sorted((Path(self.places.root) / "access").iterdir())
         lines = "".join(path.read_text(errors="replace") for path in files).splitlines()
 
@@ -290,7 +290,10 @@ class Edge:
         return connection
 
     def exchange(self, data: bytes) -> tuple[int, bytes]:
-        """Send bytes that need not be HTTP, and return status and body; status 0 if the connection just ends."""
+        """Send bytes that need not be HTTP, and return status and body.
+
+        The status is 0 if the connection ends without data.
+        """
         received = b""
         with self.send(b"", timeout_s=5) as connection, contextlib.suppress(ConnectionError, ssl.SSLError):
             connection.sendall(data)
@@ -317,7 +320,7 @@ def answer_of(connection: ssl.SSLSocket) -> tuple[int, bytes]:
 
 @contextlib.contextmanager
 def running_edge(root: Path) -> Iterator[Edge]:
-    """An edge whose sockets have short paths."""
+    """Run an edge whose sockets have short paths."""
     with tempfile.TemporaryDirectory(prefix="falaj-edge-", dir="/tmp") as short:
         edge = Edge(root, Path(short))
         try:

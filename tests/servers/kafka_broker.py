@@ -1,4 +1,4 @@
-"""librdkafka's mock broker: Kafka's real protocol on a loopback port, in this process and for others."""
+"""librdkafka's mock broker: Kafka's real protocol on a loopback port, for this process and others."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class MockBroker:
         self.servers = f"{broker.host}:{broker.port}"
 
     def send(self, topic: str, *rows: Any, partition: int = 0) -> None:
-        """Rows as JSON, bytes as they are; there when this returns."""
+        """Send rows. Bytes are sent as they are, other rows as JSON. The broker has them when this returns."""
         for row in rows:
             value = row if isinstance(row, bytes) or row is None else orjson.dumps(row)
             self._producer.produce(topic, value, partition=partition)
         assert self._producer.flush(10) == 0
 
     def close(self) -> None:
-        """End the broker with its producer."""
+        """Stop the broker together with its producer."""
         del self._producer
 
 
 @contextlib.contextmanager
 def mock_broker() -> Iterator[MockBroker]:
-    """A new, empty broker."""
+    """Yield a new, empty broker."""
     broker = MockBroker()
     yield broker
     broker.close()

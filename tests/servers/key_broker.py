@@ -33,7 +33,9 @@ class Allowed:
 @contextlib.contextmanager
 def running_broker(*keys: str) -> Iterator[KeyAccess]:
     """Yield the access to a new keyring with these keys."""
-    folder = Path(tempfile.mkdtemp(prefix="falaj-keys-"))  # short: a socket's path ends at 97 bytes
+    folder = Path(
+        tempfile.mkdtemp(prefix="falaj-keys-")
+    )  # short, because a socket's path may have at most 97 bytes
     (folder / "token").write_text("anything")
     (folder / "token").chmod(0o600)
     access = KeyAccess(

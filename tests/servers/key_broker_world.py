@@ -78,7 +78,7 @@ class World:
     def gate(
         self, store: Any = None, *, audit: Callable[[Denial[Person]], None] | None = None
     ) -> Gate[Person]:
-        """Return the access control in front of a store; of the keyring by default."""
+        """Return the access control in front of a store, by default the keyring."""
         return Gate(store or self.ring, verify=verify, decide=decide, audit=audit or self.denials.append)
 
     @contextmanager

@@ -1,5 +1,6 @@
-"""A double of S3 on loopback: moto. It answers one request at a time, because with several threads two writers who
-create the same file sometimes both succeed.
+"""A double of S3 on loopback: moto. It answers one request at a time.
+
+With several threads, two writers that create the same file sometimes both succeed.
 
     python -m tests.servers.object_store PORT
 """
@@ -26,7 +27,7 @@ BUCKET = "falaj"
 
 @contextlib.contextmanager
 def object_store() -> Iterator[dict[str, str]]:
-    """Start the server with an empty bucket; yield the environment variables of its clients."""
+    """Start the server with an empty bucket. Yield the environment variables of its clients."""
     if importlib.util.find_spec("moto") is None:
         pytest.skip("moto is not installed: nothing was tested against an S3 server")
     url = f"http://127.0.0.1:{free_port()}"
@@ -69,7 +70,7 @@ def _answers(url: str) -> bool:
 
 @contextlib.contextmanager
 def object_store_environment() -> Iterator[str]:
-    """Set the variables in this process; yield the URI of the bucket."""
+    """Set the variables in this process. Yield the URI of the bucket."""
     with object_store() as variables:
         previous = dict(os.environ)
         os.environ.update(variables)

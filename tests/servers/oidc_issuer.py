@@ -1,4 +1,4 @@
-"""An OIDC issuer on loopback: publishes its keys over HTTP, and signs with them."""
+"""An OIDC issuer on loopback. It publishes its keys over HTTP, and signs tokens with them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def new_key() -> ECKey:
 
 
 class Issuer:
-    """A real HTTP server that publishes keys, and signs with them."""
+    """A real HTTP server that publishes keys, and signs tokens with them."""
 
     def __init__(self) -> None:
         self.requests: list[str] = []
@@ -41,11 +41,11 @@ class Issuer:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                with contextlib.suppress(ConnectionError):  # who asked has given up
+                with contextlib.suppress(ConnectionError):  # the client has closed the connection
                     self.wfile.write(body)
 
             def log_message(self, format: str, *args: Any) -> None:
-                """Say nothing."""
+                """Print nothing."""
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"

@@ -1,4 +1,4 @@
-"""Ports for servers that tests start: below those that the kernel gives to clients, which come and go meanwhile."""
+"""Ports for servers that tests start. They are below the kernel's port range for clients, whose ports come and go."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _drawn: set[int] = set()
 
 
 def free_port() -> int:
-    """A port that nobody is bound to, and that this process was not given before."""
+    """Return a port that no process is bound to and that this function has not returned in this process before."""
     for port in random.sample(range(FIRST, LAST), 100):
         if port not in _drawn and port_is_free(port, ""):
             _drawn.add(port)

@@ -24,16 +24,20 @@ def _binary(name: str) -> str | None:
 
 
 def _as_postgres(*command: str) -> list[str]:
-    """PostgreSQL refuses to run as root, so the user of its package runs it there."""
+    """Return a command that runs as the user `postgres` if this process is root.
+
+    PostgreSQL refuses to run as root.
+    """
     runuser = shutil.which("runuser", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") or "runuser"
     return [runuser, "-u", "postgres", "--", *command] if os.geteuid() == 0 else list(command)
 
 
 @contextmanager
 def running_server(*settings: str, certificates: Path | None = None) -> Iterator[str]:
-    """Start a new server and return its address; with a folder of a node's certificate and key, it uses TLS.
+    """Start a new server and yield its address.
 
-    Without PostgreSQL the test is skipped.
+    With a folder of a node's certificate and key, the server uses TLS. The test is skipped if PostgreSQL is not
+    installed.
     """
     initdb, server = _binary("initdb"), _binary("postgres")
     if initdb is None or server is None:

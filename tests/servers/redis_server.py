@@ -1,4 +1,4 @@
-"""A real redis-server for tests, on a port of its own; whoever has none is told so."""
+"""A real redis-server for tests, on its own port. Tests are skipped with a message if redis-server is not installed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ START_DEADLINE_S = 10
 
 @contextlib.contextmanager
 def running_redis(*options: str) -> Iterator[str]:
-    """The URL of a new, empty server that keeps nothing on disk.
+    """Yield the URL of a new, empty server that stores nothing on disk.
 
     Args:
-        options: further ones of the server.
+        options: More command-line options of the server.
     """
     binary = shutil.which("redis-server")
     if binary is None:
@@ -42,7 +42,7 @@ def running_redis(*options: str) -> Iterator[str]:
             assert process.poll() is None, "redis-server ended"
             try:
                 client.ping()
-            except redis.AuthenticationError:  # it answers, to those with a password
+            except redis.AuthenticationError:  # the server answers, but requires a password
                 break
             except redis.ConnectionError:
                 pass

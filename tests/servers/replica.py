@@ -1,4 +1,4 @@
-"""A real replica behind a real HTTP server, without Ray: registered and sealed files, a key broker, tokens, the log."""
+"""A real replica behind a real HTTP server, without Ray: registered and encrypted files, key broker, tokens, log."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ MODEL = "m"
 
 
 def write_model(folder: Path, signature: ModelSignature) -> None:
-    """A linear model as a folder of model files: scores are the inputs' sum, a missing one counting as nothing."""
+    """Write a linear model as a folder of model files. A score is the sum of the inputs. A missing one counts as 0."""
     width, outputs = signature.width, signature.num_scores
     weights = np.tile(np.linspace(0.01, 0.02, outputs, dtype=np.float32), (width, 1))
     known = {"zero": np.float32(0), "weights": weights, "last": np.array([1], dtype=np.int64)}
@@ -83,7 +83,7 @@ def write_model(folder: Path, signature: ModelSignature) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Replica:
-    """A running one, and a client of it."""
+    """A running replica, and a client of it."""
 
     address: str
     outcomes: str
@@ -93,13 +93,13 @@ class Replica:
     prefix: str
     predictor: Predictor
     failures: list[Exception] = field(default_factory=list)
-    """What the application let through; nothing may."""
+    """Errors that the application let through. There must be none."""
 
     def token(self, role: Role = Role.service, scope: str = "") -> str:
         return mint_token(self.places, subject="t", role=role, purpose="test", ttl_s=900, scope=scope)
 
     def as_edge(self, **said: str) -> dict[str, str]:
-        """Headers that the edge would send."""
+        """Return the headers that the edge would send."""
         return EdgeHeaders(**said).to_headers(edge_proof(self.places))
 
     @property
@@ -125,7 +125,7 @@ class Replica:
         headers: dict[str, str] | None = None,
         token: str | None = None,
     ) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body of one request; a body that is not bytes is sent as JSON."""
+        """Return status, headers and body of one request. A body that is not bytes is sent as JSON."""
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         given = {"authorization": f"Bearer {token or self.token()}"} | (headers or {})
         connection = self.connect()
@@ -136,12 +136,12 @@ class Replica:
         return response.status, {name.lower(): value for name, value in response.getheaders()}, answer
 
     def json(self, path: str, body: Any = None, **more: Any) -> tuple[int, dict[str, Any]]:
-        """Status and JSON."""
+        """Return status and JSON of one request."""
         status, _, answer = self.call(path, body, **more)
         return status, json.loads(answer)
 
     def log(self) -> pl.DataFrame:
-        """What was written down."""
+        """Return the prediction log."""
         return read_predictions(Path(self.places.predictions(MODEL)), key_store(self.keys))
 
 
@@ -155,15 +155,15 @@ def running_replica(
     durability: Durability = Durability.process,
     batching: BatchingConfig | None = None,
 ) -> Iterator[Replica]:
-    """A replica of version 1 of a model, in a storage root of its own or an edge's.
+    """Run a replica of version 1 of a model, in its own storage root or an edge's.
 
     Args:
-        root: the storage root.
-        signature: of the model.
-        write: makes the folder of its files.
-        before: is called before it starts, to put features online for one.
-        durability: of its log.
-        batching: of its requests; none is the default.
+        root: The storage root.
+        signature: Signature of the model.
+        write: Writes the folder of model files.
+        before: Called before the replica starts, for example to put features online.
+        durability: Durability of the log.
+        batching: Batching of requests. None means the default.
     """
     options = ReplicaConfig(durability=durability, batching=batching or BatchingConfig())
     config = PlatformConfig(storage=StorageConfig(root=str(root)), replica=options)
@@ -194,7 +194,10 @@ def running_replica(
 
 @contextlib.contextmanager
 def running_features(replica: Replica) -> Iterator[str]:
-    """Address of the application that reads features and takes pushed ones: of view `income` and service `credit`."""
+    """Yield the address of the application that reads features and takes pushed features.
+
+    It serves view `income` and service `credit`.
+    """
     online = OnlineConfig(map_size_gib=0.1)
     config = PlatformConfig(storage=StorageConfig(root=replica.places.root), online=online)
     for info in view_keys(INCOME, region="local"):
@@ -228,7 +231,7 @@ def register(
 
 
 def record(root: Path, key_socket: str, port: int) -> ClusterRecord:
-    """Of a cluster that is this process."""
+    """Return the record of a cluster that consists of this process."""
     return ClusterRecord(
         cluster_id="",
         project_root=str(root),
@@ -250,7 +253,10 @@ def record(root: Path, key_socket: str, port: int) -> ClusterRecord:
 
 
 def application(target: Predictor | Outcomes | Features, prefix: str, failures: list[Exception]) -> Any:
-    """As Serve calls it: the prefix is the scope's root path, and health is Serve's own answer."""
+    """Return an ASGI application that calls the target as Serve does.
+
+    The prefix is the root path of the scope. Serve itself answers health checks.
+    """
 
     async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
         try:
@@ -267,14 +273,14 @@ def application(target: Predictor | Outcomes | Features, prefix: str, failures: 
 
 @contextlib.contextmanager
 def listener() -> Iterator[int]:
-    """A port that answers, as a head node's would."""
+    """Yield a port that accepts connections, as a head node's port would."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
 
 @contextlib.contextmanager
 def served(app: Any) -> Iterator[str]:
-    """An ASGI application's address while it is served."""
+    """Serve an ASGI application and yield its address."""
     config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as bound:

@@ -1,4 +1,4 @@
-"""Serve's proxy, as far as the edge can tell: it holds requests of an application until a replica is up."""
+"""A double of Serve's proxy: it holds requests of an application until a replica is up, as the edge would see it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.servers.edge import Echo, Mirror
 
 
 class HoldingProxy(Mirror):
-    """Echoes a request when it may, or answers that the application is unknown."""
+    """Echoes a request once it is allowed to, or answers that the application is unknown."""
 
     def __init__(self) -> None:
         super().__init__(HoldingEcho)
@@ -22,7 +22,7 @@ class HoldingProxy(Mirror):
 
 
 class HoldingEcho(Echo):
-    """One request of the proxy; health checks are answered at once."""
+    """Handler of one request. Health checks are answered at once."""
 
     def do_POST(self) -> None:
         assert isinstance(self.server, HoldingProxy)

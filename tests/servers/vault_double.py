@@ -1,9 +1,11 @@
-"""A double of HashiCorp Vault: NOT Vault, but a loopback server that speaks the part of its HTTP API we use.
+"""A double of HashiCorp Vault: NOT Vault, but a loopback server that implements the part of its HTTP API we use.
 
-With real cryptography: Transit is AES-256-GCM, the PKI signs real certificates, JWT logins verify real signatures.
-Paths, status codes and error texts follow Vault's; so do its lax spots that a client has to know (`v0` decrypts as
-`v1`, base64 with stray bits, encrypting creates a missing key, rewrap has no associated data). What it does not
-imitate: policies in HCL (a token has a list of denied paths), leases of secrets, namespaces, high availability.
+The cryptography is real: Transit is AES-256-GCM, the PKI signs real certificates, JWT logins verify real signatures.
+Paths, status codes and error texts are the same as Vault's. Its lax behaviour that a client must know is the same too:
+`v0` decrypts as `v1`, base64 may have stray bits, encrypting creates a missing key, rewrap has no associated data.
+
+It does not imitate: policies in HCL (a token has a list of denied paths), leases of secrets, namespaces, high
+availability.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ _KEY_NAME = r"\w(?:[\w.-]*\w)?"  # Vault's GenericNameRegex
 
 
 class Refused(Exception):
-    """An answer in Vault's error form."""
+    """An error answer in Vault's format."""
 
     def __init__(self, status: int, *errors: str) -> None:
         super().__init__(*errors)
@@ -52,7 +54,7 @@ class Refused(Exception):
 
 @dataclass
 class Token:
-    """What a token may do and until when."""
+    """The permissions of a token and its expiry."""
 
     denied: tuple[str, ...] = ()
     """`<method> <path prefix>` or `<path prefix>`."""
@@ -75,7 +77,7 @@ class TransitKey:
 
 @dataclass
 class State:
-    """Everything the double remembers."""
+    """The whole state of the double."""
 
     tokens: dict[str, Token] = field(default_factory=dict)
     transit: dict[str, TransitKey] = field(default_factory=dict)
@@ -118,7 +120,7 @@ class VaultDouble:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def token(self, *, denied: tuple[str, ...] = (), ttl_s: float = 3600.0, renewable: bool = True) -> str:
-        """A new token."""
+        """Return a new token."""
         text = f"hvs.{secrets.token_urlsafe(18)}"
         self.state.tokens[text] = Token(denied, ttl_s, time.monotonic() + ttl_s, renewable)
         return text
@@ -127,7 +129,7 @@ class VaultDouble:
         """Route one request.
 
         Raises:
-            Refused: with Vault's status and errors.
+            Refused: The request fails, with Vault's status and errors.
         """
         state = self.state
         with state.lock:
@@ -317,7 +319,9 @@ class VaultDouble:
 def _handler(double: VaultDouble) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True  # or each answer waits 40 ms for the client's delayed acknowledgement
+        disable_nagle_algorithm = (
+            True  # otherwise each answer waits 40 ms for the client's delayed acknowledgement
+        )
 
         def _serve(self) -> None:
             text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -338,13 +342,13 @@ def _handler(double: VaultDouble) -> type[BaseHTTPRequestHandler]:
         do_GET = do_POST = do_PUT = do_DELETE = do_LIST = _serve
 
         def log_message(self, *_: object) -> None:
-            """Say nothing: tests print their own."""
+            """Print nothing, because tests print their own output."""
 
     return Handler
 
 
 def _lax_base64(text: object, error: str) -> bytes:
-    """As Go's StdEncoding: line ends and stray bits are overlooked, other characters are not."""
+    """Decode as Go's StdEncoding does: ignore line ends and stray bits, but reject other characters."""
     try:
         return base64.b64decode(re.sub(r"[\r\n]", "", str(text)), validate=True)
     except (binascii.Error, ValueError):

@@ -1,8 +1,9 @@
-"""Feast's online reads, in an environment of Feast's own: loads a store, then measures a round for each line it reads.
+"""Feast's online reads, in Feast's own environment: load a store, then measure one round per input line.
 
     python feast_online.py FOLDER sqlite|redis REDIS_PORT ENTITIES FEATURES LOAD_SECONDS
 
-Prints one JSON line when loaded (how many entities it got to in the time given), and one a round: nanoseconds a call.
+Prints one JSON line after loading (the number of entities loaded within the time limit), and one JSON line per round
+(nanoseconds of each call).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PIECE = 10_000
 
 
 def store_of(folder: Path, kind: str, port: str, names: list[str]) -> FeatureStore:
-    """An applied feature view `v` of these features, over an online store of a kind."""
+    """Return an applied feature view `v` with these features, over an online store of one kind."""
     online = (
         f"{{type: sqlite, path: {folder}/online.db}}"
         if kind == "sqlite"
@@ -50,7 +51,7 @@ def store_of(folder: Path, kind: str, port: str, names: list[str]) -> FeatureSto
 
 
 def load(store: FeatureStore, names: list[str], entities: int, seconds: float) -> int:
-    """Write entities until the time is over; gives how many."""
+    """Write entities until the time limit, and return their number."""
     draw, began, done = np.random.default_rng(0), time.monotonic(), 0
     while done < entities and time.monotonic() - began < seconds:
         size = min(PIECE, entities - done)
@@ -62,7 +63,7 @@ def load(store: FeatureStore, names: list[str], entities: int, seconds: float) -
 
 
 def main() -> None:
-    """Load, then answer rounds `<entities a call> <calls>` until the input ends."""
+    """Load, then run rounds `<entities a call> <calls>` until the input ends."""
     folder, kind, port, entities, features, seconds = sys.argv[1:]
     names = [f"f{number}" for number in range(int(features))]
     store = store_of(Path(folder), kind, port, names)

@@ -1,10 +1,11 @@
-"""An A/B test as Ray Serve's users write it: an ingress that awaits the handle of one of two models.
+"""An A/B test as users of Ray Serve write it: an ingress that awaits the handle of one of two models.
 
     python serve_ab.py PORT MODEL_FOLDER      with the environment that `tests/bench/serve.py` makes
 
-Once bare, at `/bare`: 16 numbers in, a probability out. Once at `/same` with what a request to us does as well: the
-token checked and remembered, features read from the same online store, a record in a log; with our own code for each,
-so that only the way between them differs. Runs until SIGTERM.
+`/bare` takes 16 numbers and returns a probability.
+`/same` does the same work as a request to our edge: it checks and caches the token, reads features from the same online
+store, and writes a record to a log. It uses our code for each of these, so the only difference is the path between
+them. Runs until SIGTERM.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class BareModel:
 
 
 class BareIngress:
-    """Chooses by unit."""
+    """An ingress that chooses the model by the unit."""
 
     def __init__(self, one: DeploymentHandle, two: DeploymentHandle) -> None:
         self._models = (one, two)
@@ -74,7 +75,7 @@ class BareIngress:
 
 
 class SameModel:
-    """Reads features, predicts and writes down."""
+    """A model that reads features, predicts, and logs the prediction."""
 
     def __init__(self, version: int) -> None:
         config = platform()
@@ -117,7 +118,7 @@ class SameModel:
 
 
 class SameIngress:
-    """Checks the token, then chooses by unit."""
+    """An ingress that checks the token, then chooses the model by the unit."""
 
     def __init__(self, one: DeploymentHandle, two: DeploymentHandle) -> None:
         config = platform()
@@ -133,17 +134,17 @@ class SameIngress:
             arm = assign("salt", unit.encode(), LIMITS)
             model = self._models[arm is Arm.treatment]
             return answer(await model.remote(await read_json(request), arm.value, unit))
-        except Exception as error:  # noqa: BLE001 (as ours does)
+        except Exception as error:  # noqa: BLE001 (our replica does the same)
             return refusal(error)
 
 
 def platform() -> PlatformConfig:
-    """Of the project whose store, keys and tokens are used."""
+    """Return the configuration of the project whose store, keys and tokens are used."""
     return PlatformConfig(storage=StorageConfig(root=os.environ[ROOT_VARIABLE]))
 
 
 def deployment(kind: type, name: str) -> Any:
-    """One replica that holds nobody up."""
+    """Return a deployment with one replica whose limits do not slow down requests."""
     return serve.deployment(
         kind,
         name=name,
@@ -154,7 +155,7 @@ def deployment(kind: type, name: str) -> Any:
 
 
 def main() -> None:
-    """Serve both."""
+    """Serve both applications."""
     port, folder = int(sys.argv[1]), sys.argv[2]
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
     serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -162,7 +163,7 @@ def main() -> None:
     same = [deployment(SameModel, f"same_{version}").bind(version) for version in (1, 2)]
     serve.run(deployment(BareIngress, "bare").bind(*bare), name="bare", route_prefix="/bare")
     serve.run(deployment(SameIngress, "same").bind(*same), name="same", route_prefix="/same")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # which ends the Ray that was started here
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # the exit ends the Ray that this process started
     while True:
         signal.pause()
 

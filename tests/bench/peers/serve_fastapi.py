@@ -1,4 +1,4 @@
-"""The least that serves a model: FastAPI and uvicorn, one process, 16 numbers in and a probability out.
+"""The smallest model server: FastAPI and uvicorn in one process. It takes 16 numbers and returns a probability.
 
 python serve_fastapi.py PORT MODEL_FOLDER
 """
@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 
 
 def application(file: str) -> FastAPI:
-    """The service."""
+    """Return the service."""
     app, booster = FastAPI(), lgb.Booster(model_file=file)
 
     @app.post("/predict")
