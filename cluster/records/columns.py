@@ -1,8 +1,8 @@
 """Conversion of records to rows of a table and back, without loss.
 
 Inputs and their types differ between versions of a model, and a label can be a number or a text. Separate columns for
-inputs and labels would conflict, and each version would add columns. So inputs and labels are stored as JSON. All models
-have the same schema, which never changes. Parts of a record that fit no column are stored in `other`: for example, a
+inputs and labels would conflict, and each version would add columns. So inputs and labels are stored as JSON. The same
+schema serves all models, and never changes. Parts of a record that fit no column are stored in `other`: for example, a
 field of a later release, or a time that cannot be parsed.
 """
 

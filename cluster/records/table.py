@@ -148,7 +148,7 @@ class LogTable:
         return int(DeltaTable(str(self.folder)).version())
 
     def sync(self) -> None:
-        """Flush the table's history and folders to disk, because Delta does not. This covers all earlier commits too."""
+        """Flush the table's history and folders to disk, because Delta does not. This covers earlier commits too."""
         history = self.folder / HISTORY
         for path in history.iterdir():
             if path.is_file():

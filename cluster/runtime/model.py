@@ -83,7 +83,7 @@ class Model:
     def _reshape(self, scores: Scores) -> Scores:
         """Convert the engine's scores to the shape of `Predictions`.
 
-        A graph of another tool can return a column, [rows, 1], or, for a binary task, the probabilities of both classes.
+        A graph of another tool can return a column, [rows, 1]. For a binary task, it can return both probabilities.
         """
         if self.signature.task is Task.multiclass or scores.ndim != 2:
             return scores

@@ -127,8 +127,8 @@ def create_actor(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, 
 def check_reader(ledger: Ledger, places: Layout, token_file: Path) -> None:
     """Require that the holder of a token may read the ledger.
 
-    The token must come from the issuer of the cluster at this storage root. If no such cluster is recorded, it must come
-    from the development issuer.
+    The token must come from the issuer of the cluster at this storage root or, if no such cluster is recorded, from the
+    development issuer.
 
     Raises:
         Unauthenticated, AccessDenied: the token is invalid or lacks the right. An event records this.

@@ -5,7 +5,7 @@ see `denials`.
 - Unauthenticated requests are counted per period and reason. They need no identity, so with one event for each request,
 anyone could fill the ledger.
 - A permission is recorded at most once per principal, action, resource and period, and only for a sampled share. The
-sample is chosen by a hash. So every process chooses the same permissions, and an auditor can recompute which permissions
+sample is chosen by a hash. So every process chooses the same permissions, and an auditor can recompute which of them
 must be recorded.
 
 The caller supplies the time: `at` is Unix seconds. Memory is bounded for any number of requests.
@@ -44,7 +44,7 @@ class Append(Protocol):
 
 
 def is_sampled(principal: Principal, action: Action, resource: Resource, *, window: int, rate: float) -> bool:
-    """Return whether a permission belongs to the sample. A pure function, so that an auditor can recompute the result."""
+    """Return whether a permission belongs to the sample. This function is pure, so that an auditor can repeat it."""
     return int.from_bytes(_digest(principal, action, resource, window)[:8], "big") < rate * _SCALE
 
 
