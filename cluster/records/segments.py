@@ -126,7 +126,7 @@ class SegmentWriter:
             OSError: The disk failed. Unsynced records may be lost, even if a later call succeeds. So the caller must
                 report the failure now, and the segment gets no more records.
         """
-        current = self._segment  # read first, so that it is synced even if `append` replaces it during this call
+        current = self._segment  # read first, so that it is synced even if `append` replaces it now
         for segment in self._unsynced.copy():
             self._unsynced.remove(segment)
             with contextlib.closing(segment):

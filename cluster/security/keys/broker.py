@@ -126,7 +126,7 @@ class Broker:
             self._close(connection)
 
     def _answer(self, request: dict[str, object]) -> dict[str, object]:
-        if request == PING:  # no token is needed: a process that may connect may know that the broker is alive
+        if request == PING:  # needs no token: a process that may connect may know that the broker is alive
             return {"ok": True, "result": None}
         return self._metrics.measure(request, self._gate.answer)
 

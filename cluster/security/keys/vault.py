@@ -128,7 +128,7 @@ class VaultKeyStore:
                     mount_point=self._mount,
                 )
         except InvalidRequest:
-            self.info(name)  # raises for a missing or revoked key: Vault gives the same error as for a wrong text
+            self.info(name)  # raises for a missing or revoked key, for which Vault gives the same error
             raise not_this_key(name) from None
         return base64.b64decode(str(require_part(answer, "data").get("plaintext")), validate=True)
 
