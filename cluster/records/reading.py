@@ -109,9 +109,9 @@ class Log:
     """
 
     answers: pl.DataFrame
-    """Rows with an answer. More columns are the task's part of `probability`, `label`, `value` and `probabilities`, and
-    each model input, except inputs with a name in `RESERVED_COLUMNS`. Values are as they were written: a column with
-    several types is `pl.Object`. `probabilities` is `pl.Object` too: it contains dicts by class.
+    """Rows with an answer. They also have the task's columns (of `probability`, `label`, `value`, `probabilities`) and
+    one column for each model input, except inputs with a name in `RESERVED_COLUMNS`. Values are as they were written: a
+    column with several types is `pl.Object`, and `probabilities` too, because it contains dicts by class.
     `cluster.records.signature_types` converts the values to the types of a version's signature."""
     failures: pl.DataFrame
     """Rows without a finite score from the model. The column `fault` has the reason. No figure includes these rows."""

@@ -102,7 +102,7 @@ def revoke(name: str, store: KeyStore, ledger: Ledger, actor: Actor) -> None:
     Raises:
         AccessDenied, KeyNotFound, KeyRevoked: the caller may not manage the key, or the key store refuses it.
     """
-    with contextlib.suppress(KeyRevoked):  # `store.revoke` completes an interrupted revocation
+    with contextlib.suppress(KeyRevoked):  # `store.revoke` completes the revocation or raises this
         info = store.info(name)
         actor.check(Action.manage_keys, Resource.from_key(info))
         ledger.append(KeyRevocation(name=name, described=info.plain()), actor=actor.name)
