@@ -66,7 +66,7 @@ def load_signature(version: ModelVersion, store: KeyStore) -> ModelSignature:
     """Load only the signature of a registered version.
 
     Raises:
-        ArtifactTampered, AccessDenied, KeyRevoked: As `read_file`.
+        ArtifactTampered, AccessDenied, KeyRevoked: See `read_file`.
         RefusedError: The file is not a signature.
     """
     return parse_signature(read_file(version, SIGNATURE_FILE, store))
