@@ -1,4 +1,4 @@
-"""Hash the content of a table with one SHA-256 that does not depend on the library that holds the table.
+"""Hash the content of a table with SHA-256. The hash does not depend on the library that made the table.
 
 The hash covers the columns' names and logical types and, in order, the validity and the values of each column. It
 ignores chunks, dictionaries, the width of offsets, the bytes behind a null, and the bit pattern of a NaN.
