@@ -37,7 +37,7 @@ def score(predictions: Predictions, target: npt.NDArray[Any]) -> dict[str, Any]:
             metrics = multiclass_metrics(predictions.scores, target)
         case Task.regression:
             metrics = regression_metrics(predictions.scores, target)
-    finite_metrics: dict[str, Any] = replace_non_finite(metrics)  # a sum of very large values can become infinite
+    finite_metrics: dict[str, Any] = replace_non_finite(metrics)  # sums of very large values may be infinite
     return finite_metrics
 
 
