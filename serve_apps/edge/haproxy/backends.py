@@ -19,7 +19,7 @@ from serve_apps.edge.haproxy.routes import Backend, Routes
 
 HEALTH_CHECK = """    option httpchk GET /-/healthz
     http-check expect status 200,503"""
-"""The status 503 counts as healthy. When Serve stops a replica, it answers health checks with 503 DRAINING, but it still
+"""The status 503 counts as healthy. A replica that Serve stops answers health checks with 503 DRAINING, but it still
 answers requests for half a minute. If it counted as dead, its version would have no replica until Serve names the next
 one. An unhealthy replica answers 503, too, but Serve removes such a replica itself."""
 READINESS = "readiness"

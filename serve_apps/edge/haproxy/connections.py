@@ -5,8 +5,8 @@ request needs up to six buffers (both directions, to client and to replica, and 
 requests that a tenant may have open need at most 300 MiB.
 
 Unauthenticated requests need no buffers for a body. HAProxy waits for a body only after the token was verified, so an
-unauthenticated request is answered at once. (With `option http-buffer-request`, HAProxy stored the body first, at 36 KiB
-for each stream of each connection.) The only exception is the login form; few are read at the same time.
+unauthenticated request is answered at once. (With `option http-buffer-request`, HAProxy stored the body first, with
+36 KiB for each stream of each connection.) The only exception is the login form; few are read at the same time.
 
 A head that does not fit into the buffer is refused. If a head does not arrive within ten seconds, the connection ends.
 One address counts as one client. For IPv6, a whole /64 counts as one address.
