@@ -76,7 +76,7 @@ class Parts:
         )
 
     def model(self) -> Model:
-        """Load the model, and make a first prediction, so that the first request is not slow."""
+        """Load the model."""
         replica = self.platform.replica
         hardware = find_hardware(num_cpus=replica.num_cpus, num_gpus=replica.num_gpus)
         return load_model(self.version, self.store, hardware=hardware)

@@ -37,7 +37,7 @@ class Predictor:
     """Answers requests for one model version."""
 
     def __init__(self, config: dict[str, Any], name: str, version: int) -> None:
-        """Verify and load the version, and make a first prediction. Serve sends requests only after this has returned.
+        """Verify and load the version. Serve sends requests only after this has returned.
 
         Args:
             config: the platform's configuration as plain values.

@@ -252,7 +252,7 @@ class Shadowing:
                 headers[JSON_LENGTH] = copy.json_length
             path = f"/{app}{copy.path(self._model)}"
             status = connections.post(address, path, copy.content(), headers)
-        except Exception as error:  # noqa: BLE001 (only this copy is lost; the next may arrive)
+        except Exception as error:  # noqa: BLE001 (only this copy is lost; the next one may succeed)
             LOG.debug("A copy for %s at %s failed: %s", app, address, error)
             self._is_failing = True
             return "failed"
