@@ -62,17 +62,17 @@ class Dataset:
 def read_training_set(path: str, files: ProtectedFiles, *, places: Layout, ledger: Ledger) -> TrainingSet:
     """Read a training set and its manifest.
 
-    A file below the storage root must be a training set that this installation built, unchanged. A file elsewhere
-    belongs to the caller. It is compared with its manifest if there is one in the same folder.
+    A file below the storage root must be an unchanged training set that this installation built. A file elsewhere
+    belongs to the caller. If a manifest is in the same folder, the file must match the manifest.
 
     Args:
         path: Parquet file.
         files: Reads encrypted files with the caller's keys.
         places: Folders below the storage root.
-        ledger: Has the events of all training sets that were built.
+        ledger: Ledger with an event for each training set that was built.
 
     Raises:
-        TrainingSetError: The file is missing, unreadable, empty, or differs from what was built.
+        TrainingSetError: The file is missing, unreadable or empty, or differs from the training set that was built.
     """
     uri = resolve(path)
     if not exists(uri):
@@ -132,8 +132,8 @@ def read_manifest(uri: str, table: pa.Table) -> dict[str, Any]:
 def join_keys(manifest: dict[str, Any], ledger: Ledger) -> tuple[str, ...]:
     """Return the join keys of a manifest's entity rows.
 
-    A manifest of an older release names only the service. The keys are then read from the ledger; if the ledger does
-    not have the service, the result is empty.
+    A manifest of an older release names only the service. In this case, the keys are read from the ledger. If the
+    service is not in the ledger, the result is empty.
     """
     if "join_keys" in manifest:
         return tuple(manifest["join_keys"])
@@ -145,7 +145,7 @@ def join_keys(manifest: dict[str, Any], ledger: Ledger) -> tuple[str, ...]:
 
 
 def prepare(config: LearningConfig, source: TrainingSet, *, threshold: float = 0.5) -> Dataset:
-    """Split the rows, learn the signature from the rows to fit on, and encode all rows.
+    """Split the rows, learn the model's signature, and encode all rows.
 
     Raises:
         TrainingSetError: A column is missing, or a part of the split has no rows.
@@ -179,7 +179,7 @@ def prepare(config: LearningConfig, source: TrainingSet, *, threshold: float = 0
 def learn_signature(
     config: LearningConfig, source: TrainingSet, *, fit: Mask, threshold: float
 ) -> ModelSignature:
-    """Learn inputs and categories from the rows to fit on, and classes from all rows.
+    """Return the model's signature: inputs and categories from the rows to fit on, and classes from all rows.
 
     Raises:
         TrainingSetError: An input is missing, or has a type that models cannot take.
@@ -273,7 +273,7 @@ def _input(column: pa.ChunkedArray, name: str, config: LearningConfig, declared:
 
 
 def _list_input(dtype: pa.DataType, name: str, declared_dtype: str) -> InputSpec:
-    """Return the input of a list column with fixed length; each position becomes one column of the matrix.
+    """Return the input for a column of lists of one fixed length. Each list position becomes one matrix column.
 
     Raises:
         TrainingSetError: The length of the lists is not fixed.

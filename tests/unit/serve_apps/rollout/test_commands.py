@@ -48,7 +48,7 @@ from tests.unit.serve_apps.rollout.test_state import fold
 def test_unused_option_is_refused(
     command: Callable[[], None], words: str, message: str, tmp_path: Path
 ) -> None:
-    """Before anything is done, and without a cluster."""
+    """It is refused before anything is done, and without a cluster."""
     result = run_main(command, *words.split(), f"storage.root={tmp_path}")
     assert (result.returncode, message in result.stderr) == (2, True), result.stderr
 
@@ -84,7 +84,7 @@ def test_every_whole_number_of_buckets_is_a_weight(weight: float) -> None:
 
 
 def test_variant_with_invalid_characters_is_refused() -> None:
-    """Also at a deployment."""
+    """A deployment refuses it, too."""
     with pytest.raises(ValueError, match="variant must be"):
         DeployConfig(variant="a b")
 
@@ -121,7 +121,7 @@ REMOVED = DeploymentRemoved(name="m", version=4, app="m-v4", reason="old")
 
 
 def test_state_has_the_greatest_weight() -> None:
-    """It tells which units were ever treated."""
+    """The greatest weight says which units were ever treated."""
     weights = (RolloutWeightChanged(model="m", rollout="r", weight=weight) for weight in (60, 30))
     running = fold([*SERVED, *weights])["m"].rollout
     assert running is not None
@@ -137,7 +137,7 @@ def test_second_rollout_is_refused_with_the_running_version(tmp_path: Path) -> N
 
 
 def test_removed_version_has_no_application(tmp_path: Path) -> None:
-    """Until it is deployed again; an older release refuses the event instead of ignoring it."""
+    """It has none until it is deployed again. An older release refuses the event instead of ignoring it."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     for event in (*SERVED, REMOVED):
         ledger.append(event, actor="t")
