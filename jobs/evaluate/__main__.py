@@ -11,7 +11,7 @@ from cluster.ledger import open_ledger
 from cluster.ledger.events import ModelEvaluated
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import load_model
-from cluster.runtime.hardware import Hardware
+from cluster.runtime.device_choice import Hardware
 from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.encryption.access import protected_files

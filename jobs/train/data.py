@@ -23,7 +23,7 @@ from feature_jobs.store.catalog.specifications import service_spec
 from feature_jobs.store.offline.row_hash import has_row_hash
 from feature_jobs.store.offline.stored_training_set import read_stored_training_set, training_set_aad
 from feature_jobs.store.types.dtypes import list_of
-from jobs.train.columns import is_text, value_type, without_string_views
+from jobs.train.arrow_types import is_text, value_type, without_string_views
 from jobs.train.config import LearningConfig
 from jobs.train.split import Mask, describe_split, held_out_mask, resolve_split
 from jobs.train.target import Target, encode_target, learn_classes

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from cluster.errors import TrainingSetError
 from cluster.runtime import Task
 from cluster.runtime.signature import Label
-from jobs.train.columns import is_text, value_type
+from jobs.train.arrow_types import is_text, value_type
 
 Target = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 

@@ -21,7 +21,7 @@ from serve_apps.deploy import DeployConfig
 from serve_apps.deploy import main as deploy
 from serve_apps.edge.haproxy.routes import routes
 from serve_apps.edge.limits import main as limits
-from serve_apps.removal import require_number
+from serve_apps.undeploy import require_number
 from serve_apps.rollout.__main__ import main as rollout
 from serve_apps.rollout.__main__ import start
 from serve_apps.rollout.assignment import Arm, assign, bounds, mixes_arms
