@@ -21,9 +21,9 @@ from cluster.storage import layout, resolve, write_json
 from jobs.evaluate.config import EvaluateConfig, Rows
 from jobs.evaluate.slices import slice_metrics, smallest_slice
 from jobs.metrics import headline, score
-from jobs.train.data import TrainingSet, label_column, read_training_set
+from jobs.train.data import TrainingSet, read_training_set
 from jobs.train.split import version_held_out_mask
-from jobs.train.target import encode_target
+from jobs.train.target import encode_target, label_column
 
 
 @job("evaluate", EvaluateConfig, timed=True)
