@@ -32,10 +32,10 @@ from serve_apps.apps import DeployFailed, app_name, ensure_model
 from serve_apps.deployed_settings import with_deployed_settings
 from serve_apps.edge.control.edge_state import wait_until_applied
 from serve_apps.predictor.log_keys import log_keys, merged_key
-from serve_apps.removal import remove, require_number
 from serve_apps.rollout.assignment import require_variant
 from serve_apps.rollout.serving_state import ModelState, States, read_states
 from serve_apps.shared_apps import ensure_shared_apps, restore_shared_apps
+from serve_apps.undeploy import remove, require_number
 
 
 class DeployAction(enum.Enum):

@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from cluster.errors import ConfigError
 from cluster.ledger.chain import Entry
 
 _LOCK_KEY = 0x0FA1A7
@@ -54,6 +55,24 @@ def connect(url: str) -> sa.Engine:
             connection.execute("PRAGMA synchronous = FULL")
 
     return engine
+
+
+def require_tls(url: str) -> None:
+    """Require a verified TLS connection to a database on another machine.
+
+    Raises:
+        ConfigError: The URL does not ask for one.
+    """
+    address = sa.engine.make_url(url)
+    if (
+        address.host in (None, "", "localhost", "127.0.0.1", "::1")
+        or address.query.get("sslmode") == "verify-full"
+    ):
+        return
+    raise ConfigError(
+        f"The ledger's database at {address.host} would be reached without a verified TLS connection. Add "
+        "sslmode=verify-full and sslrootcert=/path/to/ca.pem to ledger.url."
+    )
 
 
 @contextmanager

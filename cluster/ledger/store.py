@@ -17,11 +17,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from cluster.errors import ConfigError
 from cluster.ledger import index
 from cluster.ledger.chain import GENESIS, Entry, build_entry, canonical, to_json
 from cluster.ledger.checkpoint import Signer, checkpoint, load_signer
-from cluster.ledger.database import EVENTS, connect, create_tables, to_entry, writing
+from cluster.ledger.database import EVENTS, connect, create_tables, require_tls, to_entry, writing
 from cluster.ledger.events import Json, LedgerEvent, Subject, UnknownEvent, is_known, require_known
 from cluster.ledger.following import HEAD, catch_up, newest_by_type, position_of
 from cluster.settings import PlatformConfig, Tier
@@ -213,19 +212,6 @@ def open_ledger(config: PlatformConfig) -> Ledger:
         Path(storage.disk).mkdir(parents=True, exist_ok=True)
         url = f"sqlite:///{storage.ledger_path}"
     elif config.tier is Tier.enterprise_gpu:
-        _require_tls(url)
+        require_tls(url)
     signer = load_signer(local(storage.keys))
     return Ledger(url, signer=signer, checkpoint_every=config.ledger.checkpoint_every)
-
-
-def _require_tls(url: str) -> None:
-    address = sa.engine.make_url(url)
-    if (
-        address.host in (None, "", "localhost", "127.0.0.1", "::1")
-        or address.query.get("sslmode") == "verify-full"
-    ):
-        return
-    raise ConfigError(
-        f"The ledger's database at {address.host} would be reached without a verified TLS connection. Add "
-        "sslmode=verify-full and sslrootcert=/path/to/ca.pem to ledger.url."
-    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from cluster.artifact import open_file, verify_files
 from cluster.errors import ArtifactTampered, RefusedError
 from cluster.registry import ModelVersion
-from cluster.runtime.hardware import CPU, LOG, Hardware, Runner, choose_runner
+from cluster.runtime.device_choice import CPU, LOG, Hardware, Runner, choose_runner
 from cluster.runtime.model import Engine, Model
 from cluster.runtime.signature import (
     LIGHTGBM_FILE,

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from cluster.errors import RefusedError
+from cluster.runtime.device_choice import CPU, Hardware
 from cluster.runtime.encoding import Matrix
-from cluster.runtime.hardware import CPU, Hardware
 from cluster.runtime.predictions import Scores
 from cluster.runtime.signature import NETWORK_FILE, WEIGHTS_FILE
 from cluster.runtime.tabular_network import NetworkShape, ScoringNetwork, TabularNetwork

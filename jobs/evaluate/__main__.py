@@ -11,7 +11,7 @@ from cluster.ledger import open_ledger
 from cluster.ledger.events import ModelEvaluated
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import load_model
-from cluster.runtime.hardware import Hardware
+from cluster.runtime.device_choice import Hardware
 from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.encryption.access import protected_files
@@ -21,9 +21,9 @@ from cluster.storage import layout, resolve, write_json
 from jobs.evaluate.config import EvaluateConfig, Rows
 from jobs.evaluate.slices import slice_metrics, smallest_slice
 from jobs.metrics import headline, score
-from jobs.train.data import TrainingSet, label_column, read_training_set
+from jobs.train.data import TrainingSet, read_training_set
 from jobs.train.split import version_held_out_mask
-from jobs.train.target import encode_target
+from jobs.train.target import encode_target, label_column
 
 
 @job("evaluate", EvaluateConfig, timed=True)

@@ -16,7 +16,7 @@ from cluster.errors import ConfigError
 from cluster.ledger import Ledger, open_ledger
 from cluster.registry import Lineage, ModelVersion, Registry
 from cluster.runtime import ModelSignature, Precision, Predictions, open_model
-from cluster.runtime.hardware import Hardware
+from cluster.runtime.device_choice import Hardware
 from cluster.runtime.predictions import check_scores
 from cluster.runtime.signature import SIGNATURE_FILE
 from cluster.security.acting import Actor, create_actor

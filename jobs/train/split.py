@@ -17,7 +17,7 @@ import xxhash
 
 from cluster.errors import TrainingSetError, did_you_mean
 from cluster.registry import ModelVersion
-from jobs.train.columns import is_text, value_type
+from jobs.train.arrow_types import is_text, value_type
 from jobs.train.config import AUTO, SplitConfig
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from cluster.ledger import Ledger, open_ledger
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import InputSpec, Model, ModelSignature
-from cluster.runtime.hardware import find_hardware
+from cluster.runtime.device_choice import find_hardware
 from cluster.runtime.loader import load_model
 from cluster.security.authorization.policy import Resource
 from cluster.security.keys.access import KeyAccess, key_store, service_access

@@ -34,8 +34,8 @@ from omegaconf import DictConfig, OmegaConf
 from starlette.requests import Request
 
 from cluster.runtime import InputSpec, Model, ModelSignature, Precision, Task, open_model
+from cluster.runtime.device_choice import CUDA, Hardware
 from cluster.runtime.encoding import Matrix
-from cluster.runtime.hardware import CUDA, Hardware
 from cluster.runtime.signature import NETWORK_FILE, WEIGHTS_FILE
 from cluster.runtime.torch_engine import TorchEngine
 from cluster.settings_conversion import load

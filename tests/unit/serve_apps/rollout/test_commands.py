@@ -21,7 +21,6 @@ from serve_apps.deploy import DeployConfig
 from serve_apps.deploy import main as deploy
 from serve_apps.edge.haproxy.routes import routes
 from serve_apps.edge.limits import main as limits
-from serve_apps.removal import require_number
 from serve_apps.rollout.__main__ import main as rollout
 from serve_apps.rollout.__main__ import start
 from serve_apps.rollout.assignment import Arm, assign, bounds, mixes_arms
@@ -29,6 +28,7 @@ from serve_apps.rollout.config import RolloutAction, RolloutConfig
 from serve_apps.rollout.evaluation import describe
 from serve_apps.rollout.guardrail import Finding, Verdict
 from serve_apps.rollout.serving_state import ModelState, read_states
+from serve_apps.undeploy import require_number
 from tests.processes.commands import run_main
 from tests.samples.rollouts import DEPLOYED, STARTED, deployed
 from tests.unit.serve_apps.rollout.test_state import fold
