@@ -13,7 +13,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -279,7 +279,7 @@ def _create_log(connection: sa.Connection, view: str) -> sa.Insert:
     return insert(LOGS).values(values).on_conflict_do_nothing()
 
 
-def _pages(records: list[sa.Row[Any]]) -> Iterator[tuple[int, int]]:
+def _pages(records: Sequence[sa.Row[int, int]]) -> Iterator[tuple[int, int]]:
     """Yield the first and the last number of records that are read at once."""
     begin, size = 0, 0
     for index, record in enumerate(records):
