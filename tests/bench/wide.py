@@ -75,7 +75,7 @@ class Wide:
         self.places = layout(project.storage)
         self.keys = key_store(project.access)
         self.store = open_online_store(project.online, self.places, self.keys, readonly=False)
-        self.log = open_push_log(self.places, "wide", self.keys)
+        self.log = open_push_log(self.project.ledger, self.places, "wide", self.keys)
         self.pushes = 0
 
     def ingest(self) -> None:
@@ -120,7 +120,6 @@ class Wide:
 
     def close(self) -> None:
         self.store.close()
-        self.log.close()
         self.project.close()
 
 
