@@ -5,7 +5,7 @@ A partial is a list of six fields, indexed by the constants below:
     COUNT     the number of values
     SUM       their sum: a whole number, or a few floats with this exact sum
     MIN, MAX  the least and the greatest value
-    LAST      the last value, with its order
+    LAST      the last value after its event time, created time and sequence number (a `RankedValue`, as a list)
     DISTINCT  the different values: a list, or HyperLogLog registers for more than `EXACT_DISTINCT` values
 
 Fields that no feature needs stay None. A partial is a list and not a class, because an online read unpacks up to 260 of
