@@ -93,7 +93,7 @@ def _column_alerts(figures: dict[str, Any]) -> list[str]:
 
 
 def _undefined_lines(undefined: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """For each figure and each reason, return one line with the chunks that have this reason."""
+    """Return one line for each figure and each reason why it has no value or no threshold, with the chunks."""
     lines = []
     for figure, by_chunk in undefined.items():
         chunks_by_reason: dict[str, list[str]] = {}

@@ -75,6 +75,6 @@ def _order_is_final(later: Version, earlier: Version) -> bool:
 
 
 def newest_versions(versions: list[Version]) -> list[Version]:
-    """Return the last version, and each version that may still become later than it."""
+    """Return the last version, and each version that may come after it when its provisional number becomes final."""
     last = versions[-1]
     return [version for version in versions if version is last or not _order_is_final(last, version)]

@@ -94,7 +94,7 @@ def _value_bytes(column: pa.ChunkedArray) -> list[bytes | memoryview]:
 
 
 def _text_bytes(text: pa.StringArray) -> memoryview:
-    """Return the concatenated bytes of an array of text without nulls, without a copy."""
+    """Return the bytes of all texts of an array, one after another, as a view of its buffer. It must have no nulls."""
     _, offsets, data = text.buffers()
     begins = np.frombuffer(offsets, np.int32)[text.offset : text.offset + len(text) + 1]
     return memoryview(data)[begins[0] : begins[-1]] if data is not None else memoryview(b"")
