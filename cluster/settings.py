@@ -43,6 +43,12 @@ class StorageConfig:
     local: str | None = None
     """Folder on this machine's disk for keys, certificates, the edge's files, open logs and runs. Null is `root`; if
     that is remote, `.falaj` in the project's folder."""
+    shared: bool = False
+    """Whether every node sees the folder `root` at the same path, as on NFS. `local` must then be elsewhere."""
+
+    def __post_init__(self) -> None:
+        if self.shared and self.local is None:
+            raise ValueError("storage.shared=true needs storage.local=…, a folder of this machine alone.")
 
 
 @dataclass(kw_only=True, slots=True)
