@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
+from cluster.placement import PlacementConfig
 from cluster.this_node import LOOPBACK_ADDRESS, is_loopback
 
 _ISSUER_WORD = re.compile(r"[A-Za-z0-9._~:/?@+,=%-]{1,200}")
@@ -47,8 +48,8 @@ class StorageConfig:
     """Whether every node sees the folder `root` at the same path, as on NFS. `local` must then be elsewhere."""
 
     def __post_init__(self) -> None:
-        if self.shared and self.local is None:
-            raise ValueError("storage.shared=true needs storage.local=…, a folder of this machine alone.")
+        if self.shared and (self.local is None or not self.root.startswith("/")):
+            raise ValueError("storage.shared=true needs an absolute storage.root, and storage.local=….")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -388,5 +389,6 @@ class PlatformConfig:
     online: OnlineConfig = field(default_factory=OnlineConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     replica: ReplicaConfig = field(default_factory=ReplicaConfig)
