@@ -32,6 +32,7 @@ from cluster.supervisor.head import restore_is_due
 FLAGS = ("--env", "--json")
 GUARDED_BY = {
     "edge": "TLS and tokens of principals",
+    "nodes": "certificates of nodes, join tokens",
     "serve_http": "tokens, which replicas check; starts a replica if a version has none",
     "ray_metrics": "open to read",
     "edge_metrics": "open to read",
@@ -171,6 +172,12 @@ def _show_health(cluster_health: Health) -> None:
         print("  `python -m cluster.up` closes the cluster's own folders; close other paths with chmod")
 
 
+def _reach(address: str, *, own: str) -> str:
+    if address.startswith(LOOPBACK_ADDRESSES):
+        return "loopback"
+    return "network" if own in address else "EVERY ADDRESS"
+
+
 def _show_text(record: ClusterRecord, cluster_health: Health) -> None:
     role = "" if record.node_id is None else f", node {record.node_id} of the head at {record.head}"
     print(f"cluster {record.cluster_id}{role}, up since {record.started_at}")
@@ -187,7 +194,7 @@ def _show_text(record: ClusterRecord, cluster_health: Health) -> None:
     print("listening")
     for address, names in listeners(record).items():
         port = int(address.rsplit(":", 1)[1])
-        reach = "loopback" if address.startswith(LOOPBACK_ADDRESSES) else "EVERY ADDRESS"
+        reach = _reach(address, own=record.address)
         guard = GUARDED_BY.get(port_names.get(port, ""), "Ray's token")
         print(f"  {address:23} {port_names.get(port, names[0]):26} {reach}, {guard}")
     _show_health(cluster_health)

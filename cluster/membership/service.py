@@ -23,6 +23,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import NodeLeft
 from cluster.membership.admission import Application, admit, fingerprint
 from cluster.membership.members import Member, Members
+from cluster.membership.release import release
 from cluster.membership.splice import splice
 from cluster.membership.transport import Peer
 from cluster.port_owner import require_own_peer
@@ -64,12 +65,10 @@ class NodeService:
     ledger: Ledger
     members: Members
     clock: Callable[[], float] = time.monotonic
+    release: str = field(default_factory=release)
+    """Release of the running cluster. The files on the disk may be another one later."""
     _reports: dict[str, Report] = field(default_factory=dict)
-    _started_at: float = 0.0
     _joining: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        self._started_at = self.clock()
 
     def serve(self, connection: ssl.SSLSocket, peer: Peer) -> None:
         """Answer the requests of one connection until it is closed."""
@@ -104,6 +103,7 @@ class NodeService:
                     record=self.record,
                     ledger=self.ledger,
                     alive=self._alive(),
+                    own_release=self.release,
                 )
         node = self._require_node(peer)
         match operation:
@@ -169,7 +169,7 @@ class NodeService:
                 "region": member.region,
                 "joined_at": member.joined_at,
                 "alive": member.node_id in alive,
-                "silent_s": round(now - (report.at if report else self._started_at)),
+                "silent_s": round(now - report.at) if report else None,
                 "parts": report.parts if report else {},
             }
             for member in self.members.all(fresh=True).values()
