@@ -163,8 +163,8 @@ def join(config: JoinConfig, own: list[str]) -> None:
         has_edge=config.edge,
     )
     record = replace(record, overrides=shared_overrides(node, record))
-    write_files(record, key, answer)
     try:
+        write_files(record, key, answer)
         # Written before anything runs: if this start is killed, the next command can end the processes that it left.
         write_record(replace(record, starting=True), node.storage)
         check_shared_state(node, record)

@@ -7,6 +7,7 @@ node gets tokens of replicas, and the intents of jobs whose random names its wor
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import ssl
@@ -44,6 +45,7 @@ SILENT_S = 20.0
 _INTENT = re.compile(r"[A-Za-z0-9_.]{1,100}-[0-9a-f]{32}\.jwt")
 _SERVICE = "service:"
 DASHBOARD = "dashboard"
+LOG = logging.getLogger("falaj.nodes")
 
 
 @dataclass(slots=True)
@@ -88,8 +90,10 @@ class NodeService:
         except FalajError as error:
             return error_to_plain(error)
         except Exception as error:  # noqa: BLE001 (one bad request must not end the service)
+            # Log only the type: the message of an unexpected error could contain a secret.
+            LOG.error("a request %s failed with %s", request.get("op"), type(error).__name__)
             return error_to_plain(
-                KeyStoreUnavailable(f"The head failed with {type(error).__name__}: {error}")
+                KeyStoreUnavailable(f"The head failed with {type(error).__name__}. See keys/nodes.log there.")
             )
 
     def _result(self, request: dict[str, object], peer: Peer) -> object:
