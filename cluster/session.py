@@ -17,13 +17,10 @@ from cluster.port_owner import PortState, listener_uid
 from cluster.processes import cluster_of_listener, port_answers
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import RECORD_NAME, ROOT_VARIABLE, Layout, layout, write_bytes
+from cluster.this_node import LOOPBACK_ADDRESS, RECORD_VARIABLE, is_loopback
 
-RECORD_VARIABLE = "FALAJ_CLUSTER_RECORD"
 NAMESPACE = "falaj"
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Makes Ray use only 127.0.0.1, because the cluster has one node. Otherwise Ray would use the machine's own address,
-listen on every address, and make its Prometheus ports reachable from the network. Head and drivers must have the same
-value."""
+_RAY_NETWORK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_USAGE_DISABLED": "1"}
 """Turns off usage reports. For these reports, Ray Data would query a Prometheus server that does not exist every ten
@@ -36,6 +33,15 @@ RAY_LOG_LEVELS = {
 """Log levels of Ray's libraries in a command. They log problems, but no progress."""
 METRICS_PORTS = ("supervisor_metrics", "broker_metrics", "edge_controller_metrics")
 """Names of the ports where Falaj's own processes serve metrics."""
+
+
+def network_environment(address: str) -> dict[str, str]:
+    """Return the variable that lets Ray use a node's address, or keeps it on 127.0.0.1 if that is the address.
+
+    Without it Ray would always use the machine's own address, listen on every address, and open its Prometheus ports
+    to the network. All nodes and drivers must have the same value.
+    """
+    return {_RAY_NETWORK: "0" if is_loopback(address) else "1"}
 
 
 def tls_environment(places: Layout, *, on: bool) -> dict[str, str]:
@@ -93,6 +99,24 @@ class ClusterRecord:
 
     local_root: str | None = None
     """`storage.local`; None means `storage_root`."""
+    address: str = LOOPBACK_ADDRESS
+    """Address of this machine in the cluster."""
+    node_id: str | None = None
+    """Id of a node that joined; null on the head."""
+    head: str | None = None
+    """`host:port` where a node reaches the head's service for nodes; null on the head."""
+    has_edge: bool = True
+    """Whether this machine has an edge."""
+
+    @property
+    def instance(self) -> str:
+        """Name of this machine's part of the cluster: its processes and its folder for sockets have it."""
+        return self.cluster_id if self.node_id is None else f"{self.cluster_id}-{self.node_id}"
+
+    @property
+    def has_nodes(self) -> bool:
+        """Whether other nodes can be in the cluster."""
+        return not is_loopback(self.address)
 
     @property
     def storage(self) -> StorageConfig:
@@ -124,7 +148,7 @@ class ClusterRecord:
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": self.token_path,
-            **LOOPBACK,
+            **network_environment(self.address),
             **NO_TELEMETRY,
             **tls_environment(self.layout, on=self.tls),
             ROOT_VARIABLE: self.project_root,
@@ -134,20 +158,21 @@ class ClusterRecord:
 
 def metrics_urls(record: ClusterRecord) -> list[str]:
     """Return the URLs where Prometheus finds the metrics of the edge, of Ray and of Falaj's own processes."""
-    own = [f"http://127.0.0.1:{record.ports[name]}/metrics" for name in METRICS_PORTS if name in record.ports]
-    return [record.metrics_url, record.ray_metrics_url, *own]
+    names = [name for name in METRICS_PORTS if name in record.ports]
+    if not record.has_edge:
+        names.remove("edge_controller_metrics")
+    own = [f"http://127.0.0.1:{record.ports[name]}/metrics" for name in names]
+    return [*([record.metrics_url] if record.has_edge else []), record.ray_metrics_url, *own]
 
 
 def addresses(record: ClusterRecord) -> str:
     """Return the lines that `cluster.up` and `cluster.status` print about the cluster's URLs."""
-    dashboard = f"{record.edge_url}/ray/  (an admin's token), {record.dashboard_url}  ({record.token_path})"
-    return "\n".join(
-        (
-            f"edge           {record.edge_url}",
-            f"Ray dashboard  {dashboard}",
-            f"metrics        {' '.join(metrics_urls(record))}",
-        )
-    )
+    dashboard = f"{record.dashboard_url}  ({record.token_path})"
+    lines = [f"Ray dashboard  {dashboard}", f"metrics        {' '.join(metrics_urls(record))}"]
+    if record.has_edge:
+        lines[0] = f"Ray dashboard  {record.edge_url}/ray/  (an admin's token), {dashboard}"
+        lines.insert(0, f"edge           {record.edge_url}")
+    return "\n".join(lines)
 
 
 def record_path(storage: StorageConfig) -> str:
@@ -200,10 +225,14 @@ def find_running_record(storage: StorageConfig) -> ClusterRecord | None:
 
 
 def is_up(record: ClusterRecord) -> bool:
-    """Return whether the recorded head node answers. Return False if another cluster now uses its port."""
+    """Return whether the head node answers. Return False if another cluster now uses its port."""
     address = urlsplit(f"//{record.ray_address}")
     host, port = address.hostname or "127.0.0.1", address.port or 0
-    if not port_answers(host=host, port=port) or cluster_of_listener(port) not in (record.cluster_id, None):
+    if not port_answers(host=host, port=port):
+        return False
+    if record.node_id is not None:
+        return True
+    if cluster_of_listener(port) not in (record.cluster_id, None):
         return False
     # The environment of another user's process is not visible, so its user is checked. Otherwise a driver could send
     # Ray's token to that process.
@@ -263,6 +292,13 @@ def attach(config: PlatformConfig) -> ClusterRecord:
     if not ray.is_initialized():
         # Ray reads both variables only when it is imported. ray.init also uses this call to read the first one again.
         Config.initialize("")
-        ray_constants.ENABLE_RAY_CLUSTER = False
-        ray.init(record.ray_address, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
+        ray_constants.ENABLE_RAY_CLUSTER = record.has_nodes
+        ray.init(
+            record.ray_address,
+            namespace=NAMESPACE,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+            # Several nodes can run on one machine. Loopback needs no choice, and Ray would replace it.
+            _node_ip_address=record.address if record.has_nodes else None,
+        )
     return record

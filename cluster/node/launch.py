@@ -19,9 +19,10 @@ from cluster import processes
 from cluster.errors import FalajError
 from cluster.node.parts import Part, find_parts
 from cluster.security.encryption.scratch import memory_folder
-from cluster.session import LOOPBACK, RECORD_VARIABLE, ClusterRecord, record_path, tls_environment
+from cluster.session import ClusterRecord, network_environment, record_path, tls_environment
 from cluster.settings import PlatformConfig
 from cluster.storage import ROOT_VARIABLE, layout, local, resolve
+from cluster.this_node import RECORD_VARIABLE
 
 START_DEADLINE_S = 60.0
 RAY_START_S = 180.0
@@ -40,21 +41,21 @@ class StartFailed(FalajError):
 def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]:
     """Return the environment of every process of the cluster. Jobs and replicas inherit it."""
     unset = {"RAY_SERVE_ENABLE_HA_PROXY", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
-    if os.environ.get(processes.ID_VARIABLE) == record.cluster_id:
+    if os.environ.get(processes.ID_VARIABLE) == record.instance:
         # The cluster itself set this variable, perhaps in a repair that was started without the option for GPUs.
         unset |= {"DS_ACCELERATOR"}
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     first_port = config.cluster.ports.replicas
     first_grpc_port = first_port + NUM_REPLICA_PORTS // 2
     return inherited | {
-        processes.ID_VARIABLE: record.cluster_id,
+        processes.ID_VARIABLE: record.instance,
         ROOT_VARIABLE: record.project_root,
         RECORD_VARIABLE: record_path(config.storage),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": record.token_path,
         "RAY_USAGE_STATS_ENABLED": "0",
-        **LOOPBACK,
+        **network_environment(record.address),
         **tls_environment(record.layout, on=record.tls),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.replica.direct.middlewares",
@@ -65,13 +66,18 @@ def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]
         # By default, Ray starts its workers with niceness 15, and replicas are workers. Any other process on the same
         # core, such as the dashboard, would get 28 times the CPU time of a replica.
         "RAY_worker_niceness": "0",
-        # The GCS stores its state on disk, so that it can be restarted while everything else keeps running.
-        "RAY_gcs_storage": "rocksdb",
-        "RAY_gcs_storage_path": str(gcs_folder(record)),
+        **_gcs_environment(record),
         "RAY_TRAIN_V2_ENABLED": "1",
         "NML_DISABLE_USAGE_LOGGING": "1",
         **({} if config.cluster.num_gpus else {"DS_ACCELERATOR": "cpu"}),
     }
+
+
+def _gcs_environment(record: ClusterRecord) -> dict[str, str]:
+    """Let the head's GCS keep its state on disk, so that it can be restarted while everything else keeps running."""
+    if record.node_id is not None:
+        return {}
+    return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(gcs_folder(record))}
 
 
 def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
@@ -87,14 +93,40 @@ def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
         str(Path(sys.executable).parent / "ray"),
         "start",
         "--head",
-        "--disable-usage-stats",
-        "--node-ip-address=127.0.0.1",
         "--dashboard-host=127.0.0.1",
         "--include-dashboard=true",
         f"--port={ports['gcs']}",
         f"--ray-client-server-port={ports['ray_client']}",
         f"--dashboard-port={ports['dashboard']}",
         f"--metrics-export-port={ports['ray_metrics']}",
+        *_ray_options(config, record),
+    ]
+    run_command(command, config, record, failure="Ray did not start", timeout_s=RAY_START_S)
+
+
+def start_ray_node(config: PlatformConfig, record: ClusterRecord) -> None:
+    """Start the daemons of a node that joined.
+
+    Raises:
+        StartFailed: Ray did not start. The message has Ray's output.
+    """
+    print("starting Ray", flush=True)
+    Path(record.temp_dir).mkdir(mode=0o700, exist_ok=True)
+    command = [
+        str(Path(sys.executable).parent / "ray"),
+        "start",
+        f"--address={record.ray_address}",
+        f"--metrics-export-port={record.ports['ray_metrics']}",
+        *_ray_options(config, record),
+    ]
+    run_command(command, config, record, failure="Ray did not start", timeout_s=RAY_START_S)
+
+
+def _ray_options(config: PlatformConfig, record: ClusterRecord) -> list[str]:
+    """Return the options of `ray start` on every node."""
+    options = [
+        "--disable-usage-stats",
+        f"--node-ip-address={record.address}",
         "--dashboard-agent-listen-port=0",
         "--min-worker-port=0",
         "--max-worker-port=0",
@@ -105,8 +137,8 @@ def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
         f"--temp-dir={record.temp_dir}",
     ]
     if config.cluster.spill_folder is not None:
-        command.append(f"--object-spilling-directory={resolve(config.cluster.spill_folder)}")
-    run_command(command, config, record, failure="Ray did not start", timeout_s=RAY_START_S)
+        options.append(f"--object-spilling-directory={resolve(config.cluster.spill_folder)}")
+    return options
 
 
 def start_serve(config: PlatformConfig, record: ClusterRecord) -> None:
@@ -179,7 +211,7 @@ def end_all(record: ClusterRecord) -> int:
     supervisor = find_parts(record).get(Part.supervisor)
     if supervisor is not None:
         processes.end_process(supervisor, grace_s=SUPERVISOR_GRACE_S)
-    return processes.end(record.cluster_id, owner=record.owner) + (supervisor is not None)
+    return processes.end(record.instance, owner=record.owner) + (supervisor is not None)
 
 
 def remove_folders(record: ClusterRecord) -> None:
@@ -219,8 +251,9 @@ def shared_overrides(config: PlatformConfig, record: ClusterRecord) -> list[str]
     Every user of the machine can read command lines, so no section may contain a secret.
     """
     return [
-        f"storage.root={record.storage_root}",
-        *([f"++storage.local={record.local_root}"] if record.local_root else []),
+        *overrides("storage.root", record.storage_root),
+        *overrides("storage.local", record.local_root),
+        *overrides("storage.shared", config.storage.shared),
         f"tier={config.tier.value}",
         *overrides("cluster", config.cluster),
         *overrides("identity", config.identity, leave_out=USER_FIELDS),
@@ -272,6 +305,11 @@ def wait_until(process: subprocess.Popen[bytes], ready: Callable[[], bool], *, n
 def edge_log(config: PlatformConfig) -> Path:
     """Return the path of the edge controller's log."""
     return local(layout(config.storage).edge) / "controller.log"
+
+
+def nodes_log(config: PlatformConfig) -> Path:
+    """Return the path of the log of the service for nodes."""
+    return local(layout(config.storage).keys) / "nodes.log"
 
 
 def key_log(config: PlatformConfig) -> Path:

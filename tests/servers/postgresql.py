@@ -33,10 +33,13 @@ def _as_postgres(*command: str) -> list[str]:
 
 
 @contextmanager
-def running_server(*settings: str, certificates: Path | None = None) -> Iterator[str]:
+def running_server(
+    *settings: str, certificates: Path | None = None, subnet: str | None = None
+) -> Iterator[str]:
     """Start a new server and yield its address. If PostgreSQL is not installed, skip the test.
 
-    If `certificates` is a folder with a node's certificate and key, the server uses TLS.
+    If `certificates` is a folder with a node's certificate and key, the server uses TLS. With a subnet, it also listens
+    on all addresses and accepts clients of the subnet.
     """
     initdb, server = _binary("initdb"), _binary("postgres")
     if initdb is None or server is None:
@@ -62,6 +65,10 @@ def running_server(*settings: str, certificates: Path | None = None) -> Iterator
         capture_output=True,
         cwd=folder,
     )
+    if subnet is not None:
+        with (folder / "data" / "pg_hba.conf").open("a") as rules:
+            rules.write(f"host all all {subnet} trust\n")
+        settings = (*settings, "listen_addresses=*")
     options = [option for setting in ("listen_addresses=127.0.0.1", *settings) for option in ("-c", setting)]
     process = subprocess.Popen(
         _as_postgres(server, "-D", data, "-p", str(port), "-k", str(folder), *options),

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from cluster import processes, up
 from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
+from cluster.node import checks
 from cluster.node.launch import remove_folders
 from cluster.node.parts import BROKER, Part, PartStatus, State
 from cluster.security.private_folder import ensure_private_folder
@@ -100,7 +101,7 @@ def test_suitable_machine_passes_all_checks(config: PlatformConfig) -> None:
     up.check(config)
 
 
-@pytest.mark.parametrize("name", up.REFUSED_VARIABLES)
+@pytest.mark.parametrize("name", checks.REFUSED_VARIABLES)
 def test_a_variable_that_lets_parquet_run_code_is_refused(
     config: PlatformConfig, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -110,6 +111,25 @@ def test_a_variable_that_lets_parquet_run_code_is_refused(
         up.check(config)
     with pytest.raises(ConfigError, match=f"{name}.*Unset it"):
         up.repair(config, up.describe(config))
+
+
+def test_an_address_of_another_machine_is_refused(config: PlatformConfig) -> None:
+    """The message says how to find this machine's own addresses."""
+    config.cluster.address = "192.0.2.7"
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.7 is not an address of this machine.*ip address"):
+        up.check(config)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "head", "::1", ""])  # noqa: S104 (refused)
+def test_an_address_that_names_no_machine_is_refused(address: str) -> None:
+    with pytest.raises(ValueError, match=r"cluster\.address must be an IPv4 address"):
+        ClusterConfig(address=address)
+
+
+def test_a_network_address_needs_tls() -> None:
+    """Ray's token would otherwise cross the network unencrypted."""
+    with pytest.raises(ValueError, match="needs a loopback"):
+        ClusterConfig(address="10.0.0.1", tls=False)
 
 
 def test_a_missing_compiler_is_refused(config: PlatformConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,92 @@
+"""The nodes of a cluster, from the ledger's events."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from cluster.ledger import Ledger
+from cluster.ledger.events import NodeJoined, NodeLeft
+
+REFRESH_S = 5.0
+LOG = logging.getLogger("falaj.nodes")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """A node that joined and has not left."""
+
+    node_id: str
+    name: str
+    address: str
+    region: str
+    certificate: str
+    """SHA-256 of its certificate, in hex."""
+    joined_at: str
+
+
+def current_members(ledger: Ledger, cluster_id: str) -> dict[str, Member]:
+    """Return the nodes of a cluster besides its head, by id, in the order in which they joined."""
+    members: dict[str, Member] = {}
+    entries = [entry for kind in (NodeJoined, NodeLeft) for entry in ledger.entries(kind)]
+    for entry in sorted(entries, key=lambda entry: entry.seq):
+        payload = entry.payload
+        if payload["cluster_id"] != cluster_id:
+            continue
+        if entry.type == NodeLeft.__name__:
+            members.pop(payload["node_id"], None)
+            continue
+        members[payload["node_id"]] = Member(
+            node_id=payload["node_id"],
+            name=payload["name"],
+            address=payload["address"],
+            region=payload["region"],
+            certificate=payload["certificate"],
+            joined_at=entry.time,
+        )
+    return members
+
+
+class Members:
+    """The nodes of a running cluster, read again every few seconds, and when an unknown certificate is shown.
+
+    Requests of known nodes never wait for the ledger. While its database is down, the last known nodes keep their
+    rights.
+    """
+
+    def __init__(self, ledger: Ledger, cluster_id: str) -> None:
+        self._ledger = ledger
+        self._cluster_id = cluster_id
+        self._members: dict[str, Member] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the nodes from the ledger."""
+        try:
+            self._members = current_members(self._ledger, self._cluster_id)
+        except sa.exc.SQLAlchemyError as error:
+            LOG.warning("the nodes cannot be read from the ledger: %s", error)
+
+    def follow(self, stopped: threading.Event) -> None:
+        """Refresh every few seconds until `stopped` is set."""
+        while not stopped.wait(REFRESH_S):
+            self.refresh()
+
+    def all(self) -> dict[str, Member]:
+        """Return the nodes by id."""
+        return dict(self._members)
+
+    def with_certificate(self, fingerprint: str) -> Member | None:
+        """Return the node with a certificate, or None."""
+        found = self._find(fingerprint)
+        if found is None:
+            self.refresh()
+            found = self._find(fingerprint)
+        return found
+
+    def _find(self, fingerprint: str) -> Member | None:
+        members = self._members.values()
+        return next((member for member in members if member.certificate == fingerprint), None)
