@@ -19,6 +19,7 @@ import sqlalchemy as sa
 
 from cluster.errors import ConfigError
 from cluster.ledger import index
+from cluster.ledger.announcements import announce
 from cluster.ledger.chain import GENESIS, Entry, build_entry, canonical, to_json
 from cluster.ledger.checkpoint import Signer, checkpoint, load_signer
 from cluster.ledger.database import EVENTS, connect, create_tables, to_entry, writing
@@ -81,6 +82,7 @@ class Ledger:
             if self._signer is not None and entry.seq % self._checkpoint_every == 0:
                 mark = checkpoint(self._signer, entry)
                 self._append(connection, mark.type, "system:ledger", mark.payload())
+            announce(connection)
         return entry
 
     def entries(self, kind: type[LedgerEvent] | None = None, *, after: int = 0) -> Iterator[Entry]:

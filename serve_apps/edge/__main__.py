@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -160,6 +161,7 @@ def main(config: EdgeConfig) -> None:
             haproxy=haproxy,
             settings=edge_settings,
             state_file=state_file(config),
+            address=f"{record.edge_url} on {socket.gethostname()}",
             metrics=EdgeMetrics(registry),
         )
         controller.run(stopped, handed_over=handed_over)

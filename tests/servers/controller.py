@@ -145,6 +145,7 @@ class Running:
             haproxy=self.haproxy,
             settings=self.settings,
             state_file=self.state_file,
+            address=f"https://{self.settings.bind}",
         )
         self.stopped, self.handed_over = threading.Event(), threading.Event()
         self.thread = threading.Thread(

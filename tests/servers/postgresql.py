@@ -89,6 +89,13 @@ def new_database(address: str, name: str) -> str:
     return address.replace("/postgres", f"/{name}")
 
 
+def end_connections(engine: sa.Engine) -> None:
+    """End all connections to an engine's database but the one that does it, as a restart of the server would."""
+    others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(f"{others} AND datname = current_database()")
+
+
 def _wait(address: str) -> None:
     engine = sa.create_engine(address, connect_args={"connect_timeout": 2})
     for _ in range(200):

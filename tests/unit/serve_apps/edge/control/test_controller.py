@@ -143,8 +143,9 @@ def test_own_limit_is_applied_and_removed_again(running: Running) -> None:
 
     assert set_limit(5).endswith("alice%20b 5|512")
     assert set_limit(6).endswith("alice%20b 6|512")
-    assert file.read_text() == "alice%20b 6|512\n"
-    assert set_limit(None) == file.read_text() == ""
+    assert file.read_text() == "* 10000|512\nalice%20b 6|512\n"
+    assert set_limit(None).endswith("* 10000|512")
+    assert file.read_text() == "* 10000|512\n"
 
 
 @pytest.mark.parametrize("when", ["now and then", "at the end"])
