@@ -17,12 +17,10 @@ from cluster.port_owner import PortState, listener_uid
 from cluster.processes import cluster_of_listener, port_answers
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import RECORD_NAME, ROOT_VARIABLE, Layout, layout, write_bytes
+from cluster.this_node import LOOPBACK_ADDRESS, RECORD_VARIABLE, is_loopback
 
-RECORD_VARIABLE = "FALAJ_CLUSTER_RECORD"
 NAMESPACE = "falaj"
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Makes Ray use 127.0.0.1 only, because the cluster has one node. Otherwise Ray would use the machine's own address,
-listen on every address, and open its Prometheus ports to the network. Head and drivers must have the same value."""
+_RAY_NETWORK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_USAGE_DISABLED": "1"}
 """Turns off usage reports. Otherwise Ray Data queries a Prometheus server that does not exist, every ten seconds, and
@@ -35,6 +33,15 @@ RAY_LOG_LEVELS = {
 """Log levels of Ray's libraries in a command: problems only, no progress."""
 METRICS_PORTS = ("supervisor_metrics", "broker_metrics", "edge_controller_metrics")
 """Names of the ports where Falaj's own processes serve metrics."""
+
+
+def network_environment(address: str) -> dict[str, str]:
+    """Return the variable that lets Ray use a node's address, or keeps it on 127.0.0.1 if that is the address.
+
+    Without it Ray would always use the machine's own address, listen on every address, and open its Prometheus ports
+    to the network. All nodes and drivers must have the same value.
+    """
+    return {_RAY_NETWORK: "0" if is_loopback(address) else "1"}
 
 
 def tls_environment(places: Layout, *, on: bool) -> dict[str, str]:
@@ -92,6 +99,22 @@ class ClusterRecord:
 
     local_root: str | None = None
     """`storage.local`; null is `storage_root`."""
+    address: str = LOOPBACK_ADDRESS
+    """Address of this machine in the cluster."""
+    node_id: str | None = None
+    """Id of a node that joined; null on the head."""
+    head: str | None = None
+    """`host:port` where a node reaches the head's service for nodes; null on the head."""
+
+    @property
+    def instance(self) -> str:
+        """Name of this machine's part of the cluster: its processes and its folder for sockets have it."""
+        return self.cluster_id if self.node_id is None else f"{self.cluster_id}-{self.node_id}"
+
+    @property
+    def has_nodes(self) -> bool:
+        """Whether other nodes can be in the cluster."""
+        return not is_loopback(self.address)
 
     @property
     def storage(self) -> StorageConfig:
@@ -123,7 +146,7 @@ class ClusterRecord:
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": self.token_path,
-            **LOOPBACK,
+            **network_environment(self.address),
             **NO_TELEMETRY,
             **tls_environment(self.layout, on=self.tls),
             ROOT_VARIABLE: self.project_root,
@@ -199,10 +222,14 @@ def find_running_record(storage: StorageConfig) -> ClusterRecord | None:
 
 
 def is_up(record: ClusterRecord) -> bool:
-    """Return whether the recorded head node answers. Another cluster that now uses its port does not count."""
+    """Return whether the head node answers. Another cluster that now uses its port does not count."""
     address = urlsplit(f"//{record.ray_address}")
     host, port = address.hostname or "127.0.0.1", address.port or 0
-    if not port_answers(host=host, port=port) or cluster_of_listener(port) not in (record.cluster_id, None):
+    if not port_answers(host=host, port=port):
+        return False
+    if record.node_id is not None:
+        return True
+    if cluster_of_listener(port) not in (record.cluster_id, None):
         return False
     # Another user's process hides its environment, so its user is checked: a driver would send it Ray's token.
     return not ipaddress.ip_address(host).is_loopback or listener_uid(host, port) in (
@@ -261,6 +288,13 @@ def attach(config: PlatformConfig) -> ClusterRecord:
     if not ray.is_initialized():
         # Ray reads both variables when it is imported. ray.init itself uses this call to read the first one again.
         Config.initialize("")
-        ray_constants.ENABLE_RAY_CLUSTER = False
-        ray.init(record.ray_address, namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
+        ray_constants.ENABLE_RAY_CLUSTER = record.has_nodes
+        ray.init(
+            record.ray_address,
+            namespace=NAMESPACE,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+            # Several nodes can run on one machine. Loopback needs no choice, and Ray would replace it.
+            _node_ip_address=record.address if record.has_nodes else None,
+        )
     return record

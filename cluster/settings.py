@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
+from cluster.this_node import LOOPBACK_ADDRESS, is_loopback
+
 _ISSUER_WORD = re.compile(r"[A-Za-z0-9._~:/?@+,=%-]{1,200}")
 _CLAIM = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 MAX_AHEAD_S = 31 * 86_400
@@ -231,7 +233,7 @@ class IdentityConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PortsConfig:
-    """TCP ports of a local cluster. All are on loopback, except Ray's own."""
+    """TCP ports of a machine. All are on loopback, except those of Ray and `nodes` if `cluster.address` is not."""
 
     gcs: int = 6379
     ray_client: int = 10001
@@ -240,6 +242,8 @@ class PortsConfig:
     replicas: int = 30000
     """First of 1,000 ports for Serve's replicas."""
     edge: int = 8443
+    nodes: int = 8403
+    """Where the head admits other nodes and gives them keys. Closed if `cluster.address` is loopback."""
     edge_metrics: int = 8404
     ray_metrics: int = 8080
     supervisor_metrics: int = 8405
@@ -249,13 +253,15 @@ class PortsConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:
-    """Configuration of a Ray head node."""
+    """Configuration of the cluster on this machine."""
 
+    address: str = LOOPBACK_ADDRESS
+    """IPv4 address of this machine at which other nodes reach it. With loopback, no other node can join."""
     num_cpus: int = 8
     """Logical CPUs. It may exceed the physical CPUs if the processes mostly wait."""
     num_gpus: int = 0
     region: str = "local"
-    """Value of the node label `ray.io/availability-region`."""
+    """Region of this machine, and value of its Ray node label `ray.io/availability-region`."""
     tls: bool = True
     """Whether Ray's processes and drivers use TLS, with certificates on both sides."""
     spill_folder: str | None = None
@@ -265,6 +271,8 @@ class ClusterConfig:
     ports: PortsConfig = field(default_factory=PortsConfig)
 
     def __post_init__(self) -> None:
+        if not is_loopback(self.address) and not self.tls:
+            raise ValueError("cluster.tls=false needs a loopback cluster.address. Leave one of the two out.")
         if self.num_cpus < 1:
             raise ValueError(f"cluster.num_cpus must be at least 1, got {self.num_cpus}.")
         if self.object_store_mib < 128:

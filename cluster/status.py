@@ -125,7 +125,7 @@ def servers_down(metrics: str) -> dict[str, list[str]]:
 def listeners(record: ClusterRecord) -> dict[str, list[str]]:
     """Return the process names behind each address that the cluster listens on, sorted by port."""
     by_address: dict[str, list[str]] = defaultdict(list)
-    for process in processes.find(record.cluster_id, owner=record.owner):
+    for process in processes.find(record.instance, owner=record.owner):
         try:
             for connection in process.net_connections("tcp"):
                 if connection.status == psutil.CONN_LISTEN:

@@ -211,7 +211,8 @@ def check(config: PlatformConfig) -> None:
         ClusterAlreadyUp: A cluster runs for this storage root.
         CompilerMissing: No C++ compiler is installed.
         PortInUse: A port is in use.
-        ConfigError: A dangerous environment variable is set, or the tier does not allow the key store.
+        ConfigError: A dangerous environment variable is set, the tier does not allow the key store, or
+            `cluster.address` is not an address of this machine.
     """
     if (record := find_running_record(config.storage)) is not None:
         raise _already_up(record)
@@ -221,12 +222,25 @@ def check(config: PlatformConfig) -> None:
             "No C++ compiler (c++) found; DeepSpeed compiles an operator at start. Install g++."
         )
     check_keyring(config.secrets, tier=config.tier)
+    require_own_address(config.cluster.address)
     for name, port in _ports(config).items():
-        if _is_taken(name, port):
+        if _is_taken(name, port, config.cluster.address):
             raise PortInUse(
                 f"Port {port} ({name}) is in use by {processes.listener_name(port)}. Free it, or set "
                 f"cluster.ports.{name}=…"
             )
+
+
+def require_own_address(address: str) -> None:
+    """Require that this machine has an address.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    if not processes.port_is_free(0, address):
+        raise ConfigError(
+            f"cluster.address={address} is not an address of this machine. `ip address` lists them."
+        )
 
 
 def refuse_variables() -> None:
@@ -253,11 +267,13 @@ def avoid_taken_metrics_ports(ports: PortsConfig) -> None:
             setattr(ports, name, next(free, default))
 
 
-def _is_taken(name: str, port: int) -> bool:
+def _is_taken(name: str, port: int, address: str) -> bool:
     if name == "replicas":
         # Connections of a replica that just ended block its port for a minute. Ray then takes another of the 1,000.
         return processes.port_answers(port)
-    return not processes.port_is_free(port, "0.0.0.0" if name == "gcs" else "127.0.0.1")  # noqa: S104 (a probe)
+    # Ray's GCS listens on every address.
+    hosts = {"gcs": "0.0.0.0", "nodes": address}  # noqa: S104 (a probe)
+    return not processes.port_is_free(port, hosts.get(name, "127.0.0.1"))
 
 
 def describe(config: PlatformConfig) -> ClusterRecord:
@@ -271,7 +287,8 @@ def describe(config: PlatformConfig) -> ClusterRecord:
         project_root=str(project_root()),
         storage_root=storage.root,
         local_root=storage.local or None,
-        ray_address=f"127.0.0.1:{ports['gcs']}",
+        address=config.cluster.address,
+        ray_address=f"{config.cluster.address}:{ports['gcs']}",
         dashboard_url=f"http://127.0.0.1:{ports['dashboard']}",
         edge_url=f"https://127.0.0.1:{ports['edge']}",
         metrics_url=f"http://127.0.0.1:{ports['edge_metrics']}/metrics",
@@ -314,7 +331,7 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
     if config.secrets.kind is SecretsKind.vault and vault.pki_role is not None:
         fetch_certificates(storage, vault)
     else:
-        ensure_tls(storage)
+        ensure_tls(storage, addresses=(record.address,))
     if not Path(record.token_path).exists():
         write_private_file(Path(record.token_path), secrets.token_hex(32).encode())
     for scratch_folder in (Path(storage.runs), memory_folder(otherwise=Path(storage.runs))):

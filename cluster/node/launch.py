@@ -19,9 +19,10 @@ from cluster import processes
 from cluster.errors import FalajError
 from cluster.node.parts import Part, find_parts
 from cluster.security.encryption.scratch import memory_folder
-from cluster.session import LOOPBACK, RECORD_VARIABLE, ClusterRecord, record_path, tls_environment
+from cluster.session import ClusterRecord, network_environment, record_path, tls_environment
 from cluster.settings import PlatformConfig
 from cluster.storage import ROOT_VARIABLE, layout, local, resolve
+from cluster.this_node import RECORD_VARIABLE
 
 START_DEADLINE_S = 60.0
 RAY_START_S = 180.0
@@ -40,21 +41,21 @@ class StartFailed(FalajError):
 def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]:
     """Return the environment of every process of the cluster. Jobs and replicas inherit it."""
     unset = {"RAY_SERVE_ENABLE_HA_PROXY", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
-    if os.environ.get(processes.ID_VARIABLE) == record.cluster_id:
+    if os.environ.get(processes.ID_VARIABLE) == record.instance:
         # The cluster itself set it, perhaps in a repair without the option for GPUs.
         unset |= {"DS_ACCELERATOR"}
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     first_port = config.cluster.ports.replicas
     first_grpc_port = first_port + NUM_REPLICA_PORTS // 2
     return inherited | {
-        processes.ID_VARIABLE: record.cluster_id,
+        processes.ID_VARIABLE: record.instance,
         ROOT_VARIABLE: record.project_root,
         RECORD_VARIABLE: record_path(config.storage),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": record.token_path,
         "RAY_USAGE_STATS_ENABLED": "0",
-        **LOOPBACK,
+        **network_environment(record.address),
         **tls_environment(record.layout, on=record.tls),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.replica.direct.middlewares",
@@ -88,7 +89,7 @@ def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
         "start",
         "--head",
         "--disable-usage-stats",
-        "--node-ip-address=127.0.0.1",
+        f"--node-ip-address={record.address}",
         "--dashboard-host=127.0.0.1",
         "--include-dashboard=true",
         f"--port={ports['gcs']}",
@@ -179,7 +180,7 @@ def end_all(record: ClusterRecord) -> int:
     supervisor = find_parts(record).get(Part.supervisor)
     if supervisor is not None:
         processes.end_process(supervisor, grace_s=SUPERVISOR_GRACE_S)
-    return processes.end(record.cluster_id, owner=record.owner) + (supervisor is not None)
+    return processes.end(record.instance, owner=record.owner) + (supervisor is not None)
 
 
 def remove_folders(record: ClusterRecord) -> None:

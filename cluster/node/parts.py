@@ -88,7 +88,7 @@ def format_parts(parts: Iterable[PartStatus]) -> str:
 
 def find_parts(record: ClusterRecord) -> dict[Part, psutil.Process]:
     """Return the processes of a cluster's parts."""
-    return processes_by_part(processes.find(record.cluster_id, owner=record.owner))
+    return processes_by_part(processes.find(record.instance, owner=record.owner))
 
 
 def processes_by_part(members: Iterable[psutil.Process]) -> dict[Part, psutil.Process]:
@@ -163,6 +163,6 @@ def _created_at(process: psutil.Process) -> float:
 
 _PROBES: dict[Part, Callable[[ClusterRecord], bool]] = {
     Part.broker: lambda record: is_broker_alive(Path(record.key_socket)),
-    Part.gcs: lambda record: processes.port_answers(record.ports["gcs"]),
+    Part.gcs: lambda record: processes.port_answers(record.ports["gcs"], record.address),
     Part.haproxy: lambda record: processes.port_answers(record.ports["edge"]),
 }

@@ -53,7 +53,7 @@ def replace_head(config: PlatformConfig, record: ClusterRecord) -> None:
     ensure_private_folder(gcs_folder(record).parent)
     _marker(record).touch()
     remove_commands(record)
-    processes.end(record.cluster_id, owner=record.owner, only=_belongs_to_ray, grace_s=GRACE_S)
+    processes.end(record.instance, owner=record.owner, only=_belongs_to_ray, grace_s=GRACE_S)
     shutil.rmtree(gcs_folder(record), ignore_errors=True)
     start_ray(config, record)
     try:

@@ -172,8 +172,8 @@ def restart_as_part_of(record: ClusterRecord) -> None:
 
     `cluster.down` finds the processes to stop by that id.
     """
-    if os.environ.get(ID_VARIABLE) != record.cluster_id:
-        os.environ[ID_VARIABLE] = record.cluster_id
+    if os.environ.get(ID_VARIABLE) != record.instance:
+        os.environ[ID_VARIABLE] = record.instance
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - this very program
 
 

@@ -16,7 +16,7 @@ import argparse
 import datetime as dt
 import ipaddress
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,32 +49,61 @@ class _Authority:
     key: ec.EllipticCurvePrivateKey
 
 
-def ensure_tls(places: Layout, *, renew: bool = False, now: dt.datetime | None = None) -> None:
+def ensure_tls(
+    places: Layout,
+    *,
+    addresses: Collection[str] = (),
+    renew: bool = False,
+    now: dt.datetime | None = None,
+) -> None:
     """Ensure an authority and valid certificates of this machine for the edge and for Ray.
 
     Args:
         places: paths below the storage root.
+        addresses: addresses that the node's certificate needs besides loopback. It keeps those that it has already.
         renew: create the certificates again, even if they are still valid.
         now: the time for the check of the lifetime; the present time by default.
 
     Raises:
-        ConfigError: the certificate of another authority is there, and one of its files is missing or `renew` is set.
+        ConfigError: the certificate of another authority is there, and one of its files is missing, an address is
+            missing in it, or `renew` is set.
     """
     at = now or dt.datetime.now(dt.UTC)
     folder = local(places.tls)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if is_foreign_authority(folder / CA_NAME):
         _require_foreign_files(folder, renew=renew)
+        _require_addresses(folder / NODE_CERTIFICATE_NAME, addresses)
         return
     authority = _authority(folder)
     if renew or _is_due(folder / EDGE_NAME, authority, at):
         key = ec.generate_private_key(ec.SECP256R1())
         usages = (ExtendedKeyUsageOID.SERVER_AUTH,)
-        edge = _leaf(key, authority, name="localhost", addresses=LOOPBACK, usages=usages)
+        edge = _leaf(key.public_key(), authority, name="localhost", addresses=LOOPBACK, usages=usages)
         replace_private_file(folder / EDGE_NAME, _pem(edge) + _key_pem(key))
     node_is_due = _is_due(folder / NODE_CERTIFICATE_NAME, authority, at, key=folder / NODE_KEY_NAME)
-    if renew or node_is_due:
-        write_node_certificate(folder, authority=folder, name=socket.gethostname(), addresses=LOOPBACK)
+    present = certificate_addresses(folder / NODE_CERTIFICATE_NAME)
+    if renew or node_is_due or not present.issuperset(addresses):
+        all_addresses = sorted(present.union(addresses).difference(LOOPBACK))
+        write_node_certificate(folder, authority=folder, name=socket.gethostname(), addresses=all_addresses)
+
+
+def certificate_addresses(path: Path) -> set[str]:
+    """Return the IP addresses in a certificate; empty if the file is missing or damaged."""
+    try:
+        extensions = x509.load_pem_x509_certificate(path.read_bytes()).extensions
+        names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (FileNotFoundError, ValueError, x509.ExtensionNotFound):
+        return set()
+    return {str(address) for address in names.get_values_for_type(x509.IPAddress)}
+
+
+def _require_addresses(path: Path, addresses: Iterable[str]) -> None:
+    missing = set(addresses).difference(LOOPBACK, certificate_addresses(path))
+    if missing:  # Ray would hang instead of failing
+        raise ConfigError(
+            f"{path} of another authority lacks the address {', '.join(sorted(missing))}. Get a certificate with it."
+        )
 
 
 def is_foreign_authority(authority: Path) -> bool:
@@ -115,19 +144,31 @@ def write_node_certificate(folder: Path, *, authority: Path, name: str, addresse
     Raises:
         ConfigError: there is no local authority, or an address is invalid.
     """
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = sign_node_key(key.public_key(), authority=authority, name=name, addresses=addresses)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    replace_private_file(folder / NODE_KEY_NAME, _key_pem(key))
+    replace_private_file(folder / NODE_CERTIFICATE_NAME, certificate, mode=0o644)
+    if folder != authority:
+        replace_private_file(folder / CA_NAME, (authority / CA_NAME).read_bytes(), mode=0o644)
+
+
+def sign_node_key(
+    key: ec.EllipticCurvePublicKey, *, authority: Path, name: str, addresses: Iterable[str]
+) -> bytes:
+    """Return a certificate for a node's key, as PEM.
+
+    Raises:
+        ConfigError: there is no local authority, or an address is invalid.
+    """
     if is_foreign_authority(authority / CA_NAME):
         raise ConfigError(
             f"{authority / CA_NAME} is another authority's certificate. Get the node's certificate from that authority."
         )
     if not (authority / CA_KEY_NAME).exists():
         raise ConfigError(f"No certificate authority at {authority}. Run `python -m cluster.up` first.")
-    signer, key = _authority(authority), ec.generate_private_key(ec.SECP256R1())
-    certificate = _leaf(key, signer, name=name, addresses=(*addresses, *LOOPBACK), usages=_BOTH_SIDES)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    replace_private_file(folder / NODE_KEY_NAME, _key_pem(key))
-    replace_private_file(folder / NODE_CERTIFICATE_NAME, _pem(certificate), mode=0o644)
-    if folder != authority:
-        replace_private_file(folder / CA_NAME, _pem(signer.certificate), mode=0o644)
+    signer = _authority(authority)
+    return _pem(_leaf(key, signer, name=name, addresses=(*addresses, *LOOPBACK), usages=_BOTH_SIDES))
 
 
 def _authority(folder: Path) -> _Authority:
@@ -207,7 +248,7 @@ def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
 
 
 def _leaf(
-    key: ec.EllipticCurvePrivateKey,
+    key: ec.EllipticCurvePublicKey,
     authority: _Authority,
     *,
     name: str,
@@ -223,7 +264,7 @@ def _leaf(
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     names = [x509.DNSName(host) for host in dict.fromkeys((name, "localhost"))]
     return (
-        _builder(subject, authority.certificate.subject, key.public_key(), days=LEAF_DAYS)
+        _builder(subject, authority.certificate.subject, key, days=LEAF_DAYS)
         .add_extension(
             x509.SubjectAlternativeName([*names, *(x509.IPAddress(address) for address in parsed)]),
             critical=False,

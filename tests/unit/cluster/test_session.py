@@ -167,4 +167,4 @@ def test_refusal_is_found_behind_a_ray_error() -> None:
 
 def test_loopback_variable_has_rays_name() -> None:
     """The name is written out, so that Ray need not be imported."""
-    assert {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"} == session.LOOPBACK
+    assert session.network_environment("127.0.0.1") == {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}

@@ -112,6 +112,25 @@ def test_a_variable_that_lets_parquet_run_code_is_refused(
         up.repair(config, up.describe(config))
 
 
+def test_an_address_of_another_machine_is_refused(config: PlatformConfig) -> None:
+    """The message says how to find this machine's own addresses."""
+    config.cluster.address = "192.0.2.7"
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.7 is not an address of this machine.*ip address"):
+        up.check(config)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "head", "::1", ""])  # noqa: S104 (refused)
+def test_an_address_that_names_no_machine_is_refused(address: str) -> None:
+    with pytest.raises(ValueError, match=r"cluster\.address must be an IPv4 address"):
+        ClusterConfig(address=address)
+
+
+def test_a_network_address_needs_tls() -> None:
+    """Ray's token would otherwise cross the network unencrypted."""
+    with pytest.raises(ValueError, match="needs a loopback"):
+        ClusterConfig(address="10.0.0.1", tls=False)
+
+
 def test_a_missing_compiler_is_refused(config: PlatformConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message says what to install."""
     monkeypatch.setenv("CXX", "/nowhere/c++")

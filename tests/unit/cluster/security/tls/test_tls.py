@@ -116,6 +116,25 @@ def test_nodes_of_one_authority_accept_each_other(folder: Path, tmp_path: Path) 
             mutual(server, client)
 
 
+def test_certificate_gets_an_address_and_keeps_it(folder: Path) -> None:
+    """A later start without the address, and a renewal, keep it: other nodes still use it."""
+    places = Layout(str(folder.parent))
+    ensure_tls(places, addresses=["10.0.0.1"])
+    before = (folder / "node.pem").read_bytes()
+    ensure_tls(places)
+    assert (folder / "node.pem").read_bytes() == before
+    ensure_tls(places, addresses=["10.0.0.2"], renew=True)
+    addresses = {"10.0.0.1", "10.0.0.2", "127.0.0.1", "::1"}
+    assert tls.certificate_addresses(folder / "node.pem") == addresses
+
+
+def test_foreign_certificate_without_the_nodes_address_is_refused(folder: Path) -> None:
+    """With it, Ray would hang."""
+    company(folder)
+    with pytest.raises(ConfigError, match=r"lacks the address 10\.0\.0\.1"):
+        ensure_tls(Layout(str(folder.parent)), addresses=["10.0.0.1", "127.0.0.1"])
+
+
 def test_ray_variables_name_existing_files(folder: Path) -> None:
     """They also switch TLS off explicitly, because the shell's variables may differ."""
     variables = tls_environment(Layout(str(folder.parent)), on=True)
@@ -173,7 +192,11 @@ def company(folder: Path) -> dict[str, bytes]:
     certificate = tls._builder(name, name, key.public_key(), days=30).sign(key, hashes.SHA256())
     usages = tls._BOTH_SIDES
     leaf = tls._leaf(
-        key, tls._Authority(certificate, key), name="company.example", addresses=["127.0.0.1"], usages=usages
+        key.public_key(),
+        tls._Authority(certificate, key),
+        name="company.example",
+        addresses=["127.0.0.1"],
+        usages=usages,
     )
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
