@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
+from cluster.host_names import require_addresses, require_host_names
 from cluster.this_node import LOOPBACK_ADDRESS, is_loopback
 
 _ISSUER_WORD = re.compile(r"[A-Za-z0-9._~:/?@+,=%-]{1,200}")
@@ -257,6 +258,10 @@ class ClusterConfig:
 
     address: str = LOOPBACK_ADDRESS
     """IPv4 address of this machine at which other nodes reach it. With loopback, no other node can join."""
+    edge_host: str | None = None
+    """Address that the edge listens on, besides loopback; 0.0.0.0 is all of this machine. Null is `address`."""
+    edge_names: list[str] = field(default_factory=list)
+    """More names and addresses of the edge, for its certificate."""
     num_cpus: int = 8
     """Logical CPUs. It may exceed the physical CPUs if the processes mostly wait."""
     num_gpus: int = 0
@@ -273,6 +278,8 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if not is_loopback(self.address) and not self.tls:
             raise ValueError("cluster.tls=false needs a loopback cluster.address. Leave one of the two out.")
+        require_addresses("cluster.edge_host", [self.edge_host] if self.edge_host else [])
+        require_host_names("cluster.edge_names", self.edge_names)
         if self.num_cpus < 1:
             raise ValueError(f"cluster.num_cpus must be at least 1, got {self.num_cpus}.")
         if self.object_store_mib < 128:

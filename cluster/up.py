@@ -22,6 +22,7 @@ from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortI
 from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
 from cluster.ledger.events import ClusterStarted
+from cluster.node.edge_address import edge_hosts, edge_names
 from cluster.node.launch import (
     StartFailed,
     answers_http,
@@ -59,7 +60,7 @@ from cluster.session import (
     record_path,
     write_record,
 )
-from cluster.settings import PlatformConfig, PortsConfig, SecretsKind
+from cluster.settings import ClusterConfig, PlatformConfig, PortsConfig, SecretsKind
 from cluster.storage import layout, local, project_root, require_exclusive_writes, resolve
 from cluster.supervisor.daemons import save_commands
 from cluster.supervisor.head import restore_is_due
@@ -222,25 +223,24 @@ def check(config: PlatformConfig) -> None:
             "No C++ compiler (c++) found; DeepSpeed compiles an operator at start. Install g++."
         )
     check_keyring(config.secrets, tier=config.tier)
-    require_own_address(config.cluster.address)
+    require_own_address("cluster.address", config.cluster.address)
+    require_own_address("cluster.edge_host", edge_hosts(config.cluster)[0])
     for name, port in _ports(config).items():
-        if _is_taken(name, port, config.cluster.address):
+        if _is_taken(name, port, config.cluster):
             raise PortInUse(
                 f"Port {port} ({name}) is in use by {processes.listener_name(port)}. Free it, or set "
                 f"cluster.ports.{name}=…"
             )
 
 
-def require_own_address(address: str) -> None:
-    """Require that this machine has an address.
+def require_own_address(option: str, address: str) -> None:
+    """Require that this machine has the address in an option.
 
     Raises:
         ConfigError: It has not.
     """
     if not processes.port_is_free(0, address):
-        raise ConfigError(
-            f"cluster.address={address} is not an address of this machine. `ip address` lists them."
-        )
+        raise ConfigError(f"{option}={address} is not an address of this machine. `ip address` lists them.")
 
 
 def refuse_variables() -> None:
@@ -267,13 +267,17 @@ def avoid_taken_metrics_ports(ports: PortsConfig) -> None:
             setattr(ports, name, next(free, default))
 
 
-def _is_taken(name: str, port: int, address: str) -> bool:
+def _is_taken(name: str, port: int, config: ClusterConfig) -> bool:
     if name == "replicas":
         # Connections of a replica that just ended block its port for a minute. Ray then takes another of the 1,000.
         return processes.port_answers(port)
-    # Ray's GCS listens on every address.
-    hosts = {"gcs": "0.0.0.0", "nodes": address}  # noqa: S104 (a probe)
-    return not processes.port_is_free(port, hosts.get(name, "127.0.0.1"))
+    hosts = {
+        "gcs": ["0.0.0.0"],  # noqa: S104 (Ray's GCS listens on every address)
+        "nodes": [config.address],
+        "serve_http": [config.address],
+        "edge": edge_hosts(config),
+    }
+    return not all(processes.port_is_free(port, host) for host in hosts.get(name, ["127.0.0.1"]))
 
 
 def describe(config: PlatformConfig) -> ClusterRecord:
@@ -329,9 +333,9 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
         ensure_issuer(storage, tier=config.tier)
     vault = config.secrets.vault
     if config.secrets.kind is SecretsKind.vault and vault.pki_role is not None:
-        fetch_certificates(storage, vault)
+        fetch_certificates(storage, vault, names=(record.address, *edge_names(config.cluster)))
     else:
-        ensure_tls(storage, addresses=(record.address,))
+        ensure_tls(storage, addresses=(record.address,), edge_names=edge_names(config.cluster))
     if not Path(record.token_path).exists():
         write_private_file(Path(record.token_path), secrets.token_hex(32).encode())
     for scratch_folder in (Path(storage.runs), memory_folder(otherwise=Path(storage.runs))):

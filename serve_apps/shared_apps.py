@@ -22,10 +22,12 @@ from cluster.session import ClusterRecord, attach, require_recorded_cluster
 from cluster.settings import Durability, FeaturesConfig, OnlineConfig, OnlineKind, PlatformConfig
 from cluster.settings_conversion import to_plain
 from cluster.storage import layout, local, write_json
+from cluster.this_node import LOOPBACK_ADDRESS
 from serve_apps.apps import OPTIONS, DeployFailed, is_running, run
 from serve_apps.edge.haproxy.split import FEATURES_APP, OUTCOMES_APP
 from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
+from serve_apps.replica.targets import EACH_NODE
 
 _CLUSTER = "cluster_id"
 APPLICATIONS: dict[str, Any] = {OUTCOMES_APP: Outcomes, FEATURES_APP: Features}
@@ -80,7 +82,8 @@ def main(config: PlatformConfig) -> None:
     """Start Serve on the running head, then the applications."""
     record = attach(config)
     settings = settings_at_start(config, record)
-    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=config.cluster.ports.serve_http))
+    host = EACH_NODE if record.has_nodes else LOOPBACK_ADDRESS
+    serve.start(http_options=HTTPOptions(host=host, port=config.cluster.ports.serve_http))
     if config.identity.issuer.url is not None and settings.service_token_file is None:
         print(
             "features and outcomes start with the first deployment, which must give identity.service_token_file=…"

@@ -250,6 +250,8 @@ def overrides(name: str, value: Any, *, leave_out: Collection[str] = ()) -> list
         ]
     if value is None:
         return []
+    if isinstance(value, list):
+        return [f"++{name}=[{','.join(map(str, value))}]"]
     text = str(value.value if isinstance(value, enum.Enum) else value).replace("'", "\\'")
     return [f"++{name}='{text}'"]
 

@@ -108,6 +108,7 @@ class Shadowing:
         fetch_targets: fetches the replicas' addresses of each application from Serve.
         token: returns this replica's own token.
         proof: the installation's secret; without it the shadow's replicas ignore the edge's headers.
+        authority: file with the certificate of the nodes' authority.
         count: counts a copy by its result: `sent`, `refused`, `failed` or `dropped`.
     """
 
@@ -120,6 +121,7 @@ class Shadowing:
         fetch_targets: Callable[[], Targets],
         token: Callable[[], str],
         proof: str,
+        authority: str,
         count: Callable[[str], None],
     ) -> None:
         self._model, self._version = model, version
@@ -127,6 +129,7 @@ class Shadowing:
         self._fetch_targets = fetch_targets
         self._token = token
         self._proof = proof
+        self._authority = authority
         self._count = count
         self._states: States = {}
         self._seq = 0
@@ -228,7 +231,7 @@ class Shadowing:
             sender.start()
 
     def _send_all(self) -> None:
-        with contextlib.closing(Connections()) as connections:
+        with contextlib.closing(Connections(self._authority)) as connections:
             while not self._ended.is_set():
                 destination = self._destination
                 connections.close_others(destination.addresses if destination else ())

@@ -1,20 +1,31 @@
-"""Let a replica's gRPC server listen on its node's own address only.
+"""Let the servers of Serve's processes listen on their node's own address only, and with TLS if that is not loopback.
 
 Ray 2.60 starts a gRPC server for calls from other deployments in every replica. It listens on all addresses of the
 machine, and it unpickles what it receives. TLS between Ray's processes requires a client certificate. But a server on
-loopback cannot be reached from other machines at all, with or without TLS. Ray has no setting for this, so this module
-replaces the function that opens the port.
+loopback cannot be reached from other machines at all, with or without TLS.
+
+For HTTP, Serve has one host and one certificate for all nodes. With several nodes, each needs its own. Ray has no
+setting for either, so this module replaces the functions that open the ports.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import Any
 
 import ray
 from ray._common.tls_utils import add_port_to_grpc_server
+from ray.serve._private import http_util
+from ray.serve.config import HTTPOptions
 
-_REPLICA = "ray.serve._private.replica"
+from cluster.errors import ConfigError
+from cluster.this_node import RECORD_VARIABLE, this_node
+from serve_apps.replica.targets import EACH_NODE
+
+_REPLICA, _PROXY = "ray.serve._private.replica", "ray.serve._private.proxy"
 _EVERYWHERE = "[::]"
+_start_server = http_util.start_asgi_http_server
 
 
 def listen_on_own_address() -> None:
@@ -27,8 +38,44 @@ def listen_on_own_address() -> None:
         vars(replica)["add_port_to_grpc_server"] = _on_own_address
 
 
+def answer_on_own_address() -> None:
+    """Bind the HTTP server of this replica or proxy to its node's address; call it before the server starts."""
+    for name in (_REPLICA, _PROXY):
+        if (module := sys.modules.get(name)) is not None:
+            vars(module)["start_asgi_http_server"] = _start_on_own_address
+
+
+def own_address() -> str:
+    """Return this node's address."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def own_options(options: HTTPOptions, *, address: str) -> HTTPOptions:
+    """Return a server's options with the node's address and certificate, if Serve was given `EACH_NODE`.
+
+    The certificate is the one that Ray's processes of this node have (`cluster/security/tls`).
+
+    Raises:
+        ConfigError: this node's record cannot be read, so requests without the edge's secret would not be refused.
+    """
+    if options.host != EACH_NODE:
+        return options
+    if this_node() is None:
+        raise ConfigError(f"The record of this node, {os.environ.get(RECORD_VARIABLE)}, cannot be read.")
+    own = {
+        "host": address,
+        "ssl_certfile": os.environ["RAY_TLS_SERVER_CERT"],
+        "ssl_keyfile": os.environ["RAY_TLS_SERVER_KEY"],
+    }
+    return options.model_copy(update=own)
+
+
+async def _start_on_own_address(app: Any, http_options: HTTPOptions, **arguments: Any) -> Any:
+    return await _start_server(app, own_options(http_options, address=own_address()), **arguments)
+
+
 def _on_own_address(server: object, address: str) -> int:
-    host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    host = own_address()
     own = f"[{host}]" if ":" in host else host
     port: int = add_port_to_grpc_server(  # type: ignore[no-untyped-call]
         server, address.replace(_EVERYWHERE, own)

@@ -8,6 +8,7 @@ an application that was scaled to zero.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -23,7 +24,9 @@ RUNNING = "RUNNING"
 HEALTHY_STATUSES = frozenset({"HEALTHY", "UPSCALING", "DOWNSCALING"})
 """Serve's statuses of a healthy deployment. They change as soon as a replica is lost; the application's status changes
 a little later."""
-_EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 (read, not bound)
+EACH_NODE = "each-node.invalid"
+"""Host that Serve is given if its servers listen on their nodes' addresses. No server can listen on this name itself:
+`listening.py` replaces it in each process, and a process in which that failed must not listen anywhere else."""
 _DEFAULT_HOST = "127.0.0.1"
 """Where Serve listens if it was given no host; it does not publish one then."""
 _RECOVERING = "RECOVERING"
@@ -49,6 +52,14 @@ def addresses_of(target: Target) -> tuple[str, ...]:
     return target.servers if isinstance(target, ScaledToZero) else target
 
 
+def uses_tls(address: str) -> bool:
+    """Return whether a server at `host:port` speaks TLS: on every address but loopback."""
+    try:
+        return not ipaddress.ip_address(address.rpartition(":")[0].strip("[]")).is_loopback
+    except ValueError:
+        return True
+
+
 def serve_targets(record: ClusterRecord) -> Callable[[], Targets]:
     """Return a function that fetches the targets from Serve.
 
@@ -68,8 +79,8 @@ def serve_targets(record: ClusterRecord) -> Callable[[], Targets]:
 def read_targets(content: Mapping[str, Any]) -> Targets:
     """Return the applications that can be reached.
 
-    Serve publishes replicas at their nodes' addresses. But they listen at the host that Serve's proxy was given, for
-    example loopback.
+    Serve publishes replicas at their nodes' addresses. But they listen at the host that Serve was given, for example
+    loopback, unless that is `EACH_NODE`.
 
     Args:
         content: answer of `/api/serve/applications/`.
@@ -89,7 +100,7 @@ def read_targets(content: Mapping[str, Any]) -> Targets:
         if group["protocol"] != "HTTP" or not name or not published:
             continue
         servers = tuple(
-            f"{target['ip'] if host in _EVERYWHERE else host}:{target['port']}" for target in published
+            f"{target['ip'] if host == EACH_NODE else host}:{target['port']}" for target in published
         )
         if all(target["port"] != proxy_port for target in published):
             targets[name] = servers

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve_apps.replica.targets import ScaledToZero, read_targets
+from serve_apps.replica.targets import EACH_NODE, ScaledToZero, read_targets
 from tests.servers.edge import PREDICT, Echo, Edge, Mirror, treated_unit
 from tests.servers.polling import wait_until
 from tests.servers.serve_proxy import HoldingProxy
@@ -45,8 +45,7 @@ def published(
     ("host", "expected"),
     [
         ("", "127.0.0.1"),
-        ("0.0.0.0", "10.0.0.7"),  # noqa: S104
-        ("::", "10.0.0.7"),
+        (EACH_NODE, "10.0.0.7"),
         ("127.0.0.1", "127.0.0.1"),
         ("10.1.0.7", "10.1.0.7"),
     ],
