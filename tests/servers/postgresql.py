@@ -23,6 +23,11 @@ def _binary(name: str) -> str | None:
     return str(found[-1]) if found else shutil.which(name)
 
 
+def is_installed() -> bool:
+    """Return whether this machine has PostgreSQL."""
+    return _binary("initdb") is not None and _binary("postgres") is not None
+
+
 def _as_postgres(*command: str) -> list[str]:
     """Return a command that runs as the user `postgres` if this process is root.
 
