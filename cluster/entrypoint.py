@@ -12,18 +12,20 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cluster.command_line import option_names, quote_texts
 from cluster.errors import ConfigError, RefusedError, did_you_mean, refusal_behind, suggest_name
+from cluster.settings import PlatformConfig
 from cluster.settings_conversion import load
 
 C = TypeVar("C")
@@ -80,6 +82,21 @@ def job(
         return main
 
     return decorate
+
+
+def compose_platform(overrides: Sequence[str]) -> PlatformConfig:
+    """Compose the platform's configuration without changing the Hydra state of the calling application.
+
+    Raises:
+        ConfigError: An override is invalid.
+    """
+    callers_hydra = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_module("configs", version_base=None):
+            return load(hydra.compose("platform", overrides=list(overrides)), PlatformConfig)
+    finally:
+        GlobalHydra.instance().hydra = callers_hydra
 
 
 def introduction(description: str | None, config_name: str) -> str:

@@ -18,25 +18,16 @@ def is_address(text: str) -> bool:
     return True
 
 
-def require_addresses(option: str, texts: Iterable[str]) -> None:
-    """Require IP addresses.
+def require_edge_names(host: str | None, names: Iterable[str]) -> None:
+    """Require that `cluster.edge_host` is an address, and that `cluster.edge_names` are host names or addresses.
 
     Raises:
-        ValueError: One of them is not an IP address.
+        ValueError: A value is neither.
     """
-    for text in texts:
-        if not is_address(text):
-            raise ValueError(f"{option} must be an address such as 10.0.0.1, got '{text}'.")
-
-
-def require_host_names(option: str, texts: Iterable[str]) -> None:
-    """Require host names and IP addresses.
-
-    Raises:
-        ValueError: One of them is neither.
-    """
-    for text in texts:
-        if not (_HOST_NAME.fullmatch(text) or is_address(text)):
+    if host is not None and not is_address(host):
+        raise ValueError(f"cluster.edge_host must be an address such as 10.0.0.1, got '{host}'.")
+    for name in names:
+        if not (_HOST_NAME.fullmatch(name) or is_address(name)):
             raise ValueError(
-                f"{option} takes host names and addresses such as [api.example.com], got '{text}'."
+                f"cluster.edge_names takes host names and addresses such as [api.example.com], got '{name}'."
             )

@@ -105,6 +105,8 @@ class ClusterRecord:
     """Id of a node that joined; null on the head."""
     head: str | None = None
     """`host:port` where a node reaches the head's service for nodes; null on the head."""
+    has_edge: bool = True
+    """Whether this machine has an edge."""
 
     @property
     def instance(self) -> str:

@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
-from cluster.host_names import require_addresses, require_host_names
+from cluster.host_names import require_edge_names
+from cluster.placement import PlacementConfig
 from cluster.this_node import LOOPBACK_ADDRESS, is_loopback
 
 _ISSUER_WORD = re.compile(r"[A-Za-z0-9._~:/?@+,=%-]{1,200}")
@@ -44,6 +45,12 @@ class StorageConfig:
     local: str | None = None
     """Folder on this machine's disk for keys, certificates, the edge's files, open logs and runs. Null is `root`; if
     that is remote, `.falaj` in the project's folder."""
+    shared: bool = False
+    """Whether every node sees the folder `root` at the same path, as on NFS. `local` must then be elsewhere."""
+
+    def __post_init__(self) -> None:
+        if self.shared and (self.local is None or not self.root.startswith("/")):
+            raise ValueError("storage.shared=true needs an absolute storage.root, and storage.local=….")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -278,8 +285,7 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if not is_loopback(self.address) and not self.tls:
             raise ValueError("cluster.tls=false needs a loopback cluster.address. Leave one of the two out.")
-        require_addresses("cluster.edge_host", [self.edge_host] if self.edge_host else [])
-        require_host_names("cluster.edge_names", self.edge_names)
+        require_edge_names(self.edge_host, self.edge_names)
         if self.num_cpus < 1:
             raise ValueError(f"cluster.num_cpus must be at least 1, got {self.num_cpus}.")
         if self.object_store_mib < 128:
@@ -389,5 +395,6 @@ class PlatformConfig:
     online: OnlineConfig = field(default_factory=OnlineConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     replica: ReplicaConfig = field(default_factory=ReplicaConfig)

@@ -21,6 +21,7 @@ import psutil
 
 from cluster import processes
 from cluster.entrypoint import job
+from cluster.node.other_nodes import NodeStatus, node_statuses
 from cluster.node.parts import Part, PartStatus, State, inspect_parts, not_running
 from cluster.node.permissions import permission_problems
 from cluster.port_owner import open_own
@@ -54,16 +55,22 @@ class Health:
     """Paths with a wrong owner or wrong permissions, and folders that are missing."""
     restoring: bool
     """Whether applications of a lost head are not all restored yet."""
+    nodes: list[NodeStatus]
+    """The other nodes."""
 
     @property
     def is_healthy(self) -> bool:
-        return not (not_running(self.parts) or self.problems or self.restoring)
+        nodes_run = all(node.state is State.running for node in self.nodes)
+        return nodes_run and not (not_running(self.parts) or self.problems or self.restoring)
 
 
 def health(record: ClusterRecord) -> Health:
     """Check every part and the permissions of every path."""
     return Health(
-        parts=inspect_parts(record), problems=permission_problems(record), restoring=restore_is_due(record)
+        parts=inspect_parts(record),
+        problems=permission_problems(record),
+        restoring=restore_is_due(record),
+        nodes=node_statuses(record) if record.has_nodes else [],
     )
 
 
@@ -82,6 +89,7 @@ def show(config: PlatformConfig, flag: str | None) -> None:
             "parts": {status.part.value: status.state.value for status in cluster_health.parts},
             "permission_problems": cluster_health.problems,
             "restoring": cluster_health.restoring,
+            "nodes": [asdict(node) for node in cluster_health.nodes],
         }
         print(json.dumps(asdict(record) | details, indent=1))
     else:
@@ -151,6 +159,11 @@ def _show_health(cluster_health: Health) -> None:
         )
     elif lacking:
         print("  the supervisor restarts them; `python -m cluster.up` waits until all run")
+    if cluster_health.nodes:
+        print("other nodes")
+    for node in cluster_health.nodes:
+        mark = "" if node.state is State.running else "  <- problem"
+        print(f"  {node.node_id} {node.name:18} {node.address:15} {node.region:10} {node.text}{mark}")
     problems = cluster_health.problems
     print("permissions    " + ("closed to other users" if not problems else "problems:"))
     for problem in problems:
@@ -160,7 +173,8 @@ def _show_health(cluster_health: Health) -> None:
 
 
 def _show_text(record: ClusterRecord, cluster_health: Health) -> None:
-    print(f"cluster {record.cluster_id}, up since {record.started_at}")
+    role = "" if record.node_id is None else f", node {record.node_id} of the head at {record.head}"
+    print(f"cluster {record.cluster_id}{role}, up since {record.started_at}")
     print(f"project        {record.project_root}")
     print(f"state          {record.storage_root}")
     print(addresses(record))

@@ -26,6 +26,7 @@ from fsspec.core import url_to_fs
 
 from cluster.errors import ConfigError
 from cluster.settings import StorageConfig
+from cluster.this_node import this_node
 
 ROOT_VARIABLE = "FALAJ_PROJECT_ROOT"
 RECORD_NAME = "cluster.json"
@@ -80,6 +81,10 @@ class Layout:
     """`storage.root`."""
     local: str = ""
     """`storage.local`; empty is `root`."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another node has another folder for its own state.
+        return _layout_here, (self.root, self.local)
 
     @property
     def disk(self) -> str:
@@ -149,8 +154,14 @@ def layout(storage: StorageConfig) -> Layout:
     """Return the layout of a configured storage."""
     root = resolve(storage.root)
     if storage.local is not None:
-        return Layout(root, str(local(resolve(storage.local))))
-    return Layout(root, f"{project_root()}/.falaj" if is_uri(root) else "")
+        return _layout_here(root, str(local(resolve(storage.local))))
+    return _layout_here(root, f"{project_root()}/.falaj" if is_uri(root) else "")
+
+
+def _layout_here(root: str, local_root: str) -> Layout:
+    """Return the layout with this node's own folder, if the process runs on a node of the cluster with this root."""
+    node = this_node(storage_root=root)
+    return Layout(root, local_root if node is None or node.local_root == root else node.local_root)
 
 
 def file_name(text: str) -> str:

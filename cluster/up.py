@@ -6,22 +6,27 @@ only those are started.
 
 from __future__ import annotations
 
-import datetime as dt
 import importlib.metadata
-import os
 import secrets
-import shutil
 import signal
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from cluster import processes
 from cluster.entrypoint import job
-from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
+from cluster.errors import ClusterAlreadyUp, ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
 from cluster.ledger.events import ClusterStarted
+from cluster.membership.join_token import ensure_join_key
+from cluster.node.checks import (
+    refuse_variables,
+    require_compiler,
+    require_free_ports,
+    require_own_address,
+)
+from cluster.node.description import all_ports, describe_machine
 from cluster.node.edge_address import edge_hosts, edge_names
 from cluster.node.launch import (
     StartFailed,
@@ -31,6 +36,7 @@ from cluster.node.launch import (
     environment,
     key_log,
     new_gcs_folder,
+    nodes_log,
     remove_folders,
     shared_overrides,
     start_process,
@@ -40,7 +46,17 @@ from cluster.node.launch import (
     wait_until,
 )
 from cluster.node.locks import command_lock, is_watched_by
-from cluster.node.parts import BROKER, EDGE, SUPERVISOR, Part, State, format_parts, inspect_parts, not_running
+from cluster.node.parts import (
+    BROKER,
+    EDGE,
+    NODES,
+    SUPERVISOR,
+    Part,
+    State,
+    format_parts,
+    inspect_parts,
+    not_running,
+)
 from cluster.node.scheduling import wait_for_turn
 from cluster.security.encryption.disks import is_protected_at_rest
 from cluster.security.encryption.scratch import memory_folder, remove_abandoned
@@ -60,19 +76,13 @@ from cluster.session import (
     record_path,
     write_record,
 )
-from cluster.settings import ClusterConfig, PlatformConfig, PortsConfig, SecretsKind
-from cluster.storage import layout, local, project_root, require_exclusive_writes, resolve
+from cluster.settings import PlatformConfig, PortsConfig, SecretsKind
+from cluster.storage import layout, local, require_exclusive_writes, resolve
 from cluster.supervisor.daemons import save_commands
 from cluster.supervisor.head import restore_is_due
 
 __all__ = ["environment", "shared_overrides"]
 
-REFUSED_VARIABLES = (
-    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
-    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
-    "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
-)
-"""Environment variables that let a Parquet file's metadata run code (CVE-2026-41486)."""
 REPAIR_DEADLINE_S = 600.0
 WAKE_EVERY_S = 15.0
 METRICS_RANGE = range(8408, 8500)
@@ -99,6 +109,11 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
     record = find_own_record(config.storage)
     if record is None:
         return None
+    if record.node_id is not None:
+        raise ConfigError(
+            f"This machine is node {record.node_id} of the cluster at {record.head}. Its supervisor restarts dead "
+            "parts. To start all of it again, run `python -m cluster.join`; to end it, `python -m cluster.leave`."
+        )
     if not record.starting and any(status.state is not State.dead for status in inspect_parts(record)):
         return record
     end_all(record)
@@ -182,11 +197,20 @@ def _start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
     write_record(replace(record, starting=True), config.storage)
     start_ray(config, record)
     broker = start_process(config, record, BROKER, log=key_log(config))
+    nodes = start_process(config, record, NODES, log=nodes_log(config)) if record.has_nodes else None
     print("starting the edge", flush=True)
     edge = start_process(config, record, EDGE, log=edge_log(config))
     start_serve(config, record)
     save_commands(record)
     wait_until(broker, Path(record.key_socket).exists, name="key broker", log=key_log(config))
+    if nodes is not None:
+        listens = (record.ports["nodes"], record.address)
+        wait_until(
+            nodes,
+            lambda: processes.port_answers(*listens),
+            name="service for nodes",
+            log=nodes_log(config),
+        )
     wait_until(edge, lambda: answers_http(record.metrics_url), name="edge", log=edge_log(config))
     write_record(record, config.storage)
     supervisor = start_process(config, record, SUPERVISOR, log=supervisor_log(config))
@@ -218,40 +242,11 @@ def check(config: PlatformConfig) -> None:
     if (record := find_running_record(config.storage)) is not None:
         raise _already_up(record)
     refuse_variables()
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        raise CompilerMissing(
-            "No C++ compiler (c++) found; DeepSpeed compiles an operator at start. Install g++."
-        )
+    require_compiler()
     check_keyring(config.secrets, tier=config.tier)
     require_own_address("cluster.address", config.cluster.address)
     require_own_address("cluster.edge_host", edge_hosts(config.cluster)[0])
-    for name, port in _ports(config).items():
-        if _is_taken(name, port, config.cluster):
-            raise PortInUse(
-                f"Port {port} ({name}) is in use by {processes.listener_name(port)}. Free it, or set "
-                f"cluster.ports.{name}=…"
-            )
-
-
-def require_own_address(option: str, address: str) -> None:
-    """Require that this machine has the address in an option.
-
-    Raises:
-        ConfigError: It has not.
-    """
-    if not processes.port_is_free(0, address):
-        raise ConfigError(f"{option}={address} is not an address of this machine. `ip address` lists them.")
-
-
-def refuse_variables() -> None:
-    """Refuse environment variables that let data run code. Every process of the cluster inherits the environment.
-
-    Raises:
-        ConfigError: One of `REFUSED_VARIABLES` is set.
-    """
-    for name in REFUSED_VARIABLES:
-        if name in os.environ:
-            raise ConfigError(f"{name} is set: it lets a Parquet file run code. Unset it.")
+    require_free_ports(all_ports(config), config.cluster)
 
 
 def avoid_taken_metrics_ports(ports: PortsConfig) -> None:
@@ -267,52 +262,11 @@ def avoid_taken_metrics_ports(ports: PortsConfig) -> None:
             setattr(ports, name, next(free, default))
 
 
-def _is_taken(name: str, port: int, config: ClusterConfig) -> bool:
-    if name == "replicas":
-        # Connections of a replica that just ended block its port for a minute. Ray then takes another of the 1,000.
-        return processes.port_answers(port)
-    hosts = {
-        "gcs": ["0.0.0.0"],  # noqa: S104 (Ray's GCS listens on every address)
-        "nodes": [config.address],
-        "serve_http": [config.address],
-        "edge": edge_hosts(config),
-    }
-    return not all(processes.port_is_free(port, host) for host in hosts.get(name, ["127.0.0.1"]))
-
-
 def describe(config: PlatformConfig) -> ClusterRecord:
     """Build the record of a new cluster."""
     cluster_id = secrets.token_hex(6)
-    ports = _ports(config)
-    runtime_dir = processes.runtime_dir(cluster_id)
-    storage = layout(config.storage)
-    record = ClusterRecord(
-        cluster_id=cluster_id,
-        project_root=str(project_root()),
-        storage_root=storage.root,
-        local_root=storage.local or None,
-        address=config.cluster.address,
-        ray_address=f"{config.cluster.address}:{ports['gcs']}",
-        dashboard_url=f"http://127.0.0.1:{ports['dashboard']}",
-        edge_url=f"https://127.0.0.1:{ports['edge']}",
-        metrics_url=f"http://127.0.0.1:{ports['edge_metrics']}/metrics",
-        ray_metrics_url=f"http://127.0.0.1:{ports['ray_metrics']}/metrics",
-        serve_http_url=f"http://127.0.0.1:{ports['serve_http']}",
-        token_path=f"{storage.keys}/ray_token",
-        temp_dir=f"{runtime_dir}/ray",
-        key_socket=f"{runtime_dir}/keys/broker.sock",
-        tls=config.cluster.tls,
-        ports=ports,
-        pids={},
-        started_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        policy_environment=config.identity.environment,
-        region=config.cluster.region,
-        issuer=asdict(config.identity.issuer),
-        tier=config.tier.value,
-        runtime_dir=runtime_dir,
-        owner_uid=os.geteuid(),
-        gcs_dir=new_gcs_folder(cluster_id),
-    )
+    record = describe_machine(config, cluster_id=cluster_id)
+    record = replace(record, gcs_dir=new_gcs_folder(cluster_id))
     return replace(record, overrides=shared_overrides(config, record))
 
 
@@ -329,6 +283,8 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
         ignore_file.write_text("*\n")
     require_exclusive_writes(storage.root)
     ensure_signer(keys)
+    if record.has_nodes:
+        ensure_join_key(storage)
     if config.identity.issuer.url is None:
         ensure_issuer(storage, tier=config.tier)
     vault = config.secrets.vault
@@ -354,11 +310,6 @@ def warn_of_spilling(config: PlatformConfig, record: ClusterRecord) -> None:
             "nor on an encrypted device. Set cluster.spill_folder=… to a folder in memory or on an encrypted device.",
             flush=True,
         )
-
-
-def _ports(config: PlatformConfig) -> dict[str, int]:
-    ports = config.cluster.ports
-    return {name: getattr(ports, name) for name in type(ports).__dataclass_fields__}
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import pyarrow as pa
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
 
+from cluster.entrypoint import compose_platform
 from cluster.errors import InvalidRequest, TrainingSetError
 from cluster.ledger import Ledger, open_ledger
 from cluster.security.acting import Actor, create_actor
@@ -30,7 +29,6 @@ from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
 from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
-from cluster.settings_conversion import load
 from cluster.storage import layout, resolve, write_bytes
 from feature_jobs.materialize import parse_as_of
 from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_retired
@@ -144,7 +142,7 @@ class FeatureStore:
             ClusterNotRunning: No cluster is running.
             Unauthenticated, ConfigError: The token is invalid.
         """
-        config = _configuration(overrides)
+        config = compose_platform(overrides)
         identity = config.identity
         identity.purpose = identity.purpose if purpose is None else purpose
         identity.role = identity.role if role is None else role
@@ -273,17 +271,6 @@ def keys_of(entities: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 )
         plain.append(keys)
     return plain
-
-
-def _configuration(overrides: Sequence[str]) -> PlatformConfig:
-    """Compose the platform's configuration without changing the Hydra state of the calling application."""
-    callers_hydra = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_module("configs", version_base=None):
-            return load(compose("platform", overrides=list(overrides)), PlatformConfig)
-    finally:
-        GlobalHydra.instance().hydra = callers_hydra
 
 
 def _arrow(entities: Entities) -> pa.Table:

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from cluster.placement import Selector, options
 from cluster.session import refusal_behind
 from feature_jobs.store.streaming.checked_messages import CheckedMessages, combine
 from feature_jobs.store.streaming.kafka_consumer import (
@@ -35,7 +36,12 @@ MAX_DEATHS = 3
 
 
 def consume_apart(
-    stream: KafkaStream, reading: ConsumerSettings, stopped: threading.Event, *, consumers: int
+    stream: KafkaStream,
+    reading: ConsumerSettings,
+    stopped: threading.Event,
+    *,
+    consumers: int,
+    selector: Selector,
 ) -> int:
     """Consume a topic as `consume` does, with several actors. Return the number of rows stored.
 
@@ -46,6 +52,7 @@ def consume_apart(
         reading: Settings of the consumer.
         stopped: Set to stop.
         consumers: Maximum number of actors.
+        selector: Labels of the nodes where they may run.
 
     Raises:
         SourceError: The brokers or the topic cannot be reached.
@@ -58,7 +65,7 @@ def consume_apart(
     offsets = stream.offsets(list(ends))
     partition_groups = distribute_partitions(list(ends), min(consumers, reading.max_rows))
     max_rows = reading.max_rows // len(partition_groups)
-    group = _ConsumerGroup(stream, dataclasses.replace(reading, max_rows=max_rows))
+    group = _ConsumerGroup(stream, dataclasses.replace(reading, max_rows=max_rows), selector)
     try:
         group.start(partition_groups)
         while not stopped.is_set() and has_remaining(offsets, ends if reading.once else None):
@@ -89,6 +96,7 @@ class _ConsumerGroup:
 
     stream: KafkaStream
     reading: ConsumerSettings
+    selector: Selector
     consumers: list[_Consumer] = field(default_factory=list)
 
     def start(self, partition_groups: Sequence[Sequence[int]]) -> None:
@@ -132,7 +140,9 @@ class _ConsumerGroup:
 
     def _start_actor(self, partitions: Sequence[int]) -> Any:
         """Start a reader at the committed offsets. It reserves no CPU, so that other jobs do not wait for it."""
-        actor_class = ray.remote(PartitionReader).options(num_cpus=0, scheduling_strategy="SPREAD")
+        actor_class = ray.remote(PartitionReader).options(
+            num_cpus=0, scheduling_strategy="SPREAD", **options(self.selector)
+        )
         return actor_class.remote(
             self.reading, self.stream.view.view, self.stream.offsets(partitions), self.stream.key_types
         )

@@ -31,10 +31,10 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import BatchIngested, BatchMended, BatchRefused, FeatureViewApplied
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
-from cluster.session import attach, require_running_cluster
+from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
-from feature_jobs.batches.inputs import applied_view, batch_source
+from feature_jobs.batches.inputs import applied_view, attach_for_tasks, batch_source
 from feature_jobs.batches.mending import mend_batches, report
 from feature_jobs.batches.multiple_views import for_each, resolve_views, validate_views, views_with_batches
 from feature_jobs.batches.reading import (
@@ -189,13 +189,14 @@ def open_run(config: IngestConfig, ledger: Ledger, actor: Actor, view: FeatureVi
     quarantine = view_quarantine(view.name, places, actor.access)
     target = view_target(spec, places, actor.access, new_buckets=config.num_buckets)
     key_types = offline.stored_key_types(offline.open_table(target.uri), view.join_keys)
-    work = Work(config.task_values, lambda: attach(config))
+    source = batch_source(view, config.source.path)
+    work = Work(config.task_values, lambda: attach_for_tasks(config, source))
     return Run(
         config=config,
         ledger=ledger,
         actor=actor,
         view=view,
-        source=open_batch(view, batch_source(view, config.source.path), places, key_types, work),
+        source=open_batch(view, source, places, key_types, work),
         work=work,
         key_types=key_types,
         baseline=load_baseline(ledger, view, quarantine),

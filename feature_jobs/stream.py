@@ -16,6 +16,7 @@ from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
 from cluster.errors import CommitConflict, DefinitionError
 from cluster.ledger import Ledger, open_ledger
+from cluster.placement import find_nodes
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
@@ -195,7 +196,9 @@ def run_kafka(
         ahead=ahead,
     )
     if config.kafka.consumers > 1:
-        return consume_apart(stream, reading, stopped, consumers=config.kafka.consumers)
+        return consume_apart(
+            stream, reading, stopped, consumers=config.kafka.consumers, selector=find_nodes(config.placement)
+        )
     return consume(stream, reading, stopped)
 
 

@@ -7,6 +7,7 @@ manifest. Ingestion, compaction or key rotation since then change nothing.
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from cluster.entrypoint import job
 from cluster.errors import Inconsistent, TrainingSetError, did_you_mean
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import TrainingSetBuilt
+from cluster.placement import Selector, find_nodes, options
 from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.encryption.access import protected_files
@@ -228,7 +230,7 @@ def choose_join(config: TrainingSetConfig, entities: pa.Table, snapshots: dict[s
     if largest <= config.task_rows:
         return join_in_process
     attach(config)
-    return join_in_tasks
+    return functools.partial(join_in_tasks, selector=find_nodes(config.placement))
 
 
 def require_same_rows(original: Manifest, table: pa.Table) -> None:
@@ -305,11 +307,13 @@ def hidden_warning(shares: dict[str, float]) -> str:
     )
 
 
-def join_in_tasks(pinned: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool) -> list[JoinedBucket]:
-    """Join each bucket in its own Ray task."""
+def join_in_tasks(
+    pinned: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool, *, selector: Selector
+) -> list[JoinedBucket]:
+    """Join each bucket in its own Ray task, on nodes with these labels."""
     import ray  # imported only for large work
 
-    task = ray.remote(join_bucket)
+    task = ray.remote(join_bucket).options(**options(selector))
     return ray.get([task.remote(pinned, view, part, cutoff) for part in parts])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
+from cluster import placement
 from cluster.errors import ArtifactTampered, FalajError
 from cluster.ledger import open_ledger
 from cluster.registry import ModelVersion, Registry
@@ -62,6 +63,7 @@ def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -
     if not is_running(name):
         Registry(open_ledger(config), layout(config.storage)).check_files(version, actor=actor)
         options = OPTIONS | replica_options(config.replica)
+        options["ray_actor_options"] |= placement.options(placement.find_nodes(config.placement))
         predictor = serve.deployment(Predictor, name="predictor", **options)
         bound = predictor.bind(to_plain(config), version.name, version.version)  # type: ignore[attr-defined]
         run({name: bound})

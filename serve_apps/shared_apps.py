@@ -18,6 +18,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 
 from cluster.entrypoint import job
+from cluster.placement import find_nodes, options
 from cluster.session import ClusterRecord, attach, require_recorded_cluster
 from cluster.settings import Durability, FeaturesConfig, OnlineConfig, OnlineKind, PlatformConfig
 from cluster.settings_conversion import to_plain
@@ -137,10 +138,11 @@ def run_shared_apps(config: PlatformConfig, record: ClusterRecord, settings: Set
     Raises:
         DeployFailed: an application did not start; the message names it.
     """
+    actor_options = {"num_cpus": 0.1, **options(find_nodes(config.placement))}
     plain = to_plain(settings.apply_to(config))
     deployments = {
         name: serve.deployment(
-            kind, name=name, ray_actor_options={"num_cpus": 0.1}, max_surge_percent=100, **OPTIONS
+            kind, name=name, ray_actor_options=actor_options, max_surge_percent=100, **OPTIONS
         )
         for name, kind in APPLICATIONS.items()
     }

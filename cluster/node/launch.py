@@ -66,13 +66,18 @@ def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]
         # Ray starts its workers with niceness 15, and replicas are workers. Any other process on the core, such as
         # the dashboard, would get 28 times their share. Answering requests is not background work.
         "RAY_worker_niceness": "0",
-        # The GCS keeps its state on disk, so that it can be restarted while everything else keeps running.
-        "RAY_gcs_storage": "rocksdb",
-        "RAY_gcs_storage_path": str(gcs_folder(record)),
+        **_gcs_environment(record),
         "RAY_TRAIN_V2_ENABLED": "1",
         "NML_DISABLE_USAGE_LOGGING": "1",
         **({} if config.cluster.num_gpus else {"DS_ACCELERATOR": "cpu"}),
     }
+
+
+def _gcs_environment(record: ClusterRecord) -> dict[str, str]:
+    """Let the head's GCS keep its state on disk, so that it can be restarted while everything else keeps running."""
+    if record.node_id is not None:
+        return {}
+    return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(gcs_folder(record))}
 
 
 def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
@@ -88,14 +93,40 @@ def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
         str(Path(sys.executable).parent / "ray"),
         "start",
         "--head",
-        "--disable-usage-stats",
-        f"--node-ip-address={record.address}",
         "--dashboard-host=127.0.0.1",
         "--include-dashboard=true",
         f"--port={ports['gcs']}",
         f"--ray-client-server-port={ports['ray_client']}",
         f"--dashboard-port={ports['dashboard']}",
         f"--metrics-export-port={ports['ray_metrics']}",
+        *_ray_options(config, record),
+    ]
+    run_command(command, config, record, failure="Ray did not start", timeout_s=RAY_START_S)
+
+
+def start_ray_node(config: PlatformConfig, record: ClusterRecord) -> None:
+    """Start the daemons of a node that joined.
+
+    Raises:
+        StartFailed: Ray did not start. The message has Ray's output.
+    """
+    print("starting Ray", flush=True)
+    Path(record.temp_dir).mkdir(mode=0o700, exist_ok=True)
+    command = [
+        str(Path(sys.executable).parent / "ray"),
+        "start",
+        f"--address={record.ray_address}",
+        f"--metrics-export-port={record.ports['ray_metrics']}",
+        *_ray_options(config, record),
+    ]
+    run_command(command, config, record, failure="Ray did not start", timeout_s=RAY_START_S)
+
+
+def _ray_options(config: PlatformConfig, record: ClusterRecord) -> list[str]:
+    """Return the options of `ray start` on every node."""
+    options = [
+        "--disable-usage-stats",
+        f"--node-ip-address={record.address}",
         "--dashboard-agent-listen-port=0",
         "--min-worker-port=0",
         "--max-worker-port=0",
@@ -106,8 +137,8 @@ def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
         f"--temp-dir={record.temp_dir}",
     ]
     if config.cluster.spill_folder is not None:
-        command.append(f"--object-spilling-directory={resolve(config.cluster.spill_folder)}")
-    run_command(command, config, record, failure="Ray did not start", timeout_s=RAY_START_S)
+        options.append(f"--object-spilling-directory={resolve(config.cluster.spill_folder)}")
+    return options
 
 
 def start_serve(config: PlatformConfig, record: ClusterRecord) -> None:
@@ -222,6 +253,7 @@ def shared_overrides(config: PlatformConfig, record: ClusterRecord) -> list[str]
     return [
         f"storage.root={record.storage_root}",
         *([f"++storage.local={record.local_root}"] if record.local_root else []),
+        *(["++storage.shared=true"] if config.storage.shared else []),
         f"tier={config.tier.value}",
         *overrides("cluster", config.cluster),
         *overrides("identity", config.identity, leave_out=USER_FIELDS),
@@ -280,6 +312,11 @@ def wait_until(process: subprocess.Popen[bytes], ready: Callable[[], bool], *, n
 def edge_log(config: PlatformConfig) -> Path:
     """Return the path of the edge controller's log."""
     return local(layout(config.storage).edge) / "controller.log"
+
+
+def nodes_log(config: PlatformConfig) -> Path:
+    """Return the path of the log of the service for nodes."""
+    return local(layout(config.storage).keys) / "nodes.log"
 
 
 def key_log(config: PlatformConfig) -> Path:

@@ -19,7 +19,7 @@ from cluster.session import ClusterRecord
 
 
 class Part(enum.StrEnum):
-    """A process that every cluster needs. Replicas and Ray's workers are not among them: Ray restarts those itself."""
+    """A process that a cluster needs. Replicas and Ray's workers are not among them: Ray restarts those itself."""
 
     gcs = "Ray GCS"
     raylet = "raylet"
@@ -28,6 +28,7 @@ class Part(enum.StrEnum):
     log_monitor = "Ray log monitor"
     client_server = "Ray client server"
     broker = "key broker"
+    nodes = "service for nodes"
     edge = "edge controller"
     haproxy = "edge"
     supervisor = "supervisor"
@@ -44,7 +45,14 @@ class State(enum.StrEnum):
 
 
 BROKER, EDGE, SUPERVISOR = "cluster.security.keys", "serve_apps.edge", "cluster.supervisor"
-_MODULES = {Part.broker: BROKER, Part.edge: EDGE, Part.supervisor: SUPERVISOR}
+NODES, RELAY = "cluster.membership", "cluster.membership.relay"
+_MODULES = {
+    BROKER: Part.broker,
+    RELAY: Part.broker,
+    NODES: Part.nodes,
+    EDGE: Part.edge,
+    SUPERVISOR: Part.supervisor,
+}
 _PROCESS_NAMES = {Part.gcs: "gcs_server", Part.raylet: "raylet"}
 _SCRIPTS = {
     Part.dashboard: "/ray/dashboard/dashboard.py",
@@ -54,6 +62,8 @@ _SCRIPTS = {
 _CLIENT_SERVER = "ray.util.client.server"
 RAY_PARTS = (Part.gcs, Part.raylet, Part.dashboard, Part.monitor, Part.log_monitor, Part.client_server)
 """Parts that `ray start` starts. Ray does not restart them."""
+_JOINED_PARTS = (Part.raylet, Part.log_monitor, Part.broker, Part.supervisor)
+_EDGE_PARTS = (Part.edge, Part.haproxy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,14 +75,21 @@ class PartStatus:
     process: psutil.Process | None = None
 
 
+def expected_parts(record: ClusterRecord) -> list[Part]:
+    """Return the parts that this machine needs: the head has all, and a node that joined has a few."""
+    if record.node_id is not None:
+        return [*_JOINED_PARTS, *(_EDGE_PARTS if record.has_edge else ())]
+    return [part for part in Part if part is not Part.nodes or record.has_nodes]
+
+
 def inspect_parts(record: ClusterRecord) -> list[PartStatus]:
-    """Return the current status of every part of a cluster."""
+    """Return the current status of every part on this machine."""
     running = find_parts(record)
     return [
         PartStatus(
             part=part, state=probe_state(part, state_of(running.get(part)), record), process=running.get(part)
         )
-        for part in Part
+        for part in expected_parts(record)
     ]
 
 
@@ -112,9 +129,8 @@ def processes_by_part(members: Iterable[psutil.Process]) -> dict[Part, psutil.Pr
 def part_of(name: str, command: list[str]) -> Part | None:
     """Return the part that a process name and command line belong to, or None."""
     module = _module(command)
-    for part, part_module in _MODULES.items():
-        if module == part_module:
-            return part
+    if module in _MODULES:
+        return _MODULES[module]
     if module == _CLIENT_SERVER:
         return Part.client_server
     for part, process_name in _PROCESS_NAMES.items():
@@ -163,6 +179,7 @@ def _created_at(process: psutil.Process) -> float:
 
 _PROBES: dict[Part, Callable[[ClusterRecord], bool]] = {
     Part.broker: lambda record: is_broker_alive(Path(record.key_socket)),
+    Part.nodes: lambda record: processes.port_answers(record.ports["nodes"], record.address),
     Part.gcs: lambda record: processes.port_answers(record.ports["gcs"], record.address),
     Part.haproxy: lambda record: processes.port_answers(record.ports["edge"]),
 }

@@ -34,6 +34,7 @@ from cluster.ledger import Ledger
 from cluster.security.authorization.audit import DecisionRecorder
 from cluster.security.authorization.policy import Action, Policy, Resource
 from cluster.security.keys.access import KeyAccess
+from cluster.security.keys.client import ask_broker
 from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tokens.intent import (
     FILE_VARIABLE,
@@ -48,7 +49,7 @@ from cluster.security.tokens.intent import (
 from cluster.security.tokens.issuer import TOKEN_TTL_S
 from cluster.security.tokens.principal import Principal, current_actor
 from cluster.security.tokens.roles import Role
-from cluster.security.tokens.source import RENEW_S, TokenSource
+from cluster.security.tokens.source import INTENTS, RENEW_S, TokenSource
 from cluster.security.tokens.trust import Trust
 from cluster.session import ClusterRecord, find_record
 from cluster.settings import IssuerConfig, PlatformConfig, StorageConfig
@@ -106,17 +107,18 @@ def create_actor(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, 
     places = record.layout
     decisions = DecisionRecorder(ledger.append)
     with _recording_unauthenticated(decisions):
-        principal, path = _identify(config, places, entrypoint)
+        principal, token = _identify(config, record, entrypoint)
     _name_in_logs(principal.subject)
     return Actor(
         principal=principal,
         access=KeyAccess(
             socket=record.key_socket,
-            token=TokenSource(file=str(path)),
+            token=token,
             entrypoint=entrypoint,
             owner=record.owner_uid,
             root=places.disk,
             issuer=config.identity.issuer,
+            cluster_id=record.cluster_id,
         ),
         policy=Policy.load(region=config.cluster.region),
         environment=config.identity.environment,
@@ -166,8 +168,11 @@ def _issuer_of(places: Layout) -> IssuerConfig:
     return IssuerConfig(**record.issuer) if is_own_record and record and record.issuer else IssuerConfig()
 
 
-def _identify(config: PlatformConfig, places: Layout, entrypoint: str) -> tuple[Principal, Path]:
-    """Return the job's principal and the file of its intent."""
+def _identify(
+    config: PlatformConfig, record: ClusterRecord, entrypoint: str
+) -> tuple[Principal, TokenSource]:
+    """Return the job's principal and the place of its intent."""
+    places = record.layout
     trust = Trust.of(config.identity.issuer, places)
     reference = config.identity.token_file or os.environ.get(FILE_VARIABLE, "")
     file = intent_file(config.identity.token_file, os.environ)
@@ -180,25 +185,37 @@ def _identify(config: PlatformConfig, places: Layout, entrypoint: str) -> tuple[
         token = token_in_vault(reference, config.secrets.vault)
         if is_intent(token):
             intent = trust.intents.verify(token, entrypoint=entrypoint)
-            return intent.principal, _renewed_intent_file(
-                places, entrypoint, lambda: token_in_vault(reference, config.secrets.vault)
+            return intent.principal, _renewed_intent(
+                record, entrypoint, lambda: token_in_vault(reference, config.secrets.vault)
             )
         principal = trust.tokens.verify(token)
     else:
         file = Path(resolve(str(file)))
         token = read_token_file(file)
         if is_intent(token):
-            return trust.intents.verify(token, entrypoint=entrypoint).principal, file
+            principal = trust.intents.verify(token, entrypoint=entrypoint).principal
+            if not record.has_nodes:
+                return principal, TokenSource(file=str(file))
+            path = file  # workers on other nodes get a copy
+            return principal, _renewed_intent(record, entrypoint, lambda: read_token_file(path))
         principal = trust.tokens.verify(token)
     if config.identity.issuer.url is not None:
         raise ConfigError(
             f"A job needs an intent of {config.identity.issuer.url}: a token for the audience {INTENT_AUDIENCE} with "
             f"the claim entrypoint '{entrypoint}'. Name its file with identity.token_file=…"
         )
-    path = _renewed_intent_file(
-        places, entrypoint, lambda: mint_intent(places, principal, entrypoint=entrypoint, ttl_s=TOKEN_TTL_S)
+    if record.node_id is not None:
+        raise ConfigError(
+            "The dev issuer is on the head. Run the command there, or make an intent there with `python -m "
+            f"cluster.security.identity intent --entrypoint {entrypoint} …` and name its file with "
+            "identity.token_file=…"
+        )
+    source = _renewed_intent(
+        record,
+        entrypoint,
+        lambda: mint_intent(places, principal, entrypoint=entrypoint, ttl_s=TOKEN_TTL_S),
     )
-    return trust.intents.verify(read_token_file(path), entrypoint=entrypoint).principal, path
+    return trust.intents.verify(source.token(), entrypoint=entrypoint).principal, source
 
 
 def _local_user(config: PlatformConfig) -> Principal:
@@ -211,15 +228,21 @@ def _local_user(config: PlatformConfig) -> Principal:
     )
 
 
-def _renewed_intent_file(places: Layout, entrypoint: str, new_token: Callable[[], str]) -> Path:
-    """Return a file with an intent for this process and its workers. A thread renews it until the process ends."""
-    folder = local(places.keys) / "intents"
+def _renewed_intent(record: ClusterRecord, entrypoint: str, new_token: Callable[[], str]) -> TokenSource:
+    """Keep an intent for this process and its workers in a file. A thread renews it until the process ends.
+
+    A node that joined also sends it to the head, where workers on other nodes get it.
+    """
+    folder = local(record.layout.keys) / INTENTS
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _remove_expired(folder)
     path = folder / f"{entrypoint}-{uuid.uuid4().hex}.jwt"
 
     def renew() -> None:
-        write_intent(path, new_token())
+        token = new_token()
+        write_intent(path, token)
+        if record.node_id is not None:
+            ask_broker(Path(record.key_socket), {"op": "deposit", "name": path.name, "intent": token})
 
     def renew_until_ended() -> None:
         while not ended.wait(RENEW_S):
@@ -237,7 +260,7 @@ def _renewed_intent_file(places: Layout, entrypoint: str, new_token: Callable[[]
     ended, thread = threading.Event(), threading.Thread(target=renew_until_ended, daemon=True, name="intent")
     thread.start()
     atexit.register(stop)
-    return path
+    return TokenSource(intent=path.name, root=record.layout.disk)
 
 
 def _remove_expired(folder: Path) -> None:

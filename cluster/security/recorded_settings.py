@@ -30,7 +30,10 @@ def apply_cluster_record(record: ClusterRecord, config: PlatformConfig) -> None:
     """
     if record.policy_environment is not None:
         config.identity.environment = _environment(record.policy_environment, config.identity.environment)
-    if record.region is not None:
+    if record.region is not None and record.has_nodes:
+        # Each node has its own region, and a job may come from a node with another one.
+        config.cluster.region = record.region
+    elif record.region is not None:
         config.cluster.region = _region(record.region, config.cluster.region)
     if record.issuer is not None:
         config.identity.issuer = _issuer(IssuerConfig(**record.issuer), config.identity.issuer)

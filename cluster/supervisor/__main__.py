@@ -12,78 +12,38 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
+import sqlalchemy as sa
 from prometheus_client import CollectorRegistry
 
+from cluster import processes
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ProcessRestarted
+from cluster.membership.departure import has_ended, remove_membership
 from cluster.metrics import serve_metrics
-from cluster.node.launch import edge_log, environment, key_log, start_process, supervisor_log
+from cluster.node.launch import remove_folders
 from cluster.node.locks import supervisor_lock
-from cluster.node.parts import BROKER, EDGE, RAY_PARTS, Part, State, find_parts, probe_state
+from cluster.node.parts import expected_parts
 from cluster.node.scheduling import wait_for_turn
 from cluster.security.private_folder import ensure_private_folder
 from cluster.session import ClusterRecord, find_record, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from cluster.signals import set_on_signal
-from cluster.supervisor import daemons, head
+from cluster.supervisor import head
+from cluster.supervisor.machine import JoinedNode, Reporter, ThisMachine
 from cluster.supervisor.metrics import SupervisorMetrics
 from cluster.supervisor.watch import Supervisor
 
 EVERY_S = 1.0
+REPORT_EVERY_S = 5.0
+ASK_EVERY_S = 30.0
 LOG = logging.getLogger("falaj.supervisor")
-
-
-class ThisMachine:
-    """The supervisor's operations on this machine; see `watch.Machine`."""
-
-    def __init__(self, config: PlatformConfig, record: ClusterRecord) -> None:
-        self._config = config
-        self._record = record
-
-    def find(self) -> dict[Part, psutil.Process]:
-        return find_parts(self._record)
-
-    def answers(self, part: Part) -> bool:
-        # Only the broker is probed. HAProxy's controller watches HAProxy, and a connection to the GCS would only show
-        # that its port is open.
-        return part is not Part.broker or probe_state(part, State.running, self._record) is State.running
-
-    def start(self, part: Part) -> bool:
-        config, record = self._config, self._record
-        if part is Part.broker:
-            start_process(config, record, BROKER, log=key_log(config))
-        elif part is Part.edge:
-            start_process(config, record, EDGE, log=edge_log(config))
-        elif part in RAY_PARTS:
-            return daemons.restart_daemon(
-                record, part, environment(config, record), log=supervisor_log(config)
-            )
-        return part is not Part.haproxy  # its controller restarts it
-
-    def kill(self, process: psutil.Process) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-            process.wait(5.0)
-
-    def resume(self, process: psutil.Process) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.resume()
-
-    def restore_is_due(self) -> bool:
-        return head.restore_is_due(self._record)
-
-    def replace_head(self) -> None:
-        head.replace_head(self._config, self._record)
-
-    def restore(self) -> None:
-        head.restore(self._config, self._record)
 
 
 @job("cluster", PlatformConfig)
@@ -93,12 +53,15 @@ def main(config: PlatformConfig) -> None:
     wait_for_turn()
     record, stopped, registry = require_recorded_cluster(config), threading.Event(), CollectorRegistry()
     folder = ensure_private_folder(Path(record.runtime_folder))
+    machine = ThisMachine(config, record) if record.node_id is None else JoinedNode(config, record)
     supervisor = Supervisor(
-        ThisMachine(config, record),
+        machine,
         record_restart=restart_recorder(config, record),
         metrics=SupervisorMetrics(registry),
+        parts=expected_parts(record),
     )
     set_on_signal([signal.SIGTERM], stopped)
+    membership = Membership(config, record, machine, stopped) if isinstance(machine, JoinedNode) else None
     signal.signal(signal.SIGHUP, lambda *_: supervisor.retry_now())
     with supervisor_lock(config.storage), protected_from_cleanup(folder):
         serve_metrics(registry, port=record.ports.get("supervisor_metrics"))
@@ -107,12 +70,45 @@ def main(config: PlatformConfig) -> None:
                 if not is_recorded(config, record):
                     LOG.warning("cluster %s is no longer recorded; its supervisor ends", record.cluster_id)
                     break
+                if membership is not None and membership.has_ended():
+                    LOG.warning("this node is no member of the cluster any more; its processes end")
+                    processes.end(record.instance, owner=record.owner)
+                    remove_folders(record)
+                    remove_membership(record)
+                    break
                 supervisor.check_once()
             except Exception:
                 LOG.exception("a check of the cluster failed; the next one is in %.0f s", EVERY_S)
     logging.shutdown()
     sys.stdout.flush()
     os._exit(0)  # do not wait for a thread that starts a head or writes to the ledger
+
+
+class Membership:
+    """Reports to the head, and finds out when this node is no member any more.
+
+    While the head does not answer, the ledger says whether it was stopped for good.
+    """
+
+    def __init__(
+        self, config: PlatformConfig, record: ClusterRecord, node: JoinedNode, stopped: threading.Event
+    ) -> None:
+        self._config = config
+        self._record = record
+        self._reporter = Reporter(node, record=record, stopped=stopped, every_s=REPORT_EVERY_S)
+        self._reporter.start()
+        self._asked_at = 0.0
+
+    def has_ended(self) -> bool:
+        """Return whether the ledger says that the node has left or that the cluster was stopped."""
+        now = time.monotonic()
+        if not self._reporter.refused.is_set() or now < self._asked_at + ASK_EVERY_S:
+            return False
+        self._asked_at = now
+        try:
+            return has_ended(open_ledger(self._config), self._record)
+        except sa.exc.SQLAlchemyError:
+            return False
 
 
 def is_recorded(config: PlatformConfig, record: ClusterRecord) -> bool:

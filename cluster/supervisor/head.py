@@ -53,7 +53,7 @@ def replace_head(config: PlatformConfig, record: ClusterRecord) -> None:
     ensure_private_folder(gcs_folder(record).parent)
     _marker(record).touch()
     remove_commands(record)
-    processes.end(record.instance, owner=record.owner, only=_belongs_to_ray, grace_s=GRACE_S)
+    processes.end(record.instance, owner=record.owner, only=belongs_to_ray, grace_s=GRACE_S)
     shutil.rmtree(gcs_folder(record), ignore_errors=True)
     start_ray(config, record)
     try:
@@ -102,7 +102,7 @@ def supervisor_intent(config: PlatformConfig, record: ClusterRecord) -> Path:
     return path
 
 
-def _belongs_to_ray(process: psutil.Process) -> bool:
+def belongs_to_ray(process: psutil.Process) -> bool:
     """Return whether a process of the cluster is Ray's: all are, except Falaj's own and HAProxy."""
     part = part_of(process.name(), process.cmdline())
     return part in RAY_PARTS if part is not None else process.name() != "haproxy"

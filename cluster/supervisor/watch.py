@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import psutil
@@ -31,10 +31,7 @@ GCS_TRIES = 3
 """Restarts of the GCS that may fail before the whole head is replaced."""
 PROBE_EVERY_S = 5.0
 HEAD = "Ray head"
-WATCHED_PARTS = (
-    *(Part.broker, Part.edge, Part.haproxy, Part.gcs),
-    *(Part.dashboard, Part.monitor, Part.log_monitor, Part.client_server),
-)
+"""Name of all of Ray on this machine."""
 LOG = logging.getLogger("falaj.supervisor")
 
 
@@ -57,10 +54,10 @@ class Machine(Protocol):
         """Send SIGCONT to a stopped process."""
 
     def restore_is_due(self) -> bool:
-        """Return whether applications of a lost head wait to be restored."""
+        """Return whether Ray or its applications wait to be restored."""
 
     def replace_head(self) -> None:
-        """Start a new head. Raises if it does not start."""
+        """Start Ray anew. Raises if it does not start."""
 
     def restore(self) -> None:
         """Restore the applications. Raises if one of them does not start."""
@@ -78,6 +75,7 @@ class Supervisor:
         machine: The machine that the cluster runs on.
         record_restart: Records a restart, with the part's name, the reason and the number of attempts.
         metrics: Metrics to update.
+        parts: Parts that this machine needs.
         clock: Returns monotonic seconds.
     """
 
@@ -87,6 +85,7 @@ class Supervisor:
         *,
         record_restart: Callable[[str, str, int], None],
         metrics: SupervisorMetrics,
+        parts: Iterable[Part] = tuple(Part),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._machine = machine
@@ -95,7 +94,8 @@ class Supervisor:
         self._clock = clock
         self._processes: dict[Part, psutil.Process] = {}
         self._unhealthy_since: dict[Part, float] = {}
-        self._backoffs = {name: Backoff() for name in WATCHED_PARTS} | {HEAD: Backoff(REBUILD_LONGEST_S)}
+        self._parts = [part for part in parts if part is not Part.supervisor]
+        self._backoffs = {name: Backoff() for name in self._parts} | {HEAD: Backoff(REBUILD_LONGEST_S)}
         self._silent: set[Part] = set()
         self._probed_at = -PROBE_EVERY_S
         self.rebuilding: threading.Thread | None = None
@@ -115,7 +115,7 @@ class Supervisor:
                 self._resume(part)
             elif state is State.running:
                 self._unhealthy_since.pop(part, None)
-        for part in WATCHED_PARTS:
+        for part in self._parts:
             if part not in RAY_PARTS:
                 self._restart_if_needed(part, states[part])
         if self.rebuilding is None or not self.rebuilding.is_alive():
@@ -123,12 +123,12 @@ class Supervisor:
 
     def _check_head(self, states: dict[Part, State]) -> None:
         """Check Ray's parts. A dead raylet, or a GCS that dies again and again, needs a new head."""
-        gcs_lost = states[Part.gcs] is State.dead and self._backoffs[Part.gcs].attempts >= GCS_TRIES
+        gcs_lost = states.get(Part.gcs) is State.dead and self._backoffs[Part.gcs].attempts >= GCS_TRIES
         head_runs = states[Part.raylet] is not State.dead and not gcs_lost
         now, backoff = self._clock(), self._backoffs[HEAD]
         if head_runs:
             for part in RAY_PARTS:
-                if part is not Part.raylet:
+                if part is not Part.raylet and part in states:
                     self._restart_if_needed(part, states[part])
             if not self._machine.restore_is_due():
                 backoff.record_running(now)
@@ -145,16 +145,17 @@ class Supervisor:
         started = self._clock()
         try:
             if not head_runs:
-                LOG.error("the Ray head is lost; starting a new one")
+                LOG.error("Ray is lost; starting it anew")
                 self._machine.replace_head()
-                self._backoffs[Part.gcs].reset()
+                if Part.gcs in self._backoffs:
+                    self._backoffs[Part.gcs].reset()
                 self._report_restart(HEAD, State.dead)
             self._machine.restore()
             self._metrics.recovery.observe(self._clock() - started)
-            LOG.warning("the applications were restored after %.0f s", self._clock() - started)
+            LOG.warning("Ray was restored after %.0f s", self._clock() - started)
         except Exception as error:  # noqa: BLE001 (any failure is tried again)
             self._metrics.failures.labels(HEAD).inc()
-            LOG.error("the head or its applications could not be restored: %s", error)
+            LOG.error("Ray or its applications could not be restored: %s", error)
 
     def _restart_if_needed(self, part: Part, state: State) -> None:
         """Restart a part if it does not run and its backoff allows a try."""
@@ -212,7 +213,7 @@ class Supervisor:
 
     def _states(self) -> dict[Part, State]:
         """Return the state of every part. Search all processes only if a known one is dead."""
-        states = {part: state_of(self._processes.get(part)) for part in (*WATCHED_PARTS, Part.raylet)}
+        states = {part: state_of(self._processes.get(part)) for part in self._parts}
         if State.dead in states.values():
             self._processes = self._machine.find()
             states = {part: state_of(self._processes.get(part)) for part in states}

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from cluster.errors import DefinitionError, SourceError
 from cluster.ledger import Ledger
+from cluster.placement import Selector, find_nodes
+from cluster.session import attach
+from cluster.settings import PlatformConfig
+from cluster.storage import is_uri, resolve
 from feature_jobs.store.catalog.specifications import ViewSpec, load_definitions, view_spec
 from feature_jobs.store.definitions.kafka_source import KafkaSource
-from feature_jobs.store.definitions.sources import BatchSource, from_path
+from feature_jobs.store.definitions.sources import BatchSource, FileSource, from_path
 from feature_jobs.store.definitions.views import FeatureView
 
 
@@ -49,3 +53,14 @@ def batch_source(view: FeatureView, path: str | None) -> BatchSource:
             f"view={view.name}`, or give files with `source.path=…`."
         )
     return view.source
+
+
+def attach_for_tasks(config: PlatformConfig, source: BatchSource) -> Selector:
+    """Attach to Ray, and return where tasks may run: on this node only if they read files of its disk.
+
+    Raises:
+        ConfigError: no node may run them.
+    """
+    attach(config)
+    reads_disk = isinstance(source, FileSource) and not is_uri(resolve(source.path))
+    return find_nodes(config.placement, on_this_node="it reads files of this machine" if reads_disk else None)

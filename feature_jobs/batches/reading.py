@@ -173,7 +173,7 @@ def read_checked_rows(
         return CheckedSource(blocks=[work.put(empty_part(view, columns, now=now))], columns=columns)
     if isinstance(opened, SourceFiles):
         work.expect(opened.rows * len(columns), is_large=size_bytes(opened.paths) > MAX_BYTES_HERE)
-    blocks = _blocks_in_tasks(source, view, check) if work.in_tasks else _blocks_here(source, check)
+    blocks = _blocks_in_tasks(source, view, check, work) if work.in_tasks else _blocks_here(source, check)
     rows = sum(work.get([work.run(_num_rows, block, num_cpus=0.1) for block in blocks]))
     if rows != opened.rows:
         raise Inconsistent(f"View '{view.name}': the source has {opened.rows} rows, {rows} were read.")
@@ -186,12 +186,15 @@ def _blocks_here(source: BlockReader | SourceRows, check: Check) -> list[Block]:
     return list(checked_blocks(source.files.paths, source, check))
 
 
-def _blocks_in_tasks(source: BlockReader | SourceRows, view: FeatureView, check: Check) -> list[Block]:
+def _blocks_in_tasks(
+    source: BlockReader | SourceRows, view: FeatureView, check: Check, work: Work
+) -> list[Block]:
     import ray
     from ray.exceptions import RayError
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
+    context.execution_options.label_selector = work.selector or None
     context.enable_progress_bars = False
     # Without this, Ray wraps a refusal in its own error, without the cause.
     context.raise_original_map_exception = True

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cluster.placement import Selector, options
 from cluster.session import refusal_behind
 
 Block = Any
@@ -23,17 +24,20 @@ class Work:
 
     Args:
         limit: number of values (rows times columns) up to which the batch stays in this process.
-        attach: function that connects this process to the running cluster as a Ray driver.
+        attach: function that connects this process to the running cluster as a Ray driver, and returns the nodes where
+            its tasks may run.
     """
 
-    def __init__(self, limit: int, attach: Callable[[], object]) -> None:
+    def __init__(self, limit: int, attach: Callable[[], Selector]) -> None:
         self._limit, self._attach = limit, attach
+        self.selector: Selector = {}
+        """Labels of the nodes where tasks may run; known once `in_tasks` is set."""
         self.in_tasks = False
 
     def expect(self, values: int, *, is_large: bool = False) -> None:
         """Switch to Ray tasks if the batch has more values than the limit, or if `is_large`. There is no way back."""
         if (is_large or values > self._limit) and not self.in_tasks:
-            self._attach()
+            self.selector = self._attach()
             self.in_tasks = True
 
     def put(self, table: pa.Table) -> Block:
@@ -46,7 +50,9 @@ class Work:
 
     def run(self, step: Callable[..., Any], *arguments: Any, num_cpus: float = 1.0) -> Block:
         """Run a step here or as a task. The step receives blocks among its arguments as tables."""
-        return _task(step, num_cpus).remote(*arguments) if self.in_tasks else step(*arguments)
+        if not self.in_tasks:
+            return step(*arguments)
+        return _task(step, num_cpus).options(**options(self.selector)).remote(*arguments)
 
     def get(self, results: Sequence[Block]) -> list[Any]:
         """Return the results of steps.

@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 import ray
 
+from cluster.placement import find_nodes, options
 from cluster.registry import ModelVersion
 from cluster.runtime import Task, load_model
 from cluster.security.keys.access import KeyAccess, key_store
@@ -48,7 +49,9 @@ def measure_version(
     if large_chunks.is_empty():
         status = f"no chunk has {config.min_rows} rows: nothing to measure"
     else:
-        task = _measure.remote(served.version, access, reference, large_chunks, config.label, config.min_rows)
+        task = _measure.options(**options(find_nodes(config.placement))).remote(
+            served.version, access, reference, large_chunks, config.label, config.min_rows
+        )
         figures, status = ray.get(task), "measured"
     figures = add_small_chunks(figures, all_chunks, metric=metric, min_rows=config.min_rows)
     return summary | {"status": status} | figures

@@ -26,6 +26,7 @@ from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import SweepFinished
+from cluster.placement import find_nodes, here
 from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.encryption.access import protected_files
@@ -123,9 +124,10 @@ def build_tuner(
         scaling=config.scaling,
         deepspeed=config.deepspeed,
         run_name="",
+        selector=find_nodes(config.placement, on_this_node="its checkpoints are on this node's disk"),
     )
     return tune.Tuner(
-        tune.with_resources(run_trial, {"CPU": trial_cpus(config)}),
+        tune.with_resources(run_trial, {"CPU": trial_cpus(config), **here()}),
         param_space={
             "learning_rate": tune.loguniform(*sweep.learning_rate),
             "width": tune.choice(list(sweep.width)),

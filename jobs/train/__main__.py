@@ -14,6 +14,7 @@ from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import Ledger, open_ledger
+from cluster.placement import find_nodes
 from cluster.registry import Lineage, ModelVersion, Registry
 from cluster.runtime import ModelSignature, Precision, Predictions, open_model
 from cluster.runtime.hardware import Hardware
@@ -88,6 +89,7 @@ def fit(
         scaling=config.scaling,
         deepspeed=config.deepspeed,
         run_name=f"{config.name}-{family.name}-{int(time.time())}",
+        selector=find_nodes(config.placement, on_this_node="its checkpoints are on this node's disk"),
     )
     fitted = permute_labels(dataset, seed=config.seed) if config.label_permutation else dataset
     family.module.fit(fitted, family.parameters, context)

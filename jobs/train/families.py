@@ -13,13 +13,14 @@ A family is a module with two names:
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from omegaconf import OmegaConf
 
 from cluster.errors import ConfigError
+from cluster.placement import Selector
 from cluster.settings import ScalingConfig
 from cluster.settings_conversion import load
 from jobs.train.config import DeepSpeedConfig
@@ -40,6 +41,8 @@ class FitContext:
     deepspeed: DeepSpeedConfig
     run_name: str
     """Name of the Ray Train run."""
+    selector: Selector = field(default_factory=dict)
+    """Labels of the nodes where the fit may run."""
 
 
 class Family(Protocol):

@@ -13,6 +13,7 @@ from lightgbm.callback import CallbackEnv
 from ray.util.queue import Queue
 
 from cluster.errors import TrainingFailed
+from cluster.placement import options
 from cluster.runtime import Task
 from cluster.runtime.signature import LIGHTGBM_FILE
 from jobs.train.data import Dataset
@@ -61,7 +62,7 @@ class Fitted:
 def fit(dataset: Dataset, parameters: Parameters, context: FitContext) -> None:
     """Fit the trees and write them to the model folder in LightGBM's text format."""
     print(f"fitting trees: at most {parameters.rounds} rounds, patience {parameters.patience}", flush=True)
-    remote = _fit.options(num_cpus=parameters.num_threads)
+    remote = _fit.options(num_cpus=parameters.num_threads, **options(context.selector))
     with display_progress(unit="round", total=parameters.rounds) as reports:
         fitted = ray.get(remote.remote(dataset, parameters, context.seed, reports))
     print(f"fitted: the best round is {fitted.best_round}, {fitted.loss}", flush=True)

@@ -117,7 +117,7 @@ class Parts:
             version=self.version.version,
             ledger=self.ledger,
             fetch_targets=serve_targets(self.cluster),
-            token=self.access.token.token,
+            token=self.access.token_reader(),
             proof=edge_proof(self.places),
             authority=f"{self.places.tls}/{CA_NAME}",
             count=count,

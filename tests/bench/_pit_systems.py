@@ -12,6 +12,7 @@ takes the newest event, whether it was known or not.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import json
 import os
 import resource
@@ -184,7 +185,7 @@ def _ray_tasks() -> Any:
     )
     started = ray.remote(lambda: time.sleep(0.2))
     ray.get([started.remote() for _ in range(2 * (os.cpu_count() or 1))])
-    return join_in_tasks
+    return functools.partial(join_in_tasks, selector={})
 
 
 SYSTEMS: dict[str, Callable[[Path, Path], Timed]] = {

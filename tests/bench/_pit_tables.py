@@ -82,7 +82,9 @@ def write_tables(folder: Path, kind: str, access: KeyAccess) -> None:
 
 def keep_access(folder: Path, access: KeyAccess) -> None:
     """Write the key access to the folder, so that each run can read it."""
-    (folder / "access.json").write_text(json.dumps({"socket": access.socket, "token": access.token.file}))
+    (folder / "access.json").write_text(
+        json.dumps({"socket": access.socket, "token": str(access.token.path())})
+    )
 
 
 def access_of(folder: Path) -> KeyAccess:

@@ -1,8 +1,8 @@
-"""A double of S3 on loopback: moto. It answers one request at a time.
+"""A double of S3: moto. It answers one request at a time.
 
 With several threads, two writers that create the same file sometimes both succeed.
 
-    python -m tests.servers.object_store PORT
+    python -m tests.servers.object_store PORT ADDRESS
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ BUCKET = "falaj"
 
 
 @contextlib.contextmanager
-def object_store() -> Iterator[dict[str, str]]:
-    """Start the server with an empty bucket. Yield the environment variables of its clients."""
+def object_store(host: str = "127.0.0.1") -> Iterator[dict[str, str]]:
+    """Start the server with an empty bucket. Yield the environment variables of its clients.
+
+    Args:
+        host: Address to listen on.
+    """
     if importlib.util.find_spec("moto") is None:
         pytest.skip("moto is not installed: nothing was tested against an S3 server")
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://{host}:{free_port()}"
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.servers.object_store", url.rpartition(":")[2]],
+        [sys.executable, "-m", "tests.servers.object_store", url.rpartition(":")[2], host],
         cwd=Path(__file__).parents[2],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -82,12 +86,12 @@ def object_store_environment() -> Iterator[str]:
 
 
 def main() -> None:
-    """Serve on a port of the loopback address."""
+    """Serve on a port of an address."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import run_simple
 
     app = DomainDispatcherApplication(create_backend_app)
-    run_simple("127.0.0.1", int(sys.argv[1]), app, threaded=False)
+    run_simple(sys.argv[2], int(sys.argv[1]), app, threaded=False)
 
 
 if __name__ == "__main__":

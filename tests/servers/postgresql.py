@@ -38,10 +38,13 @@ def _as_postgres(*command: str) -> list[str]:
 
 
 @contextmanager
-def running_server(*settings: str, certificates: Path | None = None) -> Iterator[str]:
+def running_server(
+    *settings: str, certificates: Path | None = None, subnet: str | None = None
+) -> Iterator[str]:
     """Start a new server and yield its address.
 
-    With a folder of a node's certificate and key, the server uses TLS. The test is skipped if PostgreSQL is not
+    With a folder of a node's certificate and key, the server uses TLS. With a subnet, it also listens on all addresses
+    and accepts clients of the subnet. The test is skipped if PostgreSQL is not
     installed.
     """
     initdb, server = _binary("initdb"), _binary("postgres")
@@ -68,6 +71,10 @@ def running_server(*settings: str, certificates: Path | None = None) -> Iterator
         capture_output=True,
         cwd=folder,
     )
+    if subnet is not None:
+        with (folder / "data" / "pg_hba.conf").open("a") as rules:
+            rules.write(f"host all all {subnet} trust\n")
+        settings = (*settings, "listen_addresses=*")
     options = [option for setting in ("listen_addresses=127.0.0.1", *settings) for option in ("-c", setting)]
     process = subprocess.Popen(
         _as_postgres(server, "-D", data, "-p", str(port), "-k", str(folder), *options),

@@ -20,22 +20,24 @@ START_DEADLINE_S = 10
 
 
 @contextlib.contextmanager
-def running_redis(*options: str) -> Iterator[str]:
+def running_redis(*options: str, host: str = "127.0.0.1") -> Iterator[str]:
     """Yield the URL of a new, empty server that stores nothing on disk.
 
     Args:
         options: More command-line options of the server.
+        host: Address to listen on.
     """
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.skip("SKIPPED LOUDLY: no redis-server (Debian: apt install redis-server); Redis is not tested")
     port = free_port()
     folder = tempfile.mkdtemp(prefix="falaj-redis-")
-    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    command = [binary, "--port", str(port), "--bind", host, "--protected-mode", "no", "--save", ""]
+    command += ["--appendonly", "no"]
     process = subprocess.Popen([*command, "--dir", folder, *options], stdout=subprocess.DEVNULL)
     try:
         client, deadline = (
-            redis.Redis(port=port, retry=Retry(NoBackoff(), 0)),
+            redis.Redis(host=host, port=port, retry=Retry(NoBackoff(), 0)),
             time.monotonic() + START_DEADLINE_S,
         )
         while True:
@@ -51,7 +53,7 @@ def running_redis(*options: str) -> Iterator[str]:
             assert time.monotonic() < deadline, "redis-server does not answer"
             time.sleep(0.01)
         client.close()
-        yield f"redis://127.0.0.1:{port}/0"
+        yield f"redis://{host}:{port}/0"
     finally:
         process.terminate()
         process.wait(10)

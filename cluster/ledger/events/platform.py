@@ -22,6 +22,33 @@ class ClusterStopped(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NodeJoined(LedgerEvent):
+    """The head admitted another machine to the cluster, and signed its certificate."""
+
+    cluster_id: str
+    node_id: str
+    name: str
+    """Host name of the machine."""
+    address: str
+    region: str
+    num_cpus: int
+    num_gpus: int
+    certificate: str
+    """SHA-256 of the node's certificate (DER), in hex."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeLeft(LedgerEvent):
+    """A node ended, or was declared dead. Its certificate gives it no keys any more."""
+
+    cluster_id: str
+    node_id: str
+    reason: str
+    """`left` after a drain, `down` without one, `failed` if it did not start, `replaced` by a node at the same address,
+    `removed` by an operator."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessRestarted(LedgerEvent):
     """The supervisor restarted or resumed a part of the cluster."""
 

@@ -17,12 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from socket import AF_UNIX, SHUT_RD, SOCK_STREAM
 from socket import socket as Socket
-from typing import Any
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry
 
 from cluster.errors import ConfigError, InvalidRequest
-from cluster.security.keys.gate import Gate
 from cluster.security.keys.metrics import BrokerMetrics
 from cluster.security.keys.store import KeyStoreUnavailable
 from cluster.security.keys.wire import PING, check_socket_path, error_to_plain, peer_uid, receive, send
@@ -33,6 +32,16 @@ IDLE_S = 600.0
 READ_S = 5.0
 STOP_S = 5.0
 _POLL_S = 0.2
+
+
+class Answering(Protocol):
+    """What answers the requests: the gate of a key store, or the way to another broker."""
+
+    def answer(self, request: dict[str, object]) -> dict[str, object]:
+        """Return the answer to a request with any content; never raises."""
+
+    def refuse_connection(self, reason: str) -> dict[str, object]:
+        """Return the answer to a connection that is refused."""
 
 
 class Broker:
@@ -51,7 +60,7 @@ class Broker:
 
     def __init__(
         self,
-        gate: Gate[Any],
+        gate: Answering,
         socket: Path,
         *,
         metrics: BrokerMetrics | None = None,

@@ -183,6 +183,30 @@ class BrokerKeyStore:
         )
 
 
+def ask_broker(path: Path, request: dict[str, object], *, timeout_s: float = 10.0) -> object:
+    """Send one request to the broker of a node that joined, and return the result.
+
+    Raises:
+        KeyStoreUnavailable: the broker does not answer.
+        FalajError: the broker's error.
+    """
+    try:
+        with Socket(AF_UNIX, SOCK_STREAM) as connection:
+            connection.settimeout(timeout_s)
+            connection.connect(str(path))
+            if (uid := peer_uid(connection)) not in (os.geteuid(), 0):
+                raise KeyStoreUnavailable(f"The process that listens at {path} belongs to user {uid}.")
+            send(connection, request, timeout_s=timeout_s)
+            answer = receive(connection, idle_s=timeout_s, read_s=timeout_s)
+    except OSError as error:
+        raise KeyStoreUnavailable(f"No key broker answers at {path} ({error.strerror or error}).") from error
+    if answer is None:
+        raise KeyStoreUnavailable(f"The key broker at {path} closed the connection.")
+    if answer.get("ok") is True:
+        return answer.get("result")
+    raise error_from_plain(answer)
+
+
 def is_broker_alive(path: Path, *, timeout_s: float = 2.0) -> bool:
     """Return whether a broker at a socket answers, with any answer."""
     try:

@@ -176,9 +176,21 @@ def write_node_certificate(folder: Path, *, authority: Path, name: str, addresse
 
 
 def sign_node_key(
-    key: ec.EllipticCurvePublicKey, *, authority: Path, name: str, addresses: Iterable[str]
+    key: ec.EllipticCurvePublicKey,
+    *,
+    authority: Path,
+    name: str,
+    addresses: Iterable[str],
+    edge_names: Collection[str] = (),
 ) -> bytes:
     """Return a certificate for a node's key, as PEM.
+
+    Args:
+        key: the node's public key.
+        authority: folder of the authority's certificate and key.
+        name: host name of the machine.
+        addresses: addresses under which other nodes reach it.
+        edge_names: names and addresses at which clients reach the cluster's edges, for an edge on the node.
 
     Raises:
         ConfigError: there is no local authority, or an address is invalid.
@@ -190,7 +202,9 @@ def sign_node_key(
     if not (authority / CA_KEY_NAME).exists():
         raise ConfigError(f"No certificate authority at {authority}. Run `python -m cluster.up` first.")
     signer = _authority(authority)
-    return _pem(_leaf(key, signer, name=name, addresses=(*addresses, *LOOPBACK), usages=_BOTH_SIDES))
+    hosts = [host for host in edge_names if not is_address(host)]
+    all_addresses = (*addresses, *filter(is_address, edge_names), *LOOPBACK)
+    return _pem(_leaf(key, signer, name=name, hosts=hosts, addresses=all_addresses, usages=_BOTH_SIDES))
 
 
 def _authority(folder: Path) -> _Authority:

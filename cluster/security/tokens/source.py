@@ -16,6 +16,8 @@ from cluster.security.tokens.issuer import TOKEN_TTL_S, mint_token
 from cluster.security.tokens.roles import Role
 from cluster.storage import Layout
 
+INTENTS = "intents"
+"""Folder below `keys/` with the intents of running jobs."""
 RENEW_S = 300
 """Seconds after which a process renews its own token."""
 
@@ -26,8 +28,10 @@ class TokenSource:
 
     file: str | None = None
     """A file with the token, read again for every use."""
+    intent: str = ""
+    """Name of a job's intent in the folder `keys/intents` below `root`, which the job keeps fresh."""
     root: str = ""
-    """Folder of the dev issuer's keys (`Layout.disk`), if there is no file."""
+    """The node's own folder (`Layout.disk`) with the intent or with the dev issuer's keys, if there is no file."""
     subject: str = ""
     role: Role = Role.service
     purpose: str = ""
@@ -39,12 +43,19 @@ class TokenSource:
             Unauthenticated: the file cannot be read.
             ConfigError: other users can read the file, or there is no dev issuer.
         """
-        if self.file is None:
+        path = self.path()
+        if path is None:
             return _mint(self, int(time.time()) // RENEW_S)
         try:
-            return read_secret_file(Path(self.file), what="a token")
+            return read_secret_file(path, what="a token")
         except OSError as error:
             raise Unauthenticated(f"The token cannot be read: {error}. Check identity.token_file.") from error
+
+    def path(self) -> Path | None:
+        """Return the file with the token, or None if the dev issuer mints it."""
+        if self.intent:
+            return Path(Layout(self.root).keys) / INTENTS / self.intent
+        return None if self.file is None else Path(self.file)
 
 
 @functools.lru_cache(maxsize=16)

@@ -15,6 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from cluster.errors import ConfigError, TrainingFailed
+from cluster.placement import options
 from cluster.runtime import Precision, Task
 from cluster.runtime.signature import WEIGHTS_FILE
 from cluster.runtime.tabular_network import NetworkShape
@@ -131,6 +132,7 @@ def build_trainer(
             num_workers=num_workers,
             use_gpu=scaling.gpus_per_worker > 0,
             resources_per_worker=resources,
+            **options(context.selector),  # type: ignore[arg-type]
         ),
         run_config=RunConfig(
             name=context.run_name,

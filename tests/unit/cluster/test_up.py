@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from cluster import processes, up
 from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
+from cluster.node import checks
 from cluster.node.launch import remove_folders
 from cluster.node.parts import BROKER, Part, PartStatus, State
 from cluster.security.private_folder import ensure_private_folder
@@ -100,7 +101,7 @@ def test_suitable_machine_passes_all_checks(config: PlatformConfig) -> None:
     up.check(config)
 
 
-@pytest.mark.parametrize("name", up.REFUSED_VARIABLES)
+@pytest.mark.parametrize("name", checks.REFUSED_VARIABLES)
 def test_a_variable_that_lets_parquet_run_code_is_refused(
     config: PlatformConfig, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

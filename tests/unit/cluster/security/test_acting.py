@@ -86,7 +86,7 @@ def test_access_token_is_exchanged_for_an_intent(act: Act, places: Layout, tmp_p
     token_file = as_alice(places, tmp_path, role=Role.data_engineer)
     actor = act(token_file=token_file)
     assert (actor.name, actor.principal.entrypoint) == ("alice", JOB)
-    intent_path = Path(actor.access.token.file or "")
+    intent_path = actor.access.token.path() or Path()
     assert intent_path.stat().st_mode & 0o777 == 0o600
     assert intent_path.parent.stat().st_mode & 0o777 == 0o700
     assert intent_path.read_text() not in repr(actor)
@@ -105,7 +105,7 @@ def test_intent_is_used_unchanged_for_its_entrypoint(
     path = tmp_path / "intent.jwt"
     write_intent(path, mint_intent(places, alice, entrypoint=JOB))
     monkeypatch.setenv(FILE_VARIABLE, str(path))
-    assert act().access.token.file == str(path)
+    assert act().access.token.path() == path
     with pytest.raises(Unauthenticated, match=r"not for 'feature_jobs\.apply'"):
         create_actor(config(places), record(places), ledger, entrypoint="feature_jobs.apply")
     (counted,) = ledger.entries(StrangersRefused)
@@ -230,7 +230,7 @@ def test_intent_is_renewed_while_the_job_lives(act: Act, monkeypatch: pytest.Mon
     """A training of a day can still register its model."""
     monkeypatch.setattr(acting, "RENEW_S", 0.01)
     actor = act()
-    path = Path(actor.access.token.file or "")
+    path = actor.access.token.path() or Path()
     first = path.read_text()
     until(lambda: path.read_text() != first)
 
@@ -309,7 +309,7 @@ def test_token_in_vault_is_fetched_and_renewed(
         job_config.secrets.vault = VaultConfig(address=double.address, secret_file=str(secret))
         actor = create_actor(job_config, record(places), ledger, entrypoint=JOB)
         assert (actor.name, actor.principal.entrypoint, actor.principal.purpose) == ("alice", JOB, "care")
-        path = Path(actor.access.token.file or "")
+        path = actor.access.token.path() or Path()
         assert path.parent == Path(places.keys) / "intents"
         first = path.read_text()
         double.state.kv["jobs/ingest"].append({"jwt": tokens[1]})

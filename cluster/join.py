@@ -1,0 +1,296 @@
+"""`python -m cluster.join head=10.0.0.1:8403 token_file=node.join cluster.address=10.0.0.2`: join a cluster.
+
+This machine becomes a node of the cluster: it runs Ray tasks and replicas, with its own certificate. The head gives it
+the cluster's settings. Only settings of the machine itself can be given here: `cluster.…` and `storage.local`. Files
+that a setting names, such as a password file, must be at the same path on every node.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import sqlalchemy as sa
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import MISSING
+
+from cluster.entrypoint import compose_platform, job
+from cluster.errors import ClusterAlreadyUp, ConfigError
+from cluster.ledger import open_ledger
+from cluster.membership import join_token
+from cluster.membership.admission import Application, new_key_and_request, proof_path
+from cluster.membership.departure import leave_membership
+from cluster.membership.head_client import first_request
+from cluster.membership.members import current_members
+from cluster.membership.release import release
+from cluster.membership.transport import client_context, split_address
+from cluster.node.checks import (
+    refuse_variables,
+    require_compiler,
+    require_free_ports,
+    require_own_address,
+)
+from cluster.node.description import all_ports, describe_machine
+from cluster.node.launch import (
+    answers_http,
+    edge_log,
+    end_all,
+    key_log,
+    remove_folders,
+    shared_overrides,
+    start_process,
+    start_ray_node,
+    supervisor_log,
+    wait_until,
+)
+from cluster.node.locks import command_lock, is_watched_by
+from cluster.node.parts import EDGE, RELAY, SUPERVISOR, State, inspect_parts
+from cluster.node.scheduling import wait_for_turn
+from cluster.security.private_folder import ensure_private_folder, remove_access_of_others
+from cluster.security.tls.certificates import CA_NAME, EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME
+from cluster.security.tokens.issuer import PRIVATE_NAME, replace_private_file
+from cluster.session import ClusterRecord, find_own_record, write_record
+from cluster.settings import PlatformConfig
+from cluster.storage import exists, file_system, layout, local, resolve
+from cluster.supervisor.daemons import save_commands
+from cluster.this_node import is_loopback
+
+OWN_SETTINGS = ("cluster.", "storage.local=")
+NEEDED_PORTS = ("ray_metrics", "dashboard", "serve_http", "replicas", "supervisor_metrics", "broker_metrics")
+EDGE_PORTS = ("edge", "edge_metrics", "edge_controller_metrics")
+CONNECT_S = 5.0
+_FROM_HEAD = re.compile(r"\+\+(cluster\.(?!ports\.|tls=)|storage\.local=|identity\.supervisor_token_file=)")
+"""Settings of the head that are its own. Ports are taken over, because Serve needs the same ones on all nodes."""
+_ARGUMENT = re.compile(r"\+{0,2}(?P<option>[A-Za-z_][\w.]*)=")
+
+
+@dataclass(kw_only=True, slots=True)
+class JoinConfig(PlatformConfig):
+    """Configuration of this command."""
+
+    head: str = MISSING
+    token_file: str = MISSING
+    name: str | None = None
+    edge: bool = False
+
+
+@job("join", JoinConfig)
+def main(config: JoinConfig) -> None:
+    """Join, or refuse in one line."""
+    wait_for_turn()
+    own = own_settings(HydraConfig.get().overrides.task)
+    with command_lock(config.storage):
+        end_earlier_node(config)
+        join(config, own)
+
+
+def own_settings(arguments: list[str]) -> list[str]:
+    """Return the options of the command line that are settings of this machine.
+
+    Raises:
+        ConfigError: another option is given. The head decides it for all nodes.
+    """
+    own = []
+    for argument in arguments:
+        option = match["option"] if (match := _ARGUMENT.match(argument)) else argument
+        if argument.lstrip("+").startswith(OWN_SETTINGS):
+            own.append(f"++{argument.lstrip('+')}")
+        elif option not in ("head", "token_file", "name", "edge"):
+            raise ConfigError(
+                f"Option {option} is a setting of the whole cluster: the head decides it. Leave it out here."
+            )
+    return own
+
+
+def end_earlier_node(config: PlatformConfig) -> None:
+    """End what is left of an earlier membership, for example after a reboot.
+
+    Raises:
+        ClusterAlreadyUp: this machine is the head of a cluster, or is a node already.
+    """
+    record = find_own_record(config.storage)
+    if record is None:
+        return
+    if record.node_id is None:
+        raise ClusterAlreadyUp(
+            f"The folder {record.layout.disk} has a cluster of its own. Run `python -m cluster.down` there first, or "
+            "set storage.local to another folder."
+        )
+    if not record.starting and any(status.state is not State.dead for status in inspect_parts(record)):
+        raise ClusterAlreadyUp(
+            f"This machine is already node {record.node_id} of the cluster at {record.head}. `python -m "
+            "cluster.status` shows its parts; to join again, run `python -m cluster.leave` first."
+        )
+    end_all(record)
+    remove_folders(record)
+
+
+def join(config: JoinConfig, own: list[str]) -> None:
+    """Ask the head, then start this machine's parts. If that fails, everything is undone."""
+    started = time.perf_counter()
+    check(config)
+    token = join_token.read(Path(resolve(config.token_file)))
+    name = config.name or socket.gethostname()
+    key, signing_request = new_key_and_request(name)
+    application = Application(
+        token=token.text,
+        release=release(),
+        name=name,
+        address=config.cluster.address,
+        region=config.cluster.region,
+        num_cpus=config.cluster.num_cpus,
+        num_gpus=config.cluster.num_gpus,
+        signing_request=signing_request,
+    )
+    answer = first_request(
+        config.head,
+        client_context(authority=token.authority),
+        {"op": "join", **application.plain()},
+        own_address=config.cluster.address,
+    )
+    node = compose_node(answer, own, disk=layout(config.storage).disk)
+    record = describe_machine(
+        node,
+        cluster_id=answer["cluster_id"],
+        ray_address=answer["ray_address"],
+        node_id=answer["node_id"],
+        head=config.head,
+        has_edge=config.edge,
+    )
+    record = replace(record, overrides=shared_overrides(node, record))
+    write_files(record, key, answer)
+    try:
+        # Written before anything runs: if this start is killed, the next command can end the processes that it left.
+        write_record(replace(record, starting=True), node.storage)
+        check_shared_state(node, record)
+        start_parts(node, record)
+    except BaseException:
+        end_all(record)
+        leave_membership(record, node, reason="failed")
+        remove_folders(record)
+        raise
+    print(f"joined as node {record.node_id} ({name}) after {time.perf_counter() - started:.0f} s")
+
+
+def check(config: JoinConfig) -> None:
+    """Check this machine before the head is asked.
+
+    Raises:
+        ConfigError: `cluster.address` or `head` is invalid, or the folder has keys of another cluster.
+        PortInUse: a port is in use.
+        CompilerMissing: no C++ compiler is installed.
+    """
+    refuse_variables()
+    require_compiler()
+    split_address(config.head)
+    if is_loopback(config.cluster.address):
+        raise ConfigError(
+            "cluster.address is loopback, and the head could not reach this machine. Set it to this machine's "
+            "address in the network of the head."
+        )
+    require_own_address("cluster.address", config.cluster.address)
+    keys = local(layout(config.storage).keys)
+    if (keys / PRIVATE_NAME).exists():
+        raise ConfigError(f"{keys} has the keys of another cluster. Set storage.local to another folder.")
+    needed = NEEDED_PORTS + (EDGE_PORTS if config.edge else ())
+    ports = {name: port for name, port in all_ports(config).items() if name in needed}
+    require_free_ports(ports, config.cluster)
+
+
+def compose_node(answer: dict[str, Any], own: list[str], *, disk: str) -> PlatformConfig:
+    """Return the node's configuration: the head's settings, and this machine's own.
+
+    Args:
+        answer: the head's answer.
+        own: settings of this machine, as overrides.
+        disk: folder of this machine's own state.
+    """
+    shared = [text for text in answer["overrides"] if not _FROM_HEAD.match(text)]
+    config = compose_platform([*shared, f"++storage.local='{disk}'", *own])
+    config.storage.local = disk
+    return config
+
+
+def write_files(record: ClusterRecord, key: bytes, answer: dict[str, Any]) -> None:
+    """Write the certificates, and the secrets that all nodes share, to this machine's own folder."""
+    places = record.layout
+    tls, keys = local(places.tls), local(places.keys)
+    for folder in (Path(places.disk), tls, keys, local(places.edge), local(places.runs)):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        remove_access_of_others(folder)
+    ensure_private_folder(Path(record.runtime_folder))
+    certificate = answer["certificate"].encode()
+    replace_private_file(tls / NODE_KEY_NAME, key)
+    replace_private_file(tls / NODE_CERTIFICATE_NAME, certificate, mode=0o644)
+    replace_private_file(tls / EDGE_NAME, certificate + key)
+    replace_private_file(tls / CA_NAME, answer["authority"].encode(), mode=0o644)
+    for name, text in answer["files"].items():
+        public = name.endswith((".json", ".pub.pem"))
+        replace_private_file(keys / name, text.encode(), mode=0o644 if public else 0o600)
+
+
+def check_shared_state(config: PlatformConfig, record: ClusterRecord) -> None:
+    """Require that this machine reaches the same ledger, storage root and online store as the head.
+
+    Raises:
+        ConfigError: one of them is not reachable, or is another one.
+    """
+    try:
+        members = current_members(open_ledger(config), record.cluster_id)
+    except sa.exc.SQLAlchemyError as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        raise ConfigError(
+            f"The ledger {config.ledger.url} cannot be used from this machine: {cause}."
+        ) from None
+    if record.node_id not in members:
+        raise ConfigError(
+            f"The ledger {config.ledger.url} is another database here than on the head: it lacks this node's event."
+        )
+    proof = proof_path(record, str(record.node_id))
+    try:
+        is_same = exists(proof)
+        if is_same:
+            fs, path = file_system(proof)
+            fs.rm_file(path)
+    except Exception as error:  # noqa: BLE001 (each file system has its own errors)
+        raise ConfigError(f"storage.root {record.storage_root} cannot be read here: {error}.") from None
+    if not is_same:
+        raise ConfigError(
+            f"storage.root {record.storage_root} is another place here than on the head: a file that the head wrote "
+            "there is missing. Every node needs the same store, with the same endpoint and credentials."
+        )
+    online = urlsplit(config.online.url)
+    try:
+        socket.create_connection((online.hostname or "", online.port or 6379), CONNECT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"The online store {config.online.url} does not answer this machine ({error.strerror or error})."
+        ) from None
+
+
+def start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
+    """Start the key broker, Ray, the edge and the supervisor, and wait until they run.
+
+    Raises:
+        StartFailed: a part did not start.
+    """
+    broker = start_process(config, record, RELAY, log=key_log(config))
+    wait_until(broker, Path(record.key_socket).exists, name="key broker", log=key_log(config))
+    start_ray_node(config, record)
+    save_commands(record)
+    if record.has_edge:
+        edge = start_process(config, record, EDGE, log=edge_log(config))
+        wait_until(edge, lambda: answers_http(record.metrics_url), name="edge", log=edge_log(config))
+    write_record(record, config.storage)
+    supervisor = start_process(config, record, SUPERVISOR, log=supervisor_log(config))
+    watches = lambda: is_watched_by(config.storage, supervisor.pid)  # noqa: E731
+    wait_until(supervisor, watches, name="supervisor", log=supervisor_log(config))
+
+
+if __name__ == "__main__":
+    main()

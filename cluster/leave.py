@@ -1,0 +1,140 @@
+"""`python -m cluster.leave`: let this node finish its work, then take it out of the cluster.
+
+Ray starts nothing new on the node, and Serve starts its replicas on other nodes first. The edge ends last. With
+`node=…`, a dead node is removed from the list of nodes, from any other node.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from cluster import processes
+from cluster.entrypoint import compose_platform, job
+from cluster.errors import ClusterNotRunning, ConfigError
+from cluster.ledger import open_ledger
+from cluster.ledger.events import NodeLeft
+from cluster.membership.departure import leave_membership
+from cluster.membership.head_client import HeadClient
+from cluster.membership.members import Member, current_members
+from cluster.node.launch import StartFailed, end_all, remove_folders, run_command
+from cluster.node.locks import command_lock
+from cluster.node.parts import Part, find_parts
+from cluster.security.tokens.principal import current_actor
+from cluster.session import ClusterRecord, find_record, require_recorded_cluster
+from cluster.settings import PlatformConfig
+
+DRAIN_COMMAND_S = 60.0
+POLL_S = 0.5
+_NODE_ID = re.compile(r"--node_id=([0-9a-f]+)")
+
+
+@dataclass(kw_only=True, slots=True)
+class LeaveConfig(PlatformConfig):
+    """Configuration of this command."""
+
+    deadline_s: int = 120
+    """Seconds after which work that still runs is ended."""
+    node: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.deadline_s < 0:
+            raise ValueError(f"deadline_s must not be negative, got {self.deadline_s}.")
+
+
+@job("leave", LeaveConfig)
+def main(config: LeaveConfig) -> None:
+    """Drain and leave, or remove a dead node."""
+    if config.node is not None:
+        remove_dead(config, config.node)
+        return
+    record = find_record(config.storage)
+    if record is None or record.node_id is None:
+        raise ClusterNotRunning(
+            "This machine is no node that joined a cluster. A head ends with `python -m cluster.down`; a dead node is "
+            "removed with node=…"
+        )
+    node = compose_platform(record.overrides or ())
+    with command_lock(record.storage):
+        drain(node, record, deadline_s=config.deadline_s)
+        ended = end_all(record)
+        leave_membership(record, node, reason="left")
+        remove_folders(record)
+    print(f"node {record.node_id} has left; ended {ended} processes")
+
+
+def drain(config: PlatformConfig, record: ClusterRecord, *, deadline_s: int) -> None:
+    """Let Ray end this node's work, up to a deadline. If the head does not answer, a warning is printed."""
+    parts = find_parts(record)
+    if (supervisor := parts.get(Part.supervisor)) is not None:
+        processes.end_process(supervisor, grace_s=5.0)  # it would start Ray again
+    raylet = parts.get(Part.raylet)
+    if raylet is None or not (match := _NODE_ID.search(" ".join(raylet.cmdline()))):
+        return
+    command = [
+        str(Path(sys.executable).parent / "ray"),
+        "drain-node",
+        f"--address={record.ray_address}",
+        f"--node-id={match[1]}",
+        "--reason=DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message=cluster.leave",
+        f"--deadline-remaining-seconds={deadline_s}",
+    ]
+    try:
+        run_command(command, config, record, failure="Ray did not drain", timeout_s=DRAIN_COMMAND_S)
+    except StartFailed as error:
+        print(f"warning: running work is ended without a drain. {error}", file=sys.stderr)
+        return
+    print(f"draining; at most {deadline_s} s", flush=True)
+    deadline = time.monotonic() + deadline_s
+    while time.monotonic() < deadline and is_busy(record, raylet):
+        time.sleep(POLL_S)
+
+
+def is_busy(record: ClusterRecord, raylet: psutil.Process) -> bool:
+    """Return whether Ray still runs work on this node. A raylet without work ends by itself."""
+    return bool(raylet.is_running() and raylet.status() != psutil.STATUS_ZOMBIE)
+
+
+def remove_dead(config: PlatformConfig, wanted: str) -> None:
+    """Record that a dead node has left.
+
+    Raises:
+        ConfigError: no such node, several of that name, or it is alive.
+    """
+    record = require_recorded_cluster(config)
+    own = compose_platform(record.overrides or ())
+    ledger = open_ledger(own)
+    member = find_member(list(current_members(ledger, record.cluster_id).values()), wanted)
+    nodes = HeadClient.of(record).request("nodes")
+    alive = [node["node_id"] for node in nodes if node["alive"]] if isinstance(nodes, list) else []
+    if member.node_id in alive:
+        raise ConfigError(
+            f"Node {member.node_id} ({member.name}) is alive. Run `python -m cluster.leave` there."
+        )
+    event = NodeLeft(cluster_id=record.cluster_id, node_id=member.node_id, reason="removed")
+    ledger.append(event, actor=current_actor())
+    print(f"node {member.node_id} ({member.name}, {member.address}) is removed")
+
+
+def find_member(members: list[Member], wanted: str) -> Member:
+    """Return the node with an id, name or address.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    found = [member for member in members if wanted in (member.node_id, member.name, member.address)]
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(f"{member.node_id} ({member.name}, {member.address})" for member in members) or "none"
+    problem = "Several nodes are named" if found else "No node is named"
+    raise ConfigError(f"{problem} '{wanted}'. Nodes: {known}. Give the id.")
+
+
+if __name__ == "__main__":
+    main()

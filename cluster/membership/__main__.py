@@ -1,0 +1,35 @@
+"""`python -m cluster.membership`: the head's service for nodes. Started by `cluster.up`, stopped by SIGTERM."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from pathlib import Path
+
+from cluster.entrypoint import job
+from cluster.ledger import open_ledger
+from cluster.membership.members import Members
+from cluster.membership.service import NodeService
+from cluster.membership.transport import Server
+from cluster.session import require_recorded_cluster
+from cluster.settings import PlatformConfig
+from cluster.signals import set_on_signal
+
+
+@job("cluster", PlatformConfig)
+def main(config: PlatformConfig) -> None:
+    """Serve until SIGTERM."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    record, stopped = require_recorded_cluster(config), threading.Event()
+    ledger = open_ledger(config)
+    service = NodeService(
+        config=config, record=record, ledger=ledger, members=Members(ledger, record.cluster_id)
+    )
+    set_on_signal([signal.SIGTERM], stopped)
+    address = (record.address, record.ports["nodes"])
+    Server(address, tls=Path(record.layout.tls), serve=service.serve).run(stopped)
+
+
+if __name__ == "__main__":
+    main()

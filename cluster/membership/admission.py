@@ -1,0 +1,224 @@
+"""The head's decision about a machine that asks to join, and what the machine then gets."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import sqlalchemy as sa
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from cluster.errors import ConfigError, InvalidRequest, Unauthenticated
+from cluster.ledger import Ledger
+from cluster.ledger.events import NodeJoined, NodeLeft
+from cluster.membership import join_token
+from cluster.membership.members import current_members
+from cluster.membership.release import release
+from cluster.membership.transport import Peer
+from cluster.security.tls.certificates import CA_NAME, sign_node_key
+from cluster.session import ClusterRecord
+from cluster.settings import OnlineKind, PlatformConfig
+from cluster.storage import is_uri, local, write_bytes
+from cluster.this_node import is_loopback
+
+ACTOR = "system:head"
+SHARED_FILES = ("ray_token", "edge_proof", "issuer.pub.pem", "jwks.json")
+"""Files below `keys/` that every node gets. The keyring and the private keys of dev issuer and ledger stay here."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Application:
+    """A machine's request to join."""
+
+    token: str
+    release: str
+    name: str
+    address: str
+    region: str
+    num_cpus: int
+    num_gpus: int
+    signing_request: str
+    """Certificate signing request, as PEM. The machine keeps the key."""
+
+    def plain(self) -> dict[str, object]:
+        """Return the fields of a message."""
+        return {field: getattr(self, field) for field in self.__slots__}
+
+    @classmethod
+    def from_plain(cls, message: dict[str, object]) -> Application:
+        """Read a message.
+
+        Raises:
+            InvalidRequest: a field is missing or has a wrong type.
+        """
+        values = {field: message.get(field) for field in cls.__slots__}
+        kinds = {"num_cpus": int, "num_gpus": int}
+        for field, value in values.items():
+            if not isinstance(value, kinds.get(field, str)):
+                raise InvalidRequest(f"A request to join needs '{field}'.")
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def new_key_and_request(name: str) -> tuple[bytes, str]:
+    """Return a new private key and a signing request for it, both as PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return private, request.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def require_shared_state(config: PlatformConfig) -> None:
+    """Require that all state that several nodes use is where every node reaches it.
+
+    Raises:
+        ConfigError: the ledger, the storage root or the online store is on the head only.
+    """
+    url = sa.engine.make_url(config.ledger.url or "sqlite://")
+    if url.get_backend_name() == "sqlite":
+        raise _not_shared("the ledger is SQLite", "ledger.url=postgresql+psycopg://…")
+    if not is_uri(config.storage.root) and not config.storage.shared:
+        raise _not_shared(
+            "storage.root is a folder of the head",
+            "storage=s3 storage.root=s3://…, or storage.shared=true if every node sees this folder",
+        )
+    if config.online.kind is not OnlineKind.redis:
+        raise _not_shared("the online store is LMDB", "online=redis online.url=…")
+    hosts = {"ledger.url": url.host or "localhost", "online.url": urlsplit(config.online.url).hostname or ""}
+    for option, host in hosts.items():
+        if host == "localhost" or (re.fullmatch(r"[\d.]+", host) and is_loopback(host)):
+            raise _not_shared(f"{option} names {host}", f"{option}=… with an address that every node reaches")
+
+
+def _not_shared(problem: str, remedy: str) -> ConfigError:
+    return ConfigError(
+        f"A second node cannot join, because {problem}. Run `python -m cluster.down` on the head, then "
+        f"`python -m cluster.up` with {remedy}."
+    )
+
+
+def admit(
+    application: Application,
+    peer: Peer,
+    *,
+    config: PlatformConfig,
+    record: ClusterRecord,
+    ledger: Ledger,
+    alive: Collection[str],
+) -> dict[str, object]:
+    """Admit a machine: sign its certificate, record the event, and return what it needs.
+
+    Args:
+        application: its request.
+        peer: the connection's other end.
+        config: the head's configuration.
+        record: the head's record.
+        ledger: where the event is recorded.
+        alive: ids of the nodes that reported within the last seconds.
+
+    Raises:
+        Unauthenticated: the token is wrong or has expired.
+        ConfigError: another release, state that is not shared, or another node has the address.
+        InvalidRequest: the request is damaged.
+    """
+    places = record.layout
+    join_token.check(places, application.token)
+    if application.release != (own := release()):
+        raise ConfigError(
+            f"This machine has another release than the head. Here: {application.release}. Head: {own}. Install the "
+            "head's release here."
+        )
+    require_shared_state(config)
+    if application.address != peer.address:
+        raise ConfigError(
+            f"cluster.address={application.address} is not the address that the head sees ({peer.address}). Set "
+            "cluster.address to it; nodes behind address translation cannot join."
+        )
+    if not _NAME.fullmatch(application.name):
+        raise InvalidRequest("A node's name has letters, digits, '.' and '-'.")
+    certificate = sign_node_key(
+        _requested_key(application.signing_request),
+        authority=local(places.tls),
+        name=application.name,
+        addresses=[application.address],
+        edge_names=config.cluster.edge_names,
+    )
+    replaced = [
+        member
+        for member in current_members(ledger, record.cluster_id).values()
+        if member.address == application.address
+    ]
+    if application.address == record.address or any(member.node_id in alive for member in replaced):
+        raise ConfigError(
+            f"Another node of the cluster has the address {application.address} and is alive. Run "
+            "`python -m cluster.leave` there first, or choose another cluster.address."
+        )
+    node_id = secrets.token_hex(3)
+    write_bytes(proof_path(record, node_id), b"")
+    for member in replaced:
+        gone = NodeLeft(cluster_id=record.cluster_id, node_id=member.node_id, reason="replaced")
+        ledger.append(gone, actor=ACTOR)
+    event = NodeJoined(
+        cluster_id=record.cluster_id,
+        node_id=node_id,
+        name=application.name,
+        address=application.address,
+        region=application.region,
+        num_cpus=application.num_cpus,
+        num_gpus=application.num_gpus,
+        certificate=fingerprint(certificate),
+    )
+    ledger.append(event, actor=ACTOR)
+    return {
+        "node_id": node_id,
+        "cluster_id": record.cluster_id,
+        "certificate": certificate.decode(),
+        "authority": (local(places.tls) / CA_NAME).read_text(),
+        "files": {
+            name: text for name in SHARED_FILES if (text := _text(local(places.keys) / name)) is not None
+        },
+        "overrides": list(record.overrides or ()),
+        "ray_address": record.ray_address,
+        "ports": record.ports,
+        "head_region": record.region,
+    }
+
+
+def proof_path(record: ClusterRecord, node_id: str) -> str:
+    """Return the file that the head writes and a new node must find: both see the same storage root."""
+    return f"{record.storage_root}/.falaj-nodes/{node_id}"
+
+
+def fingerprint(certificate: bytes) -> str:
+    """Return the SHA-256 of a PEM certificate, in hex."""
+    der = x509.load_pem_x509_certificate(certificate).public_bytes(serialization.Encoding.DER)
+    return hashlib.sha256(der).hexdigest()
+
+
+def _requested_key(signing_request: str) -> ec.EllipticCurvePublicKey:
+    try:
+        request = x509.load_pem_x509_csr(signing_request.encode())
+    except ValueError:
+        raise InvalidRequest("The signing request is damaged.") from None
+    key = request.public_key()
+    if not request.is_signature_valid or not isinstance(key, ec.EllipticCurvePublicKey):
+        raise Unauthenticated("The signing request is not signed with its own key.")
+    return key
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None

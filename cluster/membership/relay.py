@@ -1,0 +1,131 @@
+"""`python -m cluster.membership.relay`: the key broker of a node that joined. It passes requests to the head.
+
+The node has no key store. Its processes use the same socket as on the head, with their own tokens, and the head's key
+broker decides. The relay also makes Ray's dashboard reachable on the node's loopback address, and keeps the dev
+issuer's public keys of the node up to date.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from cluster.entrypoint import job
+from cluster.errors import AccessDenied, FalajError
+from cluster.membership.head_client import ANSWER_S, HeadClient
+from cluster.membership.service import DASHBOARD
+from cluster.membership.splice import splice
+from cluster.metrics import serve_metrics
+from cluster.security.keys.broker import Broker
+from cluster.security.keys.gate import Operation
+from cluster.security.keys.metrics import BrokerMetrics
+from cluster.security.keys.wire import error_to_plain, receive, send
+from cluster.security.tokens.issuer import JWKS_NAME, replace_private_file
+from cluster.session import ClusterRecord, require_recorded_cluster
+from cluster.settings import PlatformConfig
+from cluster.signals import set_on_signal
+from cluster.storage import local
+
+FOR_THE_HEAD = ("intent", "deposit", "service_token")
+"""Requests of the node's processes that the head's service answers itself."""
+KEYS_EVERY_S = 30.0
+MAX_TUNNELS = 64
+RETRY_S = 5.0
+_POLL_S = 0.5
+LOG = logging.getLogger("falaj.nodes")
+
+
+class Relay:
+    """Passes the requests of the node's processes to the head."""
+
+    def __init__(self, head: HeadClient) -> None:
+        self._head = head
+
+    def answer(self, request: dict[str, object]) -> dict[str, object]:
+        """Return the head's answer, or the error that it did not answer."""
+        operation = request.get("op")
+        try:
+            if operation in FOR_THE_HEAD:
+                return self._head.exchange(request)
+            repeatable = operation not in (Operation.rotate, Operation.revoke)
+            return self._head.exchange({"op": "key", "request": request}, repeatable=repeatable)
+        except FalajError as error:
+            return error_to_plain(error)
+
+    def refuse_connection(self, reason: str) -> dict[str, object]:
+        """Return the answer to a connection of another user."""
+        LOG.warning("a connection was refused: %s", reason)
+        return error_to_plain(AccessDenied(f"The key broker refuses this connection: {reason}."))
+
+
+def serve_dashboard(head: HeadClient, port: int, stopped: threading.Event) -> None:
+    """Listen on loopback, and connect each client to the dashboard on the head. It asks for Ray's token."""
+    slots = threading.BoundedSemaphore(MAX_TUNNELS)
+
+    def serve(client: socket.socket) -> None:
+        try:
+            with client, head.open() as connection:
+                send(connection, {"op": DASHBOARD}, timeout_s=ANSWER_S)
+                answer = receive(connection, idle_s=ANSWER_S, read_s=ANSWER_S)
+                if answer is not None and answer.get("ok") is True:
+                    splice(client, connection)
+        except (OSError, FalajError) as error:
+            LOG.warning("the dashboard cannot be reached: %s", error)
+        finally:
+            slots.release()
+
+    def accept(listener: socket.socket) -> None:
+        try:
+            client, _ = listener.accept()
+        except TimeoutError:
+            return
+        if slots.acquire(blocking=False):
+            threading.Thread(target=serve, args=(client,), name="dashboard", daemon=True).start()
+        else:
+            client.close()
+
+    while not stopped.is_set():
+        try:
+            with socket.create_server(("127.0.0.1", port)) as listener:
+                listener.settimeout(_POLL_S)
+                while not stopped.is_set():
+                    accept(listener)
+        except OSError as error:  # another process has the port, or no file descriptors are left
+            LOG.warning("the dashboard is not reachable at port %d: %s", port, error.strerror)
+            stopped.wait(RETRY_S)
+
+
+def follow_issuer(head: HeadClient, path: Path, stopped: threading.Event) -> None:
+    """Keep the dev issuer's public keys up to date."""
+    while not stopped.wait(KEYS_EVERY_S):
+        try:
+            text = head.request("jwks")
+            if isinstance(text, str) and text != path.read_text():
+                replace_private_file(path, text.encode(), mode=0o644)
+        except (OSError, FalajError) as error:
+            LOG.warning("the issuer's keys cannot be read from the head: %s", error)
+
+
+@job("cluster", PlatformConfig)
+def main(config: PlatformConfig) -> None:
+    """Serve until SIGTERM."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    record: ClusterRecord = require_recorded_cluster(config)
+    head, stopped, registry = HeadClient.of(record), threading.Event(), CollectorRegistry()
+    serve_metrics(registry, port=record.ports.get("broker_metrics"))
+    set_on_signal([signal.SIGTERM], stopped)
+    if config.identity.issuer.url is None:
+        jwks = local(record.layout.keys) / JWKS_NAME
+        threading.Thread(target=follow_issuer, args=(head, jwks, stopped), name="issuer", daemon=True).start()
+    dashboard = (head, record.ports["dashboard"], stopped)
+    threading.Thread(target=serve_dashboard, args=dashboard, name="dashboard", daemon=True).start()
+    Broker(Relay(head), Path(record.key_socket), metrics=BrokerMetrics(registry)).run(stopped)
+
+
+if __name__ == "__main__":
+    main()

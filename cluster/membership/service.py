@@ -1,0 +1,247 @@
+"""The head's answers to nodes: who may join, keys from the key broker, intents, tokens of replicas, the dashboard.
+
+Every request but `join` needs the certificate of a node of this cluster. Requests for keys go to the key broker with
+the caller's own token, so the policies decide as on the head. The private key of the dev issuer stays on the head: a
+node gets tokens of replicas, and the intents of jobs whose random names its workers know.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from socket import AF_UNIX, SOCK_STREAM
+from urllib.parse import urlsplit
+
+from cluster.errors import AccessDenied, ConfigError, FalajError, InvalidRequest, Unauthenticated
+from cluster.ledger import Ledger
+from cluster.ledger.events import NodeLeft
+from cluster.membership.admission import Application, admit, fingerprint
+from cluster.membership.members import Member, Members
+from cluster.membership.splice import splice
+from cluster.membership.transport import Peer
+from cluster.port_owner import require_own_peer
+from cluster.security.keys.store import KeyStoreUnavailable
+from cluster.security.keys.wire import error_to_plain, receive, send
+from cluster.security.tls.certificates import NODE_CERTIFICATE_NAME
+from cluster.security.tokens.intent import read_token_file, write_intent
+from cluster.security.tokens.issuer import JWKS_NAME, TOKEN_TTL_S, mint_token
+from cluster.security.tokens.roles import Role
+from cluster.security.tokens.trust import Trust
+from cluster.session import ClusterRecord
+from cluster.settings import PlatformConfig
+from cluster.storage import local
+
+IDLE_S, READ_S = 600.0, 10.0
+SILENT_S = 20.0
+"""A node that has not reported for this time counts as dead, in seconds."""
+_INTENT = re.compile(r"[A-Za-z0-9_.]{1,100}-[0-9a-f]{32}\.jwt")
+_SERVICE = "service:"
+DASHBOARD = "dashboard"
+
+
+@dataclass(slots=True)
+class Report:
+    """The last report of a node."""
+
+    parts: dict[str, str]
+    """State of each part, as in `cluster.status`."""
+    at: float
+    """Monotonic seconds."""
+
+
+@dataclass(kw_only=True, slots=True)
+class NodeService:
+    """Answers the requests of nodes."""
+
+    config: PlatformConfig
+    record: ClusterRecord
+    ledger: Ledger
+    members: Members
+    clock: Callable[[], float] = time.monotonic
+    _reports: dict[str, Report] = field(default_factory=dict)
+    _started_at: float = 0.0
+    _joining: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._started_at = self.clock()
+
+    def serve(self, connection: ssl.SSLSocket, peer: Peer) -> None:
+        """Answer the requests of one connection until it is closed."""
+        while (request := receive(connection, idle_s=IDLE_S, read_s=READ_S)) is not None:
+            if request.get("op") == DASHBOARD:
+                self._connect_to_dashboard(connection, peer)
+                return
+            send(connection, self.answer(request, peer), timeout_s=READ_S)
+
+    def answer(self, request: dict[str, object], peer: Peer) -> dict[str, object]:
+        """Return the answer to a request; never raises."""
+        try:
+            if request.get("op") == "key":
+                self._require_node(peer)
+                return self._ask_broker(request.get("request"))
+            return {"ok": True, "result": self._result(request, peer)}
+        except FalajError as error:
+            return error_to_plain(error)
+        except Exception as error:  # noqa: BLE001 (one bad request must not end the service)
+            return error_to_plain(
+                KeyStoreUnavailable(f"The head failed with {type(error).__name__}: {error}")
+            )
+
+    def _result(self, request: dict[str, object], peer: Peer) -> object:
+        operation = request.get("op")
+        if operation == "join":
+            with self._joining:
+                return admit(
+                    Application.from_plain(request),
+                    peer,
+                    config=self.config,
+                    record=self.record,
+                    ledger=self.ledger,
+                    alive=self._alive(),
+                )
+        node = self._require_node(peer)
+        match operation:
+            case "report":
+                parts = request.get("parts")
+                if node is not None and isinstance(parts, dict):
+                    states = {str(name): str(state) for name, state in parts.items()}
+                    self._reports[node.node_id] = Report(states, self.clock())
+                return {"session": self._session()}
+            case "leave":
+                if node is None:
+                    raise InvalidRequest("The head cannot leave its cluster.")
+                reason = str(request.get("reason", "left"))[:20]
+                event = NodeLeft(cluster_id=self.record.cluster_id, node_id=node.node_id, reason=reason)
+                self.ledger.append(event, actor=f"node:{node.name}")
+                self.members.all(fresh=True)
+                return None
+            case "nodes":
+                return self._nodes()
+            case "intent":
+                return read_token_file(self._intent_path(request))
+            case "deposit":
+                self._deposit(request)
+                return None
+            case "service_token":
+                return self._service_token(request)
+            case "jwks":
+                return (local(self.record.layout.keys) / JWKS_NAME).read_text()
+            case _:
+                raise InvalidRequest(f"The head's service for nodes does not know '{operation}'.")
+
+    def _require_node(self, peer: Peer) -> Member | None:
+        """Return the node that asks; None is the head itself.
+
+        Raises:
+            Unauthenticated: the certificate is of no node of this cluster.
+        """
+        if peer.certificate is None:
+            raise Unauthenticated(
+                "This request needs a node's certificate. Join first: `python -m cluster.join`."
+            )
+        member = self.members.with_certificate(peer.certificate)
+        if member is None and peer.certificate != self._own_certificate():
+            raise Unauthenticated(
+                "This machine is no node of the cluster, or it has left. Join with `python -m cluster.join`."
+            )
+        return member
+
+    def _own_certificate(self) -> str:
+        return fingerprint((local(self.record.layout.tls) / NODE_CERTIFICATE_NAME).read_bytes())
+
+    def _alive(self) -> set[str]:
+        now = self.clock()
+        return {node_id for node_id, report in self._reports.items() if now - report.at < SILENT_S}
+
+    def _nodes(self) -> list[dict[str, object]]:
+        now, alive = self.clock(), self._alive()
+        return [
+            {
+                "node_id": member.node_id,
+                "name": member.name,
+                "address": member.address,
+                "region": member.region,
+                "joined_at": member.joined_at,
+                "alive": member.node_id in alive,
+                "silent_s": round(now - (report.at if report else self._started_at)),
+                "parts": report.parts if report else {},
+            }
+            for member in self.members.all(fresh=True).values()
+            for report in (self._reports.get(member.node_id),)
+        ]
+
+    def _session(self) -> str:
+        """Return the name of Ray's session on the head. A new head has a new one, and nodes must start Ray again."""
+        try:
+            return Path(f"{self.record.temp_dir}/session_latest").readlink().name
+        except OSError:
+            return ""
+
+    def _intent_path(self, request: dict[str, object]) -> Path:
+        name = request.get("name")
+        if not isinstance(name, str) or not _INTENT.fullmatch(name):
+            raise InvalidRequest("The name of an intent is invalid.")
+        return local(self.record.layout.keys) / "intents" / name
+
+    def _deposit(self, request: dict[str, object]) -> None:
+        path, intent = self._intent_path(request), request.get("intent")
+        if not isinstance(intent, str):
+            raise InvalidRequest("An intent must be text.")
+        Trust.of(self.config.identity.issuer, self.record.layout).intents.verify(intent)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_intent(path, intent)
+
+    def _service_token(self, request: dict[str, object]) -> str:
+        subject, purpose = request.get("subject"), request.get("purpose")
+        if not isinstance(subject, str) or not isinstance(purpose, str):
+            raise InvalidRequest("A replica's token needs a subject and a purpose.")
+        if not subject.startswith(_SERVICE):
+            raise AccessDenied(
+                f"The head issues tokens of replicas only ({_SERVICE}…), not of '{subject[:100]}'."
+            )
+        if self.config.identity.issuer.url is not None:
+            raise ConfigError("This cluster's issuer is not the dev issuer. Set identity.service_token_file.")
+        return mint_token(
+            self.record.layout, subject=subject, role=Role.service, purpose=purpose, ttl_s=TOKEN_TTL_S
+        )
+
+    def _ask_broker(self, request: object) -> dict[str, object]:
+        if not isinstance(request, dict):
+            raise InvalidRequest("A request for a key must be an object.")
+        try:
+            with socket.socket(AF_UNIX, SOCK_STREAM) as broker:
+                broker.settimeout(READ_S)
+                broker.connect(self.record.key_socket)
+                send(broker, request, timeout_s=READ_S)
+                answer = receive(broker, idle_s=READ_S, read_s=READ_S)
+        except OSError as error:
+            raise KeyStoreUnavailable(f"The head's key broker does not answer ({error.strerror}).") from None
+        if answer is None:
+            raise KeyStoreUnavailable("The head's key broker closed the connection.")
+        return answer
+
+    def _connect_to_dashboard(self, connection: ssl.SSLSocket, peer: Peer) -> None:
+        """Connect a node to Ray's dashboard, which listens on loopback. The dashboard asks for Ray's token."""
+        try:
+            self._require_node(peer)
+            address = urlsplit(self.record.dashboard_url)
+            dashboard = socket.create_connection((address.hostname or "", address.port or 0), timeout=READ_S)
+        except FalajError as error:
+            send(connection, error_to_plain(error), timeout_s=READ_S)
+            return
+        except OSError as error:
+            answer = error_to_plain(
+                KeyStoreUnavailable(f"Ray's dashboard does not answer: {error.strerror}.")
+            )
+            send(connection, answer, timeout_s=READ_S)
+            return
+        with dashboard:
+            require_own_peer(dashboard, owner=self.record.owner)
+            send(connection, {"ok": True, "result": None}, timeout_s=READ_S)
+            splice(connection, dashboard)

@@ -1,0 +1,166 @@
+"""The supervisor's operations on a head and on a node that joined; see `watch.Machine`."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from pathlib import Path
+
+import psutil
+
+from cluster import processes
+from cluster.errors import FalajError
+from cluster.membership.head_client import HeadClient
+from cluster.node.launch import (
+    edge_log,
+    environment,
+    key_log,
+    nodes_log,
+    start_process,
+    start_ray_node,
+    supervisor_log,
+)
+from cluster.node.parts import (
+    BROKER,
+    EDGE,
+    NODES,
+    RAY_PARTS,
+    RELAY,
+    Part,
+    State,
+    find_parts,
+    inspect_parts,
+    probe_state,
+)
+from cluster.security.private_folder import ensure_private_folder
+from cluster.session import ClusterRecord
+from cluster.settings import PlatformConfig
+from cluster.supervisor import daemons, head
+
+
+class ThisMachine:
+    """The head."""
+
+    broker_module = BROKER
+
+    def __init__(self, config: PlatformConfig, record: ClusterRecord) -> None:
+        self._config = config
+        self._record = record
+
+    def find(self) -> dict[Part, psutil.Process]:
+        return find_parts(self._record)
+
+    def answers(self, part: Part) -> bool:
+        # Only the broker is probed. HAProxy's controller watches HAProxy, and a connection to the GCS would only show
+        # that its port is open.
+        return part is not Part.broker or probe_state(part, State.running, self._record) is State.running
+
+    def start(self, part: Part) -> bool:
+        config, record = self._config, self._record
+        if part is Part.broker:
+            start_process(config, record, self.broker_module, log=key_log(config))
+        elif part is Part.nodes:
+            start_process(config, record, NODES, log=nodes_log(config))
+        elif part is Part.edge:
+            start_process(config, record, EDGE, log=edge_log(config))
+        elif part in RAY_PARTS:
+            return daemons.restart_daemon(
+                record, part, environment(config, record), log=supervisor_log(config)
+            )
+        return part is not Part.haproxy  # its controller restarts it
+
+    def kill(self, process: psutil.Process) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+            process.wait(5.0)
+
+    def resume(self, process: psutil.Process) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
+
+    def restore_is_due(self) -> bool:
+        return head.restore_is_due(self._record)
+
+    def replace_head(self) -> None:
+        head.replace_head(self._config, self._record)
+
+    def restore(self) -> None:
+        head.restore(self._config, self._record)
+
+
+class JoinedNode(ThisMachine):
+    """A node that joined. Its Ray starts anew when the raylet is lost, or when the head has a new Ray session."""
+
+    broker_module = RELAY
+
+    def __init__(self, config: PlatformConfig, record: ClusterRecord) -> None:
+        super().__init__(config, record)
+        self._head = HeadClient.of(record)
+        self._heads_session = ""
+
+    def report(self, parts: dict[str, str]) -> None:
+        """Tell the head the state of this node's parts.
+
+        Raises:
+            FalajError: the head does not answer, or does not know this node.
+        """
+        answer = self._head.request("report", parts=parts)
+        if isinstance(answer, dict):
+            self._heads_session = str(answer.get("session", ""))
+
+    def restore_is_due(self) -> bool:
+        return self._heads_session not in ("", self._own_session())
+
+    def replace_head(self) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        record = self._record
+        ensure_private_folder(Path(record.runtime_folder))
+        daemons.remove_commands(record)
+        processes.end(record.instance, owner=record.owner, only=head.belongs_to_ray, grace_s=head.GRACE_S)
+        shutil.rmtree(record.temp_dir, ignore_errors=True)
+        start_ray_node(self._config, record)
+        daemons.save_commands(record)
+
+    def _own_session(self) -> str:
+        try:
+            return Path(f"{self._record.temp_dir}/session_latest").readlink().name
+        except OSError:
+            return ""
+
+
+class Reporter(threading.Thread):
+    """Reports the state of a node's parts to the head, every few seconds.
+
+    Args:
+        node: the node.
+        record: its record.
+        stopped: ends the thread.
+        every_s: seconds between two reports.
+    """
+
+    def __init__(
+        self, node: JoinedNode, *, record: ClusterRecord, stopped: threading.Event, every_s: float
+    ) -> None:
+        super().__init__(name="reports", daemon=True)
+        self._node = node
+        self._record = record
+        self._stopped = stopped
+        self._every_s = every_s
+        self.refused = threading.Event()
+        """Set while the head does not answer or does not know this node."""
+
+    def run(self) -> None:
+        while not self._stopped.wait(self._every_s):
+            try:
+                self._node.report(current_states(self._record))
+                self.refused.clear()
+            except (FalajError, OSError):
+                self.refused.set()
+
+
+def current_states(record: ClusterRecord) -> dict[str, str]:
+    """Return the state of each part of this machine, by name."""
+    return {status.part.value: status.state.value for status in inspect_parts(record)}
