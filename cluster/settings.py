@@ -241,7 +241,7 @@ class IdentityConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PortsConfig:
-    """TCP ports of a machine. All are on loopback, except those of Ray and `nodes` if `cluster.address` is not."""
+    """TCP ports of a machine: gcs, nodes, edge, serve_http and replicas at `cluster.address`, others on loopback."""
 
     gcs: int = 6379
     ray_client: int = 10001

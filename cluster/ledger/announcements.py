@@ -43,6 +43,7 @@ class Announcements:
         self._can_listen = engine.dialect.name == "postgresql"
         self._connection: Any = None
         self._connect_at = 0.0
+        self._is_failing = False
 
     def wait(self, stopped: threading.Event) -> None:
         """Return when the ledger should be read: after an announcement, or after the interval of the polls.
@@ -90,9 +91,13 @@ class Announcements:
             connection.autocommit = True
             connection.execute(f"LISTEN {CHANNEL}")
         except self._errors() as error:
-            LOG.warning("the ledger's announcements cannot be received, so the ledger is polled: %s", error)
+            if not self._is_failing:  # one line for each outage
+                LOG.warning(
+                    "the ledger's announcements cannot be received, so the ledger is polled: %s", error
+                )
+            self._is_failing = True
             return False
-        self._connection = connection
+        self._connection, self._is_failing = connection, False
         return True
 
     def _errors(self) -> tuple[type[Exception], ...]:

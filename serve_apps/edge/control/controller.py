@@ -154,13 +154,13 @@ class Controller:
             stop_haproxy = handed_over is None or not handed_over.is_set()
             self._report_refusals()
         finally:
-            self._reporter.stop(remove=stop_haproxy)
             self._followed.stop()
             self._targets.stop()
             self._keys.stop()
             self._loader.shutdown()
             if stop_haproxy:
                 self._haproxy.stop()
+            self._reporter.stop(remove=stop_haproxy)  # until here, commands wait for this edge
 
     def _try_step(self) -> bool:
         """Run a step; if it fails while HAProxy runs (on a full disk, for example), log it and return False."""

@@ -42,6 +42,7 @@ class FollowedLedger:
         """Whether the ledger was read at least once."""
         self.error: Exception | None = None
         """Why the newest events cannot be applied: this release is too old for them, or the thread has failed."""
+        self._is_failing = False
         self._ledger = ledger
         self._announcements = Announcements(ledger.engine)
         self._tried = threading.Event()
@@ -89,11 +90,13 @@ class FollowedLedger:
             if head != self.value.seq:
                 self._apply_new(head)
                 self._changed.set()
-            self.is_read, self.error = True, None
+            self.is_read, self.error, self._is_failing = True, None, False
         except FalajError as error:
             self.error = error
         except sa.exc.SQLAlchemyError as error:
-            LOG.warning("the ledger cannot be read, so the last state stays: %s", error)
+            if not self._is_failing:  # one line for each outage
+                LOG.warning("the ledger cannot be read, so the last state stays: %s", error)
+            self._is_failing = True
 
     def _apply_new(self, head: int) -> None:
         state = self._stored(head) if self.value.seq == 0 else self.value

@@ -45,10 +45,12 @@ EDGES = sa.Table(
 )
 _NOW = sa.func.clock_timestamp()
 _AGE_S = sa.extract("epoch", _NOW - EDGES.c.reported_at)
-_OTHERS = (
+_OTHER = EDGES.alias("other")
+_NUM_OTHERS = (
     sa.select(sa.func.count())
-    .select_from(EDGES)
-    .where(EDGES.c.id != sa.bindparam("own_id"), _AGE_S < LIVE_S)
+    .select_from(_OTHER)
+    .where(_OTHER.c.id != sa.bindparam("own_id"))
+    .where(sa.extract("epoch", _NOW - _OTHER.c.reported_at) < LIVE_S)
     .scalar_subquery()
 )
 
@@ -117,7 +119,8 @@ def edge_id(folder: Path) -> str:
     if stored:
         return stored
     new = secrets.token_hex(8)
-    replace_file(path, new.encode())
+    with contextlib.suppress(OSError):  # the disk is full; then this controller alone has the id
+        replace_file(path, new.encode())
     return new
 
 
@@ -205,7 +208,7 @@ class EdgeReporter:
             insert(EDGES)
             .values(values)
             .on_conflict_do_update(index_elements=[EDGES.c.id], set_=changes)
-            .returning(_OTHERS)
+            .returning(_NUM_OTHERS)
         )
         others = self._connect().execute(statement, {"own_id": self._edge}).scalar_one()
         self._written_backends = list(state.backends)
