@@ -4,8 +4,9 @@ Ray 2.60 starts a gRPC server for calls from other deployments in every replica.
 machine, and it unpickles what it receives. TLS between Ray's processes requires a client certificate. But a server on
 loopback cannot be reached from other machines at all, with or without TLS.
 
-For HTTP, Serve has one host and one certificate for all nodes. With several nodes, each needs its own. Ray has no
-setting for either, so this module replaces the functions that open the ports.
+For HTTP, Serve has one host and one certificate for all nodes: those of the head, where Serve's proxy runs. A replica
+on another node needs its own node's. Ray has no setting for either, so this module replaces the functions that open the
+ports in a replica.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from ray.serve._private import http_util
 from ray.serve.config import HTTPOptions
 
 from cluster.errors import ConfigError
-from cluster.this_node import RECORD_VARIABLE, this_node
-from serve_apps.replica.targets import EACH_NODE
+from cluster.this_node import LOOPBACK_ADDRESS, RECORD_VARIABLE, this_node
+from serve_apps.replica.targets import is_loopback
 
-_REPLICA, _PROXY = "ray.serve._private.replica", "ray.serve._private.proxy"
+_REPLICA = "ray.serve._private.replica"
 _EVERYWHERE = "[::]"
 _start_server = http_util.start_asgi_http_server
 
@@ -39,10 +40,14 @@ def listen_on_own_address() -> None:
 
 
 def answer_on_own_address() -> None:
-    """Bind the HTTP server of this replica or proxy to its node's address; call it before the server starts."""
-    for name in (_REPLICA, _PROXY):
-        if (module := sys.modules.get(name)) is not None:
-            vars(module)["start_asgi_http_server"] = _start_on_own_address
+    """Bind this replica's HTTP server to its node's address; call it before the server starts.
+
+    Outside a replica this does nothing. Without it, a replica on another node than the head would not start, because
+    the head's address is not its own.
+    """
+    replica = sys.modules.get(_REPLICA)
+    if replica is not None:
+        vars(replica)["start_asgi_http_server"] = _start_on_own_address
 
 
 def own_address() -> str:
@@ -51,14 +56,14 @@ def own_address() -> str:
 
 
 def own_options(options: HTTPOptions, *, address: str) -> HTTPOptions:
-    """Return a server's options with the node's address and certificate, if Serve was given `EACH_NODE`.
+    """Return a replica's options with its node's address and certificate, unless Serve was given loopback.
 
     The certificate is the one that Ray's processes of this node have (`cluster/security/tls`).
 
     Raises:
         ConfigError: this node's record cannot be read, so requests without the edge's secret would not be refused.
     """
-    if options.host != EACH_NODE:
+    if is_loopback(options.host or LOOPBACK_ADDRESS):
         return options
     if this_node() is None:
         raise ConfigError(f"The record of this node, {os.environ.get(RECORD_VARIABLE)}, cannot be read.")

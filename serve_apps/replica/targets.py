@@ -24,9 +24,6 @@ RUNNING = "RUNNING"
 HEALTHY_STATUSES = frozenset({"HEALTHY", "UPSCALING", "DOWNSCALING"})
 """Serve's statuses of a healthy deployment. They change as soon as a replica is lost; the application's status changes
 a little later."""
-EACH_NODE = "each-node.invalid"
-"""Host that Serve is given if its servers listen on their nodes' addresses. No server can listen on this name itself:
-`listening.py` replaces it in each process, and a process in which that failed must not listen anywhere else."""
 _DEFAULT_HOST = "127.0.0.1"
 """Where Serve listens if it was given no host; it does not publish one then."""
 _RECOVERING = "RECOVERING"
@@ -54,10 +51,15 @@ def addresses_of(target: Target) -> tuple[str, ...]:
 
 def uses_tls(address: str) -> bool:
     """Return whether a server at `host:port` speaks TLS: on every address but loopback."""
+    return not is_loopback(address.rpartition(":")[0].strip("[]"))
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is a loopback address."""
     try:
-        return not ipaddress.ip_address(address.rpartition(":")[0].strip("[]")).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return True
+        return False
 
 
 def serve_targets(record: ClusterRecord) -> Callable[[], Targets]:
@@ -79,8 +81,7 @@ def serve_targets(record: ClusterRecord) -> Callable[[], Targets]:
 def read_targets(content: Mapping[str, Any]) -> Targets:
     """Return the applications that can be reached.
 
-    Serve publishes replicas at their nodes' addresses. But they listen at the host that Serve was given, for example
-    loopback, unless that is `EACH_NODE`.
+    Serve publishes replicas at their nodes' addresses, and there they listen, unless Serve was given a loopback host.
 
     Args:
         content: answer of `/api/serve/applications/`.
@@ -100,7 +101,7 @@ def read_targets(content: Mapping[str, Any]) -> Targets:
         if group["protocol"] != "HTTP" or not name or not published:
             continue
         servers = tuple(
-            f"{target['ip'] if host == EACH_NODE else host}:{target['port']}" for target in published
+            f"{host if is_loopback(host) else target['ip']}:{target['port']}" for target in published
         )
         if all(target["port"] != proxy_port for target in published):
             targets[name] = servers

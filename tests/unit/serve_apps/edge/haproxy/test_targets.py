@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve_apps.replica.targets import EACH_NODE, ScaledToZero, read_targets
+from serve_apps.replica.targets import ScaledToZero, read_targets
 from tests.servers.edge import PREDICT, Echo, Edge, Mirror, treated_unit
 from tests.servers.polling import wait_until
 from tests.servers.serve_proxy import HoldingProxy
@@ -45,13 +45,13 @@ def published(
     ("host", "expected"),
     [
         ("", "127.0.0.1"),
-        (EACH_NODE, "10.0.0.7"),
+        ("0.0.0.0", "10.0.0.7"),  # noqa: S104
         ("127.0.0.1", "127.0.0.1"),
-        ("10.1.0.7", "10.1.0.7"),
+        ("10.1.0.7", "10.0.0.7"),
     ],
 )
 def test_running_replica_is_addressed_directly(host: str, expected: str) -> None:
-    """Whatever the application's status; at the host where Serve's proxy listens."""
+    """Whatever the application's status; on its node, or on loopback if Serve listens there."""
     content = published(status="UNHEALTHY", minimum=None, host=host, ports=(REPLICA, REPLICA + 1))
     if not host:
         del content["http_options"]["host"]
