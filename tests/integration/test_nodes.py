@@ -1,0 +1,251 @@
+"""Tests of a cluster with two machines, each in its own network namespace.
+
+PostgreSQL, Redis and a double of S3 have the shared state. They run beside the two machines, at the bridge's address.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster import processes
+from cluster.ledger import Ledger
+from cluster.ledger.events import NodeJoined, NodeLeft
+from cluster.session import ClusterRecord, find_own_record
+from cluster.settings import StorageConfig
+from tests.integration.conftest import refusal
+from tests.integration.test_object_store import ROWS, write_rows
+from tests.servers.namespaces import Machine, network
+from tests.servers.object_store import BUCKET, object_store
+from tests.servers.postgresql import running_server
+from tests.servers.redis_server import running_redis
+
+COMMAND_TIMEOUT_S = 300.0
+ENDED_S = 40.0
+SECOND = "second-region"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computer:
+    """A machine with its own folder."""
+
+    machine: Machine
+    root: Path
+    env: dict[str, str]
+    shared: tuple[str, ...]
+    """Options of every command on the head."""
+
+    def run(self, module: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run `python -m module args` on this machine."""
+        result = subprocess.run(
+            self.machine.command(sys.executable, "-m", module, *args),
+            cwd=self.root,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=COMMAND_TIMEOUT_S,
+        )
+        if check and result.returncode:
+            pytest.fail(f"{result.args} exited {result.returncode}\n{result.stdout}\n{result.stderr[-8000:]}")
+        return result
+
+    def join(
+        self, head: str, token: Path, *args: str, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `cluster.join` on this machine."""
+        own = (f"cluster.address={self.machine.address}", f"cluster.region={SECOND}", "cluster.num_cpus=2")
+        return self.run("cluster.join", f"head={head}", f"token_file={token}", *own, *args, check=check)
+
+    @property
+    def record(self) -> ClusterRecord:
+        record = find_own_record(StorageConfig(root=str(self.root / ".falaj")))
+        assert record is not None
+        return record
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Return the other nodes as `cluster.status` shows them here."""
+        nodes: list[dict[str, Any]] = json.loads(
+            self.run("cluster.status", "--json", *self.shared, check=False).stdout
+        )["nodes"]
+        return nodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Two machines, and the ledger that they share."""
+
+    head: Computer
+    node: Computer
+    ledger: Ledger
+    token: Path
+
+    @property
+    def url(self) -> str:
+        return f"{self.head.machine.address}:{self.head.record.ports['nodes']}"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Start the shared state and the head. At the end, nothing is left of head and node."""
+    folder = tmp_path_factory.mktemp("nodes")
+    with contextlib.ExitStack() as stack:
+        net = stack.enter_context(network("head", "node"))
+        postgresql = stack.enter_context(running_server(subnet=net.subnet))
+        redis = stack.enter_context(running_redis(host=net.address))
+        s3 = stack.enter_context(object_store(net.address))
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "FALAJ_"))}
+        shared = (
+            "storage=s3",
+            f"storage.root=s3://{BUCKET}/nodes",
+            f"ledger.url={postgresql.replace('127.0.0.1', net.address)}",
+            "online=redis",
+            f"online.url={redis}",
+        )
+        computers = {}
+        for name, machine in net.machines.items():
+            root = folder / name
+            root.mkdir()
+            computers[name] = Computer(
+                machine=machine,
+                root=root,
+                env=clean | s3,
+                shared=shared if name == "head" else (),
+            )
+        head, node = computers["head"], computers["node"]
+        stack.callback(end_everything, [head, node])
+        write_rows(head.root)
+        (node.root / "shop.py").write_text((head.root / "shop.py").read_text())
+        head.run("cluster.up", f"cluster.address={head.machine.address}", "cluster.num_cpus=4", *shared)
+        token = folder / "node.join"
+        head.run("cluster.membership.join_token", "--output", str(token))
+        yield World(head=head, node=node, ledger=Ledger(postgresql), token=token)
+
+
+def end_everything(computers: list[Computer]) -> None:
+    """End both machines, and check that `cluster.down` left nothing."""
+    left = []
+    for computer in reversed(computers):
+        if (computer.root / ".falaj" / "cluster.json").exists():
+            instance = computer.record.instance
+            computer.run("cluster.down", *computer.shared, check=False)
+            left += processes.find(instance)
+            processes.end(instance)
+    assert left == []
+
+
+def wait_for(condition: Any, *, timeout_s: float = ENDED_S) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.5)
+
+
+def test_machine_is_refused_in_one_line(world: World, tmp_path: Path) -> None:
+    """Each message says what, which and what to do. Nothing runs or is recorded afterwards."""
+    wrong = tmp_path / "wrong.join"
+    wrong.write_text(world.token.read_text().replace(".", ".1", 1))
+    wrong.chmod(0o600)
+    assert "join token is wrong" in refusal(world.node.join(world.url, wrong, check=False))
+    unreachable = f"{world.head.machine.address}:9"
+    assert f"No head answers at {unreachable}" in refusal(
+        world.node.join(unreachable, world.token, check=False)
+    )
+    loopback = world.node.run("cluster.join", f"head={world.url}", f"token_file={world.token}", check=False)
+    assert "cluster.address is loopback" in refusal(loopback)
+    other = world.node.join(world.url, world.token, "ledger.url=sqlite:///x", check=False)
+    assert "ledger.url is a setting of the whole cluster" in refusal(other)
+    assert not (world.node.root / ".falaj" / "cluster.json").exists()
+    assert not list(world.ledger.entries(NodeJoined))
+
+
+def test_work_in_another_region_runs_on_the_node_that_joined(world: World) -> None:
+    """Its tasks open keys and read a feature table there, with the job's own intent. The hash is as on the head."""
+    world.node.join(world.url, world.token)
+    [status] = world.head.nodes()
+    assert (status["address"], status["region"], status["state"]) == (
+        world.node.machine.address,
+        SECOND,
+        "running",
+    )
+    assert [node["name"] for node in world.node.nodes()] == ["head"]
+    head, definitions = world.head, "definitions=shop"
+    head.run("feature_jobs.apply", definitions, *head.shared)
+    head.run("feature_jobs.ingest", definitions, "view=income", *head.shared)
+    build = ("feature_jobs.training_set", definitions, "service=credit", "entities=people.parquet")
+    here = head.run(*build, "output=here.parquet", *head.shared)
+    there = head.run(
+        *build, "output=there.parquet", "task_rows=0", f"placement.region={SECOND}", *head.shared
+    )
+    assert f"{ROWS} rows" in there.stdout
+    assert there.stdout.split("hash")[1] == here.stdout.split("hash")[1]
+    nowhere = head.run(
+        *build, "output=x.parquet", "task_rows=0", "placement.region=mars", *head.shared, check=False
+    )
+    assert "no node is in this region" in refusal(nowhere)
+
+
+def test_replica_runs_on_the_node_that_joined(world: World) -> None:
+    """It gets its token from the head, loads the encrypted model from the object store, and reads Redis."""
+    head = world.head
+    head.run("feature_jobs.materialize", "definitions=shop", "view=income", *head.shared)
+    train = ("model=lightgbm", "name=loan", "training_set=here.parquet", "label=repaid")
+    head.run("jobs.train", *train, *head.shared)
+    head.run("serve_apps.deploy", "name=loan", "version=1", f"placement.region={SECOND}", *head.shared)
+    replicas = [
+        process
+        for process in processes.find(world.node.record.instance)
+        if "ServeReplica:loan" in process.name() or any("loan-v1" in text for text in process.cmdline())
+    ]
+    assert replicas
+
+
+def test_dead_node_is_shown_and_can_join_again(world: World) -> None:
+    """kill -9 of all its processes: the head says so, and a new join takes the dead one's place."""
+    first = world.node.record
+    for process in processes.find(first.instance):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+    wait_for(lambda: world.head.nodes()[0]["state"] == "dead")
+    assert world.head.run("cluster.status", *world.head.shared, check=False).returncode == 1
+    world.node.join(world.url, world.token)
+    assert world.node.record.node_id != first.node_id
+    reasons = [entry.payload["reason"] for entry in world.ledger.entries(NodeLeft)]
+    assert reasons == ["replaced"]
+
+
+def test_killed_raylet_of_a_node_comes_back(world: World) -> None:
+    """The node's supervisor starts Ray again."""
+    [raylet] = [each for each in processes.find(world.node.record.instance) if each.name() == "raylet"]
+    raylet.kill()
+    wait_for(lambda: world.node.run("cluster.status", check=False).returncode == 0, timeout_s=90)
+
+
+def test_node_leaves(world: World) -> None:
+    """Nothing of it is left: no process, no certificate, no token. The ledger says that it has left."""
+    record = world.node.record
+    world.node.run("cluster.leave", "deadline_s=30")
+    assert processes.find(record.instance) == []
+    assert not (world.node.root / ".falaj" / "cluster.json").exists()
+    assert not list((world.node.root / ".falaj" / "tls").iterdir())
+    assert not (world.node.root / ".falaj" / "keys" / "ray_token").exists()
+    left = [entry.payload for entry in world.ledger.entries(NodeLeft)]
+    assert left[-1] == {
+        "cluster_id": record.cluster_id,
+        "node_id": record.node_id,
+        "reason": "left",
+    }
+    assert world.head.nodes() == []
