@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from tests.servers.ports import network_address
 from tests.servers.replica import served
 
 TURNS, SECONDS, IDLE_S, CONNECTIONS = 5, 4, 10.0, 16
+PATIENT_MS = 10_000
 CONTENT = json.dumps({"predictions": [{"probability": 0.5}], "padding": "x" * 250}).encode()
 
 
@@ -88,7 +90,8 @@ def cpu_s(process: psutil.Process) -> float:
 def use(edge: Edge, server: Server) -> psutil.Process:
     """Send the edge's requests to a server, and return the process of HAProxy's worker."""
     names = ("m-v1", "m-v2", "outcomes", "features")
-    edge.load_targets(dict.fromkeys(names, (server.address,)))
+    patient = replace(edge.settings, hang_ms=PATIENT_MS)  # on a busy machine, too, no check may fail
+    edge.load_targets(dict.fromkeys(names, (server.address,)), settings=patient)
     wait_until(lambda: edge.call(token=edge.token())[0] == 200)
     return psutil.Process(int(edge.ask("show info").split("\nPid: ")[1].split()[0]))
 
