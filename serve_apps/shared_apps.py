@@ -36,14 +36,14 @@ APPLICATIONS: dict[str, Any] = {OUTCOMES_APP: Outcomes, FEATURES_APP: Features}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Settings of the configuration that these applications use; the fields are the keys of the JSON file."""
+    """Settings of the configuration that these applications use. The fields are the keys of the JSON file."""
 
     online: dict[str, Any]
-    """Fields of `OnlineConfig`; `kind` is the enum's value."""
+    """Fields of `OnlineConfig`. `kind` is the value of the enum."""
     durability: str
     service_token_file: str | None
     max_ahead_s: float = FeaturesConfig().max_ahead_s
-    """From `FeaturesConfig`; files of earlier releases lack it."""
+    """Field of `FeaturesConfig`. Files of earlier releases do not have it."""
 
     @classmethod
     def of(cls, config: PlatformConfig) -> Settings:
@@ -56,7 +56,10 @@ class Settings:
         )
 
     def merged_over(self, stored: Settings) -> Settings:
-        """Return these settings. A setting at its default takes the stored value; durability is `disk` if either is."""
+        """Return these settings, with the stored value for each setting that has its default.
+
+        Durability is `disk` if it is `disk` in one of the two.
+        """
         default = Settings.of(PlatformConfig())
         on_disk = Durability.disk.value in (self.durability, stored.durability)
         return Settings(
@@ -91,7 +94,7 @@ def main(config: PlatformConfig) -> None:
         return
     try:
         run_shared_apps(config, record, settings)
-    except DeployFailed as error:  # for example, Redis is down; the rest of the cluster must still start
+    except DeployFailed as error:  # for example, Redis is down: the rest of the cluster must still start
         print(
             f"warning: {error} Start it with `python -m serve_apps.deploy action=restore`.", file=sys.stderr
         )
@@ -114,7 +117,7 @@ def serve_options(record: ClusterRecord, *, port: int) -> HTTPOptions:
 
 
 def settings_at_start(config: PlatformConfig, record: ClusterRecord) -> Settings:
-    """Return the settings stored by this cluster's previous head, or else those of the configuration."""
+    """Return the settings that this cluster's previous head has stored, or else the settings of the configuration."""
     stored = _stored_settings(config, record)
     if stored is None:
         _path(config).unlink(missing_ok=True)
@@ -137,7 +140,7 @@ def ensure_shared_apps(config: PlatformConfig) -> None:
 
 
 def restore_shared_apps(config: PlatformConfig) -> None:
-    """Start the applications with their stored settings, not with this configuration's.
+    """Start the applications with their stored settings, not with the settings of this configuration.
 
     Raises:
         DeployFailed: an application did not start; the message names it.
@@ -168,8 +171,8 @@ def run_shared_apps(config: PlatformConfig, record: ClusterRecord, settings: Set
 def _stored_settings(config: PlatformConfig, record: ClusterRecord) -> Settings | None:
     """Return the settings that the applications were last started with in this cluster.
 
-    None if they were not started, if an earlier release started them, or if the file is damaged: a damaged file must
-    not stop a cluster from starting.
+    The result is None if they were not started, if an earlier release started them, or if the file is damaged. A
+    damaged file must not prevent the start of a cluster.
     """
     path = _path(config)
     try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from cluster.errors import ConfigError
 from cluster.ledger.chain import Entry
 
 _LOCK_KEY = 0x0FA1A7
@@ -74,6 +75,24 @@ def _timeouts(url: str) -> dict[str, str]:
     return {name: value for name, value in _TIMEOUTS.items() if name not in own}
 
 
+def require_tls(url: str) -> None:
+    """Require a verified TLS connection to a database on another machine.
+
+    Raises:
+        ConfigError: The URL does not ask for one.
+    """
+    address = sa.engine.make_url(url)
+    if (
+        address.host in (None, "", "localhost", "127.0.0.1", "::1")
+        or address.query.get("sslmode") == "verify-full"
+    ):
+        return
+    raise ConfigError(
+        f"The ledger's database at {address.host} would be reached without a verified TLS connection. Add "
+        "sslmode=verify-full and sslrootcert=/path/to/ca.pem to ledger.url."
+    )
+
+
 @contextmanager
 def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
     """Open a transaction that holds the ledger's write lock. It commits at the end, except after an exception."""
@@ -84,6 +103,31 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY)))
         yield connection
         connection.commit()
+
+
+@contextmanager
+def updating(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Open a transaction for tables beside the ledger's. It commits at the end, except after an exception.
+
+    SQLite has one lock for all writers. On PostgreSQL the caller locks the rows that it selects `with_for_update`, so
+    it does not wait for writers of the ledger.
+    """
+    with engine.connect() as connection:
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield connection
+        connection.commit()
+
+
+@contextmanager
+def snapshot(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Open a transaction that reads one state of the database, whatever others write meanwhile."""
+    with engine.connect() as connection:
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN")
+        else:
+            connection.execution_options(isolation_level="REPEATABLE READ")
+        yield connection
 
 
 def create_tables(connection: sa.Connection) -> None:

@@ -4,10 +4,10 @@ A segment can be moved when its writer has closed it or has ended, because then 
 written to encrypted files. One Delta transaction adds these files and names the segment. The segment is deleted only
 when that transaction is on disk.
 
-If a compaction is killed before the transaction, it leaves files that no transaction refers to. If it is killed after
-the transaction, it leaves segments whose records are already in the table, and readers skip those. The next run removes
-both. It removes a file without a transaction only if its records also exist elsewhere: otherwise the file is the
-remainder of a lost table.
+If a compaction is killed before the transaction, files remain that no transaction refers to. If it is killed after the
+transaction, segments remain whose records are already in the table; readers skip these segments. The next run removes
+such files and segments. But it removes a file only if the file's records also exist elsewhere. If they do not, the
+table that contained the file was lost.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from cluster.security.keys.store import KeyStore
 
 LOCK = ".compaction"
 MAX_RECORDS, MAX_BYTES = 50_000, 32 * 2**20
-"""Most records and JSON bytes of one file. They limit the memory to write and to read it."""
+"""Largest number of records, and of JSON bytes, in one file. Both limit the memory for writing and reading a file."""
 MAX_SEGMENTS = 500
-"""Most segments of one run, because each one is held open."""
+"""Largest number of segments that one run moves. All of them are open files during the run."""
 ABANDONED_S = 3600.0
-"""Age in seconds after which an unfinished segment file counts as left behind by a killed writer."""
+"""Age in seconds after which an unfinished segment file is removed, because its writer must have been killed."""
 
 
 def compact(log: Path, *, store: KeyStore, files: ProtectedFiles) -> int:
-    """Move closed segments into the log's table; return the number of segments that were deleted.
+    """Move closed segments into the log's table, and return the number of segments that were deleted.
 
-    0 means that no closed segment is left.
+    If it is 0, no closed segment was left.
 
     Args:
         log: Folder of the log.
@@ -80,14 +80,14 @@ def _move(paths: Sequence[Path], table: LogTable, *, store: KeyStore, files: Pro
         table.write(rows, column_class, files) for column_class, rows in _row_groups(table.kind, paths, store)
     ]
     for folder in {(table.folder / file.path).parent for file in written} | {table.folder}:
-        sync_folder(folder)  # the committed files must survive a power cut if the commit does
+        sync_folder(folder)  # if the commit survives a power cut, its files must survive too
     table.commit(written, [path.stem for path in paths])
 
 
 def _row_groups(
     kind: str, paths: Sequence[Path], store: KeyStore
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield the segments' records as rows for one file each, with their column class."""
+    """Yield the column class and the rows of each file to write, with the records of all segments."""
     by_class: dict[str, list[Path]] = {}
     for path in paths:
         if (column_class := segment_class(path)) is not None:
@@ -127,7 +127,7 @@ def _remove_leftovers(log: Path, table: LogTable) -> None:
 
 
 def _require_other_copy(path: Path, existing: Container[str], table: LogTable) -> None:
-    """Require that a file is not the last copy of its records."""
+    """Require that another copy of a file's records exists."""
     names = set(pq.ParquetFile(path).read([SEGMENT]).column(SEGMENT).to_pylist())
     if lost := sorted(name for name in names if name not in existing and not table.has(name)):
         raise RecordLogCorrupt(

@@ -1,9 +1,9 @@
 """Read a whole log: the records in its segments and in its table.
 
 A compaction can run at the same time. Segments are listed before the table is opened, and a segment is deleted only
-after its records are in the table. So a listed segment is in the table, or still exists, or was deleted since then; in
-that case a newer version of the table has it. Each record is returned once, and no record that existed at the start is
-missed.
+after its records are in the table. So the records of a listed segment are in the opened table or in the segment. If the
+segment was deleted later, they are in a newer version of the table. Every record that existed at the start is returned,
+and exactly once.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _stored_records(folder: Path, store: KeyStore) -> Iterator[StoredRecord]:
 
 
 def count_records(folder: Path) -> int:
-    """Return the number of complete records of a log. It needs no key."""
+    """Return the number of complete records of a log. No key is needed."""
     while True:
         listed, table = list_segments(folder), LogTable(folder)
         try:
@@ -80,22 +80,22 @@ def count_records(folder: Path) -> int:
 
 
 def read_predictions(folder: Path, store: KeyStore) -> pl.DataFrame:
-    """Return the `answers` of `read_log`. Raises as `read_records`."""
+    """Return the `answers` of `read_log`. The errors are those of `read_records`."""
     return read_log(folder, store).answers
 
 
 def read_shadow_predictions(folder: Path, store: KeyStore) -> pl.DataFrame:
     """Return the predictions of shadows, in the format of `read_predictions`.
 
-    `request_id` is that of the request that the shadow got a copy of. Raises as `read_records`.
+    `request_id` is the id of the request whose copy the shadow got. The errors are those of `read_records`.
     """
     return _log(record for record in _records_in_order(folder, store) if record["arm"] == SHADOW).answers
 
 
 def read_log(folder: Path, store: KeyStore) -> Log:
-    """Return a model's requests and answers, in the order of writing. Raises as `read_records`.
+    """Return a model's answers and failures, in the order of writing. The errors are those of `read_records`.
 
-    Predictions of shadows are not included: no client got them, so they count in no figure about serving.
+    Predictions of shadows are not included: no client got them, so no figure about serving may include them.
     """
     return _log(record for record in _records_in_order(folder, store) if record["arm"] != SHADOW)
 
@@ -104,17 +104,17 @@ def read_log(folder: Path, store: KeyStore) -> Log:
 class Log:
     """A model's log as two frames, with one row for each entity of a request.
 
-    Columns of both: prediction_id, row, request_id, time and as_of (UTC), model, version, variant, rollout, arm,
-    unit_hash.
+    Both frames have the columns prediction_id, row, request_id, time and as_of (UTC), model, version, variant, rollout,
+    arm, unit_hash.
     """
 
     answers: pl.DataFrame
-    """Answered rows: also the task's columns among `probability`, `label`, `value` and `probabilities`, and one column
-    for each model input. Values are as they were written: a column with several types is `pl.Object`, and so is
-    `probabilities` (a dict by class). `cluster.records.signature_types` converts them to the types of a version's
-    signature. Inputs with a name in `RESERVED_COLUMNS` are left out."""
+    """Rows with an answer. They also have the task's columns (of `probability`, `label`, `value`, `probabilities`) and
+    one column for each model input, except inputs with a name in `RESERVED_COLUMNS`. Values are as they were written: a
+    column with several types is `pl.Object`, and `probabilities` too, because it contains dicts by class.
+    `cluster.records.signature_types` converts the values to the types of a version's signature."""
     failures: pl.DataFrame
-    """Rows without a finite score from the model, with the reason as `fault`. They count in no figure."""
+    """Rows without a finite score from the model. The column `fault` has the reason. No figure includes these rows."""
 
 
 def _log(records: Iterable[dict[str, Any]]) -> Log:
@@ -136,16 +136,16 @@ def _log(records: Iterable[dict[str, Any]]) -> Log:
 def read_outcomes(folder: Path, store: KeyStore) -> pl.DataFrame:
     """Return the last received outcome for each prediction and row.
 
-    Columns: prediction_id, row, outcome, observed_at, received_at (UTC). If two outcomes were received at the same
-    time, the one that was written last counts. An outcome keeps the type that it was sent with. Raises as
-    `read_records`.
+    Columns: prediction_id, row, outcome, observed_at, received_at (UTC). Of two outcomes that were received at the same
+    time, the one that was written last is returned. An outcome has the type that it was sent with. The errors are those
+    of `read_records`.
     """
     received = _received_outcomes(folder, store)
     return received.unique(["prediction_id", "row"], keep="last", maintain_order=True)
 
 
 def iter_outcomes(folder: Path, store: KeyStore) -> Iterator[Outcome]:
-    """Yield all outcomes in the order in which they were received. Raises as `read_records`."""
+    """Yield all outcomes in the order in which they were received. The errors are those of `read_records`."""
     frame = _received_outcomes(folder, store)
     names = ("prediction_id", "row", "outcome")
     for prediction_id, row, value in zip(*(frame[name].to_list() for name in names), strict=True):
@@ -153,7 +153,7 @@ def iter_outcomes(folder: Path, store: KeyStore) -> Iterator[Outcome]:
 
 
 def _received_outcomes(folder: Path, store: KeyStore) -> pl.DataFrame:
-    """Return all outcomes in the order in which they were received. Without outcomes, the frame has only columns."""
+    """Return all outcomes in the order in which they were received. Without outcomes, the frame has no rows."""
     records = _records_in_order(folder, store)
     if not records:
         return pl.DataFrame(schema=_OUTCOME | {"outcome": pl.Null})
@@ -169,9 +169,9 @@ class Outcome(NamedTuple):
 
 
 def fault_of(record: Mapping[str, Any], row: int) -> str:
-    """Return the reason why a row of a record has no answer, or "" if it has one.
+    """Return the reason why a row of a record has no answer, or "" if the row has an answer.
 
-    A null score counts as a fault too: an old release did not check scores and wrote NaN as null, with a useless label.
+    A null score is a fault too: an old release did not check scores and wrote NaN as null, with a useless label.
     """
     if fault := record.get("fault"):
         return str(fault)
@@ -208,8 +208,8 @@ OUTCOME, INVALID_OUTCOME = "outcome", "odd_outcome"
 RESERVED_COLUMNS = frozenset(
     {*_COMMON, "row", "probability", "label", "value", "probabilities", "fault", OUTCOME, INVALID_OUTCOME}
 )
-"""Reserved column names. An input with such a name is left out, because the client chooses its value: the client must
-not be able to change an answer's arm or label."""
+"""Reserved column names. An input with such a name is left out, because a client chooses the values of inputs. A client
+must not be able to change an answer's arm or label."""
 _OUTCOME: dict[str, Any] = {
     "prediction_id": pl.String,
     "row": pl.Int64,
@@ -231,7 +231,7 @@ def _records_in_order(folder: Path, store: KeyStore) -> list[dict[str, Any]]:
 
 
 def _frame(rows: Sequence[Mapping[str, Any]], types: Mapping[str, Any]) -> pl.DataFrame:
-    """Return a frame. Columns in `types` get these types, and all others keep their values unchanged."""
+    """Return a frame. Columns in `types` get these types; the values of all other columns stay unchanged."""
     if not rows:
         return pl.DataFrame(schema=dict(types))
     names = dict.fromkeys(name for row in rows for name in row)
@@ -248,7 +248,7 @@ def _column(name: str, values: list[Any], dtype: Any) -> pl.Series:
 
 
 def exact_column(name: str, values: Sequence[Any]) -> pl.Series:
-    """Return values unchanged as a column: of their common type, or `pl.Object` if they have several types."""
+    """Return a column with unchanged values: of their common type, or of `pl.Object` if they have several types."""
     value_types = frozenset(map(type, values)) - {NoneType}
     try:
         return pl.Series(name, values, dtype=_NATIVE.get(value_types, pl.Object) if value_types else pl.Null)

@@ -1,8 +1,8 @@
 """Let the servers of Serve's processes listen on their node's own address only, and with TLS if that is not loopback.
 
-Ray 2.60 starts a gRPC server for calls from other deployments in every replica. It listens on all addresses of the
-machine, and it unpickles what it receives. TLS between Ray's processes requires a client certificate. But a server on
-loopback cannot be reached from other machines at all, with or without TLS.
+In every replica, Ray 2.60 starts a gRPC server for calls from other deployments. The server listens on all addresses of
+the machine, and it unpickles what it receives. With TLS between Ray's processes, a client needs a certificate. But if
+the server listens on loopback, other machines cannot reach it at all, with or without TLS.
 
 For HTTP, Serve has one host and one certificate for all nodes: those of the head, where Serve's proxy runs. A replica
 on another node needs its own node's. Ray has no setting for either, so this module replaces the functions that open the
@@ -30,9 +30,9 @@ _start_server = http_util.start_asgi_http_server
 
 
 def listen_on_own_address() -> None:
-    """Bind this replica's gRPC server to its node's address; call it before the application's constructor returns.
+    """Bind this replica's gRPC server to its node's address. Call this before the application's constructor returns.
 
-    Outside a replica this does nothing, because there is no such server.
+    Outside a replica, this does nothing, because there is no such server.
     """
     replica = sys.modules.get(_REPLICA)
     if replica is not None:

@@ -41,11 +41,10 @@ def _as_postgres(*command: str) -> list[str]:
 def running_server(
     *settings: str, certificates: Path | None = None, subnet: str | None = None
 ) -> Iterator[str]:
-    """Start a new server and yield its address.
+    """Start a new server and yield its address. If PostgreSQL is not installed, skip the test.
 
-    With a folder of a node's certificate and key, the server uses TLS. With a subnet, it also listens on all addresses
-    and accepts clients of the subnet. The test is skipped if PostgreSQL is not
-    installed.
+    If `certificates` is a folder with a node's certificate and key, the server uses TLS. With a subnet, it also listens
+    on all addresses and accepts clients of the subnet.
     """
     initdb, server = _binary("initdb"), _binary("postgres")
     if initdb is None or server is None:

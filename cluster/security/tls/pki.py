@@ -30,18 +30,18 @@ from cluster.storage import Layout, local
 def fetch_certificates(
     places: Layout, vault: VaultConfig, *, names: Collection[str] = (), now: dt.datetime | None = None
 ) -> None:
-    """Ensure certificates for localhost and this machine. Renew them when a third of their lifetime is left.
+    """Ensure certificates for localhost and this machine. Renew them if less than a third of their lifetime is left.
 
     Args:
         places: paths below the storage root.
         vault: Vault's address, login and PKI role.
         names: other names and addresses of the node and of its edge. The role must allow each as a DNS name, addresses
             included, because the edges' HAProxy compares DNS names only.
-        now: the time for the check of the lifetime; the present time by default.
+        now: the time for the check of the lifetime; the current time by default.
 
     Raises:
         ConfigError: no role is configured.
-        Unauthenticated, AccessDenied, InvalidRequest, KeyStoreUnavailable: from Vault. Existing certificates stay.
+        Unauthenticated, AccessDenied, InvalidRequest, KeyStoreUnavailable: errors of Vault. Existing certificates stay.
     """
     if vault.pki_role is None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""State of the running edge, as a file: on one machine, commands read it to wait until a change was applied."""
+"""State of the running edge, in a file. With SQLite, commands read it to wait until the edge has applied a change."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from serve_apps.edge.control.files import replace_file
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EdgeState:
-    """State of the running HAProxy; the fields are the keys of the JSON file."""
+    """State of the running HAProxy. The fields are the keys of the JSON file."""
 
     applied_seq: int
-    """Sequence number of the last event whose effect is in the running map."""
+    """Sequence number of the last event that was applied to the running map."""
     backends: list[str]
     pid: int | None
     refused: str = ""
-    """Why HAProxy refuses the newest configuration, so that an older one stays; empty if it does not."""
+    """Why HAProxy refuses the newest configuration and uses an older one; empty if it uses the newest."""
 
 
 def state_file(config: PlatformConfig) -> Path:
