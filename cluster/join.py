@@ -25,7 +25,7 @@ from cluster.ledger import open_ledger
 from cluster.membership import join_token
 from cluster.membership.admission import Application, new_key_and_request, proof_path
 from cluster.membership.departure import leave_membership
-from cluster.membership.head_client import first_request
+from cluster.membership.head_client import HeadClient, first_request
 from cluster.membership.members import current_members
 from cluster.membership.release import release
 from cluster.membership.transport import client_context, split_address
@@ -49,7 +49,7 @@ from cluster.node.launch import (
     wait_until,
 )
 from cluster.node.locks import command_lock, is_watched_by
-from cluster.node.parts import EDGE, RELAY, SUPERVISOR, State, inspect_parts
+from cluster.node.parts import EDGE, RELAY, SUPERVISOR, State, inspect_parts, states_by_name
 from cluster.node.scheduling import wait_for_turn
 from cluster.security.private_folder import ensure_private_folder, remove_access_of_others
 from cluster.security.tls.certificates import CA_NAME, EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME
@@ -123,8 +123,8 @@ def end_earlier_node(config: PlatformConfig) -> None:
         )
     if not record.starting and any(status.state is not State.dead for status in inspect_parts(record)):
         raise ClusterAlreadyUp(
-            f"This machine is already node {record.node_id} of the cluster at {record.head}. `python -m "
-            "cluster.status` shows its parts; to join again, run `python -m cluster.leave` first."
+            f"This machine is already node {record.node_id} of the cluster at {record.head}. `python -m cluster.up` "
+            "starts missing parts; to join again, run `python -m cluster.leave` first."
         )
     end_all(record)
     remove_folders(record)
@@ -163,8 +163,8 @@ def join(config: JoinConfig, own: list[str]) -> None:
         has_edge=config.edge,
     )
     record = replace(record, overrides=shared_overrides(node, record))
-    write_files(record, key, answer)
     try:
+        write_files(record, key, answer)
         # Written before anything runs: if this start is killed, the next command can end the processes that it left.
         write_record(replace(record, starting=True), node.storage)
         check_shared_state(node, record)
@@ -174,6 +174,7 @@ def join(config: JoinConfig, own: list[str]) -> None:
         leave_membership(record, node, reason="failed")
         remove_folders(record)
         raise
+    HeadClient.of(record).request("report", parts=states_by_name(inspect_parts(record)))
     print(f"joined as node {record.node_id} ({name}) after {time.perf_counter() - started:.0f} s")
 
 

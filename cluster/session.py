@@ -158,20 +158,21 @@ class ClusterRecord:
 
 def metrics_urls(record: ClusterRecord) -> list[str]:
     """Return the URLs where Prometheus finds the metrics of the edge, of Ray and of Falaj's own processes."""
-    own = [f"http://127.0.0.1:{record.ports[name]}/metrics" for name in METRICS_PORTS if name in record.ports]
-    return [record.metrics_url, record.ray_metrics_url, *own]
+    names = [name for name in METRICS_PORTS if name in record.ports]
+    if not record.has_edge:
+        names.remove("edge_controller_metrics")
+    own = [f"http://127.0.0.1:{record.ports[name]}/metrics" for name in names]
+    return [*([record.metrics_url] if record.has_edge else []), record.ray_metrics_url, *own]
 
 
 def addresses(record: ClusterRecord) -> str:
     """Return the lines that `cluster.up` and `cluster.status` print about the cluster's URLs."""
-    dashboard = f"{record.edge_url}/ray/  (an admin's token), {record.dashboard_url}  ({record.token_path})"
-    return "\n".join(
-        (
-            f"edge           {record.edge_url}",
-            f"Ray dashboard  {dashboard}",
-            f"metrics        {' '.join(metrics_urls(record))}",
-        )
-    )
+    dashboard = f"{record.dashboard_url}  ({record.token_path})"
+    lines = [f"Ray dashboard  {dashboard}", f"metrics        {' '.join(metrics_urls(record))}"]
+    if record.has_edge:
+        lines[0] = f"Ray dashboard  {record.edge_url}/ray/  (an admin's token), {dashboard}"
+        lines.insert(0, f"edge           {record.edge_url}")
+    return "\n".join(lines)
 
 
 def record_path(storage: StorageConfig) -> str:

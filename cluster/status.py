@@ -32,6 +32,7 @@ from cluster.supervisor.head import restore_is_due
 FLAGS = ("--env", "--json")
 GUARDED_BY = {
     "edge": "TLS and tokens of principals",
+    "nodes": "certificates of nodes, join tokens",
     "serve_http": "tokens, which replicas check; starts a replica if a version has none",
     "ray_metrics": "open to read",
     "edge_metrics": "open to read",

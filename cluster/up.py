@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster import processes
-from cluster.entrypoint import job
+from cluster.entrypoint import compose_platform, job
 from cluster.errors import ClusterAlreadyUp, ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
@@ -109,13 +109,13 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
     record = find_own_record(config.storage)
     if record is None:
         return None
-    if record.node_id is not None:
-        raise ConfigError(
-            f"This machine is node {record.node_id} of the cluster at {record.head}. Its supervisor restarts dead "
-            "parts. To start all of it again, run `python -m cluster.join`; to end it, `python -m cluster.leave`."
-        )
     if not record.starting and any(status.state is not State.dead for status in inspect_parts(record)):
         return record
+    if record.node_id is not None:
+        raise ConfigError(
+            f"This machine was node {record.node_id} of the cluster at {record.head}, and nothing of it runs. Run "
+            "`python -m cluster.join` to join again, or `python -m cluster.leave`."
+        )
     end_all(record)
     remove_folders(record)
     return None
@@ -131,8 +131,11 @@ def repair(config: PlatformConfig, record: ClusterRecord) -> None:
         StartFailed: A part did not start within `REPAIR_DEADLINE_S`.
     """
     refuse_variables()
-    apply_cluster_record(record, config)
-    prepare(config, record)
+    if record.node_id is None:
+        apply_cluster_record(record, config)
+        prepare(config, record)
+    else:
+        config = compose_platform(record.overrides or ())
     if not (lacking := not_running(inspect_parts(record))) and not restore_is_due(record):
         raise _already_up(record)
     started, woken_at = time.monotonic(), -WAKE_EVERY_S
@@ -223,6 +226,11 @@ def _start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
 
 
 def _already_up(record: ClusterRecord) -> ClusterAlreadyUp:
+    if record.node_id is not None:
+        return ClusterAlreadyUp(
+            f"All parts of node {record.node_id} run. To give it other settings, run `python -m cluster.leave`, then "
+            "join again."
+        )
     return ClusterAlreadyUp(
         f"A cluster is up for {record.storage_root} at {record.edge_url}. To start it with other settings, run "
         "`python -m cluster.down` first."

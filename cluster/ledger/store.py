@@ -22,7 +22,15 @@ from cluster.ledger.announcements import announce
 from cluster.ledger.chain import GENESIS, Entry, build_entry, canonical, to_json
 from cluster.ledger.checkpoint import Signer, checkpoint, load_signer
 from cluster.ledger.database import EVENTS, connect, create_tables, require_tls, to_entry, writing
-from cluster.ledger.events import Json, LedgerEvent, Subject, UnknownEvent, is_known, require_known
+from cluster.ledger.events import (
+    CheckpointSigned,
+    Json,
+    LedgerEvent,
+    Subject,
+    UnknownEvent,
+    is_known,
+    require_known,
+)
 from cluster.ledger.following import HEAD, catch_up, newest_by_type, position_of
 from cluster.settings import PlatformConfig, Tier
 from cluster.storage import layout, local
@@ -61,6 +69,7 @@ class Ledger:
         self._engine = connect(url)
         self._signer = signer
         self._checkpoint_every = checkpoint_every
+        self._signed_interval = 0
         self._clock = clock
         with self.writing() as connection:
             is_indexed = sa.inspect(connection).has_table(index.NAME)
@@ -78,11 +87,26 @@ class Ledger:
         payload = to_json(event.payload())
         with self.writing() as connection:
             entry = self._append(connection, event.type, actor, payload)
-            if self._signer is not None and entry.seq % self._checkpoint_every == 0:
+            if self._signer is not None and self._is_checkpoint_due(connection, entry.seq):
                 mark = checkpoint(self._signer, entry)
                 self._append(connection, mark.type, "system:ledger", mark.payload())
             announce(connection)
         return entry
+
+    def _is_checkpoint_due(self, connection: sa.Connection, seq: int) -> bool:
+        """Return whether a multiple of `checkpoint_every` was passed since the last checkpoint.
+
+        Processes on other nodes have no key. The next event of a process with the key makes up for theirs.
+        """
+        interval = seq // self._checkpoint_every
+        if interval == self._signed_interval:
+            return False
+        query = sa.select(sa.func.max(EVENTS.c.seq)).where(EVENTS.c.type == CheckpointSigned.__name__)
+        last = int(connection.execute(query).scalar_one() or 0)
+        if interval > last // self._checkpoint_every:
+            return True
+        self._signed_interval = interval
+        return False
 
     def entries(self, kind: type[LedgerEvent] | None = None, *, after: int = 0) -> Iterator[Entry]:
         """Yield the entries with `seq > after` in order; with `kind`, only the entries of that type.

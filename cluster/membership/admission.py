@@ -21,7 +21,6 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import NodeJoined, NodeLeft
 from cluster.membership import join_token
 from cluster.membership.members import current_members
-from cluster.membership.release import release
 from cluster.membership.transport import Peer
 from cluster.security.tls.certificates import CA_NAME, sign_node_key
 from cluster.session import ClusterRecord
@@ -116,6 +115,7 @@ def admit(
     record: ClusterRecord,
     ledger: Ledger,
     alive: Collection[str],
+    own_release: str,
 ) -> dict[str, object]:
     """Admit a machine: sign its certificate, record the event, and return what it needs.
 
@@ -126,6 +126,7 @@ def admit(
         record: the head's record.
         ledger: where the event is recorded.
         alive: ids of the nodes that reported within the last seconds.
+        own_release: the head's release.
 
     Raises:
         Unauthenticated: the token is wrong or has expired.
@@ -134,10 +135,10 @@ def admit(
     """
     places = record.layout
     join_token.check(places, application.token)
-    if application.release != (own := release()):
+    if application.release != own_release:
         raise ConfigError(
-            f"This machine has another release than the head. Here: {application.release}. Head: {own}. Install the "
-            "head's release here."
+            f"This machine has another release than the head. Here: {application.release}. Head: {own_release}. "
+            "Install the head's release here."
         )
     require_shared_state(config)
     if application.address != peer.address:

@@ -7,6 +7,7 @@ node gets tokens of replicas, and the intents of jobs whose random names its wor
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import ssl
@@ -23,6 +24,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import NodeLeft
 from cluster.membership.admission import Application, admit, fingerprint
 from cluster.membership.members import Member, Members
+from cluster.membership.release import release
 from cluster.membership.splice import splice
 from cluster.membership.transport import Peer
 from cluster.port_owner import require_own_peer
@@ -43,6 +45,7 @@ SILENT_S = 20.0
 _INTENT = re.compile(r"[A-Za-z0-9_.]{1,100}-[0-9a-f]{32}\.jwt")
 _SERVICE = "service:"
 DASHBOARD = "dashboard"
+LOG = logging.getLogger("falaj.nodes")
 
 
 @dataclass(slots=True)
@@ -64,12 +67,10 @@ class NodeService:
     ledger: Ledger
     members: Members
     clock: Callable[[], float] = time.monotonic
+    release: str = field(default_factory=release)
+    """Release of the running cluster. The files on the disk may be another one later."""
     _reports: dict[str, Report] = field(default_factory=dict)
-    _started_at: float = 0.0
     _joining: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        self._started_at = self.clock()
 
     def serve(self, connection: ssl.SSLSocket, peer: Peer) -> None:
         """Answer the requests of one connection until it is closed."""
@@ -89,8 +90,10 @@ class NodeService:
         except FalajError as error:
             return error_to_plain(error)
         except Exception as error:  # noqa: BLE001 (one bad request must not end the service)
+            # Log only the type: the message of an unexpected error could contain a secret.
+            LOG.error("a request %s failed with %s", request.get("op"), type(error).__name__)
             return error_to_plain(
-                KeyStoreUnavailable(f"The head failed with {type(error).__name__}: {error}")
+                KeyStoreUnavailable(f"The head failed with {type(error).__name__}. See keys/nodes.log there.")
             )
 
     def _result(self, request: dict[str, object], peer: Peer) -> object:
@@ -104,6 +107,7 @@ class NodeService:
                     record=self.record,
                     ledger=self.ledger,
                     alive=self._alive(),
+                    own_release=self.release,
                 )
         node = self._require_node(peer)
         match operation:
@@ -169,7 +173,7 @@ class NodeService:
                 "region": member.region,
                 "joined_at": member.joined_at,
                 "alive": member.node_id in alive,
-                "silent_s": round(now - (report.at if report else self._started_at)),
+                "silent_s": round(now - report.at) if report else None,
                 "parts": report.parts if report else {},
             }
             for member in self.members.all(fresh=True).values()

@@ -50,7 +50,8 @@ def status_of(node: Mapping[str, Any]) -> NodeStatus:
     """Return the state of a node from the head's answer."""
     down = [f"{part} ({state})" for part, state in node["parts"].items() if state != State.running]
     if not node["alive"]:
-        state, text = State.dead, f"dead: no report for {node['silent_s']} s"
+        silent = "no report" if node["silent_s"] is None else f"no report for {node['silent_s']} s"
+        state, text = State.dead, f"dead: {silent}"
     elif down:
         state, text = State.silent, f"lacks {', '.join(down)}"
     else:

@@ -93,6 +93,11 @@ def inspect_parts(record: ClusterRecord) -> list[PartStatus]:
     ]
 
 
+def states_by_name(parts: Iterable[PartStatus]) -> dict[str, str]:
+    """Return the parts' states as plain text, for reports to the head."""
+    return {status.part.value: status.state.value for status in parts}
+
+
 def not_running(parts: Iterable[PartStatus]) -> list[PartStatus]:
     """Return the parts that do not run."""
     return [status for status in parts if status.state is not State.running]

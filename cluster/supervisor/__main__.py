@@ -140,7 +140,10 @@ def restart_recorder(config: PlatformConfig, record: ClusterRecord) -> Callable[
 
     def write(process: str, reason: str, attempt: int) -> None:
         event = ProcessRestarted(
-            cluster_id=record.cluster_id, process=process, reason=reason, attempt=attempt
+            cluster_id=record.cluster_id,
+            process=process if record.node_id is None else f"{process} of node {record.node_id}",
+            reason=reason,
+            attempt=attempt,
         )
         try:
             open_ledger(config).append(event, actor=head.ACTOR)

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from cluster.node.launch import gcs_folder
-from cluster.node.parts import RAY_PARTS, Part, find_parts
+from cluster.node.parts import RAY_PARTS, Part, expected_parts, find_parts
 from cluster.security.private_folder import ensure_private_folder
 from cluster.session import ClusterRecord
 from cluster.storage import write_bytes
@@ -38,12 +38,13 @@ class Command:
 def save_commands(record: ClusterRecord) -> None:
     """Wait until Ray's daemons run, then save their commands. The last two start a little later than the head."""
     deadline = time.monotonic() + ALL_RUNNING_TIMEOUT_S
+    parts = [part for part in expected_parts(record) if part in RAY_PARTS]
     while True:
         running = find_parts(record)
-        if all(part in running for part in RAY_PARTS) or time.monotonic() > deadline:
+        if all(part in running for part in parts) or time.monotonic() > deadline:
             break
         time.sleep(0.2)
-    commands = {part.name: asdict(_command(running[part])) for part in RAY_PARTS if part in running}
+    commands = {part.name: asdict(_command(running[part])) for part in parts if part in running}
     write_bytes(str(_file(record)), json.dumps(commands).encode())
 
 

@@ -32,6 +32,7 @@ from cluster.node.parts import (
     find_parts,
     inspect_parts,
     probe_state,
+    states_by_name,
 )
 from cluster.security.private_folder import ensure_private_folder
 from cluster.session import ClusterRecord
@@ -112,10 +113,11 @@ class JoinedNode(ThisMachine):
     def restore_is_due(self) -> bool:
         return self._heads_session not in ("", self._own_session())
 
-    def replace_head(self) -> None:
-        self.restore()
-
     def restore(self) -> None:
+        if self.restore_is_due():
+            self.replace_head()
+
+    def replace_head(self) -> None:
         record = self._record
         ensure_private_folder(Path(record.runtime_folder))
         daemons.remove_commands(record)
@@ -153,14 +155,11 @@ class Reporter(threading.Thread):
         """Set while the head does not answer or does not know this node."""
 
     def run(self) -> None:
-        while not self._stopped.wait(self._every_s):
+        while True:
             try:
-                self._node.report(current_states(self._record))
+                self._node.report(states_by_name(inspect_parts(self._record)))
                 self.refused.clear()
             except (FalajError, OSError):
                 self.refused.set()
-
-
-def current_states(record: ClusterRecord) -> dict[str, str]:
-    """Return the state of each part of this machine, by name."""
-    return {status.part.value: status.state.value for status in inspect_parts(record)}
+            if self._stopped.wait(self._every_s):
+                return

@@ -31,7 +31,7 @@ GCS_TRIES = 3
 """Restarts of the GCS that may fail before the whole head is replaced."""
 PROBE_EVERY_S = 5.0
 HEAD = "Ray head"
-"""Name of all of Ray on this machine."""
+"""Name of all of Ray on this machine, in events and metrics."""
 LOG = logging.getLogger("falaj.supervisor")
 
 

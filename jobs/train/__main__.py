@@ -89,7 +89,11 @@ def fit(
         scaling=config.scaling,
         deepspeed=config.deepspeed,
         run_name=f"{config.name}-{family.name}-{int(time.time())}",
-        selector=find_nodes(config.placement, on_this_node="its checkpoints are on this node's disk"),
+        selector=find_nodes(
+            config.placement,
+            # LightGBM's task returns its trees.
+            on_this_node=None if family.name == "lightgbm" else "its checkpoints are on this node's disk",
+        ),
     )
     fitted = permute_labels(dataset, seed=config.seed) if config.label_permutation else dataset
     family.module.fit(fitted, family.parameters, context)

@@ -54,7 +54,8 @@ class ProcessRestarted(LedgerEvent):
 
     cluster_id: str
     process: str
-    """Name of the part, as in `cluster.status`; `Ray head` is all of Ray."""
+    """Name of the part, as in `cluster.status`; `Ray head` is all of Ray. `… of node <id>` follows if it is not on the
+    head."""
     reason: str
     """State of the part that caused the restart: `dead`, `stopped` or `does not answer`."""
     attempt: int

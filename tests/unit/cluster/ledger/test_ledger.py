@@ -233,6 +233,23 @@ def test_checkpoints_are_signed_every_n_events(tmp_path: Path) -> None:
     assert (tmp_path / "keys" / "ledger.pem").stat().st_mode & 0o077 == 0
 
 
+def test_checkpoint_that_a_process_without_the_key_left_out_is_made_up_for(tmp_path: Path) -> None:
+    """Other nodes write to the ledger without the signing key."""
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    signer = ensure_signer(tmp_path / "keys")
+    with_key, without_key = Ledger(url, signer=signer, checkpoint_every=5), Ledger(url, checkpoint_every=5)
+    fill(with_key, 4)
+    fill(without_key, 3)
+    assert with_key.last(CheckpointSigned) is None
+    fill(with_key, 1)
+    signed_at = with_key.last(CheckpointSigned)
+    assert signed_at is not None
+    assert signed_at.seq == 9
+    fill(with_key, 1)
+    fill(with_key, 1)
+    assert [entry.seq for entry in with_key.entries(CheckpointSigned)] == [9, 11]
+
+
 @pytest.mark.parametrize("kind", ["damaged", "empty", "under a password", "another algorithm"])
 def test_a_signing_key_that_cannot_be_used_is_refused(tmp_path: Path, kind: str) -> None:
     """The message names the file and says what to do."""
