@@ -195,13 +195,13 @@ def check(config: JoinConfig) -> None:
             "cluster.address is loopback, and the head could not reach this machine. Set it to this machine's "
             "address in the network of the head."
         )
-    require_own_address(config.cluster.address)
+    require_own_address("cluster.address", config.cluster.address)
     keys = local(layout(config.storage).keys)
     if (keys / PRIVATE_NAME).exists():
         raise ConfigError(f"{keys} has the keys of another cluster. Set storage.local to another folder.")
     needed = NEEDED_PORTS + (EDGE_PORTS if config.edge else ())
     ports = {name: port for name, port in all_ports(config).items() if name in needed}
-    require_free_ports(ports, address=config.cluster.address)
+    require_free_ports(ports, config.cluster)
 
 
 def compose_node(answer: dict[str, Any], own: list[str], *, disk: str) -> PlatformConfig:

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
+from cluster.host_names import require_edge_names
 from cluster.placement import PlacementConfig
 from cluster.this_node import LOOPBACK_ADDRESS, is_loopback
 
@@ -29,10 +30,8 @@ class Tier(enum.Enum):
 class OnlineKind(enum.Enum):
     """The engine of the online store."""
 
-    lmdb = "lmdb"
-    """For one machine."""
-    redis = "redis"
-    """For several machines."""
+    lmdb = "lmdb"  # for one machine
+    redis = "redis"  # for several machines
 
 
 @dataclass(kw_only=True, slots=True)
@@ -241,7 +240,7 @@ class IdentityConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PortsConfig:
-    """TCP ports of a machine. All are on loopback, except those of Ray and `nodes` if `cluster.address` is not."""
+    """TCP ports of a machine: gcs, nodes, edge, serve_http and replicas at `cluster.address`, others on loopback."""
 
     gcs: int = 6379
     ray_client: int = 10001
@@ -265,6 +264,10 @@ class ClusterConfig:
 
     address: str = LOOPBACK_ADDRESS
     """IPv4 address of this machine at which other nodes reach it. With loopback, no other node can join."""
+    edge_host: str | None = None
+    """Address that the edge listens on, besides loopback; 0.0.0.0 is all of this machine. Null is `address`."""
+    edge_names: list[str] = field(default_factory=list)
+    """More names and addresses of the edge, for its certificate."""
     num_cpus: int = 8
     """Logical CPUs. Their number may exceed the physical CPUs if the processes mostly wait."""
     num_gpus: int = 0
@@ -281,6 +284,7 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if not is_loopback(self.address) and not self.tls:
             raise ValueError("cluster.tls=false needs a loopback cluster.address. Leave one of the two out.")
+        require_edge_names(self.edge_host, self.edge_names)
         if self.num_cpus < 1:
             raise ValueError(f"cluster.num_cpus must be at least 1, got {self.num_cpus}.")
         if self.object_store_mib < 128:

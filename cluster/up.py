@@ -27,6 +27,7 @@ from cluster.node.checks import (
     require_own_address,
 )
 from cluster.node.description import all_ports, describe_machine
+from cluster.node.edge_address import edge_hosts, edge_names
 from cluster.node.launch import (
     StartFailed,
     answers_http,
@@ -251,8 +252,9 @@ def check(config: PlatformConfig) -> None:
     refuse_variables()
     require_compiler()
     check_keyring(config.secrets, tier=config.tier)
-    require_own_address(config.cluster.address)
-    require_free_ports(all_ports(config), address=config.cluster.address)
+    require_own_address("cluster.address", config.cluster.address)
+    require_own_address("cluster.edge_host", edge_hosts(config.cluster)[0])
+    require_free_ports(all_ports(config), config.cluster)
 
 
 def avoid_taken_metrics_ports(ports: PortsConfig) -> None:
@@ -296,9 +298,9 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
         ensure_issuer(storage, tier=config.tier)
     vault = config.secrets.vault
     if config.secrets.kind is SecretsKind.vault and vault.pki_role is not None:
-        fetch_certificates(storage, vault)
+        fetch_certificates(storage, vault, names=(record.address, *edge_names(config.cluster)))
     else:
-        ensure_tls(storage, addresses=(record.address,))
+        ensure_tls(storage, addresses=(record.address,), edge_names=edge_names(config.cluster))
     if not Path(record.token_path).exists():
         write_private_file(Path(record.token_path), secrets.token_hex(32).encode())
     for scratch_folder in (Path(storage.runs), memory_folder(otherwise=Path(storage.runs))):

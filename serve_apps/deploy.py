@@ -30,7 +30,7 @@ from cluster.storage import layout
 from cluster.supervisor.head import mark_restored
 from serve_apps.apps import DeployFailed, app_name, ensure_model
 from serve_apps.deployed_settings import with_deployed_settings
-from serve_apps.edge.control.edge_state import wait_until_applied
+from serve_apps.edge.control.waiting import wait_until_applied
 from serve_apps.predictor.log_keys import log_keys, merged_key
 from serve_apps.rollout.assignment import require_variant
 from serve_apps.rollout.serving_state import ModelState, States, read_states
@@ -100,7 +100,7 @@ def main(config: DeployConfig) -> None:
             if CHAMPION not in registry.aliases(version.name):
                 reason = "first deployment"
                 registry.move_alias(version.name, CHAMPION, version.version, actor=actor.name, reason=reason)
-            wait_until_applied(config, ledger.head(), app=app)
+            wait_until_applied(config, ledger, ledger.head(), app=app)
             state = read_states(ledger).get(version.name, ModelState())
             print(describe(version, state, app=app, champion=registry.aliases(version.name)[CHAMPION]))
 
@@ -181,7 +181,7 @@ def restore(config: DeployConfig, ledger: Ledger, registry: Registry, actor: Act
         with _collect_failure(app, failed):
             app_config = with_deployed_settings(config, app) if config.as_deployed else config
             ensure_model(app_config, version, actor=actor.name)
-            wait_until_applied(config, ledger.head(), app=app)
+            wait_until_applied(config, ledger, ledger.head(), app=app)
             restored_apps.append(app)
             print(f"restored {app}")
     with _collect_failure("features or outcomes", failed):

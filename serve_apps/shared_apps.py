@@ -19,10 +19,12 @@ from ray.serve.config import HTTPOptions
 
 from cluster.entrypoint import job
 from cluster.placement import find_nodes, options
+from cluster.security.tls.certificates import NODE_CERTIFICATE_NAME, NODE_KEY_NAME
 from cluster.session import ClusterRecord, attach, require_recorded_cluster
 from cluster.settings import Durability, FeaturesConfig, OnlineConfig, OnlineKind, PlatformConfig
 from cluster.settings_conversion import to_plain
 from cluster.storage import layout, local, write_json
+from cluster.this_node import LOOPBACK_ADDRESS
 from serve_apps.apps import OPTIONS, DeployFailed, is_running, run
 from serve_apps.edge.haproxy.split import FEATURES_APP, OUTCOMES_APP
 from serve_apps.features.features import Features
@@ -84,7 +86,7 @@ def main(config: PlatformConfig) -> None:
     """Start Serve on the running head, then the applications."""
     record = attach(config)
     settings = settings_at_start(config, record)
-    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=config.cluster.ports.serve_http))
+    serve.start(http_options=serve_options(record, port=config.cluster.ports.serve_http))
     if config.identity.issuer.url is not None and settings.service_token_file is None:
         print(
             "features and outcomes start with the first deployment, which must give identity.service_token_file=…"
@@ -96,6 +98,22 @@ def main(config: PlatformConfig) -> None:
         print(
             f"warning: {error} Start it with `python -m serve_apps.deploy action=restore`.", file=sys.stderr
         )
+
+
+def serve_options(record: ClusterRecord, *, port: int) -> HTTPOptions:
+    """Return the options of Serve's proxy, which runs on the head. Replicas take their own node's host and certificate.
+
+    On loopback it speaks plain HTTP, on every other address TLS.
+    """
+    if not record.has_nodes:
+        return HTTPOptions(host=LOOPBACK_ADDRESS, port=port)
+    tls = Path(record.layout.tls)
+    return HTTPOptions(
+        host=record.address,
+        port=port,
+        ssl_certfile=str(tls / NODE_CERTIFICATE_NAME),
+        ssl_keyfile=str(tls / NODE_KEY_NAME),
+    )
 
 
 def settings_at_start(config: PlatformConfig, record: ClusterRecord) -> Settings:

@@ -10,7 +10,7 @@ from cluster.security.acting import Actor
 from cluster.security.authorization.policy import Action
 from cluster.settings import PlatformConfig
 from serve_apps.apps import app_name, remove_app
-from serve_apps.edge.control.edge_state import wait_until_applied
+from serve_apps.edge.control.waiting import wait_until_applied
 from serve_apps.rollout.serving_state import ModelState, read_states
 
 
@@ -50,7 +50,7 @@ def remove(
     event = DeploymentRemoved(name=version.name, version=version.version, app=app, reason=reason)
     seq = ledger.append(event, actor=actor.name).seq
     _undo_if_used(ledger, actor, version)
-    wait_until_applied(config, seq)
+    wait_until_applied(config, ledger, seq)
     remove_app(app)
     return app
 

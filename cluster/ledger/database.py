@@ -16,6 +16,15 @@ from cluster.errors import ConfigError
 from cluster.ledger.chain import Entry
 
 _LOCK_KEY = 0x0FA1A7
+_TIMEOUTS = {
+    "connect_timeout": "10",
+    "tcp_user_timeout": "10000",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+}
+"""Parameters of libpq that end a connection about 10 s after its network was cut. By default that takes 15 minutes or
+more, and a command or an edge would hang as long."""
 
 METADATA = sa.MetaData()
 EVENTS = sa.Table(
@@ -43,7 +52,10 @@ _TYPE_AND_SEQ = sa.Index("ix_events_type_seq", EVENTS.c.type, EVENTS.c.seq).ddl_
 
 def connect(url: str) -> sa.Engine:
     """Return an engine whose transactions work as `writing` needs them."""
-    engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    is_sqlite = url.startswith("sqlite")
+    engine = sa.create_engine(
+        url, pool_pre_ping=not is_sqlite, connect_args={} if is_sqlite else _timeouts(url)
+    )
     if engine.dialect.name == "sqlite":
 
         @sa.event.listens_for(engine, "connect")
@@ -55,6 +67,12 @@ def connect(url: str) -> sa.Engine:
             connection.execute("PRAGMA synchronous = FULL")
 
     return engine
+
+
+def _timeouts(url: str) -> dict[str, str]:
+    """Return the timeouts of a connection that the URL does not set itself."""
+    own = sa.engine.make_url(url).query
+    return {name: value for name, value in _TIMEOUTS.items() if name not in own}
 
 
 def require_tls(url: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from cluster.ledger import index
+from cluster.ledger.announcements import announce
 from cluster.ledger.chain import GENESIS, Entry, build_entry, canonical, to_json
 from cluster.ledger.checkpoint import Signer, checkpoint, load_signer
 from cluster.ledger.database import EVENTS, connect, create_tables, require_tls, to_entry, writing
@@ -89,6 +90,7 @@ class Ledger:
             if self._signer is not None and self._is_checkpoint_due(connection, entry.seq):
                 mark = checkpoint(self._signer, entry)
                 self._append(connection, mark.type, "system:ledger", mark.payload())
+            announce(connection)
         return entry
 
     def _is_checkpoint_due(self, connection: sa.Connection, seq: int) -> bool:

@@ -153,6 +153,7 @@ def admit(
         authority=local(places.tls),
         name=application.name,
         addresses=[application.address],
+        edge_names=config.cluster.edge_names,
     )
     replaced = [
         member

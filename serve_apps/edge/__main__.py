@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from prometheus_client import CollectorRegistry
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.metrics import serve_metrics
+from cluster.node.edge_address import edge_hosts
 from cluster.node.scheduling import wait_for_turn
 from cluster.processes import ID_VARIABLE
 from cluster.security.recorded_settings import apply_cluster_record
@@ -74,8 +76,6 @@ class LimitsConfig:
 class EdgeConfig(PlatformConfig):
     """Settings of the edge."""
 
-    host: str = "127.0.0.1"
-    """Address that the edge listens on."""
     max_body_bytes: int = 32_000_000
     """A larger body ends the connection. The limit of replicas is much lower; they read the body and then refuse it."""
     threads: int = 1
@@ -97,9 +97,10 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
     places = layout(config.storage)
     edge = local(places.edge)
     return EdgeSettings(
-        bind=f"{config.host}:{record.ports['edge']}",
+        bind=",".join(bind_address(host, record.ports["edge"]) for host in edge_hosts(config.cluster)),
         metrics_bind=f"127.0.0.1:{record.ports['edge_metrics']}",
         certificate=f"{places.tls}/{EDGE_NAME}",
+        authority_folder=places.tls,
         dashboard=urlsplit(record.dashboard_url).netloc,
         tokens=access_rules(config.identity.issuer),
         role_claim=config.identity.issuer.role_claim,
@@ -120,8 +121,19 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         max_connections_of_one_address=config.max_connections_of_one_address,
         hang_ms=round(config.hang_s * 1000),
         wake_timeout_s=config.wake_timeout_s,
-        serve_proxy=urlsplit(record.serve_http_url).netloc,
+        serve_proxy=serve_proxy(record),
     )
+
+
+def bind_address(host: str, port: int) -> str:
+    """Return an address to listen on, as HAProxy takes it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def serve_proxy(record: ClusterRecord) -> str:
+    """Return the address of Serve's proxy: it runs on the head only, and listens on the head's address."""
+    port = urlsplit(record.serve_http_url).port
+    return f"{urlsplit(f'//{record.ray_address}').hostname}:{port}"
 
 
 @job("edge", EdgeConfig)
@@ -160,6 +172,7 @@ def main(config: EdgeConfig) -> None:
             haproxy=haproxy,
             settings=edge_settings,
             state_file=state_file(config),
+            address=f"https://{edge_settings.bind.split(',')[0]} on {socket.gethostname()}",
             metrics=EdgeMetrics(registry),
         )
         controller.run(stopped, handed_over=handed_over)

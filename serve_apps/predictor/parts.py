@@ -13,6 +13,7 @@ from cluster.runtime.loader import load_model
 from cluster.security.authorization.policy import Resource
 from cluster.security.keys.access import KeyAccess, key_store, service_access
 from cluster.security.keys.store import KeyStore
+from cluster.security.tls.certificates import CA_NAME
 from cluster.session import ClusterRecord, require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, layout, local
@@ -118,5 +119,6 @@ class Parts:
             fetch_targets=serve_targets(self.cluster),
             token=self.access.token_reader(),
             proof=edge_proof(self.places),
+            authority=f"{self.places.tls}/{CA_NAME}",
             count=count,
         )

@@ -109,6 +109,7 @@ class Shadowing:
         fetch_targets: fetches the replicas' addresses of each application from Serve.
         token: returns this replica's own token.
         proof: the installation's secret. Without it, the shadow's replicas ignore the edge's headers.
+        authority: file with the certificate of the nodes' authority.
         count: called with the result of each copy: `sent`, `refused`, `failed` or `dropped`.
     """
 
@@ -121,6 +122,7 @@ class Shadowing:
         fetch_targets: Callable[[], Targets],
         token: Callable[[], str],
         proof: str,
+        authority: str,
         count: Callable[[str], None],
     ) -> None:
         self._model, self._version = model, version
@@ -128,6 +130,7 @@ class Shadowing:
         self._fetch_targets = fetch_targets
         self._token = token
         self._proof = proof
+        self._authority = authority
         self._count = count
         self._states: States = {}
         self._seq = 0
@@ -229,7 +232,7 @@ class Shadowing:
             sender.start()
 
     def _send_all(self) -> None:
-        with contextlib.closing(Connections()) as connections:
+        with contextlib.closing(Connections(self._authority)) as connections:
             while not self._ended.is_set():
                 destination = self._destination
                 connections.close_others(destination.addresses if destination else ())

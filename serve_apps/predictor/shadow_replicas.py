@@ -5,10 +5,12 @@ from __future__ import annotations
 import http.client
 import os
 import select
+import ssl
 import time
 from collections.abc import Callable, Collection, Mapping
 
 from cluster.port_owner import require_own_peer
+from serve_apps.replica.targets import uses_tls
 
 INTERVAL_S, FIRST_RETRY_S = 10.0, 1.0
 TIMEOUT_S = 5.0
@@ -40,9 +42,14 @@ class FetchSchedule:
 
 
 class Connections:
-    """The open connections of one thread, one connection for each replica."""
+    """The open connections of one thread, one connection for each replica.
 
-    def __init__(self) -> None:
+    Args:
+        authority: file with the certificate of the nodes' authority, for replicas that are not on loopback.
+    """
+
+    def __init__(self, authority: str) -> None:
+        self._authority = authority
         self._open: dict[str, http.client.HTTPConnection] = {}
 
     def close_others(self, addresses: Collection[str]) -> None:
@@ -68,7 +75,7 @@ class Connections:
         if connection is None or _is_closed(connection):
             if connection is not None:
                 connection.close()
-            connection = http.client.HTTPConnection(address, timeout=TIMEOUT_S)
+            connection = self._new(address)
         try:
             if connection.sock is None:
                 _connect(connection)
@@ -81,9 +88,18 @@ class Connections:
         self._open[address] = connection
         return response.status
 
+    def _new(self, address: str) -> http.client.HTTPConnection:
+        if not uses_tls(address):
+            return http.client.HTTPConnection(address, timeout=TIMEOUT_S)
+        context = ssl.create_default_context(cafile=self._authority)
+        return http.client.HTTPSConnection(address, timeout=TIMEOUT_S, context=context)
+
 
 def _connect(connection: http.client.HTTPConnection) -> None:
-    """Connect to a replica. Require that its process belongs to this user, because the request contains a token."""
+    """Connect to a replica. Require that its process belongs to this user, because the request contains a token.
+
+    A replica on another address proves by its certificate that it is a node's.
+    """
     connection.connect()
     require_own_peer(connection.sock, owner=os.geteuid())
 

@@ -20,6 +20,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve_apps.replica.edge_only import edge_only
+from serve_apps.replica.listening import answer_on_own_address
 from serve_apps.replica.parsing import parse_heads_only
 
 Application = Callable[[Request], Awaitable[Response]]
@@ -56,11 +58,12 @@ class DirectAnswers:
 def middlewares() -> list[Middleware]:
     """Return the middlewares of a server that Serve starts.
 
-    `cluster.up` names this function in RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH. Serve's proxy is such a server, too.
-    It gets the requests for a version without a replica.
+    `cluster.up` names this function in RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH. Serve calls it just before it starts
+    the server. Serve's proxy is such a server, too. It gets the requests for a version without a replica.
     """
     parse_heads_only()
-    return [Middleware(DirectAnswers)]
+    answer_on_own_address()
+    return [Middleware(DirectAnswers), *edge_only()]
 
 
 def answer_directly(answer: Application, *, max_concurrent: int) -> None:

@@ -8,6 +8,7 @@ address is used only for an application that was scaled to zero.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -23,7 +24,6 @@ RUNNING = "RUNNING"
 HEALTHY_STATUSES = frozenset({"HEALTHY", "UPSCALING", "DOWNSCALING"})
 """Serve's statuses of a healthy deployment. A deployment's status changes as soon as a replica is lost. The status of
 its application changes a little later."""
-_EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 (read, not bound)
 _DEFAULT_HOST = "127.0.0.1"
 """Serve listens here if no host was set. In this case, Serve publishes no host."""
 _RECOVERING = "RECOVERING"
@@ -49,6 +49,19 @@ def addresses_of(target: Target) -> tuple[str, ...]:
     return target.servers if isinstance(target, ScaledToZero) else target
 
 
+def uses_tls(address: str) -> bool:
+    """Return whether a server at `host:port` speaks TLS: on every address but loopback."""
+    return not is_loopback(address.rpartition(":")[0].strip("[]"))
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is a loopback address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def serve_targets(record: ClusterRecord) -> Callable[[], Targets]:
     """Return a function that fetches the targets from Serve.
 
@@ -68,8 +81,8 @@ def serve_targets(record: ClusterRecord) -> Callable[[], Targets]:
 def read_targets(content: Mapping[str, Any]) -> Targets:
     """Return the applications that can be reached.
 
-    Serve publishes replicas with the addresses of their nodes. But a replica listens on the host that is set for
-    Serve's proxy, for example loopback.
+    Serve publishes replicas with the addresses of their nodes. They listen on these addresses, unless Serve was given a
+    loopback host.
 
     Args:
         content: answer of `/api/serve/applications/`.
@@ -89,7 +102,7 @@ def read_targets(content: Mapping[str, Any]) -> Targets:
         if group["protocol"] != "HTTP" or not name or not published:
             continue
         servers = tuple(
-            f"{target['ip'] if host in _EVERYWHERE else host}:{target['port']}" for target in published
+            f"{host if is_loopback(host) else target['ip']}:{target['port']}" for target in published
         )
         if all(target["port"] != proxy_port for target in published):
             targets[name] = servers

@@ -26,7 +26,7 @@ from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.session import attach, require_running_cluster
 from cluster.storage import json_text, layout, resolve, write_json
-from serve_apps.edge.control.edge_state import wait_until_applied
+from serve_apps.edge.control.waiting import wait_until_applied
 from serve_apps.rollout.assignment import mixes_arms
 from serve_apps.rollout.config import OWN_OPTIONS, USED, RolloutAction, RolloutConfig
 from serve_apps.rollout.evaluation import describe_metrics, evaluate, judge_before_promotion
@@ -121,7 +121,7 @@ def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState
         champion_version=state.champion_version,
         weight=config.weight,
     )
-    wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
+    wait_until_applied(config, ledger, ledger.append(event, actor=actor.name).seq)
     return event.payload() | weight_remark(config.weight)
 
 
@@ -133,7 +133,7 @@ def deploy_and_wait(
 
     attach(config)
     app = deploy(config, ledger, actor, version, variant=variant)
-    wait_until_applied(config, ledger.head(), app=app)
+    wait_until_applied(config, ledger, ledger.head(), app=app)
     return app
 
 
@@ -167,7 +167,7 @@ def change_weight(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: 
             "one."
         )
     event = RolloutWeightChanged(model=config.name, rollout=rollout.id, weight=config.weight)
-    wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
+    wait_until_applied(config, ledger, ledger.append(event, actor=actor.name).seq)
     return event.payload() | weight_remark(config.weight)
 
 
@@ -204,7 +204,7 @@ def promote(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollou
         config.name, CHAMPION, version, actor=actor.name, reason=reason
     )
     event = RolloutPromoted(model=config.name, rollout=rollout.id, version=version)
-    wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
+    wait_until_applied(config, ledger, ledger.append(event, actor=actor.name).seq)
     return event.payload() | {"judged": judgement}
 
 
@@ -215,7 +215,7 @@ def roll_back(
     require_permission(config, ledger, actor, Action.rollback, rollout.treatment_version)
     event = RolloutRolledBack(model=config.name, rollout=rollout.id, reason=reason)
     started = time.perf_counter()
-    wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
+    wait_until_applied(config, ledger, ledger.append(event, actor=actor.name).seq)
     return event.payload() | {"rollback_ms": round((time.perf_counter() - started) * 1000, 1)}
 
 

@@ -71,10 +71,19 @@ class Held(HAProxy):
 
 
 class Running:
-    """A controller in a thread, with methods that inspect HAProxy."""
+    """A controller in a thread, with methods that inspect HAProxy.
 
-    def __init__(self, root: Path, short: Path, *, ledger: Ledger | None = None) -> None:
-        self.places = places = Layout(str(root))
+    Args:
+        root: Folder for the edge's files.
+        short: Folder with a path short enough for sockets.
+        ledger: The ledger to follow. None means a new one below the root.
+        places: Layout with keys and certificates. None means new ones below the root.
+    """
+
+    def __init__(
+        self, root: Path, short: Path, *, ledger: Ledger | None = None, places: Layout | None = None
+    ) -> None:
+        self.places = places = places or Layout(str(root))
         ensure_issuer(places)
         ensure_tls(places)
         self.settings = edge_settings(
@@ -145,6 +154,7 @@ class Running:
             haproxy=self.haproxy,
             settings=self.settings,
             state_file=self.state_file,
+            address=f"https://{self.settings.bind}",
         )
         self.stopped, self.handed_over = threading.Event(), threading.Event()
         self.thread = threading.Thread(
@@ -191,11 +201,13 @@ def entry_of(shown: str) -> str:
 
 
 @contextlib.contextmanager
-def new_controller(root: Path, *, ledger: Ledger | None = None) -> Iterator[Running]:
+def new_controller(
+    root: Path, *, ledger: Ledger | None = None, places: Layout | None = None
+) -> Iterator[Running]:
     """Yield a controller that has not been started."""
     root.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="falaj-controller-", dir="/tmp") as short:
-        one = Running(root, Path(short), ledger=ledger)
+        one = Running(root, Path(short), ledger=ledger, places=places)
         try:
             yield one
         finally:

@@ -118,6 +118,7 @@ def edge_settings(
         bind=f"127.0.0.1:{ports[0]}",
         metrics_bind=f"127.0.0.1:{ports[1]}",
         certificate=f"{places.tls}/edge.pem",
+        authority_folder=places.tls,
         dashboard=dashboard,
         tokens=TokenRules(issuer=ISSUER, audience=AUDIENCE),
         map_file=str(root / "routes.map"),

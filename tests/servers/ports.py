@@ -1,13 +1,29 @@
-"""Ports for servers that tests start. They are below the range from which the kernel takes ports for clients."""
+"""Ports and addresses for servers that tests start.
+
+The ports are below the range from which the kernel takes ports for clients.
+"""
 
 from __future__ import annotations
 
 import random
+import socket
+
+import psutil
+import pytest
 
 from cluster.processes import port_is_free
 
 FIRST, LAST = 20_000, 32_000
 _drawn: set[int] = set()
+
+
+def network_address() -> str:
+    """Return an address of this machine that is not loopback; skip the test if there is none."""
+    for interface in psutil.net_if_addrs().values():
+        for address in interface:
+            if address.family is socket.AF_INET and not address.address.startswith("127."):
+                return str(address.address)
+    pytest.skip("this machine has no address but loopback, so servers on the network cannot be tested")
 
 
 def free_port() -> int:

@@ -276,14 +276,17 @@ def listener() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def served(app: Any) -> Iterator[str]:
-    """Serve an ASGI application and yield its address."""
-    config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
+def served(app: Any, *, host: str = "127.0.0.1", certificates: Path | None = None) -> Iterator[str]:
+    """Serve an ASGI application and yield its address; with a folder of a node's certificate and key, by TLS."""
+    tls: dict[str, Any] = {}
+    if certificates is not None:
+        tls = {"ssl_certfile": certificates / "node.pem", "ssl_keyfile": certificates / "node.key"}
+    config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", **tls)
     server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as bound:
+    with socket.create_server((host, 0)) as bound:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         wait_until(lambda: server.started)
-        yield f"127.0.0.1:{bound.getsockname()[1]}"
+        yield f"{host}:{bound.getsockname()[1]}"
         server.should_exit = True
         thread.join(timeout=10)

@@ -19,7 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import sqlalchemy as sa
 from prometheus_client import CollectorRegistry
 
 from cluster.errors import FalajError
@@ -27,27 +26,28 @@ from cluster.ledger import Ledger
 from cluster.storage import write_bytes
 from serve_apps.edge.control.certificate import Certificate
 from serve_apps.edge.control.edge_state import EdgeState, write_state
+from serve_apps.edge.control.followed_ledger import FollowedLedger
 from serve_apps.edge.control.haproxy_process import ConfigRefused, HAProxy
 from serve_apps.edge.control.last_answers import LastState
+from serve_apps.edge.control.live_edges import EdgeReporter, edge_id
 from serve_apps.edge.control.metrics import EdgeMetrics
-from serve_apps.edge.control.own_limits import read_own_limits
 from serve_apps.edge.control.polled_source import PolledSource
 from serve_apps.edge.control.running_map import RunningMap
 from serve_apps.edge.haproxy import unauthenticated
 from serve_apps.edge.haproxy.answers import ERROR_STATUSES, error_file
 from serve_apps.edge.haproxy.config import EdgeSettings, render
 from serve_apps.edge.haproxy.keys import JwtKey
-from serve_apps.edge.haproxy.request_limits import Limited, OwnLimits
+from serve_apps.edge.haproxy.request_limits import Limited
 from serve_apps.edge.haproxy.routes import Backend, Routes, routes
 from serve_apps.replica.access import append_in_background
 from serve_apps.replica.targets import Targets
-from serve_apps.rollout.serving_state import States, apply, read_states
 
-LEDGER_INTERVAL_S = 0.03
+STEP_INTERVAL_S = 0.03
+"""Longest pause between two steps, for what is not announced: a reload that is done, an HAProxy that died."""
 SERVE_INTERVAL_S = 0.5
 KEYS_INTERVAL_S = 1.0
 FIRST_ANSWER_S = 5.0
-"""How many seconds the first configuration waits for Serve, and for the issuer."""
+"""How many seconds the first configuration waits for the ledger, for Serve, and for the issuer."""
 ERROR_INTERVAL_S = 0.5
 STORE_INTERVAL_S = 60.0
 """Seconds after which the time of the issuer's last answer is stored again."""
@@ -98,16 +98,26 @@ class Controller:
         haproxy: HAProxy,
         settings: EdgeSettings,
         state_file: Path,
+        address: str = "",
         metrics: EdgeMetrics | None = None,
     ) -> None:
-        self._ledger = ledger
+        """Create a controller; `run` starts it.
+
+        Args:
+            ledger: the events to follow; on PostgreSQL, its database has the reports of all edges.
+            fetch_targets, fetch_keys: fetch the replicas from Serve, and the issuer's keys.
+            haproxy, settings: HAProxy, and the settings of its configuration.
+            state_file: file for the edge's state; other files of the edge are beside it.
+            address: the edge's URL and host name, for messages of commands.
+            metrics: the controller's metrics.
+        """
         self._haproxy = haproxy
         self._settings = settings
         self._state_file = state_file
+        self._reporter = EdgeReporter(ledger, edge=edge_id(state_file.parent), address=address)
         self._metrics = metrics or EdgeMetrics(CollectorRegistry())
-        self._states: States = {}
-        self._seq = 0
-        self._ledger_read = False
+        self._followed = FollowedLedger(ledger)
+        self._ledger_state = self._followed.value
         self._last_file = state_file.with_name("last.json")
         self._last = LastState.read(self._last_file, now=time.time())
         self._targets = PolledSource(
@@ -117,7 +127,6 @@ class Controller:
             fetch_keys, name="the issuer", value=self._last.keys, interval_s=KEYS_INTERVAL_S
         )
         self._certificate = Certificate(Path(settings.certificate), state_file.with_name("certificates"))
-        self._own_limits = OwnLimits()
         self._append = append_in_background(ledger)
         self._refusals = unauthenticated.RefusalCounts(reported_at=time.time())
         self._splits = RunningMap(haproxy, Path(settings.map_file))
@@ -139,15 +148,20 @@ class Controller:
             write_bytes(f"{self._settings.error_folder}/{status}.http", error_file(status).encode())
         try:
             while not stopped.is_set():
-                stopped.wait(LEDGER_INTERVAL_S if self._try_step() else ERROR_INTERVAL_S)
+                if self._try_step():
+                    self._followed.wait_for_change(STEP_INTERVAL_S)
+                else:
+                    stopped.wait(ERROR_INTERVAL_S)
             stop_haproxy = handed_over is None or not handed_over.is_set()
             self._report_refusals()
         finally:
+            self._followed.stop()
             self._targets.stop()
             self._keys.stop()
             self._loader.shutdown()
             if stop_haproxy:
                 self._haproxy.stop()
+            self._reporter.stop(remove=stop_haproxy)  # until here, commands wait for this edge
 
     def _try_step(self) -> bool:
         """Run a step. If it fails while HAProxy runs, for example on a full disk, log the error and return False."""
@@ -169,12 +183,12 @@ class Controller:
         Raises:
             OSError, FalajError: a change could not be applied. The next step tries again.
         """
-        self._read_ledger()
-        if not self._ledger_read and self._haproxy.serve_last():
+        self._take_ledger_state()
+        if not self._followed.is_read and self._haproxy.serve_last():
             return
         for source in (self._targets, self._keys):
             source.poll(wait_s=FIRST_ANSWER_S if self._is_first else 0.0)
-        wanted = routes(self._states, self._targets.value)
+        wanted = routes(self._ledger_state.states, self._targets.value)
         self._update_maps(wanted)
         if self._loaded is not None:
             self._write_state()
@@ -188,39 +202,25 @@ class Controller:
         if self._loading is None and time.time() > report_at:
             self._report_refusals()
 
-    def _read_ledger(self) -> None:
-        try:
-            head = self._ledger.head()
-            if head == self._seq:
-                self._ledger_read = True
-                return
-            if self._seq == 0:
-                self._start_from_projections(head)
-            for entry in self._ledger.entries(after=self._seq):
-                event = entry.event()
-                self._states = apply(self._states, event, time=entry.time)
-                self._own_limits = self._own_limits.apply(event)
-                self._seq = entry.seq
-            self._ledger_read = True
-        except sa.exc.SQLAlchemyError as error:
-            LOG.warning("the ledger cannot be read, so the last state stays: %s", error)
+    def _take_ledger_state(self) -> None:
+        """Take what the ledger's thread has read.
 
-    def _start_from_projections(self, head: int) -> None:
-        """Read the stored states instead of applying all events up to `head`.
-
-        The stored states may already contain events after `head`. Applying these events again changes nothing.
+        Raises:
+            FalajError: this release is too old for the newest events.
         """
-        try:
-            states, own_limits = read_states(self._ledger), read_own_limits(self._ledger)
-        except sa.exc.OperationalError as error:
-            LOG.warning("the ledger cannot be written, so all its events are read: %s", error)
-            return
-        self._states, self._own_limits, self._seq = states, own_limits, head
+        self._followed.start()
+        if not self._followed.is_read:
+            self._followed.wait_for_first(FIRST_ANSWER_S if self._is_first else 0.0)
+        if self._followed.error is not None:
+            raise self._followed.error
+        self._ledger_state = self._followed.value
 
     def _update_maps(self, wanted: Routes) -> None:
         self._splits.update(wanted.entries)
         for kind, running_map in self._limits.items():
-            running_map.update(self._own_limits.entries(kind, self._settings.limits.of(kind)))
+            default = self._settings.limits.of(kind)
+            own_limits = self._ledger_state.own_limits
+            running_map.update(own_limits.entries(kind, default, num_edges=self._reporter.num_edges))
 
     def _update_config(self, wanted: Routes) -> None:
         """Load a changed configuration in a thread, because a changed split must not wait for the reload."""
@@ -322,13 +322,14 @@ class Controller:
         self._refusals = self._refusals.update(unauthenticated.parse_counts(table_text))
 
     def _write_state(self) -> None:
-        self._metrics.applied_seq.set(self._seq)
+        self._metrics.applied_seq.set(self._ledger_state.seq)
         state = EdgeState(
-            applied_seq=self._seq,
+            applied_seq=self._ledger_state.seq,
             backends=[backend.name for backend in self._loaded.backends] if self._loaded else [],
             pid=self._haproxy.pid,
             refused=self._refused.reason if self._refused else "",
         )
         if state != self._written:
+            self._reporter.report(state)
             write_state(self._state_file, state)
             self._written = state

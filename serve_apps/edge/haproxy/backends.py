@@ -16,12 +16,15 @@ from collections.abc import Iterable, Sequence
 
 from serve_apps.edge.haproxy.answers import NO_ANSWER, answer_json, error_body, refuse
 from serve_apps.edge.haproxy.routes import Backend, Routes
+from serve_apps.replica.targets import uses_tls
 
 HEALTH_CHECK = """    option httpchk GET /-/healthz
     http-check expect status 200,503"""
 """The status 503 counts as healthy. A replica that Serve stops answers health checks with 503 DRAINING, but it still
 answers requests for half a minute. If it counted as dead, its version would have no replica until Serve names the next
 one. An unhealthy replica answers 503, too, but Serve removes such a replica itself."""
+AUTHORITY_FILE = "ca.pem"
+"""Certificate of the nodes' authority, in the folder that the global section names as `ca-base`."""
 READINESS = "readiness"
 WAITING_SERVER = "starting"
 """Name of the server that holds requests until a replica is up."""
@@ -48,7 +51,11 @@ def backend(application: Backend, *, serve_proxy: str, wake_timeout_s: float) ->
         f"    default-server {_CHECK_INTERVALS} on-error fastinter observe layer4",
         *(waiting_rules if serve_proxy else []),
         *server_lines(application.servers),
-        *([f"    server {WAITING_SERVER} {serve_proxy} check backup"] if serve_proxy else []),
+        *(
+            [f"    server {WAITING_SERVER} {serve_proxy} check{_tls(serve_proxy)} backup"]
+            if serve_proxy
+            else []
+        ),
     ]
     return "\n".join([*lines, ""])
 
@@ -90,7 +97,18 @@ def acl_any_up(acl: str, name: str, servers: Iterable[str]) -> list[str]:
 
 def server_lines(addresses: Iterable[str]) -> list[str]:
     """Return one line for each server of a backend."""
-    return [f"    server {server_name(address)} {address} check" for address in addresses]
+    return [f"    server {server_name(address)} {address} check{_tls(address)}" for address in addresses]
+
+
+def _tls(address: str) -> str:
+    """Return the options of a server that speaks TLS, with a leading space; empty for one on loopback.
+
+    HAProxy compares the name with the certificate's DNS names and its common name, not with its IP addresses. So a
+    node's certificate has its address as a DNS name, too.
+    """
+    if not uses_tls(address):
+        return ""
+    return f" ssl verify required ca-file {AUTHORITY_FILE} verifyhost {address.rpartition(':')[0]}"
 
 
 def server_name(address: str) -> str:

@@ -57,6 +57,8 @@ class EdgeSettings:
     metrics_bind: str
     certificate: str
     """PEM file with certificate and private key."""
+    authority_folder: str
+    """Folder with the certificate of the nodes' authority; it verifies replicas that are not on loopback."""
     dashboard: str
     """Address of Ray's dashboard."""
     tokens: TokenRules
@@ -126,6 +128,8 @@ def _global(settings: EdgeSettings) -> str:
 {connections.tuning()}
     stats socket {settings.admin_socket} mode 600 level admin expose-fd listeners
     ssl-default-bind-options ssl-min-ver TLSv1.3
+    ssl-default-server-options ssl-min-ver TLSv1.3
+    ca-base {settings.authority_folder}
     tune.ssl.default-dh-param 2048
 """
 

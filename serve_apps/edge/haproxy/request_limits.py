@@ -2,10 +2,14 @@
 
 The limits in ledger events become entries of HAProxy's maps, and rules enforce them. Only accepted requests are
 counted, over a sliding second. So if a client sends twice as many requests as its limit, about half of them are
-answered. Each edge has its own counts: with N edges, a client can get N times its limit.
+answered.
 
 Counts survive a reload, because the old worker sends them to the new worker as its peer. Requests that the old worker
 still answers do not count as concurrent in the new worker.
+
+Each edge counts by itself, so it allows its share: the limit divided by the number of live edges, rounded down, and at
+least 1. Over all edges that is at most the limit, unless the limit is lower than the number of edges. A client gets all
+of its limit only if its requests go to all edges alike.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ MAX_NAME_BYTES = 200
 """Longest name of a principal or a tenant. A token's claim has the same limit."""
 NAMELESS = "-"
 """Name for all subjects that HAProxy cannot read, such as JSON escapes beyond Latin-1. They have one common count."""
+DEFAULT_KEY = "*"
+"""Key of a map's default. No name has it, because `url_enc` escapes it."""
 _IDLE = "1m"
 _MAX_COUNTED = "100k"
 
@@ -48,6 +54,13 @@ class Limit:
             value = getattr(self, part.name)
             if not 1 <= value < 2**31:
                 raise ValueError(f"A limit's {part.name} must be at least 1 and below 2^31, got {value}.")
+
+    def share(self, num_edges: int) -> Limit:
+        """Return one edge's share of this limit."""
+        return Limit(
+            requests_per_s=max(1, self.requests_per_s // num_edges),
+            concurrent=max(1, self.concurrent // num_edges),
+        )
 
     def entry(self) -> str:
         """Return the value of a map entry."""
@@ -104,10 +117,20 @@ class OwnLimits:
             concurrent=default.concurrent if own.concurrent is None else own.concurrent,
         )
 
-    def entries(self, limited: Limited, default: Limit) -> dict[str, str]:
-        """Return the map of all principals or all tenants. Names are escaped as by HAProxy's converter `url_enc`."""
+    def entries(self, limited: Limited, default: Limit, *, num_edges: int = 1) -> dict[str, str]:
+        """Return the map of all principals or all tenants, with the default first.
+
+        Names are escaped as by HAProxy's converter `url_enc`.
+
+        Args:
+            limited: the kind.
+            default: limit of all without an own limit.
+            num_edges: number of live edges, of which this one takes its share.
+        """
         names = sorted(name for kind, name in self.set if kind is limited)
-        return {quote(name, safe=""): self.limit(limited, name, default).entry() for name in names}
+        limits = {quote(name, safe=""): self.limit(limited, name, default) for name in names}
+        entries = {DEFAULT_KEY: default} | limits
+        return {key: limit.share(num_edges).entry() for key, limit in entries.items()}
 
 
 def tables(limits: Limits) -> str:
@@ -140,12 +163,14 @@ def rules(limits: Limits, *, tenant: str) -> str:
 def _limit_rules(kind: Limited, limits: Limits) -> list[str]:
     """Return the rules for principals or for tenants: look up the limit, compare rate and concurrency, refuse."""
     name, default, number = f"txn.{kind.value}", limits.of(kind).entry(), _counter(kind)
-    own_limit = f"url_enc,map_str({limits.file(kind)},{default})"
-    fast, many = f"{kind.value}_too_fast", f"{kind.value}_too_much"
+    file = limits.file(kind)
+    own, fast, many = (f"{kind.value}_{word}" for word in ("has_own_limit", "too_fast", "too_much"))
     retry = "hdr retry-after 1"
     return [
         f"    http-request track-sc{number} var({name}) table {_table(kind)}",
-        f"    http-request set-var({name}_limit) var({name}),{own_limit}",
+        f"    http-request set-var({name}_limit) var({name}),url_enc,map_str({file})",
+        f"    acl {own} var({name}_limit) -m found",
+        f"    http-request set-var({name}_limit) str({DEFAULT_KEY}),map_str({file},{default}) unless {own}",
         f"    http-request set-var({name}_rate) var({name}_limit),field(1,|)",
         f"    http-request set-var({name}_concurrent) var({name}_limit),field(2,|)",
         f"    acl {fast} sc{number}_gpc0_rate,sub({name}_rate) -m int ge 0",

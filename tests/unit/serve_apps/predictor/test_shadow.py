@@ -146,6 +146,7 @@ class MirroredReplica:
             fetch_targets=self.fetch_targets,
             token=self.token,
             proof=PROOF,
+            authority="",
             count=self.count,
         )
 
@@ -255,7 +256,7 @@ def test_failed_and_refused_copies_are_counted(
 def test_connection_closed_by_the_shadow_loses_no_copy(shadow_server: ShadowServer) -> None:
     """Serve closes a connection after 90 s without a request, so a model with few requests would lose all copies."""
     shadow_server.idle_s = 0.05
-    with contextlib.closing(Connections()) as connections:
+    with contextlib.closing(Connections("")) as connections:
         for number in range(1, 4):
             assert connections.post(shadow_server.address, "/", b"", {}) == 200
             wait_until(lambda number=number: shadow_server.num_closed == number)  # type: ignore[misc]
@@ -264,7 +265,7 @@ def test_connection_closed_by_the_shadow_loses_no_copy(shadow_server: ShadowServ
 
 def test_connection_stays_open_while_its_replica_exists(shadow_server: ShadowServer) -> None:
     """Afterwards it is closed, so that no connections to replaced replicas stay open."""
-    with contextlib.closing(Connections()) as connections:
+    with contextlib.closing(Connections("")) as connections:
         for _ in range(3):
             assert connections.post(shadow_server.address, "/", b"", {}) == 200
         connections.close_others([shadow_server.address])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -143,8 +144,9 @@ def test_own_limit_is_applied_and_removed_again(running: Running) -> None:
 
     assert set_limit(5).endswith("alice%20b 5|512")
     assert set_limit(6).endswith("alice%20b 6|512")
-    assert file.read_text() == "alice%20b 6|512\n"
-    assert set_limit(None) == file.read_text() == ""
+    assert file.read_text() == "* 10000|512\nalice%20b 6|512\n"
+    assert set_limit(None).endswith("* 10000|512")
+    assert file.read_text() == "* 10000|512\n"
 
 
 @pytest.mark.parametrize("when", ["now and then", "at the end"])
@@ -196,6 +198,40 @@ def test_new_controller_starts_from_the_stored_states(running: Running) -> None:
     wait_until(lambda: running.applied == seq)
     assert running.split() == CHAMPION_ONLY
     assert all(after >= head for after in watched.read_after)
+
+
+class HangingLedger(Ledger):
+    """A ledger whose database stops answering."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.answers, self.asked = threading.Event(), threading.Event()
+        self.answers.set()
+
+    def head(self) -> int:
+        if not self.answers.is_set():
+            self.asked.set()
+        self.answers.wait(20)
+        return super().head()
+
+
+def test_hanging_ledger_delays_nothing_else(running: Running) -> None:
+    """New replicas are used, and a killed HAProxy is restarted. Afterwards, changes are applied again."""
+    running.hand_over()
+    running.ledger = ledger = HangingLedger(str(running.ledger.engine.url))
+    running.begin()
+    running.thread.start()
+    running.add_app("m-v3")
+    ledger.answers.clear()
+    assert ledger.asked.wait(10)
+    running.add_app("m-v4")
+    before = running.haproxy.pid
+    assert before is not None
+    os.kill(before, signal.SIGKILL)
+    wait_until(lambda: running.state is not None and running.state.pid not in (before, None))
+    ledger.answers.set()
+    running.tell_and_wait(ROLLED_BACK)
+    assert running.split() == CHAMPION_ONLY
 
 
 def test_rotated_key_reaches_the_edge(running: Running) -> None:
