@@ -41,6 +41,7 @@ from cluster.node.launch import (
     edge_log,
     end_all,
     key_log,
+    overrides,
     remove_folders,
     shared_overrides,
     start_process,
@@ -212,9 +213,8 @@ def compose_node(answer: dict[str, Any], own: list[str], *, disk: str) -> Platfo
         disk: folder of this machine's own state.
     """
     shared = [text for text in answer["overrides"] if not _FROM_HEAD.match(text)]
-    config = compose_platform([*shared, f"++storage.local='{disk}'", *own])
-    config.storage.local = disk
-    return config
+    mine = [text for text in own if not text.startswith("++storage.local=")]
+    return compose_platform([*shared, *overrides("storage.local", disk), *mine])
 
 
 def write_files(record: ClusterRecord, key: bytes, answer: dict[str, Any]) -> None:

@@ -23,10 +23,10 @@ def main(config: PlatformConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     record, stopped = require_recorded_cluster(config), threading.Event()
     ledger = open_ledger(config)
-    service = NodeService(
-        config=config, record=record, ledger=ledger, members=Members(ledger, record.cluster_id)
-    )
+    members = Members(ledger, record.cluster_id)
+    service = NodeService(config=config, record=record, ledger=ledger, members=members)
     set_on_signal([signal.SIGTERM], stopped)
+    threading.Thread(target=members.follow, args=(stopped,), name="members", daemon=True).start()
     address = (record.address, record.ports["nodes"])
     Server(address, tls=Path(record.layout.tls), serve=service.serve).run(stopped)
 

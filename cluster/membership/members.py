@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -53,41 +51,42 @@ def current_members(ledger: Ledger, cluster_id: str) -> dict[str, Member]:
 
 
 class Members:
-    """The nodes of a running cluster, read again when an unknown certificate is shown, and every few seconds.
+    """The nodes of a running cluster, read again every few seconds, and when an unknown certificate is shown.
 
-    While the ledger's database is down, the last known nodes keep their rights.
-
-    Args:
-        ledger: the ledger.
-        cluster_id: the cluster.
-        clock: returns monotonic seconds.
+    Requests of known nodes never wait for the ledger. While its database is down, the last known nodes keep their
+    rights.
     """
 
-    def __init__(
-        self, ledger: Ledger, cluster_id: str, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, ledger: Ledger, cluster_id: str) -> None:
         self._ledger = ledger
         self._cluster_id = cluster_id
-        self._clock = clock
-        self._lock = threading.Lock()
         self._members: dict[str, Member] = {}
-        self._read_at = -REFRESH_S
+        self.refresh()
 
-    def all(self, *, fresh: bool = False) -> dict[str, Member]:
-        """Return the nodes by id, with `fresh` as the ledger has them now."""
-        with self._lock:
-            if fresh or self._clock() >= self._read_at + REFRESH_S:
-                try:
-                    self._members = current_members(self._ledger, self._cluster_id)
-                except sa.exc.SQLAlchemyError as error:
-                    LOG.warning("the nodes cannot be read from the ledger: %s", error)
-                self._read_at = self._clock()
-            return dict(self._members)
+    def refresh(self) -> None:
+        """Read the nodes from the ledger."""
+        try:
+            self._members = current_members(self._ledger, self._cluster_id)
+        except sa.exc.SQLAlchemyError as error:
+            LOG.warning("the nodes cannot be read from the ledger: %s", error)
+
+    def follow(self, stopped: threading.Event) -> None:
+        """Refresh every few seconds until `stopped` is set."""
+        while not stopped.wait(REFRESH_S):
+            self.refresh()
+
+    def all(self) -> dict[str, Member]:
+        """Return the nodes by id."""
+        return dict(self._members)
 
     def with_certificate(self, fingerprint: str) -> Member | None:
-        """Return the node with a certificate, or None. Only a node has one, so an unknown one is looked up at once."""
-        for fresh in (False, True):
-            for member in self.all(fresh=fresh).values():
-                if member.certificate == fingerprint:
-                    return member
-        return None
+        """Return the node with a certificate, or None."""
+        found = self._find(fingerprint)
+        if found is None:
+            self.refresh()
+            found = self._find(fingerprint)
+        return found
+
+    def _find(self, fingerprint: str) -> Member | None:
+        members = self._members.values()
+        return next((member for member in members if member.certificate == fingerprint), None)

@@ -60,7 +60,15 @@ class Report:
 
 @dataclass(kw_only=True, slots=True)
 class NodeService:
-    """Answers the requests of nodes."""
+    """Answers the requests of nodes.
+
+    Args:
+        config: the head's configuration.
+        record: the head's record.
+        ledger: where joining and leaving is recorded.
+        members: the nodes.
+        clock: returns monotonic seconds.
+    """
 
     config: PlatformConfig
     record: ClusterRecord
@@ -74,11 +82,14 @@ class NodeService:
 
     def serve(self, connection: ssl.SSLSocket, peer: Peer) -> None:
         """Answer the requests of one connection until it is closed."""
-        while (request := receive(connection, idle_s=IDLE_S, read_s=READ_S)) is not None:
-            if request.get("op") == DASHBOARD:
-                self._connect_to_dashboard(connection, peer)
-                return
-            send(connection, self.answer(request, peer), timeout_s=READ_S)
+        try:
+            while (request := receive(connection, idle_s=IDLE_S, read_s=READ_S)) is not None:
+                if request.get("op") == DASHBOARD:
+                    self._connect_to_dashboard(connection, peer)
+                    return
+                send(connection, self.answer(request, peer), timeout_s=READ_S)
+        except InvalidRequest as error:
+            send(connection, error_to_plain(error), timeout_s=READ_S)
 
     def answer(self, request: dict[str, object], peer: Peer) -> dict[str, object]:
         """Return the answer to a request; never raises."""
@@ -123,7 +134,7 @@ class NodeService:
                 reason = str(request.get("reason", "left"))[:20]
                 event = NodeLeft(cluster_id=self.record.cluster_id, node_id=node.node_id, reason=reason)
                 self.ledger.append(event, actor=f"node:{node.name}")
-                self.members.all(fresh=True)
+                self.members.refresh()
                 return None
             case "nodes":
                 return self._nodes()
@@ -164,6 +175,7 @@ class NodeService:
         return {node_id for node_id, report in self._reports.items() if now - report.at < SILENT_S}
 
     def _nodes(self) -> list[dict[str, object]]:
+        self.members.refresh()
         now, alive = self.clock(), self._alive()
         return [
             {
@@ -176,7 +188,7 @@ class NodeService:
                 "silent_s": round(now - report.at) if report else None,
                 "parts": report.parts if report else {},
             }
-            for member in self.members.all(fresh=True).values()
+            for member in self.members.all().values()
             for report in (self._reports.get(member.node_id),)
         ]
 

@@ -251,9 +251,9 @@ def shared_overrides(config: PlatformConfig, record: ClusterRecord) -> list[str]
     Every user of the machine can read command lines, so no section may contain a secret.
     """
     return [
-        f"storage.root={record.storage_root}",
-        *([f"++storage.local={record.local_root}"] if record.local_root else []),
-        *(["++storage.shared=true"] if config.storage.shared else []),
+        *overrides("storage.root", record.storage_root),
+        *overrides("storage.local", record.local_root),
+        *overrides("storage.shared", config.storage.shared),
         f"tier={config.tier.value}",
         *overrides("cluster", config.cluster),
         *overrides("identity", config.identity, leave_out=USER_FIELDS),

@@ -61,7 +61,12 @@ def main(config: PlatformConfig) -> None:
         parts=expected_parts(record),
     )
     set_on_signal([signal.SIGTERM], stopped)
-    membership = Membership(config, record, machine, stopped) if isinstance(machine, JoinedNode) else None
+    membership = None
+    if isinstance(machine, JoinedNode):
+        reporter = Reporter(
+            machine, states=lambda: supervisor.states, stopped=stopped, every_s=REPORT_EVERY_S
+        )
+        membership = Membership(config, record, reporter)
     signal.signal(signal.SIGHUP, lambda *_: supervisor.retry_now())
     with supervisor_lock(config.storage), protected_from_cleanup(folder):
         serve_metrics(registry, port=record.ports.get("supervisor_metrics"))
@@ -85,18 +90,16 @@ def main(config: PlatformConfig) -> None:
 
 
 class Membership:
-    """Reports to the head, and finds out when this node is no member any more.
+    """Finds out when this node is no member any more.
 
     While the head does not answer, the ledger says whether it was stopped for good.
     """
 
-    def __init__(
-        self, config: PlatformConfig, record: ClusterRecord, node: JoinedNode, stopped: threading.Event
-    ) -> None:
+    def __init__(self, config: PlatformConfig, record: ClusterRecord, reporter: Reporter) -> None:
         self._config = config
         self._record = record
-        self._reporter = Reporter(node, record=record, stopped=stopped, every_s=REPORT_EVERY_S)
-        self._reporter.start()
+        self._reporter = reporter
+        reporter.start()
         self._asked_at = 0.0
 
     def has_ended(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -30,9 +31,7 @@ from cluster.node.parts import (
     Part,
     State,
     find_parts,
-    inspect_parts,
     probe_state,
-    states_by_name,
 )
 from cluster.security.private_folder import ensure_private_folder
 from cluster.session import ClusterRecord
@@ -138,17 +137,22 @@ class Reporter(threading.Thread):
 
     Args:
         node: the node.
-        record: its record.
+        states: returns the present state of each part.
         stopped: ends the thread.
         every_s: seconds between two reports.
     """
 
     def __init__(
-        self, node: JoinedNode, *, record: ClusterRecord, stopped: threading.Event, every_s: float
+        self,
+        node: JoinedNode,
+        *,
+        states: Callable[[], Mapping[Part, State]],
+        stopped: threading.Event,
+        every_s: float,
     ) -> None:
         super().__init__(name="reports", daemon=True)
         self._node = node
-        self._record = record
+        self._states = states
         self._stopped = stopped
         self._every_s = every_s
         self.refused = threading.Event()
@@ -157,7 +161,8 @@ class Reporter(threading.Thread):
     def run(self) -> None:
         while True:
             try:
-                self._node.report(states_by_name(inspect_parts(self._record)))
+                states = {Part.supervisor: State.running, **self._states()}
+                self._node.report({part.value: state.value for part, state in states.items()})
                 self.refused.clear()
             except (FalajError, OSError):
                 self.refused.set()

@@ -98,6 +98,8 @@ class Supervisor:
         self._backoffs = {name: Backoff() for name in self._parts} | {HEAD: Backoff(REBUILD_LONGEST_S)}
         self._silent: set[Part] = set()
         self._probed_at = -PROBE_EVERY_S
+        self.states: dict[Part, State] = {}
+        """State of each part at the last check."""
         self.rebuilding: threading.Thread | None = None
         """Thread that replaces the head or restores its applications."""
 
@@ -108,7 +110,7 @@ class Supervisor:
 
     def check_once(self) -> None:
         """Check every part once, and restart or resume parts where needed."""
-        states = self._states()
+        self.states = states = self._states()
         for part, state in states.items():
             self._metrics.up.labels(part.value).set(state is State.running)
             if state is State.stopped:
