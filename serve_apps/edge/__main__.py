@@ -131,9 +131,9 @@ def bind_address(host: str, port: int) -> str:
 
 
 def serve_proxy(record: ClusterRecord) -> str:
-    """Return the address of Serve's proxy: it runs on the head only, and listens on the head's address."""
+    """Return the address of Serve's proxy, or "" if there is none. It runs on the head, and listens on its address."""
     port = urlsplit(record.serve_http_url).port
-    return f"{urlsplit(f'//{record.ray_address}').hostname}:{port}"
+    return "" if port is None else f"{urlsplit(f'//{record.ray_address}').hostname}:{port}"
 
 
 @job("edge", EdgeConfig)
