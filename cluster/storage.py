@@ -7,6 +7,7 @@ leaves nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -129,10 +130,17 @@ class Layout:
     def model(self, name: str, version: int) -> str:
         return f"{self.root}/models/{name}/{version}"
 
+    @property
+    def shared(self) -> str | None:
+        """`root` if it is remote, so that all machines see it; else None."""
+        return self.root if is_uri(self.root) else None
+
     def predictions(self, model: str) -> str:
+        """Folder of this machine's segments; `cluster/records/location.py` says where the rest of the log is."""
         return f"{self.disk}/predictions/{model}"
 
     def outcomes(self, model: str) -> str:
+        """Folder of this machine's segments, as `predictions`."""
         return f"{self.disk}/outcomes/{model}"
 
     def serving(self, app: str) -> str:
@@ -190,6 +198,22 @@ def write_bytes(uri: str, data: bytes) -> None:
         if fs.exists(temporary):
             fs.rm(temporary)
         raise
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Create a remote file in one request; return False if it exists already."""
+    fs, path = file_system(uri)
+    return _created(fs, path, data)
+
+
+def remove(uri: str) -> None:
+    """Remove a file if it exists."""
+    if not is_uri(uri):
+        Path(uri).unlink(missing_ok=True)
+        return
+    fs, path = file_system(uri)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm_file(path)
 
 
 def require_exclusive_writes(root: str) -> None:

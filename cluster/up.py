@@ -36,11 +36,23 @@ from cluster.node.launch import (
     start_ray,
     start_serve,
     supervisor_log,
+    uploader_log,
     wait_until,
 )
 from cluster.node.locks import command_lock, is_watched_by
-from cluster.node.parts import BROKER, EDGE, SUPERVISOR, Part, State, format_parts, inspect_parts, not_running
+from cluster.node.parts import (
+    BROKER,
+    EDGE,
+    SUPERVISOR,
+    UPLOADER,
+    Part,
+    State,
+    format_parts,
+    inspect_parts,
+    not_running,
+)
 from cluster.node.scheduling import wait_for_turn
+from cluster.records.location import check_durability
 from cluster.security.encryption.disks import is_protected_at_rest
 from cluster.security.encryption.scratch import memory_folder, remove_abandoned
 from cluster.security.keys.keyring import check_keyring
@@ -181,6 +193,8 @@ def _start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
     write_record(replace(record, starting=True), config.storage)
     start_ray(config, record)
     broker = start_process(config, record, BROKER, log=key_log(config))
+    if record.layout.shared is not None:
+        start_process(config, record, UPLOADER, log=uploader_log(config))
     print("starting the edge", flush=True)
     edge = start_process(config, record, EDGE, log=edge_log(config))
     start_serve(config, record)
@@ -221,6 +235,7 @@ def check(config: PlatformConfig) -> None:
             "No C++ compiler (c++) found; DeepSpeed compiles an operator at start. Install g++."
         )
     check_keyring(config.secrets, tier=config.tier)
+    check_durability(config)
     for name, port in _ports(config).items():
         if _is_taken(name, port):
             raise PortInUse(

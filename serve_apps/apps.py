@@ -10,6 +10,7 @@ from ray.serve.schema import ApplicationStatus
 
 from cluster.errors import ArtifactTampered, FalajError
 from cluster.ledger import open_ledger
+from cluster.records.location import check_durability
 from cluster.registry import ModelVersion, Registry
 from cluster.settings import PlatformConfig
 from cluster.settings_conversion import to_plain
@@ -57,7 +58,9 @@ def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -
     Raises:
         ArtifactTampered: a file was altered; nothing is started, and running applications are not affected.
         DeployFailed: a replica did not start.
+        ConfigError: records cannot be as durable as configured.
     """
+    check_durability(config)
     name = app_name(version)
     if not is_running(name):
         Registry(open_ledger(config), layout(config.storage)).check_files(version, actor=actor)

@@ -53,12 +53,12 @@ class Settings:
         )
 
     def merged_over(self, stored: Settings) -> Settings:
-        """Return these settings. A setting at its default takes the stored value; durability is `disk` if either is."""
+        """Return these settings. A setting at its default takes the stored value; the stronger durability counts."""
         default = Settings.of(PlatformConfig())
-        on_disk = Durability.disk.value in (self.durability, stored.durability)
+        strength = [durability.value for durability in Durability]
         return Settings(
             online=stored.online if self.online == default.online else self.online,
-            durability=Durability.disk.value if on_disk else self.durability,
+            durability=max(self.durability, stored.durability, key=strength.index),
             service_token_file=self.service_token_file or stored.service_token_file,
             max_ahead_s=stored.max_ahead_s if self.max_ahead_s == default.max_ahead_s else self.max_ahead_s,
         )

@@ -68,6 +68,20 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
         connection.commit()
 
 
+@contextmanager
+def updating(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Open a transaction for tables beside the ledger's. It commits at the end, except after an exception.
+
+    SQLite has one lock for all writers. On PostgreSQL the caller locks the rows that it selects `with_for_update`, so
+    it does not wait for writers of the ledger.
+    """
+    with engine.connect() as connection:
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield connection
+        connection.commit()
+
+
 def create_tables(connection: sa.Connection) -> None:
     """Create the tables and indexes that do not exist, also in a database of an older release."""
     METADATA.create_all(connection)

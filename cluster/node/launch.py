@@ -284,6 +284,11 @@ def supervisor_log(config: PlatformConfig) -> Path:
     return local(layout(config.storage).edge) / "supervisor.log"
 
 
+def uploader_log(config: PlatformConfig) -> Path:
+    """Return the path of the log uploader's log."""
+    return local(layout(config.storage).edge) / "uploader.log"
+
+
 def answers_http(url: str) -> bool:
     """Return whether a GET request succeeds."""
     try:

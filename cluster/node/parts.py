@@ -19,7 +19,7 @@ from cluster.session import ClusterRecord
 
 
 class Part(enum.StrEnum):
-    """A process that every cluster needs. Replicas and Ray's workers are not among them: Ray restarts those itself."""
+    """A process that a cluster needs. Replicas and Ray's workers are not among them: Ray restarts those itself."""
 
     gcs = "Ray GCS"
     raylet = "raylet"
@@ -28,6 +28,7 @@ class Part(enum.StrEnum):
     log_monitor = "Ray log monitor"
     client_server = "Ray client server"
     broker = "key broker"
+    uploader = "log uploader"
     edge = "edge controller"
     haproxy = "edge"
     supervisor = "supervisor"
@@ -44,7 +45,8 @@ class State(enum.StrEnum):
 
 
 BROKER, EDGE, SUPERVISOR = "cluster.security.keys", "serve_apps.edge", "cluster.supervisor"
-_MODULES = {Part.broker: BROKER, Part.edge: EDGE, Part.supervisor: SUPERVISOR}
+UPLOADER = "cluster.records.uploader"
+_MODULES = {Part.broker: BROKER, Part.uploader: UPLOADER, Part.edge: EDGE, Part.supervisor: SUPERVISOR}
 _PROCESS_NAMES = {Part.gcs: "gcs_server", Part.raylet: "raylet"}
 _SCRIPTS = {
     Part.dashboard: "/ray/dashboard/dashboard.py",
@@ -72,8 +74,14 @@ def inspect_parts(record: ClusterRecord) -> list[PartStatus]:
         PartStatus(
             part=part, state=probe_state(part, state_of(running.get(part)), record), process=running.get(part)
         )
-        for part in Part
+        for part in needed_parts(record)
     ]
+
+
+def needed_parts(record: ClusterRecord) -> tuple[Part, ...]:
+    """Return the parts that a cluster has. Logs are uploaded only if the storage root is remote."""
+    left_out = () if record.layout.shared is not None else (Part.uploader,)
+    return tuple(part for part in Part if part not in left_out)
 
 
 def not_running(parts: Iterable[PartStatus]) -> list[PartStatus]:

@@ -24,9 +24,26 @@ from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ProcessRestarted
 from cluster.metrics import serve_metrics
-from cluster.node.launch import edge_log, environment, key_log, start_process, supervisor_log
+from cluster.node.launch import (
+    edge_log,
+    environment,
+    key_log,
+    start_process,
+    supervisor_log,
+    uploader_log,
+)
 from cluster.node.locks import supervisor_lock
-from cluster.node.parts import BROKER, EDGE, RAY_PARTS, Part, State, find_parts, probe_state
+from cluster.node.parts import (
+    BROKER,
+    EDGE,
+    RAY_PARTS,
+    UPLOADER,
+    Part,
+    State,
+    find_parts,
+    needed_parts,
+    probe_state,
+)
 from cluster.node.scheduling import wait_for_turn
 from cluster.security.private_folder import ensure_private_folder
 from cluster.session import ClusterRecord, find_record, require_recorded_cluster
@@ -59,6 +76,8 @@ class ThisMachine:
         config, record = self._config, self._record
         if part is Part.broker:
             start_process(config, record, BROKER, log=key_log(config))
+        elif part is Part.uploader:
+            start_process(config, record, UPLOADER, log=uploader_log(config))
         elif part is Part.edge:
             start_process(config, record, EDGE, log=edge_log(config))
         elif part in RAY_PARTS:
@@ -97,6 +116,7 @@ def main(config: PlatformConfig) -> None:
         ThisMachine(config, record),
         record_restart=restart_recorder(config, record),
         metrics=SupervisorMetrics(registry),
+        parts=needed_parts(record),
     )
     set_on_signal([signal.SIGTERM], stopped)
     signal.signal(signal.SIGHUP, lambda *_: supervisor.retry_now())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import psutil
@@ -32,7 +32,7 @@ GCS_TRIES = 3
 PROBE_EVERY_S = 5.0
 HEAD = "Ray head"
 WATCHED_PARTS = (
-    *(Part.broker, Part.edge, Part.haproxy, Part.gcs),
+    *(Part.broker, Part.uploader, Part.edge, Part.haproxy, Part.gcs),
     *(Part.dashboard, Part.monitor, Part.log_monitor, Part.client_server),
 )
 LOG = logging.getLogger("falaj.supervisor")
@@ -78,6 +78,7 @@ class Supervisor:
         machine: The machine that the cluster runs on.
         record_restart: Records a restart, with the part's name, the reason and the number of attempts.
         metrics: Metrics to update.
+        parts: Parts that the cluster has; by default all.
         clock: Returns monotonic seconds.
     """
 
@@ -87,9 +88,11 @@ class Supervisor:
         *,
         record_restart: Callable[[str, str, int], None],
         metrics: SupervisorMetrics,
+        parts: Collection[Part] = tuple(Part),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._machine = machine
+        self._watched = tuple(part for part in WATCHED_PARTS if part in parts)
         self._record_restart = record_restart
         self._metrics = metrics
         self._clock = clock
@@ -115,7 +118,7 @@ class Supervisor:
                 self._resume(part)
             elif state is State.running:
                 self._unhealthy_since.pop(part, None)
-        for part in WATCHED_PARTS:
+        for part in self._watched:
             if part not in RAY_PARTS:
                 self._restart_if_needed(part, states[part])
         if self.rebuilding is None or not self.rebuilding.is_alive():
@@ -212,7 +215,7 @@ class Supervisor:
 
     def _states(self) -> dict[Part, State]:
         """Return the state of every part. Search all processes only if a known one is dead."""
-        states = {part: state_of(self._processes.get(part)) for part in (*WATCHED_PARTS, Part.raylet)}
+        states = {part: state_of(self._processes.get(part)) for part in (*self._watched, Part.raylet)}
         if State.dead in states.values():
             self._processes = self._machine.find()
             states = {part: state_of(self._processes.get(part)) for part in states}
