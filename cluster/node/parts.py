@@ -45,7 +45,7 @@ class State(enum.StrEnum):
 
 
 BROKER, EDGE, SUPERVISOR = "cluster.security.keys", "serve_apps.edge", "cluster.supervisor"
-UPLOADER = "cluster.records.uploader"
+UPLOADER = "cluster.records.upload"
 _MODULES = {Part.broker: BROKER, Part.uploader: UPLOADER, Part.edge: EDGE, Part.supervisor: SUPERVISOR}
 _PROCESS_NAMES = {Part.gcs: "gcs_server", Part.raylet: "raylet"}
 _SCRIPTS = {

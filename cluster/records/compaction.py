@@ -21,7 +21,8 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,14 @@ import sqlalchemy as sa
 
 from cluster.errors import CommitConflict, RecordLogCorrupt
 from cluster.records.columns import SEGMENT, to_row
-from cluster.records.contents import StoredSegment, list_shared, segment_class, segment_records
+from cluster.records.contents import (
+    READERS,
+    StoredSegment,
+    list_shared,
+    load_ahead,
+    segment_class,
+    segment_records,
+)
 from cluster.records.location import AnyLog, LogLocation, location_of
 from cluster.records.segments import UNFINISHED, list_segments
 from cluster.records.table import FOLDER, HISTORY, LogTable
@@ -162,9 +170,10 @@ def _move(
 ) -> None:
     """Write and commit the records of segments."""
     table.ensure()
+    loaded = load_ahead(segments, StoredSegment.loaded, threads=READERS if is_uri(table.uri) else 1)
     written = [
         table.write(rows, column_class, files)
-        for column_class, rows in _row_groups(table.kind, segments, store)
+        for column_class, rows in _row_groups(table.kind, loaded, store)
     ]
     table.sync_files(written)
     lock.require()
@@ -172,25 +181,33 @@ def _move(
 
 
 def _row_groups(
-    kind: str, segments: Sequence[StoredSegment], store: KeyStore
+    kind: str, segments: Iterable[StoredSegment], store: KeyStore
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield the segments' records as rows for one file each, with their column class."""
-    by_class: dict[str, list[StoredSegment]] = {}
+    by_class: dict[str, _Rows] = {}
     for segment in segments:
-        if (column_class := segment_class(segment)) is not None:
-            by_class.setdefault(column_class, []).append(segment)
+        if (column_class := segment_class(segment)) is None:
+            continue
+        for line, record in enumerate(segment_records(segment, store)):
+            group = by_class.setdefault(column_class, _Rows())
+            group.add(to_row(kind, segment.name, line, record))
+            if len(group.rows) >= MAX_RECORDS or group.size >= MAX_BYTES:
+                yield column_class, by_class.pop(column_class).rows
     for column_class, group in by_class.items():
-        rows: list[dict[str, Any]] = []
-        size = 0
-        for segment in group:
-            for line, record in enumerate(segment_records(segment, store)):
-                rows.append(to_row(kind, segment.name, line, record))
-                size += sum(len(value) for value in rows[-1].values() if isinstance(value, str))
-                if len(rows) >= MAX_RECORDS or size >= MAX_BYTES:
-                    yield column_class, rows
-                    rows, size = [], 0
-        if rows:
-            yield column_class, rows
+        yield column_class, group.rows
+
+
+@dataclass(kw_only=True, slots=True)
+class _Rows:
+    """Rows that will be one file."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    size: int = 0
+    """Bytes of their texts."""
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.size += sum(len(value) for value in row.values() if isinstance(value, str))
 
 
 def _remove_leftovers(location: LogLocation, table: LogTable) -> None:

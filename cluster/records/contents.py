@@ -1,24 +1,31 @@
-"""Read the records of a segment: a file on this disk, an uploaded file, or the chunks in the ledger's database."""
+"""Read the records of a segment: a file on this disk, an uploaded file, or the blocks in the ledger's database."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import io
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import orjson
 
 from cluster.errors import ArtifactTampered, RecordLogCorrupt
-from cluster.records.chunks import read_chunks, segment_sizes
+from cluster.records.blocks import read_blocks, segment_sizes
 from cluster.records.location import LogLocation
 from cluster.records.segments import SUFFIX, list_segments, segment_aad
 from cluster.security.encryption.envelope import ValueCipher, value_aad
 from cluster.security.keys.store import COLUMN_CLASSES, KeyStore
 from cluster.storage import is_uri, list_files, read_bytes
+
+T = TypeVar("T")
+U = TypeVar("U")
+READERS = 8
+"""Uploaded segments that are read at the same time. Each takes its size in memory, 64 MiB at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +49,10 @@ class StoredSegment:
             return io.BytesIO(self.content)
         return io.BytesIO(read_bytes(self.uri)) if is_uri(self.uri) else Path(self.uri).open("rb")
 
+    def loaded(self) -> StoredSegment:
+        """Return the segment with its lines, if its file is remote. Raises as `open`."""
+        return replace(self, content=read_bytes(self.uri)) if is_uri(self.uri) else self
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentListing:
@@ -50,8 +61,8 @@ class SegmentListing:
     location: LogLocation
     names: tuple[str, ...]
     """Oldest first."""
-    chunk_bytes: dict[str, int]
-    """Size of the chunks of each segment that has any."""
+    block_bytes: dict[str, int]
+    """Size of the blocks of each segment that has any."""
 
     def find(self, name: str) -> StoredSegment | None:
         """Return a listed segment where it is now; None if it is only in the table, or was moved during this call.
@@ -60,7 +71,7 @@ class SegmentListing:
         """
         location = self.location
         path = location.folder / f"{name}{SUFFIX}"
-        in_database = self.chunk_bytes.get(name, 0)
+        in_database = self.block_bytes.get(name, 0)
         size = path.stat().st_size if path.exists() else None
         if size is not None and size >= in_database:
             return StoredSegment(log=location.name, name=name, uri=str(path))
@@ -69,20 +80,46 @@ class SegmentListing:
             with contextlib.suppress(FileNotFoundError):
                 return StoredSegment(log=location.name, name=name, uri=uri, content=read_bytes(uri))
         # Only the database has it, or after a power cut more lines of it than the file.
-        if location.engine is not None and (content := read_chunks(location.engine, location.name, name)):
+        if location.engine is not None and (content := read_blocks(location.engine, location.name, name)):
             return StoredSegment(log=location.name, name=name, uri=uri or str(path), content=content)
         return None
+
+    def find_all(self, names: Sequence[str]) -> Generator[StoredSegment | None]:
+        """Yield the results of `find` for each name, in their order. Uploaded segments are read a few at a time."""
+        return load_ahead(names, self._find_or_none, threads=1 if self.location.shared is None else READERS)
+
+    def _find_or_none(self, name: str) -> StoredSegment | None:
+        with contextlib.suppress(FileNotFoundError):  # it was moved between two looks at it
+            return self.find(name)
+        return None
+
+
+def load_ahead(items: Sequence[T], load: Callable[[T], U], *, threads: int) -> Generator[U]:
+    """Yield `load(item)` for each item, in their order, and load the next ones in threads meanwhile."""
+    if threads == 1:
+        yield from map(load, items)
+        return
+    with ThreadPoolExecutor(threads, "segments") as pool:
+        started = deque(pool.submit(load, item) for item in items[:threads])
+        try:
+            for item in items[threads:]:
+                yield started.popleft().result()
+                started.append(pool.submit(load, item))
+            while started:
+                yield started.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def list_all(location: LogLocation) -> SegmentListing:
     """List all segments of a log. Open its table only after this call, so that no segment is missed."""
     names = {path.stem for path in list_segments(location.folder)}
-    chunk_bytes: dict[str, int] = {}
+    block_bytes: dict[str, int] = {}
     if location.engine is not None:
-        chunk_bytes = segment_sizes(location.engine, location.name)
+        block_bytes = segment_sizes(location.engine, location.name)
     # A segment moves in this order, so it is in at least one of the listings.
-    names |= chunk_bytes.keys() | {segment.name for segment in list_shared(location)}
-    return SegmentListing(location=location, names=tuple(sorted(names)), chunk_bytes=chunk_bytes)
+    names |= block_bytes.keys() | {segment.name for segment in list_shared(location)}
+    return SegmentListing(location=location, names=tuple(sorted(names)), block_bytes=block_bytes)
 
 
 def list_shared(location: LogLocation) -> list[StoredSegment]:

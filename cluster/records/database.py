@@ -1,4 +1,4 @@
-"""The logs' two tables in the ledger's database: chunks of segments that are not uploaded yet, and nodes' progress.
+"""The logs' two tables in the ledger's database: blocks of segments that are not uploaded yet, and nodes' progress.
 
 They are not projections: no event contains a record. They are used only if the storage root is remote. No transaction
 takes the ledger's lock.
@@ -11,15 +11,15 @@ import sqlalchemy as sa
 from cluster.ledger import Ledger
 
 _METADATA = sa.MetaData()
-CHUNKS = sa.Table(
-    "log_chunks",
+BLOCKS = sa.Table(
+    "log_blocks",
     _METADATA,
     sa.Column("log", sa.String(256), primary_key=True),
     sa.Column("segment", sa.String(64), primary_key=True),
     sa.Column("start", sa.BigInteger, primary_key=True, autoincrement=False),  # offset in the segment's file
     sa.Column("content", sa.LargeBinary, nullable=False),
     sa.Column("node", sa.String(128), nullable=False),
-    sa.Column("sealed", sa.Boolean, nullable=False, default=False),  # counts in a segment's first chunk only
+    sa.Column("sealed", sa.Boolean, nullable=False, default=False),  # counts in a segment's first block only
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
 )
 PROGRESS = sa.Table(

@@ -38,7 +38,7 @@ class LogLocation:
     shared: str | None = None
     """URI of the uploaded segments and the table; None if the log stays in `folder`."""
     engine: sa.Engine | None = None
-    """The ledger's database, which holds the chunks of open segments; None if the log stays in `folder`."""
+    """The ledger's database, which holds the blocks of open segments; None if the log stays in `folder`."""
 
     @property
     def root(self) -> str:

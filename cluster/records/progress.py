@@ -83,6 +83,8 @@ def report(
         until: Time until which all records of all other logs are shared.
         logs: Time by log, for logs with records on the node's disk that are not shared.
     """
+    if engine.dialect.name != "postgresql":  # there is no other node that reads it
+        return
     rows = {ALL_LOGS: until} | dict(logs or {})
     with updating(engine) as connection:
         connection.execute(PROGRESS.delete().where(PROGRESS.c.node == node))
@@ -93,6 +95,31 @@ def report(
                 for log, time in sorted(rows.items())
             ],
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeProgress:
+    """What a node reported."""
+
+    node: str
+    until: dict[str, str]
+    """Time by log, until which all records are shared. The empty log stands for all others."""
+    silent_s: float
+    """Seconds since the report."""
+
+
+def read_progress(engine: sa.Engine) -> list[NodeProgress]:
+    """Return what all nodes reported, sorted by node."""
+    if engine.dialect.name != "postgresql":
+        return []
+    seconds = sa.extract("epoch", sa.func.now() - PROGRESS.c.reported_at)
+    by_node: dict[str, NodeProgress] = {}
+    with engine.connect() as connection:
+        query = sa.select(PROGRESS, seconds.label("silent_s")).order_by(PROGRESS.c.node, PROGRESS.c.log)
+        for row in connection.execute(query):
+            progress = NodeProgress(node=row.node, until={}, silent_s=float(row.silent_s))
+            by_node.setdefault(row.node, progress).until[row.log] = row.complete_until
+    return list(by_node.values())
 
 
 def forget(engine: sa.Engine, node: str) -> None:

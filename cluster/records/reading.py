@@ -56,22 +56,20 @@ def _stored_records(log: AnyLog, store: KeyStore) -> Iterator[StoredRecord]:
                     stored for stored in table.read(file, files) if stored.segment not in read_segments
                 )
                 read_files.add(file.path)
+        unread = [name for name in listing.names if name not in read_segments and not table.has(name)]
         missing = None
-        for name in listing.names:
-            if name in read_segments or table.has(name):
-                continue
-            segment = None
-            try:
-                segment = listing.find(name)
-                records = None if segment is None else segment_records(segment, store)
-                for line, record in enumerate(records or ()):
-                    yield StoredRecord(name, line, record)
-            except FileNotFoundError:
-                segment = None
-            if segment is None:
-                missing = name
-                break
-            read_segments.add(name)
+        with contextlib.closing(listing.find_all(unread)) as segments:
+            for name, segment in zip(unread, segments, strict=True):
+                if segment is None:
+                    missing = name
+                    break
+                try:
+                    for line, record in enumerate(segment_records(segment, store)):
+                        yield StoredRecord(name, line, record)
+                except FileNotFoundError:
+                    missing = name
+                    break
+                read_segments.add(name)
         if missing is None:
             return
         table = LogTable(location.root)
@@ -89,8 +87,10 @@ def count_records(log: AnyLog) -> int:
     while True:
         listing, table = list_all(location), LogTable(location.root)
         with contextlib.suppress(FileNotFoundError):
-            segments = [listing.find(name) for name in listing.names if not table.has(name)]
-            counts = [None if segment is None else count_segment(segment) for segment in segments]
+            unread = [name for name in listing.names if not table.has(name)]
+            counts = [
+                None if segment is None else count_segment(segment) for segment in listing.find_all(unread)
+            ]
             if None not in counts:
                 return table.records + sum(count for count in counts if count is not None)
         # A segment was moved, to the shared folder or the table.

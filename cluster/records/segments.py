@@ -29,7 +29,7 @@ from pathlib import Path
 import orjson
 
 from cluster.fsync import sync_folder
-from cluster.records.chunks import Chunk
+from cluster.records.blocks import Block
 from cluster.records.location import MAX_AGE_S
 from cluster.records.schema import Record
 from cluster.security.encryption.envelope import ValueCipher, value_aad
@@ -51,7 +51,7 @@ class SegmentWriter:
         store: KeyStore,
         key: str,
         keep_unsynced: bool = False,
-        keep_chunks: bool = False,
+        keep_blocks: bool = False,
         max_bytes: int = MAX_BYTES,
         max_age_s: float = MAX_AGE_S,
     ) -> None:
@@ -62,7 +62,7 @@ class SegmentWriter:
             store: Key store that wraps this writer's data key, once.
             key: Name of the key that wraps it.
             keep_unsynced: Keep full segments open until the next `sync`, so that it covers them too.
-            keep_chunks: Keep new lines until the next `take_chunks`, and full segments open until the result is closed.
+            keep_blocks: Keep new lines until the next `take_blocks`, and full segments open until the result is closed.
             max_bytes: Size of a segment after which a new one is started.
             max_age_s: Age of a segment, in seconds, after which the next record starts a new one.
 
@@ -73,8 +73,8 @@ class SegmentWriter:
         self._folder = folder
         self._cipher, wrapped = ValueCipher.create(store, key)
         self._header = orjson.dumps({"key": key, "data_key": wrapped}) + b"\n"
-        self._keep_unsynced, self._keep_chunks = keep_unsynced, keep_chunks
-        self._chunks: list[Chunk] = []
+        self._keep_unsynced, self._keep_blocks = keep_unsynced, keep_blocks
+        self._blocks: list[Block] = []
         self._max_bytes, self._max_age_s = max_bytes, max_age_s
         self._unsynced: list[_Segment] = []
         self._segment = _Segment(folder, self._header, synced=keep_unsynced)
@@ -106,11 +106,11 @@ class SegmentWriter:
         start, data = segment.size, b"".join(lines)
         segment.write(data)
         segment.count = count + len(records)
-        if self._keep_chunks:
-            self._chunks.append(
-                Chunk(segment.path.stem, start, data)
+        if self._keep_blocks:
+            self._blocks.append(
+                Block(segment.path.stem, start, data)
                 if count
-                else Chunk(segment.path.stem, 0, self._header + data)
+                else Block(segment.path.stem, 0, self._header + data)
             )
 
     def close_if_old(self) -> None:
@@ -143,15 +143,15 @@ class SegmentWriter:
                 segment.sync()
         current.sync()
 
-    def take_chunks(self) -> TakenChunks:
+    def take_blocks(self) -> TakenBlocks:
         """Return all lines that were appended since the last call. The caller must close the result."""
-        chunks, self._chunks = self._chunks, []
+        blocks, self._blocks = self._blocks, []
         full, self._unsynced = self._unsynced, []
-        return TakenChunks(chunks=_joined(chunks), full_segments=full)
+        return TakenBlocks(blocks=_joined(blocks), full_segments=full)
 
-    def drop_chunks(self) -> None:
-        """Drop what `take_chunks` would return, and let the segment get no more records: its chunks have a gap."""
-        self.take_chunks().close()
+    def drop_blocks(self) -> None:
+        """Drop what `take_blocks` would return, and let the segment get no more records: its blocks have a gap."""
+        self.take_blocks().close()
         self._segment.broken = self._segment.lossy = True
 
     def close(self) -> None:
@@ -168,7 +168,7 @@ class SegmentWriter:
             self._segment,
             _Segment(self._folder, self._header, synced=self._keep_unsynced),
         )
-        if (self._keep_unsynced or self._keep_chunks) and not previous.lossy:
+        if (self._keep_unsynced or self._keep_blocks) and not previous.lossy:
             self._unsynced.append(previous)
         else:
             previous.close()
@@ -176,26 +176,26 @@ class SegmentWriter:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TakenChunks:
+class TakenBlocks:
     """New lines of a writer's segments."""
 
-    chunks: list[Chunk]
+    blocks: list[Block]
     """At most one for each segment, in the order of writing."""
     full_segments: list[_Segment]
 
     def close(self) -> None:
-        """Close the full segments, after their chunks were added or lost."""
+        """Close the full segments, after their blocks were added or lost."""
         for segment in self.full_segments:
             segment.close()
 
 
-def _joined(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Join the chunks of each segment, which follow each other."""
-    by_segment: dict[str, list[Chunk]] = {}
-    for chunk in chunks:
-        by_segment.setdefault(chunk.segment, []).append(chunk)
+def _joined(blocks: Sequence[Block]) -> list[Block]:
+    """Join the blocks of each segment, which follow each other."""
+    by_segment: dict[str, list[Block]] = {}
+    for block in blocks:
+        by_segment.setdefault(block.segment, []).append(block)
     return [
-        Chunk(name, parts[0].start, b"".join(part.content for part in parts))
+        Block(name, parts[0].start, b"".join(part.content for part in parts))
         for name, parts in by_segment.items()
     ]
 

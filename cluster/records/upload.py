@@ -1,11 +1,15 @@
-"""Upload closed segments to the remote storage root, and report until when this node's logs are complete there.
+"""`python -m cluster.records.upload`: upload this node's closed segments to the remote storage root, until SIGTERM.
+
+`cluster.up` starts this process if the storage root is remote, and the supervisor restarts it. Every few seconds it
+uploads what is closed, and reports until when the node's logs are complete. While the object store or the ledger's
+database does not answer, segments stay on the disk.
 
 A segment goes through these steps, each of which can be repeated after a kill:
 
-1. it is sealed: its writer gets no more chunks into the ledger's database;
+1. it is sealed: its writer gets no more blocks into the ledger's database;
 2. its file is created below the storage root with one request, which never overwrites another file;
 3. the file is read again and compared;
-4. its chunks are removed from the database;
+4. its blocks are removed from the database;
 5. its file is removed from this machine's disk.
 
 Two uploaders of one segment write the same content, so the second one finds step 2 done. An uploader has no key: it
@@ -19,21 +23,27 @@ import contextlib
 import datetime as dt
 import fcntl
 import logging
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.errors import RecordLogCorrupt
-from cluster.ledger import Ledger
-from cluster.records.chunks import SILENT_S, abandoned_segments, remove_chunks, seal, segment_sizes
+from cluster.entrypoint import job
+from cluster.errors import ConfigError, Inconsistent, RecordLogCorrupt
+from cluster.ledger import Ledger, open_ledger
+from cluster.records.blocks import SILENT_S, abandoned_segments, remove_blocks, seal, segment_sizes
 from cluster.records.compaction import adopt_local_table, remove_unfinished
 from cluster.records.contents import shared_uri
 from cluster.records.database import ensure_tables
 from cluster.records.location import KINDS, LogLocation, local_node, location_at
-from cluster.records.progress import report
+from cluster.records.progress import forget, report
 from cluster.records.segments import SUFFIX, list_segments
-from cluster.storage import Layout, create_bytes, read_bytes
+from cluster.settings import PlatformConfig
+from cluster.signals import set_on_signal
+from cluster.storage import Layout, create_bytes, layout, read_bytes
 
+EVERY_S = 5.0
 LOG = logging.getLogger("falaj.uploader")
 _NAME_TIME = "%Y%m%dT%H%M%S"
 _BEGINNING = dt.datetime.fromtimestamp(0, dt.UTC)
@@ -46,6 +56,8 @@ class UploadRound:
     uploaded: int = 0
     failures: list[str] = field(default_factory=list)
     """One message for each segment or log that could not be uploaded. The next round tries again."""
+    behind: dict[str, dt.datetime] = field(default_factory=dict)
+    """Logs with records on this machine only, and the time from which on."""
 
 
 class Uploader:
@@ -53,7 +65,7 @@ class Uploader:
 
     Args:
         places: The folders of the state. The storage root must be remote.
-        ledger: Its database holds chunks and progress.
+        ledger: Its database holds blocks and progress.
         silent_s: Seconds after which the segments of a silent node are uploaded by this one.
     """
 
@@ -70,18 +82,30 @@ class Uploader:
         """
         done = UploadRound()
         started_at = dt.datetime.now(dt.UTC)
-        behind: dict[str, dt.datetime] = {}
         for location in self._logs():
             if not self._adopt(location, done):
-                behind[location.name] = _BEGINNING
+                done.behind[location.name] = _BEGINNING
             elif (oldest := self._upload_log(location, done)) is not None:
-                behind[location.name] = min(oldest, started_at)
+                done.behind[location.name] = min(oldest, started_at)
         for log, name in abandoned_segments(self._engine, node=self.node, silent_s=self._silent_s):
             location = self._location(log)
             if not _path(location, name).exists():
                 self._try(location, name, done)
-        report(self._engine, self.node, until=started_at, logs=behind)
+        report(self._engine, self.node, until=started_at, logs=done.behind)
         return done
+
+    def leave(self) -> None:
+        """Upload everything, after all writers of this node have ended; the node then counts no more.
+
+        Raises:
+            Inconsistent: A segment could not be uploaded, or is still open. The node still counts.
+            DBAPIError: The ledger's database does not answer.
+        """
+        done = self.run_once()
+        if done.failures or done.behind:
+            reasons = "; ".join(done.failures) or "a replica still writes"
+            raise Inconsistent(f"Not all records of node {self.node} are uploaded: {reasons}. Try again.")
+        forget(self._engine, self.node)
 
     def _location(self, name: str) -> LogLocation:
         return location_at(self._places, self._engine, name)
@@ -105,7 +129,7 @@ class Uploader:
             with _closed(path) as is_closed:
                 if is_closed and self._try(location, path.stem, done):
                     continue
-            # Chunks are added before the answer, so what the database lacks of such a segment has no answer yet.
+            # Blocks are added before the answer, so what the database lacks of such a segment has no answer yet.
             if path.stem not in in_database and _has_records(path):
                 behind.append(_started_at(path))
         remove_unfinished(location.folder)
@@ -134,11 +158,11 @@ class Uploader:
 
 
 def upload_segment(location: LogLocation, name: str) -> None:
-    """Upload a closed segment, then remove its chunks and its local file. A second call changes nothing.
+    """Upload a closed segment, then remove its blocks and its local file. A second call changes nothing.
 
     Raises:
         RecordLogCorrupt: The storage root has another file of this name, or disk and database have different lines.
-        OSError: The storage root does not answer.
+        OSError: The storage root does not answer, or does not store what it is given.
     """
     uri = shared_uri(location, name)
     assert uri is not None, "Only a shared log has uploads."
@@ -146,19 +170,32 @@ def upload_segment(location: LogLocation, name: str) -> None:
     path = _path(location, name)
     on_disk = _whole_lines(path.read_bytes()) if path.exists() else b""
     content = _merged(on_disk, seal(location.engine, location.name, name), uri)
-    if content.count(b"\n") > 1:
+    if content.count(b"\n") > 1:  # more than the first line
         created = create_bytes(uri, content)
-        stored = read_bytes(uri)
-        if stored != content and (created or not _is_beginning(stored, content)):
-            raise RecordLogCorrupt(
-                f"{uri} exists with other content than this node's segment. Nothing was changed. Move the file away, "
-                "and keep it."
-            )
-        if len(stored) < len(content):
-            # Another node uploaded what the database had, when this one was silent. The rest has no answer.
-            LOG.warning("%s has fewer lines than this node's file; the others have no answer", uri)
-    remove_chunks(location.engine, location.name, name)
+        _require_stored(uri, content, read_bytes(uri), created=created)
+    remove_blocks(location.engine, location.name, name)
     path.unlink(missing_ok=True)
+
+
+def _require_stored(uri: str, content: bytes, stored: bytes, *, created: bool) -> None:
+    """Require that an uploaded segment has every answered record.
+
+    Raises:
+        OSError: The store returns another content than it took.
+        RecordLogCorrupt: Another file of this name existed.
+    """
+    if stored == content:
+        return
+    if created:
+        raise OSError(f"{uri} was written with {len(content)} bytes and is read with other content.")
+    if not _is_beginning(stored, content) and not _is_beginning(content, stored):
+        raise RecordLogCorrupt(
+            f"{uri} exists with other content than this node's segment. Nothing was changed. Move the file away, "
+            "and keep it."
+        )
+    if len(stored) < len(content):
+        # Another node uploaded what the database had, when this one was silent. The rest has no answer.
+        LOG.warning("%s has fewer lines than this node's file; the others have no answer", uri)
 
 
 def _merged(on_disk: bytes, in_database: bytes, uri: str) -> bytes:
@@ -212,3 +249,28 @@ def _started_at(path: Path) -> dt.datetime:
 
 def _path(location: LogLocation, name: str) -> Path:
     return location.folder / f"{name}{SUFFIX}"
+
+
+@job("cluster", PlatformConfig)
+def main(config: PlatformConfig) -> None:
+    """Upload until SIGTERM."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    places, stopped = layout(config.storage), threading.Event()
+    if places.shared is None:
+        raise ConfigError(
+            f"storage.root {places.root} is on this machine, so no log is uploaded. Set storage=s3 and storage.root."
+        )
+    set_on_signal([signal.SIGTERM], stopped)
+    uploader = Uploader(places, open_ledger(config))
+    LOG.info("node %s uploads its logs to %s", uploader.node, places.shared)
+    while True:
+        try:
+            uploader.run_once()
+        except Exception as error:  # noqa: BLE001 (the database or the disk; the next round tries again)
+            LOG.warning("the logs were not uploaded: %s", error)
+        if stopped.wait(EVERY_S):
+            return
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from cluster.records import Record, SegmentWriter
-from cluster.records.chunks import ChunkWriter
+from cluster.records.blocks import BlockWriter
 from cluster.records.location import MAX_AGE_S, AnyLog, location_of
 from cluster.security.keys.store import KeyStore
 from cluster.settings import Durability
@@ -55,7 +55,7 @@ class RecordLog:
     ) -> None:
         location = location_of(log)
         self._on_disk = durability is Durability.disk
-        self._chunks = ChunkWriter(location) if durability is Durability.shared else None
+        self._blocks = BlockWriter(location) if durability is Durability.shared else None
         self._max_age_s = max_age_s
         self._timer: asyncio.TimerHandle | None = None
         try:
@@ -64,7 +64,7 @@ class RecordLog:
                 store=store,
                 key=key,
                 keep_unsynced=self._on_disk,
-                keep_chunks=self._chunks is not None,
+                keep_blocks=self._blocks is not None,
                 max_age_s=max_age_s,
             )
         except OSError as error:
@@ -101,7 +101,7 @@ class RecordLog:
         """
         if self._timer is None:
             self._schedule_release()
-        if self._on_disk or self._chunks is not None:
+        if self._on_disk or self._blocks is not None:
             await self._wait_for_sync()
         return answer
 
@@ -115,14 +115,14 @@ class RecordLog:
     async def _sync(self) -> None:
         """Make all records durable that were appended before this call."""
         loop = asyncio.get_running_loop()
-        if self._chunks is None:
+        if self._blocks is None:
             await loop.run_in_executor(self._thread, self._writer.sync)
             return
-        taken = self._writer.take_chunks()
+        taken = self._writer.take_blocks()
         try:
-            await loop.run_in_executor(self._thread, self._chunks.add, taken.chunks)
+            await loop.run_in_executor(self._thread, self._blocks.add, taken.blocks)
         except Exception:
-            self._writer.drop_chunks()
+            self._writer.drop_blocks()
             raise
         finally:
             taken.close()
@@ -152,8 +152,8 @@ class RecordLog:
             self._timer.cancel()
         self._thread.shutdown()
         self._writer.close()
-        if self._chunks is not None:
-            self._chunks.close()
+        if self._blocks is not None:
+            self._blocks.close()
 
 
 def _unavailable(error: Exception) -> Unavailable:

@@ -5,18 +5,21 @@ The store is moto, a test double of S3.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 import pytest
 
+from cluster.records.segments import list_segments
 from tests.integration.client import Client
 from tests.integration.conftest import Project, new_project
 from tests.servers.object_store import BUCKET, object_store
+from tests.servers.polling import wait_until
 
 ROOT = f"s3://{BUCKET}/project"
-STORAGE = ("storage=s3", f"storage.root={ROOT}")
+STORAGE = ("storage=s3", f"storage.root={ROOT}", "storage.upload_after_s=1")
 ROWS = 400
 DEFINITIONS = """
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, NotNull, Sensitivity
@@ -79,3 +82,21 @@ def test_rows_become_an_answer_and_only_local_state_is_on_the_disk(project: Proj
     assert status == 200
     assert content["predictions"][0]["label"] == 1
     assert not {"features", "models", "quarantine"} & {path.name for path in project.storage_root.iterdir()}
+
+
+def test_prediction_log_is_uploaded_and_compacted(project: Project) -> None:
+    """The uploader is a part of the cluster. Once it has moved the segment, the disk has no record of the answer."""
+    status = project.run("cluster.status", *STORAGE, check=True)
+    assert re.search(r"log uploader +running", status.stdout)
+    folder = project.storage_root / "predictions" / "loan"
+    wait_until(lambda: not any(map(num_records, list_segments(folder))), "the upload", seconds=60)
+    compacted = project.run("jobs.compact_log", "name=loan", *STORAGE, check=True)
+    assert re.search(
+        r"predictions of loan: 1 segments taken, 1 records in the table; log: ", compacted.stdout
+    )
+    assert not (folder / "table").exists()
+
+
+def num_records(path: Path) -> int:
+    """Return the number of records of a segment, 0 after it was removed."""
+    return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0

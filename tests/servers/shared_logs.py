@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.ledger import Ledger
-from cluster.records.chunks import ChunkWriter
+from cluster.records.blocks import BlockWriter
 from cluster.records.location import LogLocation, prediction_log
 from cluster.records.segments import SegmentWriter
 from cluster.records.upload import Uploader
@@ -62,16 +62,16 @@ class SharedWriter:
     """Appends records as a replica with `durability=shared` does."""
 
     def __init__(self, node: Node) -> None:
-        self._writer, self._chunks = node.writer(keep_chunks=True), ChunkWriter(node.log)
+        self._writer, self._blocks = node.writer(keep_blocks=True), BlockWriter(node.log)
 
     def append(self, *numbers: int) -> None:
-        """Append records. Raises as `ChunkWriter.add`."""
+        """Append records. Raises as `BlockWriter.add`."""
         self._writer.append(*(prediction(number) for number in numbers))
-        taken = self._writer.take_chunks()
+        taken = self._writer.take_blocks()
         try:
-            self._chunks.add(taken.chunks)
+            self._blocks.add(taken.blocks)
         except Exception:
-            self._writer.drop_chunks()
+            self._writer.drop_blocks()
             raise
         finally:
             taken.close()
@@ -79,4 +79,4 @@ class SharedWriter:
     def close(self) -> None:
         """Close the segment, as the end of the process does."""
         self._writer.close()
-        self._chunks.close()
+        self._blocks.close()

@@ -7,17 +7,19 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.errors import CommitConflict
+from cluster.errors import CommitConflict, ConfigError, Inconsistent
 from cluster.records import count_records, log_age, read_records, upload
-from cluster.records.chunks import Chunk, ChunkWriter, SegmentSealed, segment_sizes
+from cluster.records.blocks import Block, BlockWriter, SegmentSealed, segment_sizes
 from cluster.records.compaction import LOCK, compact
 from cluster.records.contents import list_shared
-from cluster.records.progress import forget
+from cluster.records.nodes import describe, require_silent
+from cluster.records.progress import forget, read_progress
 from cluster.records.segments import list_segments
 from cluster.records.table import LogTable
 from cluster.security.encryption.parquet import ProtectedFiles
@@ -27,6 +29,7 @@ from tests.samples.record_log import fill, ids, prediction, run
 from tests.servers.object_store import object_store_environment
 from tests.servers.postgresql import new_database, running_server
 from tests.servers.shared_logs import Node, SharedLogs, SharedWriter
+from tests.servers.small_disk import fill_disk, mounted_small_disk
 
 
 class Killed(BaseException):
@@ -87,7 +90,7 @@ STEPS: tuple[tuple[Any, str], ...] = (
     (upload, "seal"),
     (upload, "create_bytes"),
     (upload, "read_bytes"),
-    (upload, "remove_chunks"),
+    (upload, "remove_blocks"),
     (Path, "unlink"),
     (upload, "report"),
 )
@@ -98,7 +101,7 @@ STEPS: tuple[tuple[Any, str], ...] = (
 def test_kill_of_the_uploader_loses_and_doubles_nothing(
     logs: SharedLogs, monkeypatch: pytest.MonkeyPatch, owner: Any, step: str, after: bool
 ) -> None:
-    """Before or after any step, for a segment with chunks and one without. The next round finishes the work."""
+    """Before or after any step, for a segment with blocks and one without. The next round finishes the work."""
     node, other = logs.node("node"), logs.node("other")
     replica = SharedWriter(node)
     replica.append(0, 1)
@@ -176,7 +179,7 @@ def test_reader_sees_each_record_once_during_uploads_and_compactions(logs: Share
         shutil.rmtree(node.log.folder, ignore_errors=True)
 
 
-def test_chunks_are_read_on_every_node_and_removed_after_the_upload(logs: SharedLogs) -> None:
+def test_blocks_are_read_on_every_node_and_removed_after_the_upload(logs: SharedLogs) -> None:
     """An answered record is readable at once elsewhere, and it is read once although it is in two places."""
     node, other = logs.node("node"), logs.node("other")
     replica = SharedWriter(node)
@@ -243,16 +246,16 @@ def test_database_has_more_lines_than_the_file_after_a_power_cut(logs: SharedLog
     assert ids(other.log, logs.keyring) == names(0, 1)
 
 
-def test_adding_a_chunk_twice_changes_nothing(logs: SharedLogs) -> None:
-    """A connection can break after the database has added a chunk, and before it has said so."""
+def test_adding_a_block_twice_changes_nothing(logs: SharedLogs) -> None:
+    """A connection can break after the database has added a block, and before it has said so."""
     node = logs.node("node")
-    chunks = ChunkWriter(node.log)
-    for chunk in (Chunk("s", 0, b"head\na\n"), Chunk("s", 7, b"b\n")):
+    blocks = BlockWriter(node.log)
+    for block in (Block("s", 0, b"head\na\n"), Block("s", 7, b"b\n")):
         for _ in range(2):
-            chunks.add([chunk])
+            blocks.add([block])
     assert segment_sizes(node.ledger.engine, node.log.name) == {"s": 9}
     with pytest.raises(SegmentSealed):
-        chunks.add([Chunk("other", 5, b"x\n")])
+        blocks.add([Block("other", 5, b"x\n")])
 
 
 def test_second_compaction_on_another_node_is_refused(logs: SharedLogs) -> None:
@@ -313,3 +316,54 @@ def test_age_is_the_start_of_the_oldest_segment_that_is_not_shared(logs: SharedL
     opened.close()
     node.uploader().run_once()
     assert log_age(other.log).until > before
+
+
+def test_upload_makes_room_on_a_full_disk(logs: SharedLogs, tmp_path: Path) -> None:
+    """The uploader needs no space on the disk, so writers go on after it."""
+    with mounted_small_disk(tmp_path / "node"):
+        node, other = logs.node("node"), logs.node("other")
+        uploader = node.uploader()
+        node.write(0, 3)
+        fill_disk(tmp_path / "node" / "filler")
+        with pytest.raises(OSError, match="No space"):
+            node.write(3, 50)
+        uploaded = uploader.run_once()
+        assert uploaded.failures == []
+        assert set(ids(other.log, logs.keyring)) >= set(names(0, 1, 2))
+        before = count_records(other.log)
+        node.write(100, 1)
+        assert uploader.run_once().failures == []
+        assert count_records(other.log) == before + 1
+
+
+def test_node_leaves_after_its_last_upload(logs: SharedLogs) -> None:
+    """It still counts while a segment is open, and no more afterwards."""
+    node, other = logs.node("node"), logs.node("other")
+    writer = node.writer()
+    writer.append(prediction(0))
+    with pytest.raises(Inconsistent, match="a replica still writes"):
+        node.uploader().leave()
+    assert log_age(other.log).last == node.uploader().node
+    writer.close()
+    node.uploader().leave()
+    assert ids(other.log, logs.keyring) == names(0)
+    assert log_age(other.log).last == ""
+
+
+def test_nodes_are_shown_and_a_lost_one_is_forgotten(logs: SharedLogs) -> None:
+    """A node that reports is not lost."""
+    node, other = logs.node("node"), logs.node("other")
+    writer = node.writer()
+    writer.append(prediction(0))
+    node.uploader().run_once()
+    other.uploader().run_once()
+    reports = read_progress(other.ledger.engine)
+    lines = {describe(one) for one in reports}
+    assert any("predictions/m until" in line and "other logs until" in line for line in lines)
+    assert any("all logs until" in line for line in lines)
+    with pytest.raises(ConfigError, match="so its disk is not lost"):
+        require_silent(node.uploader().node, reports)
+    with pytest.raises(ConfigError, match="No node 'x'"):
+        require_silent("x", reports)
+    require_silent(node.uploader().node, [replace(one, silent_s=1000) for one in reports])
+    writer.close()
