@@ -336,6 +336,19 @@ def test_upload_makes_room_on_a_full_disk(logs: SharedLogs, tmp_path: Path) -> N
         assert count_records(other.log) == before + 1
 
 
+def test_one_machine_needs_no_postgresql(servers: tuple[str, str], tmp_path: Path, keyring: Keyring) -> None:
+    """With a ledger in SQLite, logs are uploaded and compacted all the same."""
+    address = f"sqlite:///{tmp_path}/ledger.db"
+    node = SharedLogs(folder=tmp_path, bucket=servers[0], address=address, keyring=keyring).node("node")
+    node.write(0, 3)
+    assert node.uploader().run_once().uploaded == 1
+    assert ids(node.log, keyring) == names(0, 1, 2)
+    assert compacted(node) == 1
+    assert count_records(node.log) == 3
+    assert len(log_age(node.log).nodes) == 1
+    node.ledger.close()
+
+
 def test_node_leaves_after_its_last_upload(logs: SharedLogs) -> None:
     """It still counts while a segment is open, and no more afterwards."""
     node, other = logs.node("node"), logs.node("other")
