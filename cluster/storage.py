@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from cluster.errors import ConfigError
-from cluster.settings import StorageConfig
+from cluster.settings import Durability, PlatformConfig, StorageConfig
 
 ROOT_VARIABLE = "FALAJ_PROJECT_ROOT"
 RECORD_NAME = "cluster.json"
@@ -159,6 +159,21 @@ def layout(storage: StorageConfig) -> Layout:
     if storage.local is not None:
         return Layout(root, str(local(resolve(storage.local))))
     return Layout(root, f"{project_root()}/.falaj" if is_uri(root) else "")
+
+
+def check_durability(config: PlatformConfig) -> None:
+    """Check that records can leave the machine before their request is answered, if they must.
+
+    Raises:
+        ConfigError: `replica.durability=shared` without a remote storage root and PostgreSQL.
+    """
+    if config.replica.durability is not Durability.shared:
+        return
+    if not is_uri(config.storage.root) or not (config.ledger.url or "").startswith("postgresql"):
+        raise ConfigError(
+            "replica.durability=shared needs ledger.url=postgresql+psycopg://… and a remote storage.root (storage=s3): "
+            "a record on this machine's disk alone is lost with it. Set both, or use replica.durability=disk."
+        )
 
 
 def file_name(text: str) -> str:

@@ -52,7 +52,6 @@ from cluster.node.parts import (
     not_running,
 )
 from cluster.node.scheduling import wait_for_turn
-from cluster.records.location import check_durability
 from cluster.security.encryption.disks import is_protected_at_rest
 from cluster.security.encryption.scratch import memory_folder, remove_abandoned
 from cluster.security.keys.keyring import check_keyring
@@ -72,7 +71,7 @@ from cluster.session import (
     write_record,
 )
 from cluster.settings import PlatformConfig, PortsConfig, SecretsKind
-from cluster.storage import layout, local, project_root, require_exclusive_writes, resolve
+from cluster.storage import check_durability, layout, local, project_root, require_exclusive_writes, resolve
 from cluster.supervisor.daemons import save_commands
 from cluster.supervisor.head import restore_is_due
 

@@ -10,11 +10,10 @@ from ray.serve.schema import ApplicationStatus
 
 from cluster.errors import ArtifactTampered, FalajError
 from cluster.ledger import open_ledger
-from cluster.records.location import check_durability
 from cluster.registry import ModelVersion, Registry
 from cluster.settings import PlatformConfig
 from cluster.settings_conversion import to_plain
-from cluster.storage import layout
+from cluster.storage import check_durability, layout
 from serve_apps.deployed_settings import store_settings
 from serve_apps.predictor.predictor import Predictor
 from serve_apps.replica.scaling import replica_options

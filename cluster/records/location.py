@@ -15,10 +15,9 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from cluster.errors import ConfigError
 from cluster.ledger import Ledger
 from cluster.records.database import ensure_tables
-from cluster.settings import Durability, PlatformConfig, StorageConfig
+from cluster.settings import StorageConfig
 from cluster.storage import Layout, is_uri
 
 MAX_AGE_S = 3600.0
@@ -88,21 +87,6 @@ def location_at(places: Layout, engine: sa.Engine, name: str) -> LogLocation:
 def max_age_s(storage: StorageConfig) -> float:
     """Return the age in seconds after which a segment is closed. It is short if others wait for its upload."""
     return storage.upload_after_s if is_uri(storage.root) else MAX_AGE_S
-
-
-def check_durability(config: PlatformConfig) -> None:
-    """Check that records can leave the machine before their request is answered, if they must.
-
-    Raises:
-        ConfigError: `replica.durability=shared` without a remote storage root and PostgreSQL.
-    """
-    if config.replica.durability is not Durability.shared:
-        return
-    if not is_uri(config.storage.root) or not (config.ledger.url or "").startswith("postgresql"):
-        raise ConfigError(
-            "replica.durability=shared needs ledger.url=postgresql+psycopg://… and a remote storage.root (storage=s3): "
-            "a record on this machine's disk alone is lost with it. Set both, or use replica.durability=disk."
-        )
 
 
 def local_node(disk: str) -> str:

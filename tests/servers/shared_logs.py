@@ -29,7 +29,7 @@ class Node:
         return Uploader(self.places, self.ledger, silent_s=silent_s)
 
     def writer(self, **options: bool) -> SegmentWriter:
-        return SegmentWriter(self.log.folder, store=self.keyring, key=PERSONAL, **options)  # type: ignore[arg-type]
+        return SegmentWriter(self.log.folder, store=self.keyring, key=PERSONAL, **options)
 
     def write(self, first: int, count: int) -> None:
         """Write records as one closed segment."""

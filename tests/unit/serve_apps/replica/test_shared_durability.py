@@ -17,11 +17,10 @@ import sqlalchemy as sa
 from cluster.errors import ConfigError
 from cluster.records import LogLocation, count_records, prediction_log, read_predictions
 from cluster.records.blocks import Block, BlockWriter, segment_sizes
-from cluster.records.location import check_durability
 from cluster.records.upload import Uploader
 from cluster.security.keys.access import key_store
 from cluster.settings import Durability, LedgerConfig, PlatformConfig, ReplicaConfig, StorageConfig
-from cluster.storage import Layout
+from cluster.storage import Layout, check_durability
 from serve_apps.replica.http import Unavailable
 from serve_apps.replica.record_log import RecordLog
 from tests.samples.record_log import PERSONAL, new_keyring, prediction
