@@ -70,12 +70,11 @@ def main() -> None:
                     turn = measure(
                         Target(url=url, requests=[(headers, BODY)]),
                         connections=connections,
-                        seconds=SECONDS if number else 1,
+                        seconds=SECONDS,
                         wrk=wrk,
                     )
                     if number:
                         turns.setdefault((case, durability), []).append(turn)
-        replicas.clear()  # a replica's threads end with it, before the database does
     results = []
     for (case, durability), measured in turns.items():
         values = {
