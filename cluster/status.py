@@ -52,7 +52,7 @@ class Health:
     problems: list[str]
     """Paths with a wrong owner or wrong permissions, and folders that are missing."""
     restoring: bool
-    """Whether applications of a lost head are not all restored yet."""
+    """Whether some applications of a lost head are not restored yet."""
 
     @property
     def is_healthy(self) -> bool:
@@ -104,7 +104,7 @@ def applications(record: ClusterRecord) -> dict[str, str]:
 def silent_replicas(record: ClusterRecord) -> dict[str, list[str]]:
     """Return, for each Serve application, the addresses of replicas that do not answer the edge's health checks.
 
-    It is empty if the edge does not answer. Serve reports an application as RUNNING even if a replica hangs.
+    The result is empty if the edge does not answer. Serve reports an application as RUNNING even if a replica hangs.
     """
     try:
         request = urllib.request.Request(record.metrics_url)
@@ -115,7 +115,7 @@ def silent_replicas(record: ClusterRecord) -> dict[str, list[str]]:
 
 
 def servers_down(metrics: str) -> dict[str, list[str]]:
-    """Return, for each HAProxy backend, the addresses of servers that are down, from HAProxy's Prometheus metrics."""
+    """Parse HAProxy's Prometheus metrics, and return the addresses of servers that are down, by HAProxy backend."""
     by_backend: dict[str, list[str]] = defaultdict(list)
     for backend, host, port in _SERVER_DOWN.findall(metrics):
         by_backend[backend].append(f"{host}:{port}")
@@ -123,7 +123,7 @@ def servers_down(metrics: str) -> dict[str, list[str]]:
 
 
 def listeners(record: ClusterRecord) -> dict[str, list[str]]:
-    """Return the process names behind each address that the cluster listens on, sorted by port."""
+    """Return, for each address that the cluster listens on, the names of the listening processes. Sorted by port."""
     by_address: dict[str, list[str]] = defaultdict(list)
     for process in processes.find(record.cluster_id, owner=record.owner):
         try:
@@ -180,7 +180,7 @@ def _show_text(record: ClusterRecord, cluster_health: Health) -> None:
 
 
 def main() -> None:
-    """Remove this command's own flags from the arguments; the rest is configuration."""
+    """Run the command. Remove its own flags from the arguments first, because Hydra reads all other arguments."""
     flag = next((argument for argument in sys.argv[1:] if argument in FLAGS), None)
     sys.argv = [argument for argument in sys.argv if argument not in FLAGS]
     job("cluster", PlatformConfig)(lambda config: show(config, flag))()

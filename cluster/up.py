@@ -1,7 +1,7 @@
 """`python -m cluster.up`: start a cluster on this machine: a Ray head, Serve, the edge and their supervisor.
 
-If a part fails to start, everything is ended again. If the project's cluster already runs and parts of it are missing,
-only those are started.
+If a part fails to start, the command ends everything again. If the project's cluster already runs, the command starts
+only the missing parts.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def main(config: PlatformConfig) -> None:
 def running_record(config: PlatformConfig) -> ClusterRecord | None:
     """Return the record of the cluster if any of its parts still runs, else None.
 
-    If nothing runs (after a reboot, for example) or the last start was killed, this ends the remaining processes and
-    removes the cluster's folders first.
+    If no part runs (for example after a reboot) or the last start was killed, first end the remaining processes and
+    remove the cluster's folders.
     """
     record = find_own_record(config.storage)
     if record is None:
@@ -117,9 +117,9 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
 
 
 def repair(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Let the supervisor start the missing parts, and wait for them.
+    """Let the supervisor start the missing parts, and wait until they run.
 
-    Missing files are created and permissions corrected first.
+    Before that, create missing files and correct permissions.
 
     Raises:
         ClusterAlreadyUp: No part is missing.
@@ -148,10 +148,10 @@ def repair(config: PlatformConfig, record: ClusterRecord) -> None:
 
 
 def wake_supervisor(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Make the supervisor try at once, or start a supervisor. One that does not run properly is replaced."""
+    """Make the supervisor try at once. If it does not run, end its process, if there is one, and start a supervisor."""
     status = next(status for status in inspect_parts(record) if status.part is Part.supervisor)
     if status.process is not None and status.state is State.running:
-        # Before it holds its lock, it has no handler for the signal, and the signal would end it.
+        # Before the supervisor holds its lock, it has no handler for the signal, and the signal would end it.
         if is_watched_by(config.storage, status.process.pid):
             status.process.send_signal(signal.SIGHUP)
         return
@@ -161,7 +161,7 @@ def wake_supervisor(config: PlatformConfig, record: ClusterRecord) -> None:
 
 
 def start(config: PlatformConfig) -> None:
-    """Start a cluster. If a part fails to start, end all of it again."""
+    """Start a cluster. If a part fails to start, end the whole cluster again."""
     avoid_taken_metrics_ports(config.cluster.ports)
     check(config)
     started = time.perf_counter()
@@ -188,7 +188,7 @@ def start(config: PlatformConfig) -> None:
 
 
 def _start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
-    # Written before anything runs: if this start is killed, the next command can end the processes that it left.
+    # The record is written before a process starts. If this command is killed, the next command can end its processes.
     write_record(replace(record, starting=True), config.storage)
     start_ray(config, record)
     broker = start_process(config, record, BROKER, log=key_log(config))
@@ -255,9 +255,10 @@ def refuse_variables() -> None:
 
 
 def avoid_taken_metrics_ports(ports: PortsConfig) -> None:
-    """Replace the default ports of Falaj's own metrics by free ones if they are in use.
+    """If a default port of Falaj's own metrics is in use, replace it with a free port.
 
-    So a second cluster can start on this machine. A port that is set explicitly is not replaced; `check` refuses it.
+    So a second cluster can start on this machine. A port that is set explicitly is not replaced; `check` refuses it if
+    it is in use.
     """
     for name in METRICS_PORTS:
         default = getattr(PortsConfig(), name)
@@ -269,7 +270,7 @@ def avoid_taken_metrics_ports(ports: PortsConfig) -> None:
 
 def _is_taken(name: str, port: int) -> bool:
     if name == "replicas":
-        # Connections of a replica that just ended block its port for a minute. Ray then takes another of the 1,000.
+        # Connections of a replica that just ended block its port for a minute. Ray then takes another of the ports.
         return processes.port_answers(port)
     return not processes.port_is_free(port, "0.0.0.0" if name == "gcs" else "127.0.0.1")  # noqa: S104 (a probe)
 
@@ -316,7 +317,7 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
     for folder in (root, keys, local(storage.tls), local(storage.edge)):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         remove_access_of_others(folder)
-    # Git and `ray job submit --working-dir` respect it. They must not include keys and data.
+    # Git and `ray job submit --working-dir` read this file. Both must not include keys and data.
     ignore_file = root / ".gitignore"
     if not ignore_file.exists():
         ignore_file.write_text("*\n")

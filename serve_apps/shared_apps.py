@@ -33,14 +33,14 @@ APPLICATIONS: dict[str, Any] = {OUTCOMES_APP: Outcomes, FEATURES_APP: Features}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Settings of the configuration that these applications use; the fields are the keys of the JSON file."""
+    """Settings of the configuration that these applications use. The fields are the keys of the JSON file."""
 
     online: dict[str, Any]
-    """Fields of `OnlineConfig`; `kind` is the enum's value."""
+    """Fields of `OnlineConfig`. `kind` is the value of the enum."""
     durability: str
     service_token_file: str | None
     max_ahead_s: float = FeaturesConfig().max_ahead_s
-    """From `FeaturesConfig`; files of earlier releases lack it."""
+    """Field of `FeaturesConfig`. Files of earlier releases do not have it."""
 
     @classmethod
     def of(cls, config: PlatformConfig) -> Settings:
@@ -53,7 +53,10 @@ class Settings:
         )
 
     def merged_over(self, stored: Settings) -> Settings:
-        """Return these settings. A setting at its default takes the stored value; the stronger durability counts."""
+        """Return these settings, with the stored value for each setting that has its default.
+
+        Durability is the stronger of the two.
+        """
         default = Settings.of(PlatformConfig())
         strength = [durability.value for durability in Durability]
         return Settings(
@@ -88,14 +91,14 @@ def main(config: PlatformConfig) -> None:
         return
     try:
         run_shared_apps(config, record, settings)
-    except DeployFailed as error:  # for example, Redis is down; the rest of the cluster must still start
+    except DeployFailed as error:  # for example, Redis is down: the rest of the cluster must still start
         print(
             f"warning: {error} Start it with `python -m serve_apps.deploy action=restore`.", file=sys.stderr
         )
 
 
 def settings_at_start(config: PlatformConfig, record: ClusterRecord) -> Settings:
-    """Return the settings stored by this cluster's previous head, or else those of the configuration."""
+    """Return the settings that this cluster's previous head has stored, or else the settings of the configuration."""
     stored = _stored_settings(config, record)
     if stored is None:
         _path(config).unlink(missing_ok=True)
@@ -118,7 +121,7 @@ def ensure_shared_apps(config: PlatformConfig) -> None:
 
 
 def restore_shared_apps(config: PlatformConfig) -> None:
-    """Start the applications with their stored settings, not with this configuration's.
+    """Start the applications with their stored settings, not with the settings of this configuration.
 
     Raises:
         DeployFailed: an application did not start; the message names it.
@@ -148,8 +151,8 @@ def run_shared_apps(config: PlatformConfig, record: ClusterRecord, settings: Set
 def _stored_settings(config: PlatformConfig, record: ClusterRecord) -> Settings | None:
     """Return the settings that the applications were last started with in this cluster.
 
-    None if they were not started, if an earlier release started them, or if the file is damaged: a damaged file must
-    not stop a cluster from starting.
+    The result is None if they were not started, if an earlier release started them, or if the file is damaged. A
+    damaged file must not prevent the start of a cluster.
     """
     path = _path(config)
     try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from cluster.errors import ConfigError
 from cluster.ledger.chain import Entry
 
 _LOCK_KEY = 0x0FA1A7
@@ -56,6 +57,24 @@ def connect(url: str) -> sa.Engine:
     return engine
 
 
+def require_tls(url: str) -> None:
+    """Require a verified TLS connection to a database on another machine.
+
+    Raises:
+        ConfigError: The URL does not ask for one.
+    """
+    address = sa.engine.make_url(url)
+    if (
+        address.host in (None, "", "localhost", "127.0.0.1", "::1")
+        or address.query.get("sslmode") == "verify-full"
+    ):
+        return
+    raise ConfigError(
+        f"The ledger's database at {address.host} would be reached without a verified TLS connection. Add "
+        "sslmode=verify-full and sslrootcert=/path/to/ca.pem to ledger.url."
+    )
+
+
 @contextmanager
 def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
     """Open a transaction that holds the ledger's write lock. It commits at the end, except after an exception."""
@@ -80,6 +99,17 @@ def updating(engine: sa.Engine) -> Iterator[sa.Connection]:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
         yield connection
         connection.commit()
+
+
+@contextmanager
+def snapshot(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Open a transaction that reads one state of the database, whatever others write meanwhile."""
+    with engine.connect() as connection:
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN")
+        else:
+            connection.execution_options(isolation_level="REPEATABLE READ")
+        yield connection
 
 
 def create_tables(connection: sa.Connection) -> None:

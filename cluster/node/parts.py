@@ -1,7 +1,7 @@
 """The parts of a cluster on this machine, and the state of each part.
 
-A part is recognised by its command line among the cluster's processes, and never by a stored pid. Pids are reused, and
-a part that an operator started by hand counts too.
+A part is found by its command line among the cluster's processes, and never by a stored pid. Pids are reused, and an
+operator may have started a part by hand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cluster.session import ClusterRecord
 
 
 class Part(enum.StrEnum):
-    """A process that a cluster needs. Replicas and Ray's workers are not among them: Ray restarts those itself."""
+    """A process that a cluster needs. Replicas and Ray's workers are not parts, because Ray restarts them."""
 
     gcs = "Ray GCS"
     raylet = "raylet"
@@ -102,7 +102,7 @@ def find_parts(record: ClusterRecord) -> dict[Part, psutil.Process]:
 def processes_by_part(members: Iterable[psutil.Process]) -> dict[Part, psutil.Process]:
     """Return the process of each part among a cluster's processes.
 
-    If a part has two processes, for example while the edge reloads, the newest one counts.
+    If a part has two processes, for example while the edge reloads, the newest process is returned.
     """
     by_part: dict[Part, psutil.Process] = {}
     for process in sorted(members, key=_created_at):
@@ -118,7 +118,7 @@ def processes_by_part(members: Iterable[psutil.Process]) -> dict[Part, psutil.Pr
 
 
 def part_of(name: str, command: list[str]) -> Part | None:
-    """Return the part that a process name and command line belong to, or None."""
+    """Return the part to which a process with this name and command line belongs, or None."""
     module = _module(command)
     for part, part_module in _MODULES.items():
         if module == part_module:
@@ -131,12 +131,12 @@ def part_of(name: str, command: list[str]) -> Part | None:
     for part, script in _SCRIPTS.items():
         if any(argument.endswith(script) for argument in command[:4]):
             return part
-    # Only the edge's master has -W; HAProxy's workers and Ray Serve's own HAProxy do not.
+    # Only the edge's master process has -W. HAProxy's workers and Ray Serve's own HAProxy do not.
     return Part.haproxy if name == "haproxy" and "-W" in command else None
 
 
 def state_of(process: psutil.Process | None) -> State:
-    """Return the state that the kernel reports for a part's process; None means that no process was found."""
+    """Return the state that the kernel reports for a part's process, or `dead` if `process` is None."""
     try:
         if process is None or not process.is_running():
             return State.dead
@@ -149,9 +149,9 @@ def state_of(process: psutil.Process | None) -> State:
 
 
 def probe_state(part: Part, state: State, record: ClusterRecord) -> State:
-    """Return `silent` for a running part that does not answer its probe, else the given state.
+    """Return `silent` if the part runs and does not answer its probe, and otherwise `state`.
 
-    Parts without a probe keep their state.
+    For a part without a probe, return `state`.
     """
     probe = _PROBES.get(part)
     return State.silent if state is State.running and probe is not None and not probe(record) else state

@@ -4,10 +4,10 @@ A segment can be moved when its writer has closed it or has ended, because then 
 remote, a segment can be moved when it is uploaded. Its records are written to encrypted files. One Delta transaction
 adds these files and names the segment. The segment is deleted only when that transaction is durable.
 
-If a compaction is killed before the transaction, it leaves files that no transaction refers to. If it is killed after
-the transaction, it leaves segments whose records are already in the table, and readers skip those. The next run removes
-both. It removes a file without a transaction only if its records also exist elsewhere: otherwise the file is the
-remainder of a lost table.
+If a compaction is killed before the transaction, files remain that no transaction refers to. If it is killed after the
+transaction, segments remain whose records are already in the table; readers skip these segments. The next run removes
+such files and segments. But it removes a file only if the file's records also exist elsewhere. If they do not, the
+table that contained the file was lost.
 
 One compaction of a log runs at a time. A lock on the disk excludes others on this machine, and a lock in PostgreSQL
 those on other machines.
@@ -48,18 +48,18 @@ from cluster.storage import file_system, is_uri, read_bytes, remove, write_bytes
 
 LOCK = ".compaction"
 MAX_RECORDS, MAX_BYTES = 50_000, 32 * 2**20
-"""Most records and JSON bytes of one file. They limit the memory to write and to read it."""
+"""Largest number of records, and of JSON bytes, in one file. Both limit the memory for writing and reading a file."""
 MAX_SEGMENTS = 500
-"""Most segments of one run, because each one is held open."""
+"""Largest number of segments that one run moves. All of them are open files during the run."""
 ABANDONED_S = 3600.0
-"""Age in seconds after which an unfinished segment file, or a remote file without a transaction, counts as left behind
-by a killed process."""
+"""Age in seconds after which an unfinished segment file, or a remote file without a transaction, is removed. Its writer
+must have been killed."""
 
 
 def compact(log: AnyLog, *, store: KeyStore, files: ProtectedFiles) -> int:
-    """Move closed segments into the log's table; return the number of segments that were deleted.
+    """Move closed segments into the log's table, and return the number of segments that were deleted.
 
-    0 means that no closed segment is left.
+    If it is 0, no closed segment was left.
 
     Args:
         log: The log.
@@ -183,7 +183,7 @@ def _move(
 def _row_groups(
     kind: str, segments: Iterable[StoredSegment], store: KeyStore
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield the segments' records as rows for one file each, with their column class."""
+    """Yield the column class and the rows of each file to write, with the records of all segments."""
     by_class: dict[str, _Rows] = {}
     for segment in segments:
         if (column_class := segment_class(segment)) is None:
@@ -240,7 +240,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _require_other_copy(uri: str, existing: Container[str], table: LogTable) -> None:
-    """Require that a file is not the last copy of its records."""
+    """Require that another copy of a file's records exists."""
     if lost := sorted(name for name in _segments_of(uri) if name not in existing and not table.has(name)):
         raise RecordLogCorrupt(
             f"{uri} holds records of segment {lost[0]}, which does not exist and which the table does not name: a "

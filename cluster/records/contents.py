@@ -154,7 +154,7 @@ def segment_records(segment: StoredSegment, store: KeyStore) -> Iterator[dict[st
 
 
 def count_segment(segment: StoredSegment) -> int:
-    """Return the number of complete records of a segment. It needs no key.
+    """Return the number of complete records of a segment. No key is needed.
 
     Raises:
         FileNotFoundError: The segment does not exist.
@@ -175,7 +175,7 @@ def segment_class(segment: StoredSegment) -> str | None:
 
 
 def _parse_header(segment: StoredSegment, header: bytes) -> tuple[str, str]:
-    """Return the name of a segment's key and its wrapped data key."""
+    """Parse a segment's first line, and return the name of the wrapping key and the wrapped data key."""
     try:
         content = orjson.loads(header)
         key, wrapped = content["key"], content["data_key"]
@@ -191,9 +191,9 @@ def _parse_header(segment: StoredSegment, header: bytes) -> tuple[str, str]:
 
 
 def _belongs_to_log(log: str, key: object) -> bool:
-    """Return whether a key is one of the segment's log: `predictions/<model>/<class>` for `predictions/<model>`.
+    """Return whether a key belongs to the segment's log: `predictions/<model>/<class>` for `predictions/<model>`.
 
-    The segment itself names its key. Without this check, a principal with another key could add forged records.
+    The segment's first line names the key. Without this check, a principal with another key could add forged records.
     """
     of_log, _, column_class = str(key).rpartition("/")
     return isinstance(key, str) and of_log == log and column_class in COLUMN_CLASSES

@@ -82,7 +82,7 @@ def _stored_records(log: AnyLog, store: KeyStore) -> Iterator[StoredRecord]:
 
 
 def count_records(log: AnyLog) -> int:
-    """Return the number of complete records of a log. It needs no key."""
+    """Return the number of complete records of a log. No key is needed."""
     location = location_of(log)
     while True:
         listing, table = list_all(location), LogTable(location.root)
@@ -97,22 +97,22 @@ def count_records(log: AnyLog) -> int:
 
 
 def read_predictions(log: AnyLog, store: KeyStore) -> pl.DataFrame:
-    """Return the `answers` of `read_log`. Raises as `read_records`."""
+    """Return the `answers` of `read_log`. The errors are those of `read_records`."""
     return read_log(log, store).answers
 
 
 def read_shadow_predictions(log: AnyLog, store: KeyStore) -> pl.DataFrame:
     """Return the predictions of shadows, in the format of `read_predictions`.
 
-    `request_id` is that of the request that the shadow got a copy of. Raises as `read_records`.
+    `request_id` is the id of the request whose copy the shadow got. The errors are those of `read_records`.
     """
     return _log(record for record in _records_in_order(log, store) if record["arm"] == SHADOW).answers
 
 
 def read_log(log: AnyLog, store: KeyStore) -> Log:
-    """Return a model's requests and answers, in the order of writing. Raises as `read_records`.
+    """Return a model's answers and failures, in the order of writing. The errors are those of `read_records`.
 
-    Predictions of shadows are not included: no client got them, so they count in no figure about serving.
+    Predictions of shadows are not included: no client got them, so no figure about serving may include them.
     """
     return _log(record for record in _records_in_order(log, store) if record["arm"] != SHADOW)
 
@@ -121,17 +121,17 @@ def read_log(log: AnyLog, store: KeyStore) -> Log:
 class Log:
     """A model's log as two frames, with one row for each entity of a request.
 
-    Columns of both: prediction_id, row, request_id, time and as_of (UTC), model, version, variant, rollout, arm,
-    unit_hash.
+    Both frames have the columns prediction_id, row, request_id, time and as_of (UTC), model, version, variant, rollout,
+    arm, unit_hash.
     """
 
     answers: pl.DataFrame
-    """Answered rows: also the task's columns among `probability`, `label`, `value` and `probabilities`, and one column
-    for each model input. Values are as they were written: a column with several types is `pl.Object`, and so is
-    `probabilities` (a dict by class). `cluster.records.signature_types` converts them to the types of a version's
-    signature. Inputs with a name in `RESERVED_COLUMNS` are left out."""
+    """Rows with an answer. They also have the task's columns (of `probability`, `label`, `value`, `probabilities`) and
+    one column for each model input, except inputs with a name in `RESERVED_COLUMNS`. Values are as they were written: a
+    column with several types is `pl.Object`, and `probabilities` too, because it contains dicts by class.
+    `cluster.records.signature_types` converts the values to the types of a version's signature."""
     failures: pl.DataFrame
-    """Rows without a finite score from the model, with the reason as `fault`. They count in no figure."""
+    """Rows without a finite score from the model. The column `fault` has the reason. No figure includes these rows."""
 
 
 def _log(records: Iterable[dict[str, Any]]) -> Log:
@@ -153,16 +153,16 @@ def _log(records: Iterable[dict[str, Any]]) -> Log:
 def read_outcomes(log: AnyLog, store: KeyStore) -> pl.DataFrame:
     """Return the last received outcome for each prediction and row.
 
-    Columns: prediction_id, row, outcome, observed_at, received_at (UTC). If two outcomes were received at the same
-    time, the one that was written last counts. An outcome keeps the type that it was sent with. Raises as
-    `read_records`.
+    Columns: prediction_id, row, outcome, observed_at, received_at (UTC). Of two outcomes that were received at the same
+    time, the one that was written last is returned. An outcome has the type that it was sent with. The errors are those
+    of `read_records`.
     """
     received = _received_outcomes(log, store)
     return received.unique(["prediction_id", "row"], keep="last", maintain_order=True)
 
 
 def iter_outcomes(log: AnyLog, store: KeyStore) -> Iterator[Outcome]:
-    """Yield all outcomes in the order in which they were received. Raises as `read_records`."""
+    """Yield all outcomes in the order in which they were received. The errors are those of `read_records`."""
     frame = _received_outcomes(log, store)
     names = ("prediction_id", "row", "outcome")
     for prediction_id, row, value in zip(*(frame[name].to_list() for name in names), strict=True):
@@ -170,7 +170,7 @@ def iter_outcomes(log: AnyLog, store: KeyStore) -> Iterator[Outcome]:
 
 
 def _received_outcomes(log: AnyLog, store: KeyStore) -> pl.DataFrame:
-    """Return all outcomes in the order in which they were received. Without outcomes, the frame has only columns."""
+    """Return all outcomes in the order in which they were received. Without outcomes, the frame has no rows."""
     records = _records_in_order(log, store)
     if not records:
         return pl.DataFrame(schema=_OUTCOME | {"outcome": pl.Null})
@@ -186,9 +186,9 @@ class Outcome(NamedTuple):
 
 
 def fault_of(record: Mapping[str, Any], row: int) -> str:
-    """Return the reason why a row of a record has no answer, or "" if it has one.
+    """Return the reason why a row of a record has no answer, or "" if the row has an answer.
 
-    A null score counts as a fault too: an old release did not check scores and wrote NaN as null, with a useless label.
+    A null score is a fault too: an old release did not check scores and wrote NaN as null, with a useless label.
     """
     if fault := record.get("fault"):
         return str(fault)
@@ -225,8 +225,8 @@ OUTCOME, INVALID_OUTCOME = "outcome", "odd_outcome"
 RESERVED_COLUMNS = frozenset(
     {*_COMMON, "row", "probability", "label", "value", "probabilities", "fault", OUTCOME, INVALID_OUTCOME}
 )
-"""Reserved column names. An input with such a name is left out, because the client chooses its value: the client must
-not be able to change an answer's arm or label."""
+"""Reserved column names. An input with such a name is left out, because a client chooses the values of inputs. A client
+must not be able to change an answer's arm or label."""
 _OUTCOME: dict[str, Any] = {
     "prediction_id": pl.String,
     "row": pl.Int64,
@@ -248,7 +248,7 @@ def _records_in_order(log: AnyLog, store: KeyStore) -> list[dict[str, Any]]:
 
 
 def _frame(rows: Sequence[Mapping[str, Any]], types: Mapping[str, Any]) -> pl.DataFrame:
-    """Return a frame. Columns in `types` get these types, and all others keep their values unchanged."""
+    """Return a frame. Columns in `types` get these types; the values of all other columns stay unchanged."""
     if not rows:
         return pl.DataFrame(schema=dict(types))
     names = dict.fromkeys(name for row in rows for name in row)
@@ -265,7 +265,7 @@ def _column(name: str, values: list[Any], dtype: Any) -> pl.Series:
 
 
 def exact_column(name: str, values: Sequence[Any]) -> pl.Series:
-    """Return values unchanged as a column: of their common type, or `pl.Object` if they have several types."""
+    """Return a column with unchanged values: of their common type, or of `pl.Object` if they have several types."""
     value_types = frozenset(map(type, values)) - {NoneType}
     try:
         return pl.Series(name, values, dtype=_NATIVE.get(value_types, pl.Object) if value_types else pl.Null)

@@ -6,10 +6,10 @@ because its answer was never sent.
 
 A segment's first line has the name of its key, and its wrapped data key. Every other line is a record: JSON, encrypted
 with AES-256-GCM and bound to its log, segment and number. So a record that was changed, moved, or removed from the
-middle is detected. Removed records at the end can only be detected with the edge's access records. Writers only need
-permission to wrap keys, so a replica cannot read what others logged. Counting records needs no key.
+middle is detected. If the last records were removed, only the edge's access records reveal it. Writers only need
+permission to wrap keys, so a replica cannot read logged records. Counting records needs no key.
 
-A writer holds its segment's lock (flock), and starts a new segment when the current one is large or old. A segment
+A writer holds its segment's lock (flock), and starts a new segment when the current segment is large or old. A segment
 without a lock gets no more records. So compaction can find closed segments without contacting any replica.
 """
 
@@ -60,11 +60,11 @@ class SegmentWriter:
         Args:
             folder: Folder of the log, `predictions/<model>` or `outcomes/<model>`.
             store: Key store that wraps this writer's data key, once.
-            key: Name of the key that wraps it.
-            keep_unsynced: Keep full segments open until the next `sync`, so that it covers them too.
+            key: Name of the key that wraps the data key.
+            keep_unsynced: Keep full segments open until the next `sync`, so that `sync` flushes them too.
             keep_blocks: Keep new lines until the next `take_blocks`, and full segments open until the result is closed.
-            max_bytes: Size of a segment after which a new one is started.
-            max_age_s: Age of a segment, in seconds, after which the next record starts a new one.
+            max_bytes: Size of a segment after which the next record starts a new segment.
+            max_age_s: Age of a segment, in seconds, after which the next record starts a new segment.
 
         Raises:
             KeyNotFound, KeyRevoked, AccessDenied: The key store refuses the key.
@@ -85,10 +85,10 @@ class SegmentWriter:
         return self._segment.path
 
     def append(self, *records: Record) -> None:
-        """Write records. Either all of them are readable afterwards or none.
+        """Write records. Afterwards, either all of them are readable or none.
 
         Raises:
-            OSError: The disk is full or failed. The next append starts with a new line.
+            OSError: The disk is full or failed. The next append starts on a new line.
         """
         segment = self._segment
         if segment.broken or (segment.count and self._is_full(segment)):
@@ -119,7 +119,7 @@ class SegmentWriter:
         It must not run at the same time as `sync`.
 
         Raises:
-            OSError: As `sync`.
+            OSError: The disk failed; see `sync`.
         """
         segment = self._segment
         if segment.count and self._is_full(segment):
@@ -136,7 +136,7 @@ class SegmentWriter:
             OSError: The disk failed. Unsynced records may be lost, even if a later call succeeds. So the caller must
                 report the failure now, and the segment gets no more records.
         """
-        current = self._segment  # read first: if it is replaced during this call, it is still synced
+        current = self._segment  # read first, so that it is synced even if `append` replaces it now
         for segment in self._unsynced.copy():
             self._unsynced.remove(segment)
             with contextlib.closing(segment):
@@ -212,7 +212,7 @@ class _Segment:
         self.broken = self.closed = False
         """A broken segment takes no more records."""
         self.lossy = False
-        """Whether a sync failed. The kernel may have dropped records, and a later sync would not report it."""
+        """Whether a sync failed. The kernel may have dropped records, and a later sync would not report the loss."""
         _make_folder(folder, synced=synced)
         unfinished = folder / f"{name}{UNFINISHED}"
         self._descriptor = os.open(unfinished, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)

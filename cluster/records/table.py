@@ -1,8 +1,8 @@
 """The Delta table of a log, with its compacted records. Its files are encrypted with the keys of their segments.
 
-A commit names each segment that it contains as an application transaction. So a version of the table knows its segments
-without reading a row: no segment can be added twice, and readers know which segment files to skip. Each file has one
-key. The file's partition gives the key's column class, and readers verify that the file matches it.
+A commit lists its segments as Delta's application transactions. So the segments of a table version are known without
+reading a row: no segment can be added twice, and readers know which segment files to skip. Each file has one key. The
+file's partition is the key's column class, and readers verify that the file has a key of this class.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class LogTable:
 
     @property
     def records(self) -> int:
-        """Number of records in all files. It needs no key."""
+        """Number of records in all files. No key is needed."""
         return sum(file.records for file in self.files)
 
     def has(self, segment: str) -> bool:
@@ -103,7 +103,7 @@ class LogTable:
                 yield StoredRecord(row[SEGMENT], row[LINE], to_record(self.kind, row))
 
     def write(self, rows: Sequence[Mapping[str, Any]], column_class: str, files: ProtectedFiles) -> LogFile:
-        """Write rows as one file. It becomes part of the table with `commit`."""
+        """Write rows as one file. `commit` makes the file a part of the table."""
         path = f"{CLASS}={column_class}/{uuid.uuid4().hex}.parquet"
         size = files.write(
             pa.Table.from_pylist(list(rows), schema(self.kind)),
@@ -114,16 +114,16 @@ class LogTable:
         return LogFile(path=path, column_class=column_class, records=len(rows), size_bytes=size)
 
     def ensure(self) -> DeltaTable:
-        """Return the Delta table; create it if it does not exist.
+        """Return the Delta table. Create the table if it does not exist.
 
-        It is created before the first file is written. So a file without a table shows that the table is lost.
+        The table is created before the first file is written. So if a file exists without a table, the table was lost.
         """
         if self._table is None:
             self._table = _create(self.uri, schema(self.kind))
         return self._table
 
     def commit(self, files: Sequence[LogFile], segments: Sequence[str]) -> int:
-        """Add files and name their segments, in one transaction; return the table's version.
+        """Add files and list their segments, in one transaction. Return the table's new version.
 
         Raises:
             CommitConflict: Another process committed at the same time; nothing was changed.
@@ -159,7 +159,7 @@ class LogTable:
                 sync_folder(folder)
 
     def sync(self) -> None:
-        """Flush the table's history and folders to disk, because Delta does not. Earlier runs' commits are included."""
+        """Flush the table's history and folders to disk, because Delta does not. This covers earlier commits too."""
         if is_uri(self.uri):
             return
         folder = Path(self.uri)
@@ -248,7 +248,7 @@ def _with_class(columns: pa.Schema) -> Schema:
 
 
 def _add_action(file: LogFile) -> AddAction:
-    """Return the action without minima and maxima, which would reveal protected values."""
+    """Return the action that adds a file. It has no column minima and maxima: they would reveal protected values."""
     stats = json.dumps({"numRecords": file.records})
     now = int(time.time() * 1000)
     return AddAction(file.path, file.size_bytes, {CLASS: file.column_class}, now, True, stats)

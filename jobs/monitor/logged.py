@@ -1,4 +1,4 @@
-"""Read what each version answered under each variant, with outcomes, in the types of the version's signature."""
+"""Read the answers of each version under each variant, with outcomes, in the types of the version's signature."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from cluster.storage import layout
 from jobs.monitor.config import MonitorConfig
 
 _COLUMNS = ("prediction_id", "row", "as_of", OUTCOME, INVALID_OUTCOME)
-"""Columns that are kept in addition to inputs and answers."""
+"""Columns that monitoring needs in addition to inputs and answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,15 +42,15 @@ class ServedVersion:
     variant: str
     version: ModelVersion
     rows: pl.DataFrame
-    """One row per answered entity; empty if every answer failed."""
+    """One row for each answered entity. The frame is empty if no request got a score."""
     failed: int
     """Number of rows without a finite score."""
     odd_inputs: dict[str, int]
-    """Number of logged values that do not have the input's type, by input. They count as null."""
+    """For each input, the number of logged values that do not have the input's type. Such values count as null."""
 
     @property
     def name(self) -> str:
-        """Variant and version for printed output, for example `champion v2`."""
+        """Variant and version as one text for printed output, for example `champion v2`."""
         return f"{self.variant} v{self.version.version}"
 
 
@@ -68,7 +68,7 @@ class ServedLog:
     """How complete the logs are."""
 
     def left_out(self, served: ServedVersion) -> dict[str, int]:
-        """Count what no figure includes, by reason: rows of this version, and outcomes that belong to no version."""
+        """By reason, count the rows and values that no figure includes, and the outcomes without a logged answer."""
         odd_outcomes = 0 if served.rows.is_empty() else int(served.rows[INVALID_OUTCOME].sum())
         counts = {
             "rows_without_score": served.failed,
@@ -80,7 +80,7 @@ class ServedLog:
 
 
 class _VersionKey(NamedTuple):
-    """A version under a variant. Equal to the tuple that polars uses as the key of a group."""
+    """A version under a variant. It equals the tuple that polars uses as the key of a group."""
 
     variant: str
     number: int
@@ -143,10 +143,9 @@ def _count_failures(log: Log) -> Counter[_VersionKey]:
 
 
 def _monitored_columns(answers: TypedRows) -> pl.DataFrame:
-    """Select the columns to monitor. Columns of Python objects are dropped, because a frame cannot be stored with them.
+    """Select the columns to monitor. Columns of Python objects are dropped, because such a frame cannot be stored.
 
-    Outcome and label are always kept. If their values have several types, they are converted to text, which means the
-    same.
+    Outcome and label are never dropped. If the values of one have several types, they are converted to text.
     """
     rows = answers.rows.with_columns(
         _text_if_mixed(exact_column(name, answers.rows[name].to_list()))

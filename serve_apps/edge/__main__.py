@@ -43,8 +43,8 @@ from serve_apps.replica.targets import serve_targets
 
 LEDGER_RETRY_S = 1.0
 KEYS_MAX_AGE_S = 30.0
-"""Maximum age of an OIDC issuer's keys. Other processes fetch the keys again when a token names an unknown key; HAProxy
-cannot."""
+"""Maximum age of an OIDC issuer's keys. Other processes fetch the keys again when a token names an unknown key, but
+HAProxy cannot."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,7 +64,7 @@ class LimitConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LimitsConfig:
-    """Default limits, for all without own limits by `serve_apps.edge.limits`."""
+    """Limits of each principal and tenant for which `serve_apps.edge.limits` has set no others."""
 
     principal: LimitConfig = field(default_factory=LimitConfig)
     tenant: LimitConfig = field(default_factory=lambda: LimitConfig(requests_per_s=50_000, concurrent=1_500))
@@ -75,21 +75,21 @@ class EdgeConfig(PlatformConfig):
     """Settings of the edge."""
 
     host: str = "127.0.0.1"
-    """Address the edge listens on."""
+    """Address that the edge listens on."""
     max_body_bytes: int = 32_000_000
-    """A larger body ends the connection. Replicas refuse much smaller bodies, after reading them to the end."""
+    """A larger body ends the connection. The limit of replicas is much lower; they read the body and then refuse it."""
     threads: int = 1
-    """Threads of HAProxy. One takes 140 µs of a core for a request. Several lose access records: when two threads write
-    at the same time, one line is dropped (two threads at full load: 17 of 20,156)."""
+    """Threads of HAProxy. A request takes 140 µs of one core. Use several threads only if access records may be lost:
+    when two threads write at the same time, one line is dropped (two threads at full load: 17 of 20,156 lines)."""
     max_connections: int = 2000
     max_connections_of_one_address: int = 500
-    """Set it to `max_connections` behind a proxy, because all connections then have the proxy's address."""
+    """Behind a proxy, set this to `max_connections`, because all connections then have the proxy's address."""
     hang_s: float = 0.7
-    """The champion answers for a treatment whose replica leaves a health check unanswered for this many seconds. It
-    must be more than the treatment's longest prediction, because a replica answers one request after another."""
+    """If a treatment's replica does not answer a health check for this many seconds, the champion answers instead. The
+    value must be larger than the time of the longest prediction, because a replica answers one request at a time."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     wake_timeout_s: float = 60.0
-    """How long a request waits for a replica, if its version is scaled to zero or its champion has no replica."""
+    """How long a request waits for a replica, if a version is scaled to zero or a champion has no replica."""
 
 
 def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
@@ -126,7 +126,7 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
 
 @job("edge", EdgeConfig)
 def main(config: EdgeConfig) -> None:
-    """Run until SIGTERM, or until a second edge is started, which takes over without refusing a request."""
+    """Run until SIGTERM, or until a second edge is started. The second edge takes over without refusing a request."""
     logging.basicConfig(level=logging.INFO)
     wait_for_turn()
     record = require_recorded_cluster(config)
@@ -168,7 +168,7 @@ def main(config: EdgeConfig) -> None:
 def restart_as_part_of(record: ClusterRecord) -> None:
     """Execute this program again with the cluster's id in the environment, if `cluster.up` did not start it.
 
-    `cluster.down` finds the processes to stop by that id.
+    `cluster.down` uses this id to find the processes that it stops.
     """
     if os.environ.get(ID_VARIABLE) != record.cluster_id:
         os.environ[ID_VARIABLE] = record.cluster_id
@@ -178,11 +178,11 @@ def restart_as_part_of(record: ClusterRecord) -> None:
 def wait_for_ledger(
     config: EdgeConfig, haproxy: HAProxy, stopped: threading.Event, handed_over: threading.Event
 ) -> Ledger:
-    """Open the ledger; while its database is down, HAProxy serves with the configuration on disk.
+    """Open the ledger. While the ledger's database is down, HAProxy serves with the configuration on disk.
 
     Raises:
-        SQLAlchemyError: `stopped` was set while the database was still down. HAProxy continues to serve if another edge
-            takes over.
+        SQLAlchemyError: `stopped` was set while the database was down. If another edge takes over, HAProxy continues to
+            serve.
     """
     while True:
         try:

@@ -40,7 +40,7 @@ class LimitsCommand(PlatformConfig):
     tenant: str | None = None
     requests_per_s: int | None = None
     concurrent: int | None = None
-    """Requests that may be open at the same time."""
+    """Largest number of requests that may be open at the same time."""
 
     def __post_init__(self) -> None:
         if self.action is LimitAction.show:
@@ -55,7 +55,7 @@ class LimitsCommand(PlatformConfig):
 
     @property
     def limited(self) -> Limited:
-        """Whether the limits are of a principal or of a tenant."""
+        """Whether the limits are those of a principal or of a tenant."""
         return Limited.tenant if self.principal is None else Limited.principal
 
     @property

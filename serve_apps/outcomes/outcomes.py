@@ -45,7 +45,7 @@ def parse_outcomes(body: dict[str, Any], *, received_at: dt.datetime) -> tuple[s
     """Parse a request's body into the model's name and the outcomes.
 
     Raises:
-        InvalidRequest: an outcome is wrong; the message names the first one.
+        InvalidRequest: an outcome is wrong. The message names the first wrong outcome.
     """
     model, items = body.get("model"), body.get("outcomes")
     if not isinstance(model, str):
@@ -84,14 +84,14 @@ def _outcome(position: int, item: Any, received_at: dt.datetime) -> OutcomeRecor
 
 
 def normalise(records: list[OutcomeRecord], types: Sequence[OutcomeParser]) -> list[OutcomeRecord]:
-    """Convert each outcome to the class or number that it stands for, by the first version whose type it fits.
+    """Convert each outcome to a class or a number, with the first of `types` that the outcome fits.
 
     Args:
         records: the outcomes.
-        types: outcome types of the model's versions, any of which may have answered.
+        types: outcome types of the model's versions. Any of these versions may have made the prediction.
 
     Raises:
-        InvalidRequest: an outcome fits no version; the message names the first one.
+        InvalidRequest: an outcome fits none of the types. The message names the first such outcome.
     """
     normalised = []
     for position, record in enumerate(records):
@@ -107,7 +107,7 @@ def normalise(records: list[OutcomeRecord], types: Sequence[OutcomeParser]) -> l
 
 
 class OutcomeTypes:
-    """Outcome types of each model's versions; a prediction may come from an old version."""
+    """Outcome types of all versions of each model, because a prediction may come from an old version."""
 
     def __init__(self, registry: Registry, store: KeyStore) -> None:
         self._registry = registry
@@ -115,7 +115,7 @@ class OutcomeTypes:
         self._by_model: dict[str, dict[int, OutcomeParser]] = {}
 
     def of(self, model: str) -> list[OutcomeParser]:
-        """Return the type of each version, the newest first.
+        """Return the outcome type of each version, the newest version first.
 
         Raises:
             ModelNotFound: the model has no version.
@@ -123,7 +123,7 @@ class OutcomeTypes:
         """
         try:
             self._load_new_versions(model)
-        except sa.exc.OperationalError as error:  # for example, a full disk; known versions are used
+        except sa.exc.OperationalError as error:  # for example, a full disk: use the versions known so far
             LOG.warning("the registry cannot be read: %s", error)
         by_version = self._by_model.get(model)
         if not by_version:

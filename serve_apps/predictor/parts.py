@@ -1,4 +1,4 @@
-"""Parts of a replica, opened one by one from the configuration and a verified model version."""
+"""Parts of a replica. They are opened one by one from the configuration and a verified model version."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cluster.records import prediction_log
 from cluster.records.location import max_age_s
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import InputSpec, Model, ModelSignature
-from cluster.runtime.hardware import find_hardware
+from cluster.runtime.device_choice import find_hardware
 from cluster.runtime.loader import load_model
 from cluster.security.authorization.policy import Resource
 from cluster.security.keys.access import KeyAccess, key_store, service_access
@@ -31,14 +31,14 @@ from serve_apps.replica.targets import serve_targets
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedFeatures:
-    """Features that a model reads by key, and inputs that only a request can give."""
+    """What a model reads by key, and the inputs that only a request can contain."""
 
     reader: FeatureReader | None = None
-    """None for a model that was trained without a feature service."""
+    """Reader of the features. None for a model that was trained without a feature service."""
     request_inputs: dict[str, InputSpec | FieldSpec] = field(default_factory=dict)
     """Inputs of on-demand transforms."""
     resource: Resource | None = None
-    """Resource that a caller needs permission for; None for the model itself."""
+    """Resource that a caller needs permission for. None means the model itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,10 +55,10 @@ class Parts:
 
     @classmethod
     def of(cls, platform: PlatformConfig, name: str, version: int) -> Parts:
-        """Verify a version's files against the registry.
+        """Verify a version's files against the registry, and return the parts.
 
         Raises:
-            ArtifactTampered: a file is not the registered one; an event records it.
+            ArtifactTampered: a file is not the registered one. An event about this was appended to the ledger.
         """
         places, ledger = layout(platform.storage), open_ledger(platform)
         registry = Registry(ledger, places)
@@ -78,7 +78,7 @@ class Parts:
         )
 
     def model(self) -> Model:
-        """Load and warm the model."""
+        """Load the model."""
         replica = self.platform.replica
         hardware = find_hardware(num_cpus=replica.num_cpus, num_gpus=replica.num_gpus)
         return load_model(self.version, self.store, hardware=hardware)
@@ -99,7 +99,7 @@ class Parts:
         )
 
     def features(self, signature: ModelSignature) -> ServedFeatures:
-        """Open the online store for the model's features; empty for a model without a feature service."""
+        """Open the online store for the model's features. A model without a feature service reads no features."""
         if not signature.service:
             return ServedFeatures()
         spec = service_spec(self.ledger, signature.service, signature.service_version)

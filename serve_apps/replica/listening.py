@@ -1,9 +1,9 @@
 """Let a replica's gRPC server listen on its node's own address only.
 
-Ray 2.60 starts a gRPC server for calls from other deployments in every replica. It listens on all addresses of the
-machine, and it unpickles what it receives. TLS between Ray's processes requires a client certificate. But a server on
-loopback cannot be reached from other machines at all, with or without TLS. Ray has no setting for this, so this module
-replaces the function that opens the port.
+In every replica, Ray 2.60 starts a gRPC server for calls from other deployments. The server listens on all addresses of
+the machine, and it unpickles what it receives. With TLS between Ray's processes, a client needs a certificate. But if
+the server listens on loopback, other machines cannot reach it at all, with or without TLS. Ray has no setting for this,
+so this module replaces the function that opens the port.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _EVERYWHERE = "[::]"
 
 
 def listen_on_own_address() -> None:
-    """Bind this replica's gRPC server to its node's address; call it before the application's constructor returns.
+    """Bind this replica's gRPC server to its node's address. Call this before the application's constructor returns.
 
-    Outside a replica this does nothing, because there is no such server.
+    Outside a replica, this does nothing, because there is no such server.
     """
     replica = sys.modules.get(_REPLICA)
     if replica is not None:

@@ -1,4 +1,4 @@
-"""Apply the guardrail to a rollout: read its log, match predictions with outcomes, describe the finding."""
+"""Apply the guardrail to a rollout: read the logs, match predictions with outcomes, describe the finding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from serve_apps.rollout.serving_state import Rollout
 
 
 def evaluate(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> Finding:
-    """Apply the guardrail to the rollout's own predictions and their outcomes.
+    """Apply the guardrail to the predictions of this rollout and their outcomes.
 
     Raises:
         RolloutError: no prediction has an outcome yet.
@@ -71,8 +71,8 @@ def judge_before_promotion(config: RolloutConfig, ledger: Ledger, actor: Actor, 
     """Describe the outcomes of a rollout, and refuse its promotion if they breach the guardrail.
 
     Raises:
-        RolloutError: they breach the guardrail.
-        RecordLogCorrupt, ArtifactTampered: the log or a version was altered, so its outcomes prove nothing.
+        RolloutError: the outcomes breach the guardrail.
+        RecordLogCorrupt, ArtifactTampered: the log or a version was altered, so the outcomes prove nothing.
     """
     try:
         finding = evaluate(config, ledger, actor, rollout)
@@ -90,7 +90,7 @@ def judge_before_promotion(config: RolloutConfig, ledger: Ledger, actor: Actor, 
 
 
 def describe(finding: Finding, *, min_outcomes: int) -> str:
-    """Describe a finding in words, for the operator and for the reason of a promotion."""
+    """Return a finding in words. The operator sees this text, and a promotion has it in its reason."""
     counts = f"{finding.treatment_outcomes} outcomes of the treatment and {finding.control_outcomes} of the control"
     match finding.verdict:
         case Verdict.too_few:
@@ -101,5 +101,5 @@ def describe(finding: Finding, *, min_outcomes: int) -> str:
 
 
 def describe_metrics(finding: Finding) -> str:
-    """Return both arms' metric as text; the finding must have both."""
+    """Return the metrics of both arms as text. The finding must have both metrics."""
     return f"{finding.metric} {finding.treatment:.3f} against {finding.control:.3f} in control"

@@ -39,7 +39,7 @@ SPLIT = "m-v1|m-v2|challenger|r|s|2000|8000"
 
 
 class Serve:
-    """A fake of Serve's targets for the controller. It returns targets, raises an error, or blocks for a while."""
+    """A fake of the function that fetches targets from Serve. It returns targets, raises an error, or waits."""
 
     def __init__(self) -> None:
         self.targets: Targets = {"m-v1": (ONE,), "m-v2": (TWO,), "outcomes": (ONE,)}
@@ -57,7 +57,7 @@ class Serve:
 
 
 class Held(HAProxy):
-    """HAProxy that waits for permission before it loads."""
+    """HAProxy that waits before each load until the test allows the load."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -131,7 +131,7 @@ class Running:
     def begin(
         self, *, fetch_targets: Callable[[], Targets] | None = None, keys: KeySource | None = None
     ) -> None:
-        """Create a controller with its HAProxy, over the state that earlier ones left. It is not started."""
+        """Create a controller and its HAProxy, with the files of earlier controllers. The controller is not started."""
         self.haproxy = Held(
             config=self.haproxy_file,
             admin_socket=Path(self.settings.admin_socket),
@@ -156,7 +156,7 @@ class Running:
         self.stop()
 
     def stop(self) -> None:
-        """Stop the controller, and its HAProxy."""
+        """Stop the controller and its HAProxy."""
         self.stopped.set()
         self.thread.join(20)
 
@@ -166,7 +166,7 @@ class Running:
         return http.client.HTTPSConnection(host, int(port), context=context, timeout=10)
 
     def ask_all(self, command: str) -> list[str]:
-        """Return the answers of all workers, including workers that drain. There are at least two masters."""
+        """Return the answers of all workers of all masters, including old ones. There are at least two masters."""
         said = []
         masters = sorted(Path(self.settings.admin_socket).parent.glob("master-*.sock"))
         assert len(masters) > 1
@@ -204,7 +204,7 @@ def new_controller(root: Path, *, ledger: Ledger | None = None) -> Iterator[Runn
 
 @contextlib.contextmanager
 def running_controller(root: Path) -> Iterator[Running]:
-    """Yield a running controller of a model with a rollout."""
+    """Yield a running controller. The ledger has a model with a rollout."""
     with new_controller(root) as one:
         one.thread.start()
         one.tell_and_wait(*DEPLOYED, STARTED)

@@ -1,6 +1,6 @@
 """A double of S3 on loopback: moto. It answers one request at a time.
 
-With several threads, two writers that create the same file sometimes both succeed.
+With several threads, two writers sometimes both succeed in creating the same file.
 
     python -m tests.servers.object_store PORT
 """
@@ -71,7 +71,7 @@ def _answers(url: str) -> bool:
 
 @contextlib.contextmanager
 def object_store_environment() -> Iterator[str]:
-    """Set the variables in this process. Yield the URI of the bucket."""
+    """Start the server and set the environment variables in this process. Yield the URI of the bucket."""
     with object_store() as variables:
         previous = dict(os.environ)
         os.environ.update(variables)

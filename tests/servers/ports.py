@@ -1,4 +1,4 @@
-"""Ports for servers that tests start. They are below the kernel's port range for clients, whose ports come and go."""
+"""Ports for servers that tests start. They are below the range from which the kernel takes ports for clients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _drawn: set[int] = set()
 
 
 def free_port() -> int:
-    """Return a port that no process is bound to and that this function has not returned in this process before."""
+    """Return a port that no process uses. In one process, this function never returns the same port twice."""
     for port in random.sample(range(FIRST, LAST), 100):
         if port not in _drawn and port_is_free(port, ""):
             _drawn.add(port)

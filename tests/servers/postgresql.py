@@ -34,10 +34,9 @@ def _as_postgres(*command: str) -> list[str]:
 
 @contextmanager
 def running_server(*settings: str, certificates: Path | None = None) -> Iterator[str]:
-    """Start a new server and yield its address.
+    """Start a new server and yield its address. If PostgreSQL is not installed, skip the test.
 
-    With a folder of a node's certificate and key, the server uses TLS. The test is skipped if PostgreSQL is not
-    installed.
+    If `certificates` is a folder with a node's certificate and key, the server uses TLS.
     """
     initdb, server = _binary("initdb"), _binary("postgres")
     if initdb is None or server is None:

@@ -1,4 +1,4 @@
-"""A real replica behind a real HTTP server, without Ray: registered and encrypted files, key broker, tokens, log."""
+"""A real replica behind a real HTTP server, without Ray, with encrypted model files, key broker, tokens and log."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ MODEL = "m"
 
 
 def write_model(folder: Path, signature: ModelSignature) -> None:
-    """Write a linear model as a folder of model files. A score is the sum of the inputs. A missing one counts as 0."""
+    """Write the files of a linear model. Its score is the sum of the inputs; a missing input counts as 0."""
     width, outputs = signature.width, signature.num_scores
     weights = np.tile(np.linspace(0.01, 0.02, outputs, dtype=np.float32), (width, 1))
     known = {"zero": np.float32(0), "weights": weights, "last": np.array([1], dtype=np.int64)}
@@ -84,18 +84,18 @@ def write_model(folder: Path, signature: ModelSignature) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Replica:
-    """A running replica, and a client of it."""
+    """A running replica, and methods that send requests to it."""
 
     address: str
     outcomes: str
-    """Address of the application that takes outcomes."""
+    """Address of the application `outcomes`."""
     places: Layout
     keys: KeyAccess
     prefix: str
     predictor: Predictor
     ledger: Ledger
     failures: list[Exception] = field(default_factory=list)
-    """Errors that the application let through. There must be none."""
+    """Errors that the application raised instead of answering. There must be none."""
 
     def token(self, role: Role = Role.service, scope: str = "") -> str:
         return mint_token(self.places, subject="t", role=role, purpose="test", ttl_s=900, scope=scope)
@@ -106,7 +106,7 @@ class Replica:
 
     @property
     def at_outcomes(self) -> Replica:
-        """A client of the application that takes outcomes."""
+        """Return a client of the application `outcomes`."""
         return replace(self, address=self.outcomes, prefix="/outcomes")
 
     def register(self, signature: ModelSignature) -> ModelVersion:
@@ -127,7 +127,7 @@ class Replica:
         headers: dict[str, str] | None = None,
         token: str | None = None,
     ) -> tuple[int, dict[str, str], bytes]:
-        """Return status, headers and body of one request. A body that is not bytes is sent as JSON."""
+        """Send one request, and return status, headers and body. A body that is not bytes is sent as JSON."""
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         given = {"authorization": f"Bearer {token or self.token()}"} | (headers or {})
         connection = self.connect()
@@ -138,7 +138,7 @@ class Replica:
         return response.status, {name.lower(): value for name, value in response.getheaders()}, answer
 
     def json(self, path: str, body: Any = None, **more: Any) -> tuple[int, dict[str, Any]]:
-        """Return status and JSON of one request."""
+        """Send one request, and return status and JSON."""
         status, _, answer = self.call(path, body, **more)
         return status, json.loads(answer)
 
@@ -170,12 +170,12 @@ def running_replica(
     batching: BatchingConfig | None = None,
     shared: SharedState | None = None,
 ) -> Iterator[Replica]:
-    """Run a replica of version 1 of a model, in its own storage root or an edge's.
+    """Run a replica of version 1 of a model.
 
     Args:
-        root: The storage root.
+        root: The storage root. It may be that of an edge.
         signature: Signature of the model.
-        write: Writes the folder of model files.
+        write: Writes the model's files.
         before: Called before the replica starts, for example to put features online.
         durability: Durability of the log.
         batching: Batching of requests. None means the default.
@@ -213,10 +213,7 @@ def running_replica(
 
 @contextlib.contextmanager
 def running_features(replica: Replica) -> Iterator[str]:
-    """Yield the address of the application that reads features and takes pushed features.
-
-    It serves view `income` and service `credit`.
-    """
+    """Run the application `features`, for the view `income` and the service `credit`. Yield its address."""
     online = OnlineConfig(map_size_gib=0.1)
     config = PlatformConfig(storage=StorageConfig(root=replica.places.root), online=online)
     for info in view_keys(INCOME, region="local"):
@@ -250,7 +247,7 @@ def register(
 
 
 def record(root: Path, key_socket: str, port: int, storage: StorageConfig | None = None) -> ClusterRecord:
-    """Return the record of a cluster that consists of this process."""
+    """Return the record of a cluster that consists only of this process."""
     storage = storage or StorageConfig(root=str(root))
     return ClusterRecord(
         cluster_id="",
@@ -274,9 +271,9 @@ def record(root: Path, key_socket: str, port: int, storage: StorageConfig | None
 
 
 def application(target: Predictor | Outcomes | Features, prefix: str, failures: list[Exception]) -> Any:
-    """Return an ASGI application that calls the target as Serve does.
+    """Return an ASGI application that calls the target in the same way as Serve.
 
-    The prefix is the root path of the scope. Serve itself answers health checks.
+    The prefix is the root path of the scope. This application answers health checks itself, like Serve.
     """
 
     async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -294,7 +291,7 @@ def application(target: Predictor | Outcomes | Features, prefix: str, failures: 
 
 @contextlib.contextmanager
 def listener() -> Iterator[int]:
-    """Yield a port that accepts connections, as a head node's port would."""
+    """Yield a port that accepts connections, like the port of a head node."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 

@@ -5,9 +5,9 @@
     python -m cluster.security.tls node --name worker-1 --ip 10.0.0.7 --output /etc/falaj/tls
 
 `cluster.up` creates the certificates of authority, edge and head at first use. It renews the certificates of
-edge and head when less than a third of their lifetime is left. It never replaces the authority, nor a certificate of
-another authority. In production the authority is a PKI, such as Vault's (`keys/vault_session.py`). The edge needs one
-PEM file with certificate and key. Ray needs one file each for certificate, key and authority.
+edge and head when less than a third of their lifetime is left. It never replaces the authority, nor a certificate that
+another authority issued. In production the authority is a PKI, such as Vault's (`keys/vault_session.py`). The edge
+needs one PEM file with certificate and key. Ray needs one file each for certificate, key and authority.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cluster.storage import Layout, layout, local
 
 CA_DAYS = 3650
 LEAF_DAYS = 397
-"""Browsers reject longer lifetimes."""
+"""Lifetime of the edge's and the nodes' certificates, in days. Browsers reject longer lifetimes."""
 CA_NAME, CA_KEY_NAME = "ca.pem", "ca.key"
 EDGE_NAME = "edge.pem"
 NODE_CERTIFICATE_NAME, NODE_KEY_NAME = "node.pem", "node.key"
@@ -50,15 +50,16 @@ class _Authority:
 
 
 def ensure_tls(places: Layout, *, renew: bool = False, now: dt.datetime | None = None) -> None:
-    """Ensure an authority and valid certificates of this machine for the edge and for Ray.
+    """Ensure that this machine has an authority, and valid certificates for the edge and for Ray.
 
     Args:
         places: paths below the storage root.
         renew: create the certificates again, even if they are still valid.
-        now: the time for the check of the lifetime; the present time by default.
+        now: the time for the check of the lifetime; the current time by default.
 
     Raises:
-        ConfigError: the certificate of another authority is there, and one of its files is missing or `renew` is set.
+        ConfigError: the folder has another authority's certificate, and one of the other files is missing, or `renew`
+            is set.
     """
     at = now or dt.datetime.now(dt.UTC)
     folder = local(places.tls)
@@ -80,7 +81,7 @@ def ensure_tls(places: Layout, *, renew: bool = False, now: dt.datetime | None =
 def is_foreign_authority(authority: Path) -> bool:
     """Return whether a file is the certificate of an authority that this module did not create.
 
-    The certificate's subject decides.
+    The certificate's subject and issuer decide this.
     """
     if not authority.exists():
         return False
@@ -92,7 +93,7 @@ def is_foreign_authority(authority: Path) -> bool:
 
 
 def _require_foreign_files(folder: Path, *, renew: bool) -> None:
-    """Require that all files of another authority are there."""
+    """Require that the folder has all files of another authority, and that `renew` is not set."""
     names = (EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME)
     missing = [name for name in names if not (folder / name).exists()]
     if missing or renew:
@@ -104,13 +105,13 @@ def _require_foreign_files(folder: Path, *, renew: bool) -> None:
 
 
 def write_node_certificate(folder: Path, *, authority: Path, name: str, addresses: Iterable[str]) -> None:
-    """Write a node's certificate and key, and the authority's certificate beside them.
+    """Write a node's certificate and key, and the authority's certificate, to a folder.
 
     Args:
         folder: the folder to write to.
         authority: folder of the authority's certificate and key.
         name: host name of the machine.
-        addresses: addresses under which other nodes reach it. If one is missing, Ray hangs instead of failing.
+        addresses: addresses under which other nodes reach the machine. If one is missing, Ray waits without an error.
 
     Raises:
         ConfigError: there is no local authority, or an address is invalid.
@@ -131,10 +132,7 @@ def write_node_certificate(folder: Path, *, authority: Path, name: str, addresse
 
 
 def _authority(folder: Path) -> _Authority:
-    """Return the folder's authority, created at first use.
-
-    The key is written first, so that an incomplete authority is created again.
-    """
+    """Return the folder's authority. If its key or certificate is missing, create both, the key first."""
     if not (folder / CA_NAME).exists() or not (folder / CA_KEY_NAME).exists():
         new_key = ec.generate_private_key(ec.SECP256R1())
         replace_private_file(folder / CA_KEY_NAME, _key_pem(new_key))
@@ -148,9 +146,9 @@ def _authority(folder: Path) -> _Authority:
 def _is_due(path: Path, authority: _Authority, at: dt.datetime, *, key: Path | None = None) -> bool:
     """Return whether a certificate must be created.
 
-    That is the case if it is missing, or if it is a local one with less than a third of its lifetime left, of an
-    earlier authority, or for another key than the one beside it. Certificates of other authorities, such as a company's
-    PKI, are never replaced.
+    It must be created if the certificate or its key is missing. A local certificate must be created again if an earlier
+    authority issued it, if it does not fit the key in `key`, or if less than a third of its lifetime is left.
+    Certificates of other authorities, such as a company's PKI, are never replaced.
     """
     if not path.exists() or not (key is None or key.exists()):
         return True
@@ -176,7 +174,7 @@ def in_last_third(certificate: x509.Certificate, at: dt.datetime) -> bool:
 
 
 def _has_key(certificate: x509.Certificate, key: Path) -> bool:
-    """Return whether a key fits a certificate. It may not, if a process was killed between writing the two."""
+    """Return whether a key fits a certificate. If a process was killed between writing both, it does not fit."""
     try:
         private_key = serialization.load_pem_private_key(key.read_bytes(), password=None)
     except (ValueError, TypeError):

@@ -25,16 +25,16 @@ from cluster.storage import Layout, local
 
 
 def fetch_certificates(places: Layout, vault: VaultConfig, *, now: dt.datetime | None = None) -> None:
-    """Ensure certificates for localhost and this machine. Renew them when a third of their lifetime is left.
+    """Ensure certificates for localhost and this machine. Renew them if less than a third of their lifetime is left.
 
     Args:
         places: paths below the storage root.
         vault: Vault's address, login and PKI role.
-        now: the time for the check of the lifetime; the present time by default.
+        now: the time for the check of the lifetime; the current time by default.
 
     Raises:
         ConfigError: no role is configured.
-        Unauthenticated, AccessDenied, InvalidRequest, KeyStoreUnavailable: from Vault. Existing certificates stay.
+        Unauthenticated, AccessDenied, InvalidRequest, KeyStoreUnavailable: errors of Vault. Existing certificates stay.
     """
     if vault.pki_role is None:
         raise ConfigError(

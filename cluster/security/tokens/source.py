@@ -1,6 +1,7 @@
-"""Where a process gets its own token: from a file that another process keeps fresh, or from the local dev issuer.
+"""The source of a process's own token: a file that another process renews, or this machine's development issuer.
 
-Plain data, so a driver can pass it to its workers. The token itself is never put into a runtime environment.
+A `TokenSource` is plain data, so a driver can send it to its workers. The token itself is never in a runtime
+environment.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ RENEW_S = 300
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenSource:
-    """Where to get a token."""
+    """Source of a token."""
 
     file: str | None = None
-    """A file with the token, read again for every use."""
+    """A file with the token. The file is read again for every use."""
     root: str = ""
-    """Folder of the dev issuer's keys (`Layout.disk`), if there is no file."""
+    """Folder of the development issuer's keys (`Layout.disk`), if there is no file."""
     subject: str = ""
     role: Role = Role.service
     purpose: str = ""
@@ -37,7 +38,7 @@ class TokenSource:
 
         Raises:
             Unauthenticated: the file cannot be read.
-            ConfigError: other users can read the file, or there is no dev issuer.
+            ConfigError: other users can read the file, or there is no development issuer.
         """
         if self.file is None:
             return _mint(self, int(time.time()) // RENEW_S)
@@ -49,7 +50,7 @@ class TokenSource:
 
 @functools.lru_cache(maxsize=16)
 def _mint(source: TokenSource, period: int) -> str:
-    """Return a token of the dev issuer. Cached for one period of RENEW_S seconds."""
+    """Return a token of the development issuer. It is cached for one period of `RENEW_S` seconds."""
     return mint_token(
         Layout(source.root),
         subject=source.subject,

@@ -1,11 +1,12 @@
-"""The edge's controller: reads the ledger and Serve, and brings HAProxy in line with both.
+"""The edge's controller: reads the ledger and Serve, and applies their changes to HAProxy.
 
-It never goes back to an older state. While the ledger or Serve cannot be read, a file cannot be written, or HAProxy
-refuses a configuration, the last good state stays and the step is tried again. A controller that starts at such a time
-uses what its predecessor left on disk. When it is killed, or hands over, HAProxy continues to serve.
+The controller never goes back to an older state. Its step fails if the ledger or Serve cannot be read, a file cannot be
+written, or HAProxy refuses a configuration. Then the last valid state stays, and the step is tried again. If a
+controller starts at such a time, it uses the state that an earlier controller stored on disk. When a controller is
+killed or hands over, HAProxy continues to serve.
 
-A changed split is one `set map`, then the map file on disk; only then it counts as applied. So neither a crash nor a
-reload can undo it. It does not wait for Serve, for a reload or for an fsync.
+A changed split is applied in two steps: one `set map`, then the map file on disk. Only after both steps the change
+counts as applied, so neither a crash nor a reload can undo it. It does not wait for Serve, for a reload or an fsync.
 """
 
 from __future__ import annotations
@@ -46,19 +47,19 @@ LEDGER_INTERVAL_S = 0.03
 SERVE_INTERVAL_S = 0.5
 KEYS_INTERVAL_S = 1.0
 FIRST_ANSWER_S = 5.0
-"""How long the first configuration waits for Serve, and for the issuer."""
+"""How many seconds the first configuration waits for Serve, and for the issuer."""
 ERROR_INTERVAL_S = 0.5
 STORE_INTERVAL_S = 60.0
-"""How often the time of the issuer's last answer is stored."""
+"""Seconds after which the time of the issuer's last answer is stored again."""
 RETRY_REFUSED_S = 10.0
-"""A configuration that HAProxy refused is tried again after this: a file that it names may be there again."""
+"""Seconds after which a refused configuration is tried again. A file that was missing may exist by then."""
 ACTOR = "system:edge"
 LOG = logging.getLogger("falaj.edge")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """Everything that a configuration is made from."""
+    """Values that HAProxy's configuration is built from."""
 
     backends: tuple[Backend, ...]
     champions: tuple[str, ...]
@@ -86,7 +87,7 @@ class Refused:
 
 
 class Controller:
-    """Brings HAProxy in line with the ledger and Serve, step by step."""
+    """Applies changes of the ledger and of Serve to HAProxy, step by step."""
 
     def __init__(
         self,
@@ -129,9 +130,9 @@ class Controller:
         self._written: EdgeState | None = None
 
     def run(self, stopped: threading.Event, *, handed_over: threading.Event | None = None) -> None:
-        """Step until `stopped` is set, then stop HAProxy, unless another controller takes over.
+        """Run steps until `stopped` is set. Then stop HAProxy, unless another controller takes over.
 
-        An unexpected error ends the loop and leaves HAProxy running.
+        An unexpected error ends the loop, but HAProxy continues to run.
         """
         stop_haproxy = False
         for status in ERROR_STATUSES:
@@ -149,7 +150,7 @@ class Controller:
                 self._haproxy.stop()
 
     def _try_step(self) -> bool:
-        """Run a step; if it fails while HAProxy runs (on a full disk, for example), log it and return False."""
+        """Run a step. If it fails while HAProxy runs, for example on a full disk, log the error and return False."""
         self._metrics.last_step.set_to_current_time()
         try:
             with self._metrics.step_seconds.time():
@@ -163,10 +164,10 @@ class Controller:
         return True
 
     def step(self) -> None:
-        """Read the sources once and apply what is new: the split first, then replicas and keys.
+        """Read the ledger, Serve and the issuer once, and apply changes: first the split, then replicas and keys.
 
         Raises:
-            OSError, FalajError: something could not be applied; the next step tries it again.
+            OSError, FalajError: a change could not be applied. The next step tries again.
         """
         self._read_ledger()
         if not self._ledger_read and self._haproxy.serve_last():
@@ -205,9 +206,9 @@ class Controller:
             LOG.warning("the ledger cannot be read, so the last state stays: %s", error)
 
     def _start_from_projections(self, head: int) -> None:
-        """Take the states of the ledger's events up to `head` at once, instead of all these events.
+        """Read the stored states instead of applying all events up to `head`.
 
-        The states may contain newer events already. Applying these again changes nothing.
+        The stored states may already contain events after `head`. Applying these events again changes nothing.
         """
         try:
             states, own_limits = read_states(self._ledger), read_own_limits(self._ledger)
@@ -222,7 +223,7 @@ class Controller:
             running_map.update(self._own_limits.entries(kind, self._settings.limits.of(kind)))
 
     def _update_config(self, wanted: Routes) -> None:
-        """Load a changed configuration, in a thread, because a changed split must not wait for it."""
+        """Load a changed configuration in a thread, because a changed split must not wait for the reload."""
         self._finish_loading()
         inputs = Inputs(
             backends=wanted.backends,
@@ -271,7 +272,7 @@ class Controller:
 
     @property
     def _is_first(self) -> bool:
-        """Whether no configuration was loaded or refused yet."""
+        """True until HAProxy has loaded or refused the first configuration of this controller."""
         return self._loaded is None and self._refused is None
 
     def _is_refused(self, inputs: Inputs) -> bool:
@@ -279,7 +280,7 @@ class Controller:
         return refused is not None and refused.inputs == inputs and time.monotonic() < refused.retry_at
 
     def _handle_refused(self, inputs: Inputs, error: ConfigRefused) -> None:
-        """Stay with the last configuration that HAProxy accepted, which may be an earlier controller's.
+        """Continue with the last accepted configuration. It may come from an earlier controller.
 
         Raises:
             ConfigRefused: no configuration was accepted yet.
@@ -292,7 +293,7 @@ class Controller:
         self._refused = Refused(inputs=inputs, reason=str(error), retry_at=retry_at)
 
     def _store_last(self) -> None:
-        """Store the sources' values for the next controller, and once a minute the time of the issuer's answer."""
+        """Store changed targets and keys for the next controller, and once a minute the time of the issuer's answer."""
         last = LastState(
             targets=self._targets.value,
             keys=self._valid_keys(),
@@ -303,14 +304,14 @@ class Controller:
             self._last = last
 
     def _report_refusals(self) -> None:
-        """Append the counts of refused unauthenticated requests to the ledger."""
+        """Append the numbers of refused unauthenticated requests to the ledger."""
         self._read_refusals()
         self._refusals, events = self._refusals.report(at=time.time())
         for event in events:
             self._append(event, actor=ACTOR)
 
     def _read_refusals(self) -> None:
-        """Read the HAProxy worker's counts before the worker ends. A worker that does not answer is skipped."""
+        """Read the counts of refused requests from HAProxy's worker. If the worker does not answer, change nothing."""
         if self._loaded is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""State of the running edge, as a file: commands read it to wait until a change was applied."""
+"""State of the running edge, in a file. Commands read the file to wait until the edge has applied a change."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class EdgeTimeout(FalajError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EdgeState:
-    """State of the running HAProxy; the fields are the keys of the JSON file."""
+    """State of the running HAProxy. The fields are the keys of the JSON file."""
 
     applied_seq: int
-    """Sequence number of the last event whose effect is in the running map."""
+    """Sequence number of the last event that was applied to the running map."""
     backends: list[str]
     pid: int | None
     refused: str = ""
-    """Why HAProxy refuses the newest configuration, so that an older one stays; empty if it does not."""
+    """Why HAProxy refuses the newest configuration and uses an older one; empty if it uses the newest."""
 
 
 def state_file(config: PlatformConfig) -> Path:
@@ -43,7 +43,7 @@ def write_state(path: Path, state: EdgeState) -> None:
 
 
 def wait_until_applied(config: PlatformConfig, seq: int, *, app: str | None = None) -> None:
-    """Wait until the edge has applied an event, and has an application among its backends.
+    """Wait until the edge has applied an event, and has a backend for the application.
 
     Raises:
         EdgeTimeout: after 30 s.

@@ -185,7 +185,7 @@ def test_retry_now_skips_the_wait(world: World) -> None:
 
 @pytest.mark.parametrize("part", [part for part in Part if part is not Part.supervisor])
 def test_stopped_part_is_resumed_after_a_while(world: World, part: Part) -> None:
-    """Not at once, because a debugger may stop a part for a moment. A stopped raylet needs no new head."""
+    """It is not resumed at once, because a debugger may stop it briefly. A stopped raylet needs no new head."""
     world.machine.parts[part].state = psutil.STATUS_STOPPED
     world.pass_s(STOPPED_S)
     assert world.machine.actions == []

@@ -169,7 +169,7 @@ def test_failed_sync_fails_requests_that_came_during_it(folder: Path, keyring: K
 
 
 def test_old_segment_is_synced_before_its_answers(folder: Path, keyring: Keyring) -> None:
-    """Then it is released."""
+    """Then the segment is released."""
     log = open_log(folder, keyring)
     log._writer._max_bytes = 1
     synced: list[str] = []

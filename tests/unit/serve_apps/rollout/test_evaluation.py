@@ -88,7 +88,7 @@ def test_one_odd_outcome_does_not_silence_the_guardrail(replica: Replica) -> Non
 
 
 def test_versions_of_one_variant_are_measured_separately(replica: Replica) -> None:
-    """As after a promotion, also if one version's classes have another type."""
+    """A variant has two versions after a promotion, for example. Their classes may have different types."""
     storage = StorageConfig(root=replica.places.root)
     config = MonitorConfig(name=MODEL, reference="", label="y", storage=storage)
     logged = read_served_log(config, open_ledger(config), key_store(replica.keys))

@@ -102,7 +102,7 @@ def mutual(server: Path, client: Path) -> str | None:
 
 
 def test_nodes_of_one_authority_accept_each_other(folder: Path, tmp_path: Path) -> None:
-    """Also a node of another machine. Nodes of another authority are refused by both sides."""
+    """This includes nodes of other machines. Nodes of another authority are refused by both sides."""
     write_node_certificate(tmp_path / "worker", authority=folder, name="worker-1", addresses=["10.0.0.7"])
     assert mutual(folder, tmp_path / "worker") == "TLSv1.3"
     certificate = x509.load_pem_x509_certificate((tmp_path / "worker" / "node.pem").read_bytes())
@@ -200,7 +200,7 @@ def test_foreign_authority_is_not_replaced(folder: Path, removed: str | None) ->
 
 
 def test_foreign_authority_cannot_be_renewed_here(folder: Path, tmp_path: Path) -> None:
-    """Also if the key of an earlier local authority is still there."""
+    """This is true even if the key of an earlier local authority still exists."""
     old = (folder / "ca.key").read_bytes()
     files = company(folder)
     (folder / "ca.key").write_bytes(old)

@@ -92,7 +92,7 @@ def test_refused_configuration_delays_no_rollback(running: Running) -> None:
 
 
 def test_restart_with_a_refused_configuration_serves_the_last_good_one(running: Running) -> None:
-    """Until HAProxy accepts one; the state file has the refusal all the time."""
+    """It does so until HAProxy accepts a configuration. Until then, the state file has the refusal."""
     running.serve.targets = {"m-v1": ("no address",)}
     wait_until(lambda: running.state is not None and bool(running.state.refused))
     for restart in (running.hand_over, running.stop):
@@ -123,7 +123,7 @@ def test_failed_write_of_the_map_is_tried_again(running: Running) -> None:
 
 
 def test_killed_haproxy_restarts_with_its_last_split(running: Running) -> None:
-    """Also if only a `set map` had changed it."""
+    """This is true even if only a `set map` had changed the split."""
     running.tell_and_wait(ROLLED_BACK)
     before = running.haproxy.pid
     assert before is not None
@@ -133,7 +133,7 @@ def test_killed_haproxy_restarts_with_its_last_split(running: Running) -> None:
 
 
 def test_own_limit_is_applied_and_removed_again(running: Running) -> None:
-    """In the running map, and in the file, so that a reload keeps it."""
+    """The limit is changed in the running map, and in the file, so that it is not lost at a reload."""
     file = running.settings.limits.file(Limited.principal)
 
     def set_limit(rate: int | None) -> str:
@@ -213,7 +213,7 @@ def test_rotated_key_reaches_the_edge(running: Running) -> None:
 
 
 def test_first_configuration_must_load(tmp_path: Path) -> None:
-    """Without a last good state, a refused configuration is an error."""
+    """If no earlier configuration was accepted, a refused configuration is an error."""
     with new_controller(tmp_path) as edge:
         Path(edge.settings.certificate).unlink()
         with pytest.raises(Exception, match="HAProxy refuses"):

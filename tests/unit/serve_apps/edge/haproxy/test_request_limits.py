@@ -93,7 +93,7 @@ def test_refused_requests_do_not_count(limited: Edge) -> None:
 
 
 def test_too_many_concurrent_requests_are_429(limited: Edge) -> None:
-    """Until one of them has been answered."""
+    """The next request is accepted when one of them has been answered."""
     with Mirror(HeldEcho) as replica, ThreadPoolExecutor(3) as pool:
         limited.load_targets(limited.targets | {"m-v1": (replica.address,)})
         open_requests = [pool.submit(limited.call, token=limited.token(subject="erik")) for _ in range(3)]
@@ -167,7 +167,7 @@ def test_last_limit_of_each_name_counts(changes: list[tuple[Limited, str, int | 
     ],
 )
 def test_invalid_limit_is_refused(options: dict[str, Any]) -> None:
-    """Before the command contacts the cluster."""
+    """It is refused before the command contacts the cluster."""
     with pytest.raises(ValueError, match=r"limit|name|Name either"):
         LimitsCommand(**options)
     assert LimitsCommand(action=LimitAction.show).name == ""
