@@ -86,7 +86,8 @@ def judge_before_promotion(config: RolloutConfig, ledger: Ledger, actor: Actor, 
             f"Rollout {rollout.id} of '{config.name}' is worse than its control: {description}. Roll it back, or give "
             "the `max_drop` that you accept."
         )
-    return description
+    until = min(age["until"] for age in finding.logs.values())
+    return f"{description}; logs complete until {until}"
 
 
 def describe(finding: Finding, *, min_outcomes: int) -> str:
