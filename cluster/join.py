@@ -47,10 +47,11 @@ from cluster.node.launch import (
     start_process,
     start_ray_node,
     supervisor_log,
+    uploader_log,
     wait_until,
 )
 from cluster.node.locks import command_lock, is_watched_by
-from cluster.node.parts import EDGE, RELAY, SUPERVISOR, State, inspect_parts, states_by_name
+from cluster.node.parts import EDGE, RELAY, SUPERVISOR, UPLOADER, State, inspect_parts, states_by_name
 from cluster.node.scheduling import wait_for_turn
 from cluster.security.private_folder import ensure_private_folder, remove_access_of_others
 from cluster.security.tls.certificates import CA_NAME, EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME
@@ -284,6 +285,7 @@ def start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
     wait_until(broker, Path(record.key_socket).exists, name="key broker", log=key_log(config))
     start_ray_node(config, record)
     save_commands(record)
+    start_process(config, record, UPLOADER, log=uploader_log(config))
     if record.has_edge:
         edge = start_process(config, record, EDGE, log=edge_log(config))
         wait_until(edge, lambda: answers_http(record.metrics_url), name="edge", log=edge_log(config))

@@ -43,12 +43,12 @@ class StorageConfig:
     local: str | None = None
     """Folder on this machine's disk for keys, certificates, the edge's files, open logs and runs. Null means `root` or,
     if `root` is remote, `.falaj` in the project's folder."""
-    shared: bool = False
-    """Whether every node sees the folder `root` at the same path, as on NFS. `local` must then be elsewhere."""
+    upload_after_s: float = 60.0
+    """Age in seconds after which a segment of a log is closed, so that it can be uploaded. Used if `root` is remote."""
 
     def __post_init__(self) -> None:
-        if self.shared and (self.local is None or not self.root.startswith("/")):
-            raise ValueError("storage.shared=true needs an absolute storage.root, and storage.local=….")
+        if not 1 <= self.upload_after_s <= 3600:
+            raise ValueError(f"storage.upload_after_s must be between 1 and 3600, got {self.upload_after_s}.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -311,6 +311,8 @@ class Durability(enum.Enum):
     """The record survives the end of the replica, even by kill -9."""
     disk = "disk"
     """The record survives a crash of the machine."""
+    shared = "shared"
+    """The record survives the loss of the machine and its disk: it is in the ledger's PostgreSQL database too."""
 
 
 @dataclass(kw_only=True, slots=True)

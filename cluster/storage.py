@@ -6,6 +6,7 @@ folder, is flushed, and is then renamed. In an object store, one request writes 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from cluster.errors import ConfigError
-from cluster.settings import StorageConfig
+from cluster.settings import Durability, PlatformConfig, StorageConfig
 from cluster.this_node import this_node
 
 ROOT_VARIABLE = "FALAJ_PROJECT_ROOT"
@@ -133,10 +134,17 @@ class Layout:
     def model(self, name: str, version: int) -> str:
         return f"{self.root}/models/{name}/{version}"
 
+    @property
+    def shared(self) -> str | None:
+        """`root` if it is remote, so that all machines see it; else None."""
+        return self.root if is_uri(self.root) else None
+
     def predictions(self, model: str) -> str:
+        """Folder of this machine's segments; `cluster/records/location.py` says where the rest of the log is."""
         return f"{self.disk}/predictions/{model}"
 
     def outcomes(self, model: str) -> str:
+        """Folder of this machine's segments, as `predictions`."""
         return f"{self.disk}/outcomes/{model}"
 
     def serving(self, app: str) -> str:
@@ -161,6 +169,21 @@ def _layout_here(root: str, local_root: str) -> Layout:
     """Return the layout with this node's own folder, if the process runs on a node of the cluster with this root."""
     node = this_node(storage_root=root)
     return Layout(root, local_root if node is None or node.local_root == root else node.local_root)
+
+
+def check_durability(config: PlatformConfig) -> None:
+    """Check that records can leave the machine before their request is answered, if they must.
+
+    Raises:
+        ConfigError: `replica.durability=shared` without a remote storage root and PostgreSQL.
+    """
+    if config.replica.durability is not Durability.shared:
+        return
+    if not is_uri(config.storage.root) or not (config.ledger.url or "").startswith("postgresql"):
+        raise ConfigError(
+            "replica.durability=shared needs ledger.url=postgresql+psycopg://… and a remote storage.root (storage=s3): "
+            "a record on this machine's disk alone is lost with it. Set both, or use replica.durability=disk."
+        )
 
 
 def file_name(text: str) -> str:
@@ -200,6 +223,22 @@ def write_bytes(uri: str, data: bytes) -> None:
         if fs.exists(temporary):
             fs.rm(temporary)
         raise
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Create a remote file in one request; return False if it exists already."""
+    fs, path = file_system(uri)
+    return _created(fs, path, data)
+
+
+def remove(uri: str) -> None:
+    """Remove a file if it exists."""
+    if not is_uri(uri):
+        Path(uri).unlink(missing_ok=True)
+        return
+    fs, path = file_system(uri)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm_file(path)
 
 
 def require_exclusive_writes(root: str) -> None:

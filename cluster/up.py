@@ -43,6 +43,7 @@ from cluster.node.launch import (
     start_ray,
     start_serve,
     supervisor_log,
+    uploader_log,
     wait_until,
 )
 from cluster.node.locks import command_lock, is_watched_by
@@ -51,6 +52,7 @@ from cluster.node.parts import (
     EDGE,
     NODES,
     SUPERVISOR,
+    UPLOADER,
     Part,
     State,
     format_parts,
@@ -77,7 +79,7 @@ from cluster.session import (
     write_record,
 )
 from cluster.settings import PlatformConfig, PortsConfig, SecretsKind
-from cluster.storage import layout, local, require_exclusive_writes, resolve
+from cluster.storage import check_durability, layout, local, require_exclusive_writes, resolve
 from cluster.supervisor.daemons import save_commands
 from cluster.supervisor.head import restore_is_due
 
@@ -201,6 +203,8 @@ def _start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
     start_ray(config, record)
     broker = start_process(config, record, BROKER, log=key_log(config))
     nodes = start_process(config, record, NODES, log=nodes_log(config)) if record.has_nodes else None
+    if record.layout.shared is not None:
+        start_process(config, record, UPLOADER, log=uploader_log(config))
     print("starting the edge", flush=True)
     edge = start_process(config, record, EDGE, log=edge_log(config))
     start_serve(config, record)
@@ -252,6 +256,7 @@ def check(config: PlatformConfig) -> None:
     refuse_variables()
     require_compiler()
     check_keyring(config.secrets, tier=config.tier)
+    check_durability(config)
     require_own_address("cluster.address", config.cluster.address)
     require_own_address("cluster.edge_host", edge_hosts(config.cluster)[0])
     require_free_ports(all_ports(config), config.cluster)

@@ -24,14 +24,15 @@ from cluster.entrypoint import job
 from cluster.errors import RefusedError, SkewFound
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import SkewChecked, ViewMaterialized
-from cluster.records import read_records
+from cluster.records import log_age, prediction_log, read_records
+from cluster.records.progress import ages_as_json
 from cluster.registry import Registry
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
 from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
-from cluster.storage import layout, local, write_json
+from cluster.storage import layout, write_json
 from feature_jobs.materialize import parse_as_of
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec, service_spec
@@ -151,7 +152,9 @@ def main(config: SkewConfig) -> None:
     actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="feature_jobs.skew")
     places = layout(config.storage)
     since = None if config.since is None else parse_as_of(config.since)
-    records = read_records(local(places.predictions(config.name)), key_store(actor.access))
+    log = prediction_log(places, ledger, config.name)
+    age = log_age(log)
+    records = read_records(log, key_store(actor.access))
     groups, left_out, without_score = read_served(records, since)
     if not groups:
         raise RefusedError(
@@ -174,8 +177,9 @@ def main(config: SkewConfig) -> None:
         compare(replace(spec, on_demand=(), missing=NO_POLICY), tables, group, result)
     report = f"{places.skew(config.name)}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json"
     event = checked_event(config, result, report)
-    write_json(report, event.payload() | {"examples": result.examples})
+    write_json(report, event.payload() | {"examples": result.examples, "logs": ages_as_json([age])})
     ledger.append(event, actor=actor.name)
+    print(f"log: {age}")
     print_result(result)
     if result.mismatches:
         raise SkewFound(

@@ -14,7 +14,7 @@ from cluster.ledger import open_ledger
 from cluster.registry import ModelVersion, Registry
 from cluster.settings import PlatformConfig
 from cluster.settings_conversion import to_plain
-from cluster.storage import layout
+from cluster.storage import check_durability, layout
 from serve_apps.deployed_settings import store_settings
 from serve_apps.predictor.predictor import Predictor
 from serve_apps.replica.scaling import replica_options
@@ -58,7 +58,9 @@ def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -
     Raises:
         ArtifactTampered: a file was altered; nothing is started, and running applications are not affected.
         DeployFailed: a replica did not start.
+        ConfigError: records cannot be as durable as configured.
     """
+    check_durability(config)
     name = app_name(version)
     if not is_running(name):
         Registry(open_ledger(config), layout(config.storage)).check_files(version, actor=actor)

@@ -58,13 +58,13 @@ class Settings:
     def merged_over(self, stored: Settings) -> Settings:
         """Return these settings, with the stored value for each setting that has its default.
 
-        Durability is `disk` if it is `disk` in one of the two.
+        Durability is the stronger of the two.
         """
         default = Settings.of(PlatformConfig())
-        on_disk = Durability.disk.value in (self.durability, stored.durability)
+        strength = [durability.value for durability in Durability]
         return Settings(
             online=stored.online if self.online == default.online else self.online,
-            durability=Durability.disk.value if on_disk else self.durability,
+            durability=max(self.durability, stored.durability, key=strength.index),
             service_token_file=self.service_token_file or stored.service_token_file,
             max_ahead_s=stored.max_ahead_s if self.max_ahead_s == default.max_ahead_s else self.max_ahead_s,
         )

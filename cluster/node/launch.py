@@ -253,7 +253,7 @@ def shared_overrides(config: PlatformConfig, record: ClusterRecord) -> list[str]
     return [
         *overrides("storage.root", record.storage_root),
         *overrides("storage.local", record.local_root),
-        *overrides("storage.shared", config.storage.shared),
+        *overrides("storage.upload_after_s", config.storage.upload_after_s),
         f"tier={config.tier.value}",
         *overrides("cluster", config.cluster),
         *overrides("identity", config.identity, leave_out=USER_FIELDS),
@@ -327,6 +327,11 @@ def key_log(config: PlatformConfig) -> Path:
 def supervisor_log(config: PlatformConfig) -> Path:
     """Return the path of the supervisor's log."""
     return local(layout(config.storage).edge) / "supervisor.log"
+
+
+def uploader_log(config: PlatformConfig) -> Path:
+    """Return the path of the log uploader's log."""
+    return local(layout(config.storage).edge) / "uploader.log"
 
 
 def answers_http(url: str) -> bool:

@@ -29,6 +29,7 @@ class Part(enum.StrEnum):
     client_server = "Ray client server"
     broker = "key broker"
     nodes = "service for nodes"
+    uploader = "log uploader"
     edge = "edge controller"
     haproxy = "edge"
     supervisor = "supervisor"
@@ -46,10 +47,12 @@ class State(enum.StrEnum):
 
 BROKER, EDGE, SUPERVISOR = "cluster.security.keys", "serve_apps.edge", "cluster.supervisor"
 NODES, RELAY = "cluster.membership", "cluster.membership.relay"
+UPLOADER = "cluster.records.upload"
 _MODULES = {
     BROKER: Part.broker,
     RELAY: Part.broker,
     NODES: Part.nodes,
+    UPLOADER: Part.uploader,
     EDGE: Part.edge,
     SUPERVISOR: Part.supervisor,
 }
@@ -62,7 +65,7 @@ _SCRIPTS = {
 _CLIENT_SERVER = "ray.util.client.server"
 RAY_PARTS = (Part.gcs, Part.raylet, Part.dashboard, Part.monitor, Part.log_monitor, Part.client_server)
 """Parts that `ray start` starts. Ray does not restart them."""
-_JOINED_PARTS = (Part.raylet, Part.log_monitor, Part.broker, Part.supervisor)
+_JOINED_PARTS = (Part.raylet, Part.log_monitor, Part.broker, Part.uploader, Part.supervisor)
 _EDGE_PARTS = (Part.edge, Part.haproxy)
 
 
@@ -76,10 +79,17 @@ class PartStatus:
 
 
 def expected_parts(record: ClusterRecord) -> list[Part]:
-    """Return the parts that this machine needs: the head has all, and a node that joined has a few."""
+    """Return the parts that this machine needs: the head has all, and a node that joined has a few.
+
+    Logs are uploaded only if the storage root is remote. A service for nodes needs an address.
+    """
     if record.node_id is not None:
         return [*_JOINED_PARTS, *(_EDGE_PARTS if record.has_edge else ())]
-    return [part for part in Part if part is not Part.nodes or record.has_nodes]
+    left_out = {
+        *(() if record.has_nodes else (Part.nodes,)),
+        *(() if record.layout.shared is not None else (Part.uploader,)),
+    }
+    return [part for part in Part if part not in left_out]
 
 
 def inspect_parts(record: ClusterRecord) -> list[PartStatus]:

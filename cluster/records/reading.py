@@ -1,31 +1,37 @@
-"""Read a whole log: the records in its segments and in its table.
+"""Read a whole log: the records in its segments, on this disk and uploaded, in the ledger's database and in its table.
 
-A compaction can run at the same time. Segments are listed before the table is opened, and a segment is deleted only
-after its records are in the table. So the records of a listed segment are in the opened table or in the segment. If the
-segment was deleted later, they are in a newer version of the table. Every record that existed at the start is returned,
-and exactly once.
+Uploads and a compaction can run at the same time. Segments are listed before the table is opened, and a segment is
+deleted only after its records are at the next place. So a listed segment is in the table, or still exists, or was moved
+since then; in that case it is found again, or a newer version of the table has it. Each record is returned once, and no
+record that existed at the start is missed. Records of other nodes that are on their disks only are not read;
+`progress.log_age` says since when there may be any.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
 import polars as pl
 
 from cluster.errors import RecordLogCorrupt
+from cluster.records.contents import count_segment, list_all, segment_records
+from cluster.records.location import AnyLog, location_of
 from cluster.records.schema import SHADOW
-from cluster.records.segments import count_segment, list_segments, segment_records
 from cluster.records.table import LogTable, StoredRecord
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.store import KeyStore
 
+MAX_MISSES = 3
+"""How often a segment can be moved while it is read: to the shared folder, and to the table."""
 
-def read_records(folder: Path, store: KeyStore) -> Iterator[dict[str, Any]]:
+
+def read_records(log: AnyLog, store: KeyStore) -> Iterator[dict[str, Any]]:
     """Yield all complete records of a log. Records of one segment are in order.
 
     Raises:
@@ -33,14 +39,16 @@ def read_records(folder: Path, store: KeyStore) -> Iterator[dict[str, Any]]:
             to this log. The message names the file.
         AccessDenied, KeyRevoked: The key store refuses a key.
     """
-    return (stored.record for stored in _stored_records(folder, store))
+    return (stored.record for stored in _stored_records(log, store))
 
 
-def _stored_records(folder: Path, store: KeyStore) -> Iterator[StoredRecord]:
-    listed = list_segments(folder)
-    table, files = LogTable(folder), ProtectedFiles(store)
+def _stored_records(log: AnyLog, store: KeyStore) -> Iterator[StoredRecord]:
+    location = location_of(log)
+    listing = list_all(location)
+    table, files = LogTable(location.root), ProtectedFiles(store)
     read_files: set[str] = set()
     read_segments: set[str] = set()
+    misses: Counter[str] = Counter()
     while True:
         for file in table.files:
             if file.path not in read_files:
@@ -48,56 +56,65 @@ def _stored_records(folder: Path, store: KeyStore) -> Iterator[StoredRecord]:
                     stored for stored in table.read(file, files) if stored.segment not in read_segments
                 )
                 read_files.add(file.path)
-        deleted = None
-        for path in listed:
-            if path.stem in read_segments or table.has(path.stem):
-                continue
-            try:
-                for line, record in enumerate(segment_records(path, store)):
-                    yield StoredRecord(path.stem, line, record)
-            except FileNotFoundError:
-                deleted = path
-                break
-            read_segments.add(path.stem)
-        if deleted is None:
+        unread = [name for name in listing.names if name not in read_segments and not table.has(name)]
+        missing = None
+        with contextlib.closing(listing.find_all(unread)) as segments:
+            for name, segment in zip(unread, segments, strict=True):
+                if segment is None:
+                    missing = name
+                    break
+                try:
+                    for line, record in enumerate(segment_records(segment, store)):
+                        yield StoredRecord(name, line, record)
+                except FileNotFoundError:
+                    missing = name
+                    break
+                read_segments.add(name)
+        if missing is None:
             return
-        table = LogTable(folder)
-        if not table.has(deleted.stem):
+        table = LogTable(location.root)
+        misses[missing] += 1
+        if misses[missing] >= MAX_MISSES and not table.has(missing):
             raise RecordLogCorrupt(
-                f"{deleted} was deleted while it was read, and its records are not in the table. Restore it from a "
-                "backup."
+                f"Segment {missing} of {location.name} was deleted while it was read, and its records are not in the "
+                "table. Restore it from a backup."
             )
 
 
-def count_records(folder: Path) -> int:
+def count_records(log: AnyLog) -> int:
     """Return the number of complete records of a log. No key is needed."""
+    location = location_of(log)
     while True:
-        listed, table = list_segments(folder), LogTable(folder)
-        try:
-            return table.records + sum(count_segment(path) for path in listed if not table.has(path.stem))
-        except FileNotFoundError:  # a compaction deleted the segment, so the new table has its records
-            continue
+        listing, table = list_all(location), LogTable(location.root)
+        with contextlib.suppress(FileNotFoundError):
+            unread = [name for name in listing.names if not table.has(name)]
+            counts = [
+                None if segment is None else count_segment(segment) for segment in listing.find_all(unread)
+            ]
+            if None not in counts:
+                return table.records + sum(count for count in counts if count is not None)
+        # A segment was moved, to the shared folder or the table.
 
 
-def read_predictions(folder: Path, store: KeyStore) -> pl.DataFrame:
+def read_predictions(log: AnyLog, store: KeyStore) -> pl.DataFrame:
     """Return the `answers` of `read_log`. The errors are those of `read_records`."""
-    return read_log(folder, store).answers
+    return read_log(log, store).answers
 
 
-def read_shadow_predictions(folder: Path, store: KeyStore) -> pl.DataFrame:
+def read_shadow_predictions(log: AnyLog, store: KeyStore) -> pl.DataFrame:
     """Return the predictions of shadows, in the format of `read_predictions`.
 
     `request_id` is the id of the request whose copy the shadow got. The errors are those of `read_records`.
     """
-    return _log(record for record in _records_in_order(folder, store) if record["arm"] == SHADOW).answers
+    return _log(record for record in _records_in_order(log, store) if record["arm"] == SHADOW).answers
 
 
-def read_log(folder: Path, store: KeyStore) -> Log:
+def read_log(log: AnyLog, store: KeyStore) -> Log:
     """Return a model's answers and failures, in the order of writing. The errors are those of `read_records`.
 
     Predictions of shadows are not included: no client got them, so no figure about serving may include them.
     """
-    return _log(record for record in _records_in_order(folder, store) if record["arm"] != SHADOW)
+    return _log(record for record in _records_in_order(log, store) if record["arm"] != SHADOW)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,28 +150,28 @@ def _log(records: Iterable[dict[str, Any]]) -> Log:
     return Log(answers=_frame(answered, _COMMON), failures=_frame(failed, _COMMON | {"fault": pl.String}))
 
 
-def read_outcomes(folder: Path, store: KeyStore) -> pl.DataFrame:
+def read_outcomes(log: AnyLog, store: KeyStore) -> pl.DataFrame:
     """Return the last received outcome for each prediction and row.
 
     Columns: prediction_id, row, outcome, observed_at, received_at (UTC). Of two outcomes that were received at the same
     time, the one that was written last is returned. An outcome has the type that it was sent with. The errors are those
     of `read_records`.
     """
-    received = _received_outcomes(folder, store)
+    received = _received_outcomes(log, store)
     return received.unique(["prediction_id", "row"], keep="last", maintain_order=True)
 
 
-def iter_outcomes(folder: Path, store: KeyStore) -> Iterator[Outcome]:
+def iter_outcomes(log: AnyLog, store: KeyStore) -> Iterator[Outcome]:
     """Yield all outcomes in the order in which they were received. The errors are those of `read_records`."""
-    frame = _received_outcomes(folder, store)
+    frame = _received_outcomes(log, store)
     names = ("prediction_id", "row", "outcome")
     for prediction_id, row, value in zip(*(frame[name].to_list() for name in names), strict=True):
         yield Outcome(prediction_id, row, value)
 
 
-def _received_outcomes(folder: Path, store: KeyStore) -> pl.DataFrame:
+def _received_outcomes(log: AnyLog, store: KeyStore) -> pl.DataFrame:
     """Return all outcomes in the order in which they were received. Without outcomes, the frame has no rows."""
-    records = _records_in_order(folder, store)
+    records = _records_in_order(log, store)
     if not records:
         return pl.DataFrame(schema=_OUTCOME | {"outcome": pl.Null})
     return _frame(records, _OUTCOME).sort("received_at", maintain_order=True)
@@ -224,9 +241,9 @@ _NATIVE: dict[frozenset[type], Any] = {
 }
 
 
-def _records_in_order(folder: Path, store: KeyStore) -> list[dict[str, Any]]:
+def _records_in_order(log: AnyLog, store: KeyStore) -> list[dict[str, Any]]:
     """Return all records sorted by segment and line, so that frames do not depend on compactions."""
-    ordered = sorted(_stored_records(folder, store), key=lambda stored: (stored.segment, stored.line))
+    ordered = sorted(_stored_records(log, store), key=lambda stored: (stored.segment, stored.line))
     return [stored.record for stored in ordered]
 
 

@@ -11,7 +11,7 @@ from cluster.entrypoint import job
 from cluster.errors import TrainingSetError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ModelMonitored
-from cluster.registry import Registry
+from cluster.records.progress import ages_as_json
 from cluster.security.acting import Actor, create_actor
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import key_store
@@ -40,14 +40,16 @@ def main(config: MonitorConfig) -> None:
     places = layout(config.storage)
     source = read_training_set(config.reference, protected_files(actor.access), places=places, ledger=ledger)
     folder = f"{places.monitor(config.name)}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    logged = read_served_log(config, Registry(ledger, places), key_store(actor.access))
-    run = MonitorRun(config, source, reference_uri, folder, ledger, actor)
+    logged = read_served_log(config, ledger, key_store(actor.access))
+    for age in logged.ages:
+        print(f"log: {age}", flush=True)
+    run = MonitorRun(config, source, reference_uri, folder, ledger, actor, ages_as_json(logged.ages))
     output = Output()
     for served in logged.served:
         figures = run.monitor(served, left_out=logged.left_out(served))
         output.add(served, figures)
     if config.output is not None:
-        write_json(resolve(config.output), output.content())
+        write_json(resolve(config.output), output.content() | {"logs": run.logs})
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class MonitorRun:
     """Folder for the results."""
     ledger: Ledger
     actor: Actor
+    logs: dict[str, Any]
+    """How complete the logs are."""
 
     def monitor(self, served: ServedVersion, *, left_out: dict[str, int]) -> Figures:
         """Measure one version, print and write its figures, and append its event.
@@ -72,7 +76,7 @@ class MonitorRun:
         """
         reference = reference_rows(self.source, served.version, self.config)
         figures = measure_version(self.config, served, reference, access=self.actor.access)
-        figures |= {"left_out": left_out}
+        figures |= {"left_out": left_out, "logs": self.logs}
         for line in describe(served.name, figures):
             print(line, flush=True)
         results = f"{self.folder}/{result_name(served)}"

@@ -9,12 +9,17 @@ from typing import NamedTuple
 import polars as pl
 
 from cluster.errors import RefusedError
+from cluster.ledger import Ledger
 from cluster.records import (
     Log,
+    LogAge,
     MatchedAnswers,
     TypedRows,
     iter_outcomes,
+    log_age,
     match_outcomes,
+    outcome_log,
+    prediction_log,
     read_log,
     to_typed_rows,
 )
@@ -23,7 +28,7 @@ from cluster.registry import ModelVersion, Registry
 from cluster.runtime import OutcomeParser
 from cluster.runtime.loader import load_signature
 from cluster.security.keys.store import KeyStore
-from cluster.storage import layout, local
+from cluster.storage import layout
 from jobs.monitor.config import MonitorConfig
 
 _COLUMNS = ("prediction_id", "row", "as_of", OUTCOME, INVALID_OUTCOME)
@@ -59,6 +64,8 @@ class ServedLog:
     """Number of outcomes whose prediction is not in the log."""
     unknown_rows: int
     """Number of outcomes whose prediction is in the log but does not have the row."""
+    ages: tuple[LogAge, ...] = ()
+    """How complete the logs are."""
 
     def left_out(self, served: ServedVersion) -> dict[str, int]:
         """By reason, count the rows and values that no figure includes, and the outcomes without a logged answer."""
@@ -79,14 +86,18 @@ class _VersionKey(NamedTuple):
     number: int
 
 
-def read_served_log(config: MonitorConfig, registry: Registry, store: KeyStore) -> ServedLog:
+def read_served_log(config: MonitorConfig, ledger: Ledger, store: KeyStore) -> ServedLog:
     """Read a model's logged predictions, with outcomes where they are known.
 
     Raises:
         RefusedError: The model has no logged prediction.
     """
     places = layout(config.storage)
-    log = read_log(local(places.predictions(config.name)), store)
+    registry = Registry(ledger, places)
+    predictions = prediction_log(places, ledger, config.name)
+    outcomes = outcome_log(places, ledger, config.name)
+    ages = (log_age(predictions), log_age(outcomes))
+    log = read_log(predictions, store)
     num_failed = _count_failures(log)
     if log.answers.is_empty() and not num_failed:
         raise RefusedError(f"No prediction of '{config.name}' is logged, so there is nothing to monitor.")
@@ -99,9 +110,7 @@ def read_served_log(config: MonitorConfig, registry: Registry, store: KeyStore) 
     answers: dict[_VersionKey, pl.DataFrame] = {}
     if not log.answers.is_empty():
         truths = {number: OutcomeParser(signature) for number, signature in signatures.items()}
-        matched = match_outcomes(
-            log.answers, iter_outcomes(local(places.outcomes(config.name)), store), truths
-        )
+        matched = match_outcomes(log.answers, iter_outcomes(outcomes, store), truths)
         groups = matched.answers.group_by("variant", "version", maintain_order=True)
         answers = {_VersionKey(*key): rows for key, rows in groups}
     served = []
@@ -123,6 +132,7 @@ def read_served_log(config: MonitorConfig, registry: Registry, store: KeyStore) 
         served=served,
         unknown_predictions=matched.unknown_predictions,
         unknown_rows=matched.unknown_rows,
+        ages=ages,
     )
 
 

@@ -12,12 +12,12 @@ import polars as pl
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.chain import verify_chain
 from cluster.ledger.events import BatchIngested, TrainingSetBuilt
-from cluster.records import Log, read_log
+from cluster.records import Log, prediction_log, read_log
 from cluster.registry import Registry
 from cluster.security.acting import create_actor
 from cluster.security.keys.access import key_store
 from cluster.session import require_running_cluster
-from cluster.storage import layout, local, write_json
+from cluster.storage import layout, write_json
 from jobs.pipeline.config import PipelineConfig
 from jobs.pipeline.runner import Runner
 
@@ -35,7 +35,7 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
     results = runner.results()
     answers = _answers(demo)
     actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="jobs.pipeline")
-    log = local(places.predictions(config.name))
+    log = prediction_log(places, ledger, config.name)
     variants = _variants(config, Registry(ledger, places), results)
     summary = {
         "rows": _rows(ledger),

@@ -17,7 +17,8 @@ from starlette.responses import Response
 from cluster.errors import InvalidRequest, ModelNotFound, RefusedError
 from cluster.ledger import open_ledger
 from cluster.ledger.chain import canonical
-from cluster.records import OutcomeRecord
+from cluster.records import OutcomeRecord, outcome_log
+from cluster.records.location import max_age_s
 from cluster.registry import Registry
 from cluster.runtime import OutcomeParser
 from cluster.runtime.loader import load_signature
@@ -26,7 +27,7 @@ from cluster.security.keys.access import key_store, service_access
 from cluster.security.keys.store import KeyNotFound, KeyStore
 from cluster.session import require_running_cluster
 from cluster.settings_conversion import from_plain
-from cluster.storage import layout, local
+from cluster.storage import layout
 from serve_apps.outcomes.sums import OutcomeSums
 from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.request import shortened, to_utc
@@ -162,6 +163,7 @@ class Outcomes:
         self._access = AccessCheck.of(platform, all_outcomes, self._ledger)
         self._store = key_store(service_access(platform, require_running_cluster(platform), name="outcomes"))
         self._durability = platform.replica.durability
+        self._max_age_s = max_age_s(platform.storage)
         self._types = OutcomeTypes(Registry(self._ledger, self._places), self._store)
         self._logs: dict[str, RecordLog] = {}
         self._sums = OutcomeSums(self._ledger.append)
@@ -202,10 +204,11 @@ class Outcomes:
     def _open_log(self, model: str) -> RecordLog:
         try:
             return RecordLog(
-                local(self._places.outcomes(model)),
+                outcome_log(self._places, self._ledger, model),
                 store=self._store,
                 key=outcome_key(model),
                 durability=self._durability,
+                max_age_s=self._max_age_s,
             )
         except KeyNotFound as error:
             raise ModelNotFound(f"Model '{model}' has never been deployed, so it has no outcomes.") from error

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.ledger import Ledger, open_ledger
+from cluster.records import prediction_log
+from cluster.records.location import max_age_s
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import InputSpec, Model, ModelSignature
 from cluster.runtime.device_choice import find_hardware
@@ -16,7 +18,7 @@ from cluster.security.keys.store import KeyStore
 from cluster.security.tls.certificates import CA_NAME
 from cluster.session import ClusterRecord, require_running_cluster
 from cluster.settings import PlatformConfig
-from cluster.storage import Layout, layout, local
+from cluster.storage import Layout, layout
 from feature_jobs.store.catalog.specifications import FieldSpec, service_spec
 from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose, with_read_features
@@ -90,10 +92,11 @@ class Parts:
     def log(self) -> RecordLog:
         """Open the prediction log."""
         return RecordLog(
-            local(self.places.predictions(self.version.name)),
+            prediction_log(self.places, self.ledger, self.version.name),
             store=self.store,
             key=prediction_key(self.ledger, self.version),
             durability=self.platform.replica.durability,
+            max_age_s=max_age_s(self.platform.storage),
         )
 
     def features(self, signature: ModelSignature) -> ServedFeatures:

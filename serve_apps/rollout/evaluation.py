@@ -8,13 +8,14 @@ import polars as pl
 
 from cluster.errors import ArtifactTampered, RecordLogCorrupt, RefusedError, RolloutError
 from cluster.ledger import Ledger
-from cluster.records import iter_outcomes, match_outcomes, read_log
+from cluster.records import iter_outcomes, log_age, match_outcomes, outcome_log, prediction_log, read_log
+from cluster.records.progress import ages_as_json
 from cluster.registry import Registry
 from cluster.runtime import OutcomeParser
 from cluster.runtime.loader import load_signature
 from cluster.security.acting import Actor
 from cluster.security.keys.access import key_store
-from cluster.storage import layout, local
+from cluster.storage import layout
 from serve_apps.rollout.assignment import Arm
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.guardrail import Finding, Verdict, judge
@@ -29,8 +30,13 @@ def evaluate(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollo
     """
     places = layout(config.storage)
     registry, store = Registry(ledger, places), key_store(actor.access)
-    log = read_log(local(places.predictions(config.name)), store)
-    outcomes = list(iter_outcomes(local(places.outcomes(config.name)), store))
+    predictions, outcome_records = (
+        prediction_log(places, ledger, config.name),
+        outcome_log(places, ledger, config.name),
+    )
+    ages = ages_as_json([log_age(predictions), log_age(outcome_records)])
+    log = read_log(predictions, store)
+    outcomes = list(iter_outcomes(outcome_records, store))
     if log.answers.is_empty() or not outcomes:
         raise RolloutError(
             f"'{config.name}' has no predictions with outcomes yet, so there is nothing to compare."
@@ -54,6 +60,7 @@ def evaluate(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollo
     )
     return replace(
         finding,
+        logs=ages,
         unknown_outcomes=matched.unknown_predictions + matched.unknown_rows,
         treatment_failures=failed_arms.count(Arm.treatment),
         control_failures=failed_arms.count(Arm.control),
@@ -79,7 +86,8 @@ def judge_before_promotion(config: RolloutConfig, ledger: Ledger, actor: Actor, 
             f"Rollout {rollout.id} of '{config.name}' is worse than its control: {description}. Roll it back, or give "
             "the `max_drop` that you accept."
         )
-    return description
+    until = min(age["until"] for age in finding.logs.values())
+    return f"{description}; logs complete until {until}"
 
 
 def describe(finding: Finding, *, min_outcomes: int) -> str:

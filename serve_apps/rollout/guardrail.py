@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import enum
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -47,6 +48,8 @@ class Finding:
     treatment_failures: int = 0
     """Number of rows without a finite score. They have no outcome, and no other figure includes them."""
     control_failures: int = 0
+    logs: dict[str, Any] = field(default_factory=dict)
+    """Up to which time the logs of predictions and outcomes are complete."""
 
 
 def judge(matched: pl.DataFrame, *, signature: ModelSignature, min_outcomes: int, max_drop: float) -> Finding:

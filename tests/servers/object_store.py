@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from tests.servers.ports import free_port
@@ -78,6 +79,8 @@ def object_store_environment() -> Iterator[str]:
     with object_store() as variables:
         previous = dict(os.environ)
         os.environ.update(variables)
+        clients = fsspec.get_filesystem_class("s3")
+        clients.clear_instance_cache()  # clients of an earlier server know its address
         try:
             yield f"s3://{BUCKET}"
         finally:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -21,8 +21,8 @@ from onnx import TensorProto, helper, numpy_helper
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.ledger import open_ledger
-from cluster.records import read_predictions
+from cluster.ledger import Ledger, open_ledger
+from cluster.records import prediction_log, read_predictions
 from cluster.registry import Lineage, ModelVersion, Registry
 from cluster.runtime.signature import ONNX_FILE, ONNX_INPUT, ONNX_OUTPUT, SIGNATURE_FILE, ModelSignature, Task
 from cluster.security.keys.access import KeyAccess, key_store
@@ -32,6 +32,7 @@ from cluster.session import ClusterRecord, write_record
 from cluster.settings import (
     BatchingConfig,
     Durability,
+    LedgerConfig,
     OnlineConfig,
     PlatformConfig,
     ReplicaConfig,
@@ -92,6 +93,7 @@ class Replica:
     keys: KeyAccess
     prefix: str
     predictor: Predictor
+    ledger: Ledger
     failures: list[Exception] = field(default_factory=list)
     """Errors that the application raised instead of answering. There must be none."""
 
@@ -142,7 +144,19 @@ class Replica:
 
     def log(self) -> pl.DataFrame:
         """Return the prediction log."""
-        return read_predictions(Path(self.places.predictions(MODEL)), key_store(self.keys))
+        return read_predictions(prediction_log(self.places, self.ledger, MODEL), key_store(self.keys))
+
+
+class SharedState(NamedTuple):
+    """State that several nodes share."""
+
+    root: str
+    """Remote storage root."""
+    ledger_url: str
+
+    def storage(self, local: Path) -> StorageConfig:
+        """Return the configuration of a node whose own state is in a local folder."""
+        return StorageConfig(root=self.root, local=str(local))
 
 
 @contextlib.contextmanager
@@ -154,6 +168,7 @@ def running_replica(
     before: Callable[[Layout, KeyAccess], None] | None = None,
     durability: Durability = Durability.process,
     batching: BatchingConfig | None = None,
+    shared: SharedState | None = None,
 ) -> Iterator[Replica]:
     """Run a replica of version 1 of a model.
 
@@ -164,14 +179,17 @@ def running_replica(
         before: Called before the replica starts, for example to put features online.
         durability: Durability of the log.
         batching: Batching of requests. None means the default.
+        shared: Remote storage root and ledger. None means that all state is in `root`.
     """
     options = ReplicaConfig(durability=durability, batching=batching or BatchingConfig())
-    config = PlatformConfig(storage=StorageConfig(root=str(root)), replica=options)
+    storage = StorageConfig(root=str(root)) if shared is None else shared.storage(root)
+    ledger = LedgerConfig(url=None if shared is None else shared.ledger_url)
+    config = PlatformConfig(storage=storage, ledger=ledger, replica=options)
     places = layout(config.storage)
     ensure_issuer(places)
     names = (f"predictions/{MODEL}/sensitive", outcome_key(MODEL))
     with running_broker(*names) as keys, listener() as port:
-        write_record(record(root, keys.socket, port), config.storage)
+        write_record(record(root, keys.socket, port, storage), config.storage)
         version = register(root, config, signature, keys, write)
         if before is not None:
             before(places, keys)
@@ -188,6 +206,7 @@ def running_replica(
                 prefix=prefix,
                 predictor=predictor,
                 failures=failures,
+                ledger=open_ledger(config),
             )
     assert failures == [], "the application let errors through"
 
@@ -227,12 +246,14 @@ def register(
     )
 
 
-def record(root: Path, key_socket: str, port: int) -> ClusterRecord:
+def record(root: Path, key_socket: str, port: int, storage: StorageConfig | None = None) -> ClusterRecord:
     """Return the record of a cluster that consists only of this process."""
+    storage = storage or StorageConfig(root=str(root))
     return ClusterRecord(
         cluster_id="",
         project_root=str(root),
-        storage_root=str(root),
+        storage_root=storage.root,
+        local_root=storage.local,
         ray_address=f"127.0.0.1:{port}",
         key_socket=key_socket,
         tls=False,
