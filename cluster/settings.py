@@ -41,8 +41,7 @@ class StorageConfig:
     root: str = ".falaj"
     """fsspec URI, or a path relative to the project root."""
     local: str | None = None
-    """Folder on this machine's disk for keys, certificates, the edge's files, open logs and runs. Null means `root` or,
-    if `root` is remote, `.falaj` in the project's folder."""
+    """Folder on this machine's disk, for what never leaves it. Null means `root`, or `.falaj` if `root` is remote."""
     upload_after_s: float = 60.0
     """Age in seconds after which a segment of a log is closed, so that it can be uploaded. Used if `root` is remote."""
 
