@@ -36,6 +36,7 @@ from cluster.node.checks import (
     require_own_address,
 )
 from cluster.node.description import all_ports, describe_machine
+from cluster.node.edge_address import edge_hosts
 from cluster.node.launch import (
     answers_http,
     edge_log,
@@ -197,6 +198,8 @@ def check(config: JoinConfig) -> None:
             "address in the network of the head."
         )
     require_own_address("cluster.address", config.cluster.address)
+    if config.edge:
+        require_own_address("cluster.edge_host", edge_hosts(config.cluster)[0])
     keys = local(layout(config.storage).keys)
     if (keys / PRIVATE_NAME).exists():
         raise ConfigError(f"{keys} has the keys of another cluster. Set storage.local to another folder.")

@@ -19,11 +19,18 @@ _drawn: set[int] = set()
 
 def network_address() -> str:
     """Return an address of this machine that is not loopback; skip the test if there is none."""
+    if (address := find_network_address()) is None:
+        pytest.skip("this machine has no address but loopback, so servers on the network cannot be tested")
+    return address
+
+
+def find_network_address() -> str | None:
+    """Return an address of this machine that is not loopback, or None if there is none."""
     for interface in psutil.net_if_addrs().values():
         for address in interface:
             if address.family is socket.AF_INET and not address.address.startswith("127."):
                 return str(address.address)
-    pytest.skip("this machine has no address but loopback, so servers on the network cannot be tested")
+    return None
 
 
 def free_port() -> int:
