@@ -73,7 +73,7 @@ def ensure_tls(
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if is_foreign_authority(folder / CA_NAME):
         _require_foreign_files(folder, renew=renew)
-        _require_addresses(folder / NODE_CERTIFICATE_NAME, addresses)
+        require_addresses(folder / NODE_CERTIFICATE_NAME, addresses)
         return
     authority = _authority(folder)
     if renew or _is_due(folder / EDGE_NAME, authority, at):
@@ -98,7 +98,12 @@ def certificate_addresses(path: Path) -> set[str]:
     return {str(address) for address in names.get_values_for_type(x509.IPAddress)}
 
 
-def _require_addresses(path: Path, addresses: Iterable[str]) -> None:
+def require_addresses(path: Path, addresses: Iterable[str]) -> None:
+    """Require that a certificate of another authority has the addresses.
+
+    Raises:
+        ConfigError: one is missing.
+    """
     missing = set(addresses).difference(LOOPBACK, certificate_addresses(path))
     if missing:  # Ray would hang instead of failing
         raise ConfigError(
