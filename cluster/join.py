@@ -28,7 +28,7 @@ from cluster.membership.departure import leave_membership
 from cluster.membership.head_client import HeadClient, first_request
 from cluster.membership.members import current_members
 from cluster.membership.release import release
-from cluster.membership.transport import client_context, split_address
+from cluster.membership.transport import client_context, node_context, split_address
 from cluster.node.checks import (
     refuse_variables,
     require_compiler,
@@ -55,7 +55,14 @@ from cluster.node.locks import command_lock, is_watched_by
 from cluster.node.parts import EDGE, RELAY, SUPERVISOR, UPLOADER, State, inspect_parts, states_by_name
 from cluster.node.scheduling import wait_for_turn
 from cluster.security.private_folder import ensure_private_folder, remove_access_of_others
-from cluster.security.tls.certificates import CA_NAME, EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME
+from cluster.security.tls.certificates import (
+    CA_NAME,
+    EDGE_NAME,
+    NODE_CERTIFICATE_NAME,
+    NODE_KEY_NAME,
+    is_foreign_authority,
+    require_addresses,
+)
 from cluster.security.tokens.issuer import PRIVATE_NAME, replace_private_file
 from cluster.session import ClusterRecord, find_own_record, write_record
 from cluster.settings import PlatformConfig
@@ -150,9 +157,11 @@ def join(config: JoinConfig, own: list[str]) -> None:
         num_gpus=config.cluster.num_gpus,
         signing_request=signing_request,
     )
+    tls = local(layout(config.storage).tls)
+    has_certificate = is_foreign_authority(tls / CA_NAME)
     answer = first_request(
         config.head,
-        client_context(authority=token.authority),
+        node_context(tls) if has_certificate else client_context(authority=token.authority),
         {"op": "join", **application.plain()},
         own_address=config.cluster.address,
     )
@@ -185,7 +194,8 @@ def check(config: JoinConfig) -> None:
     """Check this machine before the head is asked.
 
     Raises:
-        ConfigError: `cluster.address` or `head` is invalid, or the folder has keys of another cluster.
+        ConfigError: `cluster.address` or `head` is invalid, the folder has keys of another cluster, or this machine's
+            certificate lacks its address.
         PortInUse: a port is in use.
         CompilerMissing: no C++ compiler is installed.
     """
@@ -200,7 +210,9 @@ def check(config: JoinConfig) -> None:
     require_own_address("cluster.address", config.cluster.address)
     if config.edge:
         require_own_address("cluster.edge_host", edge_hosts(config.cluster)[0])
-    keys = local(layout(config.storage).keys)
+    keys, tls = local(layout(config.storage).keys), local(layout(config.storage).tls)
+    if is_foreign_authority(tls / CA_NAME):
+        require_addresses(tls / NODE_CERTIFICATE_NAME, [config.cluster.address])
     if (keys / PRIVATE_NAME).exists():
         raise ConfigError(f"{keys} has the keys of another cluster. Set storage.local to another folder.")
     needed = NEEDED_PORTS + (EDGE_PORTS if config.edge else ())
@@ -229,11 +241,12 @@ def write_files(record: ClusterRecord, key: bytes, answer: dict[str, Any]) -> No
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         remove_access_of_others(folder)
     ensure_private_folder(Path(record.runtime_folder))
-    certificate = answer["certificate"].encode()
-    replace_private_file(tls / NODE_KEY_NAME, key)
-    replace_private_file(tls / NODE_CERTIFICATE_NAME, certificate, mode=0o644)
-    replace_private_file(tls / EDGE_NAME, certificate + key)
-    replace_private_file(tls / CA_NAME, answer["authority"].encode(), mode=0o644)
+    if answer["certificate"] is not None:
+        certificate = answer["certificate"].encode()
+        replace_private_file(tls / NODE_KEY_NAME, key)
+        replace_private_file(tls / NODE_CERTIFICATE_NAME, certificate, mode=0o644)
+        replace_private_file(tls / EDGE_NAME, certificate + key)
+        replace_private_file(tls / CA_NAME, answer["authority"].encode(), mode=0o644)
     for name, text in answer["files"].items():
         public = name.endswith((".json", ".pub.pem"))
         replace_private_file(keys / name, text.encode(), mode=0o644 if public else 0o600)

@@ -8,9 +8,7 @@ import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import sqlalchemy as sa
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -21,12 +19,12 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import NodeJoined, NodeLeft
 from cluster.membership import join_token
 from cluster.membership.members import current_members
+from cluster.membership.shared_state import require_shared_state
 from cluster.membership.transport import Peer
-from cluster.security.tls.certificates import CA_NAME, sign_node_key
+from cluster.security.tls.certificates import CA_NAME, is_foreign_authority, sign_node_key
 from cluster.session import ClusterRecord
-from cluster.settings import OnlineKind, PlatformConfig
-from cluster.storage import is_uri, local, write_bytes
-from cluster.this_node import is_loopback
+from cluster.settings import PlatformConfig
+from cluster.storage import local, write_bytes
 
 ACTOR = "system:head"
 SHARED_FILES = ("ray_token", "edge_proof", "issuer.pub.pem", "jwks.json")
@@ -78,32 +76,6 @@ def new_key_and_request(name: str) -> tuple[bytes, str]:
     return private, request.public_bytes(serialization.Encoding.PEM).decode()
 
 
-def require_shared_state(config: PlatformConfig) -> None:
-    """Require that all state that several nodes use is where every node reaches it.
-
-    Raises:
-        ConfigError: the ledger, the storage root or the online store is on the head only.
-    """
-    url = sa.engine.make_url(config.ledger.url or "sqlite://")
-    if url.get_backend_name() == "sqlite":
-        raise _not_shared("the ledger is SQLite", "ledger.url=postgresql+psycopg://…")
-    if not is_uri(config.storage.root):
-        raise _not_shared("storage.root is a folder of the head", "storage=s3 storage.root=s3://…")
-    if config.online.kind is not OnlineKind.redis:
-        raise _not_shared("the online store is LMDB", "online=redis online.url=…")
-    hosts = {"ledger.url": url.host or "localhost", "online.url": urlsplit(config.online.url).hostname or ""}
-    for option, host in hosts.items():
-        if host == "localhost" or (re.fullmatch(r"[\d.]+", host) and is_loopback(host)):
-            raise _not_shared(f"{option} names {host}", f"{option}=… with an address that every node reaches")
-
-
-def _not_shared(problem: str, remedy: str) -> ConfigError:
-    return ConfigError(
-        f"A second node cannot join, because {problem}. Run `python -m cluster.down` on the head, then "
-        f"`python -m cluster.up` with {remedy}."
-    )
-
-
 def admit(
     application: Application,
     peer: Peer,
@@ -145,12 +117,8 @@ def admit(
         )
     if not _NAME.fullmatch(application.name):
         raise InvalidRequest("A node's name has letters, digits, '.' and '-'.")
-    certificate = sign_node_key(
-        _requested_key(application.signing_request),
-        authority=local(places.tls),
-        name=application.name,
-        addresses=[application.address],
-        edge_names=config.cluster.edge_names,
+    certificate, shown = _certificate(
+        application, peer, tls=local(places.tls), edge_names=config.cluster.edge_names
     )
     replaced = [
         member
@@ -175,13 +143,13 @@ def admit(
         region=application.region,
         num_cpus=application.num_cpus,
         num_gpus=application.num_gpus,
-        certificate=fingerprint(certificate),
+        certificate=shown,
     )
     ledger.append(event, actor=ACTOR)
     return {
         "node_id": node_id,
         "cluster_id": record.cluster_id,
-        "certificate": certificate.decode(),
+        "certificate": certificate,
         "authority": (local(places.tls) / CA_NAME).read_text(),
         "files": {
             name: text for name in SHARED_FILES if (text := _text(local(places.keys) / name)) is not None
@@ -191,6 +159,33 @@ def admit(
         "ports": record.ports,
         "head_region": record.region,
     }
+
+
+def _certificate(
+    application: Application, peer: Peer, *, tls: Path, edge_names: Collection[str]
+) -> tuple[str | None, str]:
+    """Return the node's new certificate as PEM, and its SHA-256 in hex.
+
+    If another authority issued the cluster's certificates, the machine must have one of it already, and has shown it.
+
+    Raises:
+        ConfigError: it has shown none.
+    """
+    if is_foreign_authority(tls / CA_NAME):
+        if peer.certificate is None:
+            raise ConfigError(
+                "The cluster's certificates come from another authority than the head. Put ca.pem, node.pem and "
+                "node.key of this machine into <storage.local>/tls, then join again."
+            )
+        return None, peer.certificate
+    certificate = sign_node_key(
+        _requested_key(application.signing_request),
+        authority=tls,
+        name=application.name,
+        addresses=[application.address],
+        edge_names=edge_names,
+    )
+    return certificate.decode(), fingerprint(certificate)
 
 
 def proof_path(record: ClusterRecord, node_id: str) -> str:

@@ -13,7 +13,13 @@ from cluster.ledger.events import ClusterStopped, NodeLeft
 from cluster.membership.admission import SHARED_FILES
 from cluster.membership.head_client import HeadClient
 from cluster.membership.members import current_members
-from cluster.security.tls.certificates import CA_NAME, EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME
+from cluster.security.tls.certificates import (
+    CA_NAME,
+    EDGE_NAME,
+    NODE_CERTIFICATE_NAME,
+    NODE_KEY_NAME,
+    is_foreign_authority,
+)
 from cluster.security.tokens.principal import current_actor
 from cluster.session import ClusterRecord, record_path
 from cluster.settings import PlatformConfig
@@ -29,10 +35,13 @@ def has_ended(ledger: Ledger, record: ClusterRecord) -> bool:
 
 
 def remove_membership(record: ClusterRecord) -> None:
-    """Remove the node's record, certificates, and the secrets that it got from the head."""
+    """Remove the node's record, and the certificates and secrets that it got from the head."""
     keys, tls = local(record.layout.keys), local(record.layout.tls)
-    certificates = (CA_NAME, EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME)
-    for path in (*(keys / name for name in SHARED_FILES), *(tls / name for name in certificates)):
+    paths = [keys / name for name in SHARED_FILES]
+    if not is_foreign_authority(tls / CA_NAME):
+        names = (CA_NAME, EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME)
+        paths += [tls / name for name in names]
+    for path in paths:
         path.unlink(missing_ok=True)
     Path(record_path(record.storage)).unlink(missing_ok=True)
 

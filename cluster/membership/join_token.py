@@ -19,8 +19,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.entrypoint import refuse
+from cluster.entrypoint import compose_platform, refuse
 from cluster.errors import ConfigError, RefusedError, Unauthenticated
+from cluster.membership.shared_state import require_shared_state
 from cluster.security.private_file import read_secret_file
 from cluster.security.tls.certificates import CA_NAME
 from cluster.security.tokens.issuer import replace_private_file, write_private_file
@@ -130,13 +131,15 @@ def main() -> None:
     arguments = parser.parse_args()
     storage = StorageConfig(root=arguments.root)
     try:
+        record = find_own_record(storage)
+        if record is not None and record.has_nodes:
+            require_shared_state(compose_platform(record.overrides or ()))
         token = mint(layout(storage), ttl_s=arguments.ttl_s)
         write(token, arguments.output)
     except RefusedError as error:
         refuse(error)
     except OSError as error:
         refuse(ConfigError(f"{arguments.output} cannot be written: {error.strerror}."))
-    record = find_own_record(storage)
     head = f"{record.address}:{record.ports['nodes']}" if record is not None else "<address>:<port>"
     print(
         f"On the new node: python -m cluster.join head={head} token_file={arguments.output}", file=sys.stderr

@@ -18,6 +18,7 @@ from cluster.ledger.database import updating
 from cluster.records.database import PROGRESS
 from cluster.records.location import AnyLog, local_node, location_of
 
+_REPORT_LOCK = 0x0FA1A8
 ALL_LOGS = ""
 """Stands for all logs of a node that have no row of their own: the node has no record of them that is not shared."""
 
@@ -87,6 +88,8 @@ def report(
         return
     rows = {ALL_LOGS: until} | dict(logs or {})
     with updating(engine) as connection:
+        # Two uploaders of a node may report at the same time. The later one replaces what the earlier one reported.
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_REPORT_LOCK)))
         connection.execute(PROGRESS.delete().where(PROGRESS.c.node == node))
         connection.execute(
             PROGRESS.insert(),

@@ -179,7 +179,10 @@ def test_machine_is_refused_in_one_line(world: World, tmp_path: Path) -> None:
 
 
 def test_work_in_another_region_runs_on_the_node_that_joined(world: World) -> None:
-    """Its tasks open keys and read a feature table there, with the job's own intent. The hash is as on the head."""
+    """Its tasks open keys and read a feature table there, with the job's own intent. The hash is as on the head.
+
+    A job that starts on that node can also have its tasks on the head.
+    """
     world.node.join(world.url, world.token, "edge=true")
     [status] = world.head.nodes()
     assert (status["address"], status["region"], status["state"]) == (
@@ -198,6 +201,19 @@ def test_work_in_another_region_runs_on_the_node_that_joined(world: World) -> No
     )
     assert f"{ROWS} rows" in there.stdout
     assert there.stdout.split("hash")[1] == here.stdout.split("hash")[1]
+    intent = world.node.root / "intent.jwt"
+    identity = ("cluster.security.identity", "intent", "--sub", "alice", "--role", "admin")
+    head.run(*identity, "--entrypoint", build[0], "--output", str(intent))
+    (world.node.root / "people.parquet").write_bytes((head.root / "people.parquet").read_bytes())
+    from_node = world.node.run(
+        *build,
+        "output=there.parquet",
+        "task_rows=0",
+        "placement.region=local",
+        f"identity.token_file={intent}",
+        *head.shared,
+    )
+    assert from_node.stdout.split("hash")[1] == here.stdout.split("hash")[1]
     nowhere = head.run(
         *build, "output=x.parquet", "task_rows=0", "placement.region=mars", *head.shared, check=False
     )

@@ -76,7 +76,7 @@ def ensure_tls(
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if is_foreign_authority(folder / CA_NAME):
         _require_foreign_files(folder, renew=renew)
-        _require_addresses(folder / NODE_CERTIFICATE_NAME, addresses)
+        require_addresses(folder / NODE_CERTIFICATE_NAME, addresses)
         return
     authority = _authority(folder)
     if renew or _is_due(folder / EDGE_NAME, authority, at, names=edge_names):
@@ -120,7 +120,12 @@ def _alternative_names(path: Path) -> list[x509.GeneralName]:
         return []
 
 
-def _require_addresses(path: Path, addresses: Iterable[str]) -> None:
+def require_addresses(path: Path, addresses: Iterable[str]) -> None:
+    """Require that a certificate of another authority has the addresses.
+
+    Raises:
+        ConfigError: one is missing.
+    """
     missing = set(addresses).difference(LOOPBACK, certificate_addresses(path))
     if missing:  # Ray would hang instead of failing
         raise ConfigError(

@@ -9,12 +9,13 @@ from cryptography import x509
 
 from cluster.errors import ConfigError, FalajError, InvalidRequest, Unauthenticated
 from cluster.ledger.events import NodeJoined, NodeLeft
-from cluster.membership import admission, join_token
+from cluster.membership import join_token
 from cluster.membership.admission import fingerprint
-from cluster.membership.head_client import first_request
+from cluster.membership.head_client import HeadClient, first_request
 from cluster.membership.members import current_members
-from cluster.membership.transport import client_context
-from cluster.security.tls.certificates import ensure_tls
+from cluster.membership.shared_state import require_shared_state
+from cluster.membership.transport import client_context, node_context
+from cluster.security.tls.certificates import ensure_tls, write_node_certificate
 from cluster.settings import LedgerConfig, OnlineConfig, OnlineKind, PlatformConfig, StorageConfig
 from cluster.storage import Layout
 from tests.servers.ports import free_port
@@ -101,6 +102,29 @@ def test_address_where_nothing_listens_is_named(head: Head) -> None:
         first_request(address, context, {"op": "join", **application.plain()}, own_address=NODE_ADDRESS)
 
 
+def test_with_a_companys_authority_the_machine_shows_its_own_certificate(
+    head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head cannot sign, and says what the machine needs. With it, the shown certificate becomes the node's."""
+    monkeypatch.setattr("cluster.membership.admission.is_foreign_authority", lambda authority: True)
+    _, application = head.application(signing_request="")
+    with pytest.raises(ConfigError, match=r"come from another authority.*node\.key"):
+        head.ask(application)
+    tls = tmp_path / "companys"
+    authority = Path(head.record.layout.tls)
+    write_node_certificate(tls, authority=authority, name="node-2", addresses=[NODE_ADDRESS])
+    answer = first_request(
+        head.url,
+        node_context(tls),
+        {"op": "join", **application.plain()},
+        own_address=NODE_ADDRESS,
+    )
+    assert answer["certificate"] is None
+    [member] = current_members(head.ledger, "abc").values()
+    assert member.certificate == fingerprint((tls / "node.pem").read_bytes())
+    assert HeadClient(head.url, tls=tls, address=NODE_ADDRESS).request("nodes")
+
+
 SHARED = {
     "ledger": LedgerConfig(url="postgresql+psycopg://falaj@10.0.0.9/ledger"),
     "storage": StorageConfig(root="s3://bucket/falaj"),
@@ -121,9 +145,9 @@ SHARED = {
 )
 def test_state_on_one_machine_is_refused(section: str, value: object, message: str) -> None:
     """The message says which setting to change, and that the head must start with it."""
-    admission.require_shared_state(PlatformConfig(**SHARED))  # type: ignore[arg-type]
+    require_shared_state(PlatformConfig(**SHARED))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"{message}.*cluster.up"):
-        admission.require_shared_state(PlatformConfig(**{**SHARED, section: value}))  # type: ignore[arg-type]
+        require_shared_state(PlatformConfig(**{**SHARED, section: value}))  # type: ignore[arg-type]
 
 
 def test_token_file_is_private_and_masked(head: Head, tmp_path: Path) -> None:
