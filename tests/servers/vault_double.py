@@ -1,12 +1,10 @@
 """A double of HashiCorp Vault. It is NOT Vault, but a loopback server with the part of its HTTP API that Falaj uses.
 
 The cryptography is real: Transit is AES-256-GCM, the PKI signs real certificates, JWT logins verify real signatures.
-Paths, status codes and error texts are the same as Vault's. Like Vault, the double is tolerant in some cases that a
-client must know: `v0` decrypts as `v1`, base64 may have unused bits set, encrypting with a missing key creates the key,
-and rewrap has no associated data.
+Paths, status codes and error texts are Vault's. Like Vault, it is tolerant: `v0` decrypts as `v1`, base64 may have
+unused bits set, encrypting with a missing key creates the key, and rewrap has no associated data.
 
-The double does not have: policies in HCL (instead, a token has a list of denied paths), leases of secrets, namespaces,
-high availability.
+It has no HCL policies (a token has a list of denied paths), leases, namespaces or high availability.
 """
 
 from __future__ import annotations
