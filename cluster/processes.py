@@ -123,7 +123,7 @@ def _send(
 
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
     """Return whether a TCP port can be bound."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

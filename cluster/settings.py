@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
+from cluster.host_names import require_edge_names
+
 _ISSUER_WORD = re.compile(r"[A-Za-z0-9._~:/?@+,=%-]{1,200}")
 _CLAIM = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 MAX_AHEAD_S = 31 * 86_400
@@ -232,7 +234,7 @@ class IdentityConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PortsConfig:
-    """TCP ports of a local cluster. All are on loopback, except Ray's own ports."""
+    """TCP ports of a local cluster. All are on loopback, except Ray's own ports and, with `edge_host`, the edge."""
 
     gcs: int = 6379
     ray_client: int = 10001
@@ -252,6 +254,10 @@ class PortsConfig:
 class ClusterConfig:
     """Configuration of a Ray head node."""
 
+    edge_host: str | None = None
+    """Address that the edge listens on, besides loopback; 0.0.0.0 is all of this machine. Null is loopback only."""
+    edge_names: list[str] = field(default_factory=list)
+    """More names and addresses of the edge, for its certificate."""
     num_cpus: int = 8
     """Logical CPUs. Their number may exceed the physical CPUs if the processes mostly wait."""
     num_gpus: int = 0
@@ -266,6 +272,7 @@ class ClusterConfig:
     ports: PortsConfig = field(default_factory=PortsConfig)
 
     def __post_init__(self) -> None:
+        require_edge_names(self.edge_host, self.edge_names)
         if self.num_cpus < 1:
             raise ValueError(f"cluster.num_cpus must be at least 1, got {self.num_cpus}.")
         if self.object_store_mib < 128:

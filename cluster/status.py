@@ -42,6 +42,7 @@ _SERVER_DOWN = re.compile(
     r'^haproxy_server_status\{proxy="([^"]+)",server="([^"]+)_(\d+)",state="DOWN"\} 1$', re.MULTILINE
 )
 LOOPBACK_ADDRESSES = ("127.", "::1:", "::ffff:127.")
+EVERY_ADDRESS = ("0.0.0.0:", ":::")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,10 +174,17 @@ def _show_text(record: ClusterRecord, cluster_health: Health) -> None:
     print("listening")
     for address, names in listeners(record).items():
         port = int(address.rsplit(":", 1)[1])
-        reach = "loopback" if address.startswith(LOOPBACK_ADDRESSES) else "EVERY ADDRESS"
+        reach = _reach(address)
         guard = GUARDED_BY.get(port_names.get(port, ""), "Ray's token")
         print(f"  {address:23} {port_names.get(port, names[0]):26} {reach}, {guard}")
     _show_health(cluster_health)
+
+
+def _reach(address: str) -> str:
+    """Return which machines reach a listener."""
+    if address.startswith(LOOPBACK_ADDRESSES):
+        return "loopback"
+    return "EVERY ADDRESS" if address.startswith(EVERY_ADDRESS) else "network"
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortI
 from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
 from cluster.ledger.events import ClusterStarted
+from cluster.node.edge_address import edge_hosts, edge_names
 from cluster.node.launch import (
     StartFailed,
     answers_http,
@@ -59,7 +60,7 @@ from cluster.session import (
     record_path,
     write_record,
 )
-from cluster.settings import PlatformConfig, PortsConfig, SecretsKind
+from cluster.settings import ClusterConfig, PlatformConfig, PortsConfig, SecretsKind
 from cluster.storage import layout, local, project_root, require_exclusive_writes, resolve
 from cluster.supervisor.daemons import save_commands
 from cluster.supervisor.head import restore_is_due
@@ -211,7 +212,8 @@ def check(config: PlatformConfig) -> None:
         ClusterAlreadyUp: A cluster runs for this storage root.
         CompilerMissing: No C++ compiler is installed.
         PortInUse: A port is in use.
-        ConfigError: A dangerous environment variable is set, or the tier does not allow the key store.
+        ConfigError: A dangerous environment variable is set, the tier does not allow the key store, or
+            `cluster.edge_host` is not an address of this machine.
     """
     if (record := find_running_record(config.storage)) is not None:
         raise _already_up(record)
@@ -221,12 +223,23 @@ def check(config: PlatformConfig) -> None:
             "No C++ compiler (c++) found; DeepSpeed compiles an operator at start. Install g++."
         )
     check_keyring(config.secrets, tier=config.tier)
+    require_own_address("cluster.edge_host", edge_hosts(config.cluster)[0])
     for name, port in _ports(config).items():
-        if _is_taken(name, port):
+        if _is_taken(name, port, config.cluster):
             raise PortInUse(
                 f"Port {port} ({name}) is in use by {processes.listener_name(port)}. Free it, or set "
                 f"cluster.ports.{name}=…"
             )
+
+
+def require_own_address(option: str, address: str) -> None:
+    """Require that this machine has the address in an option.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    if not processes.port_is_free(0, address):
+        raise ConfigError(f"{option}={address} is not an address of this machine. `ip address` lists them.")
 
 
 def refuse_variables() -> None:
@@ -254,11 +267,15 @@ def avoid_taken_metrics_ports(ports: PortsConfig) -> None:
             setattr(ports, name, next(free, default))
 
 
-def _is_taken(name: str, port: int) -> bool:
+def _is_taken(name: str, port: int, config: ClusterConfig) -> bool:
     if name == "replicas":
         # Connections of a replica that just ended block its port for a minute. Ray then takes another of the ports.
         return processes.port_answers(port)
-    return not processes.port_is_free(port, "0.0.0.0" if name == "gcs" else "127.0.0.1")  # noqa: S104 (a probe)
+    hosts = {
+        "gcs": ["0.0.0.0"],  # noqa: S104 (a probe)
+        "edge": edge_hosts(config),
+    }
+    return not all(processes.port_is_free(port, host) for host in hosts.get(name, ["127.0.0.1"]))
 
 
 def describe(config: PlatformConfig) -> ClusterRecord:
@@ -313,9 +330,9 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
         ensure_issuer(storage, tier=config.tier)
     vault = config.secrets.vault
     if config.secrets.kind is SecretsKind.vault and vault.pki_role is not None:
-        fetch_certificates(storage, vault)
+        fetch_certificates(storage, vault, names=edge_names(config.cluster))
     else:
-        ensure_tls(storage)
+        ensure_tls(storage, edge_names=edge_names(config.cluster))
     if not Path(record.token_path).exists():
         write_private_file(Path(record.token_path), secrets.token_hex(32).encode())
     for scratch_folder in (Path(storage.runs), memory_folder(otherwise=Path(storage.runs))):

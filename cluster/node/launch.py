@@ -249,8 +249,15 @@ def overrides(name: str, value: Any, *, leave_out: Collection[str] = ()) -> list
         ]
     if value is None:
         return []
+    if isinstance(value, list):
+        return [f"++{name}=[{','.join(map(_quoted, value))}]"]
+    return [f"++{name}={_quoted(value)}"]
+
+
+def _quoted(value: Any) -> str:
+    """Return a value as a quoted string of Hydra."""
     text = str(value.value if isinstance(value, enum.Enum) else value).replace("'", "\\'")
-    return [f"++{name}='{text}'"]
+    return f"'{text}'"
 
 
 def wait_until(process: subprocess.Popen[bytes], ready: Callable[[], bool], *, name: str, log: Path) -> None:

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.metrics import serve_metrics
+from cluster.node.edge_address import edge_hosts
 from cluster.node.scheduling import wait_for_turn
 from cluster.processes import ID_VARIABLE
 from cluster.security.recorded_settings import apply_cluster_record
@@ -74,8 +75,6 @@ class LimitsConfig:
 class EdgeConfig(PlatformConfig):
     """Settings of the edge."""
 
-    host: str = "127.0.0.1"
-    """Address that the edge listens on."""
     max_body_bytes: int = 32_000_000
     """A larger body ends the connection. The limit of replicas is much lower; they read the body and then refuse it."""
     threads: int = 1
@@ -97,7 +96,7 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
     places = layout(config.storage)
     edge = local(places.edge)
     return EdgeSettings(
-        bind=f"{config.host}:{record.ports['edge']}",
+        bind=",".join(bind_address(host, record.ports["edge"]) for host in edge_hosts(config.cluster)),
         metrics_bind=f"127.0.0.1:{record.ports['edge_metrics']}",
         certificate=f"{places.tls}/{EDGE_NAME}",
         dashboard=urlsplit(record.dashboard_url).netloc,
@@ -122,6 +121,11 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         wake_timeout_s=config.wake_timeout_s,
         serve_proxy=urlsplit(record.serve_http_url).netloc,
     )
+
+
+def bind_address(host: str, port: int) -> str:
+    """Return an address to listen on, as HAProxy takes it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @job("edge", EdgeConfig)

@@ -16,7 +16,7 @@ import argparse
 import datetime as dt
 import ipaddress
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError
+from cluster.host_names import is_address
 from cluster.security.tokens.issuer import replace_private_file
 from cluster.settings import StorageConfig
 from cluster.storage import Layout, layout, local
@@ -49,11 +50,18 @@ class _Authority:
     key: ec.EllipticCurvePrivateKey
 
 
-def ensure_tls(places: Layout, *, renew: bool = False, now: dt.datetime | None = None) -> None:
+def ensure_tls(
+    places: Layout,
+    *,
+    edge_names: Collection[str] = (),
+    renew: bool = False,
+    now: dt.datetime | None = None,
+) -> None:
     """Ensure that this machine has an authority, and valid certificates for the edge and for Ray.
 
     Args:
         places: paths below the storage root.
+        edge_names: names and addresses that the edge's certificate needs besides loopback; it keeps others, too.
         renew: create the certificates again, even if they are still valid.
         now: the time for the check of the lifetime; the current time by default.
 
@@ -68,14 +76,38 @@ def ensure_tls(places: Layout, *, renew: bool = False, now: dt.datetime | None =
         _require_foreign_files(folder, renew=renew)
         return
     authority = _authority(folder)
-    if renew or _is_due(folder / EDGE_NAME, authority, at):
-        key = ec.generate_private_key(ec.SECP256R1())
-        usages = (ExtendedKeyUsageOID.SERVER_AUTH,)
-        edge = _leaf(key, authority, name="localhost", addresses=LOOPBACK, usages=usages)
-        replace_private_file(folder / EDGE_NAME, _pem(edge) + _key_pem(key))
+    if renew or _is_due(folder / EDGE_NAME, authority, at, names=edge_names):
+        names = certificate_names(folder / EDGE_NAME).union(edge_names).difference(LOOPBACK)
+        _write_edge_certificate(folder, authority, names=sorted(names))
     node_is_due = _is_due(folder / NODE_CERTIFICATE_NAME, authority, at, key=folder / NODE_KEY_NAME)
     if renew or node_is_due:
         write_node_certificate(folder, authority=folder, name=socket.gethostname(), addresses=LOOPBACK)
+
+
+def _write_edge_certificate(folder: Path, authority: _Authority, *, names: Collection[str]) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = _leaf(
+        key,
+        authority,
+        name="localhost",
+        hosts=[name for name in names if not is_address(name)],
+        addresses=(*filter(is_address, names), *LOOPBACK),
+        usages=(ExtendedKeyUsageOID.SERVER_AUTH,),
+    )
+    replace_private_file(folder / EDGE_NAME, _pem(certificate) + _key_pem(key))
+
+
+def certificate_names(path: Path) -> set[str]:
+    """Return the names and IP addresses in a certificate; empty if the file is missing or damaged."""
+    return {str(name.value) for name in _alternative_names(path)}
+
+
+def _alternative_names(path: Path) -> list[x509.GeneralName]:
+    try:
+        extensions = x509.load_pem_x509_certificate(path.read_bytes()).extensions
+        return list(extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except (FileNotFoundError, ValueError, x509.ExtensionNotFound):
+        return []
 
 
 def is_foreign_authority(authority: Path) -> bool:
@@ -143,11 +175,19 @@ def _authority(folder: Path) -> _Authority:
     return _Authority(x509.load_pem_x509_certificate((folder / CA_NAME).read_bytes()), key)
 
 
-def _is_due(path: Path, authority: _Authority, at: dt.datetime, *, key: Path | None = None) -> bool:
+def _is_due(
+    path: Path,
+    authority: _Authority,
+    at: dt.datetime,
+    *,
+    key: Path | None = None,
+    names: Collection[str] = (),
+) -> bool:
     """Return whether a certificate must be created.
 
     It must be created if the certificate or its key is missing. A local certificate must be created again if an earlier
-    authority issued it, if it does not fit the key in `key`, or if less than a third of its lifetime is left.
+    authority issued it, if it does not fit the key in `key`, if it lacks one of `names`, or if less than a third of its
+    lifetime is left.
     Certificates of other authorities, such as a company's PKI, are never replaced.
     """
     if not path.exists() or not (key is None or key.exists()):
@@ -164,7 +204,7 @@ def _is_due(path: Path, authority: _Authority, at: dt.datetime, *, key: Path | N
         return True
     if key is not None and not _has_key(certificate, key):
         return True
-    return in_last_third(certificate, at)
+    return in_last_third(certificate, at) or not certificate_names(path).issuperset(names)
 
 
 def in_last_third(certificate: x509.Certificate, at: dt.datetime) -> bool:
@@ -211,6 +251,7 @@ def _leaf(
     name: str,
     addresses: Iterable[str],
     usages: Iterable[x509.ObjectIdentifier],
+    hosts: Iterable[str] = (),
 ) -> x509.Certificate:
     try:
         parsed = [ipaddress.ip_address(address) for address in dict.fromkeys(addresses)]
@@ -219,7 +260,7 @@ def _leaf(
             f"A node's address is invalid: {error}. Use --ip with an address such as 10.0.0.7."
         ) from error
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    names = [x509.DNSName(host) for host in dict.fromkeys((name, "localhost"))]
+    names = [x509.DNSName(host) for host in dict.fromkeys((name, "localhost", *hosts))]
     return (
         _builder(subject, authority.certificate.subject, key.public_key(), days=LEAF_DAYS)
         .add_extension(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -110,6 +111,32 @@ def test_a_variable_that_lets_parquet_run_code_is_refused(
         up.check(config)
     with pytest.raises(ConfigError, match=f"{name}.*Unset it"):
         up.repair(config, up.describe(config))
+
+
+def test_an_edge_address_of_another_machine_is_refused(config: PlatformConfig) -> None:
+    """The message says how to find this machine's own addresses."""
+    config.cluster.edge_host = "192.0.2.7"
+    with pytest.raises(
+        ConfigError, match=r"edge_host=192\.0\.2\.7 is not an address of this machine.*ip address"
+    ):
+        up.check(config)
+
+
+@pytest.mark.parametrize("option", [{"edge_host": "api.example.com"}, {"edge_names": ["a b"]}])
+def test_edge_names_and_addresses_are_validated(option: dict[str, Any]) -> None:
+    """`edge_host` takes an address, and `edge_names` takes names and addresses."""
+    with pytest.raises(ValueError, match=rf"cluster\.{next(iter(option))}.*got '"):
+        ClusterConfig(**option)
+
+
+def test_edge_on_all_addresses_needs_its_port_on_all_of_them(config: PlatformConfig) -> None:
+    """A process that has the edge's port on one address only is in the way."""
+    config.cluster.edge_host = "0.0.0.0"  # noqa: S104 (what is tested)
+    with socket.create_server(("127.0.0.2", config.cluster.ports.edge)):
+        with pytest.raises(PortInUse, match="edge"):
+            up.check(config)
+        config.cluster.edge_host = None
+        up.check(config)
 
 
 def test_a_missing_compiler_is_refused(config: PlatformConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +325,7 @@ def test_shared_overrides_compose_to_the_same_configuration(config: PlatformConf
     config.ledger.checkpoint_every = 7
     config.identity.issuer.url = "https://issuer.example"
     config.features.max_ahead_s = 5.0
+    config.cluster.edge_names = ["api.example.com", "10.0.0.5", "*.b.example", "fd00::2"]
     overrides = up.shared_overrides(config, up.describe(config))
     with initialize_config_module("configs", version_base=None):
         composed = load(compose("cluster", overrides=overrides), PlatformConfig)

@@ -52,6 +52,18 @@ def test_client_that_trusts_the_authority_connects(folder: Path, name: str) -> N
     assert connect(folder / "edge.pem", folder / "ca.pem", name) == "TLSv1.3"
 
 
+@pytest.mark.parametrize("name", ["10.0.0.1", "api.example.com", "a.b.example.com", "127.0.0.1"])
+def test_edge_is_reached_by_the_names_it_was_given(folder: Path, name: str) -> None:
+    """A certificate without one of them is created again, and keeps the names that it had."""
+    places = Layout(str(folder.parent))
+    ensure_tls(places, edge_names=["10.0.0.1", "api.example.com"])
+    before = (folder / "edge.pem").read_bytes()
+    ensure_tls(places, edge_names=["api.example.com"])
+    assert (folder / "edge.pem").read_bytes() == before
+    ensure_tls(places, edge_names=["*.b.example.com"])
+    assert connect(folder / "edge.pem", folder / "ca.pem", name) == "TLSv1.3"
+
+
 def test_another_host_name_or_authority_is_refused(folder: Path, tmp_path: Path) -> None:
     """The certificate is valid for loopback only, and every storage root has its own authority."""
     with pytest.raises(ssl.SSLCertVerificationError, match="not valid for"):
