@@ -39,6 +39,6 @@ WORKDIR /data
 VOLUME /data
 EXPOSE 8443
 USER 1000:1000
-HEALTHCHECK --interval=30s --timeout=20s --start-period=120s CMD ["python", "-m", "cluster.status"]
+HEALTHCHECK --interval=60s --timeout=20s --start-period=120s CMD ["python", "-m", "cluster.status"]
 ENTRYPOINT ["tini", "--"]
 CMD ["python", "-m", "cluster.supervisor.container", "cluster.edge_host=0.0.0.0"]
