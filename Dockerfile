@@ -1,4 +1,4 @@
-# The platform, with the packages of the locks. `make image` builds it without a Docker daemon; `docker build .` works, too.
+# The platform, with the packages of the locks. `make image` builds it without a Docker daemon and without a registry.
 # The image contains the code, because Serve's replicas and jobs import it. It contains no state and no secret.
 ARG BASE=docker.io/library/debian:bookworm-slim
 FROM ${BASE}
