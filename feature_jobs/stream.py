@@ -83,7 +83,7 @@ class StreamConfig(PlatformConfig):
     """Configuration of `feature_jobs.stream`."""
 
     definitions: str = "feature_jobs.census"
-    """Not used; all feature commands take it. Pushed rows were checked when they were pushed."""
+    """Not used. Other feature commands have this option. Pushed rows were checked when they were pushed."""
     source: StreamSource = StreamSource.push
     view: str = "???"
     once: bool = False

@@ -2,9 +2,9 @@
 
 With `durability=disk`, an answer waits until its record is on the disk. One `fdatasync`, in a thread, is enough for all
 requests that arrived since the previous `fdatasync` started (group commit). So a request waits for at most two calls
-of `fdatasync`, however many requests there are at the same time. If an `fdatasync` fails, all requests that wait at that
-moment get 503, and the next records are written to a new segment. The kernel may drop data that it could not write, so
-a successful second `fdatasync` would prove nothing.
+of `fdatasync`, however many requests there are at the same time. If an `fdatasync` fails, all requests that wait at
+that moment get 503, and the next records are written to a new segment. The kernel may drop data that it could not
+write, so a successful second `fdatasync` would prove nothing.
 
 A replica without requests releases its segment when the segment is old, so that the segment can be compacted.
 """

@@ -53,7 +53,7 @@ def frontend(*, map_file: str, socket: str) -> str:
 
 
 def record_fallback() -> str:
-    """Return rules of a frontend that set `fallback` and `variant` in the record if the champion answers as fallback."""
+    """Return a frontend's rules that record `fallback` and `variant` if the champion answers as fallback."""
     by_champion = f"if {{ srv_name -m str {_BACKUP_SERVER} }}"
     return f"""    http-response set-var(txn.fallback) bool(true) {by_champion}
     http-response set-var(txn.variant) str({CHAMPION_VARIANT}) {by_champion}"""
