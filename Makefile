@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed$(if $(filter gpu,$(TORCH)),-gpu)
 PACKAGES := cluster feature_jobs jobs serve_apps
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo down test integration unit unit-ground unit-features unit-engines unit-serving chaos soak lint format bench lock audit coverage clean
+.PHONY: help install demo down test integration image image-test unit unit-ground unit-features unit-engines unit-serving chaos soak lint format bench lock audit coverage clean
 
 help:
 	@echo "make demo    install, start a local cluster, run the whole loop, write .falaj/demo/report.html"
@@ -19,6 +19,8 @@ help:
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make bench   all benches, or BENCH=<name>      make chaos   crash and property tests with many repetitions"
 	@echo "make audit   known vulnerabilities of the locked packages       make coverage   lines that unit tests run"
+	@echo "make image   the container image localhost/falaj, built with buildah as root; BASE=<image>, TAG=<name>"
+	@echo "make image-test    build the image, run it with runc, call it from another network namespace; takes minutes"
 	@echo "make soak    ten minutes of requests; no request may fail, no process may grow"
 
 install: $(STAMP)
@@ -77,6 +79,14 @@ chaos: $(STAMP)
 
 soak: $(STAMP)
 	@$(BIN)/python tests/soak.py
+
+# buildah needs no daemon, and mmdebstrap makes the base image from Debian's packages, so no registry is needed.
+image:
+	@BASE=$(BASE) TAG=$(TAG) TORCH=$(TORCH) $(PYTHON) tests/image/build.py
+
+# Not a part of `make test`, because a build takes minutes and several gigabytes of disk.
+image-test: image $(STAMP)
+	@FALAJ_IMAGE=$(or $(TAG),localhost/falaj) $(BIN)/python -m pytest -p no:schemathesis tests/image
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

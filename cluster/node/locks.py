@@ -16,7 +16,7 @@ from cluster.errors import ConfigError
 from cluster.session import record_path
 from cluster.settings import StorageConfig
 
-COMMAND_LOCK, SUPERVISOR_LOCK = "cluster.lock", "supervisor.lock"
+COMMAND_LOCK, SUPERVISOR_LOCK, CONTAINER_LOCK = "cluster.lock", "supervisor.lock", "container.lock"
 
 
 @contextlib.contextmanager
@@ -50,6 +50,25 @@ def supervisor_lock(storage: StorageConfig) -> Iterator[None]:
             raise ConfigError(
                 f"Another supervisor (pid {_holder(path)}) already watches the cluster of {path.parent}. "
                 "`python -m cluster.status` shows it."
+            )
+        yield
+
+
+@contextlib.contextmanager
+def container_lock(storage: StorageConfig) -> Iterator[None]:
+    """Hold the lock of the container that runs a storage root's cluster.
+
+    A second container sees no processes of the first one. It would take the first cluster for a dead one.
+
+    Raises:
+        ConfigError: Another container holds the lock.
+    """
+    path = _path(storage, CONTAINER_LOCK)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _locked(path) as acquired:
+        if not acquired:
+            raise ConfigError(
+                f"Another container runs the cluster of {path.parent}. Stop it first, or give this one its own volume."
             )
         yield
 

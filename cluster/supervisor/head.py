@@ -33,6 +33,11 @@ def restore_is_due(record: ClusterRecord) -> bool:
     return _marker(record).exists()
 
 
+def request_restore(record: ClusterRecord) -> None:
+    """Let the supervisor restore the applications that should serve according to the ledger."""
+    _marker(record).touch()
+
+
 def mark_restored(record: ClusterRecord) -> None:
     """Record that all applications are restored, by the supervisor or by an operator."""
     _marker(record).unlink(missing_ok=True)
@@ -51,7 +56,7 @@ def replace_head(config: PlatformConfig, record: ClusterRecord) -> None:
     """
     ensure_private_folder(Path(record.runtime_folder))
     ensure_private_folder(gcs_folder(record).parent)
-    _marker(record).touch()
+    request_restore(record)
     remove_commands(record)
     processes.end(record.instance, owner=record.owner, only=belongs_to_ray, grace_s=GRACE_S)
     shutil.rmtree(gcs_folder(record), ignore_errors=True)

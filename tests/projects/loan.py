@@ -5,8 +5,9 @@ The project has its own data, definitions and configuration, and changes no file
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import polars as pl
 
@@ -45,6 +46,15 @@ TRAIN = ("--config-dir", "conf", "model=small", *DATA, *SPLIT)
 """Arguments of `jobs.train`."""
 
 
+class Commands(Protocol):
+    """A folder, and a function that runs the platform's commands in it."""
+
+    @property
+    def root(self) -> Path: ...
+
+    def run(self, module: str, *args: str, check: bool = False) -> subprocess.CompletedProcess[str]: ...
+
+
 class Shop(Client):
     """A client that requests loan predictions for a customer."""
 
@@ -53,7 +63,7 @@ class Shop(Client):
         return self.call(PREDICT, body, unit=str(customer))
 
 
-def prepare(project: Project) -> None:
+def prepare(project: Commands) -> None:
     """Apply, ingest, train and deploy. The cluster of the project must be running."""
     root, run = project.root, project.run
     (root / "loans.py").write_text(DEFINITIONS)
