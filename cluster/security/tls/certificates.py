@@ -133,32 +133,6 @@ def require_addresses(path: Path, addresses: Iterable[str]) -> None:
         )
 
 
-def _write_edge_certificate(folder: Path, authority: _Authority, *, names: Collection[str]) -> None:
-    key = ec.generate_private_key(ec.SECP256R1())
-    certificate = _leaf(
-        key,
-        authority,
-        name="localhost",
-        hosts=[name for name in names if not is_address(name)],
-        addresses=(*filter(is_address, names), *LOOPBACK),
-        usages=(ExtendedKeyUsageOID.SERVER_AUTH,),
-    )
-    replace_private_file(folder / EDGE_NAME, _pem(certificate) + _key_pem(key))
-
-
-def certificate_names(path: Path) -> set[str]:
-    """Return the names and IP addresses in a certificate; empty if the file is missing or damaged."""
-    return {str(name.value) for name in _alternative_names(path)}
-
-
-def _alternative_names(path: Path) -> list[x509.GeneralName]:
-    try:
-        extensions = x509.load_pem_x509_certificate(path.read_bytes()).extensions
-        return list(extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
-    except (FileNotFoundError, ValueError, x509.ExtensionNotFound):
-        return []
-
-
 def is_foreign_authority(authority: Path) -> bool:
     """Return whether a file is the certificate of an authority that this module did not create.
 
