@@ -81,9 +81,10 @@ class NodeService:
     _joining: threading.Lock = field(default_factory=threading.Lock)
 
     def serve(self, connection: ssl.SSLSocket, peer: Peer) -> None:
-        """Answer the requests of one connection until it is closed."""
+        """Answer the requests of one connection until it is closed. Without a certificate, it is not kept open long."""
+        idle_s = READ_S if peer.certificate is None else IDLE_S
         try:
-            while (request := receive(connection, idle_s=IDLE_S, read_s=READ_S)) is not None:
+            while (request := receive(connection, idle_s=idle_s, read_s=READ_S)) is not None:
                 if request.get("op") == DASHBOARD:
                     self._connect_to_dashboard(connection, peer)
                     return
@@ -99,10 +100,12 @@ class NodeService:
                 return self._ask_broker(request.get("request"))
             return {"ok": True, "result": self._result(request, peer)}
         except FalajError as error:
+            if isinstance(error, Unauthenticated):
+                LOG.warning("a request from %s was refused: %s", peer.address, error)
             return error_to_plain(error)
         except Exception as error:  # noqa: BLE001 (one bad request must not end the service)
             # Log only the type: the message of an unexpected error could contain a secret.
-            LOG.error("a request %s failed with %s", request.get("op"), type(error).__name__)
+            LOG.error("a request from %s failed with %s", peer.address, type(error).__name__)
             return error_to_plain(
                 KeyStoreUnavailable(f"The head failed with {type(error).__name__}. See keys/nodes.log there.")
             )

@@ -114,7 +114,8 @@ class JoinedNode(ThisMachine):
             self._heads_session = str(answer.get("session", ""))
 
     def restore_is_due(self) -> bool:
-        return self._heads_session not in ("", self._own_session())
+        # Ray's workers replace the link, so it is missing for moments. Then nothing is known.
+        return len({self._heads_session, self._own_session()} - {""}) == 2
 
     def restore(self) -> None:
         if self.restore_is_due():
