@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import functools
+import logging
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -20,6 +22,7 @@ from starlette.responses import Response
 from cluster.errors import (
     DefinitionError,
     FeatureViewNotFound,
+    Inconsistent,
     InvalidRequest,
     ModelNotFound,
     ViewRetired,
@@ -38,6 +41,7 @@ from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.streaming.push_log import PushLog, PushLogFull, PushLogUnavailable
+from feature_jobs.store.streaming.push_tables import import_lmdb_logs
 from feature_jobs.store.streaming.pushed_view import PushedView, load_pushed_view
 from feature_jobs.store.streaming.pusher import Pusher, open_push_log
 from feature_jobs.store.types.dtypes import to_json
@@ -46,6 +50,7 @@ from serve_apps.replica.access import AccessCheck
 from serve_apps.replica.http import Unavailable, answer, read_json, refusal
 from serve_apps.replica.process import prepare_replica
 
+LOG = logging.getLogger("falaj.features")
 REFRESH_S = 5
 """Maximum time for which an outdated definition is used."""
 
@@ -70,6 +75,10 @@ class Features:
         self._engine = open_online_store(
             self._platform.online, self._places, self._keys(""), readonly=False
         ).engine
+        try:
+            import_lmdb_logs(self._ledger, Path(self._places.push("")))
+        except Inconsistent as error:  # pushes to this view are refused; all else is served
+            LOG.error("%s", error)
         self._logs: dict[str, PushLog] = {}
         self._ahead = FutureLimit.of(self._platform.features.max_ahead_s, online_at_once=True)
         self._table_keys: dict[str, Mapping[str, str]] = {}
@@ -119,22 +128,22 @@ class Features:
     def _push(self, principal: Principal, push: Push) -> dict[str, Any]:
         view = self._view(push.view, _period())
         self._access.check(principal, Action.push_features, *view_resources(view.spec, region=self._region))
-        pusher = Pusher(
-            view,
-            self._places,
-            self._store(_purpose(view)),
-            self._log(view),
-            ahead=self._ahead,
-            table_keys=self._table_keys,
-        )
         try:
+            pusher = Pusher(
+                view,
+                self._places,
+                self._store(_purpose(view)),
+                self._log(view),
+                ahead=self._ahead,
+                table_keys=self._table_keys,
+            )
             return pusher.push(
                 push.rows,
                 idempotency_key=push.idempotency_key,
                 digest=push.digest,
                 now=dt.datetime.now(dt.UTC),
             )
-        except (PushLogFull, PushLogUnavailable, KeyStoreUnavailable) as error:
+        except (PushLogFull, PushLogUnavailable, Inconsistent, KeyStoreUnavailable) as error:
             raise Unavailable(str(error)) from error
 
     def _read_view(self, name: str, period: int) -> PushedView:

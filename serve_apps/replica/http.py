@@ -9,6 +9,8 @@ import logging
 from typing import Any
 
 import orjson
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as DatabaseTimeout
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -100,6 +102,9 @@ def refusal(error: Exception) -> Response:
             status, message = 503, str(error)
         case Unavailable() | OnlineStoreUnavailable():
             status, message, headers = 503, str(error), {"retry-after": "1"}
+        case DBAPIError() | DatabaseTimeout():
+            LOG.error("the ledger's database failed", exc_info=error)
+            status, message, headers = 503, "The ledger's database cannot be used now.", {"retry-after": "1"}
         case _:
             LOG.error("a request failed", exc_info=error)
             status, message = 500, "The request failed inside the service; its log has the reason."

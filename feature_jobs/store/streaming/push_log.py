@@ -35,6 +35,8 @@ REMEMBERED_S = 7 * 86_400
 """Seconds for which an idempotency key is stored after its push."""
 MAX_BYTES = 8 << 30
 """Maximum size of the records of a view that no stream has stored yet."""
+_LISTED = 1000
+"""Number of records whose sizes are read at once."""
 _PAGE_BYTES = 8 << 20
 """Size of the records that are read at once. A larger record is read alone."""
 
@@ -185,20 +187,29 @@ class PushLog:
             PushLogUnavailable: the database failed.
             AccessDenied, KeyRevoked: the key store refuses the key.
         """
-        newer = sa.and_(RECORDS.c.view == self._view, RECORDS.c.first > after)
-        sizes = sa.select(RECORDS.c.first, RECORDS.c.bytes).where(newer).order_by(RECORDS.c.first)
         expected: int | None = None
         with self._available(), snapshot(self._engine) as connection:
-            for begin, end in _pages(connection.execute(sizes).all()):
-                page = sa.select(RECORDS).where(newer, RECORDS.c.first.between(begin, end))
-                for row in connection.execute(page.order_by(RECORDS.c.first)).all():
-                    if expected not in (None, row.first):
-                        raise RecordLogCorrupt(
-                            f"The push log of view '{self._view}' lacks the records before number {row.first}. "
-                            "Restore the ledger's database from a backup."
-                        )
-                    expected = row.first + row.rows
-                    yield self._decrypted(connection, row)
+            for row in self._rows(connection, after):
+                if expected not in (None, row.first):
+                    raise RecordLogCorrupt(
+                        f"The push log of view '{self._view}' lacks the records before number {row.first}. "
+                        "Restore the ledger's database from a backup."
+                    )
+                expected = row.first + row.rows
+                yield self._decrypted(connection, row)
+
+    def _rows(self, connection: sa.Connection, after: int) -> Iterator[sa.Row[Any]]:
+        """Yield the stored rows after a number, few at a time."""
+        of_view = RECORDS.c.view == self._view
+        while True:
+            newer = sa.select(RECORDS.c.first, RECORDS.c.bytes).where(of_view, RECORDS.c.first > after)
+            listed = connection.execute(newer.order_by(RECORDS.c.first).limit(_LISTED)).all()
+            if not listed:
+                return
+            for begin, end in _pages(listed):
+                page = sa.select(RECORDS).where(of_view, RECORDS.c.first.between(begin, end))
+                yield from connection.execute(page.order_by(RECORDS.c.first)).all()
+            after = listed[-1].first
 
     def trim(self, upto: int) -> None:
         """Remove the records up to a number, expired idempotency keys, and data keys that no record needs.
@@ -271,7 +282,7 @@ class PushLog:
 
 def _create_log(connection: sa.Connection, view: str) -> sa.Insert:
     """Return the statement that creates a view's log. Another process may create it at the same time."""
-    values = {"view": view, "next": 0, "bytes": 0}
+    values = {"view": view, "next": 0, "bytes": 0, "imported": False}
     if connection.dialect.name == "sqlite":
         return LOGS.insert().values(values)  # this transaction holds the lock of all writers
     from sqlalchemy.dialects.postgresql import insert

@@ -13,6 +13,7 @@ import lmdb
 import msgpack
 import sqlalchemy as sa
 
+from cluster.errors import Inconsistent
 from cluster.ledger import Ledger
 
 METADATA = sa.MetaData()
@@ -23,6 +24,7 @@ LOGS = sa.Table(
     sa.Column("view", _VIEW, primary_key=True),
     sa.Column("next", sa.BigInteger, nullable=False),  # number of the next row
     sa.Column("bytes", sa.BigInteger, nullable=False),  # size of all records
+    sa.Column("imported", sa.Boolean, nullable=False),  # whether the log began in LMDB
 )
 RECORDS = sa.Table(
     "push_records",
@@ -71,14 +73,38 @@ def import_lmdb_log(ledger: Ledger, view: str, folder: Path) -> None:
         ledger: its database takes the log.
         view: name of the view.
         folder: `push/<view>`, with an LMDB database or not.
+
+    Raises:
+        Inconsistent: the database has another log of the view. Nothing was changed.
     """
     if not (folder / "data.mdb").exists():
         return
     with ledger.writing() as connection:
         METADATA.create_all(connection)
-        if connection.execute(sa.select(LOGS.c.view).where(LOGS.c.view == view)).first() is None:
+        log = connection.execute(sa.select(LOGS.c.imported).where(LOGS.c.view == view)).first()
+        if log is None:
             _import(connection, view, folder)
+        elif not log.imported:
+            raise Inconsistent(
+                f"View '{view}' has a push log in the ledger's database, and another one of an older release in "
+                f"{folder}. Pushes in that folder are not in the table. Nothing was changed; keep the folder, and push "
+                "its rows again from their source."
+            )
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def import_lmdb_logs(ledger: Ledger, folder: Path) -> None:
+    """Import all push logs that an older release left in a folder, before anybody pushes into new ones.
+
+    Args:
+        ledger: its database takes the logs.
+        folder: `push`, with one folder per view.
+
+    Raises:
+        Inconsistent: the database has another log of a view.
+    """
+    for data in sorted(folder.glob("*/data.mdb")):
+        import_lmdb_log(ledger, data.parent.name, data.parent)
 
 
 def _import(connection: sa.Connection, view: str, folder: Path) -> None:
@@ -121,4 +147,4 @@ def _import(connection: sa.Connection, view: str, folder: Path) -> None:
                         time=ages[key],
                     )
                 )
-    connection.execute(LOGS.insert().values(view=view, next=next_number, bytes=size))
+    connection.execute(LOGS.insert().values(view=view, next=next_number, bytes=size, imported=True))

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pytest
 import sqlalchemy as sa
 
-from cluster.errors import InvalidRequest, RecordLogCorrupt
+from cluster.errors import Inconsistent, InvalidRequest, RecordLogCorrupt
 from cluster.ledger import Ledger
 from cluster.security.keys.access import KeyAccess, key_store
 from feature_jobs.store.streaming import push_log, push_tables
 from feature_jobs.store.streaming.push_log import PushLog, PushLogFull, PushLogUnavailable, PushRecord
-from feature_jobs.store.streaming.push_tables import KEYS, RECORDS, import_lmdb_log
+from feature_jobs.store.streaming.push_tables import KEYS, RECORDS, import_lmdb_log, import_lmdb_logs
 from tests.projects.push import PushProject, row
 from tests.samples import lmdb_push_log
 from tests.servers.postgresql import new_database, running_server
@@ -130,6 +130,7 @@ def test_views_have_logs_of_their_own(ledger: Ledger, access: KeyAccess, log: Pu
 def test_reader_sees_one_state_while_a_stream_trims(log: PushLog, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records that are removed during the read are not reported as lost."""
     monkeypatch.setattr(push_log, "_PAGE_BYTES", 1)
+    monkeypatch.setattr(push_log, "_LISTED", 2)
     for number in range(4):
         append(log, str(number))
     reading = log.records(-1)
@@ -210,6 +211,20 @@ def test_killed_import_is_repeated(
     import_lmdb_log(ledger, "income", folder)
     assert not folder.exists()
     assert (list(log.records(-1)), log.next_number()) == ([], 8)
+
+
+def test_old_log_beside_another_log_is_kept(
+    ledger: Ledger, access: KeyAccess, log: PushLog, tmp_path: Path
+) -> None:
+    """Pushes that went into the database first would have the same numbers, so nobody may choose between the logs."""
+    append(log, "z")
+    folder = tmp_path / "push" / "income"
+    write_old_log(folder, access)
+    for _ in range(2):
+        with pytest.raises(Inconsistent, match="Nothing was changed; keep the folder"):
+            import_lmdb_logs(ledger, folder.parent)
+    assert folder.exists()
+    assert log.next_number() == 1
 
 
 def test_pushes_of_an_older_release_are_streamed(tmp_path: Path, access: KeyAccess) -> None:
