@@ -1,8 +1,8 @@
 """Files of a model version: the allowed formats, and the manifest that proves that the files are unchanged.
 
-Only formats that hold numbers and text are allowed. Pickle is not: it can run code, and scanners miss that. Files are
-stored encrypted with the model's key. `manifest.json` lists the SHA-256 of each stored file. The ledger holds the
-SHA-256 of the manifest, so the registered files can be verified without a key.
+Only formats that contain nothing but numbers and text are allowed. Pickle is not allowed: a pickle file can run code,
+and scanners miss some of it. Files are stored encrypted with the model's key. `manifest.json` lists the SHA-256 of each
+stored file. The ledger contains the SHA-256 of the manifest, so the files can be verified without a key.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ def open_file(data: bytes, *, name: str, version: int, part: str, store: KeyStor
 
 
 def manifest_bytes(files: dict[str, str]) -> bytes:
-    """Return the manifest's bytes, as they are stored and hashed."""
+    """Return the manifest as the bytes that are stored and hashed."""
     return canonical({"files": files})
 
 
 def verify_files(uri: str, manifest_hash: str) -> dict[str, str]:
-    """Verify that a version's folder holds exactly the registered files; return file name to SHA-256.
+    """Verify that a version's folder contains exactly the registered files, and return the SHA-256 of each file name.
 
     Raises:
-        ArtifactTampered: A file differs, is missing or was added. The message names the first one.
+        ArtifactTampered: A file differs, is missing or was added. The message names the first such file.
     """
     manifest_uri = f"{uri}/{MANIFEST}"
     if not exists(manifest_uri):

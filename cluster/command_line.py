@@ -1,8 +1,8 @@
 """Quoting and checks of `key=value` command-line arguments.
 
 Hydra guesses the type of a value: `nan` and `1e5` become numbers, `true` becomes a boolean, and an apostrophe starts a
-quoted string. So the value of a text option is quoted before Hydra parses it, and is then taken literally. Three forms
-keep Hydra's meaning: a quoted string, an interpolation `${…}`, and `null` for an option that may be None.
+quoted string. So this module quotes the value of each text option, and Hydra then takes the value literally. Three
+forms keep Hydra's meaning: a quoted string, an interpolation `${…}`, and `null` for an option that may be None.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def refuse_unused(unused: Collection[str], *, by: str) -> None:
         by: The option or mode of the command that makes them meaningless.
 
     Raises:
-        ConfigError: One of them is set. The message names the first one.
+        ConfigError: One of these options is set. The message names the first one.
     """
     for name in sorted(given_options().intersection(unused)):
         raise ConfigError(f"Option `{name}` means nothing with `{by}`. Leave it out.")

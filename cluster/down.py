@@ -21,7 +21,7 @@ from cluster.settings import PlatformConfig
 
 @job("cluster", PlatformConfig)
 def main(config: PlatformConfig) -> None:
-    """Stop the recorded cluster. Without one, print so and exit 0."""
+    """Stop the recorded cluster. If no cluster is recorded, print a line that says so, and exit 0."""
     record = find_record(config.storage)
     if record is None:
         print("no cluster is up")

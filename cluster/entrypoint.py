@@ -1,8 +1,8 @@
 """Start and exit handling of every command `python -m <package>.<name> key=value …`.
 
 Exit codes: 0 for success; 2 for a refused input or a failed gate, with one line on standard error; 1 for a failure,
-with its traceback. Hydra itself would exit with 1 for an unknown override, so Hydra is set to raise its errors, and
-they are reported here.
+with its traceback. By default, Hydra exits with 1 for an unknown override. So Hydra is set to raise its errors, and
+this module reports them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def job(
     Args:
         config_name: Name of the configuration file, `configs/<config_name>.yaml`.
         schema: Dataclass that validates the configuration.
-        timed: Print the duration at the end. It goes to standard error, because standard output is the result.
+        timed: Print the duration at the end, to standard error, because standard output has only the command's result.
     """
 
     def decorate(function: Callable[[C], None]) -> Callable[[], None]:
@@ -62,7 +62,7 @@ def job(
                 refuse(refusal)
 
         def main() -> None:
-            # Hydra reads this when it runs: it then raises errors instead of printing them and exiting with 1.
+            # With this variable, Hydra raises errors. Without it, Hydra prints them and exits with 1.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             if HELP & set(sys.argv[1:]):
                 print(introduction(sys.modules[function.__module__].__doc__, config_name))
@@ -102,7 +102,7 @@ def compose_platform(overrides: Sequence[str]) -> PlatformConfig:
 def introduction(description: str | None, config_name: str) -> str:
     """Return the first part of `--help`: the command's description and its own options with their comments.
 
-    Hydra's help follows and shows the whole configuration, without comments and with the command's options last.
+    Hydra prints the second part: the whole configuration without comments, with the command's own options last.
     """
     file = (
         "platform.yaml" if config_name == "cluster" else f"{config_name}.yaml"

@@ -24,7 +24,7 @@
     │   ├── ProtectedFileCorrupt      a Parquet file was changed or swapped (`security/encryption/parquet`)
     │   ├── RecordLogCorrupt          a log of predictions or outcomes was changed, or a part of it is missing
     │   ├── KeyNotFound, KeyRevoked … errors of a key store; the tree continues in `security/keys/store.py`
-    │   ├── LedgerCorrupt             the hash chain is broken
+    │   ├── LedgerCorrupt             the hash chain, an event or a checkpoint is invalid
     │   ├── ReleaseTooOld             an event of a newer release changes the state that this release must act on
     │   ├── RolloutError
     │   ├── InvalidRequest            HTTP 400
@@ -52,12 +52,12 @@ class FalajError(Exception):
 
 
 class RefusedError(FalajError, ValueError):
-    """The caller's mistake or a failed gate.
+    """The caller made a mistake, or a gate failed.
 
     Args:
-        message: What happened, to which thing, and what to do.
-        hint: End of the message, with the names that exist. Only commands show it. An HTTP client gets `public`
-            without the hint, because one team must not see the names of another team's views.
+        message: What happened, to which thing, and what to do. `public` is this text alone, for HTTP clients.
+        hint: Text after `message` that lists existing names. Only commands show it, because an HTTP client of one team
+            must not see the names of another team's views.
     """
 
     def __init__(self, message: str, *, hint: str = "") -> None:
@@ -142,7 +142,7 @@ class ArtifactTampered(RefusedError):
 
 
 class LedgerCorrupt(RefusedError):
-    """The hash chain is broken at `seq`."""
+    """The hash chain, an event or a checkpoint is invalid at `seq`."""
 
     def __init__(self, message: str, *, seq: int) -> None:
         super().__init__(message)
@@ -206,7 +206,7 @@ class Inconsistent(FalajError):
 
 
 def refusal_behind(error: BaseException) -> BaseException:
-    """Return the `RefusedError` that a worker raised inside a Ray error; without one, return the error itself."""
+    """Return the `RefusedError` of a worker that a Ray error contains, or the error itself if it contains none."""
     queue: list[BaseException] = [error]
     while queue:
         current = queue.pop(0)
@@ -221,9 +221,9 @@ def refusal_behind(error: BaseException) -> BaseException:
 
 
 MAX_SUGGESTED_LENGTH = 200
-"""Longest name, in characters, that gets a suggestion. An attacker's longer name would take seconds to compare."""
+"""Longest name, in characters, for which similar names are suggested. Comparing a longer name could take seconds."""
 MAX_LISTED = 50
-"""Most names that a message lists."""
+"""Largest number of names that a message lists."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -238,7 +238,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def suggest_name(name: str, known: Iterable[str]) -> str:
     """Return the most similar name as a suggestion, or "" if no name is similar.
 
-    It is for clients that must not see all names.
+    Use it for clients that must not see all names.
     """
     similar = difflib.get_close_matches(name, sorted(known), n=1) if len(name) <= MAX_SUGGESTED_LENGTH else []
     return f" Did you mean '{similar[0]}'?" if similar else ""

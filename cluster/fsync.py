@@ -16,6 +16,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Flush a file's content to disk, also what other processes wrote."""
+    """Flush a file's content to disk, including content that other processes wrote."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -36,6 +36,7 @@ from cluster.node.checks import (
     require_own_address,
 )
 from cluster.node.description import all_ports, describe_machine
+from cluster.node.edge_address import edge_hosts
 from cluster.node.launch import (
     answers_http,
     edge_log,
@@ -47,10 +48,11 @@ from cluster.node.launch import (
     start_process,
     start_ray_node,
     supervisor_log,
+    uploader_log,
     wait_until,
 )
 from cluster.node.locks import command_lock, is_watched_by
-from cluster.node.parts import EDGE, RELAY, SUPERVISOR, State, inspect_parts, states_by_name
+from cluster.node.parts import EDGE, RELAY, SUPERVISOR, UPLOADER, State, inspect_parts, states_by_name
 from cluster.node.scheduling import wait_for_turn
 from cluster.security.private_folder import ensure_private_folder, remove_access_of_others
 from cluster.security.tls.certificates import (
@@ -205,7 +207,9 @@ def check(config: JoinConfig) -> None:
             "cluster.address is loopback, and the head could not reach this machine. Set it to this machine's "
             "address in the network of the head."
         )
-    require_own_address(config.cluster.address)
+    require_own_address("cluster.address", config.cluster.address)
+    if config.edge:
+        require_own_address("cluster.edge_host", edge_hosts(config.cluster)[0])
     keys, tls = local(layout(config.storage).keys), local(layout(config.storage).tls)
     if is_foreign_authority(tls / CA_NAME):
         require_addresses(tls / NODE_CERTIFICATE_NAME, [config.cluster.address])
@@ -213,7 +217,7 @@ def check(config: JoinConfig) -> None:
         raise ConfigError(f"{keys} has the keys of another cluster. Set storage.local to another folder.")
     needed = NEEDED_PORTS + (EDGE_PORTS if config.edge else ())
     ports = {name: port for name, port in all_ports(config).items() if name in needed}
-    require_free_ports(ports, address=config.cluster.address)
+    require_free_ports(ports, config.cluster)
 
 
 def compose_node(answer: dict[str, Any], own: list[str], *, disk: str) -> PlatformConfig:
@@ -297,6 +301,7 @@ def start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
     wait_until(broker, Path(record.key_socket).exists, name="key broker", log=key_log(config))
     start_ray_node(config, record)
     save_commands(record)
+    start_process(config, record, UPLOADER, log=uploader_log(config))
     if record.has_edge:
         edge = start_process(config, record, EDGE, log=edge_log(config))
         wait_until(edge, lambda: answers_http(record.metrics_url), name="edge", log=edge_log(config))

@@ -1,8 +1,8 @@
 """Prometheus endpoint of the cluster's own processes, on loopback. Ray's actors use `ray.util.metrics` instead.
 
-Metrics hold counts and times, and never the name of a principal or a key, because every user of this machine can read
-them. The number of connections and their duration are limited: a process such as the key broker needs its file
-descriptors and threads for its own work.
+Metrics contain counts and times. They never contain the name of a principal or a key, because every user of this
+machine can read metrics. The number of connections and their duration are limited, because a process such as the key
+broker needs its file descriptors and threads for its own work.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 BIND_TIMEOUT_S, BIND_RETRY_S = 30.0, 0.2
 MAX_CONNECTIONS = 8
-"""Most connections at the same time. Further connections are closed at once."""
+"""Largest number of connections at the same time. Further connections are closed at once."""
 IDLE_S = 5.0
-"""Timeout in seconds for a read. A connection is cut after twice this time in any case."""
+"""Timeout in seconds for a read. Every connection is closed after twice this time at the latest."""
 LOG = logging.getLogger(__name__)
 
 
 def serve_metrics(registry: CollectorRegistry, *, port: int | None) -> None:
     """Serve GET /metrics on a port of 127.0.0.1, in a background thread.
 
-    The previous process may still hold the port for a moment, so binding is retried for `BIND_TIMEOUT_S` seconds. If
+    The previous process may still use the port for a moment, so binding is retried for `BIND_TIMEOUT_S` seconds. If
     the port stays in use, a warning is logged and no metrics are served. With `port=None` nothing is served: cluster
     records of earlier releases have no metrics port.
     """
@@ -70,7 +70,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         super().__init__(*args, **kwargs)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a new thread, or close the connection if there are too many."""
+        """Answer in a new thread, or close the connection if there are too many connections."""
         if not self._slots.acquire(blocking=False):
             self.shutdown_request(request)
             return
@@ -81,7 +81,7 @@ class _Server(ThreadingMixIn, WSGIServer):
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer within 2 * IDLE_S seconds, then free the slot."""
+        """Answer within 2 * `IDLE_S` seconds, then let another connection start."""
         timer = threading.Timer(2 * IDLE_S, _shut_down, args=(request,))
         timer.daemon = True
         timer.start()
@@ -96,6 +96,6 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 def _shut_down(request: socket.socket) -> None:
-    """Shut down a connection, also one that keeps sending single bytes."""
+    """Shut down a connection, even if the client keeps sending single bytes."""
     with contextlib.suppress(OSError):
         request.shutdown(socket.SHUT_RDWR)

@@ -1,7 +1,7 @@
-"""HTTP requests that carry the cluster's token, sent only to the cluster's own servers on this machine.
+"""Sends HTTP requests with the cluster's token only to the cluster's own servers on this machine.
 
-When a process dies, any user can take its port. So before the request is sent, the kernel reports which user owns
-the listening socket.
+When a process dies, any user can take its port. So before a request is sent, this module asks the kernel which user
+owns the listening socket.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, _REQUEST, _ERROR = 4, 20, 1, 2
 _ALL_STATES, _NO_COOKIE = 0xFFFFFFFF, 0xFFFFFFFF
 _HEADER_BYTES = 16
 _UID_OFFSET = _HEADER_BYTES + 64
-"""Offset of the uid in the reply: after four bytes, the socket's 48, and three numbers (`struct inet_diag_msg`)."""
+"""Offset of the uid in the reply. In `struct inet_diag_msg`, 4 bytes, the 48 bytes of the socket's id, and three
+4-byte numbers come before the uid."""
 
 
 class NotOurServer(ConnectionError):
@@ -28,7 +29,7 @@ class NotOurServer(ConnectionError):
 
 
 class PortState(enum.Enum):
-    """Why a port has no listener with a known user."""
+    """Reason why the user who listens on a port is unknown."""
 
     closed = "closed"
     """No process listens on the port."""
@@ -37,11 +38,11 @@ class PortState(enum.Enum):
 
 
 def open_own(request: urllib.request.Request, *, owner: int, timeout_s: float) -> Any:
-    """Send an HTTP request to a loopback server whose process belongs to `owner` or root; return the response.
+    """Send an HTTP request to a loopback server whose process belongs to `owner` or root, and return the response.
 
     Raises:
-        NotOurServer: Another user's process listens there; nothing was sent.
-        OSError: As `urllib.request.urlopen`.
+        NotOurServer: Another user's process, or no process, listens on the port. Nothing was sent.
+        OSError: The request failed, as in `urllib.request.urlopen`.
     """
 
     class Connection(http.client.HTTPConnection):
@@ -68,7 +69,7 @@ def require_own_peer(connection: socket.socket, *, owner: int) -> None:
     Connections to other machines are not checked, because this kernel does not know their processes.
 
     Raises:
-        NotOurServer: Another user's process listens there, or no process listens any more.
+        NotOurServer: Another user's process, or no process, listens on the port.
     """
     address, port = connection.getpeername()[:2]
     if not ipaddress.ip_address(address).is_loopback:
@@ -85,7 +86,7 @@ def require_own_peer(connection: socket.socket, *, owner: int) -> None:
 def listener_uid(address: str, port: int) -> int | PortState:
     """Return the user id of the process that gets new connections to an address of this machine.
 
-    It queries this one socket with sock_diag(7), which takes microseconds. Reading the table of all sockets takes
+    It queries only this socket, with sock_diag(7). That takes microseconds; reading the table of all sockets would take
     milliseconds.
     """
     parsed = ipaddress.ip_address(address)
@@ -99,7 +100,7 @@ def listener_uid(address: str, port: int) -> int | PortState:
             kernel.settimeout(1.0)
             kernel.sendto(header + query, (0, 0))
             reply = kernel.recv(4096)
-    except (OSError, AttributeError):  # a sandbox forbids it, or this is not Linux
+    except (OSError, AttributeError):  # a sandbox forbids the query, or this is not Linux
         return PortState.unknown
     if struct.unpack_from("=H", reply, 4)[0] == _ERROR:
         code = -struct.unpack_from("=i", reply, _HEADER_BYTES)[0]

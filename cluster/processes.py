@@ -1,11 +1,11 @@
 """Find and end exactly the processes that a cluster started.
 
-Every process of a cluster inherits an environment variable with the cluster's id. So a recycled pid or another user's
-Ray is never touched. Ray's workers overwrite their environment when they set their title. They are found as children
-of the cluster's processes or, if their parents are gone, by their open files in the cluster's own folder.
+Every process of a cluster inherits an environment variable with the cluster's id. So a process with a reused pid, or
+another user's Ray, is never ended. Ray's workers overwrite their environment when they set their title. A worker is
+found as a child of the cluster's processes or, if its parents have ended, by its open files in the cluster's folder.
 
-The id is not secret, and root sees all processes. So only processes of root and of the cluster's own user count,
-whatever another process has in its environment.
+The id is not secret, and root sees all processes. So processes of users other than root and the cluster's own user are
+ignored, even if they have the id in their environment.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ID_VARIABLE = "FALAJ_CLUSTER_ID"
 
 
 def find(cluster_id: str, *, owner: int | None = None) -> list[psutil.Process]:
-    """Return a cluster's processes. In a job of the cluster, this includes the job itself and its parents.
+    """Return a cluster's processes. In a job of the cluster, these include the job itself and its parents.
 
     Args:
         cluster_id: Id of the cluster.
-        owner: User id that the cluster runs as. The default is this process's.
+        owner: Id of the user that runs the cluster. The default is the user of this process.
     """
     users = {os.geteuid() if owner is None else owner, 0}
     by_pid: dict[int, psutil.Process] = {}
@@ -42,8 +42,8 @@ def find(cluster_id: str, *, owner: int | None = None) -> list[psutil.Process]:
 def runtime_dir(cluster_id: str) -> str:
     """Return the path of a cluster's own folder for sockets. Ray's folder is below it.
 
-    The path is short, because a Unix socket's path may have about 100 characters. It is not below XDG_RUNTIME_DIR: the
-    system removes that folder when the user logs out, and the cluster keeps running.
+    The path is short, because a Unix socket's path may have only about 100 characters. The folder is not below
+    XDG_RUNTIME_DIR, because the system removes XDG_RUNTIME_DIR when the user logs out, and the cluster keeps running.
     """
     return f"/tmp/falaj-{cluster_id}"  # noqa: S108 (random, made with mode 0700, and checked)
 
@@ -64,14 +64,14 @@ def end(
     grace_s: float = 8.0,
     only: Callable[[psutil.Process], bool] = lambda process: True,
 ) -> int:
-    """End a cluster's processes, except this one and its parents; return their number.
+    """End a cluster's processes, except this process and its parents. Return the number of ended processes.
 
-    They get SIGTERM, and after the grace time SIGKILL. Ray's GCS gets its signal last: a raylet without a GCS waits
-    for it instead of ending.
+    The processes get SIGTERM and, after the grace time, SIGKILL. Ray's GCS gets its signal last, because a raylet
+    without a GCS waits for the GCS instead of ending.
 
     Args:
         cluster_id: Id of the cluster.
-        owner: User id that the cluster runs as. The default is this process's.
+        owner: Id of the user that runs the cluster. The default is the user of this process.
         grace_s: Seconds from SIGTERM to SIGKILL.
         only: Selects the processes to end.
     """
@@ -88,7 +88,7 @@ def end(
 
 
 def end_process(process: psutil.Process, *, grace_s: float) -> None:
-    """End one process: SIGTERM, and SIGKILL after the grace time. A stopped process gets SIGKILL at once."""
+    """End a process with SIGTERM and, after the grace time, SIGKILL. A stopped process gets SIGKILL at once."""
     with contextlib.suppress(psutil.NoSuchProcess):
         if process.status() != psutil.STATUS_STOPPED:
             process.terminate()
@@ -108,7 +108,7 @@ def _is_selected(process: psutil.Process, only: Callable[[psutil.Process], bool]
 def _send(
     number: signal.Signals, processes: list[psutil.Process], *, wait_s: float, spare: str = ""
 ) -> set[int]:
-    """Send a signal to processes, except those named `spare`; wait for them to end, and return their pids."""
+    """Send a signal to all processes except those named `spare`, wait until they end, and return their pids."""
     signalled = []
     for process in processes:
         try:
@@ -123,7 +123,7 @@ def _send(
 
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
     """Return whether a TCP port can be bound."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -140,7 +140,7 @@ def port_answers(port: int, host: str = "127.0.0.1") -> bool:
 
 
 def listener_name(port: int) -> str:
-    """Return name and pid of the process that listens on a port, or "another process" if they are not visible."""
+    """Return the name and pid of the process that listens on a port, or "another process" if it is not visible."""
     process = _listener(port)
     return f"{process.name()} (pid {process.pid})" if process else "another process"
 
@@ -148,7 +148,7 @@ def listener_name(port: int) -> str:
 def cluster_of_listener(port: int) -> str | None:
     """Return the id of the cluster whose process listens on a port.
 
-    It is "" for a process that belongs to no cluster, and None if the process is not visible.
+    Return "" if the process belongs to no cluster, and None if the process is not visible.
     """
     process = _listener(port)
     try:

@@ -118,13 +118,13 @@ class Registry:
     ) -> ModelVersion:
         """Encrypt and store a folder of model files, and record it as the next version.
 
-        A crash before the event leaves a folder without a version. The next registration skips that folder.
+        A crash before the event leaves a folder without a version. The next registration skips that folder's number.
 
         Args:
             source: Folder with the model files.
             name: Name of the model.
             family, task, lineage, metrics, warnings: Recorded with the version.
-            store: Key store with the model's key, which is created if it does not exist.
+            store: Key store of the model's key. The key is created if it does not exist.
             actor: Subject of the event.
 
         Raises:
@@ -152,7 +152,7 @@ class Registry:
         return self.get(name, version)
 
     def get(self, name: str, version: int | str = CHAMPION) -> ModelVersion:
-        """Return a version by number, by alias, or the `latest` one.
+        """Return a version by its number, by an alias, or by `latest`.
 
         Raises:
             ModelNotFound: No such version. The message lists the known names, versions or aliases.
@@ -188,7 +188,7 @@ class Registry:
             return {row.alias: row.version for row in connection.execute(query)}
 
     def move_alias(self, name: str, alias: str, version: int, *, actor: str, reason: str) -> None:
-        """Point an alias to an existing version. The ledger keeps the alias's history.
+        """Point an alias to an existing version. The alias's history is in the ledger.
 
         Raises:
             ModelNotFound: No such version.
@@ -202,7 +202,7 @@ class Registry:
         """Verify that a version's files are the registered ones. A failure is recorded as an event.
 
         Raises:
-            ArtifactTampered: A file differs. The message names it.
+            ArtifactTampered: A file differs. The message names the file.
         """
         try:
             verify_files(version.uri, version.manifest_hash)
@@ -234,7 +234,7 @@ class Registry:
     def _store_files(
         self, source: Path, parts: Iterable[str], *, name: str, version: int, store: KeyStore
     ) -> dict[str, str]:
-        """Encrypt and store the files of a version; return the SHA-256 of each encrypted file."""
+        """Encrypt and store the files of a version, and return the SHA-256 of each encrypted file."""
         folder = self._storage.model(name, version)
         files: dict[str, str] = {}
         for part in parts:
@@ -247,7 +247,8 @@ class Registry:
     def _reserve(self, name: str) -> int:
         """Reserve the next version number in the ledger's database.
 
-        A folder without a version is of a crashed registration or of an older release, and its number is skipped.
+        If the number already has a folder, the folder is from a crashed registration or an older release. Then the
+        number is skipped.
         """
         while True:
             newest = max(self.versions(name), default=0)
@@ -266,7 +267,7 @@ class Registry:
 
 
 def _create_folder(uri: str) -> bool:
-    """Create a version's folder, and return whether it is new. A remote folder exists with its first file."""
+    """Create a version's folder, and return whether it is new. A remote folder is created with its first file."""
     if is_uri(uri):
         return not exists(uri)
     try:

@@ -23,14 +23,14 @@ NAMESPACE = "falaj"
 _RAY_NETWORK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_USAGE_DISABLED": "1"}
-"""Turns off usage reports. Otherwise Ray Data queries a Prometheus server that does not exist, every ten seconds, and
-logs each failure."""
+"""Turns off usage reports. For these reports, Ray Data would query a Prometheus server that does not exist every ten
+seconds, and log each failure."""
 RAY_LOG_LEVELS = {
     **dict.fromkeys(("ray.serve", "ray.train", "ray.tune", "ray.data._internal"), logging.WARNING),
-    # Its only warning says that progress bars are off; Falaj turns them off on purpose.
+    # The only warning of this logger says that progress bars are off. Falaj turns them off on purpose.
     "ray.data._internal.progress": logging.ERROR,
 }
-"""Log levels of Ray's libraries in a command: problems only, no progress."""
+"""Log levels of Ray's libraries in a command. They log problems, but no progress."""
 METRICS_PORTS = ("supervisor_metrics", "broker_metrics", "edge_controller_metrics")
 """Names of the ports where Falaj's own processes serve metrics."""
 
@@ -57,8 +57,8 @@ def tls_environment(places: Layout, *, on: bool) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterRecord:
-    """The cluster that `cluster.up` started, as stored in `cluster.json`. Fields with a default may be missing there,
-    because earlier releases did not write them."""
+    """The cluster that `cluster.up` started, as stored in `cluster.json`. Fields with a default may be missing in the
+    file, because earlier releases did not write them."""
 
     cluster_id: str
     project_root: str
@@ -85,20 +85,20 @@ class ClusterRecord:
     """Fields of `IssuerConfig`."""
     tier: str | None = None
     runtime_dir: str | None = None
-    """The cluster's private folder for sockets (mode 0700). Ray's `temp_dir` is below it: Ray opens `temp_dir` to all
-    users, but they cannot enter the folder above it."""
+    """The cluster's private folder for sockets (mode 0700). Ray's `temp_dir` is below this folder: Ray makes `temp_dir`
+    accessible to all users, but they cannot enter this folder."""
     owner_uid: int | None = None
     """User id of the cluster's processes and of its sockets."""
 
     gcs_dir: str | None = None
-    """Folder of the state of Ray's GCS, which a restarted GCS loads."""
+    """Folder with the state of Ray's GCS. A restarted GCS loads this state."""
     starting: bool = False
-    """Whether `cluster.up` is still starting the cluster, or was killed while it did."""
+    """Whether `cluster.up` is still starting the cluster, or was killed before it had started the cluster."""
     overrides: list[str] | None = None
     """Configuration of the cluster's processes, as command-line arguments."""
 
     local_root: str | None = None
-    """`storage.local`; null is `storage_root`."""
+    """`storage.local`; None means `storage_root`."""
     address: str = LOOPBACK_ADDRESS
     """Address of this machine in the cluster."""
     node_id: str | None = None
@@ -135,7 +135,7 @@ class ClusterRecord:
 
     @property
     def owner(self) -> int:
-        """User id of the cluster's processes. If the record has none, it is the owner of the state folder."""
+        """User id of the cluster's processes. If the record has no user id, it is the owner of the state folder."""
         if self.owner_uid is not None:
             return self.owner_uid
         folder = Path(self.layout.disk)
@@ -176,7 +176,7 @@ def addresses(record: ClusterRecord) -> str:
 
 
 def record_path(storage: StorageConfig) -> str:
-    """Return the path of the record of a storage's cluster."""
+    """Return the path of the record of the cluster at a storage root."""
     return f"{layout(storage).disk}/{RECORD_NAME}"
 
 
@@ -186,21 +186,21 @@ def write_record(record: ClusterRecord, storage: StorageConfig) -> None:
 
 
 def find_record(storage: StorageConfig) -> ClusterRecord | None:
-    """Return the record of a cluster, whether it runs or not, or None.
+    """Return the record of a cluster, or None if there is no record. The cluster need not run.
 
-    It is the storage root's own record or, if there is none, the record that `FALAJ_CLUSTER_RECORD` names.
+    Return the storage root's own record or, if it does not exist, the record that `FALAJ_CLUSTER_RECORD` names.
     """
     path = os.environ.get(RECORD_VARIABLE)
     return _read(record_path(storage)) or (_read(path) if path else None)
 
 
 def find_own_record(storage: StorageConfig) -> ClusterRecord | None:
-    """Return the record of the storage root's own cluster, whether it runs or not, or None."""
+    """Return the record of the storage root's own cluster, or None if there is no record. The cluster need not run."""
     return _read(record_path(storage))
 
 
 def _read(path: str) -> ClusterRecord | None:
-    """Read a record; fields that only a newer release knows are ignored.
+    """Read a record, or return None if the file does not exist. Fields that only a newer release knows are ignored.
 
     Raises:
         ConfigError: The file is damaged.
@@ -225,7 +225,7 @@ def find_running_record(storage: StorageConfig) -> ClusterRecord | None:
 
 
 def is_up(record: ClusterRecord) -> bool:
-    """Return whether the head node answers. Another cluster that now uses its port does not count."""
+    """Return whether the head node answers. Return False if another cluster now uses its port."""
     address = urlsplit(f"//{record.ray_address}")
     host, port = address.hostname or "127.0.0.1", address.port or 0
     if not port_answers(host=host, port=port):
@@ -234,7 +234,8 @@ def is_up(record: ClusterRecord) -> bool:
         return True
     if cluster_of_listener(port) not in (record.cluster_id, None):
         return False
-    # Another user's process hides its environment, so its user is checked: a driver would send it Ray's token.
+    # The environment of another user's process is not visible, so its user is checked. Otherwise a driver could send
+    # Ray's token to that process.
     return not ipaddress.ip_address(host).is_loopback or listener_uid(host, port) in (
         PortState.unknown,
         record.owner,
@@ -243,7 +244,7 @@ def is_up(record: ClusterRecord) -> bool:
 
 
 def require_recorded_cluster(config: PlatformConfig) -> ClusterRecord:
-    """Return the record of the cluster, even if its head does not answer, because other parts may still run.
+    """Return the record of the cluster. Its head need not answer, because other parts may still run.
 
     Raises:
         ClusterNotRunning: No record exists.
@@ -279,7 +280,7 @@ def attach(config: PlatformConfig) -> ClusterRecord:
     Raises:
         ClusterNotRunning: No cluster runs.
     """
-    # Imported here, because importing Ray takes longer than most commands that do not need it.
+    # Ray is imported here, because the import takes longer than most commands that do not need Ray.
     import ray
     from ray._private import ray_constants
     from ray._raylet import Config  # type: ignore[attr-defined]
@@ -289,7 +290,7 @@ def attach(config: PlatformConfig) -> ClusterRecord:
     for name, level in RAY_LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
     if not ray.is_initialized():
-        # Ray reads both variables when it is imported. ray.init itself uses this call to read the first one again.
+        # Ray reads both variables only when it is imported. ray.init also uses this call to read the first one again.
         Config.initialize("")
         ray_constants.ENABLE_RAY_CLUSTER = record.has_nodes
         ray.init(

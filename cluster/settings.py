@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
+from cluster.host_names import require_edge_names
 from cluster.placement import PlacementConfig
 from cluster.this_node import LOOPBACK_ADDRESS, is_loopback
 
@@ -29,10 +30,8 @@ class Tier(enum.Enum):
 class OnlineKind(enum.Enum):
     """The engine of the online store."""
 
-    lmdb = "lmdb"
-    """For one machine."""
-    redis = "redis"
-    """For several machines."""
+    lmdb = "lmdb"  # for one machine
+    redis = "redis"  # for several machines
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,14 +41,13 @@ class StorageConfig:
     root: str = ".falaj"
     """fsspec URI, or a path relative to the project root."""
     local: str | None = None
-    """Folder on this machine's disk for keys, certificates, the edge's files, open logs and runs. Null is `root`; if
-    that is remote, `.falaj` in the project's folder."""
-    shared: bool = False
-    """Whether every node sees the folder `root` at the same path, as on NFS. `local` must then be elsewhere."""
+    """Folder on this machine's disk, for what never leaves it. Null means `root`, or `.falaj` if `root` is remote."""
+    upload_after_s: float = 60.0
+    """Age in seconds after which a segment of a log is closed, so that it can be uploaded. Used if `root` is remote."""
 
     def __post_init__(self) -> None:
-        if self.shared and (self.local is None or not self.root.startswith("/")):
-            raise ValueError("storage.shared=true needs an absolute storage.root, and storage.local=….")
+        if not 1 <= self.upload_after_s <= 3600:
+            raise ValueError(f"storage.upload_after_s must be between 1 and 3600, got {self.upload_after_s}.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,10 +76,10 @@ class OnlineConfig:
 
     kind: OnlineKind = OnlineKind.lmdb
     map_size_gib: float = 4.0
-    """Largest size in GiB of the LMDB file with rows put after a materialisation. The materialised rows are in other
-    files and do not count. The file is sparse."""
+    """Largest size in GiB of the LMDB file, which contains the rows that were put after a materialisation. Materialised
+    rows are in other files. The LMDB file is sparse."""
     url: str = "redis://127.0.0.1:6379/0"
-    """URL of Redis; `rediss://` means TLS. Keep a password in a file, never in the URL."""
+    """URL of Redis; `rediss://` means TLS. Put a password into `password_file`, never into the URL."""
     password_file: str | None = None
     ca_file: str | None = None
     """File with the certificate authority of the Redis server; null is the system's authorities."""
@@ -141,8 +139,8 @@ class VaultConfig:
     role: str = "falaj"
     """Role id for `approle`; name of the role for `jwt` and `kubernetes`."""
     secret_file: str | None = None
-    """File with the secret id for `approle` or the token for `jwt`, read at each login. For `kubernetes`, null is the
-    pod's own token."""
+    """File with the secret id for `approle` or the token for `jwt`. It is read at each login. For `kubernetes`, null
+    means the pod's own token."""
     auth_mount: str | None = None
     """Mount path of the auth method; null is the method's name."""
     transit_mount: str = "transit"
@@ -166,10 +164,10 @@ class SecretsConfig:
 
     kind: SecretsKind = SecretsKind.keyring
     acknowledge_keyring: bool = False
-    """Allows a production tier to keep its keys in the keyring of one machine."""
+    """Allows a production tier to store its keys in the keyring of one machine."""
     passphrase_file: str | None = None
-    """File with the keyring's passphrase, read when the broker starts. It can be in a folder in memory. With null, a
-    random key is kept in a file next to the keyring."""
+    """File with the keyring's passphrase. It is read when the broker starts, and can be in a folder in memory. With
+    null, a random key is stored in a file next to the keyring."""
     vault: VaultConfig = field(default_factory=VaultConfig)
 
     def __post_init__(self) -> None:
@@ -184,21 +182,21 @@ class SecretsConfig:
 
 @dataclass(kw_only=True, slots=True, unsafe_hash=True)
 class IssuerConfig:
-    """An OIDC issuer whose tokens are accepted, in place of this machine's dev issuer."""
+    """An OIDC issuer whose tokens are accepted, in place of this machine's development issuer."""
 
     url: str | None = None
-    """The issuer's name, as in the claim `iss` of its tokens; null is the dev issuer."""
+    """The issuer's name, as in the claim `iss` of its tokens; null is the development issuer."""
     audience: str = "falaj"
     jwks_url: str | None = None
-    """URL of its keys; with null it is taken from the issuer's OpenID configuration."""
+    """URL of the issuer's keys; null takes it from the issuer's OpenID configuration."""
     ca_file: str | None = None
     """File with the certificate authority of the issuer's server; null is the system's authorities."""
     role_claim: str = "role"
     purpose_claim: str = "purpose"
     tenant_claim: str = "tenant"
     scope_claim: str = "scope"
-    """Claim whose scopes `model:<name>` list the models that the principal may use. Without such a scope, the role
-    alone decides."""
+    """Claim with scopes. Scopes `model:<name>` list the models that the principal may use. Without such a scope, only
+    the role decides."""
 
     def __post_init__(self) -> None:
         for name in ("url", "audience"):
@@ -222,25 +220,26 @@ class IdentityConfig:
 
     issuer: IssuerConfig = field(default_factory=IssuerConfig)
     service_token_file: str | None = None
-    """File with the replicas' token, which an external process renews. With null, the dev issuer mints the token."""
+    """File with the replicas' token. An external process renews the file. With null, the development issuer creates
+    the token."""
     supervisor_token_file: str | None = None
-    """File with the supervisor's intent for `serve_apps.deploy`, which an external process renews. With null, the dev
-    issuer mints it. With another issuer and no file, a lost head comes back without its applications."""
+    """File with the supervisor's intent for `serve_apps.deploy`. An external process renews the file. With null, the
+    development issuer creates the intent. With an OIDC issuer and no file, a restarted head has no applications."""
 
     token_file: str | None = None
     """File with an intent, or with an access token that is exchanged for an intent; or `vault:<path>#<field>`, a secret
-    in Vault's KV store. With null, the dev issuer mints one for the user."""
+    in Vault's KV store. With null, the development issuer creates an intent for the user."""
     role: str = "admin"
-    """Role in a token that the dev issuer mints."""
+    """Role in an intent of the development issuer."""
     purpose: str = ""
-    """Purpose in a token that the dev issuer mints."""
+    """Purpose in an intent of the development issuer."""
     environment: str = "local"
     """The installation's environment in the policies: `local`, `test` or `staging`. Any other name is production."""
 
 
 @dataclass(kw_only=True, slots=True)
 class PortsConfig:
-    """TCP ports of a machine. All are on loopback, except those of Ray and `nodes` if `cluster.address` is not."""
+    """TCP ports of a machine: gcs, nodes, edge, serve_http and replicas at `cluster.address`, others on loopback."""
 
     gcs: int = 6379
     ray_client: int = 10001
@@ -264,8 +263,12 @@ class ClusterConfig:
 
     address: str = LOOPBACK_ADDRESS
     """IPv4 address of this machine at which other nodes reach it. With loopback, no other node can join."""
+    edge_host: str | None = None
+    """Address that the edge listens on, besides loopback; 0.0.0.0 is all of this machine. Null is `address`."""
+    edge_names: list[str] = field(default_factory=list)
+    """More names and addresses of the edge, for its certificate."""
     num_cpus: int = 8
-    """Logical CPUs. It may exceed the physical CPUs if the processes mostly wait."""
+    """Logical CPUs. Their number may exceed the physical CPUs if the processes mostly wait."""
     num_gpus: int = 0
     region: str = "local"
     """Region of this machine, and value of its Ray node label `ray.io/availability-region`."""
@@ -280,6 +283,7 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if not is_loopback(self.address) and not self.tls:
             raise ValueError("cluster.tls=false needs a loopback cluster.address. Leave one of the two out.")
+        require_edge_names(self.edge_host, self.edge_names)
         if self.num_cpus < 1:
             raise ValueError(f"cluster.num_cpus must be at least 1, got {self.num_cpus}.")
         if self.object_store_mib < 128:
@@ -300,22 +304,24 @@ class ScalingConfig:
 
 
 class Durability(enum.Enum):
-    """How durable a record is when its request is answered."""
+    """How durable the record of a request is at the time of the answer."""
 
     process = "process"
-    """The record survives the end of the replica, also by kill -9."""
+    """The record survives the end of the replica, even by kill -9."""
     disk = "disk"
     """The record survives a crash of the machine."""
+    shared = "shared"
+    """The record survives the loss of the machine and its disk: it is in the ledger's PostgreSQL database too."""
 
 
 @dataclass(kw_only=True, slots=True)
 class BatchingConfig:
-    """Batching of concurrent requests into one model call, for models that are faster that way."""
+    """Batching of concurrent requests into one call of the model, for models that batching makes faster."""
 
     max_rows: int = 64
-    """Most rows in one call. With 1, each request is answered alone."""
+    """Largest number of rows in one call. With 1, each request is answered alone."""
     max_wait_ms: float = 0.0
-    """Longest wait in milliseconds for more requests. With 0, only requests that already wait are batched."""
+    """Longest time in milliseconds to wait for more requests. With 0, only requests that have arrived are batched."""
 
     def __post_init__(self) -> None:
         if self.max_rows < 1:
@@ -328,31 +334,31 @@ class BatchingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ReplicaConfig:
-    """Replicas of one served model version: a fixed number, or scaled with the requests."""
+    """Replicas of one served model version: a fixed number, or a number that changes with the load."""
 
     num_replicas: int | None = None
     """Fixed number of replicas; null scales between `min_replicas` and `max_replicas`."""
     min_replicas: int = 0
-    """Fewest replicas. With 0, an idle version ends; its next request waits until a replica has started."""
+    """Smallest number of replicas. With 0, an idle version has no replica, and the next request waits for one."""
     max_replicas: int = 2
     target_ongoing_requests: float = 24.0
-    """Wanted number of concurrent requests per replica, including those that wait for it."""
+    """Wanted number of concurrent requests per replica, including requests that wait for the replica."""
     upscale_delay_s: float = 30.0
-    """Seconds that the load must be too high before a replica is added."""
+    """A replica is added when the load was too high for this time, in seconds."""
     downscale_delay_s: float = 300.0
-    """Seconds that the load must be too low before a replica is removed, down to one."""
+    """A replica, but not the last one, is removed when the load was too low for this time, in seconds."""
     downscale_to_zero_delay_s: float = 1800.0
-    """Seconds without a request before the last replica is removed."""
+    """The last replica is removed after this time without a request, in seconds."""
     look_back_s: float = 30.0
     """Seconds over which the load is averaged. Replicas report every two seconds."""
     num_cpus: float = 0.1
     """Logical CPUs that a replica reserves."""
     num_gpus: float = 0.0
-    """Share of a GPU that a replica reserves. It is logical: GPU memory is not isolated."""
+    """Share of a GPU that a replica reserves. The share is logical: GPU memory is not isolated."""
     max_ongoing_requests: int = 64
-    """Most concurrent requests in a replica. Further requests wait outside."""
+    """Largest number of concurrent requests in a replica. Further requests wait outside the replica."""
     durability: Durability = Durability.process
-    """Durability of predictions and outcomes when their request is answered."""
+    """Durability of logged predictions and outcomes at the time of the answer."""
     batching: BatchingConfig = field(default_factory=BatchingConfig)
 
     def __post_init__(self) -> None:

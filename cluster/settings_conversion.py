@@ -1,6 +1,6 @@
-"""Convert a configuration to the dataclasses of `cluster/settings.py`, and these to plain values and back.
+"""Convert Hydra's configuration to the dataclasses of `cluster/settings.py`.
 
-Hydra composes the configuration. Plain values are sent to other processes.
+Also convert the dataclasses to plain values, which can be sent to other processes, and plain values to the dataclasses.
 """
 
 from __future__ import annotations

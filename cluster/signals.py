@@ -1,7 +1,8 @@
 """Sets events when a signal arrives.
 
-A signal handler runs in the main thread, between any two of its instructions. If that thread is inside `Event.wait`, it
-may hold the event's lock, and `Event.set` in the handler would then wait for it forever. So another thread sets it.
+A signal handler runs in the main thread, between any two instructions of that thread. If the thread is inside
+`Event.wait`, it may hold the event's lock. `Event.set` in the handler would then wait for the lock forever. So another
+thread sets the event.
 """
 
 from __future__ import annotations

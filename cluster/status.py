@@ -44,6 +44,7 @@ _SERVER_DOWN = re.compile(
     r'^haproxy_server_status\{proxy="([^"]+)",server="([^"]+)_(\d+)",state="DOWN"\} 1$', re.MULTILINE
 )
 LOOPBACK_ADDRESSES = ("127.", "::1:", "::ffff:127.")
+EVERY_ADDRESS = ("0.0.0.0:", ":::")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +55,7 @@ class Health:
     problems: list[str]
     """Paths with a wrong owner or wrong permissions, and folders that are missing."""
     restoring: bool
-    """Whether applications of a lost head are not all restored yet."""
+    """Whether some applications of a lost head are not restored yet."""
     nodes: list[NodeStatus]
     """The other nodes."""
 
@@ -113,7 +114,7 @@ def applications(record: ClusterRecord) -> dict[str, str]:
 def silent_replicas(record: ClusterRecord) -> dict[str, list[str]]:
     """Return, for each Serve application, the addresses of replicas that do not answer the edge's health checks.
 
-    It is empty if the edge does not answer. Serve reports an application as RUNNING even if a replica hangs.
+    The result is empty if the edge does not answer. Serve reports an application as RUNNING even if a replica hangs.
     """
     try:
         request = urllib.request.Request(record.metrics_url)
@@ -124,7 +125,7 @@ def silent_replicas(record: ClusterRecord) -> dict[str, list[str]]:
 
 
 def servers_down(metrics: str) -> dict[str, list[str]]:
-    """Return, for each HAProxy backend, the addresses of servers that are down, from HAProxy's Prometheus metrics."""
+    """Parse HAProxy's Prometheus metrics, and return the addresses of servers that are down, by HAProxy backend."""
     by_backend: dict[str, list[str]] = defaultdict(list)
     for backend, host, port in _SERVER_DOWN.findall(metrics):
         by_backend[backend].append(f"{host}:{port}")
@@ -132,7 +133,7 @@ def servers_down(metrics: str) -> dict[str, list[str]]:
 
 
 def listeners(record: ClusterRecord) -> dict[str, list[str]]:
-    """Return the process names behind each address that the cluster listens on, sorted by port."""
+    """Return, for each address that the cluster listens on, the names of the listening processes. Sorted by port."""
     by_address: dict[str, list[str]] = defaultdict(list)
     for process in processes.find(record.instance, owner=record.owner):
         try:
@@ -172,12 +173,6 @@ def _show_health(cluster_health: Health) -> None:
         print("  `python -m cluster.up` closes the cluster's own folders; close other paths with chmod")
 
 
-def _reach(address: str, *, own: str) -> str:
-    if address.startswith(LOOPBACK_ADDRESSES):
-        return "loopback"
-    return "network" if own in address else "EVERY ADDRESS"
-
-
 def _show_text(record: ClusterRecord, cluster_health: Health) -> None:
     role = "" if record.node_id is None else f", node {record.node_id} of the head at {record.head}"
     print(f"cluster {record.cluster_id}{role}, up since {record.started_at}")
@@ -194,14 +189,21 @@ def _show_text(record: ClusterRecord, cluster_health: Health) -> None:
     print("listening")
     for address, names in listeners(record).items():
         port = int(address.rsplit(":", 1)[1])
-        reach = _reach(address, own=record.address)
+        reach = _reach(address)
         guard = GUARDED_BY.get(port_names.get(port, ""), "Ray's token")
         print(f"  {address:23} {port_names.get(port, names[0]):26} {reach}, {guard}")
     _show_health(cluster_health)
 
 
+def _reach(address: str) -> str:
+    """Return which machines reach a listener."""
+    if address.startswith(LOOPBACK_ADDRESSES):
+        return "loopback"
+    return "EVERY ADDRESS" if address.startswith(EVERY_ADDRESS) else "network"
+
+
 def main() -> None:
-    """Remove this command's own flags from the arguments; the rest is configuration."""
+    """Run the command. Remove its own flags from the arguments first, because Hydra reads all other arguments."""
     flag = next((argument for argument in sys.argv[1:] if argument in FLAGS), None)
     sys.argv = [argument for argument in sys.argv if argument not in FLAGS]
     job("cluster", PlatformConfig)(lambda config: show(config, flag))()

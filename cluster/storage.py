@@ -1,12 +1,12 @@
 """Paths of all state, and functions to read and write files there.
 
 Every path is an fsspec URI or a local path. Writes are atomic. On a disk, a file gets a temporary name in the same
-folder, is flushed, and is then renamed. An object store gets it in one request, which succeeds or
-leaves nothing.
+folder, is flushed, and is then renamed. In an object store, one request writes the whole file or nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from cluster.errors import ConfigError
-from cluster.settings import StorageConfig
+from cluster.settings import Durability, PlatformConfig, StorageConfig
 from cluster.this_node import this_node
 
 ROOT_VARIABLE = "FALAJ_PROJECT_ROOT"
@@ -38,8 +38,8 @@ WRITE_CHECKS = 4
 def project_root() -> Path:
     """Return the folder that relative paths are resolved against.
 
-    It is the value of `FALAJ_PROJECT_ROOT`, which `cluster.up` sets for all its processes. Without it, it is the
-    nearest folder, from the current one upwards, that has a cluster's record; else the current folder.
+    `cluster.up` sets it in `FALAJ_PROJECT_ROOT` for all processes of the cluster. Without this variable, it is the
+    current folder or its nearest parent that has a cluster's record. Without a record, it is the current folder.
     """
     if root := os.environ.get(ROOT_VARIABLE):
         return Path(root)
@@ -51,7 +51,7 @@ def project_root() -> Path:
 
 
 def is_uri(path: str) -> bool:
-    """Return whether a path is a URI of another file system than this machine's."""
+    """Return whether a path is a URI of a file system that is not this machine's."""
     return "://" in path and not path.startswith("file://")
 
 
@@ -75,12 +75,12 @@ def local(path: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The folders of all state: shared ones below `root`, and those of this machine below `disk`."""
+    """The folders of all state: shared folders below `root`, and this machine's folders below `disk`."""
 
     root: str
     """`storage.root`."""
     local: str = ""
-    """`storage.local`; empty is `root`."""
+    """`storage.local`; empty means `root`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another node has another folder for its own state.
@@ -134,10 +134,17 @@ class Layout:
     def model(self, name: str, version: int) -> str:
         return f"{self.root}/models/{name}/{version}"
 
+    @property
+    def shared(self) -> str | None:
+        """`root` if it is remote, so that all machines see it; else None."""
+        return self.root if is_uri(self.root) else None
+
     def predictions(self, model: str) -> str:
+        """Folder of this machine's segments; `cluster/records/location.py` says where the rest of the log is."""
         return f"{self.disk}/predictions/{model}"
 
     def outcomes(self, model: str) -> str:
+        """Folder of this machine's segments, as `predictions`."""
         return f"{self.disk}/outcomes/{model}"
 
     def serving(self, app: str) -> str:
@@ -164,10 +171,25 @@ def _layout_here(root: str, local_root: str) -> Layout:
     return Layout(root, local_root if node is None or node.local_root == root else node.local_root)
 
 
+def check_durability(config: PlatformConfig) -> None:
+    """Check that records can leave the machine before their request is answered, if they must.
+
+    Raises:
+        ConfigError: `replica.durability=shared` without a remote storage root and PostgreSQL.
+    """
+    if config.replica.durability is not Durability.shared:
+        return
+    if not is_uri(config.storage.root) or not (config.ledger.url or "").startswith("postgresql"):
+        raise ConfigError(
+            "replica.durability=shared needs ledger.url=postgresql+psycopg://… and a remote storage.root (storage=s3): "
+            "a record on this machine's disk alone is lost with it. Set both, or use replica.durability=disk."
+        )
+
+
 def file_name(text: str) -> str:
     """Encode a text as one path component; different texts get different names.
 
-    Letters, digits, `_`, `-`, `~` and dots are kept, except a dot at the start. All else is percent-encoded.
+    Letters, digits, `_`, `-`, `~` and dots stay, except a dot at the start. All other characters are percent-encoded.
     """
     quoted = quote(text, safe="")
     return f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted
@@ -176,7 +198,7 @@ def file_name(text: str) -> str:
 def file_system(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the file system of a path or URI, and the path in it.
 
-    Listings are not cached: another process may have written a file since.
+    Listings are not cached, because other processes may write files at any time.
     """
     fs, path = url_to_fs(uri, use_listings_cache=False) if is_uri(uri) else url_to_fs(uri)
     return fs, str(path)
@@ -203,11 +225,27 @@ def write_bytes(uri: str, data: bytes) -> None:
         raise
 
 
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Create a remote file in one request; return False if it exists already."""
+    fs, path = file_system(uri)
+    return _created(fs, path, data)
+
+
+def remove(uri: str) -> None:
+    """Remove a file if it exists."""
+    if not is_uri(uri):
+        Path(uri).unlink(missing_ok=True)
+        return
+    fs, path = file_system(uri)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
 def require_exclusive_writes(root: str) -> None:
-    """Check that of two simultaneous writers who create the same file, one fails. Delta's commits depend on it.
+    """Check that if two writers create the same file at the same time, one of them fails. Delta's commits need this.
 
     Raises:
-        ConfigError: Both succeeded, or the store cannot be reached.
+        ConfigError: Both writers succeeded, or the store cannot be reached.
     """
     if urlsplit(root).scheme not in OBJECT_STORES:
         return
@@ -226,7 +264,7 @@ def require_exclusive_writes(root: str) -> None:
 
 
 def _race(fs: fsspec.AbstractFileSystem, path: str) -> int:
-    """Create a file from two threads; return how many succeeded."""
+    """Create a file from two threads, and return how many threads succeeded."""
     with ThreadPoolExecutor(2) as writers:
         num_created = sum(writers.map(lambda data: _created(fs, path, data), (b"a", b"b")))
     fs.rm_file(path)
@@ -242,7 +280,7 @@ def _created(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> bool:
 
 
 def write_json(uri: str, content: Any) -> None:
-    """Write a JSON file atomically. NaN and infinities become null, because JSON has none."""
+    """Write a JSON file atomically. NaN and infinities become null, because JSON cannot represent them."""
     write_bytes(uri, json_text(content).encode())
 
 
@@ -293,14 +331,14 @@ def list_files(uri: str, suffix: str = "") -> list[str]:
 
 
 def sha256(uri: str) -> str:
-    """Return the SHA-256 of a file's content in hex. The file is read in chunks."""
+    """Return the SHA-256 of a file's content in hex. The file is read in pieces."""
     fs, path = file_system(uri)
     with fs.open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_parquet(table: pa.Table, uri: str) -> int:
-    """Write a table as one Parquet file, atomically; return its size in bytes."""
+    """Write a table as one Parquet file, atomically, and return the file's size in bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", use_dictionary=dictionary_columns(table.schema))
     data = sink.getvalue()
@@ -311,8 +349,8 @@ def write_parquet(table: pa.Table, uri: str) -> int:
 def dictionary_columns(schema: pa.Schema) -> list[str]:
     """Return the names of the columns that get a dictionary in Parquet.
 
-    Floats and timestamps get none. Their values rarely repeat, and most of the time of writing would go into a
-    dictionary that Parquet then discards.
+    Columns of floats or timestamps get none. Their values rarely repeat, and most of the writing time would be spent on
+    a dictionary that Parquet then discards.
     """
     return [
         field.name
@@ -322,7 +360,7 @@ def dictionary_columns(schema: pa.Schema) -> list[str]:
 
 
 def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Read one Parquet file, or only the named columns.
+    """Read a Parquet file, or only the columns named in `columns`.
 
     INT96 timestamps become nanoseconds if all values of the column fit into 64 bits, else microseconds.
     """

@@ -1,7 +1,7 @@
 """`python -m cluster.up`: start a cluster on this machine: a Ray head, Serve, the edge and their supervisor.
 
-If a part fails to start, everything is ended again. If the project's cluster already runs and parts of it are missing,
-only those are started.
+If a part fails to start, the command ends everything again. If the project's cluster already runs, the command starts
+only the missing parts.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from cluster.node.checks import (
     require_own_address,
 )
 from cluster.node.description import all_ports, describe_machine
+from cluster.node.edge_address import edge_hosts, edge_names
 from cluster.node.launch import (
     StartFailed,
     answers_http,
@@ -42,6 +43,7 @@ from cluster.node.launch import (
     start_ray,
     start_serve,
     supervisor_log,
+    uploader_log,
     wait_until,
 )
 from cluster.node.locks import command_lock, is_watched_by
@@ -50,6 +52,7 @@ from cluster.node.parts import (
     EDGE,
     NODES,
     SUPERVISOR,
+    UPLOADER,
     Part,
     State,
     format_parts,
@@ -76,7 +79,7 @@ from cluster.session import (
     write_record,
 )
 from cluster.settings import PlatformConfig, PortsConfig, SecretsKind
-from cluster.storage import layout, local, require_exclusive_writes, resolve
+from cluster.storage import check_durability, layout, local, require_exclusive_writes, resolve
 from cluster.supervisor.daemons import save_commands
 from cluster.supervisor.head import restore_is_due
 
@@ -102,8 +105,8 @@ def main(config: PlatformConfig) -> None:
 def running_record(config: PlatformConfig) -> ClusterRecord | None:
     """Return the record of the cluster if any of its parts still runs, else None.
 
-    If nothing runs (after a reboot, for example) or the last start was killed, this ends the remaining processes and
-    removes the cluster's folders first.
+    If no part runs (for example after a reboot) or the last start was killed, first end the remaining processes and
+    remove the cluster's folders.
     """
     record = find_own_record(config.storage)
     if record is None:
@@ -121,9 +124,9 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
 
 
 def repair(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Let the supervisor start the missing parts, and wait for them.
+    """Let the supervisor start the missing parts, and wait until they run.
 
-    Missing files are created and permissions corrected first.
+    Before that, create missing files and correct permissions.
 
     Raises:
         ClusterAlreadyUp: No part is missing.
@@ -155,10 +158,10 @@ def repair(config: PlatformConfig, record: ClusterRecord) -> None:
 
 
 def wake_supervisor(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Make the supervisor try at once, or start a supervisor. One that does not run properly is replaced."""
+    """Make the supervisor try at once. If it does not run, end its process, if there is one, and start a supervisor."""
     status = next(status for status in inspect_parts(record) if status.part is Part.supervisor)
     if status.process is not None and status.state is State.running:
-        # Before it holds its lock, it has no handler for the signal, and the signal would end it.
+        # Before the supervisor holds its lock, it has no handler for the signal, and the signal would end it.
         if is_watched_by(config.storage, status.process.pid):
             status.process.send_signal(signal.SIGHUP)
         return
@@ -168,7 +171,7 @@ def wake_supervisor(config: PlatformConfig, record: ClusterRecord) -> None:
 
 
 def start(config: PlatformConfig) -> None:
-    """Start a cluster. If a part fails to start, end all of it again."""
+    """Start a cluster. If a part fails to start, end the whole cluster again."""
     avoid_taken_metrics_ports(config.cluster.ports)
     check(config)
     started = time.perf_counter()
@@ -195,11 +198,13 @@ def start(config: PlatformConfig) -> None:
 
 
 def _start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
-    # Written before anything runs: if this start is killed, the next command can end the processes that it left.
+    # The record is written before a process starts. If this command is killed, the next command can end its processes.
     write_record(replace(record, starting=True), config.storage)
     start_ray(config, record)
     broker = start_process(config, record, BROKER, log=key_log(config))
     nodes = start_process(config, record, NODES, log=nodes_log(config)) if record.has_nodes else None
+    if record.layout.shared is not None:
+        start_process(config, record, UPLOADER, log=uploader_log(config))
     print("starting the edge", flush=True)
     edge = start_process(config, record, EDGE, log=edge_log(config))
     start_serve(config, record)
@@ -251,14 +256,17 @@ def check(config: PlatformConfig) -> None:
     refuse_variables()
     require_compiler()
     check_keyring(config.secrets, tier=config.tier)
-    require_own_address(config.cluster.address)
-    require_free_ports(all_ports(config), address=config.cluster.address)
+    check_durability(config)
+    require_own_address("cluster.address", config.cluster.address)
+    require_own_address("cluster.edge_host", edge_hosts(config.cluster)[0])
+    require_free_ports(all_ports(config), config.cluster)
 
 
 def avoid_taken_metrics_ports(ports: PortsConfig) -> None:
-    """Replace the default ports of Falaj's own metrics by free ones if they are in use.
+    """If a default port of Falaj's own metrics is in use, replace it with a free port.
 
-    So a second cluster can start on this machine. A port that is set explicitly is not replaced; `check` refuses it.
+    So a second cluster can start on this machine. A port that is set explicitly is not replaced; `check` refuses it if
+    it is in use.
     """
     for name in METRICS_PORTS:
         default = getattr(PortsConfig(), name)
@@ -283,7 +291,7 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
     for folder in (root, keys, local(storage.tls), local(storage.edge)):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         remove_access_of_others(folder)
-    # Git and `ray job submit --working-dir` respect it. They must not include keys and data.
+    # Git and `ray job submit --working-dir` read this file. Both must not include keys and data.
     ignore_file = root / ".gitignore"
     if not ignore_file.exists():
         ignore_file.write_text("*\n")
@@ -295,9 +303,9 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
         ensure_issuer(storage, tier=config.tier)
     vault = config.secrets.vault
     if config.secrets.kind is SecretsKind.vault and vault.pki_role is not None:
-        fetch_certificates(storage, vault)
+        fetch_certificates(storage, vault, names=(record.address, *edge_names(config.cluster)))
     else:
-        ensure_tls(storage, addresses=(record.address,))
+        ensure_tls(storage, addresses=(record.address,), edge_names=edge_names(config.cluster))
     if not Path(record.token_path).exists():
         write_private_file(Path(record.token_path), secrets.token_hex(32).encode())
     for scratch_folder in (Path(storage.runs), memory_folder(otherwise=Path(storage.runs))):

@@ -2,7 +2,7 @@
 
 The plan says for each change whether it breaks readers of earlier versions (`store/catalog/differences.py`). A plan
 that would break a registered model is refused. With `plan=true` the command stops after the plan: it records nothing
-and does not call the key store. It exits with the code that applying would give.
+and does not call the key store. Its exit code is the same as without `plan=true`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class ApplyConfig(PlatformConfig):
     definitions: str = "feature_jobs.census"
     """Module with the definitions."""
     plan: bool = False
-    """Print the plan only."""
+    """Print only the plan."""
     allow_breaking: bool = False
-    """Apply changes that break a registered model, if it can still read the view version that it was trained with."""
+    """Apply a change that breaks a registered model if the model can still read its own version of the view."""
 
 
 @job("apply", ApplyConfig)
@@ -72,7 +72,7 @@ def require_stored_key_types(definitions: Definitions, paths: Layout) -> None:
     """Require that existing feature tables store their join keys with the declared types.
 
     Raises:
-        DefinitionError: A type differs. The message names the view, the key and both types.
+        DefinitionError: A stored type is not the declared type. The message names the view, the key and both types.
     """
     for name, view in definitions.views.items():
         table = offline.open_table(paths.features(name)) if view.key_types else None

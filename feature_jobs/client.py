@@ -136,7 +136,7 @@ class FeatureStore:
             purpose: The purpose that the data is used for.
             role: The role of the machine's user, if the dev issuer issues the token.
             token_file: File with an intent or a token, to use instead of the dev issuer.
-            storage_root: The project's storage root. By default that of the working directory or of the environment.
+            storage_root: The project's storage root. By default, that of the working directory or the environment.
 
         Raises:
             ClusterNotRunning: No cluster is running.
@@ -201,9 +201,9 @@ class FeatureStore:
         Args:
             service: Name of the feature service. Its newest version is used.
             entities: The join keys of each entity.
-            as_of: The time of the read, by default now; UTC if it has no zone. TTL is applied at this time. The store
-                has one row per entity. If that row became known later, the status is `newer`. A training set has the
-                values that were known at an earlier time.
+            as_of: The time at which TTL is applied, by default now. A time without a zone is UTC. The online store has
+                only one row per entity. If this row became known after `as_of`, its status is `newer`. To get the
+                values of an earlier time, build a training set.
             features: Inputs of on-demand transforms, with one value per entity. Without them, on-demand features are
                 left out.
 
@@ -259,7 +259,7 @@ def keys_of(entities: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the entities' keys as Python values. Values of NumPy and pandas are converted.
 
     Raises:
-        InvalidRequest: A key is neither text nor a whole number of 64 bits.
+        InvalidRequest: A key is neither text nor a 64-bit whole number.
     """
     plain = []
     for position, entity in enumerate(entities):
@@ -277,7 +277,7 @@ def _arrow(entities: Entities) -> pa.Table:
     """Convert entity rows to an Arrow table.
 
     Raises:
-        TrainingSetError: They are not a table, or have no rows.
+        TrainingSetError: `entities` is not a table, or has no rows.
     """
     match entities:
         case pa.Table():

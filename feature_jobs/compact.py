@@ -1,7 +1,7 @@
-"""`python -m feature_jobs.compact view=v`: replace the many small files that ingestion leaves by a few large ones.
+"""`python -m feature_jobs.compact view=v`: replace the table's many small files by a few large files.
 
-Each bucket with more than one file gets a single file, sorted as the join needs it. The table changes to the new files
-in one transaction. If the command was killed, run it again and it finishes the job.
+The files of each bucket are merged into one file, sorted for the point-in-time join. One transaction replaces the old
+files by the new ones. If the command is killed, run it again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class CompactConfig(PlatformConfig):
     """Configuration of `feature_jobs.compact`."""
 
     definitions: str = "feature_jobs.census"
-    """Not used; all feature commands take it. The view is read as it was applied."""
+    """Not used. Other feature commands have this option. The view is read from the ledger."""
     view: str = "???"
 
 
@@ -59,7 +59,7 @@ def newest_snapshot(config: PlatformConfig, view: ViewSpec, actor: Actor) -> Sna
 
 
 def record_rewrites(ledger: Ledger, view: str, uri: str, *, actor: str) -> int:
-    """Append an event for each rewrite of the table that has none yet, also for rewrites of killed commands.
+    """Append an event for each rewrite of the table that has no event yet, also if the rewriting command was killed.
 
     Returns:
         The number of files that these rewrites replaced.

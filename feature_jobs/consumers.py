@@ -1,9 +1,9 @@
 """Read and check a Kafka topic with several Ray actors, and commit in the driver.
 
 Each actor reads, transforms and checks the messages of its partitions. The driver assigns sequence numbers and commits
-the results of all actors as one batch. Delta accepts only one commit at a time, so commits are not distributed. This
-pays off if a transform is expensive. Position, fencing and recovery work as with a single process. If an actor dies, a
-new one starts at the committed offsets.
+the results of all actors as one batch. Delta accepts only one commit at a time, so commits are not distributed. So
+several actors are faster only if a transform is slow. Offsets, fencing and recovery work in the same way as with a
+single process. If an actor dies, a new one starts at the committed offsets.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from feature_jobs.store.streaming.kafka_consumer import (
 from feature_jobs.store.streaming.kafka_stream import KafkaStream
 
 MAX_DEATHS = 3
-"""Most deaths of one consumer without a result in between. One more ends the command."""
+"""How often one consumer may die without a result in between. After one more death, the command fails."""
 
 
 def consume_apart(
@@ -43,14 +43,14 @@ def consume_apart(
     consumers: int,
     selector: Selector,
 ) -> int:
-    """Consume a topic as `consume` does, with several actors. Return the number of rows stored.
+    """Consume a topic like `consume`, but with several actors. Return the number of stored rows.
 
     The driver alone reads the first batch of a new table, because this batch sets the types of the join keys.
 
     Args:
         stream: The stream to the feature table.
         reading: Settings of the consumer.
-        stopped: Set to stop.
+        stopped: The caller sets it to stop the consumers.
         consumers: Maximum number of actors.
         selector: Labels of the nodes where they may run.
 
@@ -92,7 +92,7 @@ class _Consumer:
 
 @dataclass(slots=True)
 class _ConsumerGroup:
-    """The actors of one driver. They end with it."""
+    """The actors of one driver. They end when the driver ends."""
 
     stream: KafkaStream
     reading: ConsumerSettings
@@ -106,7 +106,7 @@ class _ConsumerGroup:
             self.consumers.append(_Consumer(partitions=partitions, actor=actor, pending=actor.read.remote()))
 
     def gather(self) -> list[CheckedMessages]:
-        """Return the results that are ready. The caller must commit all of them before the next call."""
+        """Return the results that are ready. The caller must commit all these results before the next call."""
         pending = [consumer.pending for consumer in self.consumers]
         ready, _ = ray.wait(pending, num_returns=len(pending), timeout=self.reading.linger_s)
         results = [self._result(consumer) for consumer in self.consumers if consumer.pending in ready]

@@ -1,15 +1,15 @@
 """`python -m feature_jobs.ingest definitions=m view=v [source.path=…]`: ingest a batch into a feature table.
 
 Rows are read, transformed and checked. Then the batch as a whole is checked. Then the buckets' files are written and
-committed. A small batch is processed in this process, a large one with Ray Data and Ray tasks. If the command was
-killed, run it again and it finishes the job: files without a commit are ignored, and a commit without its event is
-found by the batch's id.
+committed. A small batch is processed in this process, a large one with Ray Data and Ray tasks. If the command is
+killed, run it again. It ignores files that were not committed. If a batch was committed without its event, the command
+finds the commit by the batch's id and appends the event.
 
 With `start=… end=… [chunk=30d]`, only rows with an event time in [start, end) are ingested, and each chunk is its own
 batch. The source is read once. A backfill that was killed continues with the missing chunks.
 
 With `again=true`, a source that is stored already is read again, and rows that an older release stored wrongly are
-corrected. The same happens automatically if a change of the view's definition moved the times of its rows.
+corrected. The same happens automatically if the view's definition has changed so that its rows have other times.
 
 `view=[a,b]` and `view=all` (every view with files or a SQL source) ingest one view after the other. If one view is
 refused, the command prints why and continues with the others.
@@ -81,10 +81,10 @@ class BatchRules(enum.Enum):
 
 @dataclass(kw_only=True, slots=True)
 class SourceOverride:
-    """Replaces the view's own source."""
+    """The source to read instead of the view's own source."""
 
     path: str | None = None
-    """Path of the file, folder or glob to read instead; None reads the view's own source."""
+    """Path of a file or folder, or a glob. None means the view's own source."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,7 +100,7 @@ class IngestConfig(PlatformConfig):
     """Maximum share of bad rows; a batch with more is refused."""
     batch_rules: BatchRules = BatchRules.enforce
     num_buckets: int = 8
-    """Number of buckets of a new table. An existing table keeps its number."""
+    """Number of buckets of a new table. The number of an existing table does not change."""
     task_values: int = 5_000_000
     """Number of values (rows times columns) above which Ray tasks read, check and write the batch."""
     start: str | None = None
@@ -109,7 +109,7 @@ class IngestConfig(PlatformConfig):
     chunk: str | None = None
     """`30d`, `12h`: split the range into chunks of this length. Each chunk is committed separately."""
     again: bool = False
-    """Read a source that is stored already once more, and correct the rows that differ."""
+    """Read a stored source again, and correct the rows that differ."""
 
     def __post_init__(self) -> None:
         validate_views(self.view)
@@ -211,7 +211,7 @@ def ingest_missing(run: Run, missing: Sequence[PlannedBatch]) -> None:
     A batch that a killed command has committed already is not stored again; only its event is appended.
 
     Raises:
-        RefusedError: a batch may not be stored; an event was appended.
+        RefusedError: a batch was refused; an event for the refusal was appended.
     """
     committed = {
         plan.ingest_id: earlier for plan in missing if (earlier := find_committed(run, plan)) is not None
@@ -234,7 +234,7 @@ def ingest_missing(run: Run, missing: Sequence[PlannedBatch]) -> None:
 
 
 def find_committed(run: Run, plan: PlannedBatch) -> StoredBatch | None:
-    """Return a batch that an earlier command committed, but was killed before it appended the event."""
+    """Return the planned batch if an earlier command committed it but was killed before it appended the event."""
     table = offline.open_table(run.target.uri)
     committed = None if table is None else offline.find_committed_batch(table, plan.ingest_id)
     return None if committed is None else StoredBatch(*committed)
@@ -244,7 +244,7 @@ def store_batch(run: Run, rows: CheckedSource, plan: PlannedBatch) -> StoredBatc
     """Check and store one batch.
 
     Raises:
-        RefusedError: the batch may not be stored; an event was appended.
+        RefusedError: the batch was refused; an event for the refusal was appended.
     """
     if plan.event_range is not None:
         blocks = [run.work.run(select_range, block, plan.event_range, num_cpus=0.1) for block in rows.blocks]
@@ -289,7 +289,7 @@ def mend_stored(run: Run, history: BatchHistory, event_range: TimeRange | None) 
 
 
 def load_history(run: Run) -> BatchHistory:
-    """Return the view's batches that hold the source's content."""
+    """Return the view's batches that contain the source's content."""
     content: dict[str, Any] = {"view": run.view.name, "source_digest": run.source.digest}
     entries = [*run.ledger.find(BatchIngested, **content), *run.ledger.find(BatchMended, **content)]
     return BatchHistory(
@@ -307,7 +307,7 @@ def read_or_refuse(run: Run) -> CheckedSource:
     """Return all rows, transformed and checked one by one.
 
     Raises:
-        RefusedError: columns do not fit the view; an event was appended.
+        RefusedError: columns do not fit the view; an event for the refusal was appended.
     """
     try:
         rows = read_checked_rows(
@@ -331,7 +331,7 @@ def read_or_refuse(run: Run) -> CheckedSource:
 
 
 def check_or_refuse(run: Run, rows: CheckedSource) -> CheckedBatch:
-    """Return the checked batch if it may be stored. Otherwise append an event and raise.
+    """Return the checked batch if it may be stored. Otherwise append an event for the refusal and raise.
 
     Raises:
         RefusedError: the batch has too many bad rows, or fails a batch rule.

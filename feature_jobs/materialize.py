@@ -1,10 +1,10 @@
-"""`python -m feature_jobs.materialize view=v [as_of=…]`: put the newest values of each entity online.
+"""`python -m feature_jobs.materialize view=v [as_of=…]`: write each entity's newest values to the online store.
 
-The values are those that were known at `as_of`. Readers see either all of a materialisation or nothing of it. If the
-command was killed halfway, the store is unchanged. Rows that were pushed after the table version that the command reads
-are served in addition.
+The values are those that were known at `as_of`. Readers get either all rows of a materialisation or none. If the
+command is killed, the store is unchanged. The command reads one version of the table. Rows that were pushed after that
+version stay online.
 
-`view=[a,b]` and `view=all` (every applied view with rows) materialise one view after the other, as of the same moment.
+`view=[a,b]` and `view=all` (every applied view with rows) materialise one view after the other, with the same `as_of`.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class MaterializeConfig(PlatformConfig):
     """Configuration of `feature_jobs.materialize`."""
 
     definitions: str = "feature_jobs.census"
-    """Not used; all feature commands take it. The view is read as it was applied."""
+    """Not used. Other feature commands have this option. The view is read from the ledger."""
     view: Any = "???"
     """A name, a list of names, or `all`."""
     as_of: str | None = None
-    """ISO 8601 instant up to which rows count; None is now."""
+    """ISO 8601 instant. Rows that became known later are left out. None means now."""
 
     def __post_init__(self) -> None:
         validate_views(self.view)
@@ -114,9 +114,9 @@ def materialise(run: Run, name: str) -> None:
 
 
 def newest_rows(view: ViewSpec, pinned: Snapshot, as_of: dt.datetime) -> Iterator[OnlineRow]:
-    """Yield the newest row of every entity that was known at a moment, bucket by bucket.
+    """For each entity, yield the newest row that was known at `as_of`, bucket by bucket.
 
-    For a deleted entity, this is its tombstone. For a view with aggregations, rows contain the state of its windows.
+    A deleted entity's row is its tombstone. The rows of a view with aggregations contain the state of its windows.
     """
     if view.windows is not None:
         yield from state_rows(pinned, view.windows, as_of)

@@ -1,7 +1,7 @@
 """`python -m feature_jobs.quarantine view=v [batch=…] [rows=10]`: show a view's quarantine.
 
-The ledger has the number of rows by batch and reason. `rows=` shows the rows themselves, to callers who may read
-columns of every class of the view.
+The command prints the number of rows by batch and reason, from the ledger. With `rows=…`, it also prints rows. Then the
+caller needs the right to read sensitive columns.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class QuarantineConfig(PlatformConfig):
     """Configuration of `feature_jobs.quarantine`."""
 
     definitions: str = "feature_jobs.census"
-    """Not used; all feature commands take it. The view is read as it was applied."""
+    """Not used. Other feature commands have this option. The view is read from the ledger."""
     view: str = "???"
     batch: str | None = None
     """`ingest_id` of one batch; None shows all batches."""
     rows: int = 0
-    """Number of rows to show of each batch."""
+    """How many rows of each batch to show."""
 
     def __post_init__(self) -> None:
         if self.rows < 0:
@@ -81,7 +81,7 @@ def print_rows(files: QuarantineFiles, batch: str, limit: int) -> None:
 
 
 def resource(spec: ViewSpec, *, region: str) -> Resource:
-    """Return a view's quarantine as a policy resource. It holds whole source rows, so its class is sensitive."""
+    """Return a view's quarantine as a policy resource. It contains whole source rows, so its class is sensitive."""
     return Resource(
         kind="quarantine",
         name=spec.name,

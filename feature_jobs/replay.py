@@ -1,7 +1,7 @@
 """`python -m feature_jobs.replay definitions=m view=v [batch=…]`: ingest quarantined rows again after a correction.
 
-The rows are read as the source had them, and go through the view's current transform and checks. The good rows are
-stored as new rows of the table. The others stay in quarantine with their new reasons.
+The rows are read as the source had them. The view's current transform and checks are applied to them. The good rows are
+stored as new rows of the table. The other rows stay in quarantine with their new reasons.
 
 Each batch is replayed in one transaction, with an id that is computed from its rows. First the rows that stay are
 written to a separate file. Then the good rows are committed with that id. Then the separate file replaces the batch's

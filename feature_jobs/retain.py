@@ -1,8 +1,9 @@
 """`python -m feature_jobs.retain view=v [now=…]`: remove rows that are older than the view's retention, permanently.
 
-Rows are removed from the table's newest version and from every older version. The files that hold them are deleted, and
-training sets that were built from such a version are marked as not reproducible. If the command was killed, run it
-again. The next materialisation updates the online store. The event records the time that the rows were older than.
+Rows are removed from the table's newest version and from every older version: all files that contain such rows are
+deleted. Training sets that were built from one of these versions are marked as not reproducible. The event states the
+time before which rows were removed. If the command is killed, run it again. The next materialisation updates the online
+store.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class RetainConfig(PlatformConfig):
     """Configuration of the retain command."""
 
     definitions: str = "feature_jobs.census"
-    """Not used. It exists because the other commands have it; the view is read from the ledger."""
+    """Not used. Other feature commands have this option. The view is read from the ledger."""
     view: str = "???"
     """Name of the view."""
     now: str | None = None

@@ -1,6 +1,6 @@
 """`python -m feature_jobs.retire view=v reason=… [deprecate=true | restore=true]`: retire, deprecate or restore a view.
 
-Nothing is deleted. Rows stay, every version stays readable, and models that were trained with the view continue to use
+Nothing is deleted. Every version of the view stays readable, and models that were trained with the view continue to use
 it.
 """
 

@@ -1,13 +1,13 @@
 """`python -m feature_jobs.rotate_keys view=v [rotate=false] [rewrite=false]`: rotate a view's keys, rewrite its data.
 
-After a rotation, new files are encrypted with the new key versions. Old versions can still read the existing files, so
-a routine rotation needs no rewrite.
+After a rotation, new files are encrypted with the new key versions. Existing files are still read with the old key
+versions, so a routine rotation needs no rewrite.
 
-Rewriting is for a key that may have leaked. It writes every file of the table's newest version and of the quarantine
-again. Parquet stores the wrapped keys in each file's footer, so a file cannot get another key without a rewrite. Online
-values get the new keys at the next materialisation.
+Rewrite if a key may have leaked. Then every file of the table's newest version and of the quarantine is written again.
+Parquet stores the wrapped keys in each file's footer, so a file cannot get another key without a rewrite. Online values
+get the new keys at the next materialisation.
 
-If the command was killed, run it again; with `rotate=false` if the new key versions exist already.
+If the command is killed, run it again. Add `rotate=false` if the new key versions exist already.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RotateKeysConfig(PlatformConfig):
     """Configuration of `feature_jobs.rotate_keys`."""
 
     definitions: str = "feature_jobs.census"
-    """Not used; all feature commands take it. The view is read as it was applied."""
+    """Not used. Other feature commands have this option. The view is read from the ledger."""
     view: str = "???"
     rotate: bool = True
     """Create new versions of the view's keys."""

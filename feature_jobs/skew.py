@@ -1,8 +1,8 @@
 """`python -m feature_jobs.skew name=m [since=…]`: compute every logged feature vector again offline, and compare.
 
-This is a gate: it exits with 2 if what the platform stored cannot explain a served value, and with 0 if it can explain
-all of them. Values that are only late or missing are counted for each feature. `store/skew/comparison.py` defines the
-verdicts. Features of views with aggregations are not compared yet.
+This is a gate: it exits with 2 if the stored data cannot explain a served value, and with 0 if it explains all served
+values. Values that are only late or missing are counted for each feature. `store/skew/comparison.py` lists the possible
+explanations (`Verdict`). Features of views with aggregations are not compared yet.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from cluster.entrypoint import job
 from cluster.errors import RefusedError, SkewFound
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import SkewChecked, ViewMaterialized
-from cluster.records import read_records
+from cluster.records import log_age, prediction_log, read_records
+from cluster.records.progress import ages_as_json
 from cluster.registry import Registry
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
 from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
-from cluster.storage import layout, local, write_json
+from cluster.storage import layout, write_json
 from feature_jobs.materialize import parse_as_of
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec, service_spec
@@ -81,10 +82,10 @@ class Materialization:
 
 
 class Materializations:
-    """Materialisations of a view, read from the newest backwards as far as requests need them.
+    """The materialisations of a view. They are read one by one, only as far back as necessary.
 
     Args:
-        newest_first: the materialisations.
+        newest_first: the materialisations, the newest first.
     """
 
     def __init__(self, newest_first: Iterable[Materialization]) -> None:
@@ -92,21 +93,21 @@ class Materializations:
         self._unread = iter(newest_first)
 
     def last_before(self, at: dt.datetime) -> Materialization | None:
-        """Return the last materialisation up to a moment."""
+        """Return the last materialisation at or before a time, or None if there is none."""
         while not self._read or self._read[-1].at > at:
             earlier = next(self._unread, None)
             if earlier is None:
                 break
             self._read.append(earlier)
-        # Newest first, so the negative times ascend.
+        # The list is sorted newest first, so the negated times ascend.
         position = bisect.bisect_left(self._read, -at.timestamp(), key=lambda read: -read.at.timestamp())
         return self._read[position] if position < len(self._read) else None
 
 
 def read_materializations(ledger: Ledger, uri: str, view: str) -> Iterator[Materialization]:
-    """Yield a view's materialisations, the newest first, except those whose table version was removed.
+    """Yield a view's materialisations, the newest first.
 
-    In place of a removed one, the one before it is used.
+    If a table version was removed, its materialisation is left out. Then the materialisation before it is used.
     """
     for entry in ledger.find(ViewMaterialized, view=view, newest_first=True):
         try:
@@ -135,9 +136,9 @@ class SkewResult:
     left_out: int
     features: dict[str, FeatureSkew]
     without_score: int = 0
-    """Rows without an answer of the model; they are not compared."""
+    """Number of rows for which the model gave no finite score. They are not compared."""
     examples: list[dict[str, Any]]
-    """Some mismatches, each with its prediction, row and feature, without values."""
+    """A few mismatches, each with the prediction's id, the row number and the feature, but without values."""
 
     @property
     def mismatches(self) -> int:
@@ -146,12 +147,14 @@ class SkewResult:
 
 @job("skew", SkewConfig, timed=True)
 def main(config: SkewConfig) -> None:
-    """Compare a model's served features with offline ones."""
+    """Compare a model's served features with the features from offline data."""
     ledger = open_ledger(config)
     actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="feature_jobs.skew")
     places = layout(config.storage)
     since = None if config.since is None else parse_as_of(config.since)
-    records = read_records(local(places.predictions(config.name)), key_store(actor.access))
+    log = prediction_log(places, ledger, config.name)
+    age = log_age(log)
+    records = read_records(log, key_store(actor.access))
     groups, left_out, without_score = read_served(records, since)
     if not groups:
         raise RefusedError(
@@ -170,12 +173,13 @@ def main(config: SkewConfig) -> None:
     for group in groups:
         origin = registry.get(config.name, group.version).lineage
         spec = service_spec(ledger, origin.service, origin.service_version)
-        # On-demand features are a function of the request and of these features. Defaults hide what was read.
+        # On-demand features depend only on the request and these features. Defaults would hide the values read.
         compare(replace(spec, on_demand=(), missing=NO_POLICY), tables, group, result)
     report = f"{places.skew(config.name)}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.json"
     event = checked_event(config, result, report)
-    write_json(report, event.payload() | {"examples": result.examples})
+    write_json(report, event.payload() | {"examples": result.examples, "logs": ages_as_json([age])})
     ledger.append(event, actor=actor.name)
+    print(f"log: {age}")
     print_result(result)
     if result.mismatches:
         raise SkewFound(
@@ -234,7 +238,7 @@ class OfflineTables:
 
 
 def compare(spec: ServiceSpec, tables: OfflineTables, group: ServedRequests, result: SkewResult) -> None:
-    """Compute one group's requests again offline, and add the verdicts to the result."""
+    """Compute the features of some requests again offline, compare them with the served features, update `result`."""
     opened = {view.name: tables.open(view) for view in spec.views}
     pinned = {name: view.table for name, view in opened.items()}
     joined = build(spec, pinned, group.entity_rows(spec), join_parts=join_in_process)
@@ -263,7 +267,7 @@ def verdicts_of(
     requests: pl.DataFrame,
     pinned: Snapshot,
 ) -> pl.Series:
-    """Return the verdict on each served value. The entity's history is read only for values that differ."""
+    """Return one `Verdict` per served value. Older rows of an entity are read only if its values differ."""
     verdicts = [Verdict.equal.value] * len(online)
     differing_requests = requests.filter(differs(online, offline_values))
     if differing_requests.is_empty():

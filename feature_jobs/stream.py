@@ -84,7 +84,7 @@ class StreamConfig(PlatformConfig):
     """Configuration of `feature_jobs.stream`."""
 
     definitions: str = "feature_jobs.census"
-    """Not used; all feature commands take it. Pushed rows were checked when they were pushed."""
+    """Not used. Other feature commands have this option. Pushed rows were checked when they were pushed."""
     source: StreamSource = StreamSource.push
     view: str = "???"
     once: bool = False
@@ -148,7 +148,7 @@ def push_stream(config: StreamConfig, view: ViewSpec, ledger: Ledger, actor: Act
         view=view,
         target=view_target(view, places, actor.access, new_buckets=config.num_buckets),
         quarantine=view_quarantine(view.name, places, actor.access),
-        log=open_push_log(places, view.name, keys),
+        log=open_push_log(ledger, places, view.name, keys),
         store=open_online_store(config.online, places, keys, readonly=False),
         ledger=ledger,
         actor=actor.name,

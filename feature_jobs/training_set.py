@@ -2,7 +2,7 @@
 
 Each entity row gets the feature values that were known at its time. With `manifest=x.manifest.json` instead of a
 service, the rows of an earlier training set are built again, from the definitions, table versions and cutoff in the
-manifest. Ingestion, compaction or key rotation since then change nothing.
+manifest. Later ingestion, compaction or key rotation does not change the result.
 """
 
 from __future__ import annotations
@@ -57,23 +57,23 @@ class TrainingSetConfig(PlatformConfig):
     """Configuration of `feature_jobs.training_set`."""
 
     definitions: str = "feature_jobs.census"
-    """Not used; all feature commands take it. The service is read as it was applied."""
+    """Not used. Other feature commands have this option. The service is read from the ledger."""
     service: str | None = None
     """Name of the feature service, for a new training set."""
     manifest: str | None = None
     """Manifest of a training set to build again, instead of a service."""
     entities: str | None = None
     """Parquet file with join keys and `event_timestamp`. Other columns, for example a label, are copied. With a
-    manifest, the default is the manifest's own path."""
+    manifest, the default is the path in the manifest."""
     output: str = "???"
     """Parquet file to write. The manifest is written beside it."""
     task_rows: int = 3_000_000
-    """Number of entity rows plus rows of the largest view above which each bucket is joined in its own Ray task."""
+    """If the entity rows and the rows of the largest view are more than this, each bucket is joined in a Ray task."""
     cutoff: bool = True
-    """Leave out values that were created after an entity row's time; false uses only the event time. A manifest has its
-    own cutoff."""
+    """Leave out values that were created after an entity row's time; false uses only the event time. With a manifest,
+    the cutoff in the manifest is used."""
     versions: dict[str, int] = field(default_factory=dict)
-    """Table version to read, by view; default is the newest version. A manifest has its own versions."""
+    """View to table version; the default is the newest version. With a manifest, its versions are used."""
 
     def __post_init__(self) -> None:
         if self.manifest is not None and self.versions:
@@ -86,7 +86,7 @@ class TrainingSetConfig(PlatformConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What to build."""
+    """A training set to build."""
 
     spec: ServiceSpec
     entities: str | None
@@ -128,7 +128,7 @@ def build_training_set(
     """Build a training set, write its rows and manifest, append an event, and return the manifest.
 
     Raises:
-        TrainingSetError: the entity rows cannot be joined, or differ from the original manifest's.
+        TrainingSetError: the entity rows cannot be joined, or are not those of the original training set.
         Inconsistent: the result is not the same as in the original manifest; nothing was written.
     """
     original, places = request.original, layout(config.storage)
@@ -213,7 +213,7 @@ def pinned_tables(request: Request, places: Layout, access: KeyAccess) -> dict[s
     """Return a snapshot of each view's table, at the requested version.
 
     Raises:
-        TrainingSetError: a view has no rows, or files were removed.
+        TrainingSetError: a view has no rows, or files of the requested version were removed.
     """
     snapshots = {
         view.name: view_snapshot(view, places, access, version=request.versions.get(view.name))
@@ -225,7 +225,7 @@ def pinned_tables(request: Request, places: Layout, access: KeyAccess) -> dict[s
 
 
 def choose_join(config: TrainingSetConfig, entities: pa.Table, snapshots: dict[str, Snapshot]) -> JoinParts:
-    """Return the function that joins: in this process for small work, in Ray tasks for large work."""
+    """Return the join function: `join_in_process` for few rows, `join_in_tasks` for many rows."""
     largest = entities.num_rows + max(pinned.rows for pinned in snapshots.values())
     if largest <= config.task_rows:
         return join_in_process
@@ -265,7 +265,7 @@ def built_event(manifest: dict[str, Any], output: str, original: Manifest | None
 def write_training_set(
     table: pa.Table, output: str, spec: ServiceSpec, *, places: Layout, access: KeyAccess
 ) -> None:
-    """Write the rows: encrypted if the path is below the storage root, in the clear if the caller exports them."""
+    """Write the rows. They are encrypted only if the path is below the storage root."""
     place = training_set_aad(output, places)
     if place is not None:
         protected_files(access).write(table, output, training_set_protection(spec), place=place)

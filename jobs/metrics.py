@@ -1,7 +1,7 @@
-"""Metrics of a model: pure functions of scores and targets, used by training and evaluation.
+"""Metrics of a model, for training and evaluation: pure functions of scores and targets.
 
-A metric that is undefined for its rows is None, for example the AUC of rows with only one class. NaN is not used,
-because the ledger cannot store it and a table would show it like a number.
+If a metric is undefined for some rows, it is None. An example is the AUC of rows with only one class. NaN is not used,
+because the ledger cannot store NaN, and a table would show it like a number.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def score(predictions: Predictions, target: npt.NDArray[Any]) -> dict[str, Any]:
             metrics = multiclass_metrics(predictions.scores, target)
         case Task.regression:
             metrics = regression_metrics(predictions.scores, target)
-    finite_metrics: dict[str, Any] = replace_non_finite(metrics)  # a sum of very large values can overflow
+    finite_metrics: dict[str, Any] = replace_non_finite(metrics)  # sums of very large values may be infinite
     return finite_metrics
 
 
@@ -126,7 +126,10 @@ def log_loss(probabilities: Floats, target: Integers) -> float | None:
 def calibration(
     probabilities: Floats, target: Integers, *, num_bins: int = NUM_BINS
 ) -> list[dict[str, float | int]]:
-    """Return predicted and observed rates by equal-width bin of the predicted probability; empty bins are left out."""
+    """Return the predicted and the observed rate in each bin of the predicted probability.
+
+    All bins have the same width. Empty bins are left out.
+    """
     bin_of_row = np.clip((probabilities * num_bins).astype(np.int64), 0, num_bins - 1)
     bins: list[dict[str, float | int]] = []
     for number in range(num_bins):
@@ -146,7 +149,7 @@ def calibration(
 
 
 def expected_calibration_error(bins: list[dict[str, float | int]]) -> float | None:
-    """Return the mean gap between predicted and observed rate, weighted by rows (Naeini et al. 2015)."""
+    """Return the mean gap between predicted and observed rate, weighted by rows of a bin (Naeini et al. 2015)."""
     rows = sum(bin_["rows"] for bin_ in bins)
     if not rows:
         return None

@@ -1,4 +1,4 @@
-"""Start and remove Serve applications. Those that belong to no model are in `serve_apps/shared_apps.py`."""
+"""Start and remove Serve applications. `serve_apps/shared_apps.py` starts the applications that belong to no model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.ledger import open_ledger
 from cluster.registry import ModelVersion, Registry
 from cluster.settings import PlatformConfig
 from cluster.settings_conversion import to_plain
-from cluster.storage import layout
+from cluster.storage import check_durability, layout
 from serve_apps.deployed_settings import store_settings
 from serve_apps.predictor.predictor import Predictor
 from serve_apps.replica.scaling import replica_options
@@ -22,8 +22,8 @@ from serve_apps.replica.scaling import replica_options
 GRACE_S = 5.0
 HEALTH_PERIOD_S = 2.0
 LOGGING = {"enable_access_log": False}
-"""The edge's access log has every answer. Serve's own access log buffers a thousand lines in throughput mode and then
-writes them in the event loop: every thousandth request waited 20 ms for it."""
+"""Serve's own access log is not needed, because the edge's access log has every answer. In throughput mode, Serve's log
+buffers a thousand lines and then writes them in the event loop. Every thousandth request waited 20 ms for this."""
 OPTIONS: dict[str, Any] = {
     "graceful_shutdown_timeout_s": GRACE_S,
     "health_check_period_s": HEALTH_PERIOD_S,
@@ -48,17 +48,19 @@ def is_running(name: str) -> bool:
 
 
 def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -> str:
-    """Start a model version's application, unless it runs; return its name.
+    """Start the application of a model version if it does not run, and return the application's name.
 
     Args:
         config: the platform's configuration.
         version: the version to serve.
-        actor: name for the ledger's event if the version's files are refused.
+        actor: name in the ledger event, if the version's files are refused.
 
     Raises:
         ArtifactTampered: a file was altered; nothing is started, and running applications are not affected.
         DeployFailed: a replica did not start.
+        ConfigError: records cannot be as durable as configured.
     """
+    check_durability(config)
     name = app_name(version)
     if not is_running(name):
         Registry(open_ledger(config), layout(config.storage)).check_files(version, actor=actor)
@@ -82,7 +84,7 @@ def remove_app(name: str) -> bool:
 def run(apps: Mapping[str, serve.Application]) -> None:
     """Start or restart applications, all at the same time, and wait until they are healthy.
 
-    An application that does not start is removed, unless it ran before: then its old replicas continue to serve.
+    If an application does not start, it is removed. But if it ran before, its old replicas continue to serve.
 
     Raises:
         ArtifactTampered: a replica refused its model's files.
@@ -106,7 +108,7 @@ def run(apps: Mapping[str, serve.Application]) -> None:
 
 
 def _failure_message(name: str) -> str:
-    """Return Serve's messages about an application and its deployments; only these contain a replica's own error."""
+    """Return Serve's messages about an application and its deployments. Only they contain the error of a replica."""
     status = serve.status().applications.get(name)
     if status is None:
         return ""

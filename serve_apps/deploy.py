@@ -30,12 +30,12 @@ from cluster.storage import layout
 from cluster.supervisor.head import mark_restored
 from serve_apps.apps import DeployFailed, app_name, ensure_model
 from serve_apps.deployed_settings import with_deployed_settings
-from serve_apps.edge.control.edge_state import wait_until_applied
+from serve_apps.edge.control.waiting import wait_until_applied
 from serve_apps.predictor.log_keys import log_keys, merged_key
-from serve_apps.removal import remove, require_number
 from serve_apps.rollout.assignment import require_variant
 from serve_apps.rollout.serving_state import ModelState, States, read_states
 from serve_apps.shared_apps import ensure_shared_apps, restore_shared_apps
+from serve_apps.undeploy import remove, require_number
 
 
 class DeployAction(enum.Enum):
@@ -43,7 +43,7 @@ class DeployAction(enum.Enum):
 
     deploy = "deploy"
     restore = "restore"
-    """Start all applications that serve according to the ledger, after the cluster was down."""
+    """After the cluster was down, start all applications that get requests according to the ledger."""
     remove = "remove"
     """Remove the application of a version that is not the champion, a running treatment or a shadow."""
 
@@ -56,14 +56,14 @@ class DeployConfig(PlatformConfig):
     name: str | None = None
     """Name of the model."""
     version: str = "latest"
-    """A number, an alias, or `latest`."""
+    """Version number, alias, or `latest`."""
     variant: str = CHAMPION
     """Name of the version in answers and logs."""
     reason: str = "by command"
     """Reason of a removal."""
     as_deployed: bool = False
-    """Restore each application with the settings that it was deployed with (`replica`, `online`, and its purpose and
-    token), not with the settings of this command."""
+    """Whether to restore each application with the settings that it was deployed with (`replica`, `online`, its purpose
+    and its token). If False, the settings of this command are used."""
 
     def __post_init__(self) -> None:
         require_variant(self.variant)
@@ -100,13 +100,13 @@ def main(config: DeployConfig) -> None:
             if CHAMPION not in registry.aliases(version.name):
                 reason = "first deployment"
                 registry.move_alias(version.name, CHAMPION, version.version, actor=actor.name, reason=reason)
-            wait_until_applied(config, ledger.head(), app=app)
+            wait_until_applied(config, ledger, ledger.head(), app=app)
             state = read_states(ledger).get(version.name, ModelState())
             print(describe(version, state, app=app, champion=registry.aliases(version.name)[CHAMPION]))
 
 
 def describe(version: ModelVersion, state: ModelState, *, app: str, champion: int) -> str:
-    """Describe the requests that a version gets now; a version that is not the champion gets none before a rollout."""
+    """Describe which requests a version gets now. Before a rollout, only the champion gets requests."""
     serving = f"serving {version.name} version {version.version} as application {app}"
     if version.version == champion:
         return serving
@@ -137,7 +137,7 @@ def require_name(config: DeployConfig) -> str:
 def deploy(
     config: PlatformConfig, ledger: Ledger, actor: Actor, version: ModelVersion, *, variant: str
 ) -> str:
-    """Start a version's application, and record it in the ledger once; return the application's name.
+    """Start a version's application, record the deployment in the ledger once, and return the application's name.
 
     Raises:
         AccessDenied: the actor may not deploy the version.
@@ -162,10 +162,10 @@ def deploy(
 def restore(config: DeployConfig, ledger: Ledger, registry: Registry, actor: Actor) -> None:
     """Start the application of every model's champion, running treatment and shadow.
 
-    An application that does not start does not stop the others from starting.
+    If one application does not start, the others are still started.
 
     Raises:
-        AccessDenied: the actor may not restart serving. The check is not that of a deployment, because nothing new is
+        AccessDenied: the actor may not restart serving. The right to deploy is not needed, because nothing new is
             deployed.
         DeployFailed: some applications did not start; the message names them.
     """
@@ -181,7 +181,7 @@ def restore(config: DeployConfig, ledger: Ledger, registry: Registry, actor: Act
         with _collect_failure(app, failed):
             app_config = with_deployed_settings(config, app) if config.as_deployed else config
             ensure_model(app_config, version, actor=actor.name)
-            wait_until_applied(config, ledger.head(), app=app)
+            wait_until_applied(config, ledger, ledger.head(), app=app)
             restored_apps.append(app)
             print(f"restored {app}")
     with _collect_failure("features or outcomes", failed):
@@ -208,7 +208,7 @@ def serving(states: States, registry: Registry) -> list[ModelVersion]:
 
 @contextlib.contextmanager
 def _collect_failure(app: str, failed: list[str]) -> Iterator[None]:
-    """Print why an application did not start, and append its name to a list, instead of raising the error."""
+    """If an application does not start, print the error and append its name to `failed`, without raising the error."""
     try:
         yield
     except (FalajError, RayError) as error:

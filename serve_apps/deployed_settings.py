@@ -1,6 +1,6 @@
-"""Settings that each application was deployed with, stored so that a restore can use them again.
+"""Store the settings that each application was deployed with, so that a restore can use them again.
 
-They are not in the ledger, because they say how an application runs on this machine, not what is served.
+These settings are not in the ledger, because they say how an application runs on this machine, not what it serves.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from cluster.storage import exists, layout, read_bytes, write_bytes
 
 SECTIONS = ("replica", "online")
 IDENTITY_FIELDS = ("purpose", "service_token_file")
-"""Stored fields of the section `identity`: the purpose that a replica reads for, and the token that it shows. Both may
-be given on the deployment's command line only."""
+"""Stored fields of the section `identity`: the purpose for which a replica reads, and the file with its token. If
+they were set only on the command line of the deployment, a restore cannot find them in the configuration files."""
 
 
 def store_settings(config: PlatformConfig, app: str) -> None:
@@ -28,7 +28,7 @@ def store_settings(config: PlatformConfig, app: str) -> None:
 
 
 def with_deployed_settings(config: PlatformConfig, app: str) -> PlatformConfig:
-    """Return the configuration with the settings that an application was deployed with, if any are stored.
+    """Return the configuration with the stored settings of an application. If none are stored, return it unchanged.
 
     Raises:
         ConfigError: this release does not know the stored settings, or the file is damaged.

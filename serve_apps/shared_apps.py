@@ -19,10 +19,12 @@ from ray.serve.config import HTTPOptions
 
 from cluster.entrypoint import job
 from cluster.placement import find_nodes, options
+from cluster.security.tls.certificates import NODE_CERTIFICATE_NAME, NODE_KEY_NAME
 from cluster.session import ClusterRecord, attach, require_recorded_cluster
 from cluster.settings import Durability, FeaturesConfig, OnlineConfig, OnlineKind, PlatformConfig
 from cluster.settings_conversion import to_plain
 from cluster.storage import layout, local, write_json
+from cluster.this_node import LOOPBACK_ADDRESS
 from serve_apps.apps import OPTIONS, DeployFailed, is_running, run
 from serve_apps.edge.haproxy.split import FEATURES_APP, OUTCOMES_APP
 from serve_apps.features.features import Features
@@ -34,14 +36,14 @@ APPLICATIONS: dict[str, Any] = {OUTCOMES_APP: Outcomes, FEATURES_APP: Features}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """Settings of the configuration that these applications use; the fields are the keys of the JSON file."""
+    """Settings of the configuration that these applications use. The fields are the keys of the JSON file."""
 
     online: dict[str, Any]
-    """Fields of `OnlineConfig`; `kind` is the enum's value."""
+    """Fields of `OnlineConfig`. `kind` is the value of the enum."""
     durability: str
     service_token_file: str | None
     max_ahead_s: float = FeaturesConfig().max_ahead_s
-    """From `FeaturesConfig`; files of earlier releases lack it."""
+    """Field of `FeaturesConfig`. Files of earlier releases do not have it."""
 
     @classmethod
     def of(cls, config: PlatformConfig) -> Settings:
@@ -54,12 +56,15 @@ class Settings:
         )
 
     def merged_over(self, stored: Settings) -> Settings:
-        """Return these settings. A setting at its default takes the stored value; durability is `disk` if either is."""
+        """Return these settings, with the stored value for each setting that has its default.
+
+        Durability is the stronger of the two.
+        """
         default = Settings.of(PlatformConfig())
-        on_disk = Durability.disk.value in (self.durability, stored.durability)
+        strength = [durability.value for durability in Durability]
         return Settings(
             online=stored.online if self.online == default.online else self.online,
-            durability=Durability.disk.value if on_disk else self.durability,
+            durability=max(self.durability, stored.durability, key=strength.index),
             service_token_file=self.service_token_file or stored.service_token_file,
             max_ahead_s=stored.max_ahead_s if self.max_ahead_s == default.max_ahead_s else self.max_ahead_s,
         )
@@ -81,7 +86,7 @@ def main(config: PlatformConfig) -> None:
     """Start Serve on the running head, then the applications."""
     record = attach(config)
     settings = settings_at_start(config, record)
-    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=config.cluster.ports.serve_http))
+    serve.start(http_options=serve_options(record, port=config.cluster.ports.serve_http))
     if config.identity.issuer.url is not None and settings.service_token_file is None:
         print(
             "features and outcomes start with the first deployment, which must give identity.service_token_file=…"
@@ -89,14 +94,30 @@ def main(config: PlatformConfig) -> None:
         return
     try:
         run_shared_apps(config, record, settings)
-    except DeployFailed as error:  # for example, Redis is down; the rest of the cluster must still start
+    except DeployFailed as error:  # for example, Redis is down: the rest of the cluster must still start
         print(
             f"warning: {error} Start it with `python -m serve_apps.deploy action=restore`.", file=sys.stderr
         )
 
 
+def serve_options(record: ClusterRecord, *, port: int) -> HTTPOptions:
+    """Return the options of Serve's proxy, which runs on the head. Replicas take their own node's host and certificate.
+
+    On loopback it speaks plain HTTP, on every other address TLS.
+    """
+    if not record.has_nodes:
+        return HTTPOptions(host=LOOPBACK_ADDRESS, port=port)
+    tls = Path(record.layout.tls)
+    return HTTPOptions(
+        host=record.address,
+        port=port,
+        ssl_certfile=str(tls / NODE_CERTIFICATE_NAME),
+        ssl_keyfile=str(tls / NODE_KEY_NAME),
+    )
+
+
 def settings_at_start(config: PlatformConfig, record: ClusterRecord) -> Settings:
-    """Return the settings stored by this cluster's previous head, or else those of the configuration."""
+    """Return the settings that this cluster's previous head has stored, or else the settings of the configuration."""
     stored = _stored_settings(config, record)
     if stored is None:
         _path(config).unlink(missing_ok=True)
@@ -119,7 +140,7 @@ def ensure_shared_apps(config: PlatformConfig) -> None:
 
 
 def restore_shared_apps(config: PlatformConfig) -> None:
-    """Start the applications with their stored settings, not with this configuration's.
+    """Start the applications with their stored settings, not with the settings of this configuration.
 
     Raises:
         DeployFailed: an application did not start; the message names it.
@@ -150,8 +171,8 @@ def run_shared_apps(config: PlatformConfig, record: ClusterRecord, settings: Set
 def _stored_settings(config: PlatformConfig, record: ClusterRecord) -> Settings | None:
     """Return the settings that the applications were last started with in this cluster.
 
-    None if they were not started, if an earlier release started them, or if the file is damaged: a damaged file must
-    not stop a cluster from starting.
+    The result is None if they were not started, if an earlier release started them, or if the file is damaged. A
+    damaged file must not prevent the start of a cluster.
     """
     path = _path(config)
     try:

@@ -7,7 +7,7 @@ import os
 
 from hypothesis import settings
 
-gc.disable()  # imports leave no garbage; pytest_collection_finish enables it again
+gc.disable()  # imports make no garbage; pytest_collection_finish enables the collector again
 
 settings.register_profile("short", max_examples=12, deadline=None)
 settings.register_profile("thorough", max_examples=500, deadline=None)
@@ -15,12 +15,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 
 
 def pytest_collection_finish() -> None:
-    """Freeze the imported objects. They stay alive, so the garbage collector need not scan them again and again."""
+    """Exclude the imported objects from garbage collection. They are never deleted, so scanning them is useless."""
     gc.collect()
     gc.freeze()
     gc.enable()
 
 
 def pytest_sessionfinish() -> None:
-    """Unfreeze the objects. Otherwise DuckDB's objects would be reported as leaked when the process ends."""
+    """Include the imported objects again. Otherwise, DuckDB reports its objects as leaked when the process ends."""
     gc.unfreeze()

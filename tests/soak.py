@@ -1,9 +1,9 @@
 """`make soak`: ten minutes at 70 % of peak load through the edge. No request may fail, and no process may grow.
 
-The peak is the rate of the same client in the first seconds. Memory is the resident set of each process that handles or
-supervises requests, sampled every few seconds. Growth is the slope of a least-squares line through the samples. The
-first fifth of the time is left out, because caches fill in it. Exits with 1 if a request failed or was lost, or if a
-process grew.
+The peak is the rate of the same client in the first seconds. Memory is the resident set of each process that handles
+requests or supervises other processes, sampled every few seconds. Growth is the slope of a least-squares line through
+the samples. The first fifth of the time is left out, because caches are filled during that time. The exit code is 1 if
+a request failed or was lost, or if a process grew.
 
     MINUTES=2 makes a shorter run.
 """
@@ -30,7 +30,7 @@ from tests.projects import scoring
 MINUTES = float(os.environ.get("MINUTES", "10"))
 PEAK_S, SAMPLE_S, CONNECTIONS, SHARE = 15.0, 5.0, 16, 0.7
 GROWTH = 0.05
-"""Share of a process's memory, over the whole run, above which it counts as growing."""
+"""If the memory of a process grows by more than this share during the run, the process counts as growing."""
 WATCHED = {
     "replica": "ServeReplica",
     "serve controller": "ServeController",
@@ -40,7 +40,7 @@ WATCHED = {
 
 
 def resident(project: Project) -> dict[str, float]:
-    """Return the resident memory in MiB by process."""
+    """Return the resident memory of each process in MiB."""
     found = {}
     for process in processes.find(project.record.cluster_id):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -64,7 +64,7 @@ def soaked(project: Project, load: UnderLoad) -> list[tuple[float, dict[str, flo
 
 
 def lines(samples: list[tuple[float, dict[str, float]]]) -> dict[str, tuple[float, float]]:
-    """Return MiB at the end of the fit and MiB per minute, for each process that ran the whole time."""
+    """For each process that ran the whole time, return two values of the line: MiB at its end, and MiB per minute."""
     settled = [one for one in samples if one[0] >= samples[-1][0] / 5]
     found = {}
     for name in set.intersection(*(set(one) for _, one in settled)):
@@ -74,7 +74,7 @@ def lines(samples: list[tuple[float, dict[str, float]]]) -> dict[str, tuple[floa
 
 
 def main() -> int:
-    """Run the load, print the results, and return the exit code: 0 if all was well."""
+    """Run the load, print the results, and return the exit code: 0 if no request failed and no process grew."""
     with scoring.running_project() as project:
         with UnderLoad(project, per_s=None, connections=CONNECTIONS) as load:
             time.sleep(PEAK_S)

@@ -64,7 +64,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _coverage(covered: int, *, with_key: bool) -> str:
-    """Say how far signatures prove the events. Without one, anyone could have written or cut off the whole file."""
+    """Describe which events the checkpoints' signatures prove. Anyone could have written or shortened the others."""
     if not with_key:
         return ": hash chain only; --public-key also verifies the checkpoints' signatures"
     if not covered:

@@ -1,8 +1,8 @@
 """The hash chain of ledger entries: canonical JSON (RFC 8785) and SHA-256, without database access.
 
-An entry's hash covers all its other fields. Its `prev_hash` is the hash of the entry before. So a changed, removed or
-reordered entry breaks every later hash. Removed entries at the end can only be detected with a checkpoint that is kept
-elsewhere.
+An entry's `hash` covers all its other fields. One of these fields is `prev_hash`, the hash of the previous entry. So a
+changed, removed or reordered entry breaks every later hash. If the last entries are removed, only a checkpoint that is
+stored elsewhere reveals it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def canonical(value: Any) -> bytes:
     """Return a value as canonical JSON (RFC 8785).
 
     Raises:
-        ValueError: JSON cannot hold the value, such as NaN.
+        ValueError: JSON cannot represent the value, for example NaN.
     """
     return rfc8785.dumps(value)
 
@@ -79,7 +79,7 @@ def to_json(value: Any) -> Any:
 def build_entry(
     *, seq: int, time: str, type: str, actor: str, payload: dict[str, Any], prev_hash: str
 ) -> Entry:
-    """Build the entry that follows the entry with `prev_hash`."""
+    """Build the entry that follows the entry whose hash is `prev_hash`."""
     body = {
         "seq": seq,
         "time": time,
@@ -95,10 +95,10 @@ def build_entry(
 
 
 def verify_chain(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """Yield the entries, and verify that each one follows the one before.
+    """Yield the entries, and verify that each entry follows the previous entry.
 
     Raises:
-        LedgerCorrupt: An entry is missing or changed. It names the first bad `seq`.
+        LedgerCorrupt: An entry is missing or changed. The error has the `seq` of the first such entry.
     """
     prev_hash = GENESIS
     for position, entry in enumerate(entries, start=1):

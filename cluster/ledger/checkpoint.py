@@ -1,7 +1,7 @@
-"""Signed checkpoints. With a checkpoint that is kept elsewhere, an auditor can detect removed or rewritten events.
+"""Signed checkpoints. With a checkpoint that is stored elsewhere, an auditor can detect removed or rewritten events.
 
-The signature is Ed25519 over `<seq>:<hash>`. The private key is a file in the keys folder until the key store takes it
-over. The public key is next to it; auditors get that file.
+The signature is Ed25519 over `<seq>:<hash>`. The private key is a file in the keys folder. The public key is a file
+in the same folder; auditors get that file.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def key_id(key: Ed25519PublicKey) -> str:
 
 
 def ensure_signer(keys: Path) -> Signer:
-    """Return the signer of a keys folder. Its key is created on first use, with mode 0600.
+    """Return the signer of a keys folder. If the folder has no key, create a key file with mode 0600.
 
     Raises:
-        ConfigError: The key file holds no Ed25519 private key.
+        ConfigError: The key file does not contain an Ed25519 private key.
     """
     keys.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not (keys / PRIVATE_NAME).exists():
@@ -58,7 +58,7 @@ def load_signer(keys: Path) -> Signer | None:
     """Return the signer of a keys folder, or None if no key exists yet.
 
     Raises:
-        ConfigError: The key file holds no Ed25519 private key.
+        ConfigError: The key file does not contain an Ed25519 private key.
     """
     path = keys / PRIVATE_NAME
     return _read_signer(path) if path.exists() else None
@@ -85,7 +85,7 @@ def _read_signer(path: Path) -> Signer:
         ValueError,
         TypeError,
         UnsupportedAlgorithm,
-    ) as error:  # damaged, under a password, of another type
+    ) as error:  # the key is damaged, has a password, or is of another type
         raise _no_private_key(path) from error
     if not isinstance(key, Ed25519PrivateKey):
         raise _no_private_key(path)
@@ -102,7 +102,7 @@ def load_public_key(path: Path) -> Ed25519PublicKey:
     """Load an Ed25519 public key from a PEM file.
 
     Raises:
-        ConfigError: The file is not readable or holds something else.
+        ConfigError: The file is not readable or does not contain an Ed25519 public key.
     """
     try:
         key = serialization.load_pem_public_key(path.read_bytes())
@@ -124,10 +124,10 @@ def checkpoint(signer: Signer, entry: Entry) -> CheckpointSigned:
 
 
 def verify_signatures(entries: Iterable[Entry], key: Ed25519PublicKey) -> Iterator[Entry]:
-    """Yield the entries, and verify that `key` signed each checkpoint among them for the entry that it names.
+    """Yield the entries, and verify each checkpoint: `key` signed it, and the entry that it names has the same hash.
 
     Raises:
-        LedgerCorrupt: A checkpoint is invalid. It names the checkpoint's seq.
+        LedgerCorrupt: A checkpoint is invalid. The error has the checkpoint's `seq`.
     """
     hashes: dict[int, str] = {}
     for entry in entries:

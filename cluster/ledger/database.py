@@ -12,9 +12,19 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from cluster.errors import ConfigError
 from cluster.ledger.chain import Entry
 
 _LOCK_KEY = 0x0FA1A7
+_TIMEOUTS = {
+    "connect_timeout": "10",
+    "tcp_user_timeout": "10000",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+}
+"""Parameters of libpq that end a connection about 10 s after its network was cut. By default that takes 15 minutes or
+more, and a command or an edge would hang as long."""
 
 METADATA = sa.MetaData()
 EVENTS = sa.Table(
@@ -42,7 +52,10 @@ _TYPE_AND_SEQ = sa.Index("ix_events_type_seq", EVENTS.c.type, EVENTS.c.seq).ddl_
 
 def connect(url: str) -> sa.Engine:
     """Return an engine whose transactions work as `writing` needs them."""
-    engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    is_sqlite = url.startswith("sqlite")
+    engine = sa.create_engine(
+        url, pool_pre_ping=not is_sqlite, connect_args={} if is_sqlite else _timeouts(url)
+    )
     if engine.dialect.name == "sqlite":
 
         @sa.event.listens_for(engine, "connect")
@@ -56,6 +69,30 @@ def connect(url: str) -> sa.Engine:
     return engine
 
 
+def _timeouts(url: str) -> dict[str, str]:
+    """Return the timeouts of a connection that the URL does not set itself."""
+    own = sa.engine.make_url(url).query
+    return {name: value for name, value in _TIMEOUTS.items() if name not in own}
+
+
+def require_tls(url: str) -> None:
+    """Require a verified TLS connection to a database on another machine.
+
+    Raises:
+        ConfigError: The URL does not ask for one.
+    """
+    address = sa.engine.make_url(url)
+    if (
+        address.host in (None, "", "localhost", "127.0.0.1", "::1")
+        or address.query.get("sslmode") == "verify-full"
+    ):
+        return
+    raise ConfigError(
+        f"The ledger's database at {address.host} would be reached without a verified TLS connection. Add "
+        "sslmode=verify-full and sslrootcert=/path/to/ca.pem to ledger.url."
+    )
+
+
 @contextmanager
 def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
     """Open a transaction that holds the ledger's write lock. It commits at the end, except after an exception."""
@@ -66,6 +103,31 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY)))
         yield connection
         connection.commit()
+
+
+@contextmanager
+def updating(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Open a transaction for tables beside the ledger's. It commits at the end, except after an exception.
+
+    SQLite has one lock for all writers. On PostgreSQL the caller locks the rows that it selects `with_for_update`, so
+    it does not wait for writers of the ledger.
+    """
+    with engine.connect() as connection:
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield connection
+        connection.commit()
+
+
+@contextmanager
+def snapshot(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Open a transaction that reads one state of the database, whatever others write meanwhile."""
+    with engine.connect() as connection:
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN")
+        else:
+            connection.execution_options(isolation_level="REPEATABLE READ")
+        yield connection
 
 
 def create_tables(connection: sa.Connection) -> None:

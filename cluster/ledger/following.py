@@ -1,8 +1,8 @@
-"""How tables in the ledger's database follow its events: by type, from a stored position, in short transactions.
+"""Applies the ledger's new events to other tables of the ledger's database, in short transactions.
 
-Projections and the event index follow the ledger. Each stores its position beside its rows and updates both in one
-transaction. Events of other types are not read at all: the index of `type` finds the events that matter. The write lock
-is held for one batch at a time, and released between batches for writers that wait for it.
+Projections and the event index are the followers of the ledger. A follower stores its position next to its rows, and
+updates both in one transaction. It reads only events of its own types, which the database index of `type` finds. Each
+transaction applies at most `BATCH` events. Between transactions, waiting writers can take the write lock.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from cluster.ledger.chain import Entry
 from cluster.ledger.database import EVENTS, POSITIONS, to_entry, writing
 
 BATCH = 200
-"""Events of one transaction. It takes 5 to 30 ms."""
+"""Largest number of events of one transaction. Such a transaction takes 5 to 30 ms."""
 _PAUSE = 0.5
-"""Pause between two transactions, in proportion to the first one's duration. A writer that waits for SQLite's lock only
-asks for it from time to time."""
+"""Pause after a transaction, as a fraction of the transaction's duration. A writer that waits for SQLite's lock tries
+to take it only from time to time."""
 
 Apply = Callable[[sa.Connection, Sequence[Entry]], None]
-"""Applies events in their order to tables. It must ignore events that it does not know."""
+"""Function that applies events in their order to tables. It must ignore unknown events."""
 
 HEAD = sa.select(sa.func.coalesce(sa.func.max(EVENTS.c.seq), 0))
-"""Built once, because building the query takes longer than running it, and the edge runs it many times a second."""
+"""Query for the greatest `seq`. It is built once: building takes longer than running it, many times a second."""
 
-# One step through the index of `type` for each type, where DISTINCT would read the entry of each event.
+# This query looks up each type once in the index of `type`. DISTINCT would read the index entry of every event.
 _NEWEST = sa.text(
     "WITH RECURSIVE types(type) AS (SELECT min(type) FROM events UNION ALL "
     "SELECT (SELECT min(type) FROM events WHERE events.type > types.type) FROM types WHERE types.type IS NOT NULL) "
@@ -48,7 +48,7 @@ _ENTRIES = (
 
 
 def newest_by_type(connection: sa.Connection) -> dict[str, int]:
-    """Return the event types of the ledger, each with the `seq` of its newest event."""
+    """Return the `seq` of the newest event of each event type in the ledger."""
     return {row.type: row.seq for row in connection.execute(_NEWEST)}
 
 
@@ -58,13 +58,13 @@ def position_of(connection: sa.Connection, name: str) -> int:
 
 
 def is_behind(connection: sa.Connection, name: str, wanted: Callable[[str], bool]) -> bool:
-    """Return whether the ledger has newer events than the follower's position, of the types that it wants."""
+    """Return whether the ledger has events of the follower's types after the follower's position."""
     position = position_of(connection, name)
     return any(seq > position and wanted(type_name) for type_name, seq in newest_by_type(connection).items())
 
 
 def catch_up(engine: sa.Engine, name: str, *, wanted: Callable[[str], bool], apply: Apply) -> None:
-    """Apply the ledger's new events to a follower's tables, up to the events that exist now."""
+    """Apply all events that the ledger has now, and that are new to a follower, to the follower's tables."""
     with engine.connect() as connection:
         target = int(connection.execute(HEAD).scalar_one())
     while True:
@@ -94,7 +94,7 @@ def _apply_batch(connection: sa.Connection, name: str, *, wanted: Callable[[str]
 
 
 def _read_entries(connection: sa.Connection, types: Iterable[str], *, after: int, upto: int) -> list[Entry]:
-    """Return the first entries of some types, at most `BATCH`."""
+    """Return the first entries of the given types, at most `BATCH` entries."""
     seqs: list[int] = []
     for type_name in types:
         parameters = {"type": type_name, "after": after, "upto": upto}

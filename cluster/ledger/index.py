@@ -1,8 +1,8 @@
 """The event index: finds events by values of their payload, such as all batches of a view.
 
-`KEYS` says which values of which event types are indexed. Each is stored as one short hash with the event's `seq`. An
-append updates the index in its own transaction. Events of an older release, which knows no index, are added at the next
-lookup. The hash chain does not cover the index, because it can be rebuilt from the events.
+`KEYS` says which values of which event types are indexed. The index stores a short hash of the values with the event's
+`seq`. The transaction that appends an event also updates the index. An older release appends events without the index;
+the next lookup adds these events. The hash chain does not cover the index, because it can be rebuilt from the events.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cluster.ledger.chain import Entry
 from cluster.ledger.database import EVENTS, METADATA, POSITIONS
 
 NAME = "event_index_1"
-"""Name of the table and of its position. A release that changes `KEYS` gives it another number, because two releases
-can share one ledger."""
+"""Name of the table and of its position. A release that changes `KEYS` must change the number in this name, because two
+releases can share one ledger."""
 
 INDEX = sa.Table(
     NAME,
@@ -39,7 +39,7 @@ class Key:
 
     fields: tuple[str, ...]
     having: str = ""
-    """Only events in which this field is not empty are found by this key."""
+    """If set, this key finds only events in which this field is not empty."""
 
     def values(self, payload: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the values of an event, or None if this key does not find the event."""
@@ -85,7 +85,7 @@ _ADVANCE = (
 
 
 def start(connection: sa.Connection) -> None:
-    """Start with an empty table. In an empty ledger the first append continues it, else the first lookup fills it."""
+    """Start an empty index. If the ledger already has events, the first lookup adds them."""
     connection.execute(POSITIONS.delete().where(POSITIONS.c.name == NAME))
     connection.execute(POSITIONS.insert().values(name=NAME, seq=0))
 
@@ -96,7 +96,7 @@ def is_indexed(type_name: str) -> bool:
 
 
 def add_appended(connection: sa.Connection, entry: Entry) -> None:
-    """Add an entry in the transaction that appends it. Without the events before it, the index stays as it is."""
+    """Add an entry in the transaction that appends it. If earlier events are not in the index yet, do nothing."""
     advanced = connection.execute(_ADVANCE, {"previous": entry.seq - 1, "reached": entry.seq})
     if advanced.rowcount == 1:
         add(connection, [entry])
@@ -117,10 +117,10 @@ def _keys(entry: Entry) -> Iterator[str]:
 
 
 def lookup_key(type_name: str, having: str, values: Mapping[str, Any]) -> str:
-    """Return the stored key of a lookup.
+    """Return the hash under which the index stores these values.
 
     Raises:
-        KeyError: `KEYS` has no such key. A lookup by it would find nothing.
+        KeyError: `KEYS` has no such key, so a lookup would find nothing.
     """
     declared = KEYS.get(type_name, ())
     if not any(set(key.fields) == values.keys() and key.having == having for key in declared):
@@ -134,7 +134,7 @@ def _digest(type_name: str, having: str, values: Mapping[str, Any]) -> str:
 
 
 def page(key: str, *, beyond: int | None, newest_first: bool, limit: int) -> sa.Select[Any]:
-    """Return the query for the next events of a key, after (or before, with `newest_first`) the `seq` beyond."""
+    """Return the query for the next events of a key: after the `seq` `beyond`, or before it with `newest_first`."""
     query = sa.select(EVENTS).join(INDEX, INDEX.c.seq == EVENTS.c.seq).where(INDEX.c.key == key)
     if beyond is not None:
         query = query.where(INDEX.c.seq < beyond if newest_first else INDEX.c.seq > beyond)

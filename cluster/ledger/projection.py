@@ -1,11 +1,11 @@
 """Tables that are built from the ledger's events and can be rebuilt at any time.
 
-A projection is in the ledger's database. It also stores its position: the number of the last event that it has applied.
-One transaction updates rows and position, so after a crash they still agree. Every read first applies the new events of
-the projection's types, in short transactions, so that writers do not wait for all of it.
+A projection is in the ledger's database. It also stores its position: the `seq` up to which it has applied events. One
+transaction updates rows and position, so a crash cannot separate them. Every read first applies the new events of the
+projection's types, in short transactions, so that writers do not wait long.
 
-Two releases can share one ledger, and then they share its projections too. So a release that stores other rows for the
-same events gives its projection and its tables a new name.
+Two releases can share one ledger, and then they also share its projections. So if a release stores other rows for the
+same events, it must give the projection and the tables new names.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Projection:
         Args:
             ledger: Source of the events.
             name: Name of the projection, unique in the ledger.
-            metadata: Its tables.
-            wanted: Whether the projection depends on events of a type.
-            apply: Applies one event to the tables. It must ignore events that it does not know.
+            metadata: The projection's tables.
+            wanted: Returns whether the projection depends on events of a type.
+            apply: Applies one event to the tables. It must ignore unknown events.
         """
         self._ledger = ledger
         self._name = name
@@ -72,7 +72,7 @@ class Projection:
         return self._metadata.tables.keys() <= set(sa.inspect(bind).get_table_names())
 
     def _create(self, connection: sa.Connection) -> None:
-        """Create empty tables, which are filled from the first event on."""
+        """Create empty tables, and delete the position, so that all events will be applied."""
         self._metadata.drop_all(connection)
         self._metadata.create_all(connection)
         connection.execute(POSITIONS.delete().where(POSITIONS.c.name == self._name))

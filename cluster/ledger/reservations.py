@@ -1,7 +1,7 @@
-"""Numbers that a process reserves in the ledger's database, before the event that uses the number.
+"""Reserves numbers in the ledger's database, before the events that use them.
 
-Reservations are not events and not a projection. Without them, a number that was reserved and never used could be given
-out again.
+Reservations are neither events nor a projection. They ensure that no number is given out twice, even if a number was
+never used.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _RESERVED = sa.Table(
 
 
 def reserve_number(ledger: Ledger, name: str, *, above: int) -> int:
-    """Reserve the next number under a name. No other caller on any machine gets the same number.
+    """Reserve the next number for a name. No other caller on any machine gets the same number.
 
     Args:
-        ledger: The ledger whose database holds the reservations.
-        name: What is numbered, such as `models/<name>`.
-        above: The greatest number in use. Numbers of older releases have no reservation.
+        ledger: The ledger whose database stores the reservations.
+        name: Name of what is numbered, such as `models/<name>`.
+        above: The greatest number in use. It is needed because numbers of older releases have no reservation.
     """
     of_name = _RESERVED.c.name == name
     with ledger.writing() as connection:

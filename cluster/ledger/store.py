@@ -3,8 +3,8 @@
 An append takes the ledger's write lock, reads the head, and links the new entry to it, in one transaction. So
 concurrent writers wait for each other and never fork the chain.
 
-The ledger's time never goes backwards: an event of a writer whose clock is behind gets the time of the event before it.
-So events in the order of `seq` are in the order of time too, whichever machine wrote them.
+The ledger's time never goes backwards. If a writer's clock is behind, its event gets the time of the previous event. So
+the order of `seq` is also the order of time, even if several machines write.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from cluster.errors import ConfigError
 from cluster.ledger import index
+from cluster.ledger.announcements import announce
 from cluster.ledger.chain import GENESIS, Entry, build_entry, canonical, to_json
 from cluster.ledger.checkpoint import Signer, checkpoint, load_signer
-from cluster.ledger.database import EVENTS, connect, create_tables, to_entry, writing
+from cluster.ledger.database import EVENTS, connect, create_tables, require_tls, to_entry, writing
 from cluster.ledger.events import (
     CheckpointSigned,
     Json,
@@ -37,7 +37,7 @@ from cluster.storage import layout, local
 
 _PAGE = 1000
 _FIRST_PAGE = 20
-"""Size of a lookup's first page, because many lookups need one event."""
+"""Number of events of a lookup's first page. It is small, because many lookups need only one event."""
 
 _LAST = sa.select(EVENTS.c.seq, EVENTS.c.time, EVENTS.c.hash).order_by(EVENTS.c.seq.desc()).limit(1)
 
@@ -90,6 +90,7 @@ class Ledger:
             if self._signer is not None and self._is_checkpoint_due(connection, entry.seq):
                 mark = checkpoint(self._signer, entry)
                 self._append(connection, mark.type, "system:ledger", mark.payload())
+            announce(connection)
         return entry
 
     def _is_checkpoint_due(self, connection: sa.Connection, seq: int) -> bool:
@@ -108,9 +109,9 @@ class Ledger:
         return False
 
     def entries(self, kind: type[LedgerEvent] | None = None, *, after: int = 0) -> Iterator[Entry]:
-        """Yield the entries with `seq > after` in order, all or of one type.
+        """Yield the entries with `seq > after` in order; with `kind`, only the entries of that type.
 
-        They are read in pages, so that writers are not blocked.
+        The entries are read in pages, so that writers are not blocked.
         """
         while True:
             query = sa.select(EVENTS).where(EVENTS.c.seq > after).order_by(EVENTS.c.seq).limit(_PAGE)
@@ -127,13 +128,13 @@ class Ledger:
     def find(
         self, kind: type[LedgerEvent], *, having: str = "", newest_first: bool = False, **values: Json
     ) -> Iterator[Entry]:
-        """Yield the entries of one type with these values in their payload, in order, by the event index.
+        """Find the entries of one type whose payload has these values, and yield them in order. Uses the event index.
 
         Args:
             kind: Type of the events.
-            having: Only events in which this field is not empty.
+            having: If set, find only events in which this field is not empty.
             newest_first: Start with the newest event.
-            values: Values by field. `index.KEYS` has the combinations that can be looked up.
+            values: Maps field to value. `index.KEYS` lists the combinations of fields that can be looked up.
         """
         key = index.lookup_key(kind.__name__, having, values)
         self._update_index()
@@ -171,10 +172,10 @@ class Ledger:
             return int(connection.execute(HEAD).scalar_one())
 
     def require_known(self, subject: Subject) -> None:
-        """Require that this release knows all the ledger's event types of a subject, before a command changes it.
+        """Require that this release knows all event types of a subject that the ledger has. Call it before a change.
 
         Raises:
-            ReleaseTooOld: A newer release wrote an unknown event type of the subject. The message names the first one.
+            ReleaseTooOld: A newer release wrote an unknown event type of the subject. The message names the type.
         """
         with self._engine.connect() as connection:
             types = newest_by_type(connection)
@@ -187,7 +188,7 @@ class Ledger:
         self._engine.dispose()
 
     def writing(self) -> AbstractContextManager[sa.Connection]:
-        """Open a transaction that holds the ledger's write lock. It commits at the end, except after an exception."""
+        """Begin a transaction with the ledger's write lock. It is committed at the end, but not after an exception."""
         return writing(self._engine)
 
     def _update_index(self) -> None:
@@ -203,7 +204,7 @@ class Ledger:
         now = self._clock().isoformat(timespec="microseconds")
         entry = build_entry(
             seq=last.seq + 1 if last else 1,
-            # All times have the same form, so text compares as the times do.
+            # All times have the same format, so their order as text is their order in time.
             time=max(now, last.time) if last else now,
             type=type_name,
             actor=actor,
@@ -226,10 +227,10 @@ class Ledger:
 
 
 def open_ledger(config: PlatformConfig) -> Ledger:
-    """Open the configured ledger. It signs checkpoints once `cluster.up` has created the key.
+    """Open the configured ledger. It signs checkpoints if `cluster.up` has created the key for them.
 
     Raises:
-        ConfigError: The tier requires TLS to the database, and the URL does not.
+        ConfigError: The tier requires TLS to the database, but the URL does not ask for it.
     """
     storage = layout(config.storage)
     url = config.ledger.url
@@ -237,19 +238,6 @@ def open_ledger(config: PlatformConfig) -> Ledger:
         Path(storage.disk).mkdir(parents=True, exist_ok=True)
         url = f"sqlite:///{storage.ledger_path}"
     elif config.tier is Tier.enterprise_gpu:
-        _require_tls(url)
+        require_tls(url)
     signer = load_signer(local(storage.keys))
     return Ledger(url, signer=signer, checkpoint_every=config.ledger.checkpoint_every)
-
-
-def _require_tls(url: str) -> None:
-    address = sa.engine.make_url(url)
-    if (
-        address.host in (None, "", "localhost", "127.0.0.1", "::1")
-        or address.query.get("sslmode") == "verify-full"
-    ):
-        return
-    raise ConfigError(
-        f"The ledger's database at {address.host} would be reached without a verified TLS connection. Add "
-        "sslmode=verify-full and sslrootcert=/path/to/ca.pem to ledger.url."
-    )

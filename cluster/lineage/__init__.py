@@ -1,1 +1,1 @@
-"""Lineage of model versions, down to the columns of their sources, computed from the ledger."""
+"""Lineage of model versions, back to the columns of their sources. It is computed from the ledger."""

@@ -63,7 +63,7 @@ def _emit(trace: ModelTrace, namespace: str) -> None:
     Raises:
         ConfigError: No transport is configured. OpenLineage would then only write the events to a log.
     """
-    # The refusal below replaces the client's warning, which says that it prints the events.
+    # The client would warn that it prints the events. The ConfigError below replaces this warning.
     logging.getLogger("openlineage.client.client").addFilter(_is_no_missing_transport)
     client = OpenLineageClient()
     if isinstance(client.transport, ConsoleTransport):

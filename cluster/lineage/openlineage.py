@@ -1,8 +1,8 @@
 """A model version's lineage as OpenLineage run events, with column lineage.
 
 Each step in the ledger becomes a run: each ingestion, the training set, the training, and each deployment. The
-specification requires a START and a COMPLETE event. The ledger knows only when a step was done, so both have that time.
-Run ids are derived from the hashes of the ledger entries, so a second export gives the same runs.
+specification requires a START and a COMPLETE event. The ledger knows only when a step was done, so both events have
+that time. Run ids are derived from the hashes of the ledger entries, so a second export gives the same runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cluster.lineage.trace import ALL, Column, ModelTrace
 
 PRODUCER = "urn:falaj"
 PREDICTION = "prediction"
-"""Name of the single column of a model."""
+"""Name of the only column that a model or a Serve application has in the column lineage."""
 IDENTITY, TRANSFORMATION = "IDENTITY", "TRANSFORMATION"
 
 
@@ -109,7 +109,7 @@ class _RunEvents:
     def _output(
         self, name: str, columns: Mapping[str, Sequence[tuple[str, str]]], subtype: str
     ) -> OutputDataset:
-        """Return a data set; `columns` maps each of its columns to the (data set, column) pairs that it was made of."""
+        """Return a data set. `columns` maps each of its columns to the (data set, column) pairs of the inputs."""
         made = [Transformation(type="DIRECT", subtype=subtype)]
         fields = {
             column: Fields(

@@ -1,8 +1,8 @@
 """Trace a model version through the ledger: source column, feature, training-set column, model version, deployment.
 
-The trace is a pure function of entries, which `read_entries` finds. It needs no running cluster. A view without a
-transform takes each feature from the source column of the same name. The columns that a transform reads are not visible
-from outside: a field can declare them (`from_columns`), and otherwise all columns of the source count.
+`trace_model` is a pure function of the entries that `read_entries` finds. Neither needs a running cluster. A view
+without a transform takes each feature from the source column of the same name. If there is a transform, a field can
+declare the source columns of the feature (`from_columns`). Without a declaration, the lineage has all source columns.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cluster.ledger.events import (
 from cluster.registry import LATEST
 
 ALL = "*"
-"""Means all columns of a source."""
+"""Stands for all columns of a source."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,19 +52,19 @@ class ModelTrace:
     version: int
     registered: Entry
     training_set: Entry | None
-    """Entry of its training set; None if Falaj did not build it."""
+    """Entry of the version's training set; None if Falaj did not build the training set."""
     batches: list[Entry]
     """Batches in the table versions that the training set was built from, in order."""
     columns: list[Column]
     deployments: list[Entry]
     removals: list[Entry]
-    """Removals of its Serve application."""
+    """Removals of the version's Serve application."""
 
 
 class _Registration(NamedTuple):
     registered: Entry
     training_set: Entry | None
-    """The training set's entry as of the registration; None if Falaj did not build it."""
+    """Newest entry of the training set before the registration; None if Falaj did not build the training set."""
 
 
 @dataclass(slots=True)
@@ -85,9 +85,9 @@ class _History:
 
 
 def read_entries(ledger: Ledger, model: str, version: int | str) -> list[Entry]:
-    """Return the entries of a model version's lineage, in order, by the event index.
+    """Find the entries of a model version's lineage with the event index, and return them in order.
 
-    They are the same for `trace_model` as all entries of the ledger.
+    From these entries, `trace_model` computes the same result as from all entries of the ledger.
     """
     registered = list(ledger.find(ModelRegistered, name=model))
     if not registered:  # for the message that names similar models
@@ -182,7 +182,7 @@ def _entries_of(entries: list[Entry], model: str, version: int) -> list[Entry]:
 
 
 def source_name(definition: dict[str, Any]) -> str:
-    """Return a name for a view's source: its path, table or topic. An address is never used: it may hold a password."""
+    """Return a name for a view's source: its path, table or topic. A URL is never used: it may contain a password."""
     source = definition["source"]
     names = (source.get(key) for key in ("path", "table", "topic"))
     return next((str(name) for name in names if name), f"{definition['name']}'s source")

@@ -117,7 +117,9 @@ def admit(
         )
     if not _NAME.fullmatch(application.name):
         raise InvalidRequest("A node's name has letters, digits, '.' and '-'.")
-    certificate, shown = _certificate(application, peer, tls=local(places.tls))
+    certificate, shown = _certificate(
+        application, peer, tls=local(places.tls), edge_names=config.cluster.edge_names
+    )
     replaced = [
         member
         for member in current_members(ledger, record.cluster_id).values()
@@ -159,7 +161,9 @@ def admit(
     }
 
 
-def _certificate(application: Application, peer: Peer, *, tls: Path) -> tuple[str | None, str]:
+def _certificate(
+    application: Application, peer: Peer, *, tls: Path, edge_names: Collection[str]
+) -> tuple[str | None, str]:
     """Return the node's new certificate as PEM, and its SHA-256 in hex.
 
     If another authority issued the cluster's certificates, the machine must have one of it already, and has shown it.
@@ -179,6 +183,7 @@ def _certificate(application: Application, peer: Peer, *, tls: Path) -> tuple[st
         authority=tls,
         name=application.name,
         addresses=[application.address],
+        edge_names=edge_names,
     )
     return certificate.decode(), fingerprint(certificate)
 

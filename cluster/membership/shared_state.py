@@ -22,11 +22,8 @@ def require_shared_state(config: PlatformConfig) -> None:
     url = sa.engine.make_url(config.ledger.url or "sqlite://")
     if url.get_backend_name() == "sqlite":
         raise _not_shared("the ledger is SQLite", "ledger.url=postgresql+psycopg://…")
-    if not is_uri(config.storage.root) and not config.storage.shared:
-        raise _not_shared(
-            "storage.root is a folder of the head",
-            "storage=s3 storage.root=s3://…, or storage.shared=true if every node sees this folder",
-        )
+    if not is_uri(config.storage.root):
+        raise _not_shared("storage.root is a folder of the head", "storage=s3 storage.root=s3://…")
     if config.online.kind is not OnlineKind.redis:
         raise _not_shared("the online store is LMDB", "online=redis online.url=…")
     hosts = {"ledger.url": url.host or "localhost", "online.url": urlsplit(config.online.url).hostname or ""}

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 from cluster import processes
 from cluster.errors import CompilerMissing, ConfigError, PortInUse
+from cluster.node.edge_address import edge_hosts
+from cluster.settings import ClusterConfig
 
 REFUSED_VARIABLES = (
     "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR",
@@ -40,40 +42,42 @@ def require_compiler() -> None:
         )
 
 
-def require_own_address(address: str) -> None:
-    """Require that this machine has an address.
+def require_own_address(option: str, address: str) -> None:
+    """Require that this machine has the address in an option.
 
     Raises:
         ConfigError: It has not.
     """
     if not processes.port_is_free(0, address):
-        raise ConfigError(
-            f"cluster.address={address} is not an address of this machine. `ip address` lists them."
-        )
+        raise ConfigError(f"{option}={address} is not an address of this machine. `ip address` lists them.")
 
 
-def require_free_ports(ports: Mapping[str, int], *, address: str) -> None:
+def require_free_ports(ports: Mapping[str, int], config: ClusterConfig) -> None:
     """Require that nothing uses the ports.
 
     Args:
         ports: Ports by name.
-        address: The machine's address in the cluster.
+        config: The machine's addresses.
 
     Raises:
         PortInUse: A port is in use.
     """
     for name, port in ports.items():
-        if _is_taken(name, port, address):
+        if _is_taken(name, port, config):
             raise PortInUse(
                 f"Port {port} ({name}) is in use by {processes.listener_name(port)}. Free it, or set "
                 f"cluster.ports.{name}=…"
             )
 
 
-def _is_taken(name: str, port: int, address: str) -> bool:
+def _is_taken(name: str, port: int, config: ClusterConfig) -> bool:
     if name == "replicas":
         # Connections of a replica that just ended block its port for a minute. Ray then takes another of the 1,000.
         return processes.port_answers(port)
-    # Ray's GCS listens on every address.
-    hosts = {"gcs": "0.0.0.0", "nodes": address}  # noqa: S104 (a probe)
-    return not processes.port_is_free(port, hosts.get(name, "127.0.0.1"))
+    hosts = {
+        "gcs": ["0.0.0.0"],  # noqa: S104 (Ray's GCS listens on every address)
+        "nodes": [config.address],
+        "serve_http": [config.address],
+        "edge": edge_hosts(config),
+    }
+    return not all(processes.port_is_free(port, host) for host in hosts.get(name, ["127.0.0.1"]))

@@ -31,7 +31,7 @@ NUM_REPLICA_PORTS = 1000
 USER_FIELDS = ("token_file", "role", "purpose")
 """Fields of the identity that describe the user of one command. The cluster's processes do not get them."""
 LOG_TAIL_CHARACTERS = 3000
-"""Most characters of a log or an output that an error message quotes."""
+"""Largest number of characters of a log or an output that an error message quotes."""
 
 
 class StartFailed(FalajError):
@@ -42,7 +42,7 @@ def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]
     """Return the environment of every process of the cluster. Jobs and replicas inherit it."""
     unset = {"RAY_SERVE_ENABLE_HA_PROXY", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}
     if os.environ.get(processes.ID_VARIABLE) == record.instance:
-        # The cluster itself set it, perhaps in a repair without the option for GPUs.
+        # The cluster itself set this variable, perhaps in a repair that was started without the option for GPUs.
         unset |= {"DS_ACCELERATOR"}
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     first_port = config.cluster.ports.replicas
@@ -63,8 +63,8 @@ def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_grpc_port - 1),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first_grpc_port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_port + NUM_REPLICA_PORTS - 1),
-        # Ray starts its workers with niceness 15, and replicas are workers. Any other process on the core, such as
-        # the dashboard, would get 28 times their share. Answering requests is not background work.
+        # By default, Ray starts its workers with niceness 15, and replicas are workers. Any other process on the same
+        # core, such as the dashboard, would get 28 times the CPU time of a replica.
         "RAY_worker_niceness": "0",
         **_gcs_environment(record),
         "RAY_TRAIN_V2_ENABLED": "1",
@@ -158,7 +158,7 @@ def start_serve(config: PlatformConfig, record: ClusterRecord) -> None:
 def run_command(
     command: list[str], config: PlatformConfig, record: ClusterRecord, *, failure: str, timeout_s: float
 ) -> str:
-    """Run a command in the cluster's environment until it ends; return its output.
+    """Run a command in the cluster's environment, wait until it ends, and return its output.
 
     Args:
         command: Program and arguments.
@@ -196,7 +196,7 @@ def gcs_folder(record: ClusterRecord) -> Path:
 def new_gcs_folder(cluster_id: str) -> str:
     """Return the path of the GCS's folder for a new cluster.
 
-    It is in memory if there is room, because the GCS's state is useless after a reboot.
+    The folder is in memory if there is room, because the GCS's state is useless after a reboot.
     """
     runtime = processes.runtime_dir(cluster_id)
     folder = memory_folder(otherwise=Path(runtime))
@@ -204,9 +204,9 @@ def new_gcs_folder(cluster_id: str) -> str:
 
 
 def end_all(record: ClusterRecord) -> int:
-    """End all processes of a cluster; return their number.
+    """End all processes of a cluster, and return their number.
 
-    The supervisor ends first. Otherwise it would restart the others.
+    The supervisor ends first, because it would restart the other processes.
     """
     supervisor = find_parts(record).get(Part.supervisor)
     if supervisor is not None:
@@ -240,7 +240,7 @@ def start_process(
 def cluster_overrides(config: PlatformConfig, record: ClusterRecord) -> Sequence[str]:
     """Return the recorded configuration of a cluster as command-line arguments.
 
-    Records of earlier releases have none; then it is built from `config`.
+    Records of earlier releases do not contain it; then it is built from `config`.
     """
     return shared_overrides(config, record) if record.overrides is None else record.overrides
 
@@ -248,12 +248,12 @@ def cluster_overrides(config: PlatformConfig, record: ClusterRecord) -> Sequence
 def shared_overrides(config: PlatformConfig, record: ClusterRecord) -> list[str]:
     """Return the configuration that all processes of a cluster share, as command-line arguments.
 
-    Every user of the machine can read command lines, so no section may hold a secret.
+    Every user of the machine can read command lines, so no section may contain a secret.
     """
     return [
         *overrides("storage.root", record.storage_root),
         *overrides("storage.local", record.local_root),
-        *overrides("storage.shared", config.storage.shared),
+        *overrides("storage.upload_after_s", config.storage.upload_after_s),
         f"tier={config.tier.value}",
         *overrides("cluster", config.cluster),
         *overrides("identity", config.identity, leave_out=USER_FIELDS),
@@ -266,7 +266,7 @@ def shared_overrides(config: PlatformConfig, record: ClusterRecord) -> list[str]
 
 
 def overrides(name: str, value: Any, *, leave_out: Collection[str] = ()) -> list[str]:
-    """Return a configuration section as command-line arguments that set every field; None values are left out.
+    """Return command-line arguments that set every field of a configuration section, except fields that are None.
 
     Args:
         name: Dotted name of the section.
@@ -282,15 +282,22 @@ def overrides(name: str, value: Any, *, leave_out: Collection[str] = ()) -> list
         ]
     if value is None:
         return []
+    if isinstance(value, list):
+        return [f"++{name}=[{','.join(map(_quoted, value))}]"]
+    return [f"++{name}={_quoted(value)}"]
+
+
+def _quoted(value: Any) -> str:
+    """Return a value as a quoted string of Hydra."""
     text = str(value.value if isinstance(value, enum.Enum) else value).replace("'", "\\'")
-    return [f"++{name}='{text}'"]
+    return f"'{text}'"
 
 
 def wait_until(process: subprocess.Popen[bytes], ready: Callable[[], bool], *, name: str, log: Path) -> None:
     """Wait until a process is ready.
 
     Raises:
-        StartFailed: It ended, or was not ready in time. The message has the end of its log.
+        StartFailed: The process ended, or was not ready in time. The message has the end of its log.
     """
     deadline = time.monotonic() + START_DEADLINE_S
     while process.poll() is None and time.monotonic() < deadline:
@@ -320,6 +327,11 @@ def key_log(config: PlatformConfig) -> Path:
 def supervisor_log(config: PlatformConfig) -> Path:
     """Return the path of the supervisor's log."""
     return local(layout(config.storage).edge) / "supervisor.log"
+
+
+def uploader_log(config: PlatformConfig) -> Path:
+    """Return the path of the log uploader's log."""
+    return local(layout(config.storage).edge) / "uploader.log"
 
 
 def answers_http(url: str) -> bool:

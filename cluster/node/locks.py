@@ -1,7 +1,7 @@
-"""Locks of a cluster: one command at a time changes it, and one supervisor watches it.
+"""Locks of a cluster: only one command at a time can change the cluster, and only one supervisor can watch it.
 
 Without the lock, two `cluster.up` at the same time would start two clusters, or end each other's processes. The
-kernel releases a lock when its process ends, so a killed process leaves no lock behind.
+kernel releases a lock when its process ends, also if the process was killed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def is_watched_by(storage: StorageConfig, pid: int) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    # A process that can open a file can lock it, so only the owner may open this file.
+    # A process that can open a file can also lock it, so only the owner may open the lock file.
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "a+") as lock:
         try:

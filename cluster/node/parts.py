@@ -1,7 +1,7 @@
 """The parts of a cluster on this machine, and the state of each part.
 
-A part is recognised by its command line among the cluster's processes, and never by a stored pid. Pids are reused, and
-a part that an operator started by hand counts too.
+A part is found by its command line among the cluster's processes, and never by a stored pid. Pids are reused, and an
+operator may have started a part by hand.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cluster.session import ClusterRecord
 
 
 class Part(enum.StrEnum):
-    """A process that a cluster needs. Replicas and Ray's workers are not among them: Ray restarts those itself."""
+    """A process that a cluster needs. Replicas and Ray's workers are not parts, because Ray restarts them."""
 
     gcs = "Ray GCS"
     raylet = "raylet"
@@ -29,6 +29,7 @@ class Part(enum.StrEnum):
     client_server = "Ray client server"
     broker = "key broker"
     nodes = "service for nodes"
+    uploader = "log uploader"
     edge = "edge controller"
     haproxy = "edge"
     supervisor = "supervisor"
@@ -46,10 +47,12 @@ class State(enum.StrEnum):
 
 BROKER, EDGE, SUPERVISOR = "cluster.security.keys", "serve_apps.edge", "cluster.supervisor"
 NODES, RELAY = "cluster.membership", "cluster.membership.relay"
+UPLOADER = "cluster.records.upload"
 _MODULES = {
     BROKER: Part.broker,
     RELAY: Part.broker,
     NODES: Part.nodes,
+    UPLOADER: Part.uploader,
     EDGE: Part.edge,
     SUPERVISOR: Part.supervisor,
 }
@@ -62,7 +65,7 @@ _SCRIPTS = {
 _CLIENT_SERVER = "ray.util.client.server"
 RAY_PARTS = (Part.gcs, Part.raylet, Part.dashboard, Part.monitor, Part.log_monitor, Part.client_server)
 """Parts that `ray start` starts. Ray does not restart them."""
-_JOINED_PARTS = (Part.raylet, Part.log_monitor, Part.broker, Part.supervisor)
+_JOINED_PARTS = (Part.raylet, Part.log_monitor, Part.broker, Part.uploader, Part.supervisor)
 _EDGE_PARTS = (Part.edge, Part.haproxy)
 
 
@@ -76,10 +79,17 @@ class PartStatus:
 
 
 def expected_parts(record: ClusterRecord) -> list[Part]:
-    """Return the parts that this machine needs: the head has all, and a node that joined has a few."""
+    """Return the parts that this machine needs: the head has all, and a node that joined has a few.
+
+    Logs are uploaded only if the storage root is remote. A service for nodes needs an address.
+    """
     if record.node_id is not None:
         return [*_JOINED_PARTS, *(_EDGE_PARTS if record.has_edge else ())]
-    return [part for part in Part if part is not Part.nodes or record.has_nodes]
+    left_out = {
+        *(() if record.has_nodes else (Part.nodes,)),
+        *(() if record.layout.shared is not None else (Part.uploader,)),
+    }
+    return [part for part in Part if part not in left_out]
 
 
 def inspect_parts(record: ClusterRecord) -> list[PartStatus]:
@@ -116,7 +126,7 @@ def find_parts(record: ClusterRecord) -> dict[Part, psutil.Process]:
 def processes_by_part(members: Iterable[psutil.Process]) -> dict[Part, psutil.Process]:
     """Return the process of each part among a cluster's processes.
 
-    If a part has two processes, for example while the edge reloads, the newest one counts.
+    If a part has two processes, for example while the edge reloads, the newest process is returned.
     """
     by_part: dict[Part, psutil.Process] = {}
     for process in sorted(members, key=_created_at):
@@ -132,7 +142,7 @@ def processes_by_part(members: Iterable[psutil.Process]) -> dict[Part, psutil.Pr
 
 
 def part_of(name: str, command: list[str]) -> Part | None:
-    """Return the part that a process name and command line belong to, or None."""
+    """Return the part to which a process with this name and command line belongs, or None."""
     module = _module(command)
     if module in _MODULES:
         return _MODULES[module]
@@ -144,12 +154,12 @@ def part_of(name: str, command: list[str]) -> Part | None:
     for part, script in _SCRIPTS.items():
         if any(argument.endswith(script) for argument in command[:4]):
             return part
-    # Only the edge's master has -W; HAProxy's workers and Ray Serve's own HAProxy do not.
+    # Only the edge's master process has -W. HAProxy's workers and Ray Serve's own HAProxy do not.
     return Part.haproxy if name == "haproxy" and "-W" in command else None
 
 
 def state_of(process: psutil.Process | None) -> State:
-    """Return the state that the kernel reports for a part's process; None means that no process was found."""
+    """Return the state that the kernel reports for a part's process, or `dead` if `process` is None."""
     try:
         if process is None or not process.is_running():
             return State.dead
@@ -162,9 +172,9 @@ def state_of(process: psutil.Process | None) -> State:
 
 
 def probe_state(part: Part, state: State, record: ClusterRecord) -> State:
-    """Return `silent` for a running part that does not answer its probe, else the given state.
+    """Return `silent` if the part runs and does not answer its probe, and otherwise `state`.
 
-    Parts without a probe keep their state.
+    For a part without a probe, return `state`.
     """
     probe = _PROBES.get(part)
     return State.silent if state is State.running and probe is not None and not probe(record) else state

@@ -12,14 +12,14 @@ from cluster.security.private_folder import find_exposed_parent, find_exposure
 from cluster.session import ClusterRecord
 
 PUBLIC_FILES = ("*.pub.pem", "jwks.json", "ca.pem", "node.pem", "*.log", "*.lock")
-"""Name patterns of files below `keys/` and `tls/` that hold no secret."""
+"""Name patterns of files below `keys/` and `tls/` that contain no secret."""
 
 
 def permission_problems(record: ClusterRecord) -> list[str]:
-    """Return one message for each path that other users can read or change but must not; empty if all is right.
+    """Return one message for each path that gives other users access that they must not have.
 
-    It checks the state folder, keys, certificates, the edge's maps and logs, the folder for sockets, Ray's folder, and
-    each folder above them: a user who can rename a folder can replace it.
+    Checked are the state folder, keys, certificates, the edge's maps and logs, the folder for sockets and Ray's folder.
+    Each folder above them is checked too, because a user who can rename a folder can replace it.
     """
     owner = record.owner
     storage, runtime = record.layout, Path(record.runtime_folder)
@@ -35,8 +35,8 @@ def permission_problems(record: ClusterRecord) -> list[str]:
 def _private_folders(record: ClusterRecord) -> list[Path]:
     storage, runtime = record.layout, Path(record.runtime_folder)
     folders = [runtime, Path(record.gcs_dir).parent if record.gcs_dir else runtime]
-    # Every Ray driver opens Ray's own folder to all users, so its parent must be private. In clusters of earlier
-    # releases, Ray's folder is the folder for sockets itself.
+    # Every Ray driver makes Ray's own folder accessible to all users, so the parent folder must be private. In clusters
+    # of earlier releases, Ray's folder and the folder for sockets are the same.
     if record.temp_dir != record.runtime_folder:
         folders.append(Path(record.temp_dir).parent)
     return [*folders, *(Path(folder) for folder in (storage.disk, storage.keys, storage.tls, storage.edge))]

@@ -1,12 +1,12 @@
-"""CPU scheduling policies: replicas may preempt other processes, and the cluster's other processes may not.
+"""CPU scheduling policies: replicas can preempt other processes, but the cluster's other processes cannot.
 
-Under Linux's normal policy, a process that wakes up preempts the running process if it has used the core less. HAProxy,
+Under Linux's normal policy, a process that wakes up preempts a running process that has used the core more. HAProxy,
 Ray's daemons and their controllers wake up thousands of times a second. Each preemption costs a replica its CPU caches
-and delays all its waiting requests. Under SCHED_BATCH, a process that wakes up waits for the end of the running
-process's time slice, a few milliseconds at most. On a free core it does not wait.
+and delays all its waiting requests. Under SCHED_BATCH, a process that wakes up waits until the running process's time
+slice ends, a few milliseconds at most. On a free core it does not wait.
 
 Neither policy needs a privilege. A new process inherits its parent's policy. If a sandbox forbids the call, or the
-system is not Linux, nothing changes and all processes preempt each other.
+system is not Linux, the policy stays normal and all processes preempt each other.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Conversion of records to rows of a table and back, without loss.
 
 Inputs and their types differ between versions of a model, and a label can be a number or a text. Separate columns for
-them would conflict, and each version would add columns. So these parts stay JSON, and all models have the same schema,
-which never changes. Parts of a record without a column, such as a later release's field or a time that cannot be
-parsed, are kept in `other`.
+inputs and labels would conflict, and each version would add columns. So inputs and labels are stored as JSON. The same
+schema serves all models, and never changes. Parts of a record that fit no column are stored in `other`: for example, a
+field of a later release, or a time that cannot be parsed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 TIME = pa.timestamp("us", "UTC")
 SEGMENT, LINE, OTHER = "segment", "line", "other"
-"""Segment and line are a record's unique position. They are public, so that rows can be identified without a key."""
+"""Segment and line together identify a record. They are not encrypted, so that no key is needed to identify rows."""
 
 _SCHEMAS: dict[str, dict[str, str]] = {
     "predictions": {

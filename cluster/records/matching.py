@@ -1,8 +1,8 @@
 """Join logged answers with their outcomes, and count the outcomes that match no answer.
 
-A client with permission to send outcomes can send any value: for an answer that was never given, for a row that an
-answer does not have, or a value that the model cannot predict. These outcomes are counted and used in no figure. An
-invalid outcome does not replace an earlier valid one.
+A client with permission to send outcomes can send wrong ones: for an answer that does not exist, for a row that the
+answer does not have, or with a value that the model cannot predict. Such outcomes are counted, but not used in any
+figure. An invalid outcome does not replace an earlier valid outcome.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class MatchedAnswers:
     """Answers of the requested versions, with two more columns: `outcome` (class or number, null if unknown) and
     `odd_outcome` (whether the last received outcome is invalid for the model)."""
     unknown_predictions: int
-    """Number of outcomes of answers that are not in the log."""
+    """Number of outcomes whose answer is not in the log."""
     unknown_rows: int
-    """Number of outcomes of rows that the logged answer does not have."""
+    """Number of outcomes whose answer is in the log, but does not have the row."""
 
 
 def match_outcomes(

@@ -1,31 +1,37 @@
-"""Read a whole log: the records in its segments and in its table.
+"""Read a whole log: the records in its segments, on this disk and uploaded, in the ledger's database and in its table.
 
-A compaction can run at the same time. Segments are listed before the table is opened, and a segment is deleted only
-after its records are in the table. So a listed segment is in the table, or still exists, or was deleted since then; in
-that case a newer version of the table has it. Each record is returned once, and no record that existed at the start is
-missed.
+Uploads and a compaction can run at the same time. Segments are listed before the table is opened, and a segment is
+deleted only after its records are at the next place. So a listed segment is in the table, or still exists, or was moved
+since then; in that case it is found again, or a newer version of the table has it. Each record is returned once, and no
+record that existed at the start is missed. Records of other nodes that are on their disks only are not read;
+`progress.log_age` says since when there may be any.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
 import polars as pl
 
 from cluster.errors import RecordLogCorrupt
+from cluster.records.contents import count_segment, list_all, segment_records
+from cluster.records.location import AnyLog, location_of
 from cluster.records.schema import SHADOW
-from cluster.records.segments import count_segment, list_segments, segment_records
 from cluster.records.table import LogTable, StoredRecord
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.store import KeyStore
 
+MAX_MISSES = 3
+"""How often a segment can be moved while it is read: to the shared folder, and to the table."""
 
-def read_records(folder: Path, store: KeyStore) -> Iterator[dict[str, Any]]:
+
+def read_records(log: AnyLog, store: KeyStore) -> Iterator[dict[str, Any]]:
     """Yield all complete records of a log. Records of one segment are in order.
 
     Raises:
@@ -33,14 +39,16 @@ def read_records(folder: Path, store: KeyStore) -> Iterator[dict[str, Any]]:
             to this log. The message names the file.
         AccessDenied, KeyRevoked: The key store refuses a key.
     """
-    return (stored.record for stored in _stored_records(folder, store))
+    return (stored.record for stored in _stored_records(log, store))
 
 
-def _stored_records(folder: Path, store: KeyStore) -> Iterator[StoredRecord]:
-    listed = list_segments(folder)
-    table, files = LogTable(folder), ProtectedFiles(store)
+def _stored_records(log: AnyLog, store: KeyStore) -> Iterator[StoredRecord]:
+    location = location_of(log)
+    listing = list_all(location)
+    table, files = LogTable(location.root), ProtectedFiles(store)
     read_files: set[str] = set()
     read_segments: set[str] = set()
+    misses: Counter[str] = Counter()
     while True:
         for file in table.files:
             if file.path not in read_files:
@@ -48,73 +56,82 @@ def _stored_records(folder: Path, store: KeyStore) -> Iterator[StoredRecord]:
                     stored for stored in table.read(file, files) if stored.segment not in read_segments
                 )
                 read_files.add(file.path)
-        deleted = None
-        for path in listed:
-            if path.stem in read_segments or table.has(path.stem):
-                continue
-            try:
-                for line, record in enumerate(segment_records(path, store)):
-                    yield StoredRecord(path.stem, line, record)
-            except FileNotFoundError:
-                deleted = path
-                break
-            read_segments.add(path.stem)
-        if deleted is None:
+        unread = [name for name in listing.names if name not in read_segments and not table.has(name)]
+        missing = None
+        with contextlib.closing(listing.find_all(unread)) as segments:
+            for name, segment in zip(unread, segments, strict=True):
+                if segment is None:
+                    missing = name
+                    break
+                try:
+                    for line, record in enumerate(segment_records(segment, store)):
+                        yield StoredRecord(name, line, record)
+                except FileNotFoundError:
+                    missing = name
+                    break
+                read_segments.add(name)
+        if missing is None:
             return
-        table = LogTable(folder)
-        if not table.has(deleted.stem):
+        table = LogTable(location.root)
+        misses[missing] += 1
+        if misses[missing] >= MAX_MISSES and not table.has(missing):
             raise RecordLogCorrupt(
-                f"{deleted} was deleted while it was read, and its records are not in the table. Restore it from a "
-                "backup."
+                f"Segment {missing} of {location.name} was deleted while it was read, and its records are not in the "
+                "table. Restore it from a backup."
             )
 
 
-def count_records(folder: Path) -> int:
-    """Return the number of complete records of a log. It needs no key."""
+def count_records(log: AnyLog) -> int:
+    """Return the number of complete records of a log. No key is needed."""
+    location = location_of(log)
     while True:
-        listed, table = list_segments(folder), LogTable(folder)
-        try:
-            return table.records + sum(count_segment(path) for path in listed if not table.has(path.stem))
-        except FileNotFoundError:  # a compaction deleted the segment, so the new table has its records
-            continue
+        listing, table = list_all(location), LogTable(location.root)
+        with contextlib.suppress(FileNotFoundError):
+            unread = [name for name in listing.names if not table.has(name)]
+            counts = [
+                None if segment is None else count_segment(segment) for segment in listing.find_all(unread)
+            ]
+            if None not in counts:
+                return table.records + sum(count for count in counts if count is not None)
+        # A segment was moved, to the shared folder or the table.
 
 
-def read_predictions(folder: Path, store: KeyStore) -> pl.DataFrame:
-    """Return the `answers` of `read_log`. Raises as `read_records`."""
-    return read_log(folder, store).answers
+def read_predictions(log: AnyLog, store: KeyStore) -> pl.DataFrame:
+    """Return the `answers` of `read_log`. The errors are those of `read_records`."""
+    return read_log(log, store).answers
 
 
-def read_shadow_predictions(folder: Path, store: KeyStore) -> pl.DataFrame:
+def read_shadow_predictions(log: AnyLog, store: KeyStore) -> pl.DataFrame:
     """Return the predictions of shadows, in the format of `read_predictions`.
 
-    `request_id` is that of the request that the shadow got a copy of. Raises as `read_records`.
+    `request_id` is the id of the request whose copy the shadow got. The errors are those of `read_records`.
     """
-    return _log(record for record in _records_in_order(folder, store) if record["arm"] == SHADOW).answers
+    return _log(record for record in _records_in_order(log, store) if record["arm"] == SHADOW).answers
 
 
-def read_log(folder: Path, store: KeyStore) -> Log:
-    """Return a model's requests and answers, in the order of writing. Raises as `read_records`.
+def read_log(log: AnyLog, store: KeyStore) -> Log:
+    """Return a model's answers and failures, in the order of writing. The errors are those of `read_records`.
 
-    Predictions of shadows are not included: no client got them, so they count in no figure about serving.
+    Predictions of shadows are not included: no client got them, so no figure about serving may include them.
     """
-    return _log(record for record in _records_in_order(folder, store) if record["arm"] != SHADOW)
+    return _log(record for record in _records_in_order(log, store) if record["arm"] != SHADOW)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Log:
     """A model's log as two frames, with one row for each entity of a request.
 
-    Columns of both: prediction_id, row, request_id, time and as_of (UTC), model, version, variant, rollout, arm,
-    unit_hash.
+    Both frames have the columns prediction_id, row, request_id, time and as_of (UTC), model, version, variant, rollout,
+    arm, unit_hash.
     """
 
     answers: pl.DataFrame
-    """Answered rows: also the task's columns among `probability`, `label`, `value` and `probabilities`, and one column
-    for each model input. Values are as they were written: a column with several types is `pl.Object`, and so is
-    `probabilities` (a dict by class). `cluster.records.signature_types` converts them to the types of a version's
-    signature. Inputs with a name in `RESERVED_COLUMNS` are left out."""
+    """Rows with an answer. They also have the task's columns (of `probability`, `label`, `value`, `probabilities`) and
+    one column for each model input, except inputs with a name in `RESERVED_COLUMNS`. Values are as they were written: a
+    column with several types is `pl.Object`, and `probabilities` too, because it contains dicts by class.
+    `cluster.records.signature_types` converts the values to the types of a version's signature."""
     failures: pl.DataFrame
-    """Rows without a finite score from the model, with the reason as `fault`. They count in no figure."""
+    """Rows without a finite score from the model. The column `fault` has the reason. No figure includes these rows."""
 
 
 def _log(records: Iterable[dict[str, Any]]) -> Log:
@@ -133,28 +150,28 @@ def _log(records: Iterable[dict[str, Any]]) -> Log:
     return Log(answers=_frame(answered, _COMMON), failures=_frame(failed, _COMMON | {"fault": pl.String}))
 
 
-def read_outcomes(folder: Path, store: KeyStore) -> pl.DataFrame:
+def read_outcomes(log: AnyLog, store: KeyStore) -> pl.DataFrame:
     """Return the last received outcome for each prediction and row.
 
-    Columns: prediction_id, row, outcome, observed_at, received_at (UTC). If two outcomes were received at the same
-    time, the one that was written last counts. An outcome keeps the type that it was sent with. Raises as
-    `read_records`.
+    Columns: prediction_id, row, outcome, observed_at, received_at (UTC). Of two outcomes that were received at the same
+    time, the one that was written last is returned. An outcome has the type that it was sent with. The errors are those
+    of `read_records`.
     """
-    received = _received_outcomes(folder, store)
+    received = _received_outcomes(log, store)
     return received.unique(["prediction_id", "row"], keep="last", maintain_order=True)
 
 
-def iter_outcomes(folder: Path, store: KeyStore) -> Iterator[Outcome]:
-    """Yield all outcomes in the order in which they were received. Raises as `read_records`."""
-    frame = _received_outcomes(folder, store)
+def iter_outcomes(log: AnyLog, store: KeyStore) -> Iterator[Outcome]:
+    """Yield all outcomes in the order in which they were received. The errors are those of `read_records`."""
+    frame = _received_outcomes(log, store)
     names = ("prediction_id", "row", "outcome")
     for prediction_id, row, value in zip(*(frame[name].to_list() for name in names), strict=True):
         yield Outcome(prediction_id, row, value)
 
 
-def _received_outcomes(folder: Path, store: KeyStore) -> pl.DataFrame:
-    """Return all outcomes in the order in which they were received. Without outcomes, the frame has only columns."""
-    records = _records_in_order(folder, store)
+def _received_outcomes(log: AnyLog, store: KeyStore) -> pl.DataFrame:
+    """Return all outcomes in the order in which they were received. Without outcomes, the frame has no rows."""
+    records = _records_in_order(log, store)
     if not records:
         return pl.DataFrame(schema=_OUTCOME | {"outcome": pl.Null})
     return _frame(records, _OUTCOME).sort("received_at", maintain_order=True)
@@ -169,9 +186,9 @@ class Outcome(NamedTuple):
 
 
 def fault_of(record: Mapping[str, Any], row: int) -> str:
-    """Return the reason why a row of a record has no answer, or "" if it has one.
+    """Return the reason why a row of a record has no answer, or "" if the row has an answer.
 
-    A null score counts as a fault too: an old release did not check scores and wrote NaN as null, with a useless label.
+    A null score is a fault too: an old release did not check scores and wrote NaN as null, with a useless label.
     """
     if fault := record.get("fault"):
         return str(fault)
@@ -208,8 +225,8 @@ OUTCOME, INVALID_OUTCOME = "outcome", "odd_outcome"
 RESERVED_COLUMNS = frozenset(
     {*_COMMON, "row", "probability", "label", "value", "probabilities", "fault", OUTCOME, INVALID_OUTCOME}
 )
-"""Reserved column names. An input with such a name is left out, because the client chooses its value: the client must
-not be able to change an answer's arm or label."""
+"""Reserved column names. An input with such a name is left out, because a client chooses the values of inputs. A client
+must not be able to change an answer's arm or label."""
 _OUTCOME: dict[str, Any] = {
     "prediction_id": pl.String,
     "row": pl.Int64,
@@ -224,14 +241,14 @@ _NATIVE: dict[frozenset[type], Any] = {
 }
 
 
-def _records_in_order(folder: Path, store: KeyStore) -> list[dict[str, Any]]:
+def _records_in_order(log: AnyLog, store: KeyStore) -> list[dict[str, Any]]:
     """Return all records sorted by segment and line, so that frames do not depend on compactions."""
-    ordered = sorted(_stored_records(folder, store), key=lambda stored: (stored.segment, stored.line))
+    ordered = sorted(_stored_records(log, store), key=lambda stored: (stored.segment, stored.line))
     return [stored.record for stored in ordered]
 
 
 def _frame(rows: Sequence[Mapping[str, Any]], types: Mapping[str, Any]) -> pl.DataFrame:
-    """Return a frame. Columns in `types` get these types, and all others keep their values unchanged."""
+    """Return a frame. Columns in `types` get these types; the values of all other columns stay unchanged."""
     if not rows:
         return pl.DataFrame(schema=dict(types))
     names = dict.fromkeys(name for row in rows for name in row)
@@ -248,7 +265,7 @@ def _column(name: str, values: list[Any], dtype: Any) -> pl.Series:
 
 
 def exact_column(name: str, values: Sequence[Any]) -> pl.Series:
-    """Return values unchanged as a column: of their common type, or `pl.Object` if they have several types."""
+    """Return a column with unchanged values: of their common type, or of `pl.Object` if they have several types."""
     value_types = frozenset(map(type, values)) - {NoneType}
     try:
         return pl.Series(name, values, dtype=_NATIVE.get(value_types, pl.Object) if value_types else pl.Null)

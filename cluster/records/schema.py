@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass(kw_only=True, slots=True)  # not frozen: a frozen one takes four times as long to create
+@dataclass(kw_only=True, slots=True)  # not frozen: creating a frozen record takes four times as long
 class PredictionRecord:
     """One answer of a replica."""
 
@@ -27,7 +27,7 @@ class PredictionRecord:
     features: dict[str, list[Any]]
     """Maps model input to one value per entity."""
     predictions: list[dict[str, Any]]
-    """Predictions as in the answer."""
+    """One prediction per entity, as in the answer."""
     given: list[str] = field(default_factory=list)
     """Inputs that the client sent. Older records do not have this field."""
     defaulted: dict[str, list[int]] = field(default_factory=dict)

@@ -6,10 +6,10 @@ because its answer was never sent.
 
 A segment's first line has the name of its key, and its wrapped data key. Every other line is a record: JSON, encrypted
 with AES-256-GCM and bound to its log, segment and number. So a record that was changed, moved, or removed from the
-middle is detected. Removed records at the end can only be detected with the edge's access records. Writers only need
-permission to wrap keys, so a replica cannot read what others logged. Counting records needs no key.
+middle is detected. If the last records were removed, only the edge's access records reveal it. Writers only need
+permission to wrap keys, so a replica cannot read logged records. Counting records needs no key.
 
-A writer holds its segment's lock (flock), and starts a new segment when the current one is large or old. A segment
+A writer holds its segment's lock (flock), and starts a new segment when the current segment is large or old. A segment
 without a lock gets no more records. So compaction can find closed segments without contacting any replica.
 """
 
@@ -22,23 +22,23 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import orjson
 
-from cluster.errors import ArtifactTampered, RecordLogCorrupt
 from cluster.fsync import sync_folder
+from cluster.records.blocks import Block
+from cluster.records.location import MAX_AGE_S
 from cluster.records.schema import Record
 from cluster.security.encryption.envelope import ValueCipher, value_aad
-from cluster.security.keys.store import COLUMN_CLASSES, KeyStore
+from cluster.security.keys.store import KeyStore
 
 SUFFIX = ".records"
 UNFINISHED = ".new"
 """Suffix of a segment while its first line is being written."""
 MAX_BYTES = 64 * 2**20
-MAX_AGE_S = 3600.0
 
 
 class SegmentWriter:
@@ -51,6 +51,7 @@ class SegmentWriter:
         store: KeyStore,
         key: str,
         keep_unsynced: bool = False,
+        keep_blocks: bool = False,
         max_bytes: int = MAX_BYTES,
         max_age_s: float = MAX_AGE_S,
     ) -> None:
@@ -59,10 +60,11 @@ class SegmentWriter:
         Args:
             folder: Folder of the log, `predictions/<model>` or `outcomes/<model>`.
             store: Key store that wraps this writer's data key, once.
-            key: Name of the key that wraps it.
-            keep_unsynced: Keep full segments open until the next `sync`, so that it covers them too.
-            max_bytes: Size of a segment after which a new one is started.
-            max_age_s: Age of a segment, in seconds, after which the next record starts a new one.
+            key: Name of the key that wraps the data key.
+            keep_unsynced: Keep full segments open until the next `sync`, so that `sync` flushes them too.
+            keep_blocks: Keep new lines until the next `take_blocks`, and full segments open until the result is closed.
+            max_bytes: Size of a segment after which the next record starts a new segment.
+            max_age_s: Age of a segment, in seconds, after which the next record starts a new segment.
 
         Raises:
             KeyNotFound, KeyRevoked, AccessDenied: The key store refuses the key.
@@ -71,7 +73,8 @@ class SegmentWriter:
         self._folder = folder
         self._cipher, wrapped = ValueCipher.create(store, key)
         self._header = orjson.dumps({"key": key, "data_key": wrapped}) + b"\n"
-        self._keep_unsynced = keep_unsynced
+        self._keep_unsynced, self._keep_blocks = keep_unsynced, keep_blocks
+        self._blocks: list[Block] = []
         self._max_bytes, self._max_age_s = max_bytes, max_age_s
         self._unsynced: list[_Segment] = []
         self._segment = _Segment(folder, self._header, synced=keep_unsynced)
@@ -82,10 +85,10 @@ class SegmentWriter:
         return self._segment.path
 
     def append(self, *records: Record) -> None:
-        """Write records. Either all of them are readable afterwards or none.
+        """Write records. Afterwards, either all of them are readable or none.
 
         Raises:
-            OSError: The disk is full or failed. The next append starts with a new line.
+            OSError: The disk is full or failed. The next append starts on a new line.
         """
         segment = self._segment
         if segment.broken or (segment.count and self._is_full(segment)):
@@ -100,8 +103,15 @@ class SegmentWriter:
             + b"\n"
             for number, record in enumerate(records, start=count)
         ]
-        segment.write(b"".join(lines))
+        start, data = segment.size, b"".join(lines)
+        segment.write(data)
         segment.count = count + len(records)
+        if self._keep_blocks:
+            self._blocks.append(
+                Block(segment.path.stem, start, data)
+                if count
+                else Block(segment.path.stem, 0, self._header + data)
+            )
 
     def close_if_old(self) -> None:
         """Close the segment if it is old or large. The next record starts a new segment.
@@ -109,7 +119,7 @@ class SegmentWriter:
         It must not run at the same time as `sync`.
 
         Raises:
-            OSError: As `sync`.
+            OSError: The disk failed; see `sync`.
         """
         segment = self._segment
         if segment.count and self._is_full(segment):
@@ -126,12 +136,23 @@ class SegmentWriter:
             OSError: The disk failed. Unsynced records may be lost, even if a later call succeeds. So the caller must
                 report the failure now, and the segment gets no more records.
         """
-        current = self._segment  # read first: if it is replaced during this call, it is still synced
+        current = self._segment  # read first, so that it is synced even if `append` replaces it now
         for segment in self._unsynced.copy():
             self._unsynced.remove(segment)
             with contextlib.closing(segment):
                 segment.sync()
         current.sync()
+
+    def take_blocks(self) -> TakenBlocks:
+        """Return all lines that were appended since the last call. The caller must close the result."""
+        blocks, self._blocks = self._blocks, []
+        full, self._unsynced = self._unsynced, []
+        return TakenBlocks(blocks=_joined(blocks), full_segments=full)
+
+    def drop_blocks(self) -> None:
+        """Drop what `take_blocks` would return, and let the segment get no more records: its blocks have a gap."""
+        self.take_blocks().close()
+        self._segment.broken = self._segment.lossy = True
 
     def close(self) -> None:
         """Close all segments, so that they can be compacted."""
@@ -147,11 +168,36 @@ class SegmentWriter:
             self._segment,
             _Segment(self._folder, self._header, synced=self._keep_unsynced),
         )
-        if self._keep_unsynced and not previous.lossy:
+        if (self._keep_unsynced or self._keep_blocks) and not previous.lossy:
             self._unsynced.append(previous)
         else:
             previous.close()
         return self._segment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TakenBlocks:
+    """New lines of a writer's segments."""
+
+    blocks: list[Block]
+    """At most one for each segment, in the order of writing."""
+    full_segments: list[_Segment]
+
+    def close(self) -> None:
+        """Close the full segments, after their blocks were added or lost."""
+        for segment in self.full_segments:
+            segment.close()
+
+
+def _joined(blocks: Sequence[Block]) -> list[Block]:
+    """Join the blocks of each segment, which follow each other."""
+    by_segment: dict[str, list[Block]] = {}
+    for block in blocks:
+        by_segment.setdefault(block.segment, []).append(block)
+    return [
+        Block(name, parts[0].start, b"".join(part.content for part in parts))
+        for name, parts in by_segment.items()
+    ]
 
 
 class _Segment:
@@ -160,13 +206,13 @@ class _Segment:
     def __init__(self, folder: Path, header: bytes, *, synced: bool) -> None:
         name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:12]}"
         self.path = folder / f"{name}{SUFFIX}"
-        self.aad = segment_aad(self.path)
+        self.aad = segment_aad("/".join(folder.parts[-2:]), name)
         self.count, self.size = 0, 0
         self.started_at = time.monotonic()
         self.broken = self.closed = False
         """A broken segment takes no more records."""
         self.lossy = False
-        """Whether a sync failed. The kernel may have dropped records, and a later sync would not report it."""
+        """Whether a sync failed. The kernel may have dropped records, and a later sync would not report the loss."""
         _make_folder(folder, synced=synced)
         unfinished = folder / f"{name}{UNFINISHED}"
         self._descriptor = os.open(unfinished, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
@@ -231,88 +277,14 @@ def _make_folder(folder: Path, *, synced: bool) -> None:
         sync_folder(folder.parent)
 
 
-def list_segments(folder: Path) -> list[Path]:
-    """Return the paths of a log's segments, oldest first."""
-    return sorted(folder.glob(f"*{SUFFIX}"))
-
-
-def segment_records(path: Path, store: KeyStore) -> Iterator[dict[str, Any]]:
-    """Yield all complete records of a segment.
-
-    Raises:
-        RecordLogCorrupt: A record was changed, moved or removed, or the segment's key does not belong to its log. The
-            message names file and line.
-        AccessDenied, KeyRevoked: The key store refuses the key.
-        FileNotFoundError: The segment does not exist.
-    """
-    with path.open("rb") as file:
-        header = file.readline()
-        if not header.endswith(b"\n"):
-            return
-        cipher, aad = ValueCipher.open(store, *_parse_header(path, header)), segment_aad(path)
-        for number, line in enumerate(file):
-            if line.endswith(b"\n"):
-                yield _record(path, number, line, cipher, aad)
-
-
-def count_segment(path: Path) -> int:
-    """Return the number of complete records of a segment. It needs no key.
-
-    Raises:
-        FileNotFoundError: The segment does not exist.
-    """
-    with path.open("rb") as file:
-        return max(sum(line.endswith(b"\n") for line in file) - 1, 0)
-
-
-def segment_class(path: Path) -> str | None:
-    """Return the column class of a segment's key, or None if the first line is incomplete and there are no records.
-
-    Raises:
-        RecordLogCorrupt: The key does not belong to the log.
-    """
-    with path.open("rb") as file:
-        header = file.readline()
-    return _parse_header(path, header)[0].rpartition("/")[2] if header.endswith(b"\n") else None
-
-
-def _parse_header(path: Path, header: bytes) -> tuple[str, str]:
-    """Return the name of a segment's key and its wrapped data key."""
-    try:
-        content = orjson.loads(header)
-        key, wrapped = content["key"], content["data_key"]
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-        raise RecordLogCorrupt(f"{path}: the first line was changed. Restore it from a backup.") from error
-    if not _belongs_to_log(path, key):
-        raise RecordLogCorrupt(
-            f"{path}: its key {key!r} does not belong to this log. Restore the file from a backup."
-        )
-    return key, wrapped
-
-
-def _belongs_to_log(path: Path, key: object) -> bool:
-    """Return whether a key is one of the segment's log: `predictions/<model>/<class>` for `predictions/<model>`.
-
-    The segment itself names its key. Without this check, a principal with another key could add forged records.
-    """
-    log, _, column_class = str(key).rpartition("/")
-    return isinstance(key, str) and log == "/".join(path.parts[-3:-1]) and column_class in COLUMN_CLASSES
-
-
-def _record(path: Path, number: int, line: bytes, cipher: ValueCipher, aad: str) -> dict[str, Any]:
-    try:
-        data = cipher.decrypt(base64.b64decode(line[:-1], validate=True), value_aad(aad, b"%d" % number))
-    except (ArtifactTampered, ValueError) as error:
-        raise RecordLogCorrupt(
-            f"{path}, line {number + 2}: the record was changed, or an earlier one was removed. "
-            "Restore the file from a backup."
-        ) from error
-    return dict(orjson.loads(data))
-
-
-def segment_aad(path: Path) -> str:
-    """Return the first part of the AAD of a segment's records: the log, `predictions/<model>`, and the segment.
+def segment_aad(log: str, name: str) -> str:
+    """Return the first part of the AAD of a segment's records: the log, `predictions/<model>`, and the segment's file.
 
     The record's number is the other part.
     """
-    return "/".join(path.parts[-3:])
+    return f"{log}/{name}{SUFFIX}"
+
+
+def list_segments(folder: Path) -> list[Path]:
+    """Return the paths of a log's segments, oldest first."""
+    return sorted(folder.glob(f"*{SUFFIX}"))

@@ -1,6 +1,6 @@
 """Convert a version's logged answers to the types of its signature.
 
-The log holds answers of all versions and values from clients, so a logged value can have any type.
+The log contains answers of all versions, and values from clients. So a logged value can have any type.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class TypedRows:
     """Rows of one version, in the types of its signature."""
 
     rows: pl.DataFrame
-    """The logged rows, with each input and answer in its type. A missing value or one of another type is null."""
+    """The logged rows, with each input and answer in its type. A missing value, or a value of another type, is null."""
     names: tuple[str, ...]
     """Names of the columns with inputs and answers."""
     num_invalid: dict[str, int]
-    """Maps input to the number of its values of another type; inputs without such values are not listed."""
+    """Maps input to the number of its values that have another type. Inputs without such values are not listed."""
 
 
 def to_typed_rows(rows: pl.DataFrame, signature: ModelSignature) -> TypedRows:
@@ -46,7 +46,7 @@ def column_of(name: str, values: list[Any], dtype: str) -> tuple[pl.Series, int]
     """Convert logged values to a column of an Arrow type.
 
     Returns:
-        The column, with values of other types as null; and the number of those values.
+        The column, in which values of other types are null, and the number of those values.
     """
     target = value_type(dtype)
     if target is None:

@@ -1,8 +1,8 @@
 """The Delta table of a log, with its compacted records. Its files are encrypted with the keys of their segments.
 
-A commit names each segment that it contains as an application transaction. So a version of the table knows its segments
-without reading a row: no segment can be added twice, and readers know which segment files to skip. Each file has one
-key. The file's partition gives the key's column class, and readers verify that the file matches it.
+A commit lists its segments as Delta's application transactions. So the segments of a table version are known without
+reading a row: no segment can be added twice, and readers know which segment files to skip. Each file has one key. The
+file's partition is the key's column class, and readers verify that the file has a key of this class.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
-from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
 from cluster.errors import CommitConflict, RecordLogCorrupt
 from cluster.fsync import sync_file, sync_folder
 from cluster.records.columns import LINE, SEGMENT, schema, to_record
 from cluster.security.encryption.parquet import ProtectedFiles, Protection
+from cluster.storage import file_system, is_uri
 
 FOLDER, UNFINISHED_FOLDER = "table", "table.new"
 HISTORY = "_delta_log"
@@ -63,21 +64,22 @@ class LogTable:
     """The table of a log, at its newest version when this object is created. The table may not exist yet.
 
     Args:
-        log: Folder of the log, `predictions/<model>` or `outcomes/<model>`.
+        log: Folder or URI of the log, `…/predictions/<model>` or `…/outcomes/<model>`.
 
     Raises:
         RecordLogCorrupt: The table exists, but its history cannot be read.
     """
 
-    def __init__(self, log: Path) -> None:
-        self.kind, self._name = log.parts[-2], "/".join(log.parts[-2:])
-        self.folder = log / FOLDER
-        self._table = _open(self.folder)
+    def __init__(self, log: str | Path) -> None:
+        self._name = "/".join(str(log).split("/")[-2:])
+        self.kind = self._name.partition("/")[0]
+        self.uri = f"{log}/{FOLDER}"
+        self._table = _open(self.uri)
         self.files = () if self._table is None else _files(self._table)
 
     @property
     def records(self) -> int:
-        """Number of records in all files. It needs no key."""
+        """Number of records in all files. No key is needed."""
         return sum(file.records for file in self.files)
 
     def has(self, segment: str) -> bool:
@@ -92,7 +94,7 @@ class LogTable:
             AccessDenied, KeyRevoked: The key store refuses the key.
         """
         table = files.read(
-            str(self.folder / file.path),
+            f"{self.uri}/{file.path}",
             protection=self._protection(file.column_class),
             place=self._aad(file.path),
         )
@@ -101,27 +103,27 @@ class LogTable:
                 yield StoredRecord(row[SEGMENT], row[LINE], to_record(self.kind, row))
 
     def write(self, rows: Sequence[Mapping[str, Any]], column_class: str, files: ProtectedFiles) -> LogFile:
-        """Write rows as one file. It becomes part of the table with `commit`."""
+        """Write rows as one file. `commit` makes the file a part of the table."""
         path = f"{CLASS}={column_class}/{uuid.uuid4().hex}.parquet"
         size = files.write(
             pa.Table.from_pylist(list(rows), schema(self.kind)),
-            str(self.folder / path),
+            f"{self.uri}/{path}",
             self._protection(column_class),
             place=self._aad(path),
         )
         return LogFile(path=path, column_class=column_class, records=len(rows), size_bytes=size)
 
     def ensure(self) -> DeltaTable:
-        """Return the Delta table; create it if it does not exist.
+        """Return the Delta table. Create the table if it does not exist.
 
-        It is created before the first file is written. So a file without a table shows that the table is lost.
+        The table is created before the first file is written. So if a file exists without a table, the table was lost.
         """
         if self._table is None:
-            self._table = _create(self.folder, schema(self.kind))
+            self._table = _create(self.uri, schema(self.kind))
         return self._table
 
     def commit(self, files: Sequence[LogFile], segments: Sequence[str]) -> int:
-        """Add files and name their segments, in one transaction; return the table's version.
+        """Add files and list their segments, in one transaction. Return the table's new version.
 
         Raises:
             CommitConflict: Another process committed at the same time; nothing was changed.
@@ -143,18 +145,39 @@ class LogTable:
             )
         except CommitFailedError as error:
             raise CommitConflict(
-                f"Another process committed to {self.folder} at the same time; nothing was changed. Run it again."
+                f"Another process committed to {self.uri} at the same time; nothing was changed. Run it again."
             ) from error
-        return int(DeltaTable(str(self.folder)).version())
+        return int(DeltaTable(self.uri).version())
+
+    def sync_files(self, files: Sequence[LogFile]) -> None:
+        """Flush the folders of new files to disk, because they must survive a power cut if their commit does.
+
+        An object store has the files since they were written.
+        """
+        if not is_uri(self.uri):
+            for folder in {(Path(self.uri) / file.path).parent for file in files} | {Path(self.uri)}:
+                sync_folder(folder)
 
     def sync(self) -> None:
-        """Flush the table's history and folders to disk, because Delta does not. Earlier runs' commits are included."""
-        history = self.folder / HISTORY
+        """Flush the table's history and folders to disk, because Delta does not. This covers earlier commits too."""
+        if is_uri(self.uri):
+            return
+        folder = Path(self.uri)
+        history = folder / HISTORY
         for path in history.iterdir():
             if path.is_file():
                 sync_file(path)
-        for folder in (history, *self.folder.glob(f"{CLASS}=*"), self.folder, self.folder.parent):
-            sync_folder(folder)
+        for synced in (history, *folder.glob(f"{CLASS}=*"), folder, folder.parent):
+            sync_folder(synced)
+
+    def uncommitted_files(self) -> list[str]:
+        """Return the URIs of files that no commit names: a compaction wrote them that was killed, or still runs."""
+        committed = {file.path for file in self.files}
+        fs, root = file_system(self.uri)
+        paths = [str(path)[len(root) :].lstrip("/") for path in (fs.find(root) if fs.exists(root) else ())]
+        return [
+            f"{self.uri}/{path}" for path in paths if path.startswith(f"{CLASS}=") and path not in committed
+        ]
 
     def compactions(self) -> dict[int, Compaction]:
         """Return all compactions by table version."""
@@ -172,39 +195,52 @@ class LogTable:
         return f"{self._name}/{FOLDER}/{path}"
 
 
-def _open(folder: Path) -> DeltaTable | None:
+def _open(uri: str) -> DeltaTable | None:
     """Open the table; return None if nothing was compacted yet."""
-    if not folder.exists():
-        return None
-    try:
-        return DeltaTable(str(folder))
-    except DeltaError as error:
-        reason = str(error).partition("\n")[0]
-        raise RecordLogCorrupt(
-            f"{folder} exists, but its history cannot be read ({reason}), so its records are unknown. "
-            f"Nothing was changed. Restore {folder / HISTORY} from a backup."
-        ) from error
+    fs, root = file_system(uri)
+    for _ in range(2):  # another process may create the table between the two looks
+        try:
+            return DeltaTable(uri)
+        except TableNotFoundError as error:
+            reason = str(error)
+            if not (Path(uri).exists() if not is_uri(uri) else fs.find(root)):
+                return None
+        except DeltaError as error:
+            reason = str(error)
+            break
+    raise RecordLogCorrupt(
+        f"{uri} exists, but its history cannot be read ({reason.partition(chr(10))[0]}), so its records are unknown. "
+        f"Nothing was changed. Restore {uri}/{HISTORY} from a backup."
+    )
 
 
-def _create(folder: Path, columns: pa.Schema) -> DeltaTable:
-    """Create the table atomically, flushed to disk."""
+def _create(uri: str, columns: pa.Schema) -> DeltaTable:
+    """Create the table atomically, on a disk flushed."""
+    if is_uri(uri):
+        return _create_at(uri, columns)
+    folder = Path(uri)
     unfinished = folder.with_name(UNFINISHED_FOLDER)
     if unfinished.exists():
         shutil.rmtree(unfinished)
     unfinished.mkdir(parents=True)
-    DeltaTable.create(
-        str(unfinished),
-        schema=_with_class(columns),
-        partition_by=[CLASS],
-        configuration={"delta.enableExpiredLogCleanup": "false"},  # `compactions` needs the whole history
-    )
+    _create_at(str(unfinished), columns)
     for path in (unfinished / HISTORY).iterdir():
         sync_file(path)
     for new_folder in (unfinished / HISTORY, unfinished):
         sync_folder(new_folder)
     unfinished.rename(folder)
     sync_folder(folder.parent)
-    return DeltaTable(str(folder))
+    return DeltaTable(uri)
+
+
+def _create_at(uri: str, columns: pa.Schema) -> DeltaTable:
+    return DeltaTable.create(
+        uri,
+        schema=_with_class(columns),
+        partition_by=[CLASS],
+        configuration={"delta.enableExpiredLogCleanup": "false"},  # `compactions` needs the whole history
+        mode="ignore",
+    )
 
 
 def _with_class(columns: pa.Schema) -> Schema:
@@ -212,7 +248,7 @@ def _with_class(columns: pa.Schema) -> Schema:
 
 
 def _add_action(file: LogFile) -> AddAction:
-    """Return the action without minima and maxima, which would reveal protected values."""
+    """Return the action that adds a file. It has no column minima and maxima: they would reveal protected values."""
     stats = json.dumps({"numRecords": file.records})
     now = int(time.time() * 1000)
     return AddAction(file.path, file.size_bytes, {CLASS: file.column_class}, now, True, stats)

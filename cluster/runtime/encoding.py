@@ -2,10 +2,10 @@
 
 A category becomes its position in the signature. A missing value or an unknown category becomes NaN.
 
-The input format selects the method. A request with few rows has short lists; they are encoded value by value, which is
-faster than a vectorised call at that size. For a long list, the types are checked first and the list is encoded at
-once; it is encoded value by value only to find a wrong value. A training set has Arrow columns, which are encoded at
-once. All methods give the same matrix; a property test checks this.
+Requests have lists. A short list is encoded value by value, because that is faster than a vectorised call. For a long
+list, the types are checked first, and then all values are encoded together. If the check fails, the values are encoded
+one by one, to find the wrong value. A training set has Arrow columns; all values of a column are encoded together. All
+methods give the same matrix, as a property test checks.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Columns: TypeAlias = Mapping[str, Sequence[Any]] | pa.Table
 EncodeValue: TypeAlias = Callable[[Any], float]
 EncodeColumn: TypeAlias = Callable[[Sequence[Any]], Sequence[float]]
 EncodeBatch: TypeAlias = Callable[[Sequence[Any]], Sequence[float] | None]
-"""Encodes many values at once; returns None if they must be encoded one by one."""
+"""Encodes many values together, or returns None if they must be encoded one by one."""
 
 MIN_BATCH = 16
-"""Number of values from which checking all types first is faster."""
+"""Smallest number of values for which it is faster to check all types first."""
 _NAN = math.nan
 
 
@@ -47,7 +47,7 @@ class _InputEncoder(NamedTuple):
 
 
 class Encoder:
-    """The encoding of one signature. Its category tables are built once."""
+    """Encodes the inputs of one signature. The tables of categories are built once."""
 
     def __init__(self, signature: ModelSignature) -> None:
         self._inputs = signature.inputs
@@ -61,12 +61,12 @@ class Encoder:
     def __call__(self, columns: Columns) -> Matrix:
         """Return the model's matrix, float32 [rows, inputs], for columns given as lists or as an Arrow table.
 
-        Null becomes NaN, and so does a category that was not in the training set. NaN in a request counts as a missing
-        number; the caller decides whether to allow it. float32 holds integers exactly up to 2^24.
+        Nulls, and categories that were not in the training set, become NaN. NaN in a request is treated as a missing
+        number; the caller decides whether to allow it. float32 represents integers exactly up to 2^24.
 
         Raises:
-            InvalidRequest: An input is missing, or has a wrong type, a too large value or another length. The message
-                names it.
+            InvalidRequest: An input is missing, has a wrong type or length, or has a value that is too large. The
+                message names the input.
         """
         if isinstance(columns, pa.Table):
             return self._encode_table(columns)
@@ -159,7 +159,7 @@ def _input_encoder(spec: InputSpec) -> _InputEncoder:
 
 
 def _encode_number_batch(values: Sequence[Any]) -> Sequence[float] | None:
-    """Encode numbers; return None if one is too large, because only encoding one by one can name it."""
+    """Encode numbers, or return None if a number is too large. Encoding one by one then raises the error."""
     try:
         numbers = np.array(values, dtype=np.float64)  # None becomes NaN
     except OverflowError:

@@ -42,7 +42,7 @@ class LightGBMEngine:
 
 
 def _validate(text: str) -> None:
-    """Validate the positions of all trees, because LightGBM aborts the process if one is wrong."""
+    """Validate the positions of all trees, because LightGBM aborts the process if a position is wrong."""
     header, blank, trees = text.partition("\n\n")
     sizes = re.search(r"^tree_sizes=([0-9 ]*)$", header, re.MULTILINE)
     if not text.startswith("tree\n") or not blank or sizes is None:

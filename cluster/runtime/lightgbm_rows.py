@@ -1,8 +1,8 @@
-"""Fast prediction of single rows with LightGBM's C function for this.
+"""Predicts single rows fast, with the C functions that LightGBM has for single rows.
 
-`Booster.predict` copies its parameters and creates a predictor for each call, which takes eight times as long as a
-small model's trees. The C function does this once (`LGBM_BoosterPredictForMatSingleRowFastInit` in LightGBM's
-`c_api.h`). Its results are bit-identical.
+In each call, `Booster.predict` copies its parameters and creates a predictor. That takes eight times as long as the
+trees of a small model. `LGBM_BoosterPredictForMatSingleRowFastInit` (LightGBM's `c_api.h`) does both only once. The
+results are bit-identical.
 """
 
 from __future__ import annotations

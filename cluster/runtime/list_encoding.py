@@ -1,4 +1,4 @@
-"""Encode lists of numbers as columns of the model's matrix: one list, or a whole column. Both give the same result."""
+"""Encode lists of numbers as columns of the model's matrix: one list, or a column of lists, with the same result."""
 
 from __future__ import annotations
 
@@ -72,5 +72,5 @@ def _require_float32(spec: InputSpec, numbers: Numbers) -> Numbers:
 
 
 def beyond_float32(spec: InputSpec) -> InvalidRequest:
-    """Return the error for a number that float32 cannot hold."""
+    """Return the error for a number that is too large for float32."""
     return InvalidRequest(f"Input '{spec.name}' is beyond what a float32 can hold ({MAX_FLOAT32:.3g}).")

@@ -9,7 +9,7 @@ from pathlib import Path
 from cluster.artifact import open_file, verify_files
 from cluster.errors import ArtifactTampered, RefusedError
 from cluster.registry import ModelVersion
-from cluster.runtime.hardware import CPU, LOG, Hardware, Runner, choose_runner
+from cluster.runtime.device_choice import CPU, LOG, Hardware, Runner, choose_runner
 from cluster.runtime.model import Engine, Model
 from cluster.runtime.signature import (
     LIGHTGBM_FILE,
@@ -66,7 +66,7 @@ def load_signature(version: ModelVersion, store: KeyStore) -> ModelSignature:
     """Load only the signature of a registered version.
 
     Raises:
-        ArtifactTampered, AccessDenied, KeyRevoked: As `read_file`.
+        ArtifactTampered, AccessDenied, KeyRevoked: See `read_file`.
         RefusedError: The file is not a signature.
     """
     return parse_signature(read_file(version, SIGNATURE_FILE, store))

@@ -43,10 +43,10 @@ class Model:
     """A model version that can predict. It is thread-safe."""
 
     def __init__(self, signature: ModelSignature, engine: Engine) -> None:
-        """Combine a signature and an engine, and verify with one row of missing values that they fit together.
+        """Combine a signature and an engine. Predict one row of missing values to verify that they fit together.
 
         Raises:
-            RefusedError: The model has other inputs than the signature, or its scores do not fit the task.
+            RefusedError: Model and signature have different inputs, or the model's scores do not fit the task.
         """
         if engine.num_inputs != signature.width:
             raise RefusedError(
@@ -62,8 +62,8 @@ class Model:
         """Predict for named columns, given as lists or as an Arrow table. Columns that are not inputs are ignored.
 
         Raises:
-            InvalidRequest: An input is missing or cannot be encoded. The message names it.
-            ModelFailed: As `predict_matrix`.
+            InvalidRequest: An input is missing or cannot be encoded. The message names the input.
+            ModelFailed: See `predict_matrix`.
         """
         return self.predict_matrix(self.encode(columns))
 
@@ -83,7 +83,7 @@ class Model:
     def _reshape(self, scores: Scores) -> Scores:
         """Convert the engine's scores to the shape of `Predictions`.
 
-        A graph of another tool can return a column, [rows, 1], or the probabilities of both classes of a binary task.
+        A graph of another tool can return a column, [rows, 1]. For a binary task, it can return both probabilities.
         """
         if self.signature.task is Task.multiclass or scores.ndim != 2:
             return scores

@@ -1,8 +1,8 @@
 """Engine for ONNX graphs, with ONNX Runtime on the CPU.
 
-A graph has one input, `inputs`, and one used output, `scores`; `docs/guides/own-models.md` defines the contract. Graphs
-of other tools run unchanged where that is safe: the matrix is cast to the input's float type, and a graph with a fixed
-number of rows gets that number of rows per call. Any other graph is refused. The message names the tensor and the fix.
+A graph has one input, `inputs`, and one used output, `scores`; `docs/guides/own-models.md` defines the contract. Some
+graphs of other tools run unchanged: the matrix is cast to the input's float type, and a graph with a fixed number of
+rows gets that number of rows per call. Any other graph is refused. The message names the tensor and the fix.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class OnnxEngine:
     def __init__(
         self, data: bytes, *, precision: Precision = Precision.float32, num_threads: int = 1
     ) -> None:
-        """Build a session from the file's bytes. So the graph cannot load data from other files.
+        """Build a session from the file's bytes, so that the graph cannot load data from other files.
 
         Raises:
             RefusedError: The data is not an ONNX graph, has another precision, or violates the contract.

@@ -1,10 +1,10 @@
 """Parse outcomes: convert an outcome to one of a model's classes or to a number.
 
-All code that receives, reads or compares outcomes uses this module, so that it agrees.
+All code that receives, reads or compares outcomes uses this module, so that outcomes have the same meaning everywhere.
 
 JSON can write a class in several ways: 1, 1.0, true and "1" are the class 1. A boolean class is true or false, or 1 or
-0, and never text. A regression's outcome is a number that float32 can hold, and never text, as for a model's inputs. A
-larger number cannot be true. Its square would be infinite and would make all figures of the version useless.
+0, and never text. A regression's outcome is a number in the range of float32, and never text, like a model's inputs. A
+larger number cannot be correct, and its square would be infinite and make all figures of the version useless.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model's predictions: its scores, and their rows in the format of the HTTP contract."""
+"""A model's predictions: the scores, and one JSON object per row for the HTTP answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.runtime.signature import Label, ModelSignature, Task
 Scores = npt.NDArray[np.float64]
 
 SUM_TOLERANCE = 1e-3
-"""How far the sum of all classes' probabilities may be from 1, because float16 and int8 graphs round."""
+"""Largest difference between 1 and the sum of all classes' probabilities. float16 and int8 graphs round."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +30,7 @@ class Predictions:
     def require_finite(self) -> Predictions:
         """Return these predictions if every score is finite.
 
-        Without this check, NaN would be below the threshold and become a label.
+        Without this check, a NaN would get the label of a score below the threshold.
 
         Raises:
             ModelFailed: Rows have no finite score. The message has their number.

@@ -20,7 +20,7 @@ LIGHTGBM_FILE = "model.txt"
 ONNX_FILE = "model.onnx"
 WEIGHTS_FILE = "model.safetensors"
 NETWORK_FILE = "network.json"
-"""File with the shape of the tabular network, which is built from this and its weights."""
+"""File with the shape of the tabular network. Shape and weights are enough to build the network."""
 ONNX_INPUT = "inputs"
 ONNX_OUTPUT = "scores"
 
@@ -55,7 +55,7 @@ class InputSpec:
 
     name: str
     dtype: str
-    """Name of the Arrow type of the values; for a list, of its elements."""
+    """Name of the Arrow type of the values, or of the elements if the input is a list."""
     categories: tuple[Label, ...] | None = None
     """Known values of a categorical input, in the order of their codes. None for a number."""
     length: int | None = None
@@ -88,7 +88,7 @@ class ModelSignature:
     """Inputs in the order of the model's matrix."""
     label: str
     classes: tuple[Label, ...] | None = None
-    """Classes in score order; the second class of a binary task is the positive one. None for regression."""
+    """Classes in the order of the scores. A binary task's second class is the positive class. None for regression."""
     service: str = ""
     """Feature service that provides the inputs; empty if the training set had no manifest."""
     service_version: str = ""

@@ -1,8 +1,8 @@
 """The tabular network: entity embeddings for categories, standardised numbers, and a multilayer perceptron.
 
-It takes the encoded matrix of `cluster.runtime.encoding`, with NaN for missing values, so the exported graph needs no
-preprocessing. It is in this package and not with the training code, because a replica with a GPU rebuilds it from its
-shape and weights. Entity embeddings: Guo & Berkhahn 2016, arXiv 1604.06737.
+The network takes the encoded matrix of `cluster.runtime.encoding`, with NaN for missing values. So the exported graph
+needs no preprocessing. This module is not with the training code, because a replica with a GPU rebuilds the network
+from its shape and weights. Entity embeddings: Guo & Berkhahn 2016, arXiv 1604.06737.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ engines handle an overflow differently."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkShape:
-    """All values that are needed to rebuild the module. They are plain, so they can be sent to another process."""
+    """All values that are needed to rebuild the network, as plain data that can be sent to another process."""
 
     task: str
     num_outputs: int
@@ -32,7 +32,7 @@ class NetworkShape:
     numeric: list[int]
     """Positions of the numeric inputs."""
     means: list[float]
-    """Mean of each numeric input in the training part, without missing values."""
+    """Mean of each numeric input over the training rows, without missing values."""
     scales: list[float]
     """Standard deviation of each numeric input; 1 for a constant."""
     target_mean: float
@@ -51,7 +51,7 @@ class TabularNetwork(nn.Module):
         super().__init__()
         self.shape = shape
         sizes = torch.tensor([count + 1 for count in shape.cardinalities], dtype=torch.int64)
-        # One table for all inputs; each has its own block of rows, whose first row is for missing and unknown.
+        # All inputs share one table. An input has a block of rows; the first is for missing and unknown values.
         self.embedding = nn.Embedding(int(sizes.sum()) if shape.categorical else 1, shape.embedding_dim)
         nn.init.normal_(self.embedding.weight, std=0.1)
         self.register_buffer("offsets", torch.cumsum(sizes, 0) - sizes)

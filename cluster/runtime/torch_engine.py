@@ -1,6 +1,6 @@
 """Engine for the tabular network in torch, built from its shape and weights.
 
-It runs on a GPU, or on the CPU for comparison with ONNX.
+The engine runs on a GPU, or on the CPU for comparison with ONNX.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from cluster.errors import RefusedError
+from cluster.runtime.device_choice import CPU, Hardware
 from cluster.runtime.encoding import Matrix
-from cluster.runtime.hardware import CPU, Hardware
 from cluster.runtime.predictions import Scores
 from cluster.runtime.signature import NETWORK_FILE, WEIGHTS_FILE
 from cluster.runtime.tabular_network import NetworkShape, ScoringNetwork, TabularNetwork
@@ -45,7 +45,7 @@ class TorchEngine:
         if hardware.device == CPU:
             torch.set_num_threads(hardware.num_threads)
         elif hardware.memory_share < 1:
-            # A replica that uses more than its share then fails alone, without its neighbours on the same GPU.
+            # If a replica uses more than its share, only this replica fails, not the other replicas on the GPU.
             torch.cuda.set_per_process_memory_fraction(hardware.memory_share, self._device)
         self._network = ScoringNetwork(network).to(self._device)
         self._num_inputs = len(network.shape.categorical) + len(network.shape.numeric)

@@ -1,6 +1,6 @@
-"""Check and convert JSON values for an Arrow type. Requests are validated with it, and the log is read with it.
+"""Check and convert JSON values for an Arrow type, when a request is validated and when the log is read.
 
-A type is never inferred from the values. A single 1.5 among integers would turn all of them into floats, and 2^53 + 1
+A type is never inferred from the values. A single 1.5 among integers would turn all integers into floats, and 2^53 + 1
 into another number.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 from cluster.runtime.signature import NUMERIC
 
 MAX_INTEGER = 2**63 - 1
-"""Largest integer; the smallest is its negative. Logs hold integers as signed 64 bits."""
+"""Largest integer; the smallest is its negative. Logs store integers with a sign and 64 bits."""
 EXACT_IN_FLOAT = 2**53
-"""A float represents every integer up to this one exactly; a larger float can stand for several integers."""
+"""A float represents every integer up to this number exactly. A larger float can stand for several integers."""
 
 
 class WrongValueType(ValueError):
@@ -51,7 +51,7 @@ class ValueType:
         """Return the values. For an integer type, floats such as 50.0 become ints.
 
         Raises:
-            WrongValueType: A value does not belong to the type. The error holds the first such value.
+            WrongValueType: A value does not belong to the type. The error contains the first such value.
         """
         if len(values) == 1:  # most requests are for one entity
             value = values[0]
@@ -86,7 +86,7 @@ class ValueType:
                 raise WrongValueType(number, f"{self.expected} from {self.least} to {self.greatest}")
 
     def convert_or_null(self, values: list[Any]) -> tuple[list[Any], int]:
-        """Return the values, with null for each value of another type, and the number of such values."""
+        """Return the values, with None for each value of another type, and the number of such values."""
         try:
             return self.convert(values), 0
         except WrongValueType:

@@ -3,17 +3,17 @@
 A job acts under an intent (`tokens/intent.py`). The intent comes from one of these places:
 
 - the file in `identity.token_file` or FALAJ_INTENT_FILE,
-- Vault, if that setting is `vault:<path>#<field>`,
-- the dev issuer, if no file is configured. The principal is then the user of this machine with the configured role and
-purpose.
+- Vault, if this setting is `vault:<path>#<field>`,
+- the development issuer, if no file is configured. The principal is then the user of this machine, with the configured
+role and purpose.
 
-If the file holds an access token, the dev issuer exchanges it for an intent. Intents of the dev issuer are short-lived
-and are renewed while the job lives. So a long training does not lose its identity, and a killed job leaves no valid
-token for long. Intents in Vault are fetched again at the same interval. Intents in other files are kept fresh by the
-process that writes the file.
+If the file contains an access token, the development issuer exchanges the token for an intent. Its intents are valid
+for a short time, and are renewed while the job runs. So a long training does not lose its identity, and a killed job
+does not leave a valid token for long. Intents in Vault are fetched again at the same interval. Other intent files must
+be renewed by the process that writes them.
 
-The job checks the policies before each action. Its workers show the same file, and the key broker checks again for
-every key. So a job cannot get a forbidden key by skipping its own check. Every denial is an event.
+The job checks the policies before each action. Its workers use the same intent, and the key broker checks the policies
+again for every key. So a job cannot get a forbidden key by skipping its own check. Every denial is an event.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Actor:
 
     principal: Principal
     access: KeyAccess
-    """The same identity for requests to the key broker. Plain data, so workers can receive it."""
+    """The same identity for requests to the key broker, as plain data that can be sent to workers."""
     policy: Policy
     environment: str
     decisions: DecisionRecorder
@@ -89,7 +89,7 @@ class Actor:
 
 
 def create_actor(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, *, entrypoint: str) -> Actor:
-    """Return the actor of this process, which runs a job. Adds the actor's name to the process's log lines.
+    """Return the identity of the job that this process runs, and add the principal's name to the log lines.
 
     Args:
         config: names the token and the issuer; updated with the running cluster's settings, see
@@ -99,9 +99,9 @@ def create_actor(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, 
         entrypoint: the module that runs, such as "feature_jobs.ingest".
 
     Raises:
-        ConfigError: the role does not exist, the token file cannot be read or is open to other users, or the
+        ConfigError: the role does not exist, the token file cannot be read or is readable by other users, or the
             configuration contradicts the running cluster.
-        Unauthenticated: the token is invalid, or is an intent for another entrypoint. An event counts it.
+        Unauthenticated: the token is invalid, or is an intent for another entry point. An event records this.
     """
     apply_cluster_record(record, config)
     places = record.layout
@@ -129,11 +129,11 @@ def create_actor(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, 
 def check_reader(ledger: Ledger, places: Layout, token_file: Path) -> None:
     """Require that the holder of a token may read the ledger.
 
-    The token must come from the issuer of the cluster at this storage root, or from the dev issuer if there is no such
-    record.
+    The token must come from the issuer of the cluster at this storage root or, if no such cluster is recorded, from the
+    development issuer.
 
     Raises:
-        Unauthenticated, AccessDenied: the token is invalid or lacks the right. An event records it.
+        Unauthenticated, AccessDenied: the token is invalid or lacks the right. An event records this.
         ConfigError: the file cannot be read, or there is no issuer.
     """
     policy, decisions = Policy.load(), DecisionRecorder(ledger.append)
@@ -264,7 +264,7 @@ def _renewed_intent(record: ClusterRecord, entrypoint: str, new_token: Callable[
 
 
 def _remove_expired(folder: Path) -> None:
-    """Remove the intents that killed jobs left behind."""
+    """Remove the expired intent files of killed jobs."""
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_mtime < time.time() - TOKEN_TTL_S:
@@ -274,7 +274,7 @@ def _remove_expired(folder: Path) -> None:
 def _name_in_logs(subject: str) -> None:
     """Add the principal's name to the log format.
 
-    The name is part of the format text, because Hydra cannot configure a formatter with a default for a field.
+    The name is part of the format text, because Hydra cannot configure a default for a field of a formatter.
     """
     formatter = logging.Formatter(LOG_FORMAT.replace("PRINCIPAL", subject.replace("%", "%%")))
     for handler in logging.getLogger().handlers:

@@ -1,12 +1,12 @@
-"""Command line of the dev issuer: mint, verify and rotate tokens.
+"""Command line of the development issuer: create and verify tokens, and replace the key that signs them.
 
     python -m cluster.security.identity token --sub alice --role data_scientist --purpose credit_scoring
     python -m cluster.security.identity intent --sub alice --role data_engineer --entrypoint feature_jobs.ingest …
     python -m cluster.security.identity verify FILE
     python -m cluster.security.identity rotate
 
-Local tokens are signed by the dev issuer (`cluster/security/tokens/issuer.py`). In production an OIDC issuer signs
-them, and `cluster/security/tokens/trust.py` selects the trusted issuer.
+The development issuer (`cluster/security/tokens/issuer.py`) signs local tokens. In production, an OIDC issuer signs
+tokens. `cluster/security/tokens/trust.py` selects the trusted issuer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         "intent", help="mint a token that runs a single job: identity.token_file=FILE"
     )
     intent.add_argument("--entrypoint", required=True, help="the job's module, such as feature_jobs.ingest")
-    roles = [role.value for role in Role if role is not Role.supervisor]  # it is for the cluster itself
+    roles = [role.value for role in Role if role is not Role.supervisor]  # only the cluster has this role
     for command in (token, intent):
         command.add_argument("--sub", required=True, help="subject")
         command.add_argument("--role", required=True, choices=roles)
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> str:
-    """Run a command and return the text to print, empty if it wrote a file."""
+    """Run a command, and return the text to print, or "" if the command wrote a file."""
     places = layout(StorageConfig(root=arguments.root))
     if arguments.command == "rotate":
         return f"New tokens are signed with key {rotate_issuer(places, keep_s=arguments.keep_s)}."
@@ -100,7 +100,7 @@ def _run(arguments: argparse.Namespace) -> str:
 
 
 def _mint(places: Layout, arguments: argparse.Namespace) -> str:
-    """Return a token of the dev issuer as the flags describe it."""
+    """Return a new token or intent of the development issuer, as the flags describe it."""
     if arguments.command == "token":
         return mint_token(
             places,

@@ -1,4 +1,4 @@
-"""Command-line flags that open a ledger without a running cluster."""
+"""Command-line flags of the commands that read a ledger without a running cluster."""
 
 from __future__ import annotations
 

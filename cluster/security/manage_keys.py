@@ -1,10 +1,10 @@
-"""Rotate the key-encryption key, or revoke a key; for admins.
+"""Rotate the key-encryption key, or revoke a key. Only for admins.
 
     python -m cluster.security.manage_keys action=rotate_kek
     python -m cluster.security.manage_keys action=revoke key=features/v/personal confirm=features/v/personal
 
 `rotate_kek` encrypts the keyring under a new key-encryption key while the broker keeps running. `revoke` destroys every
-version of a key. All data under that key is then lost, also in backups. To give a view's keys new versions, run
+version of a key: all data under that key is lost, also in backups. To give a view's keys new versions, run
 `python -m feature_jobs.rotate_keys`.
 """
 
@@ -76,7 +76,7 @@ def main(config: ManageKeysConfig) -> None:
 
 
 def rotate_kek(config: PlatformConfig, ledger: Ledger, actor: Actor) -> int:
-    """Encrypt the keyring with a new key-encryption key and return the number of its keys.
+    """Encrypt the keyring with a new key-encryption key, and return the number of keys in the keyring.
 
     Raises:
         ConfigError: the keys are in Vault, or under a passphrase.
@@ -96,13 +96,13 @@ def rotate_kek(config: PlatformConfig, ledger: Ledger, actor: Actor) -> int:
 def revoke(name: str, store: KeyStore, ledger: Ledger, actor: Actor) -> None:
     """Destroy a key.
 
-    The event is written before the key is destroyed, so that the ledger records every lost key. Safe to repeat after an
-    interruption.
+    The event is written before the key is destroyed, so that the ledger records every lost key. After an interruption,
+    it can be repeated.
 
     Raises:
-        AccessDenied, KeyNotFound, KeyRevoked: from the key store.
+        AccessDenied, KeyNotFound, KeyRevoked: the caller may not manage the key, or the key store refuses it.
     """
-    with contextlib.suppress(KeyRevoked):  # `store.revoke` decides whether something is left to do
+    with contextlib.suppress(KeyRevoked):  # `store.revoke` completes the revocation or raises this
         info = store.info(name)
         actor.check(Action.manage_keys, Resource.from_key(info))
         ledger.append(KeyRevocation(name=name, described=info.plain()), actor=actor.name)

@@ -12,7 +12,7 @@ MAX_BYTES = 64 * 1024
 
 
 def read_secret_file(path: Path, *, what: str) -> str:
-    """Return the text of a file, stripped. Follows links, because orchestrators mount secrets as links.
+    """Return the text of a file, stripped. Links are followed, because orchestrators mount secrets as links.
 
     Args:
         path: the file.
@@ -35,8 +35,8 @@ def read_secret_file(path: Path, *, what: str) -> str:
 def is_private(status: os.stat_result, *, own: int) -> bool:
     """Return whether only the owner can use a file.
 
-    A file of root that one of this process's groups can read also counts: orchestrators pass secrets that way to
-    processes that do not run as root.
+    Also return True for a file of root that its group can only read, because orchestrators pass secrets to processes of
+    other users in this way.
     """
     mode = stat.S_IMODE(status.st_mode)
     if mode & stat.S_IRWXO:

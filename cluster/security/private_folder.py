@@ -1,7 +1,7 @@
 """Folders that no other user of this machine can enter, rename or replace.
 
-A socket or key file is only as safe as every folder above it. A user who can write to one of these folders can rename
-its entries and put other files in their place.
+To protect a socket or key file, every folder above it must be protected too. A user who can write to one of these
+folders can rename its entries and put other files in their place.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from cluster.errors import ConfigError
 
 
 def ensure_private_folder(path: Path) -> Path:
-    """Return a folder of this user with mode 0700. Creates it and its parents if they are missing.
+    """Return a folder of this user with mode 0700. If the folder or a parent folder is missing, create it.
 
     Raises:
-        ConfigError: the path is not a folder, belongs to another user, or other users can enter or rename it.
+        ConfigError: the path is not a folder or belongs to another user, or other users can enter or rename it.
     """
     missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     for folder in reversed(missing):
@@ -33,17 +33,17 @@ def ensure_private_folder(path: Path) -> Path:
 
 
 def remove_access_of_others(path: Path) -> None:
-    """Remove the rights of other users on a folder. Leaves folders of other users unchanged."""
+    """Remove the rights of other users on a folder, unless the folder belongs to another user."""
     status = path.stat()
     if status.st_uid == os.geteuid() and status.st_mode & 0o077:
         path.chmod(stat.S_IMODE(status.st_mode) & ~0o077)
 
 
 def find_exposure(path: Path, *, owner: int | None = None) -> str | None:
-    """Return why another user can enter a folder, or None if only its owner can.
+    """Return why another user can enter a folder, or None if only its owner can enter it.
 
     Args:
-        path: the folder itself; a link does not count as a folder.
+        path: the folder itself; a link is not accepted as a folder.
         owner: the required owner; this process's user by default.
     """
     owner = os.geteuid() if owner is None else owner
@@ -74,7 +74,7 @@ def find_exposed_parent(path: Path, *, owner: int | None = None) -> str | None:
 def _others_write(status: os.stat_result, owner: int) -> bool:
     """Return whether users other than the owner may write to a folder.
 
-    The owner's own group does not count: on systems with one group per user, new folders are group-writable.
+    The owner's own group may write, because new folders are group-writable on systems with one group per user.
     """
     try:
         own_group = pwd.getpwuid(owner).pw_gid

@@ -1,8 +1,8 @@
 """Settings of the running cluster that a command line cannot override.
 
 Environment, region, issuer and tier decide what the policies allow and which tokens are valid. `cluster.up` records
-them. Every process that attaches to the cluster uses the recorded values: a setting left at its default is replaced by
-the recorded one, a stricter environment is accepted, and a contradicting value is refused.
+these settings, and every process that attaches to the cluster uses the recorded values. A default is replaced by the
+recorded value, a stricter environment is accepted, and a value that contradicts the recorded value is refused.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ OUTSIDE_PRODUCTION = ("local", "test", "staging")
 def apply_cluster_record(record: ClusterRecord, config: PlatformConfig) -> None:
     """Set environment, region, issuer and tier of a configuration from the cluster's record, in place.
 
-    Records of an earlier release lack these fields. The configuration's own values then count.
+    If a record of an earlier release lacks one of these fields, the configuration's own value stays.
 
     Raises:
-        ConfigError: the configuration contradicts the record, or the tier refuses the dev issuer and no other one is
-            configured.
+        ConfigError: the configuration contradicts the record, or the tier refuses the development issuer and no other
+            issuer is configured.
     """
     if record.policy_environment is not None:
         config.identity.environment = _environment(record.policy_environment, config.identity.environment)

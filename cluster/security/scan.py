@@ -1,13 +1,13 @@
-"""`python -m cluster.security.scan --canary TEXT PATH…`: search files for protected values in the clear.
+"""`python -m cluster.security.scan --canary TEXT PATH…`: search files for protected values that are not encrypted.
 
 Put unmistakable values (canaries) into protected columns, run the platform, then scan its folders. Each file is
-searched as raw bytes: UTF-8, UTF-16, and numbers also as int64 and float64. Files that can be unpacked without a key
-are also searched inside: Parquet and Arrow columns, SQLite tables, members of zip archives, and gzip, bzip2, xz, zstd
-and lz4 streams. Names of files and folders are searched, too. Not found: base64, archives within archives, and numbers
-whose bytes occur everywhere, such as 42.
+searched as raw bytes: for UTF-8, UTF-16, and numbers also as int64 and float64. Files that can be unpacked without a
+key are also searched inside: Parquet and Arrow columns, SQLite tables, members of zip archives, and data compressed
+with gzip, bzip2, xz, zstd or lz4. Names of files and folders are searched, too. The scan does not find base64, archives
+within archives, and numbers whose bytes are common, such as 42.
 
-Exit code 0: no canary found. 2: a canary was found. 1: none was found, but a file could not be read. A file that
-changes or disappears during the scan is searched in the state in which it is read.
+The exit code is 0 if no canary was found, 2 if a canary was found, and 1 if none was found but a file could not be
+read. A file that changes during the scan is searched in the state in which it is read.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _BROKEN = (pa.ArrowException, OSError, EOFError, zlib.error, LZMAError, zipfile.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CanaryMatch:
-    """A canary that was found in the clear."""
+    """A canary that was found unencrypted."""
 
     canary: str
     path: str
@@ -53,7 +53,7 @@ class CanaryMatch:
 
 
 _Forms = dict[str, list[bytes]]
-"""Canary to the byte strings that can encode it."""
+"""Maps canary to the byte strings that can encode it."""
 
 
 class _Readable(Protocol):
@@ -158,7 +158,7 @@ def _find_in_bytes(data: bytes | mmap.mmap, forms_by_canary: _Forms) -> Iterator
 
 
 def _find_in_stream(stream: _Readable, forms_by_canary: _Forms) -> Iterator[str]:
-    """Search a stream in pieces. Each piece starts with the end of the previous one, because a canary may span two."""
+    """Search a file in pieces. Each piece starts with the end of the previous piece, because a canary may span both."""
     overlap = max((len(form) for forms in forms_by_canary.values() for form in forms), default=1) - 1
     previous_end = b""
     while piece := stream.read(PIECE_BYTES):
@@ -171,7 +171,7 @@ def _scan_zip(file: Path, forms_by_canary: _Forms) -> Iterator[CanaryMatch]:
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             with (
-                # encrypted, or a compression method that Python does not support
+                # the member is encrypted, or compressed with a method that Python does not support
                 contextlib.suppress(RuntimeError, NotImplementedError, *_BROKEN),
                 archive.open(member) as unpacked,
             ):
@@ -180,7 +180,7 @@ def _scan_zip(file: Path, forms_by_canary: _Forms) -> Iterator[CanaryMatch]:
 
 def _scan_parquet(file: Path, forms_by_canary: _Forms) -> Iterator[CanaryMatch]:
     for name in pq.ParquetFile(file).schema_arrow.names:
-        with contextlib.suppress(*_BROKEN):  # encrypted: its raw bytes were already searched
+        with contextlib.suppress(*_BROKEN):  # an encrypted column; its raw bytes were already searched
             batches = pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=[name])
             canaries = (
                 canary for batch in batches for canary in _find_in_table(pa.table(batch), forms_by_canary)
@@ -191,7 +191,7 @@ def _scan_parquet(file: Path, forms_by_canary: _Forms) -> Iterator[CanaryMatch]:
 def _find_in_table(table: pa.Table, forms_by_canary: _Forms) -> Iterator[str]:
     """Search the buffers of a table, then compare its integer columns by value.
 
-    Integers of less than 64 bits have other bytes than the searched forms.
+    Integers of less than 64 bits have other bytes than the byte strings that are searched for.
     """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -209,7 +209,7 @@ def _contains(column: pa.ChunkedArray, number: int) -> bool:
     try:
         return bool(pc.any(pc.equal(column, pa.scalar(number, column.type))).as_py())
     except (pa.ArrowInvalid, OverflowError):
-        return False  # out of the column's range
+        return False  # the number is out of the column's range
 
 
 def _scan_sqlite(file: Path, forms_by_canary: _Forms) -> Iterator[CanaryMatch]:

@@ -1,6 +1,6 @@
 """`python -m cluster.supervisor`: watch a cluster on this machine. `cluster.up` starts it, and `cluster.down` ends it.
 
-Each cluster has one supervisor. A lock keeps a second one from starting.
+Each cluster has one supervisor. A lock prevents the start of a second supervisor.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LOG = logging.getLogger("falaj.supervisor")
 
 @job("cluster", PlatformConfig)
 def main(config: PlatformConfig) -> None:
-    """Watch until SIGTERM, or until the storage root's record names another cluster or none."""
+    """Watch the cluster until SIGTERM, or until the storage root's record names another cluster or no cluster."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     wait_for_turn()
     record, stopped, registry = require_recorded_cluster(config), threading.Event(), CollectorRegistry()
@@ -115,7 +115,7 @@ class Membership:
 
 
 def is_recorded(config: PlatformConfig, record: ClusterRecord) -> bool:
-    """Return whether the storage root's record still names this cluster. A damaged record counts as this cluster's."""
+    """Return whether the storage root's record still names this cluster, or is damaged."""
     try:
         current = find_record(config.storage)
     except ConfigError:
@@ -125,7 +125,7 @@ def is_recorded(config: PlatformConfig, record: ClusterRecord) -> bool:
 
 @contextlib.contextmanager
 def protected_from_cleanup(folder: Path) -> Iterator[None]:
-    """Keep systemd-tmpfiles from removing a folder below /tmp: it skips locked folders."""
+    """Lock a folder below /tmp, so that systemd-tmpfiles does not remove it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -137,7 +137,7 @@ def protected_from_cleanup(folder: Path) -> Iterator[None]:
 def restart_recorder(config: PlatformConfig, record: ClusterRecord) -> Callable[[str, str, int], None]:
     """Return a function that records restarts in the ledger.
 
-    It writes in a background thread, so that a ledger that does not answer delays no restart.
+    The function writes in a background thread, so that a ledger that does not answer cannot delay a restart.
     """
     writer = ThreadPoolExecutor(1, "ledger")
 
@@ -150,7 +150,7 @@ def restart_recorder(config: PlatformConfig, record: ClusterRecord) -> Callable[
         )
         try:
             open_ledger(config).append(event, actor=head.ACTOR)
-        except Exception as error:  # noqa: BLE001 (a full disk, a database that is down)
+        except Exception as error:  # noqa: BLE001 (the disk may be full, or the database down)
             LOG.error("the restart of %s could not be recorded: %s", process, error)
 
     def submit(process: str, reason: str, attempt: int) -> None:

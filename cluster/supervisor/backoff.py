@@ -1,6 +1,6 @@
-"""Backoff between restarts of a part: the first try is immediate, then the waits grow.
+"""Backoff between restarts of a part. The first try is immediate, then the waits grow.
 
-So a part that cannot start costs little.
+So there are only few tries for a part that cannot start.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Restart Ray's daemons, each with the command line that `ray start` gave it.
 
-Ray has no command for this. A restarted GCS loads its state from its folder (`gcs_folder`). If it is back within a
-minute, the raylet, the replicas and all other processes reconnect and lose nothing.
+Ray has no command for this. A restarted GCS loads its state from its folder (`gcs_folder`). If the GCS runs again
+within a minute, the raylet, the replicas and all other processes reconnect and lose nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Command:
 
 
 def save_commands(record: ClusterRecord) -> None:
-    """Save the commands of Ray's daemons once all run. The last two daemons start a little later than the head."""
+    """Wait until Ray's daemons run, then save their commands. The last two start a little later than the head."""
     deadline = time.monotonic() + ALL_RUNNING_TIMEOUT_S
     parts = [part for part in expected_parts(record) if part in RAY_PARTS]
     while True:
@@ -49,12 +49,12 @@ def save_commands(record: ClusterRecord) -> None:
 
 
 def remove_commands(record: ClusterRecord) -> None:
-    """Remove the saved commands. Those of a lost head must not start daemons of the next head."""
+    """Remove the saved commands. The commands of a lost head must not start daemons of the next head."""
     _file(record).unlink(missing_ok=True)
 
 
 def restart_daemon(record: ClusterRecord, part: Part, environment: dict[str, str], *, log: Path) -> bool:
-    """Start a daemon with its saved command; return False if no command is saved.
+    """Start a daemon with its saved command, or return False if no command is saved.
 
     Raises:
         ConfigError: Another user could have changed the command or the GCS's state.

@@ -34,14 +34,14 @@ def restore_is_due(record: ClusterRecord) -> bool:
 
 
 def mark_restored(record: ClusterRecord) -> None:
-    """Mark all applications as restored, by the supervisor or by an operator."""
+    """Record that all applications are restored, by the supervisor or by an operator."""
     _marker(record).unlink(missing_ok=True)
 
 
 def replace_head(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Start a new head in place of a lost one.
+    """Start a new head in place of a lost head.
 
-    It first writes a marker file: `restore_is_due` is true until all applications are restored, even if this process
+    It first writes a marker file. So `restore_is_due` is true until all applications are restored, even if this process
     is killed.
 
     Raises:
@@ -58,7 +58,7 @@ def replace_head(config: PlatformConfig, record: ClusterRecord) -> None:
     start_ray(config, record)
     try:
         start_serve(config, record)
-    finally:  # a head without Serve stays, and `restore` tries again
+    finally:  # if Serve did not start, the head stays, and `restore` tries again
         save_commands(record)
 
 
@@ -67,7 +67,7 @@ def restore(config: PlatformConfig, record: ClusterRecord) -> None:
 
     Raises:
         StartFailed: Not every application started. The message has the command's output.
-        ConfigError: Another issuer than the dev issuer is configured, and no file holds an intent from it.
+        ConfigError: An OIDC issuer is configured, and `identity.supervisor_token_file` is not set.
     """
     token = supervisor_intent(config, record)
     command = [
@@ -79,10 +79,10 @@ def restore(config: PlatformConfig, record: ClusterRecord) -> None:
 
 
 def supervisor_intent(config: PlatformConfig, record: ClusterRecord) -> Path:
-    """Return the file with the supervisor's intent. The intent allows the restore command only.
+    """Return the file with the supervisor's intent. The intent allows only the restore command.
 
     Raises:
-        ConfigError: Another issuer than the dev issuer is configured, and `identity.supervisor_token_file` is not set.
+        ConfigError: An OIDC issuer is configured, and `identity.supervisor_token_file` is not set.
     """
     if config.identity.supervisor_token_file is not None:
         return Path(resolve(config.identity.supervisor_token_file))
@@ -103,7 +103,7 @@ def supervisor_intent(config: PlatformConfig, record: ClusterRecord) -> Path:
 
 
 def belongs_to_ray(process: psutil.Process) -> bool:
-    """Return whether a process of the cluster is Ray's: all are, except Falaj's own and HAProxy."""
+    """Return whether a process of the cluster belongs to Ray: neither to Falaj itself nor to HAProxy."""
     part = part_of(process.name(), process.cmdline())
     return part in RAY_PARTS if part is not None else process.name() != "haproxy"
 

@@ -21,6 +21,7 @@ from cluster.node.launch import (
     start_process,
     start_ray_node,
     supervisor_log,
+    uploader_log,
 )
 from cluster.node.parts import (
     BROKER,
@@ -28,6 +29,7 @@ from cluster.node.parts import (
     NODES,
     RAY_PARTS,
     RELAY,
+    UPLOADER,
     Part,
     State,
     find_parts,
@@ -62,6 +64,8 @@ class ThisMachine:
             start_process(config, record, self.broker_module, log=key_log(config))
         elif part is Part.nodes:
             start_process(config, record, NODES, log=nodes_log(config))
+        elif part is Part.uploader:
+            start_process(config, record, UPLOADER, log=uploader_log(config))
         elif part is Part.edge:
             start_process(config, record, EDGE, log=edge_log(config))
         elif part in RAY_PARTS:

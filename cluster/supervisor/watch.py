@@ -1,8 +1,8 @@
 """The supervisor's loop: check every part once a second, and restart parts that do not run.
 
-No failure ends the loop: a failed restart is tried again, with growing waits. The supervisor looks for processes on
-the machine and does not depend on being their parent. So it can be killed and restarted at any moment, and the parts
-keep running.
+No failure ends the loop: a failed restart is tried again, with growing waits. The supervisor finds the parts among all
+processes of the machine, so it need not be their parent. If the supervisor is killed and restarted, the parts keep
+running.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STOPPED_S = 10.0
 SILENT_S = 15.0
 """A part that does not answer is restarted after this time, in seconds."""
 YOUNG_S = 60.0
-"""Age in seconds below which a part may still be starting and need not answer."""
+"""A part of a lower age, in seconds, may still be starting and need not answer."""
 REBUILD_LONGEST_S = 300.0
 """Longest wait in seconds between two tries to restore applications. Each try starts a process and adds an event."""
 GCS_TRIES = 3
@@ -45,7 +45,7 @@ class Machine(Protocol):
         """Return whether a running part answers."""
 
     def start(self, part: Part) -> bool:
-        """Start a part; return False if this part cannot be started from here. Raises if the start fails."""
+        """Start a part, or return False if the supervisor cannot start it. Raise an error if the start fails."""
 
     def kill(self, process: psutil.Process) -> None:
         """Kill a process."""
@@ -57,14 +57,14 @@ class Machine(Protocol):
         """Return whether Ray or its applications wait to be restored."""
 
     def replace_head(self) -> None:
-        """Start Ray anew. Raises if it does not start."""
+        """Start Ray anew. Raise an error if it does not start."""
 
     def restore(self) -> None:
-        """Restore the applications. Raises if one of them does not start."""
+        """Restore the applications. Raise an error if one of them does not start."""
 
 
 def must_restart(state: State, *, unhealthy_s: float, age_s: float) -> bool:
-    """Return whether a part must be restarted: it is dead, or it has been silent too long and is not just starting."""
+    """Return whether a part must be restarted: it is dead, or it is silent for too long and old enough to answer."""
     return state is State.dead or (state is State.silent and unhealthy_s >= SILENT_S and age_s >= YOUNG_S)
 
 
@@ -143,7 +143,7 @@ class Supervisor:
             self.rebuilding.start()
 
     def _rebuild(self, head_runs: bool) -> None:
-        """Start a new head if it does not run, then restore its applications. A failure is tried again later."""
+        """Start a new head if no head runs, then restore the applications. After a failure, both are tried again."""
         started = self._clock()
         try:
             if not head_runs:
@@ -183,7 +183,7 @@ class Supervisor:
     def _report_restart(self, part: Part | str, reason: State) -> None:
         """Log and count a restart; record the 1st, 2nd, 4th, 8th … attempt in the ledger.
 
-        So a part that always dies again does not fill the ledger.
+        So a part that dies again and again does not fill the ledger.
         """
         name = part.value if isinstance(part, Part) else part
         attempts = self._backoffs[part].attempts
@@ -214,7 +214,7 @@ class Supervisor:
         return time.time() - process.create_time() if process is not None else 0.0
 
     def _states(self) -> dict[Part, State]:
-        """Return the state of every part. Search all processes only if a known one is dead."""
+        """Return the state of every part. Search all processes only if a known process is dead."""
         states = {part: state_of(self._processes.get(part)) for part in self._parts}
         if State.dead in states.values():
             self._processes = self._machine.find()

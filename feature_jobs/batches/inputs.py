@@ -1,4 +1,4 @@
-"""Load the view and the source of a command over batches."""
+"""Load the view and the source for a command that reads batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from feature_jobs.store.definitions.views import FeatureView
 
 
 def applied_view(definitions: str, name: str, ledger: Ledger) -> tuple[FeatureView, ViewSpec]:
-    """Load a view from its module and its specification from the ledger, and require that their versions are equal.
+    """Load a view from its module and its specification from the ledger. Their versions must be equal.
 
     Args:
         definitions: The module of definitions.

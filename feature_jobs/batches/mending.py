@@ -26,19 +26,19 @@ def mend_batches(
     ledger: Ledger,
     actor: str,
 ) -> list[BatchMended]:
-    """Mend every batch that holds a source's rows, and return the events.
+    """Mend every batch that contains rows of a source, and return one event per batch.
 
     Args:
-        rows: the source's rows, checked.
-        stored: the batches by id; true if the batch holds the whole source.
-        template: an event with the view and the source.
+        rows: the checked rows of the source.
+        stored: batch id to whether the batch contains the whole source.
+        template: an event with the view and the source, which is copied for each batch.
         target: the view's table.
         quarantine: the view's quarantine.
         ledger: ledger for the events.
         actor: name of the actor, for the events.
 
     Raises:
-        SourceError: a batch holds only a part of the source, or another job rewrote the same files at the same time.
+        SourceError: a batch contains only a part of the source, or another job rewrote the same files at the same time.
     """
     if partial := [batch for batch, is_whole in stored.items() if not is_whole]:
         raise SourceError(

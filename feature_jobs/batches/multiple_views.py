@@ -13,14 +13,14 @@ from feature_jobs.store.catalog.specifications import load_definitions
 from feature_jobs.store.definitions.kafka_source import KafkaSource
 
 ALL = "all"
-"""Stands for every view that the command can take. To name a view that is itself called so, write `view=[all]`."""
+"""Stands for every view that the command can process. A view that is itself named `all` is `view=[all]`."""
 
 
 def validate_views(setting: Any) -> None:
-    """Validate the form of `view=…`. The configuration schema cannot express "a text or a list of texts" as a type.
+    """Validate that `view=…` is a text or a list of texts. The configuration schema has no such type.
 
     Raises:
-        ValueError: the setting is neither.
+        ValueError: the setting is something else, or an empty list.
     """
     names = setting if isinstance(setting, list) else [setting]
     if not names or not all(isinstance(name, str) for name in names):
@@ -35,7 +35,7 @@ def resolve_views(setting: str | list[str], known: Iterable[str]) -> list[str]:
         known: the views that `ALL` stands for.
 
     Raises:
-        ConfigError: `ALL` stands for no view.
+        ConfigError: the setting is `ALL`, and there are no known views.
     """
     if setting != ALL:
         return list(dict.fromkeys(setting)) if isinstance(setting, list) else [setting]
@@ -48,9 +48,9 @@ def resolve_views(setting: str | list[str], known: Iterable[str]) -> list[str]:
 
 
 def views_with_batches(definitions: str, ledger: Ledger) -> Iterator[str]:
-    """Yield the views of a module that can ingest batches: no views of Kafka topics, and no retired views.
+    """Yield the module's views that can ingest batches. Retired views and views of Kafka topics are left out.
 
-    This is a generator, so that a command that names its views does not read the ledger.
+    This is a generator, so the ledger is read only if the command does not name its views.
     """
     states = read_lifecycles(ledger)
     for view in load_definitions(definitions).views.values():

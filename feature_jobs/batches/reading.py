@@ -1,4 +1,4 @@
-"""Read the rows of a view's source, transformed and checked: in this process if they are few, with Ray Data if many."""
+"""Read, transform and check the rows of a view's source: few rows in this process, many rows with Ray Data."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ if TYPE_CHECKING:
     import ray
 
 MAX_BYTES_HERE = 256 * 2**20
-"""Maximum size of a source that this process reads itself: stored size of files, or size of a database's rows in
-memory. Larger sources go to Ray, however few values they have."""
+"""Most bytes of a source that this process handles itself: the size of its files, or of a database's rows in memory.
+Ray handles larger sources, even if they have few values."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRows:
-    """The rows of a database, which were read when it was opened."""
+    """The rows of a database. They were read when the source was opened."""
 
     blocks: list[Block]
     """Typed tables."""
@@ -64,7 +64,7 @@ class SourceRows:
     names: str
     """The source's name, as events state it."""
     zoneless: Sequence[str]
-    """Event and created times without a time zone, if the source declares none."""
+    """Columns of event or created times without a time zone, if the source declares no zone."""
 
 
 OpenedSource = SourceFiles | SourceRows
@@ -79,7 +79,7 @@ class CheckedSource:
     columns: list[str]
     """Columns of the source."""
     zoneless: Sequence[str] = ()
-    """Event and created times without a time zone, if the source declares none."""
+    """Columns of event or created times without a time zone, if the source declares no zone."""
 
 
 def open_batch(
@@ -89,14 +89,14 @@ def open_batch(
 
     Args:
         view: the view that the source is for.
-        source: the view's own source, or another file that replaces it.
+        source: the view's own source, or a file that replaces it.
         places: layout of the storage root.
         key_types: types of the feature table's join keys.
         work: runs the batch's steps.
 
     Raises:
         SourceError: the source is missing or cannot be read.
-        SchemaMismatch: a database's value does not fit the view's declared type.
+        SchemaMismatch: a value of a database does not fit the type that the view declares.
     """
     if isinstance(source, SqlSource):
         return _read_database(view, source, key_types, work)
@@ -155,12 +155,12 @@ def read_checked_rows(
         key_types: types of the feature table's join keys.
         baseline: profile of the last good batch.
         work: runs the batch's steps.
-        now: the moment of ingestion.
+        now: the time of ingestion.
         ahead: how far times may be ahead of `now`.
 
     Raises:
         RefusedError: columns do not fit the view.
-        Inconsistent: the number of rows read is not the source's number of rows.
+        Inconsistent: the number of rows read differs from the source's number of rows.
     """
 
     def check(block: pa.Table) -> pa.Table:
@@ -207,7 +207,7 @@ def _blocks_in_tasks(
         if len(source.files.paths) > 1:
             checked = numbers.map_batches(tasks.checked, batch_size=1)
         else:
-            # One task reads the file, several check its rows. With equal CPUs, Ray would fuse them into one task.
+            # One task reads the file, several tasks check its rows. With equal CPUs, Ray would merge both steps.
             checked = _map_checked(numbers.map_batches(tasks.typed, batch_size=1, num_cpus=0.5), check)
     try:
         blocks: list[Block] = checked.to_arrow_refs()
@@ -276,7 +276,7 @@ def _as_refusal(error: BaseException, opened: OpenedSource) -> BaseException:
 
 
 def select_range(block: pa.Table, event_range: TimeRange) -> pa.Table:
-    """Return the rows of a checked block with an event time in a range. Rows without an event time are left out."""
+    """Return the rows of a checked block whose event time is in a range. Rows without an event time are left out."""
     return block.filter(in_range(block[EVENT], event_range))
 
 

@@ -93,7 +93,7 @@ def check_batch(
 
 
 def reject_repeated_rows(blocks: list[Block], view: FeatureView, work: Work) -> list[Block]:
-    """Return the blocks, with rows that break one of the view's `Unique` rules marked as bad."""
+    """Mark the rows that break one of the view's `Unique` rules as bad, and return the new blocks."""
     rules = unique_rules(view)
     for rule in rules:
         parts = [work.run(_select, block, [*rule.of, REASON]) for block in blocks]
@@ -116,7 +116,7 @@ def apply_batch_rules(
         view: the batch's view.
         baseline: profile of the last good batch, if there is one.
         work: runs the steps.
-        now: the moment of ingestion.
+        now: the time of ingestion.
     """
     previous = {} if baseline is None else baseline.distributions
     first_pass: list[_FirstPass] = work.get(
@@ -143,7 +143,7 @@ def require_few_bad_rows(
         max_bad_share: maximum share of bad rows.
 
     Raises:
-        BatchRejected: the share is larger; the message has the most frequent reason.
+        BatchRejected: the share of bad rows is larger; the message states the most frequent reason.
     """
     share = sum(reasons.values()) / max(rows, 1)
     if share <= max_bad_share:
@@ -159,7 +159,7 @@ def require_no_findings(view: FeatureView, result: BatchResult) -> None:
     """Refuse a batch that fails a batch rule.
 
     Raises:
-        BatchRejected: the batch fails at least one rule; the message has all of them.
+        BatchRejected: the batch fails at least one rule; the message lists all failed rules.
     """
     if result.findings:
         messages = "; ".join(finding.said for finding in result.findings)
@@ -170,9 +170,9 @@ def require_no_findings(view: FeatureView, result: BatchResult) -> None:
 
 
 def describe_ignored(view: FeatureView, columns: list[str]) -> str:
-    """Return the end of a message that lists the source columns that a view does not read.
+    """List the source columns that a view does not read, as the end of a message.
 
-    The text is empty if there are none, or if the view has a transform, which may read any column.
+    The text is empty if the view reads all columns, or has a transform, because a transform may read any column.
     """
     source = view.source
     of_source = (source.event_timestamp, source.created_timestamp, source.deleted)
@@ -182,9 +182,9 @@ def describe_ignored(view: FeatureView, columns: list[str]) -> str:
 
 
 def load_baseline(ledger: Ledger, view: FeatureView, quarantine: QuarantineFiles) -> Profile | None:
-    """Return the profile of the last stored batch of a view, or None if no stored batch has one.
+    """Return the newest profile among a view's stored batches, or None if there is no profile.
 
-    The profile's values are read only if one of the view's rules compares values, because reading them takes the
+    Its distributions are read only if one of the view's rules compares values, because they are encrypted with the
     quarantine's key.
 
     Raises:
@@ -200,7 +200,7 @@ def load_baseline(ledger: Ledger, view: FeatureView, quarantine: QuarantineFiles
 
 
 def new_columns(ledger: Ledger, view: str, columns: list[str]) -> list[str]:
-    """Return the columns of a source that it did not have at the view's last batch."""
+    """Return the source columns that the view's last batch did not have."""
     last = ledger.newest(BatchIngested, view=view, having="source_columns")
     before = set(last.payload["source_columns"] if last else columns)
     return [name for name in columns if name not in before]
@@ -220,7 +220,7 @@ def _count_rows(block: pa.Table) -> _BlockCounts:
 class _FirstPass(NamedTuple):
     sketch: Sketch
     counts: dict[str, list[int]]
-    """Counts in the bins of the last good batch."""
+    """By feature: how many values of the block are in each bin of the last good batch."""
 
 
 def _select(block: pa.Table, names: list[str]) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Store a checked batch: write its blocks to their buckets, then commit all files at once in the driver."""
+"""Store a checked batch: write its blocks as files of buckets, then commit all files at once in the driver."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def store(
     quarantine: QuarantineFiles,
     work: Work,
 ) -> StoredBatch:
-    """Write the good rows to their buckets and the bad ones to quarantine, then commit.
+    """Write the good rows to their buckets and the bad rows to quarantine, then commit.
 
     Raises:
-        Inconsistent: the rows stored and quarantined are not the rows in; nothing was committed.
+        Inconsistent: the stored and quarantined rows do not add up to the batch's rows; nothing was committed.
     """
     view = quarantine.view
     [validated] = work.get([work.run(_schema, checked.blocks[0], num_cpus=0.1)])
@@ -76,10 +76,10 @@ def store(
 
 
 def open_or_create(target: offline.Target, schema: pa.Schema, *, view: str) -> DeltaTable:
-    """Open a view's table, create it if it is missing, and add a column for each new one of the schema.
+    """Open a view's table, or create it. Add the columns of `schema` that the table lacks.
 
     Raises:
-        SchemaMismatch: a column has another type than the table's.
+        SchemaMismatch: a column has another type in the table.
     """
     table = offline.open_table(target.uri)
     if table is None:
@@ -89,7 +89,7 @@ def open_or_create(target: offline.Target, schema: pa.Schema, *, view: str) -> D
 
 
 def empty_batch(ingest_id: str, columns: list[str]) -> offline.Batch:
-    """Return the record of a source or chunk without rows."""
+    """Return the batch for a source or chunk that has no rows."""
     return offline.Batch(
         ingest_id=ingest_id,
         rows_in=0,
@@ -102,7 +102,7 @@ def empty_batch(ingest_id: str, columns: list[str]) -> offline.Batch:
 
 
 def stored_schema(validated: pa.Schema) -> pa.Schema:
-    """Return the stored columns of validated rows."""
+    """Return the schema in which validated rows are stored."""
     columns = [column for column in validated if column.name not in (REASON, RAW)]
     return pa.schema([*columns, pa.field(INGESTED, offline.TIMESTAMP), pa.field(SEQ, pa.int64())])
 

@@ -1,7 +1,7 @@
 """Run the steps of a batch: in this process while the batch is small, in Ray tasks if it is large.
 
-Attaching to Ray and starting its workers takes seconds, which is longer than a small batch takes in total. So Ray is
-imported and attached to only when it is needed. The steps are the same plain functions in both cases.
+Connecting to Ray and starting its workers takes seconds, which is longer than a small batch takes in total. So this
+process imports Ray and connects to it only when necessary. The steps are the same plain functions in both cases.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cluster.placement import Selector, options
 from cluster.session import refusal_behind
 
 Block = Any
-"""A table of a batch, or an object reference to one. Also the result of a step."""
+"""A table of a batch, or a Ray reference to such a table. A step's result also has this type."""
 
 
 class Work:
@@ -35,7 +35,7 @@ class Work:
         self.in_tasks = False
 
     def expect(self, values: int, *, is_large: bool = False) -> None:
-        """Switch to Ray tasks if the batch has more values than the limit, or if `is_large`. There is no way back."""
+        """Switch to Ray tasks if the batch has more values than the limit, or if `is_large`. It never switches back."""
         if (is_large or values > self._limit) and not self.in_tasks:
             self.selector = self._attach()
             self.in_tasks = True
@@ -49,7 +49,7 @@ class Work:
         return ray.put(table)
 
     def run(self, step: Callable[..., Any], *arguments: Any, num_cpus: float = 1.0) -> Block:
-        """Run a step here or as a task. The step receives blocks among its arguments as tables."""
+        """Run a step in this process or as a Ray task. The step gets a table for each argument that is a block."""
         if not self.in_tasks:
             return step(*arguments)
         return _task(step, num_cpus).options(**options(self.selector)).remote(*arguments)
@@ -58,7 +58,7 @@ class Work:
         """Return the results of steps.
 
         Raises:
-            RefusedError: a step raised it, here or in a task.
+            RefusedError: a step raised it, in this process or in a task.
         """
         if not self.in_tasks:
             return list(results)

@@ -1,4 +1,4 @@
-"""Monthly employment rates per age band and schooling, as a statistical office publishes them: early, then corrected.
+"""Monthly employment rates per age band and schooling, as a statistical office would publish them.
 
 The first publication of a month uses the outcomes that are known three days after the month's end. A correction is
 published 20 days after the month's end and includes late outcomes. No publication uses an outcome that was not known
@@ -14,24 +14,24 @@ import polars as pl
 from feature_jobs.census.transforms import age_band, schooling
 
 PUBLISHED_AFTER = dt.timedelta(days=3)
-"""From a month's end to its first publication."""
+"""Time from the end of a month to the first publication of its rates."""
 CORRECTED_AFTER = dt.timedelta(days=20)
-"""From a month's end to its correction."""
+"""Time from the end of a month to the correction of its rates."""
 TRAILING = dt.timedelta(days=365)
-"""How long before a month's end people of its rates were surveyed."""
+"""A month's rates include the people who were surveyed within this time before its end."""
 MIN_OUTCOMES = 5
-"""A rate of fewer outcomes is not published."""
+"""A rate that is computed from fewer outcomes is not published."""
 
 
 def publications(outcomes: pl.DataFrame, *, year: int) -> pl.DataFrame:
     """Return all rows that the office publishes about the months of one year.
 
     Args:
-        outcomes: AGEP, SCHL, employed (0 or 1), surveyed_at, known_at.
+        outcomes: Columns AGEP, SCHL, employed (0 or 1), surveyed_at, known_at.
         year: The year of the months.
 
     Returns:
-        age_band, schooling, month_end, published_at, employment_rate, outcomes; sorted by time of publication.
+        Columns age_band, schooling, month_end, published_at, employment_rate, outcomes; sorted by publication time.
     """
     table = outcomes.to_arrow()
     banded = outcomes.with_columns(
@@ -46,7 +46,7 @@ def publications(outcomes: pl.DataFrame, *, year: int) -> pl.DataFrame:
 
 
 def rates(outcomes: pl.DataFrame, *, month_end: dt.datetime, published_at: dt.datetime) -> pl.DataFrame:
-    """Return the rates of people surveyed in the year up to a month's end, from outcomes known at publication."""
+    """Return the rates of people surveyed in the year up to `month_end`, from outcomes known at `published_at`."""
     surveyed = pl.col("surveyed_at").is_between(month_end - TRAILING, month_end, closed="right")
     return (
         outcomes.filter(surveyed & (pl.col("known_at") <= published_at))

@@ -34,9 +34,9 @@ FIRST_FAULT_ID = 1_000_000_000
 LAST_DAY = 350
 """Last survey day of a year, in mid December, so that all people of a year are published in that year."""
 PUBLISHED_AFTER = dt.timedelta(days=2)
-"""From survey to publication."""
+"""Time from the survey to the publication."""
 OUTCOME_AFTER_DAYS = 10
-"""Days from survey to outcome."""
+"""Days from the survey until the outcome is known."""
 LATE_SHARE = 0.15
 """Share of outcomes that become known 20 to 60 days later than the others."""
 
@@ -93,7 +93,7 @@ def deliver(people: pl.DataFrame, *, faults: int) -> pl.DataFrame:
     """Return a year's delivery: the published people, followed by faulty rows.
 
     Args:
-        people: The people, as in `records`.
+        people: Rows of `records`.
         faults: Number of faulty rows.
     """
     published = people.select(
@@ -116,7 +116,10 @@ def faulty_copies(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def outcomes(people: pl.DataFrame) -> pl.DataFrame:
-    """Return when each outcome became known: AGEP, SCHL, employed, surveyed_at, known_at."""
+    """Return the outcome of each person, and when it became known.
+
+    Columns: AGEP, SCHL, employed, surveyed_at, known_at.
+    """
     is_late = _hash_to_unit(people["person_id"], salt=3) < LATE_SHARE
     extra_days = 20 + (_hash_to_unit(people["person_id"], salt=4) * 40).astype(np.int64)
     delay = pl.lit(pl.Series(OUTCOME_AFTER_DAYS + np.where(is_late, extra_days, 0)))

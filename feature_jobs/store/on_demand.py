@@ -1,7 +1,7 @@
 """Run on-demand transforms: the same function over Arrow tables in training and in serving.
 
-The ledger holds the hash of a transform's code, not the code itself. Before a transform runs, its module is imported
-and the hash is compared. Other code is refused, because a model must be served with the function it was trained with.
+The ledger contains the hash of a transform's code, not the code itself. Before a transform runs, its module is imported
+and the hash is compared. Other code is refused, because a model must be served with the function from its training.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def from_request(
         `<transform>__<feature>` to one value per entity, as in the online store.
 
     Raises:
-        InvalidRequest: An input is missing or has the wrong type, or the transform fails with it.
+        InvalidRequest: An input is missing or has the wrong type, or a transform fails.
     """
     columns: dict[str, list[Any]] = {}
     dtypes = spec.dtypes
@@ -108,7 +108,7 @@ def add_on_demand(
         wanted: Names of the columns that are needed.
 
     Raises:
-        InvalidRequest: An input is missing, or the transform fails with it.
+        InvalidRequest: An input is missing or has the wrong type, or a transform fails.
     """
     if not transforms_to_run(spec, wanted, given):
         return

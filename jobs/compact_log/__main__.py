@@ -1,21 +1,22 @@
 """`python -m jobs.compact_log name=m`: move a model's logged predictions and outcomes from segments into tables.
 
 Segments of replicas that are still writing are left alone, so this job can run while replicas serve and while other
-jobs read the log. If it is killed, run the same command again: it finishes the work, and no record is lost or
-duplicated.
+jobs read the log. With a remote storage root it takes the segments that the nodes have uploaded. If it is killed, run
+the same command again: it finishes the work, and no record is lost or duplicated.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from cluster.entrypoint import job
 from cluster.errors import ModelNotFound, did_you_mean
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import OutcomesCompacted, PredictionsCompacted
 from cluster.ledger.table_versions import unrecorded
+from cluster.records import log_age, outcome_log, prediction_log
 from cluster.records.compaction import compact
+from cluster.records.location import AnyLog, location_of
 from cluster.records.table import LogTable
 from cluster.registry import Registry
 from cluster.security.acting import Actor, create_actor
@@ -24,7 +25,7 @@ from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import key_store
 from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
-from cluster.storage import layout, local
+from cluster.storage import layout
 
 CompactedEvent = type[PredictionsCompacted] | type[OutcomesCompacted]
 
@@ -61,17 +62,18 @@ def compact_logs(config: CompactLogConfig, ledger: Ledger, actor: Actor) -> None
         raise ModelNotFound(f"No model '{config.name}'.{did_you_mean(config.name, known)}")
     actor.check(Action.compact_log, Resource(kind="model", name=config.name, region=config.cluster.region))
     for log, event in (
-        (local(places.predictions(config.name)), PredictionsCompacted),
-        (local(places.outcomes(config.name)), OutcomesCompacted),
+        (prediction_log(places, ledger, config.name), PredictionsCompacted),
+        (outcome_log(places, ledger, config.name), OutcomesCompacted),
     ):
+        age = log_age(log)
         num_segments = compact_log(log, event, ledger, actor, model=config.name)
         print(
-            f"{log.parts[-2]} of {config.name}: {num_segments} segments taken, {LogTable(log).records} records in the "
-            "table"
+            f"{log.kind} of {config.name}: {num_segments} segments taken, {LogTable(log.root).records} records in the "
+            f"table; log: {age}"
         )
 
 
-def compact_log(log: Path, event: CompactedEvent, ledger: Ledger, actor: Actor, *, model: str) -> int:
+def compact_log(log: AnyLog, event: CompactedEvent, ledger: Ledger, actor: Actor, *, model: str) -> int:
     """Compact one log until no closed segment is left, and append the events. Returns the number of segments."""
     total = 0
     while num_segments := compact(log, store=key_store(actor.access), files=protected_files(actor.access)):
@@ -80,9 +82,9 @@ def compact_log(log: Path, event: CompactedEvent, ledger: Ledger, actor: Actor, 
     return total
 
 
-def append_events(log: Path, event: CompactedEvent, ledger: Ledger, *, model: str, actor: str) -> None:
+def append_events(log: AnyLog, event: CompactedEvent, ledger: Ledger, *, model: str, actor: str) -> None:
     """Append an event for each compaction that has none yet, including those of a job that was killed."""
-    compactions = LogTable(log).compactions()
+    compactions = LogTable(location_of(log).root).compactions()
     for version in unrecorded(ledger, event, compactions, model=model):
         compaction = compactions[version]
         ledger.append(

@@ -11,7 +11,7 @@ from cluster.ledger import open_ledger
 from cluster.ledger.events import ModelEvaluated
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import load_model
-from cluster.runtime.hardware import Hardware
+from cluster.runtime.device_choice import Hardware
 from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.encryption.access import protected_files
@@ -21,9 +21,9 @@ from cluster.storage import layout, resolve, write_json
 from jobs.evaluate.config import EvaluateConfig, Rows
 from jobs.evaluate.slices import slice_metrics, smallest_slice
 from jobs.metrics import headline, score
-from jobs.train.data import TrainingSet, label_column, read_training_set
+from jobs.train.data import TrainingSet, read_training_set
 from jobs.train.split import version_held_out_mask
-from jobs.train.target import encode_target
+from jobs.train.target import encode_target, label_column
 
 
 @job("evaluate", EvaluateConfig, timed=True)
@@ -32,7 +32,7 @@ def main(config: EvaluateConfig) -> None:
     ledger = open_ledger(config)
     actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="jobs.evaluate")
     version = Registry(ledger, layout(config.storage)).get(config.name, config.version)
-    # The result becomes part of the version's entry in the registry, so the same right as for registering is needed.
+    # The registry shows the result with the version, so the actor needs the same right as to register a version.
     actor.check(Action.register_model, version.resource(region=config.cluster.region))
     model = load_model(version, key_store(actor.access), hardware=Hardware(num_threads=2))
     signature = model.signature
@@ -71,7 +71,7 @@ def main(config: EvaluateConfig) -> None:
 
 
 def select_rows(config: EvaluateConfig, version: ModelVersion, source: TrainingSet) -> pa.Table:
-    """Return the rows to evaluate: all, or those that the version's training held out."""
+    """Return the rows to evaluate: all rows, or only the rows that the version's training held out."""
     if config.rows is Rows.all:
         return source.table
     advice = "Give the training set, or set `rows=all` for data that was not used in training."

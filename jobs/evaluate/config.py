@@ -14,7 +14,7 @@ class Rows(enum.Enum):
     held_out = "held_out"
     """Rows that the version's training held out."""
     all = "all"
-    """All rows; for data that was not used in training."""
+    """All rows. Choose this for data that was not used in training."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,9 +30,9 @@ class EvaluateConfig(PlatformConfig):
     rows: Rows = Rows.held_out
     """Rows to evaluate: `held_out` or `all`."""
     slices: list[str] = field(default_factory=list)
-    """Columns to slice by: metrics are reported for each value, for example of `person__SEX`."""
+    """Columns to slice by, for example `person__SEX`: the result has metrics for each value of these columns."""
     min_slice_rows: int = 50
-    """Smallest number of rows of a slice with metrics; for a smaller slice only the number of rows is reported."""
+    """A slice with fewer rows gets no metrics; only its number of rows is reported."""
     output: str | None = None
     """File to write the result to, as JSON."""
 

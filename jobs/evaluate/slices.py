@@ -1,4 +1,4 @@
-"""Metrics by slice: a good average can hide a group of rows for which the model is bad."""
+"""Metrics by slice. Metrics over all rows can be high although the model predicts one group of rows badly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cluster.runtime import Predictions
 from jobs.metrics import score
 
 MAX_VALUES = 100
-"""Largest number of values of a column to slice by."""
+"""A column to slice by may have at most this many values."""
 
 
 def slice_metrics(
@@ -23,10 +23,11 @@ def slice_metrics(
 
     Args:
         predictions: Predictions of the table's rows.
-        target: Target as `metrics.score` takes it.
+        target: Target of the same rows, encoded as for `metrics.score`.
         table: The evaluated rows, with the columns to slice by.
         columns: Names of the columns to slice by.
-        min_rows: For a smaller slice only the number of rows is returned, with `judged` false.
+        min_rows: Smallest number of rows for which a slice gets metrics. A smaller slice gets only its number of rows,
+            and `judged` is false.
 
     Returns:
         Metrics by column and value, without calibration bins. Values are text; a missing value is `null`.
@@ -40,7 +41,7 @@ def slice_metrics(
 
 
 def smallest_slice(slices: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the slice with the fewest rows, which shows how reliable the metrics are."""
+    """Return the slice with the fewest rows. Its size shows how reliable the metrics of the slices are."""
     slices_with_rows = [
         {"column": column, "value": value, "rows": metrics["rows"]}
         for column, by_value in slices.items()

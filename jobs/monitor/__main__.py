@@ -11,7 +11,7 @@ from cluster.entrypoint import job
 from cluster.errors import TrainingSetError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ModelMonitored
-from cluster.registry import Registry
+from cluster.records.progress import ages_as_json
 from cluster.security.acting import Actor, create_actor
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import key_store
@@ -31,7 +31,7 @@ MAX_VARIANT_CHARS = 100
 
 @job("monitor", MonitorConfig, timed=True)
 def main(config: MonitorConfig) -> None:
-    """Measure each version under each of its variants. Print and write the results, and append the events."""
+    """Measure each version under each of its variants. Print and write the results, and append one event for each."""
     reference_uri = resolve(config.reference)
     if not exists(reference_uri):
         raise TrainingSetError(f"No reference at {reference_uri}. Give the training set of the model.")
@@ -40,39 +40,43 @@ def main(config: MonitorConfig) -> None:
     places = layout(config.storage)
     source = read_training_set(config.reference, protected_files(actor.access), places=places, ledger=ledger)
     folder = f"{places.monitor(config.name)}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    logged = read_served_log(config, Registry(ledger, places), key_store(actor.access))
-    run = MonitorRun(config, source, reference_uri, folder, ledger, actor)
+    logged = read_served_log(config, ledger, key_store(actor.access))
+    for age in logged.ages:
+        print(f"log: {age}", flush=True)
+    run = MonitorRun(config, source, reference_uri, folder, ledger, actor, ages_as_json(logged.ages))
     output = Output()
     for served in logged.served:
         figures = run.monitor(served, left_out=logged.left_out(served))
         output.add(served, figures)
     if config.output is not None:
-        write_json(resolve(config.output), output.content())
+        write_json(resolve(config.output), output.content() | {"logs": run.logs})
 
 
 @dataclass(frozen=True, slots=True)
 class MonitorRun:
-    """Everything that the versions of one monitoring run share."""
+    """What all versions of one monitoring run have in common."""
 
     config: MonitorConfig
     source: TrainingSet
-    """The reference."""
+    """Training set whose held-out rows are the reference."""
     reference_uri: str
     folder: str
     """Folder for the results."""
     ledger: Ledger
     actor: Actor
+    logs: dict[str, Any]
+    """How complete the logs are."""
 
     def monitor(self, served: ServedVersion, *, left_out: dict[str, int]) -> Figures:
         """Measure one version, print and write its figures, and append its event.
 
         Args:
             served: Answers of the version.
-            left_out: Counts of what no figure includes, by reason.
+            left_out: Number of rows and outcomes that no figure includes, by reason.
         """
         reference = reference_rows(self.source, served.version, self.config)
         figures = measure_version(self.config, served, reference, access=self.actor.access)
-        figures |= {"left_out": left_out}
+        figures |= {"left_out": left_out, "logs": self.logs}
         for line in describe(served.name, figures):
             print(line, flush=True)
         results = f"{self.folder}/{result_name(served)}"
@@ -89,7 +93,7 @@ class MonitorRun:
 
 
 def write_results(served: ServedVersion, figures: Figures, path: str) -> None:
-    """Write `<path>.json`, and `<path>.svg` if any period has a performance."""
+    """Write `<path>.json`. If any period has a performance, write its plot `<path>.svg` too."""
     write_json(f"{path}.json", figures)
     if any(period["estimate"] or period["realisation"] for period in figures["periods"].values()):
         plot = performance_plot(served.name, figures["periods"], metric=figures["metric"])
@@ -99,7 +103,7 @@ def write_results(served: ServedVersion, figures: Figures, path: str) -> None:
 def result_name(served: ServedVersion) -> str:
     """Return the file name, without suffix, of a version's results.
 
-    In the log of an older release, the variant can be text of a client, of any length.
+    In the log of an older release, the variant can be any text that a client sent.
     """
     variant = file_name(served.variant)
     if len(variant) > MAX_VARIANT_CHARS:
@@ -110,7 +114,7 @@ def result_name(served: ServedVersion) -> str:
 def monitored_event(
     config: MonitorConfig, served: ServedVersion, figures: Figures, *, reference_hash: str, results: str
 ) -> ModelMonitored:
-    """Return the event for the ledger.
+    """Return the ledger event that says that a version was monitored.
 
     Args:
         config: Configuration of the run.

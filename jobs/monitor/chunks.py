@@ -1,7 +1,7 @@
 """Cut served rows into chunks by time, and the reference into chunks of similar size.
 
-A metric over a thousand rows varies more than one over ten thousand. The thresholds come from the reference's chunks,
-so these are made about as large as the served chunks that are compared with them.
+A metric over a thousand rows varies more than a metric over ten thousand rows. The thresholds come from the chunks of
+the reference. So the chunks of the reference have about as many rows as the served chunks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import polars as pl
 from jobs.monitor.config import Period
 
 CHUNK = "_chunk"
-"""Column with the name of a row's chunk."""
+"""Column with the name of the chunk that a row belongs to."""
 MIN_REFERENCE_CHUNKS, MAX_REFERENCE_CHUNKS = 10, 40
 
 _FORMATS = {Period.year: "%Y", Period.month: "%Y-%m", Period.day: "%Y-%m-%d"}
@@ -27,7 +27,7 @@ def assign_chunks(served: pl.DataFrame, period: Period, *, min_rows: int) -> pl.
     Args:
         served: Served rows with `as_of` in UTC.
         period: Calendar length of a chunk.
-        min_rows: Smallest number of rows of a chunk that is kept.
+        min_rows: A chunk with fewer rows is dropped.
     """
     rows = served.sort("as_of", maintain_order=True).with_columns(
         pl.col("as_of").dt.strftime(_FORMATS[period]).alias(CHUNK)
@@ -38,8 +38,8 @@ def assign_chunks(served: pl.DataFrame, period: Period, *, min_rows: int) -> pl.
 def reference_chunks(rows: int, *, served_rows: Sequence[int]) -> npt.NDArray[np.int64]:
     """Return the chunk number of each reference row.
 
-    The chunks differ by at most one row. Their size is near the median of the served chunks, and there are
-    `MIN_REFERENCE_CHUNKS` to `MAX_REFERENCE_CHUNKS` of them.
+    The sizes of two chunks differ by at most one row. They are near the median size of the served chunks. The number
+    of chunks is between `MIN_REFERENCE_CHUNKS` and `MAX_REFERENCE_CHUNKS`.
 
     Args:
         rows: Number of reference rows.

@@ -24,18 +24,18 @@ class MonitorConfig(PlatformConfig):
     name: str
     """Model name."""
     reference: str
-    """Training set (Parquet). Its held-out rows, scored again by each version, are the reference."""
+    """Training set (Parquet). Its held-out rows are the reference; each version scores them again."""
     label: str
     """Column of the reference with the true values."""
     timestamp: str = "event_timestamp"
     """Column of the reference with the event time."""
     period: Period = Period.year
-    """Calendar length of a chunk of served rows. A row belongs to a chunk by its `as_of`."""
+    """Calendar length of a chunk of served rows. The `as_of` of a row decides to which chunk the row belongs."""
     split: SplitConfig | None = field(default_factory=SplitConfig)
     """Rows of the reference that each version is compared with. `split.column=auto` takes the rows that the version's
     own training held out. A column name takes the rows where that column modulo `modulo` is `remainder`.
     `split.column=null` and `split=null` take all rows."""
     min_rows: int = 300
-    """Smallest number of rows of a chunk with figures, and smallest number of outcomes for realised performance."""
+    """A chunk with fewer rows gets no figures. A chunk with fewer outcomes gets no realised performance."""
     output: str | None = None
     """File to write all figures to, as JSON."""

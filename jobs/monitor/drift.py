@@ -1,7 +1,7 @@
 """Drift of the inputs and of the score: the Jensen-Shannon distance between the reference and each served chunk.
 
-Tests with p-values are not used, because with large chunks they call every difference significant. The threshold is
-NannyML's: three standard deviations around the mean of the reference's chunks.
+Tests with p-values are not used, because in large chunks they find every small difference significant. The threshold is
+NannyML's: three standard deviations from the mean of the reference's chunks.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from jobs.monitor.nannyml_api import (
 )
 
 DISTANCE = "jensen_shannon"
-"""NannyML's name of the distance."""
+"""NannyML's name for the distance."""
 
 
 def measure_drift(frames: Frames) -> dict[str, Figure]:
-    """Measure the distance of each input, and of a binary model's score, from the reference. The keys are columns."""
+    """For each input, and for a binary model's score, measure the distance from the reference. The keys are columns."""
     figures = {name: undefined_figure(frames.chunks, reason) for name, reason in frames.unusable.items()}
     score = [SCORE] if frames.task is Task.binary else []
     for name in [*frames.continuous, *frames.categorical, *score]:
@@ -51,7 +51,7 @@ def _drift_of_column(frames: Frames, name: str) -> Figure:
         continuous_methods=[DISTANCE],
         categorical_methods=[DISTANCE],
     )
-    columns = [name, TIME]  # without the other columns, so that only nulls of this column drop rows
+    columns = [name, TIME]  # only these two, so that a null in another column drops no row
     reference = frames.reference[columns].dropna(subset=[name])
     served = frames.served[columns].dropna(subset=[name])
     fitted = try_step(lambda: calculator.fit(reference), REFERENCE_FAILED)

@@ -1,6 +1,6 @@
 """Compute all figures of one served version.
 
-NannyML runs in a Ray task, so that the work is visible on the Ray dashboard and reserves CPUs of the cluster.
+NannyML runs in a Ray task. So the Ray dashboard shows the work, and the task reserves CPUs of the cluster.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Figures = dict[str, Any]
 def measure_version(
     config: MonitorConfig, served: ServedVersion, reference: pl.DataFrame, *, access: KeyAccess
 ) -> Figures:
-    """Return all figures of one version by chunk; each undefined figure has its reason under `undefined`."""
+    """Return all figures of one version by chunk. For each undefined figure, the entry `undefined` has the reason."""
     metric = METRIC_NAMES[Task(served.version.task)]
     rows = served.rows
     summary = {
@@ -58,13 +58,13 @@ def measure_version(
 
 
 def add_small_chunks(figures: Figures, all_chunks: pl.DataFrame, *, metric: str, min_rows: int) -> Figures:
-    """Add the chunks that have too few rows to the figures, with that reason.
+    """Add the chunks with fewer than `min_rows` rows to the figures. The reason says how many rows a chunk has.
 
     Args:
         figures: Figures of the chunks with enough rows.
         all_chunks: Served rows of all chunks.
         metric: Name of the performance metric.
-        min_rows: Smallest number of rows of a chunk with figures.
+        min_rows: A chunk with fewer rows has no figures.
     """
     periods = dict[str, Any]()
     undefined = {name: dict(by_chunk) for name, by_chunk in figures["undefined"].items()}
@@ -78,7 +78,7 @@ def add_small_chunks(figures: Figures, all_chunks: pl.DataFrame, *, metric: str,
 
 
 def compute_figures(frames: Frames, served: pl.DataFrame, *, min_outcomes: int) -> Figures:
-    """Compute every figure of one version in the chunks of `served`."""
+    """Compute every figure of one version for each chunk of `served`."""
     estimates, realised = (
         estimate_performance(frames),
         realised_performance(frames, min_outcomes=min_outcomes),

@@ -1,4 +1,4 @@
-"""Build the two pandas frames that NannyML takes: the held-out reference, and the served rows with outcomes."""
+"""Build the two pandas frames for NannyML: the held-out reference, and the served rows with outcomes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from jobs.monitor.chunks import CHUNK, reference_chunks
 
 TIME, TRUTH, PREDICTED, SCORE = "_time", "_truth", "_predicted", "_score"
 PROBABILITY = "_probability_"
-"""Prefix of the name of a class's probability column in a multiclass frame."""
+"""In a multiclass frame, the name of a class's probability column is this prefix and the class."""
 MISSING = "(null)"
-"""Category that replaces a null of a categorical input, so that more nulls than usual count as drift."""
+"""Category that replaces the nulls of a categorical input. So an unusual number of nulls shows as drift."""
 EPOCH = np.datetime64("2000-01-01", "D")
 """`_time` of the first chunk; each later chunk is one day later."""
 
@@ -31,7 +31,7 @@ class Frames:
 
     Both frames have `_truth` (null if the outcome is unknown), `_predicted`, the inputs that could be read, and
     `_score` for a binary task or `_probability_<class>` for a multiclass task. A binary `_truth` is 1 for the positive
-    class. `_time` is an artificial day per chunk, because NannyML can only cut rows into chunks by time.
+    class. `_time` is an artificial day, a different one for each chunk, because NannyML can only cut rows by time.
     """
 
     task: Task
@@ -44,9 +44,9 @@ class Frames:
     categorical: list[str]
     """Categorical inputs."""
     known: dict[str, frozenset[str]] = field(default_factory=dict)
-    """Values that the model knows, by categorical input, as text."""
+    """For each categorical input, the values that the model knows, as text."""
     unusable: dict[str, str] = field(default_factory=dict)
-    """Reason why an input cannot be measured, by input. These inputs are in neither list above."""
+    """Inputs that cannot be measured, each with the reason. They are neither in `continuous` nor in `categorical`."""
     reference_fault: str = ""
     """Reason why the model cannot score the reference. If set, the reference has no `_predicted` and no scores."""
 
@@ -57,7 +57,7 @@ class _Inputs(NamedTuple):
     columns: pd.DataFrame
     """Inputs that could be read."""
     unusable: dict[str, str]
-    """Reason why an input could not be read, by input."""
+    """Inputs that could not be read, each with the reason."""
 
 
 def build_frames(*, model: Model, reference: pl.DataFrame, served: pl.DataFrame, label: str) -> Frames:
@@ -65,9 +65,10 @@ def build_frames(*, model: Model, reference: pl.DataFrame, served: pl.DataFrame,
 
     Args:
         model: The version that served.
-        reference: Rows that the version was not fitted on, in order of time, with its inputs and the label.
-        served: Served rows in order of time and in the types of the signature, with `outcome` (null if unknown) and
-            `_chunk`.
+        reference: Rows that the version was not fitted on, in order of time. They have the version's inputs and the
+            label.
+        served: Served rows in order of time, in the types of the signature. They also have the columns `outcome` (null
+            if unknown) and `_chunk`.
         label: Label column of the reference.
 
     Raises:
@@ -104,7 +105,7 @@ def build_frames(*, model: Model, reference: pl.DataFrame, served: pl.DataFrame,
 def _reference_frame(
     model: Model, rows: pl.DataFrame, label: str, inputs: pd.DataFrame
 ) -> tuple[pd.DataFrame, str]:
-    """Return the reference rows with truths and scores, and the reason why there are no scores (else empty)."""
+    """Return the reference rows with truths and scores, and why there are no scores (empty if there are scores)."""
     signature = model.signature
     frame = inputs.assign(**{TRUTH: _encode_truths(signature, rows[label].to_list())})
     try:
@@ -140,7 +141,7 @@ def _served_frame(signature: ModelSignature, rows: pl.DataFrame, inputs: pd.Data
 
 
 def _read_inputs(signature: ModelSignature, rows: pl.DataFrame) -> _Inputs:
-    """Convert the inputs to columns of numbers or text; list inputs are skipped."""
+    """Convert the inputs to columns of numbers or text. Inputs that are lists are left out."""
     columns: dict[str, Any] = {}
     unusable: dict[str, str] = {}
     for spec in signature.inputs:
@@ -163,7 +164,7 @@ def _read_inputs(signature: ModelSignature, rows: pl.DataFrame) -> _Inputs:
 
 
 def _encode_truths(signature: ModelSignature, values: Sequence[Any]) -> list[Any]:
-    """Encode labels or outcomes: 0 or 1 for a binary task, the class name for a multiclass task, else the number.
+    """Encode labels or outcomes. A binary task gives 0 or 1, a multiclass task the class name, a regression the number.
 
     A value that is null or does not fit the task becomes None.
     """
@@ -188,5 +189,5 @@ def _is_categorical(spec: InputSpec) -> bool:
 
 
 def _with_days(frame: pd.DataFrame, days: Any) -> pd.DataFrame:
-    """Add `_time`; `days` has the chunk number of each row."""
+    """Add the column `_time`. `days` contains the chunk number of each row."""
     return frame.assign(**{TIME: pd.to_datetime(EPOCH + days.astype("timedelta64[D]"))})

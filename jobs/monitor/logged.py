@@ -1,4 +1,4 @@
-"""Read what each version answered under each variant, with outcomes, in the types of the version's signature."""
+"""Read the answers of each version under each variant, with outcomes, in the types of the version's signature."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import NamedTuple
 import polars as pl
 
 from cluster.errors import RefusedError
+from cluster.ledger import Ledger
 from cluster.records import (
     Log,
+    LogAge,
     MatchedAnswers,
     TypedRows,
     iter_outcomes,
+    log_age,
     match_outcomes,
+    outcome_log,
+    prediction_log,
     read_log,
     to_typed_rows,
 )
@@ -23,11 +28,11 @@ from cluster.registry import ModelVersion, Registry
 from cluster.runtime import OutcomeParser
 from cluster.runtime.loader import load_signature
 from cluster.security.keys.store import KeyStore
-from cluster.storage import layout, local
+from cluster.storage import layout
 from jobs.monitor.config import MonitorConfig
 
 _COLUMNS = ("prediction_id", "row", "as_of", OUTCOME, INVALID_OUTCOME)
-"""Columns that are kept in addition to inputs and answers."""
+"""Columns that monitoring needs in addition to inputs and answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,15 +42,15 @@ class ServedVersion:
     variant: str
     version: ModelVersion
     rows: pl.DataFrame
-    """One row per answered entity; empty if every answer failed."""
+    """One row for each answered entity. The frame is empty if no request got a score."""
     failed: int
     """Number of rows without a finite score."""
     odd_inputs: dict[str, int]
-    """Number of logged values that do not have the input's type, by input. They count as null."""
+    """For each input, the number of logged values that do not have the input's type. Such values count as null."""
 
     @property
     def name(self) -> str:
-        """Variant and version for printed output, for example `champion v2`."""
+        """Variant and version as one text for printed output, for example `champion v2`."""
         return f"{self.variant} v{self.version.version}"
 
 
@@ -59,9 +64,11 @@ class ServedLog:
     """Number of outcomes whose prediction is not in the log."""
     unknown_rows: int
     """Number of outcomes whose prediction is in the log but does not have the row."""
+    ages: tuple[LogAge, ...] = ()
+    """How complete the logs are."""
 
     def left_out(self, served: ServedVersion) -> dict[str, int]:
-        """Count what no figure includes, by reason: rows of this version, and outcomes that belong to no version."""
+        """By reason, count the rows and values that no figure includes, and the outcomes without a logged answer."""
         odd_outcomes = 0 if served.rows.is_empty() else int(served.rows[INVALID_OUTCOME].sum())
         counts = {
             "rows_without_score": served.failed,
@@ -73,20 +80,24 @@ class ServedLog:
 
 
 class _VersionKey(NamedTuple):
-    """A version under a variant. Equal to the tuple that polars uses as the key of a group."""
+    """A version under a variant. It equals the tuple that polars uses as the key of a group."""
 
     variant: str
     number: int
 
 
-def read_served_log(config: MonitorConfig, registry: Registry, store: KeyStore) -> ServedLog:
+def read_served_log(config: MonitorConfig, ledger: Ledger, store: KeyStore) -> ServedLog:
     """Read a model's logged predictions, with outcomes where they are known.
 
     Raises:
         RefusedError: The model has no logged prediction.
     """
     places = layout(config.storage)
-    log = read_log(local(places.predictions(config.name)), store)
+    registry = Registry(ledger, places)
+    predictions = prediction_log(places, ledger, config.name)
+    outcomes = outcome_log(places, ledger, config.name)
+    ages = (log_age(predictions), log_age(outcomes))
+    log = read_log(predictions, store)
     num_failed = _count_failures(log)
     if log.answers.is_empty() and not num_failed:
         raise RefusedError(f"No prediction of '{config.name}' is logged, so there is nothing to monitor.")
@@ -99,9 +110,7 @@ def read_served_log(config: MonitorConfig, registry: Registry, store: KeyStore) 
     answers: dict[_VersionKey, pl.DataFrame] = {}
     if not log.answers.is_empty():
         truths = {number: OutcomeParser(signature) for number, signature in signatures.items()}
-        matched = match_outcomes(
-            log.answers, iter_outcomes(local(places.outcomes(config.name)), store), truths
-        )
+        matched = match_outcomes(log.answers, iter_outcomes(outcomes, store), truths)
         groups = matched.answers.group_by("variant", "version", maintain_order=True)
         answers = {_VersionKey(*key): rows for key, rows in groups}
     served = []
@@ -123,6 +132,7 @@ def read_served_log(config: MonitorConfig, registry: Registry, store: KeyStore) 
         served=served,
         unknown_predictions=matched.unknown_predictions,
         unknown_rows=matched.unknown_rows,
+        ages=ages,
     )
 
 
@@ -133,10 +143,9 @@ def _count_failures(log: Log) -> Counter[_VersionKey]:
 
 
 def _monitored_columns(answers: TypedRows) -> pl.DataFrame:
-    """Select the columns to monitor. Columns of Python objects are dropped, because a frame cannot be stored with them.
+    """Select the columns to monitor. Columns of Python objects are dropped, because such a frame cannot be stored.
 
-    Outcome and label are always kept. If their values have several types, they are converted to text, which means the
-    same.
+    Outcome and label are never dropped. If the values of one have several types, they are converted to text.
     """
     rows = answers.rows.with_columns(
         _text_if_mixed(exact_column(name, answers.rows[name].to_list()))

@@ -13,7 +13,7 @@ class Measure:
     value: float
     lower: float | None
     upper: float | None
-    """Ends of the interval that sampling alone explains; None for a distance."""
+    """`lower` to `upper` is the interval that sampling alone explains. Both are None for a distance."""
     lower_threshold: float | None
     upper_threshold: float | None
     alert: bool
@@ -21,7 +21,7 @@ class Measure:
 
 
 Measures = dict[str, Measure]
-"""Measures by chunk, without the chunks whose figure is undefined."""
+"""Measures by chunk. A chunk whose figure is undefined is left out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,16 +30,16 @@ class Figure:
 
     measures: Measures = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    """Reason why a chunk has no value or no threshold, by chunk."""
+    """Chunks without a value or without a threshold, each with the reason."""
 
 
 def undefined_figure(chunks: Iterable[str], reason: str) -> Figure:
-    """Return a figure that is undefined in all chunks, with the reason."""
+    """Return a figure that is undefined in all chunks for the same reason."""
     return Figure(reasons=dict.fromkeys(chunks, f"undefined: {reason}"))
 
 
 def without_threshold(value: float) -> Measure:
-    """Return a measure that has only a value, so it raises no alert."""
+    """Return a measure with a value and no threshold. It gives no alert."""
     return Measure(
         value=value, lower=None, upper=None, lower_threshold=None, upper_threshold=None, alert=False
     )

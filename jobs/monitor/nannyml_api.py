@@ -1,6 +1,6 @@
-"""Access to NannyML: run its steps, chunk by chunk, and convert its results to figures.
+"""Run the steps of NannyML chunk by chunk, and convert its results to figures.
 
-Each figure fails alone. A step that fails gives a reason instead of a value.
+If a step fails, its figure has a reason instead of a value, and the other figures are still computed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from jobs.monitor.measures import Figure, Measure, Measures
 
 LOG = logging.getLogger("falaj.monitor")
 CHUNK_PERIOD = "D"
-"""NannyML's name of the length of a chunk: one artificial day."""
+"""NannyML's name for the length of a chunk: one artificial day."""
 REFERENCE_FAILED = "the reference cannot be measured"
 CHUNK_FAILED = "it cannot be measured"
 MIN_DEFINED = 3
-"""Smallest number of reference chunks with a value; with fewer there is no threshold."""
+"""Smallest number of reference chunks with a value that is enough for a threshold."""
 
 
 def import_nannyml() -> Any:
@@ -46,10 +46,10 @@ class StepResult(NamedTuple):
 
 
 def try_step(step: Callable[[], Any], failure: str) -> StepResult:
-    """Run a step of NannyML and catch its error.
+    """Run a step of NannyML. If it fails, catch the error and return a fault.
 
-    The fault goes into the ledger. It does not contain NannyML's message, which may quote a value of the data; the
-    message is only logged.
+    The ledger stores the fault. NannyML's message may quote a value of the data, so the message is only logged and is
+    not part of the fault.
 
     Args:
         step: The step to run.
@@ -57,7 +57,7 @@ def try_step(step: Callable[[], Any], failure: str) -> StepResult:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the reasons of the figures cover what the warnings say
+            warnings.simplefilter("ignore")  # the figures' reasons say the same as the warnings
             return StepResult(step(), "")
     except Exception as error:
         LOG.warning("%s", failure, exc_info=error)
@@ -65,7 +65,7 @@ def try_step(step: Callable[[], Any], failure: str) -> StepResult:
 
 
 def chunk_days(frames: Frames) -> Iterator[tuple[str, pd.Timestamp]]:
-    """Yield each chunk with its artificial day in the column `_time`."""
+    """Yield each chunk with its artificial day, which is its value in the column `_time`."""
     for position, chunk in enumerate(frames.chunks):
         yield chunk, pd.Timestamp(EPOCH) + pd.Timedelta(days=position)
 
@@ -79,12 +79,12 @@ def measure_chunks(
 ) -> Figure:
     """Measure a figure chunk by chunk, so that a chunk that fails does not affect the others.
 
-    NannyML is fitted once. It gives the same values for single chunks as for all chunks together.
+    NannyML is fitted only once. Its values for single chunks are the same as for all chunks together.
 
     Args:
         frames: The frames with the chunks.
-        name: NannyML's name of the figure.
-        measure_day: Returns NannyML's result for the rows of a day.
+        name: NannyML's name for the figure.
+        measure_day: Function that returns NannyML's result for the rows of one day.
         skipped: Chunks to skip, with the reason.
     """
     measures: Measures = {}
@@ -106,7 +106,7 @@ def measure_chunks(
 def figure_from_result(
     result: Any, name: str | tuple[str, str], chunks: list[str], *, reasons: dict[str, str]
 ) -> Figure:
-    """Convert NannyML's result, which has one row for each chunk that is not in `reasons`, to a figure."""
+    """Convert NannyML's result to a figure. The result has one row for each chunk that is not in `reasons`."""
     # Sorted, because pandas warns about look-ups in NannyML's unsorted columns.
     table = result.filter(period="analysis").to_df().sort_index(axis="columns")[name]
     measured_chunks = [chunk for chunk in chunks if chunk not in reasons]

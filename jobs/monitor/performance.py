@@ -1,8 +1,8 @@
 """Estimated and realised performance of the served rows.
 
 Estimated performance needs no outcomes. For a classifier, NannyML's CBPE (confidence-based performance estimation)
-computes it from calibrated probabilities. For a regression, NannyML's DLE (direct loss estimation) does. Neither can
-see concept drift. Realised performance needs outcomes, and shows concept drift. So both are reported.
+computes it from calibrated probabilities. For a regression, NannyML's DLE (direct loss estimation) computes it. Neither
+method can detect concept drift. Realised performance needs outcomes, and can show concept drift. So both are reported.
 
 Thresholds and intervals are NannyML's. A threshold is three standard deviations from the mean of the reference's
 chunks. An interval is the value plus and minus three sampling errors.
@@ -28,17 +28,17 @@ from jobs.monitor.nannyml_api import (
 )
 
 NANNYML_METRICS = {Task.binary: "roc_auc", Task.multiclass: "roc_auc", Task.regression: "rmse"}
-"""NannyML's name of each task's metric."""
+"""NannyML's name for the metric of each task."""
 METRIC_NAMES = {Task.binary: "auc", Task.multiclass: "auc", Task.regression: "rmse"}
-"""Our name of each task's metric."""
+"""Falaj's name for the metric of each task."""
 MIN_OF_CLASS = 2
-"""Smallest number of reference rows of each class; NannyML needs them to split the reference for calibration."""
+"""Each class needs this many reference rows, because NannyML splits the reference for calibration."""
 
 _NO_SCORED_ROW = "the reference has no scored row with a label"
 
 
 def estimate_performance(frames: Frames) -> Figure:
-    """Estimate performance in each served chunk. Needs a reference with all classes, but no outcomes."""
+    """Estimate performance in each served chunk. This needs a reference with all classes, but no outcomes."""
     reference = scored_reference(frames)
     if fault := _estimate_fault(frames, reference):
         return undefined_figure(frames.chunks, fault)
@@ -63,7 +63,7 @@ def estimate_performance(frames: Frames) -> Figure:
 
 
 def realised_performance(frames: Frames, *, min_outcomes: int) -> Figure:
-    """Measure performance in each served chunk that has enough outcomes, over the rows with an outcome."""
+    """Measure performance in each served chunk with enough outcomes. Only rows with an outcome are used."""
     known = frames.served.dropna(subset=[TRUTH])
     reasons = {
         chunk: reason
@@ -89,7 +89,7 @@ def realised_performance(frames: Frames, *, min_outcomes: int) -> Figure:
     )
     if not fault:
         return figure
-    # A reference without one class gives no valid threshold.
+    # A reference that lacks a class gives no valid threshold.
     measures = {chunk: without_threshold(measure.value) for chunk, measure in figure.measures.items()}
     return Figure(
         measures=measures, reasons=figure.reasons | dict.fromkeys(measures, f"no threshold: {fault}")
@@ -97,7 +97,7 @@ def realised_performance(frames: Frames, *, min_outcomes: int) -> Figure:
 
 
 def scored_reference(frames: Frames) -> pd.DataFrame:
-    """Return the reference rows with a label and a finite score; served performance is compared with these."""
+    """Return the reference rows with a label and a finite score. Served performance is compared with these rows."""
     if frames.reference_fault:
         return frames.reference.head(0)
     scores = [SCORE] if frames.task is Task.binary else [PREDICTED]
@@ -109,7 +109,7 @@ def scored_reference(frames: Frames) -> pd.DataFrame:
 
 
 def _estimate_fault(frames: Frames, reference: pd.DataFrame) -> str:
-    """Return why performance cannot be estimated; empty if it can be tried."""
+    """Return why performance cannot be estimated, or an empty text if an estimate can be tried."""
     if frames.reference_fault:
         return frames.reference_fault
     if reference.empty:
@@ -120,7 +120,7 @@ def _estimate_fault(frames: Frames, reference: pd.DataFrame) -> str:
 
 
 def _class_fault(frames: Frames, reference: pd.DataFrame, *, least: int) -> str:
-    """Return a text that names the class with fewer than `least` reference rows; empty if each class has enough."""
+    """Return a text that names a class with fewer than `least` reference rows, or an empty text if there is none."""
     if frames.task is Task.regression or reference.empty:
         return ""
     counts = reference[TRUTH].value_counts()
@@ -138,7 +138,7 @@ def _class_fault(frames: Frames, reference: pd.DataFrame, *, least: int) -> str:
 
 
 def _outcome_fault(frames: Frames, known: pd.DataFrame, min_outcomes: int) -> str:
-    """Return why a chunk's outcomes give no performance; empty if they do. `known` has the rows with an outcome."""
+    """Return why a chunk has no realised performance, or an empty text. `known` has the rows with an outcome."""
     if len(known) < min_outcomes:
         return f"too few outcomes: {len(known)} of {min_outcomes}"
     if frames.task is Task.regression:
@@ -168,7 +168,7 @@ def _without_reference(frames: Frames, known: pd.DataFrame, reasons: dict[str, s
 
 
 def _score(frames: Frames, rows: pd.DataFrame) -> float:
-    """Compute the metric without NannyML, which cannot do so without a reference."""
+    """Compute the metric without NannyML, because NannyML needs a reference."""
     from sklearn.metrics import mean_squared_error, roc_auc_score
 
     match frames.task:

@@ -1,4 +1,4 @@
-"""Draw the monitor's plot as SVG text. It has about a dozen points, so no plotting library is needed."""
+"""Draw the monitor's plot as SVG text. A plot has about a dozen points, so no plotting library is needed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ WIDTH, HEIGHT, MARGIN = 560, 240, 48
 
 
 def performance_plot(variant: str, periods: dict[str, dict[str, Any]], *, metric: str) -> str:
-    """Plot estimated performance with its interval, and realised performance, by period.
+    """Return a plot of the performance in each period: estimated, with its interval, and realised.
 
     Args:
-        variant: Variant from the log. It is escaped, because older releases logged the text of a client here.
+        variant: Variant from the log. It is escaped, because older releases logged any text that a client sent.
         periods: Figures by period.
         metric: Name of the metric.
     """

@@ -33,7 +33,7 @@ class Output:
 
 
 def alerting_chunks(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, list[str]]:
-    """Return, for each column with an alert, the chunks in which its value is beyond its threshold."""
+    """For each column with an alert, return the chunks in which its value is beyond its threshold."""
     alerts = {
         column: [chunk for chunk, measure in by_chunk.items() if measure["alert"]]
         for column, by_chunk in figures.items()
@@ -44,7 +44,8 @@ def alerting_chunks(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> d
 def describe(name: str, figures: dict[str, Any]) -> list[str]:
     """Describe a version's figures in lines of text.
 
-    The order is: performance, alerts, undefined figures with their reason, and counts of what no figure includes.
+    The order is: performance, alerts, undefined figures with the reason, and numbers of rows and outcomes that no
+    figure includes.
     """
     return [
         f"{name}: {line}"
@@ -92,7 +93,7 @@ def _column_alerts(figures: dict[str, Any]) -> list[str]:
 
 
 def _undefined_lines(undefined: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Return one line for each figure and reason, with the chunks of that reason."""
+    """Return one line for each figure and each reason why it has no value or no threshold, with the chunks."""
     lines = []
     for figure, by_chunk in undefined.items():
         chunks_by_reason: dict[str, list[str]] = {}

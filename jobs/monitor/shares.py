@@ -1,8 +1,10 @@
 """Shares of nulls and of unknown values, by input and chunk.
 
-A drift distance does not show them. It ignores the nulls of a number, and an input that is null in all rows, the most
-common fault, has no distance at all. A share is beyond its threshold if it is more than three standard deviations of
-the reference's chunks, and more than three sampling errors of a chunk of its size, away from the reference.
+A drift distance does not show nulls and unknown values. It ignores the nulls of a numeric input. It is undefined for an
+input that is null in all rows, which is the most common fault.
+
+A share gives an alert if its difference from the reference is larger than both of these: three standard deviations of
+the shares in the reference's chunks, and three sampling errors of a chunk with this number of rows.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from jobs.monitor.measures import Measure, Measures
 
 
 def missing_shares(frames: Frames) -> dict[str, Measures]:
-    """Return the share of nulls of each input, by input and chunk."""
+    """Return the share of nulls by input and chunk."""
     names = [*frames.continuous, *frames.categorical]
     return {
         name: _shares(frames, _nulls(frames, frames.reference, name), _nulls(frames, frames.served, name))
@@ -25,7 +27,7 @@ def missing_shares(frames: Frames) -> dict[str, Measures]:
 
 
 def unseen_shares(frames: Frames) -> dict[str, Measures]:
-    """Return the share of values that the model does not know, by categorical input and chunk; nulls do not count."""
+    """Return the share of values that the model does not know, by categorical input and chunk, without nulls."""
     return {
         name: _shares(frames, _unseen(frames.reference, name, known), _unseen(frames.served, name, known))
         for name, known in frames.known.items()

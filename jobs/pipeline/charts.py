@@ -1,8 +1,8 @@
 """Draw the report's charts as SVG text.
 
 A chart has about a dozen points, so no plotting library is needed. The page's style sheet sets the colours. All
-functions are pure and escape their text. Each chart has a label for screen readers. Series differ by shape as well as
-by colour.
+functions are pure and escape their text. Each chart has a label for screen readers. The points of two series differ in
+shape and in colour.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from markupsafe import Markup, escape
 WIDTH = 720
 """Width of a chart in pixels."""
 ROW = 26
-"""Height in pixels of a row of a dot chart."""
+"""Height of one row of a dot chart in pixels."""
 LABEL = 190
-"""Width in pixels of the labels of a dot chart."""
+"""Width of the labels of a dot chart in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interval:
-    """Estimated and realised figure of one period; None if unknown."""
+    """Estimated and realised figure of one period. An unknown figure is None."""
 
     period: str
     estimated: float | None = None
@@ -38,7 +38,7 @@ class Dots:
 
     label: str
     values: Sequence[float | None]
-    """One value per series; None draws no dot."""
+    """One value for each series. None draws no dot."""
     band: tuple[float, float] | None = None
     """Range to draw behind the dots."""
     mark: float | None = None
@@ -54,7 +54,7 @@ class Curve:
 
 
 def interval_chart(panels: dict[str, list[Interval]], *, label: str) -> Markup:
-    """Draw a panel per variant: estimates with their interval, and realised figures. All panels share one scale."""
+    """Draw one panel for each variant: estimates with intervals, and realised figures. All panels have one scale."""
     known = [value for rows in panels.values() for row in rows for value in _values(row)]
     if not known:
         return Markup("")
@@ -73,7 +73,7 @@ def interval_chart(panels: dict[str, list[Interval]], *, label: str) -> Markup:
 
 
 def dot_chart(rows: Sequence[Dots], *, label: str, number: Callable[[float], str]) -> Markup:
-    """Draw horizontal dots, one row per label. `number` formats a value as text."""
+    """Draw one row of dots for each label. `number` formats a value as text."""
     known = [
         value for row in rows for value in (*row.values, *(row.band or ()), row.mark) if value is not None
     ]
@@ -93,7 +93,7 @@ def dot_chart(rows: Sequence[Dots], *, label: str, number: Callable[[float], str
 
 
 def calibration_plot(curves: Sequence[Curve], *, label: str) -> Markup:
-    """Draw observed rates against predicted probabilities. A perfectly calibrated model is on the diagonal."""
+    """Draw observed rates against predicted probabilities. A perfectly calibrated model gives the diagonal."""
     size, left = 300, 52
     x, y = _scale(0, 1, left, left + size), _scale(0, 1, size + 10, 10)
     ticks = [0.0, 0.25, 0.5, 0.75, 1.0]

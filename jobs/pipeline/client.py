@@ -1,4 +1,4 @@
-"""The demo client's access to the edge: address, CA certificate and a token, as any application has."""
+"""What the demo client needs to call the edge, like any other client: address, CA certificate and a token."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ TOKEN_TTL_S = 900
 
 
 class EdgeAccess(NamedTuple):
-    """Everything that a client needs to send requests to the edge."""
+    """Values that a client needs to send requests to the edge."""
 
     url: str
     ssl_context: ssl.SSLContext
-    """Trusts the installation's CA."""
+    """TLS context that trusts the CA of the installation."""
     headers: dict[str, str]
     """Authorization header with the client's token."""
 
 
 def edge_access(config: PlatformConfig, *, purpose: str) -> EdgeAccess:
-    """Mint a token for the demo client and return its access to the edge.
+    """Sign a token for the demo client, and return the token with the edge's address and TLS context.
 
     Raises:
         ClusterNotRunning: No cluster is up.

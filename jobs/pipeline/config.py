@@ -18,13 +18,13 @@ class PipelineConfig(PlatformConfig):
     reference_year: int = 2015
     """Year of the training data."""
     years: list[int] = field(default_factory=lambda: [2016, 2017, 2018])
-    """Later years, whose people are scored."""
+    """Later years. The people of these years are scored."""
     requests_per_year: int = 4000
     """Requests for each later year."""
     challenger_weight: float = 20.0
-    """Percentage of units that the challenger gets."""
+    """Percentage of units that the challenger answers."""
     broken_weight: float = 10.0
-    """Percentage of units that the broken version gets."""
+    """Percentage of units that the broken version answers."""
     broken_requests: int = 4000
     """Requests during the rollout of the broken version."""
 

@@ -1,4 +1,4 @@
-"""Draw the diagram of the whole loop with the numbers of one run, as SVG text."""
+"""Draw the diagram of the whole loop as SVG text, with the numbers of one run."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def loop_diagram(boxes: Mapping[str, str], arrows: Mapping[str, str], *, label: 
     """Draw the diagram of the loop.
 
     Args:
-        boxes: Text below the title of a box, by the box's name. A box without text shows only its title.
-        arrows: Text at an arrow, by the arrow's name.
+        boxes: From the name of a box to the text below its title. A box without text shows only its title.
+        arrows: From the name of an arrow to its text.
         label: Description of the diagram for screen readers.
     """
     shapes = [_draw_arrow(arrow, arrows.get(name, "")) for name, arrow in _ARROWS.items()]

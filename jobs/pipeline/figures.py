@@ -1,4 +1,4 @@
-"""Turn the figures of a demo run into the rows and charts of its report."""
+"""Convert the figures of a demo run to the rows and charts of its report."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Json = Mapping[str, Any]
 Z_99 = 2.576
 """Standard normal quantile of a two-sided 99% interval."""
 DRIFT_SHOWN = 10
-"""Largest number of inputs in the drift table."""
+"""The drift table shows at most this many inputs."""
 SCORE, SCORE_TEXT = "_score", "the model's own score"
-"""The monitor's column of the predicted probability, and its name in the report."""
+"""Name of the predicted probability in the monitor's output, and in the report."""
 
 
 class SliceNames(NamedTuple):
@@ -52,7 +52,7 @@ SLICE_NAMES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """A variant's share of the requests, compared with its weight."""
+    """A variant's share of the requests, with its weight."""
 
     variant: str
     weight: float
@@ -61,7 +61,7 @@ class Share:
     """Counted share, 0 to 1."""
     lower: float
     upper: float
-    """Ends of the interval that contains 99% of the shares of correct random splits."""
+    """With a correct random split, the share is between `lower` and `upper` in 99% of the runs."""
 
     @property
     def within(self) -> bool:
@@ -71,7 +71,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drift:
-    """Largest drift of an input, relative to its threshold."""
+    """Largest drift of one input in any period."""
 
     variant: str
     name: str
@@ -84,7 +84,7 @@ class Drift:
 
 
 class QuarantineRow(NamedTuple):
-    """Number of quarantined rows of a view with one reason."""
+    """How many rows of one view were quarantined for one reason."""
 
     view: str
     reason: str
@@ -99,7 +99,7 @@ class SliceChart(NamedTuple):
 
 
 def share_rows(shares: Json, requests: int) -> list[Share]:
-    """Return the share of each variant with the interval of a binomial proportion (normal approximation)."""
+    """Return the share of each variant with its 99% interval: binomial proportion, normal approximation."""
     return [
         Share(variant=name, weight=share["weight"], share=share["share"], lower=lower, upper=upper)
         for name, share in shares.items()
@@ -108,7 +108,7 @@ def share_rows(shares: Json, requests: int) -> list[Share]:
 
 
 def split_interval(weight: float, requests: int) -> tuple[float, float]:
-    """Return the interval that contains 99% of the shares when each request has the probability `weight`."""
+    """Return the interval that contains a variant's share in 99% of runs, if the variant has this weight."""
     if requests < 1:
         return 0.0, 1.0
     half = Z_99 * math.sqrt(weight * (1 - weight) / requests)
@@ -116,7 +116,7 @@ def split_interval(weight: float, requests: int) -> tuple[float, float]:
 
 
 def share_chart(shares: Json, requests: int) -> Markup:
-    """Draw the difference of each variant's share from its weight, in percentage points."""
+    """Draw the difference between each variant's share and its weight, in percentage points."""
     rows = [
         Dots(
             label=row.variant,
@@ -132,7 +132,7 @@ def share_chart(shares: Json, requests: int) -> Markup:
 
 
 def quarantine_rows(quarantine: Mapping[str, Mapping[str, int]]) -> list[QuarantineRow]:
-    """Return quarantined rows by view and reason, the most frequent reason first."""
+    """Return the number of quarantined rows by view and reason, the most frequent reason first."""
     return [
         QuarantineRow(view, reason, rows)
         for view, reasons in quarantine.items()
@@ -160,7 +160,7 @@ def calibration_chart(evaluations: Mapping[str, Json], candidates: Sequence[str]
 
 
 def slice_charts(evaluations: Mapping[str, Json], candidates: Sequence[str]) -> list[SliceChart]:
-    """Draw, for each sliced column, the AUC of every candidate in each group with enough rows."""
+    """For each sliced column, draw the AUC of every candidate in each group with enough rows."""
     slices = {name: evaluations.get(name, {}).get("slices", {}) for name in candidates}
     columns = list(dict.fromkeys(column for by_column in slices.values() for column in by_column))
     charts = []
@@ -194,7 +194,7 @@ def performance_chart(summary: Json, monitor: Json) -> Markup:
 
 
 def drift_rows(monitor: Json) -> list[Drift]:
-    """Return the inputs with the largest drift relative to their threshold, each in its worst period."""
+    """Return the inputs with the largest drift relative to the threshold, each in the period with its largest drift."""
     rows = [
         _drift(variant, name, periods)
         for variant, details in monitor.get("details", {}).items()
@@ -205,7 +205,7 @@ def drift_rows(monitor: Json) -> list[Drift]:
 
 
 def _slice_row(metrics: Sequence[Json], label: str) -> Dots:
-    """Return the row of one group; `metrics` has the group's metrics of each candidate."""
+    """Return the row of one group. `metrics` contains one item for each candidate: its metrics in this group."""
     num_rows = max((candidate.get("rows", 0) for candidate in metrics), default=0)
     return Dots(label=f"{label} ({num_rows:,})", values=[candidate.get("auc") for candidate in metrics])
 

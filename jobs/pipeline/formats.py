@@ -7,7 +7,7 @@ ABSENT = "–"
 
 
 def integer(value: float) -> str:
-    """Format with thousands separators: 1234567 becomes 1,234,567."""
+    """Format a number with thousands separators: 1234567 becomes 1,234,567."""
     return f"{value:,.0f}"
 
 
@@ -32,7 +32,7 @@ def points(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """Format seconds: 83.4 becomes 1 min 23 s. Below ten seconds with one decimal."""
+    """Format seconds: 83.4 becomes 1 min 23 s. Less than ten seconds get one decimal."""
     if value < 10:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)
@@ -40,7 +40,7 @@ def seconds(value: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """Format milliseconds: 12.34 becomes 12 ms. Below ten with one decimal; from 1000 on in seconds."""
+    """Format milliseconds: 12.34 becomes 12 ms. Values below 10 get one decimal; from 1000 on they are in seconds."""
     if value >= 1000:
         return f"{value / 1000:.1f} s"
     return f"{value:.1f} ms" if value < 10 else f"{value:.0f} ms"

@@ -55,7 +55,7 @@ def main(config: OutcomesConfig) -> None:
 def match_outcomes(
     config: OutcomesConfig, answers: pl.DataFrame, people: pl.DataFrame
 ) -> list[dict[str, Any]]:
-    """Return one outcome per answered person, in the format of `/v1/outcomes`."""
+    """Return one outcome for each person whose request got an answer, in the format of `/v1/outcomes`."""
     answered = answers.drop_nulls("prediction_id").join(people.unique(config.key), on=config.key, how="inner")
     return [
         {"prediction_id": prediction_id, "outcome": outcome, "observed_at": config.observed_at}
@@ -68,7 +68,7 @@ def _read(path: str) -> pl.DataFrame:
 
 
 async def _post(config: OutcomesConfig, outcomes: list[dict[str, Any]]) -> int:
-    """Post the outcomes and return the number of accepted ones."""
+    """Post the outcomes and return the number of accepted outcomes."""
     access = edge_access(config, purpose=config.purpose)
     accepted = 0
     async with aiohttp.ClientSession(

@@ -1,7 +1,7 @@
 """Render the demo's report: one HTML page that explains a run to readers without prior knowledge.
 
 `render` is a pure function from a run's figures to HTML. Sections without figures are left out. Style and charts are
-inside the page, so it can be mailed, printed and stored.
+inside the page, so the page is one file that can be mailed, printed and stored.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StageRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoReport:
-    """Everything that the page shows. Only `summary` is required; missing parts are left out of the page."""
+    """Everything that the page shows. Only `summary` is required. The page leaves out what is not given."""
 
     summary: Json
     """Content of `summary.json`. `requests` may have p50_ms and p99_ms. `orphans` counts logged predictions
@@ -49,7 +49,7 @@ class DemoReport:
     check: Json = field(default_factory=dict)
     """Output of `serve_apps.rollout action=check` for the broken version."""
     split_requests: int | None = None
-    """Number of requests that the shares are computed from. None takes all sent requests."""
+    """Number of requests that the shares are computed from. None means all sent requests."""
     urls: Mapping[str, str] = field(default_factory=dict)
     """Addresses of the running cluster, by name."""
     finished_at: str = ""

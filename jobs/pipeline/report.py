@@ -55,7 +55,7 @@ def _stages(config: PipelineConfig, runner: Runner, demo: Path) -> list[StageRun
 
 
 def _split_requests(demo: Path) -> int:
-    """Count the answers that the shares are computed from: all except those of the broken version's rollout."""
+    """Count the answers that the shares are computed from: all answers except those of the broken version's rollout."""
     files = (path for path in demo.glob("answers_*.parquet") if path.stem != "answers_broken")
     return sum(pl.scan_parquet(path).select(pl.len()).collect().item() for path in files)
 

@@ -1,8 +1,8 @@
-"""Run stages as separate processes, store which are finished, and show the progress of long ones.
+"""Run stages as separate processes, store which stages are finished, and show the progress of long stages.
 
-A stage is finished when all its commands exited 0. Finished stages are stored with their duration, so that an
-interrupted demo resumes at the stage that was interrupted. Each command must be idempotent, because it may run again
-after it was killed halfway.
+A stage is finished when all its commands have ended with exit code 0. Finished stages are stored with their duration.
+So an interrupted demo resumes at the interrupted stage. Each command must be idempotent, because a killed command runs
+again.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from cluster.storage import write_bytes
 from jobs.pipeline.stages import Command, ParallelCommands, Results, Stage
 
 HEARTBEAT_S = 15.0
-"""Seconds between two progress lines of a running stage."""
+"""While a stage runs, a progress line is printed every this many seconds."""
 TAIL_LINES = 25
-"""Lines of a log that an error message shows."""
+"""An error message shows this many last lines of a log."""
 
 
 class StageFailed(FalajError):
@@ -38,14 +38,14 @@ class StageRefused(RefusedError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedStage:
-    """A stage whose commands all exited 0. `state.json` has these fields."""
+    """A stage whose commands all ended with exit code 0. The fields are the keys in `state.json`."""
 
     seconds: float
     commands: list[list[str]]
 
 
 class Runner:
-    """Runs each stage once and stores the finished ones in `state.json`."""
+    """Runs each stage once and stores the finished stages in `state.json`."""
 
     def __init__(self, demo: Path) -> None:
         self._demo = demo
@@ -60,7 +60,8 @@ class Runner:
         """Run a stage unless it is finished.
 
         Raises:
-            StageRefused, StageFailed: A command did not exit 0. The message has the command and the end of its output.
+            StageRefused, StageFailed: The exit code of a command was not 0. The message has the command and the end of
+                its output.
         """
         title = f"[{position:2d}/{of}] {stage.title}"
         if stage.name in self.finished:
@@ -87,10 +88,11 @@ class Runner:
         }
 
     def execute(self, commands: ParallelCommands, *, name: str) -> None:
-        """Run command lines in parallel, each with its own log file. Every 15 seconds the last line of each is printed.
+        """Run command lines in parallel, each with its own log file. Every 15 seconds, print the last line of each log.
 
         Raises:
-            StageRefused, StageFailed: A command did not exit 0. Raised for the first one, after all have ended.
+            StageRefused, StageFailed: The exit code of a command was not 0. If several failed, the error is for the
+                first one. It is raised after all commands have ended.
         """
         names = [name, *(f"{name}-{number}" for number in range(2, len(commands) + 1))]
         logs = [self._demo / "logs" / f"{log_name}.log" for log_name in names]
@@ -121,7 +123,7 @@ class Runner:
 
 @contextmanager
 def _heartbeat(logs: list[Path]) -> Iterator[None]:
-    """Print the last line of each log every `HEARTBEAT_S` seconds until the block ends."""
+    """Until the `with` block ends, print the last line of each log every `HEARTBEAT_S` seconds."""
     finished = threading.Event()
 
     def print_last_lines() -> None:

@@ -1,4 +1,4 @@
-"""The demo's stages as data: each has a title and command lines that can be run again by hand."""
+"""The demo's stages as data. Each stage has a title and command lines that can be run again by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Stage:
     name: str
     title: str
     steps: Callable[[Results], Sequence[ParallelCommands]]
-    """Returns the commands, given the outputs of earlier stages. The steps run one after another."""
+    """Function from the outputs of earlier stages to the steps of this stage. Steps run one after another, the commands
+    of one step in parallel."""
 
 
 def plan(config: PipelineConfig, demo: Path) -> list[Stage]:
@@ -46,7 +47,7 @@ def plan(config: PipelineConfig, demo: Path) -> list[Stage]:
 
 
 class Commands:
-    """Builds the command lines of one demo."""
+    """Builds the command lines of one demo run."""
 
     def __init__(self, config: PipelineConfig, demo: Path) -> None:
         self._config = config
@@ -106,7 +107,7 @@ class Commands:
         return ("serve_apps.rollout", "action=check", self._name, f"output={self._demo}/check.json")
 
     def score(self, year: int, *, offset: int, count: int, batch: str) -> list[ParallelCommands]:
-        """Return the commands that send people of a year as requests, then their outcomes."""
+        """Return the commands that score people of one year, then post the outcomes of these people."""
         people = f"people={self._source}/entities_{year}.parquet"
         answers = f"answers={self._demo}/answers_{batch}.parquet"
         options = (f"as_of={_end_of_year(year)}", f"requests={count}", f"offset={offset}")
@@ -220,7 +221,7 @@ def _broken_version_stages(config: PipelineConfig, commands: Commands) -> list[S
 
 
 def _fixed_stage(name: str, title: str, *steps: ParallelCommands) -> Stage:
-    """Return a stage whose command lines do not depend on earlier outputs."""
+    """Return a stage whose command lines do not depend on the outputs of earlier stages."""
     return Stage(name=name, title=title, steps=lambda _: steps)
 
 

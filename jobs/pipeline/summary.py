@@ -12,20 +12,20 @@ import polars as pl
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.chain import verify_chain
 from cluster.ledger.events import BatchIngested, TrainingSetBuilt
-from cluster.records import Log, read_log
+from cluster.records import Log, prediction_log, read_log
 from cluster.registry import Registry
 from cluster.security.acting import create_actor
 from cluster.security.keys.access import key_store
 from cluster.session import require_running_cluster
-from cluster.storage import layout, local, write_json
+from cluster.storage import layout, write_json
 from jobs.pipeline.config import PipelineConfig
 from jobs.pipeline.runner import Runner
 
 Summary = dict[str, Any]
 CANDIDATES = {"champion": "lightgbm", "challenger": "network", "broken": "broken"}
-"""Output of the training job (file name without suffix), by variant."""
+"""For each variant, the output file of the training job, without suffix."""
 UNIT_HASH_DIGITS = 16
-"""Number of hex digits of a unit's SHA-256 in the log. The edge writes them in upper case."""
+"""The log contains this many hex digits of a unit's SHA-256. The edge writes them in upper case."""
 
 
 def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
@@ -35,7 +35,7 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
     results = runner.results()
     answers = _answers(demo)
     actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="jobs.pipeline")
-    log = local(places.predictions(config.name))
+    log = prediction_log(places, ledger, config.name)
     variants = _variants(config, Registry(ledger, places), results)
     summary = {
         "rows": _rows(ledger),
@@ -61,16 +61,16 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
 def count_logged(log: Log, answers: pl.DataFrame) -> dict[str, int]:
     """Count the logged predictions of the demo's own client.
 
-    A prediction belongs to the demo if the client has its id, or if its person's request got no answer. The latter are
-    orphans: they were logged, but the answer did not reach the client. Predictions of shadows are not counted.
+    A prediction is the demo's own if the client received its id. A prediction for a person whose request got no answer
+    is an orphan: it was logged, but the answer did not reach the client. Predictions of shadows are not counted.
 
     Args:
         log: Prediction log of the model.
-        answers: One row per request of the client, with `person_id` and `prediction_id` (null without an answer).
+        answers: One row for each request of the client, with `person_id` and `prediction_id` (null without an answer).
 
     Returns:
-        `prediction_log_rows` (answered and orphans), `orphans`, `others` (predictions for other clients) and
-        `without_score` (predictions that failed).
+        `prediction_log_rows` (the demo's own predictions and orphans), `orphans`, `others` (predictions for other
+        clients) and `without_score` (predictions that failed).
     """
     failed = answers.filter(pl.col("prediction_id").is_null())["person_id"].to_list()
     units = {hashlib.sha256(str(key).encode()).hexdigest()[:UNIT_HASH_DIGITS].upper() for key in failed}
@@ -89,11 +89,11 @@ def count_logged(log: Log, answers: pl.DataFrame) -> dict[str, int]:
 
 
 def select_versions(output: dict[str, Any], variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the monitoring output with one version per variant: the demo's own, else the newest.
+    """Return the monitoring output with one version per variant: the version of this demo, else the newest version.
 
     Args:
-        output: Output of `jobs.monitor`. An older release wrote one version per variant, without a level for versions.
-        variants: The summary's variants with the demo's version of each.
+        output: Output of `jobs.monitor`. An older release wrote only one version per variant, without a key for it.
+        variants: The variants of the summary. Each has the version that this demo used.
     """
     selected: dict[str, dict[str, Any]] = {"variants": {}, "details": {}}
     for variant, details in output["details"].items():

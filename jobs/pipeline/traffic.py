@@ -65,7 +65,7 @@ class Answer:
 
 
 def choose_people(people: pl.DataFrame, *, key: str, offset: int, count: int) -> list[int]:
-    """Return the keys of `count` people, ordered by a hash of the key, so that the file's order has no influence."""
+    """Return the keys of `count` people. They are ordered by a hash, so that the order in the file has no influence."""
     return sorted(people[key], key=lambda value: xxhash.xxh32_intdigest(str(value).encode()))[
         offset : offset + count
     ]

@@ -49,7 +49,7 @@ from jobs.train.tabular_network.family import (
 from jobs.train.tabular_network.loop import METRIC, fit_alone
 
 TRIAL_CPUS = 0.5
-"""Logical CPUs of a trial's own process while its workers train."""
+"""Logical CPUs that a trial's own process reserves while its workers train."""
 
 
 @job("sweep", SweepConfig, timed=True)
@@ -75,7 +75,7 @@ def main(config: SweepConfig) -> None:
     best = best_trial(trials)
     finished = [trial for trial in trials if trial.cause is None]
     results = [replace_non_finite(asdict(trial)) for trial in trials]
-    # The cause of a failure stays out of the ledger: the message of an unknown error may contain values of rows.
+    # The ledger does not get the cause of a failure, because an error message may contain values of rows.
     events = [{name: value for name, value in result.items() if name != "cause"} for result in results]
     event = SweepFinished(
         model=config.name,
@@ -115,7 +115,7 @@ def run_trials(config: SweepConfig, dataset: Dataset, parameters: Parameters) ->
 def build_tuner(
     config: SweepConfig, dataset: Dataset, parameters: Parameters, *, folder: Path, concurrent: int
 ) -> tune.Tuner:
-    """Return the tuner of a sweep; `folder` is for its temporary files, `concurrent` the number of parallel trials."""
+    """Return the tuner of a sweep with `concurrent` parallel trials. `folder` is for temporary files."""
     sweep = config.sweep
     context = FitContext(
         folder=folder,
@@ -156,7 +156,7 @@ def build_tuner(
 
 
 class TrialPrinter(tune.Callback):
-    """Tune callback that prints each trial when it ends."""
+    """Tune callback that prints one line when a trial ends."""
 
     def __init__(self, *, num_trials: int) -> None:
         self._num_ended, self._num_trials = 0, num_trials
@@ -176,7 +176,7 @@ class TrialPrinter(tune.Callback):
 
 
 def run_trial(settings: dict[str, Any]) -> None:
-    """Run one trial: a short fit that reports its metrics to Tune."""
+    """Run one trial: fit a network for a few epochs, and report its metrics to Tune."""
     fixed = settings["fixed"]
     searched = {name: settings[name] for name in ("learning_rate", "width")}
     parameters = Parameters(**(fixed["parameters"] | searched))
@@ -196,7 +196,7 @@ def trial_cpus(config: SweepConfig) -> float:
 
 
 def concurrent_trials(config: SweepConfig, *, available: float) -> int:
-    """Return the number of trials that run at the same time, so that each has CPUs for its workers.
+    """Return how many trials may run at the same time, so that each has CPUs for its workers.
 
     Args:
         config: Configuration of the sweep.
@@ -215,7 +215,7 @@ def concurrent_trials(config: SweepConfig, *, available: float) -> int:
 
 
 def limit_fit_rows(dataset: Dataset, max_rows: int, *, seed: int) -> Dataset:
-    """Return the dataset with at most `max_rows` rows to fit on. The seed decides which."""
+    """Return the dataset with at most `max_rows` rows to fit on. The seed decides which rows."""
     positions = np.flatnonzero(dataset.fit)
     if len(positions) <= max_rows:
         return dataset

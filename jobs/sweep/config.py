@@ -23,9 +23,9 @@ class SearchConfig:
     """Training workers of each trial. 0 trains in the trial's own process: starting a worker takes longer than a short
     trial."""
     concurrent_trials: int = 2
-    """Largest number of trials that run at the same time; fewer if the cluster has too few CPUs."""
+    """At most this many trials run at the same time. There are fewer if the cluster has too few CPUs."""
     rows: int = 20_000
-    """Largest number of rows that a trial is fitted on."""
+    """A trial is fitted on at most this many rows."""
     trial_deadline_s: float = 300.0
     """Time budget of the sweep in seconds, passed to Tune as `time_budget_s`."""
 
@@ -49,4 +49,4 @@ class SweepConfig(LearningConfig):
 
     sweep: SearchConfig = field(default_factory=SearchConfig)
     output: str | None = None
-    """File to write the best parameters to, as JSON; the input of `jobs.train params_from=…`."""
+    """File to write the best parameters to, as JSON. `jobs.train params_from=…` reads this file."""

@@ -1,4 +1,4 @@
-"""Results of a sweep's trials, and the choice of the best trial. A trial without a finite loss never wins."""
+"""Results of a sweep's trials, and the choice of the best trial. A trial without a finite loss is never chosen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jobs.train.tabular_network.loop import METRIC
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """Result of one trial. The field `validation_loss` has the metric's name, as in the sweep's output."""
+    """Result of one trial. The field names are also the keys in the sweep's output."""
 
     learning_rate: float
     width: int

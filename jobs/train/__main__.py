@@ -17,7 +17,7 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.placement import find_nodes
 from cluster.registry import Lineage, ModelVersion, Registry
 from cluster.runtime import ModelSignature, Precision, Predictions, open_model
-from cluster.runtime.hardware import Hardware
+from cluster.runtime.device_choice import Hardware
 from cluster.runtime.predictions import check_scores
 from cluster.runtime.signature import SIGNATURE_FILE
 from cluster.security.acting import Actor, create_actor
@@ -55,8 +55,8 @@ def main(config: TrainConfig) -> None:
     dataset, data_warnings = prepare_and_describe(config, source, threshold=config.threshold)
     attach(config)
     runs = local(layout(config.storage).runs)
-    # Checkpoints may have to be on a disk that several machines share. The model folder is in memory where possible,
-    # because the model is not encrypted until it is registered.
+    # Checkpoints may have to be on a disk that several machines share. The model folder is in memory if there is room,
+    # because the model's files are not encrypted before the model is registered.
     with scratch_directory(runs) as checkpoints, scratch_directory(memory_folder(otherwise=runs)) as folder:
         fit(config, family, dataset, folder=folder, checkpoints=checkpoints)
         lineage = build_lineage(config, source, family.parameters)
@@ -132,7 +132,7 @@ def write_model_files(folder: Path, lineage: Lineage, metrics: dict[str, Any]) -
 
 
 def model_with_best_parameters(config: TrainConfig) -> dict[str, Any]:
-    """Return the configured hyper-parameters, replaced by the best ones of a sweep if `params_from` is set.
+    """Return the configured hyper-parameters. If `params_from` is set, the best values of the sweep replace them.
 
     Raises:
         ConfigError: The sweep's file is missing or has no best parameters.
@@ -164,10 +164,10 @@ class HeldOutResult(NamedTuple):
 
 
 def evaluate_held_out(folder: Path, dataset: Dataset, precision: Precision) -> HeldOutResult:
-    """Write the model's signature into the folder and evaluate that model on the held-out rows.
+    """Write the model's signature into the model folder, and evaluate the model on the held-out rows.
 
-    For int8 this first quantises the model. The metrics then also have `quantised_from`: the metrics of the float32
-    model and the difference of the scores.
+    With the precision int8, the model is quantised and the int8 model is evaluated. The metrics then also have
+    `quantised_from`: the metrics of the float32 model, and how far the scores of both models differ.
 
     Raises:
         ConfigError: The model cannot be quantised to int8.
@@ -199,7 +199,7 @@ def predict_held_out(folder: Path, dataset: Dataset, signature: ModelSignature) 
 
 
 def requested_precision(parameters: Any) -> Precision:
-    """Return the precision to register; float32 for a family without that parameter.
+    """Return the precision to register the model with. It is float32 for a family without the parameter `precision`.
 
     Raises:
         ConfigError: A user's own family declares `precision` with another type.

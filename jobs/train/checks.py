@@ -1,8 +1,8 @@
 """Check a data set before a model is fitted to it.
 
-Data that a model cannot learn from or be evaluated on is refused. Data that would make a model look better than it is
-gives a warning. The checks use the encoded matrix, so they see the same values as the model. Leaks are searched in a
-sample of the rows.
+Data is refused if a model cannot be fitted to it or evaluated on it. Data gives a warning if it would make a model look
+better than it is. The checks read the encoded matrix, so they see the same values as the model. The search for leaks
+uses a sample of the rows.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ Floats = npt.NDArray[np.float32]
 Target = npt.NDArray[Any]
 
 SAMPLE = 20_000
-"""Largest number of rows that are searched for leaks."""
+"""The search for leaks uses at most this many rows."""
 MIN_ROWS = 20
 """An input with fewer non-missing values is not checked for leaks."""
 MIN_OF_CLASS = 5
-"""Smallest number of rows of the rarer class, and smallest mean number of rows per value. With fewer rows a perfect fit
-may be chance."""
+"""Smallest number of rows of the rarer class, and smallest mean number of rows per value. With fewer rows, an input may
+predict the label perfectly by chance."""
 LEAK_AUC = 0.999
 """An input with at least this AUC, in either direction, is a leak."""
 LEAK_RANK_CORRELATION = 0.9999
 """An input with at least this absolute rank correlation with the label is a leak."""
 LEAK_ERRORS = 0.01
-"""Largest share of errors of a leak: the errors of predicting the most frequent class of each input value, divided by
-the errors of predicting the most frequent class of all rows."""
+"""An input is a leak if E1 / E2 is at most this. E1 is the number of errors of a prediction that, for each value of the
+input, always predicts its most frequent class. E2 is the same without the input: for the most frequent class of all
+rows."""
 
 
 def check_rows(dataset: Dataset) -> list[str]:
-    """Check that a model can be fitted and evaluated.
+    """Check that a model can be fitted to the data and evaluated on it.
 
     Returns:
         Warnings, one sentence each.
@@ -83,7 +84,7 @@ def _absent_classes(dataset: Dataset, rows: Target) -> list[str]:
 
 
 def _duplicate_inputs(dataset: Dataset) -> list[str]:
-    """Return a warning for inputs that have the same values in all rows to fit on."""
+    """Return a warning for each group of inputs that are equal in all rows to fit on."""
     names_by_values: dict[bytes, list[str]] = defaultdict(list)
     rows = dataset.matrix[dataset.fit]
     for position, name in enumerate(dataset.signature.matrix_names):
@@ -112,7 +113,7 @@ def _constant_inputs(dataset: Dataset) -> list[str]:
 
 
 def _leaking_inputs(dataset: Dataset) -> list[str]:
-    """Return a warning for each input that gives the label away: a copy of it, or a consequence of it."""
+    """Return a warning for each input that reveals the label: a copy of the label, or a consequence of it."""
     sample = np.flatnonzero(dataset.fit)
     if len(sample) > SAMPLE:
         sample = np.random.default_rng(0).choice(sample, SAMPLE, replace=False)
@@ -131,7 +132,7 @@ def _leaking_inputs(dataset: Dataset) -> list[str]:
 
 
 def _describe_leak(column: Floats, target: Target, task: Task, *, is_category: bool) -> str | None:
-    """Return how an input gives the label away, as a phrase before the label's name; None if it does not."""
+    """Return how an input reveals the label, as a phrase to put before the label's name; None if it does not."""
     present = ~np.isnan(column)
     if present.sum() < MIN_ROWS:
         return None
@@ -167,7 +168,7 @@ def _separates(column: Floats, target: Target) -> bool:
 
 
 def _determines(column: Floats, target: Target) -> bool:
-    """Return whether each value of the column has one target value, except for a few rows and not by chance."""
+    """Return whether the column's value determines the target, except in a few rows, and with enough rows per value."""
     _, values = np.unique(column, return_inverse=True)
     _, classes = np.unique(target, return_inverse=True)
     num_values, num_classes = int(values.max()) + 1, int(classes.max()) + 1

@@ -20,9 +20,9 @@ class SplitConfig:
     column: str | None = AUTO
     """Column to split by. A row is held out if the column's value modulo `modulo` equals `remainder`.
 
-    Text values are hashed first (xxh32). None draws rows at random by the seed. `auto` takes the join key of the
-    training set, so that all rows of an entity are on the same side. Without a join key it takes the only `*_id`
-    column. Without such a column it draws rows by the seed.
+    Text values are hashed first (xxh32). None draws rows at random with the seed. `auto` uses the join key of the
+    training set, so an entity's rows are all held out or all trained on. Without a join key, `auto` uses the only
+    `*_id` column. Without such a column, it draws rows with the seed.
     """
     modulo: int = 4
     """Divisor; the share of held-out rows is about 1 / modulo."""
@@ -43,7 +43,7 @@ class DeepSpeedConfig:
     zero_stage: int = 1
     """ZeRO stage: 0 shards nothing, 1 the optimizer state, 2 also the gradients, 3 also the weights."""
     torch_adam: bool = True
-    """Use PyTorch's Adam. False uses DeepSpeed's own, which is compiled at start."""
+    """Whether to use PyTorch's Adam. False uses DeepSpeed's own Adam, which is compiled at start."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.zero_stage <= 3:
@@ -52,12 +52,12 @@ class DeepSpeedConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LearningConfig(PlatformConfig):
-    """Configuration that training and sweeps share: the data, and how a model is fitted to it."""
+    """Configuration that training and sweeps share: the data, and how to fit a model to the data."""
 
     name: str
     """Model name."""
     training_set: str
-    """Parquet file. If its manifest is in the same folder, the manifest is read too."""
+    """Parquet file. If the manifest of this training set is in the same folder, the job reads it too."""
     label: str
     """Column to predict."""
     task: Task = Task.binary
@@ -67,13 +67,14 @@ class LearningConfig(PlatformConfig):
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     inputs: list[str] | None = None
-    """Input columns. None takes all features of the manifest; without a manifest, all columns except keys and times."""
+    """Input columns. None means all features of the manifest or, without a manifest, all columns except label, keys and
+    times."""
     exclude: list[str] = field(default_factory=list)
     """Columns to remove from the inputs."""
     validation_share: float = 0.1
     """Share of the training rows used for early stopping and to choose the best epoch."""
     max_categories: int = 1000
-    """Largest number of values of a categorical input. An input with more is refused: it is probably an identifier."""
+    """A categorical input with more values than this is refused, because it is probably an identifier."""
     seed: int = 0
     """Seed of all random draws, 0 to 2^31 - 1."""
 
@@ -93,11 +94,11 @@ class TrainConfig(LearningConfig):
     """Configuration of one training run."""
 
     threshold: float = 0.5
-    """A binary model predicts the positive class if its probability is at least this."""
+    """A binary model predicts the positive class if the probability of that class is at least this."""
     params_from: str | None = None
-    """Output file (JSON) of a sweep. Its best parameters replace the configured ones."""
+    """Output file (JSON) of a sweep. The sweep's best parameters replace the configured parameters."""
     label_permutation: bool = False
-    """Train on shuffled labels. This makes a broken version on purpose, to test that a rollout detects it."""
+    """Whether to train on shuffled labels. This makes a broken version, to test that a rollout detects it."""
     output: str | None = None
     """File to write name, version and metrics to, as JSON."""
 

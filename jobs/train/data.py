@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from cluster.errors import DefinitionError, TrainingSetError, did_you_mean
+from cluster.errors import DefinitionError, TrainingSetError
 from cluster.ledger import Ledger
-from cluster.runtime import InputSpec, ModelSignature, encode
+from cluster.runtime import ModelSignature, encode
 from cluster.runtime.encoding import Matrix
-from cluster.runtime.signature import Label
 from cluster.security.encryption.parquet import ProtectedFileCorrupt, ProtectedFiles
 from cluster.storage import Layout, exists, read_bytes, resolve, sha256
 from feature_jobs.store.catalog.specifications import service_spec
 from feature_jobs.store.offline.row_hash import has_row_hash
 from feature_jobs.store.offline.stored_training_set import read_stored_training_set, training_set_aad
-from feature_jobs.store.types.dtypes import list_of
-from jobs.train.columns import is_text, value_type, without_string_views
+from jobs.train.arrow_types import without_string_views
 from jobs.train.config import LearningConfig
+from jobs.train.inputs import learn_signature
 from jobs.train.split import Mask, describe_split, held_out_mask, resolve_split
-from jobs.train.target import Target, encode_target, learn_classes
+from jobs.train.target import Target, encode_target, label_column
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,17 +58,17 @@ class Dataset:
 def read_training_set(path: str, files: ProtectedFiles, *, places: Layout, ledger: Ledger) -> TrainingSet:
     """Read a training set and its manifest.
 
-    A file below the storage root must be a training set that this installation built, unchanged. A file elsewhere
-    belongs to the caller. It is compared with its manifest if there is one in the same folder.
+    A file below the storage root must be an unchanged training set that this installation built. A file elsewhere
+    belongs to the caller. If a manifest is in the same folder, the file must match the manifest.
 
     Args:
         path: Parquet file.
         files: Reads encrypted files with the caller's keys.
         places: Folders below the storage root.
-        ledger: Has the events of all training sets that were built.
+        ledger: Ledger with an event for each training set that was built.
 
     Raises:
-        TrainingSetError: The file is missing, unreadable, empty, or differs from what was built.
+        TrainingSetError: The file is missing, unreadable or empty, or differs from the training set that was built.
     """
     uri = resolve(path)
     if not exists(uri):
@@ -132,8 +128,8 @@ def read_manifest(uri: str, table: pa.Table) -> dict[str, Any]:
 def join_keys(manifest: dict[str, Any], ledger: Ledger) -> tuple[str, ...]:
     """Return the join keys of a manifest's entity rows.
 
-    A manifest of an older release names only the service. The keys are then read from the ledger; if the ledger does
-    not have the service, the result is empty.
+    A manifest of an older release names only the service. In this case, the keys are read from the ledger. If the
+    service is not in the ledger, the result is empty.
     """
     if "join_keys" in manifest:
         return tuple(manifest["join_keys"])
@@ -145,7 +141,7 @@ def join_keys(manifest: dict[str, Any], ledger: Ledger) -> tuple[str, ...]:
 
 
 def prepare(config: LearningConfig, source: TrainingSet, *, threshold: float = 0.5) -> Dataset:
-    """Split the rows, learn the signature from the rows to fit on, and encode all rows.
+    """Split the rows, learn the model's signature, and encode all rows.
 
     Raises:
         TrainingSetError: A column is missing, or a part of the split has no rows.
@@ -174,115 +170,3 @@ def prepare(config: LearningConfig, source: TrainingSet, *, threshold: float = 0
         validation=validation,
         held_out=held_out,
     )
-
-
-def learn_signature(
-    config: LearningConfig, source: TrainingSet, *, fit: Mask, threshold: float
-) -> ModelSignature:
-    """Learn inputs and categories from the rows to fit on, and classes from all rows.
-
-    Raises:
-        TrainingSetError: An input is missing, or has a type that models cannot take.
-    """
-    table, manifest = source.table, source.manifest
-    rows = table.filter(pa.array(fit))
-    declared = {column["name"]: column for column in manifest.get("columns", [])}
-    try:
-        inputs = tuple(
-            _input(rows[name], name, config, declared.get(name, {})) for name in input_names(config, source)
-        )
-        return ModelSignature(
-            task=config.task,
-            inputs=inputs,
-            label=config.label,
-            classes=learn_classes(config.task, label_column(table, config.label), label=config.label),
-            service=manifest.get("service", ""),
-            service_version=manifest.get("service_version", ""),
-            threshold=threshold,
-        )
-    except ValueError as error:
-        raise TrainingSetError(str(error)) from error
-
-
-def input_names(config: LearningConfig, source: TrainingSet) -> list[str]:
-    """Return the names of the input columns.
-
-    Raises:
-        TrainingSetError: A configured column is missing, a column is duplicated, or the label is an input.
-    """
-    column_names = source.table.column_names
-    known = set(column_names)
-    if (duplicate := _first_duplicate(column_names)) is not None:
-        raise TrainingSetError(f"The training set has two columns '{duplicate}'. Remove one of them.")
-    for name in [*(config.inputs or []), *config.exclude]:
-        if name not in known:
-            raise TrainingSetError(f"The training set has no column '{name}'.{did_you_mean(name, known)}")
-    names = config.inputs if config.inputs is not None else _default_inputs(config, source)
-    if (duplicate := _first_duplicate(names)) is not None:
-        raise TrainingSetError(f"Input '{duplicate}' is named twice. Name it once in `inputs`.")
-    if config.label in names:
-        raise TrainingSetError(f"The label '{config.label}' is among the inputs. Remove it from `inputs`.")
-    excluded = set(config.exclude)
-    return [name for name in names if name not in excluded]
-
-
-def _default_inputs(config: LearningConfig, source: TrainingSet) -> list[str]:
-    """Return the features of the manifest, or without a manifest all columns except label, keys and times."""
-    if source.manifest:
-        return [column["name"] for column in source.manifest["columns"]]
-    not_inputs = {config.label, resolve_split(config.split, source).column, "event_timestamp"}
-    return [
-        field.name
-        for field in source.table.schema
-        if field.name not in not_inputs
-        and not field.name.endswith("_id")
-        and not pa.types.is_temporal(field.type)
-    ]
-
-
-def _first_duplicate(names: Iterable[str]) -> str | None:
-    return next((name for name, count in Counter(names).items() if count > 1), None)
-
-
-def label_column(table: pa.Table, label: str) -> pa.ChunkedArray:
-    """Return the label column.
-
-    Raises:
-        TrainingSetError: The table has no such column.
-    """
-    if label not in table.column_names:
-        raise TrainingSetError(
-            f"The training set has no label '{label}'.{did_you_mean(label, table.column_names)}"
-        )
-    return table[label]
-
-
-def _input(column: pa.ChunkedArray, name: str, config: LearningConfig, declared: dict[str, Any]) -> InputSpec:
-    dtype = value_type(column)
-    if pa.types.is_nested(dtype):
-        return _list_input(dtype, name, str(declared.get("dtype", "")))
-    if not (is_text(dtype) or declared.get("categorical")):
-        return InputSpec(name=name, dtype=str(dtype))
-    categories: tuple[Label, ...] = tuple(sorted(pc.unique(column.cast(dtype).drop_null()).to_pylist()))
-    if len(categories) > config.max_categories:
-        raise TrainingSetError(
-            f"Input '{name}' has {len(categories)} categories, more than {config.max_categories}. Exclude it, or raise "
-            "max_categories."
-        )
-    return InputSpec(name=name, dtype="string" if is_text(dtype) else str(dtype), categories=categories)
-
-
-def _list_input(dtype: pa.DataType, name: str, declared_dtype: str) -> InputSpec:
-    """Return the input of a list column with fixed length; each position becomes one column of the matrix.
-
-    Raises:
-        TrainingSetError: The length of the lists is not fixed.
-    """
-    declared = list_of(declared_dtype)
-    length = dtype.list_size if pa.types.is_fixed_size_list(dtype) else declared.length if declared else None
-    if length is None:
-        raise TrainingSetError(
-            f"Input '{name}' is {declared_dtype or dtype}: lists of variable length, which no model takes. Declare "
-            "the length, for example list<float32, 384>, exclude the input, or turn it into numbers in a transform."
-        )
-    return InputSpec(name=name, dtype=str(dtype.value_type), length=length)

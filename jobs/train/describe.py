@@ -1,4 +1,4 @@
-"""Describe the data of a training run before the fit: rows, inputs, classes and columns that are left out."""
+"""Describe the data of a training run before the fit: rows, inputs, classes and unused columns."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jobs.train.data import Dataset, TrainingSet, prepare
 from jobs.train.split import describe_split
 
 SHOWN = 12
-"""Largest number of names in a printed list."""
+"""A printed list has at most this many names."""
 
 
 class Prepared(NamedTuple):
-    """Data set that is ready to be fitted to, and warnings about it."""
+    """A data set that is ready for a fit, and the warnings about the data."""
 
     dataset: Dataset
     warnings: list[str]
@@ -48,9 +48,9 @@ def describe_data(config: LearningConfig, source: TrainingSet, dataset: Dataset)
     """Return the description of a data set as lines of text.
 
     Args:
-        config: Configuration with its split resolved.
+        config: Configuration in which `split.column` is not `auto` any more.
         source: The training set.
-        dataset: The data set prepared from it.
+        dataset: The data set that was prepared from the training set.
     """
     counts = [int(mask.sum()) for mask in (dataset.fit, dataset.validation, dataset.held_out)]
     split = describe_split(config.split, source.table)
@@ -69,7 +69,7 @@ def describe_data(config: LearningConfig, source: TrainingSet, dataset: Dataset)
 
 
 def omitted_columns(config: LearningConfig, source: TrainingSet, inputs: list[str]) -> dict[str, str]:
-    """Return columns that are neither inputs nor label nor excluded by the configuration, each with the reason.
+    """Return the unused columns, each with the reason: neither inputs, nor the label, nor in `exclude`.
 
     The result is empty if the configuration names the inputs.
     """

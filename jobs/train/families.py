@@ -2,7 +2,7 @@
 
 A family is a module with two names:
 
-    Parameters                     a dataclass of its hyper-parameters. If it has a field `precision` of type
+    Parameters                     a dataclass of the family's hyper-parameters. If it has a field `precision` of type
                                    `cluster.runtime.Precision`, the ONNX graph that `fit` writes is registered with
                                    that precision.
     fit(dataset, parameters, context) -> None
@@ -29,7 +29,7 @@ from jobs.train.data import Dataset
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitContext:
-    """Settings that a family needs in addition to the data and its parameters."""
+    """Settings that `fit` needs in addition to the data and the parameters."""
 
     folder: Path
     """Folder for the model's files."""
@@ -37,7 +37,7 @@ class FitContext:
     """Folder for Ray Train's checkpoints."""
     seed: int
     scaling: ScalingConfig
-    """Number of workers and their CPUs and GPUs."""
+    """Number of workers, and the CPUs and GPUs of each worker."""
     deepspeed: DeepSpeedConfig
     run_name: str
     """Name of the Ray Train run."""
@@ -46,7 +46,7 @@ class FitContext:
 
 
 class Family(Protocol):
-    """Protocol of a module that fits models."""
+    """The names that a module must have to be a model family."""
 
     Parameters: type[Any]
 

@@ -25,7 +25,7 @@ _VALIDATION = "validation"
 
 @dataclass(kw_only=True, slots=True)
 class Parameters:
-    """Hyper-parameters, most of them with LightGBM's names."""
+    """Hyper-parameters. Most of them have LightGBM's names."""
 
     learning_rate: float = 0.05
     num_leaves: int = 31
@@ -35,9 +35,9 @@ class Parameters:
     lambda_l2: float = 1.0
     cat_smooth: float = 10.0
     rounds: int = 600
-    """Largest number of boosting rounds; early stopping usually ends the fit before."""
+    """Largest number of boosting rounds. Early stopping usually ends the fit before this number is reached."""
     patience: int = 30
-    """Early stopping ends the fit after this many rounds without a better validation loss."""
+    """Early stopping ends the fit when the validation loss has not improved for this many rounds."""
     num_threads: int = 2
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class Fitted:
     best_round: int
     """Round with the best validation loss."""
     loss: str
-    """Name and value of that loss."""
+    """Name and value of the best validation loss."""
 
 
 def fit(dataset: Dataset, parameters: Parameters, context: FitContext) -> None:
@@ -101,7 +101,7 @@ def _fit(dataset: Dataset, parameters: Parameters, seed: int, reports: Queue | N
 
 
 def _settings(dataset: Dataset, parameters: Parameters, seed: int) -> dict[str, Any]:
-    """Return the settings as LightGBM takes them."""
+    """Return the settings in LightGBM's format."""
     return {
         **_objective(dataset),
         "learning_rate": parameters.learning_rate,
@@ -121,7 +121,7 @@ def _settings(dataset: Dataset, parameters: Parameters, seed: int) -> dict[str, 
 
 
 def _report_rounds(reports: Queue | None, *, every: int) -> Callable[[CallbackEnv], None]:
-    """Return a callback that reports every `every` rounds, and ends the fit if a loss is NaN or infinite."""
+    """Return a callback that sends a report every `every` rounds, and ends the fit if a loss is NaN or infinite."""
 
     def after_round(env: CallbackEnv) -> None:
         completed = env.iteration + 1

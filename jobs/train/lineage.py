@@ -1,4 +1,4 @@
-"""Lineage of a model version: its data, code, configuration and seed."""
+"""Build the lineage of a model version: the data, code, configuration and seed that it was trained with."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def git_commit() -> str:
 
 
 def to_json_values(value: Any) -> Any:
-    """Convert a configuration to JSON values: enums become their values, keys become strings."""
+    """Convert a configuration to JSON values. An enum becomes its value, a key becomes a string."""
     match value:
         case enum.Enum():
             return value.value

@@ -1,7 +1,7 @@
 """Progress of a fit: workers send reports, and the driver prints them.
 
-Reports go through a Ray queue, because the fit runs in other processes. On a terminal, a progress bar shows the latest
-report. In a log, each report is a line; a long run prints about twenty lines.
+The reports are sent through a Ray queue, because the fit runs in other processes. On a terminal, a progress bar shows
+the latest report. If the output is not a terminal, a line is printed for each report, in a long run about twenty lines.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 LINES = 20
-"""Approximate largest number of lines that one run prints to a log."""
+"""If the output is not a terminal, one run prints at most about this many lines."""
 _POLL_S = 0.2
-"""Seconds between two looks into an empty queue."""
+"""Seconds to wait for a report before the driver checks whether the fit has ended."""
 _JOIN_TIMEOUT_S = 10.0
 """Timeout in seconds for printing the last reports after the fit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """State of a fit after one epoch or round."""
+    """Progress of a fit after one epoch or round."""
 
     completed: int
     """Number of completed epochs or rounds."""
@@ -40,7 +40,7 @@ ShowReport = Callable[[Report], None]
 
 @contextlib.contextmanager
 def display_progress(*, unit: str, total: int) -> Iterator[Queue]:
-    """Print the reports that are put into the queue, until the block ends.
+    """Yield a queue. Until the `with` block ends, print each report that is put into the queue.
 
     Args:
         unit: Name of what is counted: `epoch` or `round`.
@@ -59,7 +59,7 @@ def display_progress(*, unit: str, total: int) -> Iterator[Queue]:
                 if is_last_pass:
                     return
             except RayError:
-                return  # the queue's process died; the fit does not need it
+                return  # the queue's process died; the fit continues without it
 
     with _display(unit, total) as show:
         thread = threading.Thread(target=show_reports, args=(show,), daemon=True)
@@ -73,7 +73,7 @@ def display_progress(*, unit: str, total: int) -> Iterator[Queue]:
 
 
 def send_report(reports: Queue, report: Report) -> None:
-    """Put a report into the queue without waiting. The queue's actor may still be starting."""
+    """Put a report into the queue without waiting, because the queue's actor may still be starting."""
     actor: Any = reports.actor
     actor.put.remote(report)
 

@@ -1,12 +1,12 @@
-"""Quantise a model's float32 ONNX graph to int8, and measure what that costs in accuracy.
+"""Quantise a model's float32 ONNX graph to int8, and measure the loss of accuracy.
 
-ONNX Runtime's dynamic quantisation is used: weights become int8 when the version is made, activations become uint8
-during inference. The activations of a batch share one scale, so a row's score depends slightly on the other rows of its
-batch. To keep this effect small, only layers whose input is the output of a LayerNormalization are quantised. Such an
-input is bounded, so an extreme row cannot take precision from the others. All other layers stay in float32.
+This uses ONNX Runtime's dynamic quantisation: weights become int8 before registration, activations become uint8 during
+inference. All activations of a batch have the same scale, so a row's score depends slightly on the other rows of the
+batch. To keep this effect small, a layer is only quantised if its input is the output of a LayerNormalization. Such an
+input is bounded, so an extreme row cannot reduce the precision of the other rows. All other layers stay in float32.
 
-Weights use 7 of the 8 bits. Processors without VNNI add pairs of products in 16 bits, which would overflow with 8-bit
-weights. With 7 bits a version gives the same scores on every processor.
+Weights use only 7 of the 8 bits. Processors without VNNI add pairs of products in 16 bits. These sums would overflow
+with 8-bit weights. With 7 bits, a version gives the same scores on every processor.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def quantise(folder: Path) -> None:
         )
     graph = onnx.load(path)
     layers = bounded_layers(graph)
-    # The quantiser gets a file in this folder, because it would write a graph given as an object to another folder.
+    # The quantiser gets a file in this folder. If it got the graph as an object, it would write it to another folder.
     path.rename(float32_path)
     try:
         if layers:
@@ -69,7 +69,7 @@ def quantise(folder: Path) -> None:
 
 
 def bounded_layers(graph: onnx.ModelProto) -> list[str]:
-    """Return the layers whose input is the output of a LayerNormalization, by the names that the quantiser uses."""
+    """Return the quantiser's names for the layers whose input is the output of a LayerNormalization."""
     producers = {output: node for node in graph.graph.node for output in node.output}
 
     def is_bounded(tensor: str) -> bool:
@@ -86,7 +86,7 @@ def bounded_layers(graph: onnx.ModelProto) -> list[str]:
 
 
 def quantisation_cost(float32: Predictions, int8: Predictions, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return how far the int8 scores differ from the float32 scores, for the version's metrics.
+    """Return the metrics of the float32 graph, and how far the int8 scores differ from the float32 scores.
 
     Args:
         float32: Predictions of the float32 graph on the held-out rows.
@@ -103,7 +103,7 @@ def quantisation_cost(float32: Predictions, int8: Predictions, metrics: dict[str
 
 @contextlib.contextmanager
 def _suppress_warnings() -> Iterator[None]:
-    """Suppress the quantiser's advice to pre-process the model, which only applies to static quantisation."""
+    """Suppress the quantiser's advice to pre-process the model. The advice is only for static quantisation."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
 """The split of a training set into rows to train on and held-out rows.
 
-Training, evaluation and monitoring hold out the same rows. Training records its split with the version, and the other
-jobs read it from there.
+Training, evaluation and monitoring hold out the same rows. Training records the split with the version. Evaluation and
+monitoring read the split of the version.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import xxhash
 
 from cluster.errors import TrainingSetError, did_you_mean
 from cluster.registry import ModelVersion
-from jobs.train.columns import is_text, value_type
+from jobs.train.arrow_types import is_text, value_type
 from jobs.train.config import AUTO, SplitConfig
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Mask = npt.NDArray[np.bool_]
 def resolve_split(split: SplitConfig, source: TrainingSet) -> SplitConfig:
     """Return the split with `auto` replaced by the actual column.
 
-    The first join key that splits the rows into two non-empty parts is taken.
+    The column is the first join key that splits the rows into two non-empty parts.
     """
     if split.column != AUTO or AUTO in source.table.column_names:
         return split
@@ -46,12 +46,12 @@ def held_out_mask(split: SplitConfig, table: pa.Table, *, seed: int) -> Mask:
     """Return the mask of the held-out rows.
 
     Args:
-        split: Split with its column resolved.
+        split: Split whose column is not `auto`.
         table: Rows of the training set.
-        seed: Seed for drawing rows if the split has no column.
+        seed: Seed that draws the rows if the split has no column.
 
     Raises:
-        TrainingSetError: The split's column is missing or has an unsuitable type or nulls.
+        TrainingSetError: The split's column is missing, has nulls, or has a type that cannot be split by.
     """
     if split.column is None:
         draw = np.random.default_rng(seed).integers(split.modulo, size=table.num_rows)
@@ -82,7 +82,7 @@ def version_held_out_mask(
         version: Model version with the split that training recorded.
         source: The training set, or another data set with the split's column.
         override: Split to use instead of the recorded one.
-        advice: Sentence for the error message: what to do if the recorded split does not apply to this data set.
+        advice: Sentence for the error message. It says what to do if the recorded split does not apply to `source`.
 
     Raises:
         TrainingSetError: The version's rows were drawn by the seed from another data set, or a column is missing.
@@ -101,7 +101,7 @@ def version_held_out_mask(
 
 
 def recorded_split(version: ModelVersion, source: TrainingSet) -> SplitConfig:
-    """Return the split that a version was trained with; if none was recorded, the default for the data set."""
+    """Return the split that a version was trained with. If no split was recorded, return the default for `source`."""
     recorded = version.lineage.config.get("split") or {}
     settings = {field.name: recorded[field.name] for field in fields(SplitConfig) if field.name in recorded}
     return resolve_split(SplitConfig(**settings), source)
@@ -117,7 +117,7 @@ def describe_split(split: SplitConfig, table: pa.Table) -> str:
 
 
 def _entity_columns(source: TrainingSet) -> list[str]:
-    """Return the join keys of the table; without a manifest, the only `*_id` column."""
+    """Return the join keys of the table. Without a manifest, return the only `*_id` column."""
     names = [key for key in source.join_keys if key in source.table.column_names]
     if names or source.manifest:
         return names
@@ -131,7 +131,7 @@ def _can_split(column: pa.ChunkedArray) -> bool:
 
 
 def _hashes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """Return the xxh32 hash of each value; the same on every machine."""
+    """Return the xxh32 hash of each value. It is the same on every machine."""
     values = pc.unique(column)
     hash_of_value = np.array(
         [xxhash.xxh32_intdigest(str(value).encode()) for value in values.to_pylist()], dtype=np.int64

@@ -1,4 +1,4 @@
-"""Encode the label column as a target: the index of each row's class, or the values of a regression."""
+"""Encode the label column as a target: for each row, the index of its class, or its value in a regression."""
 
 from __future__ import annotations
 
@@ -9,15 +9,28 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.errors import TrainingSetError
+from cluster.errors import TrainingSetError, did_you_mean
 from cluster.runtime import Task
 from cluster.runtime.signature import Label
-from jobs.train.columns import is_text, value_type
+from jobs.train.arrow_types import is_text, value_type
 
 Target = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
 MAX_CLASSES = 1000
-"""Largest number of classes of a multiclass label."""
+"""A multiclass label may have at most this many classes."""
+
+
+def label_column(table: pa.Table, label: str) -> pa.ChunkedArray:
+    """Return the label column.
+
+    Raises:
+        TrainingSetError: The table has no such column.
+    """
+    if label not in table.column_names:
+        raise TrainingSetError(
+            f"The training set has no label '{label}'.{did_you_mean(label, table.column_names)}"
+        )
+    return table[label]
 
 
 def learn_classes(task: Task, column: pa.ChunkedArray, *, label: str) -> tuple[Label, ...] | None:
@@ -47,7 +60,7 @@ def learn_classes(task: Task, column: pa.ChunkedArray, *, label: str) -> tuple[L
 def encode_target(
     task: Task, column: pa.ChunkedArray, *, classes: tuple[Label, ...] | None, label: str
 ) -> Target:
-    """Return the target, one element per row.
+    """Return the target, with one element for each row.
 
     For a classification, an element is the index of the row's class in `classes` (int64). For a regression, it is the
     label's value (float64).

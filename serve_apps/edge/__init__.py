@@ -1,1 +1,1 @@
-"""The edge: HAProxy's configuration as text, and the controller that keeps HAProxy in line with it."""
+"""The edge: HAProxy's configuration as text, and the controller that applies the ledger and Serve to HAProxy."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from prometheus_client import CollectorRegistry
 from cluster.entrypoint import job
 from cluster.ledger import Ledger, open_ledger
 from cluster.metrics import serve_metrics
+from cluster.node.edge_address import edge_hosts
 from cluster.node.scheduling import wait_for_turn
 from cluster.processes import ID_VARIABLE
 from cluster.security.recorded_settings import apply_cluster_record
@@ -43,8 +45,8 @@ from serve_apps.replica.targets import serve_targets
 
 LEDGER_RETRY_S = 1.0
 KEYS_MAX_AGE_S = 30.0
-"""Maximum age of an OIDC issuer's keys. Other processes fetch the keys again when a token names an unknown key; HAProxy
-cannot."""
+"""Maximum age of an OIDC issuer's keys. Other processes fetch the keys again when a token names an unknown key, but
+HAProxy cannot."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,7 +66,7 @@ class LimitConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LimitsConfig:
-    """Default limits, for all without own limits by `serve_apps.edge.limits`."""
+    """Limits of each principal and tenant for which `serve_apps.edge.limits` has set no others."""
 
     principal: LimitConfig = field(default_factory=LimitConfig)
     tenant: LimitConfig = field(default_factory=lambda: LimitConfig(requests_per_s=50_000, concurrent=1_500))
@@ -74,22 +76,20 @@ class LimitsConfig:
 class EdgeConfig(PlatformConfig):
     """Settings of the edge."""
 
-    host: str = "127.0.0.1"
-    """Address the edge listens on."""
     max_body_bytes: int = 32_000_000
-    """A larger body ends the connection. Replicas refuse much smaller bodies, after reading them to the end."""
+    """A larger body ends the connection. The limit of replicas is much lower; they read the body and then refuse it."""
     threads: int = 1
-    """Threads of HAProxy. One takes 140 µs of a core for a request. Several lose access records: when two threads write
-    at the same time, one line is dropped (two threads at full load: 17 of 20,156)."""
+    """Threads of HAProxy. A request takes 140 µs of one core. Use several threads only if access records may be lost:
+    when two threads write at the same time, one line is dropped (two threads at full load: 17 of 20,156 lines)."""
     max_connections: int = 2000
     max_connections_of_one_address: int = 500
-    """Set it to `max_connections` behind a proxy, because all connections then have the proxy's address."""
+    """Behind a proxy, set this to `max_connections`, because all connections then have the proxy's address."""
     hang_s: float = 0.7
-    """The champion answers for a treatment whose replica leaves a health check unanswered for this many seconds. It
-    must be more than the treatment's longest prediction, because a replica answers one request after another."""
+    """If a treatment's replica does not answer a health check for this many seconds, the champion answers instead. The
+    value must be larger than the time of the longest prediction, because a replica answers one request at a time."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     wake_timeout_s: float = 60.0
-    """How long a request waits for a replica, if its version is scaled to zero or its champion has no replica."""
+    """How long a request waits for a replica, if a version is scaled to zero or a champion has no replica."""
 
 
 def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
@@ -97,9 +97,10 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
     places = layout(config.storage)
     edge = local(places.edge)
     return EdgeSettings(
-        bind=f"{config.host}:{record.ports['edge']}",
+        bind=",".join(bind_address(host, record.ports["edge"]) for host in edge_hosts(config.cluster)),
         metrics_bind=f"127.0.0.1:{record.ports['edge_metrics']}",
         certificate=f"{places.tls}/{EDGE_NAME}",
+        authority_folder=places.tls,
         dashboard=urlsplit(record.dashboard_url).netloc,
         tokens=access_rules(config.identity.issuer),
         role_claim=config.identity.issuer.role_claim,
@@ -120,13 +121,24 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         max_connections_of_one_address=config.max_connections_of_one_address,
         hang_ms=round(config.hang_s * 1000),
         wake_timeout_s=config.wake_timeout_s,
-        serve_proxy=urlsplit(record.serve_http_url).netloc,
+        serve_proxy=serve_proxy(record),
     )
+
+
+def bind_address(host: str, port: int) -> str:
+    """Return an address to listen on, as HAProxy takes it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def serve_proxy(record: ClusterRecord) -> str:
+    """Return the address of Serve's proxy, or "" if there is none. It runs on the head, and listens on its address."""
+    port = urlsplit(record.serve_http_url).port
+    return "" if port is None else f"{urlsplit(f'//{record.ray_address}').hostname}:{port}"
 
 
 @job("edge", EdgeConfig)
 def main(config: EdgeConfig) -> None:
-    """Run until SIGTERM, or until a second edge is started, which takes over without refusing a request."""
+    """Run until SIGTERM, or until a second edge is started. The second edge takes over without refusing a request."""
     logging.basicConfig(level=logging.INFO)
     wait_for_turn()
     record = require_recorded_cluster(config)
@@ -160,6 +172,7 @@ def main(config: EdgeConfig) -> None:
             haproxy=haproxy,
             settings=edge_settings,
             state_file=state_file(config),
+            address=f"https://{edge_settings.bind.split(',')[0]} on {socket.gethostname()}",
             metrics=EdgeMetrics(registry),
         )
         controller.run(stopped, handed_over=handed_over)
@@ -168,7 +181,7 @@ def main(config: EdgeConfig) -> None:
 def restart_as_part_of(record: ClusterRecord) -> None:
     """Execute this program again with the cluster's id in the environment, if `cluster.up` did not start it.
 
-    `cluster.down` finds the processes to stop by that id.
+    `cluster.down` uses this id to find the processes that it stops.
     """
     if os.environ.get(ID_VARIABLE) != record.instance:
         os.environ[ID_VARIABLE] = record.instance
@@ -178,11 +191,11 @@ def restart_as_part_of(record: ClusterRecord) -> None:
 def wait_for_ledger(
     config: EdgeConfig, haproxy: HAProxy, stopped: threading.Event, handed_over: threading.Event
 ) -> Ledger:
-    """Open the ledger; while its database is down, HAProxy serves with the configuration on disk.
+    """Open the ledger. While the ledger's database is down, HAProxy serves with the configuration on disk.
 
     Raises:
-        SQLAlchemyError: `stopped` was set while the database was still down. HAProxy continues to serve if another edge
-            takes over.
+        SQLAlchemyError: `stopped` was set while the database was down. If another edge takes over, HAProxy continues to
+            serve.
     """
     while True:
         try:

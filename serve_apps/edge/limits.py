@@ -18,8 +18,8 @@ from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
-from serve_apps.edge.control.edge_state import wait_until_applied
 from serve_apps.edge.control.own_limits import read_own_limits
+from serve_apps.edge.control.waiting import wait_until_applied
 from serve_apps.edge.haproxy.request_limits import MAX_NAME_BYTES, Limit, Limited
 
 
@@ -40,7 +40,7 @@ class LimitsCommand(PlatformConfig):
     tenant: str | None = None
     requests_per_s: int | None = None
     concurrent: int | None = None
-    """Requests that may be open at the same time."""
+    """Largest number of requests that may be open at the same time."""
 
     def __post_init__(self) -> None:
         if self.action is LimitAction.show:
@@ -55,7 +55,7 @@ class LimitsCommand(PlatformConfig):
 
     @property
     def limited(self) -> Limited:
-        """Whether the limits are of a principal or of a tenant."""
+        """Whether the limits are those of a principal or of a tenant."""
         return Limited.tenant if self.principal is None else Limited.principal
 
     @property
@@ -83,7 +83,7 @@ def main(config: LimitsCommand) -> None:
                 requests_per_s=config.requests_per_s,
                 concurrent=config.concurrent,
             )
-            wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
+            wait_until_applied(config, ledger, ledger.append(event, actor=actor.name).seq)
     own_limits = read_own_limits(ledger).set.values()
     print(json.dumps([event.payload() for event in own_limits], indent=1))
 

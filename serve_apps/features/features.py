@@ -18,7 +18,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.errors import (
-    ConfigError,
     DefinitionError,
     FeatureViewNotFound,
     InvalidRequest,
@@ -38,7 +37,7 @@ from feature_jobs.store.catalog.specifications import service_spec
 from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from feature_jobs.store.online.store import OnlineStore
-from feature_jobs.store.streaming.push_log import PushLog, PushLogFull
+from feature_jobs.store.streaming.push_log import PushLog, PushLogFull, PushLogUnavailable
 from feature_jobs.store.streaming.pushed_view import PushedView, load_pushed_view
 from feature_jobs.store.streaming.pusher import Pusher, open_push_log
 from feature_jobs.store.types.dtypes import to_json
@@ -74,7 +73,7 @@ class Features:
         self._logs: dict[str, PushLog] = {}
         self._ahead = FutureLimit.of(self._platform.features.max_ahead_s, online_at_once=True)
         self._table_keys: dict[str, Mapping[str, str]] = {}
-        self._opening = threading.Lock()  # a process may open an LMDB folder only once
+        self._opening = threading.Lock()  # appends to one log wait for each other in its object
         self._view = functools.lru_cache(maxsize=256)(self._read_view)
         self._reader = functools.lru_cache(maxsize=256)(self._read_reader)
 
@@ -135,7 +134,7 @@ class Features:
                 digest=push.digest,
                 now=dt.datetime.now(dt.UTC),
             )
-        except (PushLogFull, KeyStoreUnavailable) as error:
+        except (PushLogFull, PushLogUnavailable, KeyStoreUnavailable) as error:
             raise Unavailable(str(error)) from error
 
     def _read_view(self, name: str, period: int) -> PushedView:
@@ -155,10 +154,7 @@ class Features:
         name = view.spec.name
         with self._opening:
             if name not in self._logs:
-                try:
-                    self._logs[name] = open_push_log(self._places, name, self._keys(_purpose(view)))
-                except ConfigError as error:
-                    raise Unavailable(str(error)) from error
+                self._logs[name] = open_push_log(self._ledger, self._places, name, self._keys(_purpose(view)))
             return self._logs[name]
 
     @functools.cache  # noqa: B019 (an application lives as long as its process)

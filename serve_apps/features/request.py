@@ -28,13 +28,13 @@ class Read:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Push:
-    """A `features:push` request; the view validates its rows later."""
+    """A `features:push` request. Its rows are validated later, by the view."""
 
     view: str
     rows: Any
     idempotency_key: str
     digest: bytes
-    """Hash of view and rows; a repeated push has the same."""
+    """Hash of view and rows. A repeated push has the same hash."""
 
 
 def parse_read(body: Mapping[str, Any], *, now: dt.datetime) -> Read:
@@ -60,7 +60,7 @@ def parse_push(body: Mapping[str, Any]) -> Push:
     _check_fields(body, _PUSH)
     try:
         content = orjson.dumps([body.get("view"), body.get("rows")], option=orjson.OPT_SORT_KEYS)
-    except orjson.JSONEncodeError as error:  # orjson reads deeper nesting than it writes
+    except orjson.JSONEncodeError as error:  # orjson can read deeper nesting than it can write
         raise InvalidRequest('"rows" is nested too deeply.') from error
     return Push(
         view=_text(body, "view"),

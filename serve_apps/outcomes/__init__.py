@@ -1,1 +1,1 @@
-"""Outcomes over HTTP: what came true of a prediction, posted later by the application that requested it."""
+"""Outcomes over HTTP: what came true for a prediction. The application that requested the prediction posts it later."""

@@ -17,7 +17,8 @@ from starlette.responses import Response
 from cluster.errors import InvalidRequest, ModelNotFound, RefusedError
 from cluster.ledger import open_ledger
 from cluster.ledger.chain import canonical
-from cluster.records import OutcomeRecord
+from cluster.records import OutcomeRecord, outcome_log
+from cluster.records.location import max_age_s
 from cluster.registry import Registry
 from cluster.runtime import OutcomeParser
 from cluster.runtime.loader import load_signature
@@ -26,7 +27,7 @@ from cluster.security.keys.access import key_store, service_access
 from cluster.security.keys.store import KeyNotFound, KeyStore
 from cluster.session import require_running_cluster
 from cluster.settings_conversion import from_plain
-from cluster.storage import layout, local
+from cluster.storage import layout
 from serve_apps.outcomes.sums import OutcomeSums
 from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.request import shortened, to_utc
@@ -44,7 +45,7 @@ def parse_outcomes(body: dict[str, Any], *, received_at: dt.datetime) -> tuple[s
     """Parse a request's body into the model's name and the outcomes.
 
     Raises:
-        InvalidRequest: an outcome is wrong; the message names the first one.
+        InvalidRequest: an outcome is wrong. The message names the first wrong outcome.
     """
     model, items = body.get("model"), body.get("outcomes")
     if not isinstance(model, str):
@@ -83,14 +84,14 @@ def _outcome(position: int, item: Any, received_at: dt.datetime) -> OutcomeRecor
 
 
 def normalise(records: list[OutcomeRecord], types: Sequence[OutcomeParser]) -> list[OutcomeRecord]:
-    """Convert each outcome to the class or number that it stands for, by the first version whose type it fits.
+    """Convert each outcome to a class or a number, with the first of `types` that the outcome fits.
 
     Args:
         records: the outcomes.
-        types: outcome types of the model's versions, any of which may have answered.
+        types: outcome types of the model's versions. Any of these versions may have made the prediction.
 
     Raises:
-        InvalidRequest: an outcome fits no version; the message names the first one.
+        InvalidRequest: an outcome fits none of the types. The message names the first such outcome.
     """
     normalised = []
     for position, record in enumerate(records):
@@ -106,7 +107,7 @@ def normalise(records: list[OutcomeRecord], types: Sequence[OutcomeParser]) -> l
 
 
 class OutcomeTypes:
-    """Outcome types of each model's versions; a prediction may come from an old version."""
+    """Outcome types of all versions of each model, because a prediction may come from an old version."""
 
     def __init__(self, registry: Registry, store: KeyStore) -> None:
         self._registry = registry
@@ -114,7 +115,7 @@ class OutcomeTypes:
         self._by_model: dict[str, dict[int, OutcomeParser]] = {}
 
     def of(self, model: str) -> list[OutcomeParser]:
-        """Return the type of each version, the newest first.
+        """Return the outcome type of each version, the newest version first.
 
         Raises:
             ModelNotFound: the model has no version.
@@ -122,7 +123,7 @@ class OutcomeTypes:
         """
         try:
             self._load_new_versions(model)
-        except sa.exc.OperationalError as error:  # for example, a full disk; known versions are used
+        except sa.exc.OperationalError as error:  # for example, a full disk: use the versions known so far
             LOG.warning("the registry cannot be read: %s", error)
         by_version = self._by_model.get(model)
         if not by_version:
@@ -162,6 +163,7 @@ class Outcomes:
         self._access = AccessCheck.of(platform, all_outcomes, self._ledger)
         self._store = key_store(service_access(platform, require_running_cluster(platform), name="outcomes"))
         self._durability = platform.replica.durability
+        self._max_age_s = max_age_s(platform.storage)
         self._types = OutcomeTypes(Registry(self._ledger, self._places), self._store)
         self._logs: dict[str, RecordLog] = {}
         self._sums = OutcomeSums(self._ledger.append)
@@ -202,10 +204,11 @@ class Outcomes:
     def _open_log(self, model: str) -> RecordLog:
         try:
             return RecordLog(
-                local(self._places.outcomes(model)),
+                outcome_log(self._places, self._ledger, model),
                 store=self._store,
                 key=outcome_key(model),
                 durability=self._durability,
+                max_age_s=self._max_age_s,
             )
         except KeyNotFound as error:
             raise ModelNotFound(f"Model '{model}' has never been deployed, so it has no outcomes.") from error

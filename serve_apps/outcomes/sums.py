@@ -1,8 +1,8 @@
-"""Outcomes by model and sender, summed up in the ledger by the minute.
+"""Once a minute, append the number of accepted outcomes of each model and sender to the ledger.
 
-The outcome log is the complete record, and it is durable before a request is answered. The ledger gets one event for
-each model and sender in a minute, not one for each request. So it does not grow with traffic. A killed replica loses at
-most a minute of sums. The outcomes themselves stay in the log, and `OutcomesCompacted` counts them.
+The outcome log is the complete record. Outcomes are durable in the log before a request is answered. The ledger gets
+one event for each model and sender in a minute, not for each request, so it does not grow with traffic. A killed
+replica loses the sums of at most a minute. But the outcomes stay in the log, and `OutcomesCompacted` counts them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cluster.security.authorization.audit import Append
 from serve_apps.replica.http import LOG
 
 INTERVAL_S = 60.0
-"""Time from one event to the next, for each model and sender."""
+"""Seconds from one event to the next, for each model and sender."""
 CLOSE_S = 5.0
 
 
@@ -37,7 +37,7 @@ class OutcomeSums:
 
     Args:
         append: appends an event to the ledger.
-        interval_s: time from one append to the next.
+        interval_s: seconds from one append to the next.
     """
 
     def __init__(self, append: Append, *, interval_s: float = INTERVAL_S) -> None:
@@ -45,7 +45,7 @@ class OutcomeSums:
         self._interval_s = interval_s
         self._sums: dict[tuple[str, str], _Sum] = {}
         self._pending: list[tuple[str, OutcomesSummed]] = []
-        """Actor and event of the sums that are not in the ledger yet, in order."""
+        """Sums that are not in the ledger yet, in order: actor and event."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._appender = threading.Thread(target=self._append_often, daemon=True, name="outcome sums")
@@ -69,9 +69,9 @@ class OutcomeSums:
             current.digest.update(digest.encode())
 
     def flush(self) -> None:
-        """Append an event for each model and sender. What cannot be appended is kept for the next time.
+        """Append an event for each model and sender. Events that cannot be appended are appended at the next call.
 
-        Only one thread may call it.
+        Only one thread may call this.
         """
         with self._lock:
             sums, self._sums = self._sums, {}

@@ -1,13 +1,13 @@
 """Answer concurrent requests by one call of the model.
 
-A replica answers in one event loop. While the model runs, the loop reads no requests. Afterwards it reads all that have
-arrived, and joins them without waiting for more. So a single request is answered at once, and batches grow with the
-load. If waiting is allowed (`max_wait_ms`), a batch waits for as many requests as the previous one had, but not longer
-than that.
+A replica answers in one event loop. While the model runs, the loop reads no requests. Then it reads all requests that
+have arrived, and joins them without waiting for more. So a single request is answered at once, and batches grow with
+the load. If waiting is allowed (`max_wait_ms`), a batch waits until it has as many requests as the previous batch, but
+at most for `max_wait_ms`.
 
-`serve.batch` does the same with queues and tasks, and works only inside a Serve replica. Measured for a model that
-costs nothing, it takes 98 µs for a single request and 30 µs for each of 64 concurrent ones. This module takes 3 µs and
-1.4 µs. For comparison, a LightGBM model of 100 trees takes 22 µs.
+`serve.batch` does the same with queues and tasks, but works only inside a Serve replica. With a model that takes no
+time, `serve.batch` takes 98 µs for a single request, and 30 µs for each of 64 concurrent requests. This module takes
+3 µs and 1.4 µs. For comparison, a LightGBM model of 100 trees takes 22 µs.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from cluster.settings import BatchingConfig
 Predict = Callable[[Matrix], Predictions]
 PROBE_ROWS, PROBES = 8, 5
 MIN_SAVED_S = 50e-6
-"""Least saving for each request that justifies batching. Smaller savings are lost in the rest of a request's time: a
-network that saved 22 µs answered no more requests."""
+"""Batching is used if it saves at least this much time for each request. Smaller savings do not matter: a network for
+which batching saved 22 µs did not answer more requests per second."""
 
 
 def saves_time(predict: Predict, num_inputs: int, *, clock: Callable[[], float] = time.perf_counter) -> bool:
-    """Return whether one call for eight rows costs much less than eight calls, measured on rows of zeros."""
+    """Return whether one call for eight rows is much faster than eight calls, measured on rows of zeros."""
     one_s, eight_s = (_fastest_call_s(predict, rows, num_inputs, clock) for rows in (1, PROBE_ROWS))
     return eight_s < PROBE_ROWS * one_s / 2 and one_s - eight_s / PROBE_ROWS > MIN_SAVED_S
 
 
 def _fastest_call_s(predict: Predict, rows: int, num_inputs: int, clock: Callable[[], float]) -> float:
-    """Return the seconds of the fastest call, which other work disturbed least."""
+    """Return the seconds of the fastest of several calls, because other work disturbed it least."""
     matrix = np.zeros((rows, num_inputs), dtype=np.float32)
     durations = []
     for _ in range(PROBES):
@@ -49,10 +49,10 @@ def _fastest_call_s(predict: Predict, rows: int, num_inputs: int, clock: Callabl
 
 
 def batches(model: Model, config: BatchingConfig) -> Batches | None:
-    """Return the batching of a model's requests, or None if batching is off, saves no time, or the model is int8.
+    """Return what batches a model's requests, or None if batching is off, saves no time, or the model is int8.
 
-    An int8 model scales its activations over a whole call. So a request's answer would depend on the other requests of
-    its batch, and could not be reproduced.
+    An int8 model has one scale for all activations of a call. So the answer to a request would depend on the other
+    requests in the batch, and could not be reproduced.
     """
     if config.max_rows == 1 or model.signature.precision is Precision.int8:
         return None
@@ -72,8 +72,9 @@ class Batches:
 
     Args:
         predict: the model, for encoded rows.
-        max_rows: rows of a batch; a single request may have more.
-        max_wait_s: how long a batch's first request may wait for others, if the previous batch had others.
+        max_rows: largest number of rows of a batch. A single request may have more.
+        max_wait_s: how long the first request of a batch may wait for others. It does not wait if the previous batch
+            was a single request.
     """
 
     def __init__(self, predict: Predict, *, max_rows: int, max_wait_s: float) -> None:
@@ -86,7 +87,7 @@ class Batches:
         self._due: asyncio.Handle | None = None
 
     async def predict(self, matrix: Matrix) -> Predictions:
-        """Return the model's predictions for these rows. Raises what the model would raise for these rows alone."""
+        """Return the model's predictions for these rows. It raises the error that the model raises for these rows."""
         loop = asyncio.get_running_loop()
         if self._num_rows + len(matrix) > self._max_rows:
             self._answer()
@@ -98,7 +99,7 @@ class Batches:
 
     def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
         if len(self._waiting) >= self._expected or not self._max_wait_s:
-            # Behind all callbacks that are ready now, whose requests are read already.
+            # The batch runs after all callbacks that are ready now. These may add requests that were read already.
             if self._due is None or isinstance(self._due, asyncio.TimerHandle):
                 self._reschedule(loop.call_soon(self._answer))
         elif self._due is None:

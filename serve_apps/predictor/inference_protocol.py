@@ -1,7 +1,7 @@
 """The Open Inference Protocol v2 over HTTP: tensors in, tensors out, one named input for each feature.
 
-Tensors are JSON, or bytes behind the JSON. For the latter (the binary tensor data extension), the header
-`Inference-Header-Content-Length` gives the length of the JSON. Sources: the protocol's REST specification
+Tensors are JSON, or bytes after the JSON (the binary tensor data extension). If bytes follow, the header
+`Inference-Header-Content-Length` has the length of the JSON. Sources: the protocol's REST specification
 (kserve/open-inference-protocol) and Triton's `extension_binary_data`.
 """
 
@@ -34,14 +34,14 @@ class RequestedOutput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inference:
-    """An `infer` request: it has all features."""
+    """An `infer` request. It contains all inputs of the model."""
 
     id: str | None
     columns: dict[str, list[Any]]
     count: int
     """Number of rows."""
     outputs: tuple[RequestedOutput, ...]
-    """In the order of the answer."""
+    """Requested outputs, in the order of the answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,18 +52,18 @@ class Output:
     datatype: str
     shape: list[int]
     values: list[Any]
-    """Row-major."""
+    """All values in row-major order."""
 
 
 def split_body(body: bytes, json_length: list[str]) -> tuple[dict[str, Any], RawData]:
-    """Split an `infer` body into its JSON object and the binary data behind it.
+    """Split an `infer` body into its JSON object and the binary data after it.
 
     Args:
         body: the whole body.
         json_length: all values of the header `JSON_LENGTH`.
 
     Raises:
-        InvalidRequest: the JSON is not an object, or the length is not a number or is beyond the body.
+        InvalidRequest: the JSON is not an object, or the length is not a number or is larger than the body.
     """
     if not json_length:
         return parse_json(body), RawData()
@@ -85,10 +85,10 @@ def parse_infer(
     """Parse an `infer` body.
 
     Args:
-        body: its JSON.
-        inputs: the model's inputs; the request needs all of them, in any order.
+        body: the body's JSON.
+        inputs: the model's inputs. The request must have all of them, in any order.
         outputs: names of the model's outputs.
-        raw: the binary data behind the JSON.
+        raw: the binary data after the JSON.
 
     Raises:
         InvalidRequest: an input or output is unknown, missing or repeated, or a shape, datatype or value does not fit.
@@ -119,7 +119,7 @@ def parse_infer(
 
 
 def output_tensors(signature: ModelSignature, rows: list[dict[str, Any]]) -> tuple[Output, ...]:
-    """Return all outputs of the model as tensors, from its predictions as rows."""
+    """Convert predictions, given as rows, to tensors: one for each output of the model."""
     count = len(rows)
     match signature.task:
         case Task.binary:
@@ -136,10 +136,10 @@ def output_tensors(signature: ModelSignature, rows: list[dict[str, Any]]) -> tup
 def encode_answer(
     head: dict[str, Any], outputs: tuple[Output, ...], requested: tuple[RequestedOutput, ...]
 ) -> tuple[bytes, int | None]:
-    """Return an answer's body, and the length of its JSON if binary data follows it.
+    """Return an answer's body, and the length of its JSON if binary data follows (else None).
 
     Args:
-        head: everything but the outputs.
+        head: all fields of the answer except the outputs.
         outputs: all outputs of the model.
         requested: outputs to send.
     """
@@ -160,7 +160,7 @@ def encode_answer(
 
 
 def metadata(name: str, version: int, signature: ModelSignature) -> dict[str, Any]:
-    """Return the model's metadata; `classes` gives the order of a multiclass model's probabilities."""
+    """Return the model's metadata. `classes` says in which order a multiclass model returns its probabilities."""
     shapes = {"probabilities": [-1, signature.num_scores]}
     outputs = [
         {"name": output.name, "datatype": output.datatype, "shape": shapes.get(output.name, [-1])}
@@ -190,7 +190,7 @@ def output_names(signature: ModelSignature) -> tuple[str, ...]:
 
 
 def datatype(dtype: str) -> str:
-    """Return the protocol's name of an Arrow type."""
+    """Return the protocol's name for an Arrow type."""
     match dtype:
         case "bool":
             return "BOOL"

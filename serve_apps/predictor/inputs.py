@@ -23,13 +23,13 @@ class ModelInputs:
     """The model's inputs for a request's entities."""
 
     columns: dict[str, list[Any]]
-    """Input to one value for each entity, in the model's order."""
+    """From input to a list with one value for each entity. The inputs are in the model's order."""
     status: dict[str, Sequence[str]] = field(default_factory=dict)
-    """Input to status by entity, for inputs that were read and are not all present."""
+    """From input to a list with the status for each entity. Inputs for which all values are present are left out."""
     defaults: dict[str, Value] = field(default_factory=dict)
-    """Input to the default that replaces missing and expired values."""
+    """From input to the default that replaces missing and expired values."""
     defaulted: dict[str, list[int]] = field(default_factory=dict)
-    """Model input to the rows with the default."""
+    """From input to the numbers of the rows that have the default."""
 
 
 def model_inputs(
@@ -50,7 +50,7 @@ def model_inputs(
 
     Raises:
         InvalidRequest: an input cannot be read, and the client did not send it.
-        FeatureAbsent: a value is missing or expired, and the feature service refuses that.
+        FeatureAbsent: a value is missing or expired, and the feature service does not allow that.
     """
     if reader is None:
         if missing := wanted - overrides.keys():
@@ -80,7 +80,7 @@ def model_inputs(
 
 
 def _needed(spec: ServiceSpec, wanted: Collection[str], given: Collection[str]) -> set[str]:
-    """Return the columns that the answer depends on: the inputs, and the views' columns behind on-demand inputs."""
+    """Return the columns that the answer depends on: inputs, and the sources of their on-demand transforms."""
     transforms = transforms_to_run(spec, wanted, given)
     sources = {source for transform in transforms for source in transform.sources}
     source_columns = {column for view in spec.views if view.name in sources for column in view.columns}

@@ -1,8 +1,8 @@
-"""Keys of a model's logs, and permissions of its callers: as strict as the features that the model uses.
+"""Keys of a model's logs, and permissions of its callers. Both are as strict as for the features that the model uses.
 
-Values from clients and outcomes have no declared class. So outcomes, and predictions of a model without a feature
-service, are encrypted under a sensitive key. A prediction says something about a person, so its class is at least
-personal.
+Outcomes and clients' values have no declared column class. So outcomes, and predictions of a model without a feature
+service, are encrypted under a key of the class sensitive. A prediction says something about a person, so its class is
+at least personal.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ def outcome_key(model: str) -> str:
 
 
 def log_keys(ledger: Ledger, version: ModelVersion, *, region: str) -> list[KeyInfo]:
-    """Describe both keys, which a deployment creates, for the purposes that all views of the version allow.
+    """Return the descriptions of the two keys that a deployment creates: one for predictions, one for outcomes.
+
+    The purposes of the keys are those that all views of the version allow.
 
     Args:
-        ledger: holds the views' definitions.
+        ledger: ledger with the definitions of the views.
         version: the version to deploy.
-        region: the installation's region; a view's own region takes precedence.
+        region: the installation's region. If a view is in another region, that region is used.
     """
     views = _views(ledger, version)
     other_regions = sorted({view.region for view in views if view.region} - {region})
@@ -55,10 +57,10 @@ def log_keys(ledger: Ledger, version: ModelVersion, *, region: str) -> list[KeyI
 
 
 def merged_key(existing: KeyInfo, wanted: KeyInfo) -> KeyInfo:
-    """Describe a key that other versions already use: only the purposes that both allow remain.
+    """Return the description of a key that other versions already use, with only the purposes that both allow.
 
     Raises:
-        RefusedError: the two have no common purpose, so the records of both would be unreadable.
+        RefusedError: the two descriptions have no common purpose, so nobody could read the records.
     """
     if not existing.purposes:
         return wanted
@@ -72,15 +74,15 @@ def merged_key(existing: KeyInfo, wanted: KeyInfo) -> KeyInfo:
 
 
 def serving_purpose(ledger: Ledger, version: ModelVersion) -> str:
-    """Return the default purpose for which a version's replicas read features: one that all its views allow."""
+    """Return the default purpose for which a version's replicas read features: one that all views allow."""
     return next(iter(_common_purposes(_views(ledger, version))), "")
 
 
 def with_read_features(model: Resource, views: list[ViewSpec], *, region: str) -> Resource:
     """Return the model as a resource for `:predict`, which reads features by key.
 
-    Its class is the highest class of the views. Its purposes are those that all views list. Its region is that of a
-    view in another region, if there is one. So the policies require the same as for `features:read`.
+    The resource has the highest column class of the views, and the purposes that all views list. If a view is in
+    another region, the resource is in that region. So the policies require the same as for `features:read`.
     """
     resources = [resource for view in views for resource in view_resources(view, region=region)]
     other_regions = sorted({resource.region for resource in resources} - {region})
@@ -93,7 +95,10 @@ def with_read_features(model: Resource, views: list[ViewSpec], *, region: str) -
 
 
 def _common_purposes(limited: Sequence[ViewSpec] | Sequence[Resource]) -> tuple[str, ...]:
-    """Return the purposes that all of them list; empty if none lists any."""
+    """Return the purposes that all views or resources with purposes list. The tuple is empty if none lists any.
+
+    If there is no such purpose, return `NO_COMMON_PURPOSE`.
+    """
     listed = [set(item.purposes) for item in limited if item.purposes]
     if not listed:
         return ()
@@ -106,7 +111,7 @@ def _views(ledger: Ledger, version: ModelVersion) -> list[ViewSpec]:
 
 
 def _fields(ledger: Ledger, version: ModelVersion) -> list[FieldSpec]:
-    """Return all fields that a prediction's record may contain."""
+    """Return all fields whose values the record of a prediction may contain."""
     lineage = version.lineage
     if not lineage.service:
         return []

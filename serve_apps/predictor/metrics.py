@@ -1,7 +1,7 @@
 """Metrics of a replica's answers: their number by status, and their duration.
 
-A call of Ray's metrics costs as much as reading an entity's features. So answers are counted here, and passed to Ray
-once a second.
+A call of Ray's metrics takes as long as reading the features of an entity. So this module counts the answers, and
+passes the counts to Ray once a second.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TAGS: Any = ("model", "version")  # Ray's annotation allows only tuples of one 
 
 
 class PredictionMetrics:
-    """Metrics of one model version; needs a running event loop."""
+    """Metrics of one model version. Needs a running event loop."""
 
     def __init__(self, tags: Mapping[str, str]) -> None:
         self._answered = metrics.Counter("falaj_predictions", "answers", tag_keys=(*_TAGS, "status"))
@@ -34,7 +34,7 @@ class PredictionMetrics:
             tag_keys=_TAGS,
         )
         for metric in (self._answered, self._seconds, self._without_score):
-            metric.set_default_tags(dict(tags))  # a copy, because Serve adds its own tags to it
+            metric.set_default_tags(dict(tags))  # a copy, because Serve adds its own tags to the dict
         self._unflushed: Counter[int] = Counter()
 
     def answer(self, status: int, *, took_s: float) -> None:

@@ -9,10 +9,10 @@ from feature_jobs.store.types.dtypes import is_rich
 
 
 def on_demand_inputs(spec: ServiceSpec) -> dict[str, InputSpec | FieldSpec]:
-    """Return the request inputs of a service's on-demand transforms, by name.
+    """Return by name the inputs that a service's on-demand transforms read from the request.
 
     Raises:
-        DefinitionError: a transform's code is missing, or is not the code that the model was trained with.
+        DefinitionError: the code of a transform is missing, or is not the code that the model was trained with.
     """
     inputs: dict[str, InputSpec | FieldSpec] = {}
     for transform in spec.on_demand:

@@ -1,4 +1,4 @@
-"""Parts of a replica, opened one by one from the configuration and a verified model version."""
+"""Parts of a replica. They are opened one by one from the configuration and a verified model version."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.ledger import Ledger, open_ledger
+from cluster.records import prediction_log
+from cluster.records.location import max_age_s
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import InputSpec, Model, ModelSignature
-from cluster.runtime.hardware import find_hardware
+from cluster.runtime.device_choice import find_hardware
 from cluster.runtime.loader import load_model
 from cluster.security.authorization.policy import Resource
 from cluster.security.keys.access import KeyAccess, key_store, service_access
 from cluster.security.keys.store import KeyStore
+from cluster.security.tls.certificates import CA_NAME
 from cluster.session import ClusterRecord, require_running_cluster
 from cluster.settings import PlatformConfig
-from cluster.storage import Layout, layout, local
+from cluster.storage import Layout, layout
 from feature_jobs.store.catalog.specifications import FieldSpec, service_spec
 from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from serve_apps.predictor.log_keys import prediction_key, serving_purpose, with_read_features
@@ -29,14 +32,14 @@ from serve_apps.replica.targets import serve_targets
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedFeatures:
-    """Features that a model reads by key, and inputs that only a request can give."""
+    """What a model reads by key, and the inputs that only a request can contain."""
 
     reader: FeatureReader | None = None
-    """None for a model that was trained without a feature service."""
+    """Reader of the features. None for a model that was trained without a feature service."""
     request_inputs: dict[str, InputSpec | FieldSpec] = field(default_factory=dict)
     """Inputs of on-demand transforms."""
     resource: Resource | None = None
-    """Resource that a caller needs permission for; None for the model itself."""
+    """Resource that a caller needs permission for. None means the model itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,10 +56,10 @@ class Parts:
 
     @classmethod
     def of(cls, platform: PlatformConfig, name: str, version: int) -> Parts:
-        """Verify a version's files against the registry.
+        """Verify a version's files against the registry, and return the parts.
 
         Raises:
-            ArtifactTampered: a file is not the registered one; an event records it.
+            ArtifactTampered: a file is not the registered one. An event about this was appended to the ledger.
         """
         places, ledger = layout(platform.storage), open_ledger(platform)
         registry = Registry(ledger, places)
@@ -76,7 +79,7 @@ class Parts:
         )
 
     def model(self) -> Model:
-        """Load and warm the model."""
+        """Load the model."""
         replica = self.platform.replica
         hardware = find_hardware(num_cpus=replica.num_cpus, num_gpus=replica.num_gpus)
         return load_model(self.version, self.store, hardware=hardware)
@@ -89,14 +92,15 @@ class Parts:
     def log(self) -> RecordLog:
         """Open the prediction log."""
         return RecordLog(
-            local(self.places.predictions(self.version.name)),
+            prediction_log(self.places, self.ledger, self.version.name),
             store=self.store,
             key=prediction_key(self.ledger, self.version),
             durability=self.platform.replica.durability,
+            max_age_s=max_age_s(self.platform.storage),
         )
 
     def features(self, signature: ModelSignature) -> ServedFeatures:
-        """Open the online store for the model's features; empty for a model without a feature service."""
+        """Open the online store for the model's features. A model without a feature service reads no features."""
         if not signature.service:
             return ServedFeatures()
         spec = service_spec(self.ledger, signature.service, signature.service_version)
@@ -118,5 +122,6 @@ class Parts:
             fetch_targets=serve_targets(self.cluster),
             token=self.access.token_reader(),
             proof=edge_proof(self.places),
+            authority=f"{self.places.tls}/{CA_NAME}",
             count=count,
         )

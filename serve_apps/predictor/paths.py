@@ -1,4 +1,4 @@
-"""Parse a request's path into an operation: `:predict`, or an operation of the Open Inference Protocol."""
+"""Find out a request's operation from its path: `:predict`, or an operation of the Open Inference Protocol."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Operation(enum.Enum):
 
     @property
     def action(self) -> Action:
-        """Action of the policies."""
+        """Action that the policies decide about."""
         return Action.predict if self in (Operation.predict, Operation.infer) else Action.read_metadata
 
 
@@ -40,10 +40,10 @@ class Call:
 
     operation: Operation
     version: str | None = None
-    """None accepts the version that serves."""
+    """Version in the path. None means the version that serves."""
 
     def check_version(self, name: str, version: int) -> None:
-        """Require that the path names this replica's version or none; the edge ignores the path's version.
+        """Require that the path names no version, or this replica's version. The edge ignores a version in the path.
 
         Raises:
             ModelNotFound: the path names another version.
@@ -65,7 +65,7 @@ def parse_call(method: str, path: str, *, model: str) -> Call:
 
     Raises:
         ModelNotFound: the path is unknown, or names another model.
-        MethodNotAllowed: the path takes another method.
+        MethodNotAllowed: the path needs another method.
     """
     call = _parse_path(path, model)
     if call is None:

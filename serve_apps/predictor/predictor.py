@@ -1,7 +1,7 @@
-"""The replica of a model version: a plain class; `apps.py` makes it a Serve deployment.
+"""The replica of a model version: a plain class, which `apps.py` makes a Serve deployment.
 
-The path of a request is short on purpose: the token from a cache, the features from memory-mapped pages, the model in
-this process, one write, the answer.
+A request needs few steps on purpose: read the token from a cache and the features from memory-mapped pages, run the
+model in this process, write one record, answer.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ class Predictor:
     """Answers requests for one model version."""
 
     def __init__(self, config: dict[str, Any], name: str, version: int) -> None:
-        """Verify, load and warm the version; Serve sends requests only after this has returned.
+        """Verify and load the version. Serve sends requests only after this has returned.
 
         Args:
             config: the platform's configuration as plain values.
             name: name of the model.
-            version: its number.
+            version: number of the version.
 
         Raises:
-            ArtifactTampered: a file is not the registered one; an event records it.
+            ArtifactTampered: a file is not the registered one. An event about this was appended to the ledger.
         """
         platform = from_plain(config)
         prepare_replica(self, max_concurrent=platform.replica.max_ongoing_requests)
@@ -70,7 +70,7 @@ class Predictor:
         self._ongoing = OngoingRequests()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return the load for Serve's controller; `serve_apps/replica/scaling.py` decides by it."""
+        """Return this replica's load to Serve's controller. `serve_apps/replica/scaling.py` uses it to scale."""
         return {ONGOING: self._ongoing.take()}
 
     def __del__(self) -> None:
@@ -89,12 +89,12 @@ class Predictor:
             response = refusal(error)
         took_s = time.perf_counter() - started
         self._metrics.answer(response.status_code, took_s=took_s)
-        if request.method == "POST":  # GET is a monitor's readiness check, which is no load
+        if request.method == "POST":  # a GET is a readiness check, which does not count as load
             self._ongoing.add(arrived=edge.arrived, took_s=took_s)
         return response
 
     async def _answer(self, request: Request, edge: EdgeHeaders) -> Response:
-        # The scope's path, because `request.url` builds a whole URL.
+        # The path is read from the scope, because `request.url` would build a whole URL.
         path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
         name, version = self._version.name, self._version.version
         call = paths.parse_call(request.method, path, model=name)
@@ -119,9 +119,9 @@ class Predictor:
                 return answer({"name": name, "ready": True})
 
     async def _rows(self, columns: dict[str, list[Any]]) -> tuple[list[dict[str, Any]], str]:
-        """Return the predictions as rows, and why there are none. The reason is empty if the model has a score."""
+        """Return the predictions as rows, and a fault. The fault is empty if the model gave scores."""
         try:
-            # Each request is encoded by itself, so that a value that cannot be encoded fails only its own request.
+            # Each request is encoded separately. If one has a value that cannot be encoded, only this request fails.
             if self._batches is None:
                 return self._model.predict(columns).require_finite().rows(), ""
             return (await self._batches.predict(self._model.encode(columns))).require_finite().rows(), ""
@@ -136,7 +136,7 @@ class Predictor:
         return [], fault
 
     def _failed(self, fault: str, prediction_id: str) -> Response:
-        """Return a 503, which counts as a failure of the request's arm."""
+        """Return a response with status 503. It counts as a failure of the request's arm."""
         model = f"Model '{self._version.name}' version {self._version.version}"
         response = refusal(ModelFailed(f"{model} {fault}, so there is no answer."))
         response.headers[PREDICTION_ID_HEADER] = prediction_id
@@ -218,7 +218,7 @@ class Predictor:
         defaulted: dict[str, list[int]] | None,
         fault: str,
     ) -> str:
-        """Append an answer's record to the log, before the answer is sent; return the prediction's id."""
+        """Append the record of an answer to the log before the answer is sent. Return the prediction id."""
         prediction_id = os.urandom(16).hex()
         moment = now.isoformat()
         record = PredictionRecord(

@@ -17,7 +17,7 @@ from serve_apps.replica.http_contract import MAX_ENTITIES
 
 MAX_INTEGER = 2**63
 MAX_QUOTED = 60
-"""Characters of a client's value in a message."""
+"""A message contains at most this many characters of a client's value."""
 _KNOWN_FIELDS = frozenset({"entities", "features", "as_of"})
 
 RequestInput = InputSpec | FieldSpec
@@ -27,11 +27,11 @@ Scalar = str | int | float | bool | None
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictRequest:
-    """A `:predict` request: features are read by the entities' join keys."""
+    """A `:predict` request. The features are read with the join keys of its entities."""
 
     entities: list[dict[str, Any]]
     overrides: dict[str, list[Any]]
-    """Input to one value for each entity, in place of the stored value."""
+    """From input to one value for each entity. These values replace the stored values."""
     as_of: dt.datetime
 
 
@@ -55,7 +55,7 @@ def parse_predict(
 
 
 def override(inputs: Mapping[str, RequestInput], name: str, value: Any, count: int) -> list[Any]:
-    """Return one value of an input for each entity, from a single value or a list; a value may itself be a list.
+    """Return a list with one value for each entity, from a single value or a list. A value may itself be a list.
 
     Raises:
         InvalidRequest: the input is unknown, the number of values is wrong, or a value has the wrong type.
@@ -72,7 +72,7 @@ def override(inputs: Mapping[str, RequestInput], name: str, value: Any, count: i
 
 
 def fit_values(spec: RequestInput, values: list[Any]) -> list[Any]:
-    """Convert values to the input's type; null is always allowed.
+    """Convert values to the input's type. Null is always allowed.
 
     Raises:
         InvalidRequest: a value does not fit the type.
@@ -98,7 +98,7 @@ def fit_values(spec: RequestInput, values: list[Any]) -> list[Any]:
 
 
 def _fit_list(spec: InputSpec, kind: ValueType, value: Any) -> list[Any]:
-    """Validate a list of the input's type; encoding later finds numbers that a float32 cannot hold."""
+    """Validate a list for an input. Numbers outside the range of float32 are found later, when the list is encoded."""
     try:
         if not isinstance(value, list) or len(value) != spec.length or None in value:
             raise WrongValueType(value, "")
@@ -111,7 +111,7 @@ def _fit_list(spec: InputSpec, kind: ValueType, value: Any) -> list[Any]:
 
 
 def _check_rich(spec: FieldSpec, value: Any) -> None:
-    """Validate a list, date, time, decimal or bytes by the field's type; null is always allowed."""
+    """Validate a list, date, time, decimal or bytes for a field's type. Null is always allowed."""
     if value is None:
         return
     try:
@@ -121,7 +121,7 @@ def _check_rich(spec: FieldSpec, value: Any) -> None:
 
 
 def _fit_unknown(spec: InputSpec, values: list[Any]) -> list[Scalar]:
-    """Accept only numbers for a type that has no plain values of its own."""
+    """Accept only numbers, for an input whose type has no plain values."""
     for value in values:
         if isinstance(value, dict | list):
             raise InvalidRequest(f"Input '{spec.name}' must be a single value, got {type(value).__name__}.")
@@ -133,7 +133,7 @@ def _fit_unknown(spec: InputSpec, values: list[Any]) -> list[Scalar]:
 
 
 def shortened(value: Any) -> str:
-    """Quote a client's value for a message, cut to `MAX_QUOTED` characters."""
+    """Return a client's value as text for a message, cut to `MAX_QUOTED` characters."""
     text = repr(value[:MAX_QUOTED] if isinstance(value, str | list) else value)
     return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}…"
 
@@ -142,7 +142,7 @@ def parse_entities(value: Any) -> list[dict[str, Any]]:
     """Validate a request's entities: objects of join keys.
 
     Raises:
-        InvalidRequest: there are too few or too many, or a key is not text or a 64-bit integer.
+        InvalidRequest: there are too few or too many entities, or a key is neither text nor a 64-bit integer.
     """
     if not isinstance(value, list) or not value:
         raise InvalidRequest('Give "entities" as a list with at least one object of entity keys.')
@@ -171,10 +171,10 @@ def _object(body: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def parse_as_of(value: Any, now: dt.datetime) -> dt.datetime:
-    """Parse a request's `as_of`; None gives `now`.
+    """Parse a request's `as_of`. If it is None, return `now`.
 
     Raises:
-        InvalidRequest: it is not an ISO 8601 instant.
+        InvalidRequest: `as_of` is not an ISO 8601 instant.
     """
     if value is None:
         return now
@@ -185,7 +185,7 @@ def parse_as_of(value: Any, now: dt.datetime) -> dt.datetime:
 
 
 def to_utc(text: str) -> dt.datetime:
-    """Parse an ISO 8601 instant; without a zone it is UTC.
+    """Parse an ISO 8601 instant. An instant without a time zone is in UTC.
 
     Raises:
         TypeError, ValueError, OverflowError: the text is not an instant, or is outside the years 1 to 9999 in UTC.

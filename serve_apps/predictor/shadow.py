@@ -1,12 +1,13 @@
-"""Shadow mode: another version gets copies of a share of the requests; its answers go only into its log.
+"""Shadow mode: another version gets copies of a share of the requests. Its answers are only logged.
 
-The replica that answers a request sends the copy after its answer, from its own threads and through a bounded queue. If
+The replica that answers a request also sends the copy: after its answer, in other threads, through a bounded queue. If
 the shadow is slow or down, copies are dropped and counted, and no answer waits. The ledger says which version is the
-shadow. Replicas read the ledger's head in the background, so without a shadow a request costs one attribute access.
+shadow. Replicas read the ledger in the background. So while there is no shadow, a request needs only one more attribute
+access.
 
-A copy goes directly to a replica of the shadow's application, with this replica's own token. The client's token is not
-sent. Of the client's headers, only those that the model reads are sent. The shadow logs the copy under the same request
-id, with arm and variant `shadow`.
+A copy is sent directly to a replica of the shadow's application, with the sending replica's token, not with the
+client's token. Of the client's headers, only those that the model reads are sent. The shadow logs the copy under the
+same request id, with arm and variant `shadow`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ LEDGER_INTERVAL_S = 1.0
 SENDERS = 2
 QUEUE_TIMEOUT_S = 1.0
 MAX_WAITING, MAX_COPY_BYTES = 200, 128_000
-"""Together they bound the memory of waiting copies."""
+"""Largest number of waiting copies, and largest size of one. Together they limit the memory of waiting copies."""
 
 
 def copy_counter(tags: dict[str, str]) -> Callable[[str], None]:
@@ -55,9 +56,9 @@ def copy_counter(tags: dict[str, str]) -> Callable[[str], None]:
 
 
 def is_sampled(request_id: str, share: float) -> bool:
-    """Return whether a request is in the share, in percent; a request without an id never is.
+    """Return whether a request is in the share of `share` percent. A request without an id never is.
 
-    The answer depends only on the id, so it is the same in every process.
+    The result depends only on the id and the share, so it is the same in every process.
     """
     return bool(request_id) and xxhash.xxh32_intdigest(request_id.encode()) % BUCKETS < share * BUCKETS / 100
 
@@ -70,13 +71,13 @@ class Copy:
     edge: EdgeHeaders
     """The edge's headers, with arm and variant `shadow`."""
     json_length: str
-    """Value of the header `JSON_LENGTH`; empty if the request had none."""
+    """Value of the request's header `JSON_LENGTH`; empty if the request does not have this header."""
     body: bytes
     answered_at: str
-    """Time of the answer. Features are read as of then, however long the copy waits."""
+    """Time of the answer. It is the `as_of` of the shadow's feature read, however long the copy waits."""
 
     def path(self, model: str) -> str:
-        """Return the path to send the copy to, without a version that the client named."""
+        """Return the path to send the copy to. If the client's path named a version, this path does not."""
         return (
             f"/v1/models/{model}:predict"
             if self.operation is Operation.predict
@@ -96,19 +97,20 @@ class Destination:
 
     shadow: Shadow
     addresses: tuple[str, ...]
-    """Addresses of its replicas, as Serve last reported them; may be empty."""
+    """Addresses of the shadow's replicas in Serve's last answer. There may be none."""
 
 
 class Shadowing:
-    """Copies one replica's requests to the shadow of its model, while one exists.
+    """While a model has a shadow, sends copies of one replica's requests to the shadow.
 
     Args:
-        model, version: the version that this replica serves; a shadow copies nothing to itself.
-        ledger: source of the shadow's events.
+        model, version: the version that this replica serves. If it is the shadow itself, it sends no copies.
+        ledger: ledger with the events that start and stop a shadow.
         fetch_targets: fetches the replicas' addresses of each application from Serve.
         token: returns this replica's own token.
-        proof: the installation's secret; without it the shadow's replicas ignore the edge's headers.
-        count: counts a copy by its result: `sent`, `refused`, `failed` or `dropped`.
+        proof: the installation's secret. Without it, the shadow's replicas ignore the edge's headers.
+        authority: file with the certificate of the nodes' authority.
+        count: called with the result of each copy: `sent`, `refused`, `failed` or `dropped`.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Shadowing:
         fetch_targets: Callable[[], Targets],
         token: Callable[[], str],
         proof: str,
+        authority: str,
         count: Callable[[str], None],
     ) -> None:
         self._model, self._version = model, version
@@ -127,6 +130,7 @@ class Shadowing:
         self._fetch_targets = fetch_targets
         self._token = token
         self._proof = proof
+        self._authority = authority
         self._count = count
         self._states: States = {}
         self._seq = 0
@@ -134,7 +138,7 @@ class Shadowing:
         self._app = ""
         self._schedule = FetchSchedule()
         self._is_failing = True
-        """Copies fail, or the shadow's addresses are not known."""
+        """Whether copies fail, or the shadow's addresses are not known."""
         self._turn = itertools.count()
         self._waiting: queue.Queue[Copy] = queue.Queue(MAX_WAITING)
         self._ended = threading.Event()
@@ -150,7 +154,7 @@ class Shadowing:
         *,
         json_length: str = "",
     ) -> Response:
-        """Return the answer; if its request is in the share, a copy is sent after it."""
+        """Return the answer. If its request is in the share, the request's copy is sent after the answer."""
         destination = self._destination
         if destination is None or edge.arm == SHADOW:
             return answer
@@ -187,7 +191,7 @@ class Shadowing:
             self._ended.wait(LEDGER_INTERVAL_S)
 
     def _update(self) -> None:
-        """Take the shadow from the ledger, and its addresses from Serve when they are due."""
+        """Read the ledger to see which version is the shadow. If due, fetch the shadow's addresses from Serve."""
         self._read_ledger()
         state = self._states.get(self._model)
         shadow = state.shadow if state else None
@@ -217,7 +221,7 @@ class Shadowing:
             self._seq = head
 
     def _newest_event(self, kind: type[LedgerEvent]) -> Entry | None:
-        """Return the model's newest event of a kind; earlier ones do not count any more."""
+        """Return the model's newest event of a kind. Earlier events of this kind have no effect any more."""
         return self._ledger.newest(kind, model=self._model)
 
     def _start_senders(self) -> None:
@@ -228,7 +232,7 @@ class Shadowing:
             sender.start()
 
     def _send_all(self) -> None:
-        with contextlib.closing(Connections()) as connections:
+        with contextlib.closing(Connections(self._authority)) as connections:
             while not self._ended.is_set():
                 destination = self._destination
                 connections.close_others(destination.addresses if destination else ())
@@ -251,7 +255,7 @@ class Shadowing:
                 headers[JSON_LENGTH] = copy.json_length
             path = f"/{app}{copy.path(self._model)}"
             status = connections.post(address, path, copy.content(), headers)
-        except Exception as error:  # noqa: BLE001 (only this copy is lost; the next may arrive)
+        except Exception as error:  # noqa: BLE001 (only this copy is lost; the next one may succeed)
             LOG.debug("A copy for %s at %s failed: %s", app, address, error)
             self._is_failing = True
             return "failed"

@@ -1,8 +1,8 @@
-"""Tensors of the Open Inference Protocol v2: parse a request's into plain values, encode an answer's as raw bytes.
+"""Tensors of the Open Inference Protocol v2: convert a request's tensors to plain values, and an answer's to raw bytes.
 
-In JSON data, null is a missing value. Raw data has no null, so NaN is the missing value, as in numpy and pandas. An
-infinity is refused, as in JSON. Raw data is little-endian and row-major, without padding. An item of BYTES is its
-length in four bytes, then that many bytes of UTF-8.
+In JSON data, null is a missing value. Raw data has no null, so NaN is a missing value, like in numpy and pandas. An
+infinity is refused in both. Raw data is little-endian and row-major, without padding. An item of the datatype BYTES is
+its length in four bytes, then that many bytes of UTF-8.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from serve_apps.predictor.request import MAX_INTEGER, Scalar, shortened
 from serve_apps.replica.http_contract import MAX_ENTITIES
 
 _LENGTH = struct.Struct("<I")
-"""Length of an item of BYTES."""
+"""Format of the length before an item of the datatype BYTES."""
 
 
 class Kind(enum.Enum):
-    """Kind of values; a tensor fits an input only if both have the same kind."""
+    """Kind of values. A tensor fits an input only if both have the same kind."""
 
     number = "a number"
     flag = "true or false"
@@ -41,18 +41,18 @@ class Datatype:
     name: str
     kind: Kind
     types: frozenset[type]
-    """Python types of its JSON values."""
+    """Python types of the JSON values that are allowed."""
     item: npt.DTypeLike | None = None
-    """Type of an item in raw data; None if items have their own lengths."""
+    """Type of an item in raw data. None if each item has its own length."""
     limits: tuple[int, int] | None = None
-    """Smallest and greatest integer."""
+    """Smallest and greatest integer that are allowed."""
     greatest: float | None = None
-    """Greatest finite number of a floating type; the smallest is its negative."""
+    """Greatest finite number of a floating type. The smallest is its negative."""
 
 
 def _integer(name: str, item: str) -> Datatype:
     bounds = np.iinfo(item)
-    # The log and its readers support only signed 64-bit integers.
+    # The prediction log and its readers support only signed 64-bit integers.
     limits = (max(int(bounds.min), 1 - MAX_INTEGER), min(int(bounds.max), MAX_INTEGER - 1))
     return Datatype(name=name, kind=Kind.number, types=frozenset({int}), item=item, limits=limits)
 
@@ -77,21 +77,21 @@ DATATYPES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tensor:
-    """A request's input, validated without the model's signature."""
+    """An input of a request. It has not been compared with the model's signature yet."""
 
     name: str
     datatype: Datatype
     values: list[Any]
-    """One value for each row: a scalar, or a list if `width` is above 1; a list of only nulls becomes None."""
+    """One value for each row: a scalar, or a list if `width` is above 1. A list with only nulls becomes None."""
     width: int
-    """Values in a row."""
+    """Number of values in a row."""
 
 
 class RawData:
-    """The bytes behind a request's JSON, taken by the inputs in their order.
+    """The bytes after a request's JSON. The inputs use them in the order of the request.
 
     Args:
-        data: all bytes; None if the request does not have the header with the JSON's length.
+        data: all bytes. None if the request does not have the header with the JSON's length.
     """
 
     def __init__(self, data: memoryview | None = None) -> None:
@@ -102,7 +102,7 @@ class RawData:
         """Return the next bytes, which belong to the named input.
 
         Raises:
-            InvalidRequest: the size is not a number, or is more than the rest.
+            InvalidRequest: the size is not a number, or is larger than the number of unused bytes.
         """
         if not self._announced:
             raise InvalidRequest(
@@ -116,20 +116,20 @@ class RawData:
         return taken
 
     def finish(self) -> None:
-        """Require that the inputs took all bytes.
+        """Require that the inputs have used all bytes.
 
         Raises:
-            InvalidRequest: bytes are left.
+            InvalidRequest: some bytes are unused.
         """
         if len(self._left):
             raise InvalidRequest(f"{len(self._left)} bytes of binary data belong to no input.")
 
 
 def read_tensor(content: Any, raw: RawData) -> Tensor:
-    """Parse one of a request's `inputs`, of shape [n] or [n, m]; its data is nested by the shape, flat, or raw.
+    """Parse one item of a request's `inputs`, of shape [n] or [n, m]. Its data is nested by the shape, flat, or raw.
 
     Raises:
-        InvalidRequest: the input is wrong; the message names it.
+        InvalidRequest: the input is wrong. The message names it.
     """
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):
         raise InvalidRequest("Each input must be an object with name, shape, datatype and data.")
@@ -152,10 +152,10 @@ def read_tensor(content: Any, raw: RawData) -> Tensor:
 
 
 def parameters_of(content: dict[str, Any], owner: str) -> dict[str, Any]:
-    """Return the `parameters` of a request or a tensor; unknown ones are ignored, as the protocol requires.
+    """Return the `parameters` of a request or a tensor. The protocol requires that unknown parameters are ignored.
 
     Raises:
-        InvalidRequest: they are not an object, or name an unsupported extension that would change the answer.
+        InvalidRequest: `parameters` is not an object, or names an unsupported extension that would change the answer.
     """
     parameters = content.get("parameters")
     if parameters is None:
@@ -260,7 +260,7 @@ def _from_raw(name: str, datatype: Datatype, count: int, data: memoryview) -> li
     if datatype.limits is not None:
         _check_limits(name, datatype, values)
         return values
-    # A NaN or an infinity makes the sum non-finite; testing each value costs more.
+    # A NaN or an infinity makes the sum non-finite. Testing the sum is faster than testing each value.
     if math.isfinite(sum(values)):
         return values
     if any(map(math.isinf, values)):

@@ -1,1 +1,1 @@
-"""Shared parts of all replicas: HTTP requests and answers, token checks, record logs, load."""
+"""Code that all replicas share: HTTP requests and answers, token checks, record logs, load."""

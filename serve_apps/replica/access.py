@@ -1,6 +1,6 @@
 """The replica's own check of tokens and permissions.
 
-The edge has checked already, but a client could reach a replica's port without the edge.
+The edge has already checked a request. But a client could reach a replica's port without the edge.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from cluster.storage import layout
 FLUSH_S, CLOSE_S = 60.0, 5.0
 MAX_CACHED = 10_000
 MAX_CACHED_S = 60
-"""Maximum time a verified token is cached, so that tokens of a withdrawn key end soon."""
+"""A verified token is cached for at most this many seconds, so that tokens of a withdrawn key soon become invalid."""
 
 
 class AccessCheck:
-    """Verifies tokens and checks permissions; verified tokens are cached, because ES256 costs more than a prediction.
+    """Verifies tokens and checks permissions. Verified tokens are cached, because ES256 is slower than a prediction.
 
     Args:
         verifier: verifier of the installation's tokens.
         policy: the policies that decide.
         resource: default resource of a check.
         environment: the installation's name in the policies.
-        append: records decisions; it must not delay a request.
+        append: appends decisions to the ledger. It must not delay a request.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class AccessCheck:
 
     @classmethod
     def of(cls, config: PlatformConfig, resource: Resource, ledger: Ledger) -> AccessCheck:
-        """Build a check with the running cluster's identity settings; decisions go to the ledger in the background.
+        """Build a check with the running cluster's identity settings. It appends decisions in the background.
 
         Raises:
             ConfigError: the configuration contradicts the cluster's record.
@@ -74,19 +74,19 @@ class AccessCheck:
         )
 
     def close(self) -> None:
-        """Record the last counts of unauthenticated requests; a killed replica loses at most a minute of counts."""
+        """Record the last counts of unauthenticated requests. A killed replica loses the counts of at most a minute."""
         self._ended.set()
         self._keeper.join(CLOSE_S)
 
     def __call__(
         self, authorization: str | None, action: Action, resource: Resource | None = None
     ) -> Principal:
-        """Return the token's principal, if it may do the action.
+        """Return the token's principal, if the principal may do the action.
 
         Args:
             authorization: value of the Authorization header.
             action: the requested action.
-            resource: resource of the action; None takes this check's default.
+            resource: resource of the action. None means this check's default.
 
         Raises:
             Unauthenticated: the token is missing or not valid.
@@ -101,10 +101,10 @@ class AccessCheck:
         return principal
 
     def check(self, principal: Principal, action: Action, *resources: Resource) -> None:
-        """Require that a principal may do the action to each resource.
+        """Require that a principal may do the action on each resource.
 
         Raises:
-            AccessDenied: the policies do not allow it for one of them.
+            AccessDenied: the policies do not allow the action on one of the resources.
         """
         for resource in resources:
             decision = self._policy.decide(principal, action, resource, environment=self._environment)
@@ -130,7 +130,7 @@ class AccessCheck:
 
 
 def append_in_background(ledger: Ledger) -> Append:
-    """Return a function that appends to the ledger in a thread, in order, and logs its errors."""
+    """Return a function that appends events to the ledger in a thread, in order. Errors are only logged."""
     writer = ThreadPoolExecutor(1, "decisions")
 
     def log_error(written: Future[object]) -> None:

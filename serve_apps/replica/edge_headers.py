@@ -1,9 +1,9 @@
-"""Headers by which the edge tells a replica about a request, and the proof that they come from the edge.
+"""Headers that tell a replica about a request, and the proof that the headers come from the edge.
 
-The headers go into the prediction log: the rollout, arm and unit of a prediction. Any client that reaches a replica's
-port could send such headers. So the sender (the edge, or a replica that copies a request to a shadow) adds a secret of
-this installation. The secret is in a file of the cluster's user and in HAProxy's environment, but on no command line
-and in no `runtime_env`. Without it, a replica ignores the headers.
+The values of the headers are logged with the prediction, for example its rollout, arm and unit. Any client that reaches
+a replica's port could send such headers. So the sender adds a secret of this installation. The sender is the edge, or a
+replica that copies a request to a shadow. The secret is in a file of the cluster's user and in HAProxy's environment,
+but on no command line and in no `runtime_env`. Without the secret, a replica ignores the headers.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PREFIX = "x-falaj-"
 PROOF = f"{PREFIX}proof"
 REQUEST_ID = f"{PREFIX}request-id"
 ARRIVED = f"{PREFIX}arrived"
-"""Microseconds since 1970 when the edge had the whole request."""
+"""Time at which the edge had received the whole request, in microseconds since 1970."""
 VARIANT = f"{PREFIX}variant"
 ARM = f"{PREFIX}arm"
 ROLLOUT = f"{PREFIX}rollout"
 UNIT_HASH = f"{PREFIX}unit-hash"
 
 PROOF_VARIABLE = "FALAJ_EDGE_PROOF"
-"""Environment variable that HAProxy's configuration names, so that its file does not contain the secret."""
+"""Environment variable with the secret. HAProxy's configuration names the variable, so the file lacks the secret."""
 _FILE = "edge_proof"
 _FIELDS = {
     REQUEST_ID: "request_id",
@@ -42,14 +42,14 @@ _FIELDS = {
     UNIT_HASH: "unit_hash",
     ARRIVED: "arrived",
 }
-"""Header to field of `EdgeHeaders`."""
+"""From header to field of `EdgeHeaders`."""
 _PROOF_FIELD = "proof"
 _FIELD_OF = {name.encode(): field for name, field in (_FIELDS | {PROOF: _PROOF_FIELD}).items()}
-"""Header, as an ASGI scope names it, to field. Also has the proof, so that one pass over the headers reads all."""
+"""From the bytes of a header's name to the field. The proof is included, so that one pass reads all headers."""
 
 
 def edge_proof(places: Layout) -> str:
-    """Return the installation's secret; the first caller creates it, and all later ones read the same.
+    """Return the installation's secret. The first call creates it, and all later calls read it.
 
     Raises:
         ConfigError: other users can read the file.
@@ -59,7 +59,7 @@ def edge_proof(places: Layout) -> str:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         new = path.with_name(f".{_FILE}.{uuid.uuid4().hex}")
         write_private_file(new, secrets.token_hex(32).encode())
-        with contextlib.suppress(FileExistsError):  # another process was first
+        with contextlib.suppress(FileExistsError):  # another process has created it first
             os.link(new, path)
         new.unlink()
     return read_secret_file(path, what="the secret that the edge proves itself to replicas with")
@@ -67,18 +67,18 @@ def edge_proof(places: Layout) -> str:
 
 @dataclass(kw_only=True, slots=True)  # not frozen: a frozen one takes three times as long to create
 class EdgeHeaders:
-    """Values of the edge's headers of one request; the defaults are for a request that did not come from the edge."""
+    """Values of the edge's headers in one request. The defaults are for a request that did not come from the edge."""
 
     request_id: str = ""
     variant: str = CHAMPION_VARIANT
     arm: str = Arm.none.value
     rollout: str = ""
-    """Empty outside any rollout."""
+    """Id of the rollout. Empty if no rollout runs."""
     unit_hash: str = ""
     arrived: str = ""
 
     def to_headers(self, proof: str) -> dict[str, str]:
-        """Return the request headers with the proof; empty values are left out."""
+        """Return the values as request headers, with the proof. Empty values are left out."""
         values = {name: getattr(self, field) for name, field in _FIELDS.items()}
         return {PROOF: proof} | {name: value for name, value in values.items() if value}
 
@@ -87,7 +87,7 @@ UNPROVED = EdgeHeaders()
 
 
 class EdgeHeaderReader:
-    """Reads the edge's headers of requests that have the proof.
+    """Reads the edge's headers from requests with the proof.
 
     Args:
         proof: the installation's secret.
@@ -102,7 +102,7 @@ class EdgeHeaderReader:
         Args:
             headers: headers of an ASGI scope, with names in lower case.
         """
-        # Reversed, so that the first of repeated headers counts.
+        # Reversed, so that for a repeated header the first value is used.
         found = {_FIELD_OF[name]: value for name, value in reversed(headers) if name in _FIELD_OF}
         if not hmac.compare_digest(found.pop(_PROOF_FIELD, b""), self._proof):
             return UNPROVED

@@ -1,6 +1,6 @@
-"""HTTP requests and answers of all applications: bounded bodies, JSON errors, never a stack trace.
+"""HTTP requests and answers of all applications: bodies of limited size, and JSON errors without stack traces.
 
-Compressed bodies are refused, because the size sent does not bound the size after decompression.
+Compressed bodies are refused, because a small body may be very large after decompression.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from serve_apps.replica.timeouts import with_timeout
 
 LOG = logging.getLogger("falaj.serve")
 BODY_TIMEOUT_S = 10.0
-"""Timeout for a whole body; while it arrives, its request takes the slot of another one."""
+"""Timeout for a whole body. While a body arrives, its request uses a slot that another request could use."""
 MAX_MESSAGE = 2000
-"""Characters of an error's message, which may quote a longer text of the request."""
+"""An error message has at most this many characters. It may quote a longer text of the request."""
 
 
 class MethodNotAllowed(FalajError):
@@ -55,11 +55,11 @@ class EncodingNotSupported(FalajError):
 
 
 class Unavailable(FalajError):
-    """HTTP 503: nothing is lost, and the client can try again."""
+    """HTTP 503. Nothing is lost, and the client can try again."""
 
 
 NUMPY = orjson.OPT_SERIALIZE_NUMPY
-"""The online store returns lists of numbers as arrays."""
+"""Needed because the online store returns lists of numbers as arrays."""
 
 
 def answer(content: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -111,7 +111,7 @@ def refusal(error: Exception) -> Response:
 async def read_body(request: Request) -> bytes:
     """Return the request's body.
 
-    A refused body is read to its end and thrown away, so that the client receives the answer.
+    A refused body is read to its end and not stored. Otherwise, the client would not receive the answer.
 
     Raises:
         BodyTooSlow, BodyTooLarge, EncodingNotSupported: the body is refused.
@@ -160,7 +160,7 @@ def parse_json(data: bytes | memoryview) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        InvalidRequest: it is not a JSON object, or is nested too deeply.
+        InvalidRequest: the text is not a JSON object, or is nested too deeply.
     """
     try:
         content = orjson.loads(data)

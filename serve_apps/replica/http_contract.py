@@ -1,11 +1,11 @@
-"""Limits and names of the HTTP contract: replicas enforce them, the edge and the OpenAPI document state them."""
+"""Limits and names of the HTTP contract. Replicas enforce the limits; edge and OpenAPI document use them, too."""
 
 from __future__ import annotations
 
 MAX_BODY_BYTES = 1_000_000
 MAX_ENTITIES = 1000
-"""Entities or tensor rows of one request. Pushes have the same limit (`store/ingestion/pushed_rows.py`)."""
+"""Largest number of entities or tensor rows of a request. A push may have as many rows (`ingestion/pushed_rows.py`)."""
 MAX_OUTCOMES = 10_000
-"""Outcomes of one request."""
+"""Largest number of outcomes of a request."""
 PREDICTION_ID_PATTERN = "[0-9a-zA-Z-]{1,64}"
 PREDICTION_ID_HEADER = "x-falaj-prediction-id"

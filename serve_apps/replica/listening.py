@@ -1,34 +1,86 @@
-"""Let a replica's gRPC server listen on its node's own address only.
+"""Let the servers of Serve's processes listen on their node's own address only, and with TLS if that is not loopback.
 
-Ray 2.60 starts a gRPC server for calls from other deployments in every replica. It listens on all addresses of the
-machine, and it unpickles what it receives. TLS between Ray's processes requires a client certificate. But a server on
-loopback cannot be reached from other machines at all, with or without TLS. Ray has no setting for this, so this module
-replaces the function that opens the port.
+In every replica, Ray 2.60 starts a gRPC server for calls from other deployments. The server listens on all addresses of
+the machine, and it unpickles what it receives. With TLS between Ray's processes, a client needs a certificate. But if
+the server listens on loopback, other machines cannot reach it at all, with or without TLS.
+
+For HTTP, Serve has one host and one certificate for all nodes: those of the head, where Serve's proxy runs. A replica
+on another node needs its own node's. Ray has no setting for either, so this module replaces the functions that open the
+ports in a replica.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import Any
 
 import ray
 from ray._common.tls_utils import add_port_to_grpc_server
+from ray.serve._private import http_util
+from ray.serve.config import HTTPOptions
+
+from cluster.errors import ConfigError
+from cluster.this_node import LOOPBACK_ADDRESS, RECORD_VARIABLE, this_node
+from serve_apps.replica.targets import is_loopback
 
 _REPLICA = "ray.serve._private.replica"
 _EVERYWHERE = "[::]"
+_start_server = http_util.start_asgi_http_server
 
 
 def listen_on_own_address() -> None:
-    """Bind this replica's gRPC server to its node's address; call it before the application's constructor returns.
+    """Bind this replica's gRPC server to its node's address. Call this before the application's constructor returns.
 
-    Outside a replica this does nothing, because there is no such server.
+    Outside a replica, this does nothing, because there is no such server.
     """
     replica = sys.modules.get(_REPLICA)
     if replica is not None:
         vars(replica)["add_port_to_grpc_server"] = _on_own_address
 
 
+def answer_on_own_address() -> None:
+    """Bind this replica's HTTP server to its node's address; call it before the server starts.
+
+    Outside a replica this does nothing. Without it, a replica on another node than the head would not start, because
+    the head's address is not its own.
+    """
+    replica = sys.modules.get(_REPLICA)
+    if replica is not None:
+        vars(replica)["start_asgi_http_server"] = _start_on_own_address
+
+
+def own_address() -> str:
+    """Return this node's address."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def own_options(options: HTTPOptions, *, address: str) -> HTTPOptions:
+    """Return a replica's options with its node's address and certificate, unless Serve was given loopback.
+
+    The certificate is the one that Ray's processes of this node have (`cluster/security/tls`).
+
+    Raises:
+        ConfigError: this node's record cannot be read, so requests without the edge's secret would not be refused.
+    """
+    if is_loopback(options.host or LOOPBACK_ADDRESS):
+        return options
+    if this_node() is None:
+        raise ConfigError(f"The record of this node, {os.environ.get(RECORD_VARIABLE)}, cannot be read.")
+    own = {
+        "host": address,
+        "ssl_certfile": os.environ["RAY_TLS_SERVER_CERT"],
+        "ssl_keyfile": os.environ["RAY_TLS_SERVER_KEY"],
+    }
+    return options.model_copy(update=own)
+
+
+async def _start_on_own_address(app: Any, http_options: HTTPOptions, **arguments: Any) -> Any:
+    return await _start_server(app, own_options(http_options, address=own_address()), **arguments)
+
+
 def _on_own_address(server: object, address: str) -> int:
-    host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    host = own_address()
     own = f"[{host}]" if ":" in host else host
     port: int = add_port_to_grpc_server(  # type: ignore[no-untyped-call]
         server, address.replace(_EVERYWHERE, own)

@@ -1,8 +1,8 @@
 """Send an answer's head and body in one write.
 
-Uvicorn writes them separately. On loopback a write costs more than everything else that uvicorn does, and the first
-write wakes the edge although the body is still missing. Uvicorn has no setting for it, and Serve has no choice of
-servers, so this module replaces the class that writes.
+Uvicorn writes head and body separately. On loopback, a write takes more time than everything else that uvicorn does.
+And the first write wakes the edge, although the body has not been written yet. Uvicorn has no setting for this, and
+Serve offers no other server. So this module replaces uvicorn's class that writes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Message = Any
 
 
 class _Collector:
-    """Replaces a transport, and collects what is written to it."""
+    """Replaces a transport, and stores the data that is written to it."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -30,20 +30,20 @@ class _Collector:
 
 
 class _OneWrite(httptools_impl.RequestResponseCycle):
-    """Uvicorn's request and answer, with the head held back until the first part of the body."""
+    """Uvicorn's request and answer. The head is not written before the first part of the body."""
 
     _head: Message | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start" and not self.response_started:
-            self._head = message  # a later head replaces it: uvicorn's own 500, if the body never comes
+            self._head = message  # a later head replaces this one: uvicorn's own 500, if there is no body
             return
         head, self._head = self._head, None
         if head is None:
             await super().send(message)
             return
         transport, collector = self.transport, _Collector()
-        self.transport = collector  # type: ignore[assignment]  # it has all that `send` needs of a transport
+        self.transport = collector  # type: ignore[assignment]  # it has every method that `send` calls
         try:
             await super().send(head)
             await super().send(message)
@@ -56,5 +56,5 @@ class _OneWrite(httptools_impl.RequestResponseCycle):
 
 
 def answer_in_one_write() -> None:
-    """Let servers that this process starts from now on send answers in one write."""
+    """Make all servers that this process starts later send an answer in one write."""
     vars(httptools_impl)["RequestResponseCycle"] = _OneWrite

@@ -1,8 +1,8 @@
-"""Mean number of a replica's concurrent requests, including those that wait in front of it.
+"""Mean number of a replica's concurrent requests, including requests that wait for the replica.
 
-Counting periodically within the event loop sees no request (see `scaling.py`). The mean over an interval needs no
-counting: it is the seconds that requests spent, divided by the seconds that passed (Little 1961). The edge sends a
-request's arrival time in a header; both clocks are the node's.
+Periodic counts within the event loop would always be zero (see `scaling.py`). The mean over an interval can be computed
+without counting: it is the sum of the requests' durations, divided by the length of the interval (Little 1961). The
+edge sends the arrival time of a request in a header. Edge and replica use the same clock, that of the node.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from time import time
 
 
 class OngoingRequests:
-    """A mean that starts again each time it is taken.
+    """Mean number of concurrent requests since the last call of `take`.
 
     Args:
         clock: seconds since 1970.
@@ -27,13 +27,14 @@ class OngoingRequests:
         """Count a request that was just answered.
 
         Args:
-            arrived: the edge's header with the arrival time; empty or None for a request without it.
-            took_s: seconds within the replica; the minimum, if the clock was changed or there is no header.
+            arrived: the edge's header with the arrival time. Empty or None if the request does not have the header.
+            took_s: seconds within the replica. Used as the duration if the header is missing, or gives a shorter time
+                because the clock was changed.
         """
         now = self._clock()
         elapsed_s = now - int(arrived) / 1e6 if arrived and arrived.isdecimal() else took_s
-        # Only the time since the mean was last taken counts. Waiting for this replica's start says nothing about its
-        # load, and a body that took an hour to arrive is one request, not a thousand.
+        # A request counts at most for the time since the last `take`. Waiting for this replica's start says nothing
+        # about its load, and a body that took an hour to arrive is one request, not a thousand.
         self._seconds += min(max(took_s, elapsed_s), max(now - self._since, 0.0))
 
     def take(self) -> float:

@@ -1,4 +1,4 @@
-"""Prepare the process of a replica, for every application's constructor."""
+"""Prepare the process of a replica. The constructor of every application calls this."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from serve_apps.replica.parsing import parse_heads_only
 
 
 def prepare_replica(answer: Application, *, max_concurrent: int) -> None:
-    """Route this process's requests to the application by the shortest path; its constructor calls this.
+    """Apply all changes to Serve and uvicorn in this process. The application then gets requests directly.
 
     Args:
         answer: the application.
-        max_concurrent: requests handled at the same time; the others wait.
+        max_concurrent: largest number of requests that are handled at the same time. Other requests wait.
     """
     listen_on_own_address()
     answer_in_one_write()

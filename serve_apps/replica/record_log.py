@@ -1,12 +1,16 @@
-"""The log of a replica: a request is answered only after its record was written; if that fails, the answer is 503.
+"""The log of a replica. A request is answered only after its record was written. If writing fails, the answer is 503.
 
-With `durability=disk` an answer waits until its record is on the disk. One `fdatasync`, in a thread, serves all
-requests that arrived since the previous one started (group commit). So a request waits for up to two of them, and the
-disk's cost does not grow with the number of requests. If an `fdatasync` fails, all requests that waited for it get 503,
-and the next records go into a new segment. The kernel may forget data that it could not write, so a second try would
-prove nothing.
+With `durability=disk`, an answer waits until its record is on the disk. One `fdatasync`, in a thread, is enough for all
+requests that arrived since the previous `fdatasync` started (group commit). So a request waits for at most two calls
+of `fdatasync`, however many requests there are at the same time. If an `fdatasync` fails, all requests that wait at
+that moment get 503, and the next records are written to a new segment. The kernel may drop data that it could not
+write, so a successful second `fdatasync` would prove nothing.
 
-A replica without requests releases its segment when the segment is old, so that it can be compacted.
+With `durability=shared`, an answer waits until its record is in the ledger's database. One transaction adds the records
+of all requests that arrived since the previous transaction started. If it fails, these requests get 503, and the next
+records are written to a new segment.
+
+A replica without requests releases its segment when the segment is old, so that the segment can be compacted.
 """
 
 from __future__ import annotations
@@ -14,10 +18,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
-from cluster.records import MAX_AGE_S, Record, SegmentWriter
+from cluster.records import Record, SegmentWriter
+from cluster.records.blocks import BlockWriter
+from cluster.records.location import MAX_AGE_S, AnyLog, location_of
 from cluster.security.keys.store import KeyStore
 from cluster.settings import Durability
 from serve_apps.replica.http import LOG, Unavailable
@@ -26,12 +31,13 @@ T = TypeVar("T")
 
 
 class RecordLog:
-    """Writes records and waits until they are durable; used from one event loop, that of the replica's requests.
+    """Writes records and waits until they are durable. Only the event loop of the replica's requests may use it.
 
     Args:
-        folder, store, key: as for `SegmentWriter`.
-        durability: what an answer guarantees.
-        max_age_s: maximum age of a segment.
+        log: the log to write to.
+        store, key: as for `SegmentWriter`.
+        durability: what an answer waits for.
+        max_age_s: maximum age of a segment in seconds.
 
     Raises:
         KeyNotFound, KeyRevoked, AccessDenied: the key store refuses the key.
@@ -40,19 +46,26 @@ class RecordLog:
 
     def __init__(
         self,
-        folder: Path,
+        log: AnyLog,
         *,
         store: KeyStore,
         key: str,
         durability: Durability,
         max_age_s: float = MAX_AGE_S,
     ) -> None:
+        location = location_of(log)
         self._on_disk = durability is Durability.disk
+        self._blocks = BlockWriter(location) if durability is Durability.shared else None
         self._max_age_s = max_age_s
         self._timer: asyncio.TimerHandle | None = None
         try:
             self._writer = SegmentWriter(
-                folder, store=store, key=key, keep_unsynced=self._on_disk, max_age_s=max_age_s
+                location.folder,
+                store=store,
+                key=key,
+                keep_unsynced=self._on_disk,
+                keep_blocks=self._blocks is not None,
+                max_age_s=max_age_s,
             )
         except OSError as error:
             raise _unavailable(error) from error
@@ -61,7 +74,7 @@ class RecordLog:
         self._thread = ThreadPoolExecutor(1, "records")
 
     def append(self, *records: Record) -> None:
-        """Write records, all or none.
+        """Write all of the records, or none of them.
 
         Raises:
             Unavailable: the disk is full or failed; later records may succeed.
@@ -77,18 +90,18 @@ class RecordLog:
     def _release_if_old(self) -> None:
         self._schedule_release()
         if not self._waiting and self._syncing is None:
-            with contextlib.suppress(OSError):  # the segment's requests have their answers already
+            with contextlib.suppress(OSError):  # all requests of this segment were answered already
                 self._writer.close_if_old()
 
     async def after_durable(self, answer: T) -> T:
-        """Return an answer after all records appended before are durable.
+        """Return `answer` when all records that were appended before this call are durable.
 
         Raises:
-            Unavailable: the disk failed; the answer must not be given.
+            Unavailable: the disk failed, so the answer must not be sent.
         """
         if self._timer is None:
             self._schedule_release()
-        if self._on_disk:
+        if self._on_disk or self._blocks is not None:
             await self._wait_for_sync()
         return answer
 
@@ -99,16 +112,30 @@ class RecordLog:
             self._syncing = asyncio.create_task(self._sync_groups())
         await synced
 
-    async def _sync_groups(self) -> None:
+    async def _sync(self) -> None:
+        """Make all records durable that were appended before this call."""
         loop = asyncio.get_running_loop()
+        if self._blocks is None:
+            await loop.run_in_executor(self._thread, self._writer.sync)
+            return
+        taken = self._writer.take_blocks()
+        try:
+            await loop.run_in_executor(self._thread, self._blocks.add, taken.blocks)
+        except Exception:
+            self._writer.drop_blocks()
+            raise
+        finally:
+            taken.close()
+
+    async def _sync_groups(self) -> None:
         while self._waiting:
             group, self._waiting = self._waiting, []
             try:
-                await loop.run_in_executor(self._thread, self._writer.sync)
+                await self._sync()
             except Exception as error:  # noqa: BLE001 (every waiting request must get the error)
-                LOG.error("records could not be written to the disk", exc_info=error)
+                LOG.error("records could not be made durable", exc_info=error)
                 failed = _unavailable(error)
-                # Records of requests that came meanwhile may be in the same file, so these fail as well.
+                # Requests that arrived meanwhile may have records in the same file, so these requests fail, too.
                 group, self._waiting = [*group, *self._waiting], []
                 for synced in group:
                     if not synced.done():
@@ -125,9 +152,11 @@ class RecordLog:
             self._timer.cancel()
         self._thread.shutdown()
         self._writer.close()
+        if self._blocks is not None:
+            self._blocks.close()
 
 
 def _unavailable(error: Exception) -> Unavailable:
-    # Without the error's path, because clients see the message.
+    # The message does not contain the error's path, because clients see the message.
     reason = error.strerror if isinstance(error, OSError) else "the log failed"
     return Unavailable(f"The record cannot be written, so there is no answer: {reason}. Try again later.")

@@ -1,10 +1,10 @@
-"""Options by which Serve scales a model version's replicas.
+"""Options with which Serve scales the replicas of a model version.
 
 Serve (2.60) counts a replica's ongoing requests within the replica's own event loop. A model that never waits answers a
-request within one step of that loop, so no count can fall between the request's start and end: under 100 busy
-connections, 605 of 605 counts were zero. By that count no version would be scaled up, and a busy version would be
-stopped as idle. So a replica measures its load itself (`serve_apps/replica/ongoing.py`), and the policy here takes the
-greater of both.
+request within one step of that loop, so no count happens between the request's start and end. Under 100 busy
+connections, 605 of 605 counts were zero. With these counts, Serve would never scale up a version, and would stop a busy
+version as idle. So a replica measures its load itself (`serve_apps/replica/ongoing.py`). The policy in this module uses
+the greater of both numbers.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 ONGOING = "falaj_ongoing_requests"
 REPORT_INTERVAL_S = 2.0
-"""Seconds between reports of replicas and Serve's proxy to Serve's controller. A request that arrives just when the
-last replica leaves waits for the next report before a replica is started."""
+"""Seconds between two reports that a replica or Serve's proxy sends to Serve's controller. If a request arrives just
+when the last replica stops, the request waits for the next report before a replica is started."""
 MAX_STARTS = 3
-"""Failed starts of a replica before its version counts as failed; more tries would fail in the same way."""
+"""After this many failed starts of a replica, its version counts as failed. More tries would fail in the same way."""
 
 
 def replica_options(config: ReplicaConfig) -> dict[str, Any]:
-    """Return options of `serve.deployment`: a fixed number of replicas, or bounds for autoscaling.
+    """Return options for `serve.deployment`: a fixed number of replicas, or bounds for autoscaling.
 
-    A version starts with one replica even if its minimum is zero, so that a deployment shows whether it works.
+    A version starts with one replica even if its minimum is zero, so that a deployment shows whether the version works.
     """
     options: dict[str, Any] = {
         "max_ongoing_requests": config.max_ongoing_requests,
@@ -61,10 +61,10 @@ def _autoscaling(config: ReplicaConfig) -> AutoscalingConfig:
 
 
 def wanted_replicas(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-    """Return the number of replicas that the load needs; Serve rounds it up and applies bounds and delays.
+    """Return the number of replicas that the load needs. Serve rounds this number up and applies bounds and delays.
 
-    A replica that has not reported yet may be busy, so the number does not go down until all have reported. Serve's
-    controller unpickles this function. Of this module, it can use only `ONGOING`.
+    A replica that has not reported yet may be busy. So the number does not decrease until all replicas have reported.
+    Serve's controller unpickles this function, so the only name of this module that it can use is `ONGOING`.
     """
     reported = (context.aggregated_metrics or {}).get(ONGOING, {})
     ongoing = max(sum(reported.values()), context.total_num_requests)

@@ -1,13 +1,14 @@
-"""Addresses of each Serve application, from what Serve publishes for load balancers.
+"""Addresses of each Serve application, from the list that Serve publishes for load balancers.
 
-For an application without a running replica, Serve names its own proxy, whatever the reason. The proxy holds a request
-until a replica is up. That is right for a version that was scaled to zero, because the request starts a replica. It is
-wrong for a failed version, whose requests the champion should answer at once. So the proxy's address is taken only for
-an application that was scaled to zero.
+If an application has no running replica, Serve publishes the address of its own proxy, whatever the reason. The proxy
+holds a request until a replica is up. That is right for a version that was scaled to zero, because the request starts a
+replica. It is wrong for a failed version, because the champion should answer its requests at once. So the proxy's
+address is used only for an application that was scaled to zero.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -21,11 +22,10 @@ from cluster.session import ClusterRecord
 RUNNING = "RUNNING"
 """Serve's status of an application whose deployments are healthy or are being scaled."""
 HEALTHY_STATUSES = frozenset({"HEALTHY", "UPSCALING", "DOWNSCALING"})
-"""Serve's statuses of a healthy deployment. They change as soon as a replica is lost; the application's status changes
-a little later."""
-_EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 (read, not bound)
+"""Serve's statuses of a healthy deployment. A deployment's status changes as soon as a replica is lost. The status of
+its application changes a little later."""
 _DEFAULT_HOST = "127.0.0.1"
-"""Where Serve listens if it was given no host; it does not publish one then."""
+"""Serve listens here if no host was set. In this case, Serve publishes no host."""
 _RECOVERING = "RECOVERING"
 """State of a replica that is older than Serve's controller."""
 _TIMEOUT_S = 5
@@ -33,20 +33,33 @@ _TIMEOUT_S = 5
 
 @dataclass(frozen=True, slots=True)
 class ScaledToZero:
-    """An application without replicas: Serve's proxy takes its requests and starts one."""
+    """An application without replicas. Serve's proxy accepts its requests and starts a replica."""
 
     servers: tuple[str, ...]
     """`host:port` of the proxy."""
 
 
 Target = tuple[str, ...] | ScaledToZero
-"""Addresses of an application's replicas, as `host:port`, or of the proxy that starts one."""
+"""Addresses of an application's replicas, as `host:port`, or those of Serve's proxy, which starts a replica."""
 Targets = dict[str, Target]
 
 
 def addresses_of(target: Target) -> tuple[str, ...]:
     """Return the addresses to send requests to, for both kinds of target."""
     return target.servers if isinstance(target, ScaledToZero) else target
+
+
+def uses_tls(address: str) -> bool:
+    """Return whether a server at `host:port` speaks TLS: on every address but loopback."""
+    return not is_loopback(address.rpartition(":")[0].strip("[]"))
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is a loopback address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def serve_targets(record: ClusterRecord) -> Callable[[], Targets]:
@@ -68,8 +81,8 @@ def serve_targets(record: ClusterRecord) -> Callable[[], Targets]:
 def read_targets(content: Mapping[str, Any]) -> Targets:
     """Return the applications that can be reached.
 
-    Serve publishes replicas at their nodes' addresses. But they listen at the host that Serve's proxy was given, for
-    example loopback.
+    Serve publishes replicas with the addresses of their nodes. They listen on these addresses, unless Serve was given a
+    loopback host.
 
     Args:
         content: answer of `/api/serve/applications/`.
@@ -89,7 +102,7 @@ def read_targets(content: Mapping[str, Any]) -> Targets:
         if group["protocol"] != "HTTP" or not name or not published:
             continue
         servers = tuple(
-            f"{target['ip'] if host in _EVERYWHERE else host}:{target['port']}" for target in published
+            f"{host if is_loopback(host) else target['ip']}:{target['port']}" for target in published
         )
         if all(target["port"] != proxy_port for target in published):
             targets[name] = servers
@@ -101,7 +114,7 @@ def read_targets(content: Mapping[str, Any]) -> Targets:
 def is_scaled_to_zero(application: Mapping[str, Any]) -> bool:
     """Return whether an application without a running replica is healthy and allowed to have none.
 
-    This includes an application whose first replica is just starting for a request, or whose last one is just leaving.
+    The result is also True while the first replica starts for a request, and while the last replica stops.
     """
     return application["status"] == RUNNING and all(
         deployment["status"] in HEALTHY_STATUSES and _allows_zero_replicas(deployment)

@@ -1,7 +1,7 @@
 """A timeout for a result that is usually ready.
 
-Setting and cancelling a timer takes as long as reading a request whose head and body arrive together, as they usually
-do. So the coroutine's first step runs without a timer, and a timer is set only if that step has to wait.
+Setting and cancelling a timer takes as long as reading a request whose head and body arrive together, which is usual.
+So the coroutine's first step runs without a timer, and a timer is set only if that step has to wait.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ async def with_timeout(timeout_s: float, work: Coroutine[Any, Any, T]) -> T:
     """Return the result of a coroutine that has not started yet.
 
     Raises:
-        TimeoutError: it did not end in time; it was cancelled.
+        TimeoutError: the coroutine did not end in time and was cancelled.
     """
     try:
         awaited = work.send(None)

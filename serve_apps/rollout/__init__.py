@@ -1,1 +1,1 @@
-"""Rollouts: which version answers which unit, decided by pure functions over ledger events."""
+"""Rollouts. Pure functions over ledger events decide which version answers which unit."""

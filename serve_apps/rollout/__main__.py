@@ -26,7 +26,7 @@ from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.session import attach, require_running_cluster
 from cluster.storage import json_text, layout, resolve, write_json
-from serve_apps.edge.control.edge_state import wait_until_applied
+from serve_apps.edge.control.waiting import wait_until_applied
 from serve_apps.rollout.assignment import mixes_arms
 from serve_apps.rollout.config import OWN_OPTIONS, USED, RolloutAction, RolloutConfig
 from serve_apps.rollout.evaluation import describe_metrics, evaluate, judge_before_promotion
@@ -94,7 +94,7 @@ def running_rollout(config: RolloutConfig, state: ModelState) -> Rollout:
 
 
 def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState) -> dict[str, Any]:
-    """Deploy the version if needed, then send it its share of units.
+    """Deploy the version if needed, then start a rollout in which the version gets a share of the units.
 
     Idempotent: starting the running rollout again changes nothing.
     """
@@ -121,24 +121,24 @@ def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState
         champion_version=state.champion_version,
         weight=config.weight,
     )
-    wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
+    wait_until_applied(config, ledger, ledger.append(event, actor=actor.name).seq)
     return event.payload() | weight_remark(config.weight)
 
 
 def deploy_and_wait(
     config: RolloutConfig, ledger: Ledger, actor: Actor, version: ModelVersion, *, variant: str
 ) -> str:
-    """Deploy a version, wait until the edge has its backend, and return its application's name."""
-    from serve_apps.deploy import deploy  # a rollback should not wait for Serve's import
+    """Deploy a version, wait until the edge has a backend for it, and return its application's name."""
+    from serve_apps.deploy import deploy  # imported here, so that a rollback does not wait for Serve's import
 
     attach(config)
     app = deploy(config, ledger, actor, version, variant=variant)
-    wait_until_applied(config, ledger.head(), app=app)
+    wait_until_applied(config, ledger, ledger.head(), app=app)
     return app
 
 
 def require_same(config: RolloutConfig, rollout: Rollout) -> None:
-    """Refuse to change a running rollout by starting it again.
+    """Refuse a second start of a running rollout with other options.
 
     Raises:
         RolloutError: an option of the command line differs from the running rollout.
@@ -167,12 +167,12 @@ def change_weight(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: 
             "one."
         )
     event = RolloutWeightChanged(model=config.name, rollout=rollout.id, weight=config.weight)
-    wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
+    wait_until_applied(config, ledger, ledger.append(event, actor=actor.name).seq)
     return event.payload() | weight_remark(config.weight)
 
 
 def weight_remark(weight: float) -> dict[str, str]:
-    """Return a remark on the comparison, if the weight affects it."""
+    """Return a remark if the weight limits how well the arms can be compared."""
     if weight <= 50:
         return {}
     return {
@@ -182,9 +182,9 @@ def weight_remark(weight: float) -> dict[str, str]:
 
 
 def promote(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> dict[str, Any]:
-    """Make the treatment the champion, then end the rollout; in this order no unit goes back to the old champion.
+    """Make the treatment the champion, then end the rollout. In this order, no unit goes back to the old champion.
 
-    The result describes the outcomes that support it, if any.
+    The result describes the rollout's outcomes, if there are any.
 
     Raises:
         RolloutError: the command names another version, or the outcomes breach the guardrail.
@@ -204,18 +204,18 @@ def promote(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollou
         config.name, CHAMPION, version, actor=actor.name, reason=reason
     )
     event = RolloutPromoted(model=config.name, rollout=rollout.id, version=version)
-    wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
+    wait_until_applied(config, ledger, ledger.append(event, actor=actor.name).seq)
     return event.payload() | {"judged": judgement}
 
 
 def roll_back(
     config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout, *, reason: str
 ) -> dict[str, Any]:
-    """Send every unit to the champion again; return the time from the event to its effect at the edge."""
+    """Send every unit to the champion again. The result has the time until the edge has applied this."""
     require_permission(config, ledger, actor, Action.rollback, rollout.treatment_version)
     event = RolloutRolledBack(model=config.name, rollout=rollout.id, reason=reason)
     started = time.perf_counter()
-    wait_until_applied(config, ledger.append(event, actor=actor.name).seq)
+    wait_until_applied(config, ledger, ledger.append(event, actor=actor.name).seq)
     return event.payload() | {"rollback_ms": round((time.perf_counter() - started) * 1000, 1)}
 
 
@@ -241,7 +241,7 @@ def check(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout)
 
 
 def shadow(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState) -> dict[str, Any]:
-    """Deploy the version if needed, then copy a share of the requests to it; its answers go only into the log."""
+    """Deploy the version if needed, then copy a share of the requests to it. Its answers are only logged."""
     version = require_permission(config, ledger, actor, Action.rollout, config.version)
     if state.champion_version is None or version.version == state.champion_version:
         raise RolloutError(

@@ -1,9 +1,9 @@
-"""Assign units to arms, exactly as the edge does.
+"""Assign units to arms. The edge uses exactly the same rule.
 
-A bucket is `xxh32(salt + ":" + unit) mod 10000`, unsigned, seed 0, over the unit's raw bytes. The treatment takes
-buckets from 0 upwards. Its concurrent control arm takes the same number from 9999 downwards. So a larger weight never
-moves a unit from one arm to the other. Above 50 % the arms meet: control gets only the rest, and the arms can no longer
-be compared.
+A bucket is `xxh32(salt + ":" + unit) mod 10000`, unsigned, seed 0, over the unit's raw bytes. The treatment has the
+buckets from 0 upwards. The control arm has the same number of buckets from 9999 downwards. So a larger weight never
+moves a unit from one arm to the other. If the weight is above 50 %, control gets only the remaining buckets, and the
+arms cannot be compared any more.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import xxhash
 
 BUCKETS = 10_000
 CHAMPION_VARIANT = "champion"
-"""The champion's name in records, whatever variant it was deployed as."""
+"""Variant of the champion in records. The variant that the champion was deployed with does not matter."""
 _VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def require_variant(name: str) -> None:
-    """Validate a variant's name, which is used in the edge's map, in headers, records and file names.
+    """Validate a variant's name. The name is used in the edge's map, in headers, records and file names.
 
     Raises:
-        ValueError: the name has other characters, or is too long.
+        ValueError: the name has characters that are not allowed, or is too long.
     """
     if not _VARIANT.fullmatch(name):
         raise ValueError(
@@ -34,19 +34,19 @@ def require_variant(name: str) -> None:
 
 
 class Arm(enum.StrEnum):
-    """Part of a unit in a rollout."""
+    """Arm that a unit belongs to in a rollout."""
 
     treatment = "treatment"
     control = "control"
     outside = "outside"
-    """The champion answers, outside the experiment."""
+    """The unit is outside the experiment, and the champion answers."""
     none = "none"
-    """The request names no unit: the champion answers, outside any experiment."""
+    """The request names no unit, so it is outside any experiment, and the champion answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Bounds of the arms, in buckets: treatment is below the first, control at or above the second."""
+    """Bounds of the arms: treatment has the buckets below the first bound, control those from the second bound on."""
 
     treatment_below: int
     control_from: int
@@ -56,7 +56,7 @@ def require_percent(value: float, *, name: str) -> None:
     """Validate a share in percent: at least one bucket, and a whole number of buckets.
 
     Raises:
-        ValueError: it is not 0.01 to 100 percent in steps of 0.01.
+        ValueError: the value is not 0.01 to 100 percent in steps of 0.01.
     """
     buckets = value * BUCKETS / 100 if math.isfinite(value) else 0.0
     if not 1 <= round(buckets) <= BUCKETS or abs(buckets - round(buckets)) > 1e-6:
@@ -76,10 +76,10 @@ def bounds(weight: float) -> Bounds:
 
 
 def mixes_arms(reached: float, weight: float) -> bool:
-    """Return whether a new weight would make some treated units control, under the same salt.
+    """Return whether a new weight, with the same salt, would move units from treatment to control.
 
     Args:
-        reached: the greatest weight so far.
+        reached: the greatest weight of this rollout so far.
         weight: the new weight.
     """
     return bounds(reached).treatment_below > bounds(weight).control_from
@@ -91,7 +91,7 @@ def bucket(salt: str, unit: bytes) -> int:
 
 
 def assign(salt: str, unit: bytes, limits: Bounds) -> Arm:
-    """Return a unit's arm; an empty unit gives `Arm.none`."""
+    """Return a unit's arm. For an empty unit, return `Arm.none`."""
     if not unit:
         return Arm.none
     unit_bucket = bucket(salt, unit)

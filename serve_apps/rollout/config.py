@@ -1,4 +1,4 @@
-"""Options of the rollout command, and which action uses which."""
+"""Options of the rollout command, and which action uses which options."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RolloutConfig(PlatformConfig):
     name: str = "???"
     """Name of the model."""
     version: str = "latest"
-    """Version to try or to shadow: a number, an alias, or `latest`. `promote` refuses if another version is tried."""
+    """Version for treatment or shadow: a number, an alias, or `latest`. `promote` accepts only the treatment."""
     weight: float = 10.0
     """Percent of units that the treatment answers."""
     share: float = 10.0
@@ -42,11 +42,11 @@ class RolloutConfig(PlatformConfig):
     reason: str = "by command"
     """Reason that the ledger records."""
     min_outcomes: int = 200
-    """Outcomes needed in each arm for a verdict."""
+    """Number of outcomes that each arm needs for a verdict of the guardrail."""
     max_drop: float = 0.05
-    """How far the treatment's metric may be below the control's."""
+    """How far the treatment's metric may be below the control's metric."""
     output: str | None = None
-    """JSON file for the result."""
+    """File to write the result to, as JSON."""
 
     def __post_init__(self) -> None:
         for name in ("weight", "share"):

@@ -1,4 +1,4 @@
-"""Apply the guardrail to a rollout: read its log, match predictions with outcomes, describe the finding."""
+"""Apply the guardrail to a rollout: read the logs, match predictions with outcomes, describe the finding."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import polars as pl
 
 from cluster.errors import ArtifactTampered, RecordLogCorrupt, RefusedError, RolloutError
 from cluster.ledger import Ledger
-from cluster.records import iter_outcomes, match_outcomes, read_log
+from cluster.records import iter_outcomes, log_age, match_outcomes, outcome_log, prediction_log, read_log
+from cluster.records.progress import ages_as_json
 from cluster.registry import Registry
 from cluster.runtime import OutcomeParser
 from cluster.runtime.loader import load_signature
 from cluster.security.acting import Actor
 from cluster.security.keys.access import key_store
-from cluster.storage import layout, local
+from cluster.storage import layout
 from serve_apps.rollout.assignment import Arm
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.guardrail import Finding, Verdict, judge
@@ -22,15 +23,20 @@ from serve_apps.rollout.serving_state import Rollout
 
 
 def evaluate(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> Finding:
-    """Apply the guardrail to the rollout's own predictions and their outcomes.
+    """Apply the guardrail to the predictions of this rollout and their outcomes.
 
     Raises:
         RolloutError: no prediction has an outcome yet.
     """
     places = layout(config.storage)
     registry, store = Registry(ledger, places), key_store(actor.access)
-    log = read_log(local(places.predictions(config.name)), store)
-    outcomes = list(iter_outcomes(local(places.outcomes(config.name)), store))
+    predictions, outcome_records = (
+        prediction_log(places, ledger, config.name),
+        outcome_log(places, ledger, config.name),
+    )
+    ages = ages_as_json([log_age(predictions), log_age(outcome_records)])
+    log = read_log(predictions, store)
+    outcomes = list(iter_outcomes(outcome_records, store))
     if log.answers.is_empty() or not outcomes:
         raise RolloutError(
             f"'{config.name}' has no predictions with outcomes yet, so there is nothing to compare."
@@ -54,6 +60,7 @@ def evaluate(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollo
     )
     return replace(
         finding,
+        logs=ages,
         unknown_outcomes=matched.unknown_predictions + matched.unknown_rows,
         treatment_failures=failed_arms.count(Arm.treatment),
         control_failures=failed_arms.count(Arm.control),
@@ -64,8 +71,8 @@ def judge_before_promotion(config: RolloutConfig, ledger: Ledger, actor: Actor, 
     """Describe the outcomes of a rollout, and refuse its promotion if they breach the guardrail.
 
     Raises:
-        RolloutError: they breach the guardrail.
-        RecordLogCorrupt, ArtifactTampered: the log or a version was altered, so its outcomes prove nothing.
+        RolloutError: the outcomes breach the guardrail.
+        RecordLogCorrupt, ArtifactTampered: the log or a version was altered, so the outcomes prove nothing.
     """
     try:
         finding = evaluate(config, ledger, actor, rollout)
@@ -79,11 +86,12 @@ def judge_before_promotion(config: RolloutConfig, ledger: Ledger, actor: Actor, 
             f"Rollout {rollout.id} of '{config.name}' is worse than its control: {description}. Roll it back, or give "
             "the `max_drop` that you accept."
         )
-    return description
+    until = min(age["until"] for age in finding.logs.values())
+    return f"{description}; logs complete until {until}"
 
 
 def describe(finding: Finding, *, min_outcomes: int) -> str:
-    """Describe a finding in words, for the operator and for the reason of a promotion."""
+    """Return a finding in words. The operator sees this text, and a promotion has it in its reason."""
     counts = f"{finding.treatment_outcomes} outcomes of the treatment and {finding.control_outcomes} of the control"
     match finding.verdict:
         case Verdict.too_few:
@@ -94,5 +102,5 @@ def describe(finding: Finding, *, min_outcomes: int) -> str:
 
 
 def describe_metrics(finding: Finding) -> str:
-    """Return both arms' metric as text; the finding must have both."""
+    """Return the metrics of both arms as text. The finding must have both metrics."""
     return f"{finding.metric} {finding.treatment:.3f} against {finding.control:.3f} in control"

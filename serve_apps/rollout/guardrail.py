@@ -1,15 +1,16 @@
-"""The guardrail of a rollout: realised performance of the treatment against its concurrent control.
+"""The guardrail of a rollout compares realised performance of the treatment with that of the concurrent control.
 
-It compares point estimates with a fixed tolerance and a minimum number of outcomes. It makes no claim about error
-rates. Too little data gives no verdict, never a success. An outcome that is not of the model's type (not one of its
-classes, not a number) is ignored. Otherwise a single such outcome could keep a bad version in place.
+It compares point estimates, with a fixed tolerance and a minimum number of outcomes. It makes no claim about error
+rates. With too little data there is no verdict, so never a success. An outcome that is not of the model's type (not one
+of its classes, not a number) is ignored. Otherwise, a single such outcome could prevent the rollback of a bad version.
 """
 
 from __future__ import annotations
 
 import enum
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -26,27 +27,29 @@ class Verdict(enum.StrEnum):
     holds = "holds"
     breached = "breached"
     undefined = "undefined"
-    """There are enough outcomes, but the metric is not defined: all are of one class, or one number."""
+    """There are enough outcomes, but the metric is undefined, because all outcomes are one class or one number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """The guardrail's verdict and the figures behind it."""
+    """The guardrail's verdict, and the figures that it is based on."""
 
     verdict: Verdict
     metric: str
     treatment: float | None
     control: float | None
     treatment_outcomes: int
-    """Outcomes of the model's type; only these count."""
+    """Number of outcomes of the model's type, in each arm. Other outcomes are ignored."""
     control_outcomes: int
     odd_outcomes: int = 0
-    """Outcomes of both arms that are not of the model's type."""
+    """Number of outcomes of both arms that are not of the model's type."""
     unknown_outcomes: int = 0
-    """Outcomes of the whole model for answers or rows that are not in the log."""
+    """Number of outcomes of the whole model whose prediction or row is not in the log."""
     treatment_failures: int = 0
-    """Rows without a finite score; they have no outcome and are in no figure."""
+    """Number of rows without a finite score. They have no outcome, and no other figure includes them."""
     control_failures: int = 0
+    logs: dict[str, Any] = field(default_factory=dict)
+    """Up to which time the logs of predictions and outcomes are complete."""
 
 
 def judge(matched: pl.DataFrame, *, signature: ModelSignature, min_outcomes: int, max_drop: float) -> Finding:
@@ -55,9 +58,10 @@ def judge(matched: pl.DataFrame, *, signature: ModelSignature, min_outcomes: int
     Args:
         matched: predictions with their outcomes: `arm`, `outcome`, and the column of the task (`probability`, `label`
             or `value`).
-        signature: the model's; binary compares ROC AUC, multiclass accuracy, regression R².
-        min_outcomes: outcomes needed in each arm for a verdict.
-        max_drop: how far the treatment's metric may be below the control's.
+        signature: the model's signature. The metric is ROC AUC for a binary task, accuracy for multiclass, R² for
+            regression.
+        min_outcomes: number of outcomes that each arm needs for a verdict.
+        max_drop: how far the treatment's metric may be below the control's metric.
     """
     task = signature.task
     arms_only = matched.filter(pl.col("arm").is_in(["treatment", "control"]))
@@ -92,7 +96,7 @@ TRUTH = "_truth"
 
 
 def truths(values: pl.Series, signature: ModelSignature) -> list[float | None]:
-    """Convert values to what the task compares: a class's position, or a finite number; None for anything else."""
+    """Convert values to the position of a class, or to a finite number. Any other value becomes None."""
     types = OutcomeParser(signature)
     converted = [None if value is None else types.parse(value) for value in values.to_list()]
     if signature.classes is None:
@@ -102,13 +106,13 @@ def truths(values: pl.Series, signature: ModelSignature) -> list[float | None]:
 
 
 def score(frame: pl.DataFrame, signature: ModelSignature) -> float | None:
-    """Return the task's metric (higher is better), or None if it is not defined."""
+    """Return the task's metric (higher is better), or None if the metric is undefined."""
     truth = frame[TRUTH].to_numpy()
     match signature.task:
         case Task.binary:
             if len(np.unique(truth)) < 2:
                 return None
-            from sklearn.metrics import roc_auc_score  # a rollback by command should not wait for its import
+            from sklearn.metrics import roc_auc_score  # imported here, so that a rollback does not wait
 
             return float(roc_auc_score(truth, frame["probability"].to_numpy()))
         case Task.multiclass:
@@ -118,7 +122,7 @@ def score(frame: pl.DataFrame, signature: ModelSignature) -> float | None:
             spread = float(((truth - truth.mean()) ** 2).sum())
             if spread == 0:
                 return None
-            # An answer's square may overflow, unlike an outcome's. Such a version gets the lowest finite metric.
+            # The square of an answer may overflow; that of an outcome cannot. Such a version gets the lowest metric.
             with np.errstate(over="ignore"):
                 squared_error = float(((truth - frame["value"].to_numpy()) ** 2).sum())
             return max(1 - squared_error / spread, -sys.float_info.max)

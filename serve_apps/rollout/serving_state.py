@@ -1,8 +1,8 @@
-"""Serving state of every model, as a pure fold over ledger events.
+"""Serving state of every model, computed from ledger events by a pure function.
 
-`read_states` stores the folded states in a projection, so that it folds only new events. To apply the last events a
-second time, in order, changes nothing. So a reader that follows the ledger itself may start with these states and an
-earlier position.
+`read_states` stores the states in a projection, so that it applies only new events. Applying the last events a second
+time, in order, changes nothing. So another reader of the ledger may start with the stored states and an earlier
+position.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ class Rollout:
     treatment_version: int
     treatment_variant: str
     weight: float
-    """Percent of units."""
+    """Percentage of the units that the treatment answers."""
     started_at: str = ""
     reached: float = 0.0
-    """The greatest weight so far."""
+    """The greatest weight of this rollout so far."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shadow:
-    """A version that gets copies of requests; its answers go only into the log."""
+    """A version that gets copies of requests. Its answers are only logged."""
 
     version: int
     app: str
     share: float
-    """Percent of requests."""
+    """Percentage of the requests that are copied."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,12 +63,12 @@ class ModelState:
 
     champion_version: int | None = None
     apps: dict[int, str] = field(default_factory=dict)
-    """Deployed version to the name of its Serve application."""
+    """From a deployed version to the name of its Serve application."""
     rollout: Rollout | None = None
     shadow: Shadow | None = None
 
     def usage_of(self, version: int) -> str | None:
-        """Return in words how a version serves now; None if it gets no requests."""
+        """Return in words which requests a version gets now, or None if it gets no requests."""
         if version == self.champion_version:
             return "the champion"
         if self.rollout is not None and version == self.rollout.treatment_version:
@@ -88,14 +88,15 @@ STATES = sa.Table(
     sa.Column("seq", sa.BigInteger, nullable=False),
     sa.Column("state", sa.Text, nullable=False),
 )
-"""One row for each model, in the order of their first events. A release with another fold gives it another number."""
+"""One row for each model, in the order of the models' first events. A release that computes the states differently must
+change the number in the table's name."""
 
 
 def apply(states: States, event: LedgerEvent, *, time: str = "") -> States:
-    """Return the states after one more event; events of other kinds change nothing.
+    """Return the states after one more event. Events that are not about serving change nothing.
 
     Raises:
-        ReleaseTooOld: the event is of a newer release and changes what is served.
+        ReleaseTooOld: a newer release wrote the event, and it changes what is served.
     """
     require_known(event, Subject.serving)
     match event:
@@ -140,7 +141,7 @@ def read_states(ledger: Ledger) -> States:
     """Return the states after the ledger's last event.
 
     Raises:
-        ReleaseTooOld: an event is of a newer release and changes what is served.
+        ReleaseTooOld: a newer release wrote an event that changes what is served.
     """
     projection = Projection(
         ledger, name=STATES.name, metadata=METADATA, wanted=Subject.serving.includes, apply=_apply_stored

@@ -1,8 +1,8 @@
 """Closed-loop HTTP load: a fixed number of connections, each with one open request at a time.
 
-The load comes from wrk if it is installed (Debian: `apt-get install wrk`). wrk needs a few microseconds of a core per
-request. Without wrk, a Python client makes the load and a warning is printed. The Python client takes so much of one of
-two cores that every figure gets worse.
+If wrk is installed (Debian: `apt-get install wrk`), it sends the requests. wrk needs a few microseconds of a core per
+request. Without wrk, a Python client sends the requests, and a warning is printed. On a machine with two cores, the
+Python client needs so much of one core that every figure gets worse.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ end
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """The URL of the load and its requests. The requests are sent in order, and again from the start."""
+    """URL and requests of a load. The requests are sent in order; after the last one, the first is sent again."""
 
     url: str
     requests: Sequence[tuple[dict[str, str], bytes]]
-    """Headers and a JSON body of one line, per request. A header value contains no semicolon."""
+    """For each request, headers and a JSON body of one line. A header value must not contain a semicolon."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,7 @@ class LoadFailed(Exception):
 
 
 def has_wrk() -> bool:
-    """Return whether wrk makes the load. Print a warning if it does not."""
+    """Return whether wrk is installed. Print a warning if it is not."""
     if shutil.which("wrk"):
         return True
     print(

@@ -1,9 +1,10 @@
-"""The data of `pit_join`: feature tables with corrections and uneven entities, and entity rows to join to them.
+"""The data of `pit_join`: feature tables with corrections, and entity rows to join features to.
 
-Nine of ten rows are first reports. They are known up to an hour after their event. One of ten rows is a correction of a
-first report, known up to two days after that report. Entities are drawn from a Zipf-Mandelbrot distribution: one entity
-has twenty times as many rows as the average, and half of the entities have less than half as many. (Under Zipf's own
-law, where one entity has a tenth of all rows, Feast does not finish within minutes.)
+Nine of ten rows are first reports, which become known up to an hour after their event. One of ten rows is a correction
+of a first report. It becomes known up to two days after that report. Entities are drawn from a Zipf-Mandelbrot
+distribution: one entity has twenty times as many rows as the average entity, and half of the entities have less than
+half of the average. (Under Zipf's own law, where one entity has a tenth of all rows, Feast does not finish within
+minutes.)
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ TINY = Case(name="3 x 20k x 2k", rows=20_000, queries=2_000)
 
 
 def feature_names(view: int) -> list[str]:
-    """Return the feature names of a table. Names differ between tables, so one query can return all of them."""
+    """Return the feature names of a table. No two tables have a common name, so one query can return all features."""
     return [f"t{view}_f{number}" for number in range(FEATURES)]
 
 
@@ -88,13 +89,13 @@ def _who(draw: np.random.Generator, case: Case, count: int) -> Ints:
     count_of = case.rows // 50
     weights = 1 / (np.arange(count_of) + count_of / 100)
     chance = np.cumsum(weights / weights.sum())
-    # Entity ids in random order, so an id does not reveal its rank.
+    # Entity ids are in random order, so an id does not show how many rows the entity has.
     names = np.random.default_rng(1).permutation(len(weights)).astype(np.int64)
     return names[np.searchsorted(chance, draw.random(count)).clip(0, len(weights) - 1)]
 
 
 def _seconds(draw: np.random.Generator, count: int, limit: int) -> Ints:
-    """Return microseconds, uniform between 0 and a number of seconds."""
+    """Return `count` random durations in microseconds, uniform between 0 and `limit` seconds."""
     return draw.integers(0, limit * 1_000_000, count)
 
 

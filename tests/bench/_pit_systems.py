@@ -1,12 +1,12 @@
 """The systems of `pit_join`. Each reads Parquet from disk and writes Parquet to disk, in its own process.
 
-Run it by its path: `_pit_systems.py SYSTEM FOLDER OUTPUT`. Feast's interpreter runs it too, so each system imports its
-own packages where it uses them. It prints one JSON object: seconds without imports, and the peak memory of this
-process.
+Run this file by its path: `_pit_systems.py SYSTEM FOLDER OUTPUT`. Feast's own Python runs this file too, so each
+function imports its packages itself. The file prints one JSON object: seconds without imports, and the peak memory of
+this process.
 
-DuckDB and Polars compute what the feature store computes, written by hand: the row with the greatest (event, created)
-that was available at the entity row's time, and nulls if that row is older than the TTL. Feast has other semantics: it
-takes the newest event, whether it was known or not.
+The queries for DuckDB and Polars are written by hand and give the same result as the feature store. They return the row
+with the greatest (event, created) that was available at the entity row's time, and nulls if that row is older than the
+TTL. Feast has other semantics: it returns the newest event, even if that event was not known yet.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Timed = Callable[[], dict[str, float]]
 
 
 def polars(folder: Path, output: Path) -> Timed:
-    """Plain Polars with lazy frames."""
+    """Run the join with plain Polars and lazy frames."""
     import polars as pl
 
     def run() -> dict[str, float]:
@@ -59,7 +59,7 @@ def polars(folder: Path, output: Path) -> Timed:
 
 
 def duckdb(folder: Path, output: Path) -> Timed:
-    """Plain DuckDB with one statement."""
+    """Run the join with plain DuckDB in one statement."""
     import duckdb
 
     joins, columns = [], ["e.*"]
@@ -88,7 +88,7 @@ def duckdb(folder: Path, output: Path) -> Timed:
 
 
 def feast_duckdb(folder: Path, output: Path) -> Timed:
-    """Feast with its DuckDB offline store."""
+    """Run the join with Feast and its DuckDB offline store."""
     import pandas as pd
     import pyarrow.parquet as pq
     from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
@@ -136,7 +136,7 @@ def feast_duckdb(folder: Path, output: Path) -> Timed:
 
 
 def falaj(folder: Path, output: Path, *, tables: str = "plain", tasks: bool = False) -> Timed:
-    """The feature store: its tables, its join, and the hashes of the manifest."""
+    """Run the feature store's join on its own tables, and compute the hashes for the manifest."""
     import polars  # noqa: F401 (import time is not measured, as for the others)
 
     from cluster.storage import read_parquet, write_parquet
@@ -201,7 +201,7 @@ SYSTEMS: dict[str, Callable[[Path, Path], Timed]] = {
 def peak_kib() -> int:
     """Return the peak memory of this process in KiB.
 
-    `getrusage` would include the memory of the process before it became this program.
+    `getrusage` is not used, because its value includes the memory before this process started this program.
     """
     status = Path("/proc/self/status")
     if not status.exists():

@@ -25,7 +25,8 @@ KEYS = [f"features/t{view}/{name}" for view in range(VIEWS) for name in ("intern
 def service(*, protected: bool) -> tuple[ServiceSpec, dict[str, Protection]]:
     """Return the service and the protection of each table.
 
-    With `protected`, two of five features are personal and the others are internal. Otherwise all are public.
+    With `protected`, two of five features are personal and the other features are internal. Otherwise, all features are
+    public.
     """
     views = []
     for number in range(VIEWS):
@@ -57,7 +58,7 @@ def _public(view: ViewSpec) -> Protection:
 
 
 def write_tables(folder: Path, kind: str, access: KeyAccess) -> None:
-    """Ingest `t0.parquet`, `t1.parquet`, ... as one batch each."""
+    """Ingest `t0.parquet`, `t1.parquet`, ..., each as one batch of its own feature table."""
     spec, protections = service(protected=kind == "protected")
     for view in spec.views:
         rows = pq.read_table(folder / f"{view.name}.parquet")
@@ -81,13 +82,13 @@ def write_tables(folder: Path, kind: str, access: KeyAccess) -> None:
 
 
 def keep_access(folder: Path, access: KeyAccess) -> None:
-    """Write the key access to the folder, so that each run can read it."""
+    """Store the key access in the folder, so that each run can read it."""
     (folder / "access.json").write_text(
         json.dumps({"socket": access.socket, "token": str(access.token.path())})
     )
 
 
 def access_of(folder: Path) -> KeyAccess:
-    """Return the key access of the benchmark."""
+    """Return the key access that `keep_access` has stored."""
     told = json.loads((folder / "access.json").read_text())
     return KeyAccess(socket=told["socket"], token=TokenSource(file=told["token"]))

@@ -1,8 +1,9 @@
-"""The cost of a ledger with many events: opening it, one append, and each read that commands make.
+"""Time that a ledger with many events takes for opening, for one append, and for each read of the commands.
 
-It compares a ledger of 100 events with a ledger that has the same models and views and a longer history: batches,
-materialisations, compactions, weight changes, decisions and outcomes. `catch_up` is the one read after an older release
-wrote the ledger: it fills the event index and the projections. It is measured once, on `CATCH_UP` events.
+The benchmark compares a ledger of 100 events with a ledger of the same models and views with a longer history: batches,
+materialisations, compactions, weight changes, decisions and outcomes. `catch_up` is the first read after an older
+release has written the ledger. This read fills the event index and the projections. It is measured once, on `CATCH_UP`
+events.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def definition(view: str) -> dict[str, Any]:
 
 
 def batch(view: str, number: int) -> BatchIngested:
-    """Return one batch of a view."""
+    """Return the event of one batch of a view."""
     return BatchIngested(
         view=view,
         view_version="1",
@@ -84,7 +85,7 @@ def batch(view: str, number: int) -> BatchIngested:
 
 
 def state() -> Iterator[LedgerEvent]:
-    """Yield the first events: views, a service, a training set, a model in a rollout, a limit."""
+    """Yield the first events of both ledgers: views, a service, a training set, a model in a rollout, a limit."""
     for view in ("income", "clicks"):
         yield FeatureViewApplied(view=view, version="1", definition=definition(view))
         yield batch(view, 0)
@@ -129,7 +130,7 @@ def state() -> Iterator[LedgerEvent]:
 
 
 def history() -> Iterator[LedgerEvent]:
-    """Yield more events of the same views and models, without end."""
+    """Yield more events of the same views and models. The iterator never ends."""
     denied = AccessDecided(
         allowed=False,
         role="service",
@@ -157,7 +158,7 @@ def history() -> Iterator[LedgerEvent]:
 
 
 def reads(ledger: Ledger, folder: Path, count: int) -> dict[str, Callable[[], object]]:
-    """Return the reads of the commands, by name."""
+    """Return a function for each read that the commands make, by name."""
     registry = Registry(ledger, Layout(str(folder)))
     newest = range(max(0, count // 7 - 3), count // 7)
     return {
@@ -181,9 +182,9 @@ def reads(ledger: Ledger, folder: Path, count: int) -> dict[str, Callable[[], ob
 
 
 def milliseconds(works: Sequence[Callable[[], object]], *, turns: int) -> list[float]:
-    """Return the shortest time of each call in milliseconds, after one call that is not counted.
+    """Return the shortest time of each function in milliseconds. The first call of each is not counted.
 
-    The calls take turns, so all of them run under the same conditions.
+    The functions are called in turns, so all of them run under the same conditions.
     """
     took: list[list[float]] = [[] for _ in works]
     for turn in range(turns + 1):

@@ -1,11 +1,11 @@
-"""`make bench BENCH=freshness`: time from sending a row until it is readable online, during a steady stream of rows.
+"""`make bench BENCH=freshness`: time from sending a row until it can be read online, while rows are sent all the time.
 
-`push`: the time until the push has an answer and the row is read back. The row is checked, on disk (fsync), and in LMDB
-(fsync).
-`kafka`: the time from the producer's call until a reader sees the row. The reader runs in another process than the
-consumer. The row goes through librdkafka's mock broker, is committed to Delta, and then goes online.
+`push`: the time until the push has an answer and the row was read. By then, the row was checked and is on disk and in
+LMDB (both with fsync).
+`kafka`: the time from the producer's call until a reader gets the row. Reader and consumer run in two processes. The
+row is sent through librdkafka's mock broker, committed to Delta, and then written into the online store.
 
-The benchmark runs without HTTP and Ray. They add a constant few milliseconds to `push`.
+The benchmark runs without HTTP and Ray. HTTP and Ray add a constant few milliseconds to `push`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def until_read(project: PushProject, number: int) -> None:
 
 
 def measured(project: PushProject, send: Callable[[int], None]) -> list[float]:
-    """Return the seconds from sending to reading, per row.
+    """Return for each row the seconds from sending to reading.
 
     At most one row is sent every few milliseconds.
     """
@@ -69,7 +69,7 @@ def measured(project: PushProject, send: Callable[[int], None]) -> list[float]:
 
 
 def push(root: Path, access: KeyAccess) -> list[float]:
-    """Measure pushes."""
+    """Return the times of pushed rows, in seconds."""
     project = PushProject(root, access)
 
     def send(number: int) -> None:
@@ -81,7 +81,7 @@ def push(root: Path, access: KeyAccess) -> list[float]:
 
 
 def kafka(root: Path, access: KeyAccess) -> list[float]:
-    """Measure a topic with a consumer in another process."""
+    """Return the times of rows sent to a Kafka topic, in seconds. The consumer runs in another process."""
     broker = MockBroker()
     project = PushProject(root, access, view=kafka_view(broker.servers))
     context = multiprocessing.get_context("spawn")

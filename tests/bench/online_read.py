@@ -1,12 +1,12 @@
 """`make bench BENCH=online_read`: features of 1 and of 100 entities by key, out of a million, in turns with Feast.
 
-Our features are typed, checked against a time-to-live, and encrypted as internal columns are. They are read through
-LMDB in this process and through a Redis server that the benchmark starts. A case is `<engine> <entities>` with 10
-features, `... x50` with 50, and `... list384` with one list of 384 float32. Feast does not run the list case. In the
-list case there are a tenth as many entities.
+Falaj's features are typed, checked against a TTL, and encrypted like internal columns. They are read from LMDB in this
+process, and from a Redis server that the benchmark starts. A case is `<engine> <entities>` with 10 features, `... x50`
+with 50 features, or `... list384` with one list of 384 float32. In the list case, there are only a tenth of the
+entities, and Feast is not measured.
 
-Feast is installed into its own environment below `build/`. If that fails, Feast is left out with a message. Feast gets
-a minute to load its store, so its stores are smaller than ours. Their size is printed.
+Feast is installed into its own environment below `build/`. If the installation fails, a message is printed and Feast is
+left out. Feast has a minute to load its store, so its stores are smaller than Falaj's. Their size is printed.
 
     ENTITIES=100000 makes a shorter run.
 """
@@ -48,13 +48,13 @@ ENTITIES = int(os.environ.get("ENTITIES", "1000000"))
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 FEATURES, BATCHES, ROUNDS = (10, 50), {1: 2000, 100: 200}, 5
 LIST = 384
-"""Number of elements of the list. It is used in place of a number of features."""
+"""Number of elements of the list. Where functions take a number of features, this value means the list case."""
 FEAST, FEAST_LOAD_S, FEAST_SHARE = "feast[redis]==0.67.0", 60.0, 10
 """Feast makes a tenth of the calls, because each call takes much longer."""
 ENVIRONMENT = ROOT / "build" / "feast"
 
 Measure = Callable[[int, int], list[int]]
-"""Function from entities per call and number of calls to the nanoseconds of each call."""
+"""Function of the number of entities per call and the number of calls. It returns the nanoseconds of each call."""
 
 
 def view_of(features: int) -> ViewSpec:
@@ -77,12 +77,12 @@ def rows(features: int) -> Iterator[OnlineRow]:
 
 
 def entities_of(features: int) -> int:
-    """Return the number of entities."""
+    """Return the number of entities of a case."""
     return ENTITIES // 10 if features == LIST else ENTITIES
 
 
 def ours(store: OnlineStore, kind: str, features: int) -> Measure:
-    """Load a view into our store and return its measurement."""
+    """Load a view into Falaj's store, and return the function that measures reads."""
     view, began = view_of(features), time.monotonic()
     store.replace(view, {"id": "int64"}, rows(features))
     reader = FeatureReader(ServiceSpec(name="s", version="1", views=[view]), store)
@@ -94,7 +94,7 @@ def ours(store: OnlineStore, kind: str, features: int) -> Measure:
 
 
 def measured(reader: FeatureReader, entities: int) -> Measure:
-    """Return the measurement of a reader. Each call reads other entities."""
+    """Return the function that measures reads of a reader. Each call reads other entities."""
     draw = random.Random(1)
 
     def measure(size: int, calls: int) -> list[int]:
@@ -112,7 +112,7 @@ def measured(reader: FeatureReader, entities: int) -> Measure:
 def feast_python() -> str | None:
     """Return the Python of Feast's environment, or None if Feast cannot be installed.
 
-    Creates the environment if it is missing.
+    If the environment does not exist, this function creates it.
     """
     python = ENVIRONMENT / "bin" / "python"
     try:
@@ -129,7 +129,7 @@ def feast_python() -> str | None:
 
 
 def feast(python: str, kind: str, port: int, features: int, stack: ExitStack) -> Measure | None:
-    """Load a Feast store in its own process and return its measurement, or None if it fails."""
+    """Load a Feast store in its own process. Return the function that measures reads, or None if loading fails."""
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     script = ROOT / "tests" / "bench" / "peers" / "feast_online.py"
     numbers = [str(port), str(ENTITIES), str(features), str(FEAST_LOAD_S)]
@@ -161,7 +161,7 @@ def feast(python: str, kind: str, port: int, features: int, stack: ExitStack) ->
 
 
 def compare(engine: str, features: int, systems: dict[str, Measure]) -> list[dict[str, Any]]:
-    """Run the rounds in turns. Report the median over the rounds of each round's percentile."""
+    """Measure the systems in turns, in several rounds. Return the medians of the rounds' percentiles."""
     results = []
     for size, calls in BATCHES.items():
         taken: dict[str, list[list[int]]] = {name: [] for name in systems}

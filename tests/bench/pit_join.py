@@ -44,7 +44,7 @@ Run = dict[str, float]
 
 
 def install_feast() -> bool:
-    """Install Feast into its own environment, because it needs another pandas than ours."""
+    """Install Feast into its own environment, because Feast needs another version of pandas than Falaj."""
     python = FEAST / "bin" / "python"
     if (FEAST / "installed").exists():
         return True
@@ -86,9 +86,9 @@ def run(system: str, folder: Path) -> Run | None:
 
 
 def in_turns(systems: list[str], folder: Path, turns: int) -> dict[str, Run]:
-    """Return the medians of each system that ran.
+    """Run the systems in turns, and return the medians of each system that did not fail.
 
-    With more than one turn, a first round warms the disk and is not counted.
+    With more than one turn, the first round is not counted, because it fills the disk cache.
     """
     runs: dict[str, list[Run]] = {system: [] for system in systems}
     for turn in range(turns + (turns > 1)):
@@ -119,7 +119,7 @@ def different(one: pl.DataFrame, other: pl.DataFrame) -> int:
     """Return the number of cells that differ.
 
     Raises:
-        AssertionError: The frames are not of the same entity rows.
+        AssertionError: The two frames do not have the same entity rows.
     """
     assert one["row_id"].equals(other["row_id"])
     return int(
@@ -130,10 +130,10 @@ def different(one: pl.DataFrame, other: pl.DataFrame) -> int:
 
 
 def check(systems: list[str], folder: Path) -> None:
-    """Print how many cells of each system differ from the first system.
+    """Print for each system how many of its cells differ from those of the first system.
 
     Raises:
-        SystemExit: Two systems with the same semantics differ.
+        SystemExit: The results of two systems with the same semantics differ.
     """
     expected = answers(systems[0], folder)
     cells = expected.height * (expected.width - 1)

@@ -1,12 +1,13 @@
 """`make bench BENCH=scale`: costs that grow with the number of models, and with the number of ledger events.
 
-`python tests/bench/scale.py ledger` measures the ledger only. `... edge` measures the edge only: the cost of one
-HAProxy with 1, 20 and 200 models, each with two versions. `_scale_ledger.py` describes the figures of the ledger.
+`python tests/bench/scale.py ledger` measures only the ledger. `... edge` measures only the edge: one HAProxy with 1, 20
+and 200 models, each with two versions. `_scale_ledger.py` describes the figures of the ledger.
 
-Ray and replicas are not used. Behind every version is one server, another HAProxy, that answers at once. Figures:
-`render` (routes to text), `start` (check and start), `reload` (add one replica, until the new worker serves), `change`
-(change one split as a rollback does: running map and file), `request` (one connection, the last model, a token whose
-signature is known), and `idle_cpu` (cores that HAProxy uses without any request, for health checks).
+Ray and replicas are not used. The server of every version is another HAProxy, which answers at once. Figures of the
+edge: `render` (convert routes to text), `start` (check the configuration and start), `reload` (add one replica and wait
+until the new worker serves), `change` (change one split like a rollback: running map and file), `request` (one
+connection, the last model, a token whose signature was checked before), and `idle_cpu` (cores that HAProxy uses for
+health checks while there are no requests).
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ ROLLOUT = Rollout(id="r", salt="s", treatment_version=2, treatment_variant="chal
 
 
 def many(count: int, port: int, *, replicas: int = 1) -> Routes:
-    """Return routes of models in a rollout.
+    """Return the routes of `count` models, each in a rollout.
 
-    The first model may have more replicas. All of them are the same server.
+    Version 1 of the first model has `replicas` replicas. All replicas of all models are the same server.
     """
     states = {
         f"m{number}": ModelState(
@@ -111,7 +112,7 @@ def measure(edge: Edge, count: int, port: int) -> dict[str, float]:
 
 
 def requested(edge: Edge, model: str) -> float:
-    """Return the median time of a request in milliseconds."""
+    """Return the median time of a request to this model in milliseconds."""
     token, connection = edge.token(), edge.connect()
 
     def ask() -> None:
@@ -127,7 +128,7 @@ def requested(edge: Edge, model: str) -> float:
 
 
 def idle_cpu(edge: Edge) -> float:
-    """Return the CPU seconds per second of the master and all its workers."""
+    """Return how many CPU seconds per second HAProxy's master and all its workers use."""
 
     def used() -> float:
         assert edge.haproxy.pid is not None

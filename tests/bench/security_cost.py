@@ -1,11 +1,15 @@
-"""`make bench BENCH=security_cost`: the cost of protection.
+"""`make bench BENCH=security_cost`: how much time encryption takes.
 
-The same work runs with and without it, in turns in one run.
+In one run, the same work is done with and without encryption, in turns.
 
-Cases: `write` and `read` of a feature table's rows, with half of the columns protected; `join` of entity rows with such
-a table; `artifact`, a model file of 50 MB encrypted and decrypted, against hashing it; `request`, what a prediction by
-key reads and logs: 16 features from the online store and one record of the log. `request` runs without HTTP and the
-model, which are the same either way. Keys come from a real broker.
+Cases:
+`write` and `read`: rows of a feature table, with half of the columns protected.
+`join`: entity rows with such a table.
+`artifact`: encrypting and decrypting a model file of 50 MB, compared with only hashing it.
+`request`: what one prediction by key reads and logs, which is 16 features from the online store and one record. HTTP
+and the model are left out, because they are the same with and without encryption.
+
+The keys come from a real broker.
 """
 
 from __future__ import annotations
@@ -93,7 +97,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def in_turns(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Return the median wall time of each call. The calls take turns, after one round that is not counted."""
+    """Return the median wall time of each function. They are called in turns; the first round is not counted."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(TURNS + 1):
         for name, work in works.items():
@@ -104,7 +108,7 @@ def in_turns(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def joins(table: pa.Table, folder: Path, access: KeyAccess) -> dict[str, Callable[[], Any]]:
-    """Return the point-in-time join against a feature table of each kind."""
+    """For a protected and a plain feature table, return the function that runs the point-in-time join."""
     draw = np.random.default_rng(1)
     asked = pa.table(
         {
@@ -135,7 +139,7 @@ def joins(table: pa.Table, folder: Path, access: KeyAccess) -> dict[str, Callabl
 
 
 def requests(folder: Path, access: KeyAccess) -> dict[str, Callable[[], Any]]:
-    """Return many requests per kind. Each request reads another entity."""
+    """For each kind, return a function that makes many requests. Each request reads another entity."""
     store = key_store(access)
     online = open_online_store(OnlineConfig(map_size_gib=0.5), Layout(str(folder)), store, readonly=False)
     at = epoch_microseconds(START)

@@ -1,18 +1,19 @@
 """`make bench BENCH=serve`: requests through the edge, against other ways to serve a small model.
 
-All systems run at once on this machine, and take turns. Cases: 16 connections and one connection. Systems:
+All systems run on this machine during the whole benchmark, and are measured in turns. Cases: 16 connections and one
+connection. Systems:
 `falaj`: through the edge, with TLS, a token, a sticky split between two versions, features read online, and one record
 per answer.
-`falaj_direct`: one replica of `falaj`, addressed directly, without the edge.
+`falaj_direct`: the requests go directly to one replica of `falaj`, without the edge.
 `fastapi`: plain FastAPI and uvicorn.
 `ray_serve_ab`: an ingress of Ray Serve that awaits the handle of one of two models and does the same work, without TLS.
-`ray_serve_ab_bare`: the same ingress without that work.
+`ray_serve_ab_bare`: such an ingress that only predicts.
 
-Ray Serve runs in its fastest mode: optimised for throughput, with the ingress replica addressed directly. Serve's own
-HAProxy in front only adds time. The project is a new one in a temporary folder with its own ports.
+Ray Serve runs in its fastest mode: optimised for throughput, with requests sent directly to the ingress replica.
+Serve's own HAProxy would only add time. The benchmark makes a new project in a temporary folder with its own ports.
 
-    SECONDS=2 ROUNDS=3 makes a shorter run. WEIGHT=10 splits as the first step of a rollout does, not half and
-    half.
+    SECONDS=2 ROUNDS=3 makes a shorter run. WEIGHT=10 gives the second version 10 % of the units, like the first step of
+    a rollout, not 50 %.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from tests.servers.ports import free_port
 
 SECONDS, ROUNDS = int(os.environ.get("SECONDS", "4")), int(os.environ.get("ROUNDS", "5"))
 WEIGHT = float(os.environ.get("WEIGHT", "50"))
-"""Share of the second version, in percent."""
+"""Percentage of the units that the second version answers."""
 CASES = {"c16": 16, "c1": 1}
 PEERS = Path(__file__).resolve().parent / "peers"
 UNITS, NUM_PORTS = 512, 20
@@ -74,9 +75,9 @@ def running_peer(script: str, folder: Path, **environment: str) -> Iterator[None
 
 
 def ray_environment(project: Project, first: int) -> dict[str, str]:
-    """Return the environment of the peer's own Ray, which knows our project.
+    """Return the environment for the peer, which has its own Ray and uses the project's store and keys.
 
-    The ports of its replicas begin at `first`.
+    The ports of the peer's replicas begin at `first`.
     """
     known = {"FALAJ_CLUSTER_RECORD", "FALAJ_PROJECT_ROOT"}
     return {
@@ -87,7 +88,7 @@ def ray_environment(project: Project, first: int) -> dict[str, str]:
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_worker_niceness": "0",  # the same as ours and FastAPI's
+        "RAY_worker_niceness": "0",  # the same as for Falaj and FastAPI
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + NUM_PORTS - 1),
     }
@@ -109,7 +110,7 @@ def wait_for(url: str) -> bytes:
 
 
 def ingress_ports(first: int) -> dict[str, int]:
-    """Return the ports of Ray Serve's two ingresses, by application."""
+    """Return the ports of the two Ray Serve ingresses, by name of the application."""
     found: dict[str, int] = {}
     for port in (first, first + 1):
         [app] = json.loads(wait_for(f"http://127.0.0.1:{port}/-/routes")).values()
@@ -120,7 +121,7 @@ def ingress_ports(first: int) -> dict[str, int]:
 def targets(project: Project, fastapi: int, ray: dict[str, int]) -> dict[str, Target]:
     """Return the URL and the requests of each system.
 
-    The token is new on each call, because the benchmark runs longer than a token is valid.
+    Each call makes a new token, because a token expires before the benchmark ends.
     """
     token = project.token()
     units = [{"X-Unit-ID": str(unit)} for unit in range(UNITS)]
@@ -147,7 +148,7 @@ def _json(content: Any) -> bytes:
 
 
 def measured(project: Project, fastapi: int, ray: dict[str, int], *, wrk: bool) -> Iterator[dict[str, Any]]:
-    """Measure the systems in turns. Yield the medians over the rounds, after one warm-up round."""
+    """Measure the systems in turns. Yield the medians over the rounds; one warm-up round is not counted."""
     for case, connections in CASES.items():
         turns: dict[str, list[Measured]] = {}
         for number in range(ROUNDS + 1):
@@ -162,7 +163,7 @@ def measured(project: Project, fastapi: int, ray: dict[str, int], *, wrk: bool) 
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    """Print a table and the ratios, each with its aim."""
+    """Print a table of the results, and each ratio with the value that it should reach."""
     values = {(one["case"], one["metric"], one["system"]): one["value"] for one in results}
     print(f"{'':20}" + "".join(f"{case:>10} req/s {'p50':>7} {'p99':>7} ms" for case in CASES))
     for system in dict.fromkeys(one["system"] for one in results):
@@ -183,7 +184,7 @@ def main() -> None:
     fastapi, first = (
         free_port(),
         random.randrange(32_000, 32_600, NUM_PORTS),
-    )  # above the ports of `free_port`
+    )  # above the ports that `free_port` returns
     with ExitStack() as stack:
         project = stack.enter_context(scoring.running_project(weight=WEIGHT))
         folder = project.root / "model-0"

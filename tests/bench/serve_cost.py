@@ -1,15 +1,14 @@
-"""`make bench BENCH=serve_cost`: predictions per core-second of each engine, and the cost of a thousand predictions.
+"""`make bench BENCH=serve_cost`: predictions per core-second of each engine, and the price of a thousand predictions.
 
-It measures one network in ONNX Runtime as int8 and as float32 (ours), and in torch. It measures trees in LightGBM
-beside it. A case is `<width>x<depth> <precision> batch <rows>`, or `trees <rounds>x<leaves> ...`. Core-seconds are the
-CPU time of the process with one thread, so other work on the machine disturbs little. These cases measure the model
-alone.
+The same networks run in ONNX Runtime with int8 and with float32 (Falaj's engine), and in torch. Trees run in LightGBM.
+A case is `<width>x<depth> <precision> batch <rows>`, or `trees <rounds>x<leaves> ...`. Core-seconds are the CPU time of
+the process with one thread, so other work on the machine has little effect. These cases measure only the model.
 
 A case `request ...` measures everything that a replica does for one prediction: token, JSON, encoding, model, the log
 on disk, the answer. HTTP itself is left out; the benchmark `serve` includes it. The client sends the features. If torch
-finds a GPU, the network also runs there, in GPU-seconds of wall time.
+finds a GPU, the network also runs on the GPU, measured in GPU-seconds of wall time.
 
-    PRICES=my.yaml uses other prices than configs/prices/assumed.yaml.
+    PRICES=my.yaml uses the prices in my.yaml instead of configs/prices/assumed.yaml.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from omegaconf import DictConfig, OmegaConf
 from starlette.requests import Request
 
 from cluster.runtime import InputSpec, Model, ModelSignature, Precision, Task, open_model
+from cluster.runtime.device_choice import CUDA, Hardware
 from cluster.runtime.encoding import Matrix
-from cluster.runtime.hardware import CUDA, Hardware
 from cluster.runtime.signature import NETWORK_FILE, WEIGHTS_FILE
 from cluster.runtime.torch_engine import TorchEngine
 from cluster.settings_conversion import load
@@ -67,7 +66,7 @@ SIGNATURE = ModelSignature(
 Run = Callable[[int], None]
 """Function that predicts one batch a given number of times."""
 REQUESTS = ("128x2 float32", "1024x4 int8", "trees 200x31")
-"""Models whose whole requests are measured."""
+"""Models for which a case `request ...` is measured."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,9 +75,9 @@ class PricesConfig:
 
     currency: str = "USD"
     core_hour: float = 0.05
-    """Price of a CPU core for an hour."""
+    """Price of one CPU core for an hour."""
     gpu_hour: float = 0.80
-    """Price of a GPU for an hour."""
+    """Price of one GPU for an hour."""
 
     def __post_init__(self) -> None:
         if self.core_hour <= 0 or self.gpu_hour <= 0:
@@ -96,7 +95,7 @@ class Case:
 
 
 def writers() -> dict[str, tuple[ModelSignature, Callable[[Path, ModelSignature], None]]]:
-    """Return the signature and the writer of every model, by name."""
+    """Return for every model, by name, its signature and the function that writes its files."""
     rounds, leaves = TREES
     found: dict[str, tuple[ModelSignature, Callable[[Path, ModelSignature], None]]] = {}
     for width, depth in SIZES:
@@ -146,7 +145,7 @@ def scoring(system: str, name: str, model: Model) -> Iterator[Case]:
 
 
 def requests(replica: Replica, batch: int) -> Run:
-    """Return a function that sends whole `:predict` requests, as Serve passes them to a replica."""
+    """Return a function that passes whole `:predict` requests to the replica, in the same way as Serve."""
     matrix = rows(SIGNATURE, batch)
     columns: dict[str, list[Any]] = {}
     for place, spec in enumerate(SIGNATURE.inputs):
@@ -188,7 +187,7 @@ def per_second(case: Case) -> float:
 
 
 def measured(every: Iterable[Case]) -> dict[tuple[str, str, int], float]:
-    """Return the medians over rounds. Each case runs once per round."""
+    """Return the median of each case over all rounds. Each case runs once per round."""
     found: dict[tuple[str, str, int], list[float]] = {}
     in_turn = list(every)
     for _ in range(ROUNDS):
@@ -198,7 +197,7 @@ def measured(every: Iterable[Case]) -> dict[tuple[str, str, int], float]:
 
 
 def apart(folder: Path) -> Iterator[str]:
-    """Yield the difference between the int8 and float32 scores of each size."""
+    """For each size of network, yield a text with the difference between the int8 and the float32 scores."""
     matrix = rows(SIGNATURE, 1000)
     for width, depth in SIZES:
         whole, small = (
@@ -221,7 +220,7 @@ def prices() -> PricesConfig:
 
 
 def results(found: dict[tuple[str, str, int], float], price: PricesConfig) -> list[dict[str, Any]]:
-    """Return the results in the format of the benchmarks."""
+    """Return the results in the format that all benchmarks write."""
     lines = []
     for (system, name, batch), rate in found.items():
         unit = "gpu_s" if system == "torch_gpu" else "core_s"
@@ -233,12 +232,12 @@ def results(found: dict[tuple[str, str, int], float], price: PricesConfig) -> li
 
 
 def cost_per_1000(rate: float, system: str, price: PricesConfig) -> float:
-    """Return the cost of a thousand predictions at `rate` per core-second or GPU-second."""
+    """Return the price of a thousand predictions, if a core or GPU makes `rate` predictions per second."""
     return 1000 / rate / 3600 * (price.gpu_hour if system == "torch_gpu" else price.core_hour)
 
 
 def table(found: dict[tuple[str, str, int], float], price: PricesConfig) -> Iterator[str]:
-    """Yield the lines of a table to print. The ratio is to torch on the CPU, with the same network and batch."""
+    """Yield the lines of a table. The ratio compares with torch on the CPU, for the same network and batch size."""
     yield f"{'':9} {'case':22} {'batch':>5} {'per core-s':>11} {'x torch':>8} {f'{price.currency} per 1,000':>14}"
     for (system, name, batch), rate in found.items():
         torch_rate = found.get(("torch", f"{name.split()[0]} float32", batch))

@@ -1,9 +1,9 @@
-"""`make bench BENCH=serve_model`: the p99 at full load if the only random part is the version that a request gets.
+"""`make bench BENCH=serve_model`: the p99 at full load, if nothing is random except the version that a request gets.
 
-It simulates `make bench BENCH=serve` with 16 connections as a closed queueing network. The load generator, HAProxy and
-one replica of each version process one request after another. They share the cores evenly while more of them have work
-than there are cores. The simulation uses the measured CPU time per request. Nothing is timed, so every run prints the
-same. In the direct case all requests go to one replica, and none goes through HAProxy.
+This simulates `make bench BENCH=serve` with 16 connections as a closed queueing network. The load generator, HAProxy
+and one replica of each version each process one request after another. If more of them have work than there are cores,
+they share the cores evenly. The simulation uses the measured CPU time per request. It measures no times itself, so
+every run prints the same. In the direct case, all requests go to one replica without HAProxy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONNECTIONS, REQUESTS = 16, 60_000
 REPLICA_US, CLIENT_US = 265.0, 25.0
 """CPU time per request in microseconds."""
 BACKGROUND = 0.12
-"""Share of a core that everything else uses."""
+"""Share of a core that all other processes use."""
 CASES = ((2, 50, 105), (3, 50, 105), (4, 50, 105), (2, 10, 105), (2, 50, 60), (2, 50, 30))
 """Number of cores, percent of requests for the second version, HAProxy's CPU time per request in microseconds."""
 
@@ -28,7 +28,7 @@ Route = list[tuple[str, float]]
 
 
 def route(draw: random.Random, *, weight: float, edge_us: float | None) -> Route:
-    """Return the route of a request: directly to the first version, or by the split."""
+    """Return the route of a request: directly to the first version, or through HAProxy to a random version."""
     if edge_us is None:
         return [("client", CLIENT_US), ("first", REPLICA_US)]
     version = "second" if draw.random() < weight / 100 else "first"
@@ -36,12 +36,12 @@ def route(draw: random.Random, *, weight: float, edge_us: float | None) -> Route
 
 
 def p99_us(cores: float, *, weight: float = 0.0, edge_us: float | None = None) -> float:
-    """Return the p99 of the time from sending a request until its answer is back at the load generator.
+    """Return the p99 of the time from sending a request until the answer is back at the load generator.
 
     Args:
         cores: Number of cores for all stations.
-        weight: Share of the second version, in percent.
-        edge_us: HAProxy's CPU time per request. Without it the first version is addressed directly.
+        weight: Percentage of the requests that the second version gets.
+        edge_us: HAProxy's CPU time per request. None means that all requests go directly to the first version.
     """
     draw = random.Random(1)
     queues: dict[str, deque[tuple[Route, float]]] = {

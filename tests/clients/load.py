@@ -1,8 +1,7 @@
 """Closed-loop HTTP load from Python: a fixed number of keep-alive connections, each with one open request at a time.
 
-Each answer is stored with its result, so that tests can compare it with logs later. Like other HTTP clients, it sends
-no request twice. A connection that ends between two requests is opened again. One that ends during a request is a
-failure.
+Each answer is stored, so that tests can compare the answers with logs later. The client never sends a request twice. If
+a connection ends between two requests, it is opened again. If it ends during a request, this request has failed.
 
     python -m tests.clients.load URL REQUESTS_FILE CONNECTIONS SECONDS   # benchmarks use this without wrk
 """
@@ -43,15 +42,15 @@ class Load:
 
     url: str
     requests: Callable[[], tuple[dict[str, str], bytes]]
-    """Return the headers and body of the next request."""
+    """Function that returns the headers and body of the next request."""
     context: ssl.SSLContext | None = None
     per_s: float | None = None
-    """Highest rate of all connections together. With None, each connection sends as fast as answers come."""
+    """Highest rate of all connections together, in requests per second. None means no limit."""
     answers: list[Answer] = field(default_factory=list)
     stopped: bool = False
 
     async def run(self, *, connections: int) -> None:
-        """Send requests and wait for answers, until `stopped`."""
+        """Send requests and wait for answers, until `stopped` is set."""
         pause = connections / self.per_s if self.per_s else 0.0
         await asyncio.gather(*(self._connection(pause) for _ in range(connections)))
 
@@ -113,19 +112,19 @@ async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Return the value that `percent` percent of all values do not exceed."""
+    """Return the percentile of the values: `percent` percent of them are not larger."""
     return sorted(values)[min(int(len(values) * percent / 100), len(values) - 1)]
 
 
 def from_file(path: Path) -> Iterator[tuple[dict[str, str], bytes]]:
-    """Yield headers (`name:value;...`) and bodies. A tab separates them."""
+    """Yield the headers and the body of each line: `name:value;...`, a tab, and the body."""
     for line in path.read_text().splitlines():
         headers, _, body = line.partition("\t")
         yield dict(one.split(":", 1) for one in headers.split(";")), body.encode()
 
 
 async def main(url: str, file: str, connections: str, seconds: str) -> None:
-    """Send load for some seconds, and print the same figures as wrk's script."""
+    """Send requests for some seconds, and print the same figures as the script for wrk."""
     requests = itertools.cycle(list(from_file(Path(file))))
     context = ssl.create_default_context() if url.startswith("https:") else None
     if context is not None:

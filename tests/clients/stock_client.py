@@ -28,7 +28,7 @@ class StockClient:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Return a new dictionary each time, because the client adds its own headers to it."""
+        """Return a new dict on each call, because NVIDIA's client adds its own headers to the dict."""
         return {"Authorization": f"Bearer {self.token}"}
 
     def infer(
@@ -41,7 +41,7 @@ class StockClient:
         outputs: list[Any] | None = None,
         request_id: str = "",
     ) -> Any:
-        """Return the client's own result. An object array is sent as BYTES."""
+        """Send a request, and return the result of NVIDIA's client. An object array is sent as BYTES."""
         inputs = []
         for name, values in columns.items():
             datatype = np_to_triton_dtype(values.dtype)
@@ -56,5 +56,5 @@ class StockClient:
 
 
 def wanted(name: str, *, raw: bool) -> Any:
-    """Return an output to request."""
+    """Return the request for one output, by name."""
     return triton.InferRequestedOutput(name, binary_data=raw)

@@ -36,10 +36,10 @@ class Outcome:
     twice: set[str]
     """Prediction ids of answers with more than one row."""
     orphans: int
-    """Number of rows without an answer.
+    """Number of rows in the prediction log without an answer.
 
-    A killed replica leaves such a row if it logged the prediction but did not answer. Another replica answered the
-    request.
+    There is such a row if a replica was killed after it logged the prediction and before it answered. Another replica
+    has answered the request.
     """
     unrecorded: set[str]
     """Prediction ids of answers without an access record."""
@@ -55,7 +55,7 @@ class Outcome:
 
 
 class UnderLoad:
-    """Context manager that sends requests while it is open, `per_s` in total."""
+    """Context manager that sends requests during the `with` block, in total `per_s` per second."""
 
     def __init__(self, project: Project, *, per_s: float | None, connections: int = CONNECTIONS) -> None:
         self._project = project
@@ -91,7 +91,7 @@ class UnderLoad:
         wait_until(said, seconds=seconds)
 
     def outcome(self) -> Outcome:
-        """Return the results of all requests. Call it after the `with` block."""
+        """Return the results of all requests. Call this after the `with` block."""
         answers = self._load.answers
         good = [answer for answer in answers if answer.status == 200]
         ids = {json.loads(answer.body)["prediction_id"] for answer in good}
@@ -113,7 +113,7 @@ class UnderLoad:
         return headers, json.dumps({"entities": [{"account_id": account}]}).encode()
 
     def _unrecorded(self, ids: set[str]) -> set[str]:
-        """Return the ids without an access record. HAProxy writes its records with a short delay, so poll."""
+        """Return the ids without an access record. This polls, because HAProxy writes records with a short delay."""
         deadline = time.monotonic() + 10
         while missing := ids - set(recorded(self._project.storage_root / "edge" / "access")):
             if time.monotonic() > deadline:
@@ -123,7 +123,7 @@ class UnderLoad:
 
 
 def logged(project: Project) -> list[str]:
-    """Return the prediction ids of the model's log, one per row."""
+    """Return the prediction id of each row of the model's prediction log."""
     folder = project.storage_root / "predictions" / scoring.MODEL
     frame = read_predictions(folder, key_store(project.owner))
     return [] if frame.is_empty() else frame["prediction_id"].to_list()

@@ -1,4 +1,4 @@
-"""A client that calls the edge as an application does: over TLS, with a token."""
+"""A client that calls the edge like any application: over TLS, with a token."""
 
 from __future__ import annotations
 

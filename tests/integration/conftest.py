@@ -103,7 +103,7 @@ class Project:
         return pl.DataFrame(pl.from_arrow(protected_files(self.owner).read(str(path))))
 
     def up(self, *args: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run `cluster.up` on this project's ports. The edge reads its address from the record."""
+        """Run `cluster.up` on this project's ports. The edge reads its port from the record of the cluster."""
         overrides = [f"cluster.ports.{name}={port}" for name, port in self.ports.items()]
         return self.run_python("-m", "cluster.up", *overrides, *args, cwd=self.root, check=check, **env)
 
@@ -117,7 +117,7 @@ class Project:
         }
 
     def stranger(self) -> Project:
-        """Return the same project for a shell without any `RAY_` or `FALAJ_` variable."""
+        """Return the same project with an environment that has no `RAY_` or `FALAJ_` variable."""
         env = {name: value for name, value in self.env.items() if not name.startswith(("RAY_", "FALAJ_"))}
         return Project(root=self.root, ports=self.ports, env=env)
 
@@ -138,7 +138,7 @@ def _checked(result: subprocess.CompletedProcess[str], *, check: bool) -> subpro
 
 
 def new_project(root: Path) -> Project:
-    """Return a project on free ports, for a shell without variables of a cluster."""
+    """Return a project on free ports. Its environment has no variables of a cluster."""
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -151,8 +151,8 @@ def new_project(root: Path) -> Project:
 def free_ports() -> dict[str, int]:
     """Return a free port for each of the cluster's ports.
 
-    The ports lie between those of Ray's workers and the kernel's ports for clients. Workers of pytest-xdist
-    that search at the same moment get different blocks.
+    The ports are between those of Ray's workers and the kernel's ports for clients. If several pytest-xdist workers
+    call this at the same time, they get different ports.
     """
     names = list(PortsConfig.__dataclass_fields__)
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
@@ -166,7 +166,7 @@ def free_ports() -> dict[str, int]:
 
 
 def refusal(result: subprocess.CompletedProcess[str]) -> str:
-    """Return the one line that a refused command prints."""
+    """Return the only line that a refused command prints."""
     assert result.returncode == 2, result.stdout + result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("refused: ")]
     assert len(lines) == 1, result.stderr
@@ -175,7 +175,7 @@ def refusal(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def exports(output: str) -> dict[str, str]:
-    """Parse `export NAME=value` lines as a shell does, and return the variables."""
+    """Parse lines `export NAME=value` by the rules of a shell, and return the variables."""
     words = [shlex.split(line) for line in output.splitlines()]
     assert all(word == "export" and len(rest) == 1 for word, *rest in words), output
     return dict(rest[0].split("=", 1) for _, *rest in words)
@@ -183,9 +183,9 @@ def exports(output: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def falaj_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """Start a cluster, and end it after the tests.
+    """Start a cluster, and stop it after the tests.
 
-    `.env` has the variables that `cluster.status --env` prints.
+    The project's `env` has the variables that `cluster.status --env` prints.
     """
     project = new_project(tmp_path_factory.mktemp("project"))
     project.up()
@@ -202,20 +202,20 @@ def falaj_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]
 
 @pytest.fixture(scope="session")
 def loan_project(falaj_cluster: Project) -> Project:
-    """Return the cluster's project after model `loan` is deployed."""
+    """Return the cluster's project, in which the model `loan` is deployed."""
     loan.prepare(falaj_cluster)
     return falaj_cluster
 
 
 @pytest.fixture
 def shop(loan_project: Project) -> Shop:
-    """Return a client of model `loan`."""
+    """Return a client of the model `loan`."""
     return Shop(loan_project)
 
 
 @pytest.fixture
 def empty_project(tmp_path: Path) -> Iterator[Project]:
-    """Yield a project without a cluster. If the test starts a cluster, end it."""
+    """Yield a project without a cluster. If the test has started a cluster, stop it afterwards."""
     project = new_project(tmp_path / "project")
     yield project
     if (project.storage_root / "cluster.json").exists():

@@ -6,9 +6,12 @@ PostgreSQL, Redis and a double of S3 have the shared state. They run beside the 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -23,8 +26,11 @@ import pytest
 from cluster import processes
 from cluster.ledger import Ledger
 from cluster.ledger.events import NodeJoined, NodeLeft
+from cluster.security.tokens.issuer import mint_token
+from cluster.security.tokens.roles import Role
 from cluster.session import ClusterRecord, find_own_record
 from cluster.settings import StorageConfig
+from cluster.storage import Layout
 from tests.integration.conftest import refusal
 from tests.integration.test_object_store import ROWS, write_rows
 from tests.servers.namespaces import Machine, network
@@ -177,7 +183,7 @@ def test_work_in_another_region_runs_on_the_node_that_joined(world: World) -> No
 
     A job that starts on that node can also have its tasks on the head.
     """
-    world.node.join(world.url, world.token)
+    world.node.join(world.url, world.token, "edge=true")
     [status] = world.head.nodes()
     assert (status["address"], status["region"], status["state"]) == (
         world.node.machine.address,
@@ -227,6 +233,48 @@ def test_replica_runs_on_the_node_that_joined(world: World) -> None:
         if "ServeReplica:loan" in process.name() or any("loan-v1" in text for text in process.cmdline())
     ]
     assert replicas
+
+
+def split(computer: Computer) -> str:
+    """Return the model's map entry in a machine's edge."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(f"{computer.record.runtime_folder}/edge.sock")
+        connection.sendall(f"show map {computer.root}/.falaj/edge/routes.map\n".encode())
+        shown = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+    return shown.split()[-1]
+
+
+def predict(world: World, computer: Computer) -> tuple[int, dict[str, Any]]:
+    """Ask a machine's edge for a prediction, at the machine's address."""
+    places = Layout(str(world.head.root / ".falaj"))
+    context = ssl.create_default_context(cafile=f"{places.tls}/ca.pem")
+    port = computer.record.ports["edge"]
+    connection = http.client.HTTPSConnection(computer.machine.address, port, context=context, timeout=60)
+    token = mint_token(places, subject="t", role=Role.service, purpose="test", ttl_s=900)
+    headers = {"Authorization": f"Bearer {token}", "X-Unit-ID": "39"}
+    body = json.dumps({"entities": [{"customer_id": 39}]})
+    connection.request("POST", "/v1/models/loan:predict", body, headers)
+    response = connection.getresponse()
+    content = json.loads(response.read())
+    connection.close()
+    return response.status, content
+
+
+def test_both_edges_reach_the_replica_and_have_each_change(world: World) -> None:
+    """The replica is on the node; the head's edge reaches it by TLS. A command ends when both edges have its change."""
+    head, node = world.head, world.node
+    for computer in (head, node):
+        status, content = predict(world, computer)
+        assert (status, content["model_version"]) == (200, "1"), content
+    train = ("model=lightgbm", "name=loan", "training_set=here.parquet", "label=repaid")
+    head.run("jobs.train", *train, *head.shared)
+    rollout = ("serve_apps.rollout", "name=loan", *head.shared)
+    head.run(*rollout, "action=start", "version=2", "weight=20", f"placement.region={SECOND}")
+    assert split(head) == split(node)
+    assert split(head).endswith("|2000|8000")
+    head.run(*rollout, "action=rollback")
+    assert split(head) == split(node)
+    assert split(head).endswith("|none|-|0|10000")
 
 
 def test_dead_node_is_shown_and_can_join_again(world: World) -> None:

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 
 def run_main(main: Callable[[], None], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Return the command's output and exit code."""
+    """Run a command's `main` with these arguments, and return its output and exit code."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
         patch.object(sys, "argv", ["command", *arguments]),

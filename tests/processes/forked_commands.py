@@ -1,8 +1,8 @@
-"""Run `python -m module key=value ...` in a forked process whose parent has imported what all commands need.
+"""Run `python -m module key=value ...` in a forked process. Its parent process has imported what all commands need.
 
-Starting Python and importing Ray takes most of the time of a small command. The behaviour for a user is the same: the
-command has its own process, working directory, environment and exit code. If a test is about the start of the process
-itself, run the interpreter instead.
+Starting Python and importing Ray takes most of the time of a small command. A forked command behaves the same: it has
+its own process, working directory, environment and exit code. If a test is about the start of the process itself, start
+a new Python instead.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ PRELOADED = (
     "jobs.train.families",
     "serve_apps.deploy",
 )
-"""Modules that most commands import. None of them starts a thread. A fork would lose that thread."""
+"""Modules that most commands import. None of them starts a thread, because a fork would lose the thread."""
 
 
 def run_forked(
     module: str, *args: str, cwd: Path, env: dict[str, str], timeout_s: float
 ) -> subprocess.CompletedProcess[str]:
-    """Return the command's output and exit code.
+    """Run a command in a forked process, and return its output and exit code.
 
     Raises:
         subprocess.TimeoutExpired: The command did not end in time, and was killed.
@@ -46,7 +46,7 @@ def run_forked(
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         for path in (out, err):
-            path.touch(mode=0o600)  # a process that ends too early leaves empty files
+            path.touch(mode=0o600)  # the files exist even if the process ends too early
         process = context.Process(target=_main, args=(module, args, str(cwd), env, str(out), str(err)))
         process.start()
         process.join(timeout_s)

@@ -1,4 +1,4 @@
-"""Forked processes that tests kill or run in races. Their fork server imports the needed modules once."""
+"""Forked processes for tests that kill processes or let them run in a race. A fork server imports the modules once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TARGETS = (
     "tests.unit.cluster.records.test_compaction_kills",
     "tests.unit.feature_jobs.online.test_materialize_kill",
 )
-"""Modules whose functions run in such processes."""
+"""Modules with the functions that run in such processes."""
 
 
 def context() -> ForkServerContext:

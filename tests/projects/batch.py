@@ -1,4 +1,4 @@
-"""The commands of the feature store in this process, on a module of definitions. No cluster and no access checks."""
+"""A project whose commands run in this process, without a cluster and without access checks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ KEY_FOLDERS = ("features/{}/internal", "online/{}/internal", "quarantine/{}/sens
 
 
 def keys_of(*views: str) -> list[str]:
-    """Return the keys of views whose fields are all internal."""
+    """Return the names of the keys of some views. All fields of these views are internal."""
     return [folder.format(view) for view in views for folder in KEY_FOLDERS]
 
 
 class BatchProject:
-    """A storage root with a ledger, and the definitions of a module that is written into it."""
+    """A storage root with a ledger, and a module of definitions that is written into the storage root."""
 
     def __init__(self, root: Path, access: KeyAccess, definitions: str, *, module: str) -> None:
         self.root, self.access, self.module = root, access, module
@@ -41,14 +41,14 @@ class BatchProject:
         self.define(definitions)
 
     def define(self, definitions: str) -> None:
-        """Write the module and apply it."""
+        """Write the module, and apply its definitions."""
         (self.root / f"{self.module}.py").write_text(definitions)
         sys.modules.pop(self.module, None)
         importlib.invalidate_caches()
         apply(load_definitions(self.module), self.ledger, actor="test")
 
     def ingest(self, *views: str, **given: Any) -> None:
-        """Ingest views as `feature_jobs.ingest` does. Paths are relative to the working directory of this process."""
+        """Ingest views like `feature_jobs.ingest`. Paths are relative to the working directory of this process."""
         words = {"storage": {"root": self.storage.root}, "definitions": self.module, "num_buckets": 2}
         config = load(OmegaConf.create(words | {"view": list(views)} | given), IngestConfig)
         for_each(views, lambda view: ingest(config, self.ledger, self.actor, view))

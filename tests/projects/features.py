@@ -46,11 +46,11 @@ class FeatureProject:
         )
 
     def ingest(self, number: int, **columns: Any) -> None:
-        """Ingest one value per person, `number` hours after the start."""
+        """Ingest one value for each person, with an event time `number` hours after the start."""
         commit_rows(self.target(), self.rows(number, **columns), ingest_id=f"batch{number}")
 
     def write(self, number: int, name: str) -> list[BucketFile]:
-        """Write the same values as files with a name prefix, without a commit."""
+        """Write the same values as `ingest` into files that begin with `name`, without a commit."""
         return offline.write_files(self.rows(number), self.target(), name=name)
 
     def rows(self, number: int, **columns: Any) -> pa.Table:
@@ -68,7 +68,7 @@ class FeatureProject:
         return pin(self.target())
 
     def build(self, output: str = "train", **given: Any) -> dict[str, Any]:
-        """Build a training set as `feature_jobs.training_set` does."""
+        """Build a training set like `feature_jobs.training_set`."""
         if "manifest" not in given:
             given = {"service": "credit", "entities": f"{self.root}/people.parquet"} | given
         config = TrainingSetConfig(

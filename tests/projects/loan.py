@@ -1,6 +1,6 @@
-"""A user's project, from an empty folder to a served model.
+"""A project of a user, from an empty folder to a served model.
 
-It has its own data, definitions and configuration. It does not change files of this repository.
+The project has its own data, definitions and configuration, and changes no file of this repository.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Shop(Client):
 
 
 def prepare(project: Project) -> None:
-    """Apply, ingest, train and deploy, in a project whose cluster is running."""
+    """Apply, ingest, train and deploy. The cluster of the project must be running."""
     root, run = project.root, project.run
     (root / "loans.py").write_text(DEFINITIONS)
     (root / "conf" / "model").mkdir(parents=True)

@@ -18,7 +18,7 @@ SMALL = OnlineConfig(map_size_gib=0.05)
 
 
 def online_keys(folder: Path, *views: str) -> Keyring:
-    """Create a keyring `keyring.json` with the online keys of views."""
+    """Create the keyring `keyring.json` with the keys for the online rows of some views."""
     keyring = Keyring.create(folder / "keyring.json", bytes(32))
     for view in views:
         for sensitivity in ("internal", "personal", "sensitive"):
@@ -27,10 +27,10 @@ def online_keys(folder: Path, *views: str) -> Keyring:
 
 
 def open_store(folder: Path, keys: Keyring, config: OnlineConfig = SMALL) -> OnlineStore:
-    """Open a store below a folder for reading and writing."""
+    """Open an online store below a folder, for reading and writing."""
     return open_online_store(config, Layout(str(folder)), keys, readonly=False)
 
 
 def reader_of(store: OnlineStore, *views: ViewSpec) -> FeatureReader:
-    """Return a reader of a service with these views."""
+    """Return a reader for a feature service with these views."""
     return FeatureReader(service_of(*views), store)

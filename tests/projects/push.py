@@ -99,7 +99,7 @@ class PushProject:
         self.view = load_pushed_view(self.ledger, view.name)
         keys = key_store(access)
         self.store = open_online_store(OnlineConfig(map_size_gib=0.1), self.places, keys, readonly=False)
-        self.log = open_push_log(self.places, view.name, keys)
+        self.log = open_push_log(self.ledger, self.places, view.name, keys)
         self.pusher = Pusher(self.view, self.places, self.store, self.log)
 
     def push(self, *rows: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -209,7 +209,6 @@ class PushProject:
 
     def close(self) -> None:
         self.store.close()
-        self.log.close()
         self.ledger.engine.dispose()
 
 

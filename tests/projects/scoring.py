@@ -1,6 +1,6 @@
-"""A project for load tests. Its model reads 16 features online by `account_id`, in two versions behind the edge.
+"""A project for load tests. Two versions of its model run behind the edge, and read 16 features by `account_id`.
 
-It runs the commands that a user would type. Only the model is fitted here, because training is not under test.
+The project runs the same commands as a user. Only the model is fitted here, because training is not tested.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def write_model(folder: Path, *, seed: int, service_version: str = "") -> None:
 
 
 def prepare(project: Project, *, versions: int = 2) -> None:
-    """Put features online and register model versions, in a project whose cluster is running."""
+    """Put features online and register model versions. The cluster of the project must be running."""
     (project.root / "scoring.py").write_text(DEFINITIONS)
     columns = {f"f{number}": column for number, column in enumerate(features().T)}
     at = pl.lit("2026-01-01").str.to_datetime(time_unit="us", time_zone="UTC")
@@ -98,7 +98,7 @@ def register(project: Project, *, seed: int) -> int:
 
 
 def serve(project: Project, *overrides: str, weight: float = 50.0) -> None:
-    """Deploy the first version as champion, and start a rollout of the second version with a share of the units."""
+    """Deploy the first version as champion, and start a rollout that gives the second version `weight` % of units."""
     project.run("serve_apps.deploy", f"name={MODEL}", "version=1", *overrides, check=True)
     start = ("action=start", f"name={MODEL}", "version=2", f"weight={weight}")
     project.run("serve_apps.rollout", *start, *overrides, check=True)
@@ -106,7 +106,7 @@ def serve(project: Project, *overrides: str, weight: float = 50.0) -> None:
 
 @contextlib.contextmanager
 def running_project(*overrides: str, weight: float = 50.0) -> Iterator[Project]:
-    """Run a new cluster in a temporary folder that serves both versions."""
+    """Run a new cluster in a temporary folder. It serves both versions."""
     with tempfile.TemporaryDirectory(prefix="falaj-scoring-") as name:
         project = new_project(Path(name))
         project.up()

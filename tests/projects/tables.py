@@ -1,4 +1,4 @@
-"""Feature tables that are written without Ray."""
+"""Write feature tables without Ray."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TIMES = [
 def feature_rows(
     event: list[datetime], *, created: list[datetime] | None = None, first_seq: int = 0, **columns: Any
 ) -> pa.Table:
-    """Return rows as ingestion stores them. By default a row's created time is its event time."""
+    """Return rows in the form that ingestion stores. By default, a row's created time is its event time."""
     times = pa.array(event, TIME)
     ordering = {
         "event_timestamp": times,
@@ -39,7 +39,7 @@ def feature_rows(
 
 
 def target_of(uri: str, spec: ViewSpec, access: KeyAccess, *, buckets: int = 2) -> Target:
-    """Return the write target of a view's rows."""
+    """Return the target to which a view's rows are written."""
     return Target(
         uri=uri,
         keys=tuple(spec.join_keys),
@@ -50,7 +50,7 @@ def target_of(uri: str, spec: ViewSpec, access: KeyAccess, *, buckets: int = 2) 
 
 
 def batch_of(ingest_id: str, stored: int, *, quarantined: int = 0) -> Batch:
-    """Return the record of a batch in a commit."""
+    """Return the record of a batch that a commit stores."""
     return Batch(
         ingest_id=ingest_id,
         rows_in=stored + quarantined,
@@ -62,7 +62,7 @@ def batch_of(ingest_id: str, stored: int, *, quarantined: int = 0) -> Batch:
 
 
 def commit_rows(target: Target, rows: pa.Table, *, ingest_id: str = "a") -> int:
-    """Create the table if it is missing, store a batch of rows in it, and return its version."""
+    """Create the table if it does not exist, store a batch of rows, and return the table's version."""
     offline.evolve_schema(
         offline.create_table(target.uri, rows.schema, num_buckets=target.buckets), rows.schema, view="income"
     )

@@ -19,7 +19,7 @@ PERSON = Entity("person", join_keys=["person_id"])
 
 
 def make_view(name: str = "income", **changes: Any) -> FeatureView:
-    """Return a valid view of persons with one feature `amount`, with some parts changed."""
+    """Return a valid view of persons with one feature `amount`. `changes` replaces some arguments."""
     parts: dict[str, Any] = {
         "entities": [PERSON],
         "source": FileSource("x.parquet", event_timestamp="at"),
@@ -29,7 +29,7 @@ def make_view(name: str = "income", **changes: Any) -> FeatureView:
 
 
 def define(*views: FeatureView, service: FeatureService | None = None, module: str = "m") -> Definitions:
-    """Return the definitions of a module with some views, and with a service and its views."""
+    """Return the definitions of a module: some views, and optionally a service with its views."""
     services = {} if service is None else {service.name: service}
     every = [*views, *(service.views if service else [])]
     return Definitions(module=module, views={view.name: view for view in every}, services=services)
@@ -44,7 +44,7 @@ def apply_service(ledger: Ledger, service: FeatureService) -> ServiceSpec:
 def make_spec(
     name: str, keys: list[str], /, *, version: str = "v1", ttl_h: float | None = None, **fields: str
 ) -> ViewSpec:
-    """Return a view's specification. A field is a dtype, or dtype and class separated by a slash."""
+    """Return a view's specification. A field is a dtype, or a dtype and a column class with a slash between them."""
     specs = []
     for field, text in fields.items():
         dtype, _, sensitivity = text.partition("/")

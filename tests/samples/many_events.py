@@ -24,13 +24,13 @@ _ACTOR = "user:loader"
 def load_events(
     ledger: Ledger, events: Iterable[LedgerEvent], *, apart: dt.timedelta, indexed: bool = False
 ) -> None:
-    """Append events as one chain, with `apart` between their times. The next read updates the projections.
+    """Append events as one chain, with the duration `apart` between the times of two events.
 
-    The next read also updates the event index, as it does after an older release. With `indexed` the index is updated
-    at once, as appends do.
+    The next read updates the projections and the event index, like the first read after an older release. With
+    `indexed`, the event index is updated at once, like after normal appends.
 
-    The payloads may contain only texts, whole numbers, lists and dicts. The sorted JSON of these is canonical, and much
-    faster to write.
+    The payloads may contain only texts, whole numbers, lists and dicts. For these, JSON with sorted keys is already
+    canonical, and it is much faster to write.
     """
     chain = _chain(ledger, events, apart)
     while rows := list(islice(chain, _ROWS)):

@@ -1,4 +1,4 @@
-"""A registered version, for code that reads only the registry's record of it."""
+"""A registered version, for code that reads only its entry in the registry."""
 
 from __future__ import annotations
 

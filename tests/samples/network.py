@@ -18,7 +18,7 @@ from jobs.train.tabular_network.export import export
 
 
 def write_network(folder: Path, signature: ModelSignature, *, width: int = 16, depth: int = 2) -> None:
-    """Write the files that training writes, in the precision of the signature."""
+    """Write the same files as training, in the precision of the signature."""
     folder.mkdir(parents=True)
     shape = shape_of(signature, width=width, depth=depth)
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def shape_of(signature: ModelSignature, *, width: int, depth: int) -> NetworkSha
 
 
 def rows(signature: ModelSignature, count: int, *, seed: int = 0) -> Matrix:
-    """Return encoded rows. One of ten values is missing."""
+    """Return `count` encoded rows. One of ten values is missing."""
     draw = np.random.default_rng(seed)
     columns = [
         draw.normal(40, 20, count)

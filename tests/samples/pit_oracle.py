@@ -1,4 +1,4 @@
-"""The definition of the point-in-time join in SQL, for DuckDB, and random tables that naive joins get wrong."""
+"""The point-in-time join as SQL for DuckDB, and random tables for which simple joins give wrong results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TIMES: dict[str, Any] = {
 }
 FOREVER = timedelta(days=3650)
 
-# Filter the rows that were known, take the greatest, then check its age. Runs with and without the cutoff at once.
+# Select the rows that were known, take the greatest, then check its age. One query does this with and without cutoff.
 _SQL = """
 WITH found AS (
     SELECT e.position, e.event_timestamp AS asked_at, c.cutoff, f.*
@@ -60,9 +60,9 @@ def expected(
     columns: Sequence[str],
     ttl: timedelta | None,
 ) -> tuple[Rows, Rows]:
-    """Return the rows with the cutoff and the rows without it.
+    """Return the result of the join with the cutoff, and the result without the cutoff.
 
-    Each row has the columns of one entity row, then whether there is an answer.
+    Each row has the columns of one entity row, and whether a feature row was found.
     """
     connection.register("features", features.to_arrow())
     connection.register("entities", entities.with_row_index("position").to_arrow())
@@ -76,16 +76,16 @@ def expected(
 
 
 def hidden(known: Rows, without_cutoff: Rows) -> int:
-    """Return the number of entity rows that have an answer only without the cutoff."""
+    """Return the number of entity rows for which a feature row was found only without the cutoff."""
     return sum(later[-1] and not row[-1] for row, later in zip(known, without_cutoff, strict=True))
 
 
 def random_features(
     draw: np.random.Generator, size: int, values: dict[str, list[Any]], *, hours: int = 12
 ) -> pl.DataFrame:
-    """Return rows with few keys and few times. A quarter of them are tombstones.
+    """Return random feature rows with few different keys and times. A quarter of them are tombstones.
 
-    So there are many ties, duplicates, corrections and late rows.
+    So there are many rows with equal times, duplicates, corrections and late rows.
     """
     event = draw.integers(0, hours, size)
     created = np.where(draw.random(size) < 0.5, event, draw.integers(0, hours, size))
@@ -108,7 +108,7 @@ def random_features(
 def random_entities(
     draw: np.random.Generator, size: int, values: dict[str, list[Any]], *, hours: int = 14
 ) -> pl.DataFrame:
-    """Return entity rows in random order. Some occur twice, some are a microsecond off the times of the features."""
+    """Return entity rows in random order. Some occur twice. The times of some differ by 1 µs from those of features."""
     at = [
         START + timedelta(hours=int(hour), microseconds=int(off))
         for hour, off in zip(draw.integers(0, hours, size), draw.integers(-1, 2, size), strict=True)

@@ -22,7 +22,7 @@ FLAGS = ModelSignature(
 
 
 def prediction(number: int, *, version: int = 1, **changes: Any) -> PredictionRecord:
-    """Return a record. The two versions have different inputs."""
+    """Return the record of one prediction. The two model versions have different inputs."""
     features = {"age": [41.5, None]} if version == 1 else {"city": ["a", "b"]}
     record = PredictionRecord(
         prediction_id=f"p{number}",
@@ -44,7 +44,7 @@ def prediction(number: int, *, version: int = 1, **changes: Any) -> PredictionRe
 
 
 def answer(number: int, *values: Any, version: int = 1, name: str = "x", **changes: Any) -> PredictionRecord:
-    """Return a record with a row for each value of one input."""
+    """Return the record of a prediction with one input. It has a row for each value."""
     rows = {
         "entities": [{"id": row} for row in range(len(values))],
         "features": {name: list(values)},
@@ -67,7 +67,7 @@ def new_keyring(root: Path) -> Keyring:
 
 
 def fill(log: Path, keyring: Keyring, *, first: int = 0, segments: int = 3, records: int = 4) -> None:
-    """Write closed segments of two versions, with keys of two classes."""
+    """Write closed segments of two model versions. Their keys have two different column classes."""
     number = first
     for segment in range(segments):
         writer = SegmentWriter(log, store=keyring, key=SENSITIVE if segment % 2 else PERSONAL)
@@ -82,7 +82,7 @@ def run(log: Path, keyring: Keyring) -> int:
 
 
 def post(log: Path, keyring: Keyring, *records: OutcomeRecord) -> None:
-    """Write records as a replica that then ends."""
+    """Write records like a replica that then ends."""
     writer = SegmentWriter(log, store=keyring, key=OUTCOMES)
     writer.append(*records)
     writer.close()

@@ -1,4 +1,4 @@
-"""Events of model `m`: two deployed versions, the first as champion, and a rollout of the second."""
+"""Events of model `m`: two versions are deployed, the first as champion, and a rollout of the second has started."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signatures of a model of each task, over the same inputs."""
+"""One model signature for each task, all with the same inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cluster.runtime import InputSpec, ModelSignature, Task
 
 
 class OfEachTask(NamedTuple):
-    """A signature of each task."""
+    """One signature for each task."""
 
     binary: ModelSignature
     multiclass: ModelSignature
@@ -20,7 +20,7 @@ def of_each_task(
     binary: tuple[str | int, ...] = ("no", "yes"),
     multiclass: tuple[str | int, ...] = ("a", "b", "c"),
 ) -> OfEachTask:
-    """Return signatures with these inputs and classes."""
+    """Return one signature for each task, with these inputs and classes."""
     return OfEachTask(
         ModelSignature(task=Task.binary, inputs=inputs, label="y", classes=binary),
         ModelSignature(task=Task.multiclass, inputs=inputs, label="y", classes=multiclass),

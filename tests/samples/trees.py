@@ -15,7 +15,7 @@ OBJECTIVES = {Task.binary: "binary", Task.multiclass: "multiclass", Task.regress
 
 
 def write_trees(folder: Path, signature: ModelSignature, *, rounds: int = 5, num_leaves: int = 8) -> None:
-    """Write the files that training writes."""
+    """Fit the trees, and write the same files as training."""
     folder.mkdir(parents=True)
     matrix = rows(signature, 500)
     known = np.nan_to_num(matrix).sum(axis=1)

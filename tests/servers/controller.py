@@ -39,7 +39,7 @@ SPLIT = "m-v1|m-v2|challenger|r|s|2000|8000"
 
 
 class Serve:
-    """A fake of Serve's targets for the controller. It returns targets, raises an error, or blocks for a while."""
+    """A fake of the function that fetches targets from Serve. It returns targets, raises an error, or waits."""
 
     def __init__(self) -> None:
         self.targets: Targets = {"m-v1": (ONE,), "m-v2": (TWO,), "outcomes": (ONE,)}
@@ -57,7 +57,7 @@ class Serve:
 
 
 class Held(HAProxy):
-    """HAProxy that waits for permission before it loads."""
+    """HAProxy that waits before each load until the test allows the load."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -71,10 +71,19 @@ class Held(HAProxy):
 
 
 class Running:
-    """A controller in a thread, with methods that inspect HAProxy."""
+    """A controller in a thread, with methods that inspect HAProxy.
 
-    def __init__(self, root: Path, short: Path, *, ledger: Ledger | None = None) -> None:
-        self.places = places = Layout(str(root))
+    Args:
+        root: Folder for the edge's files.
+        short: Folder with a path short enough for sockets.
+        ledger: The ledger to follow. None means a new one below the root.
+        places: Layout with keys and certificates. None means new ones below the root.
+    """
+
+    def __init__(
+        self, root: Path, short: Path, *, ledger: Ledger | None = None, places: Layout | None = None
+    ) -> None:
+        self.places = places = places or Layout(str(root))
         ensure_issuer(places)
         ensure_tls(places)
         self.settings = edge_settings(
@@ -131,7 +140,7 @@ class Running:
     def begin(
         self, *, fetch_targets: Callable[[], Targets] | None = None, keys: KeySource | None = None
     ) -> None:
-        """Create a controller with its HAProxy, over the state that earlier ones left. It is not started."""
+        """Create a controller and its HAProxy, with the files of earlier controllers. The controller is not started."""
         self.haproxy = Held(
             config=self.haproxy_file,
             admin_socket=Path(self.settings.admin_socket),
@@ -145,6 +154,7 @@ class Running:
             haproxy=self.haproxy,
             settings=self.settings,
             state_file=self.state_file,
+            address=f"https://{self.settings.bind}",
         )
         self.stopped, self.handed_over = threading.Event(), threading.Event()
         self.thread = threading.Thread(
@@ -156,7 +166,7 @@ class Running:
         self.stop()
 
     def stop(self) -> None:
-        """Stop the controller, and its HAProxy."""
+        """Stop the controller and its HAProxy."""
         self.stopped.set()
         self.thread.join(20)
 
@@ -166,7 +176,7 @@ class Running:
         return http.client.HTTPSConnection(host, int(port), context=context, timeout=10)
 
     def ask_all(self, command: str) -> list[str]:
-        """Return the answers of all workers, including workers that drain. There are at least two masters."""
+        """Return the answers of all workers of all masters, including old ones. There are at least two masters."""
         said = []
         masters = sorted(Path(self.settings.admin_socket).parent.glob("master-*.sock"))
         assert len(masters) > 1
@@ -191,11 +201,13 @@ def entry_of(shown: str) -> str:
 
 
 @contextlib.contextmanager
-def new_controller(root: Path, *, ledger: Ledger | None = None) -> Iterator[Running]:
+def new_controller(
+    root: Path, *, ledger: Ledger | None = None, places: Layout | None = None
+) -> Iterator[Running]:
     """Yield a controller that has not been started."""
     root.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="falaj-controller-", dir="/tmp") as short:
-        one = Running(root, Path(short), ledger=ledger)
+        one = Running(root, Path(short), ledger=ledger, places=places)
         try:
             yield one
         finally:
@@ -204,7 +216,7 @@ def new_controller(root: Path, *, ledger: Ledger | None = None) -> Iterator[Runn
 
 @contextlib.contextmanager
 def running_controller(root: Path) -> Iterator[Running]:
-    """Yield a running controller of a model with a rollout."""
+    """Yield a running controller. The ledger has a model with a rollout."""
     with new_controller(root) as one:
         one.thread.start()
         one.tell_and_wait(*DEPLOYED, STARTED)

@@ -1,4 +1,4 @@
-"""A running HAProxy with our configuration, in front of a server that echoes its requests, and a client of it."""
+"""A running HAProxy with Falaj's configuration, a client of it, and a server behind it that echoes the requests."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def limits(*, folder: str, socket: str) -> Limits:
 
 
 class Echo(http.server.BaseHTTPRequestHandler):
-    """Answers with the headers and the path of the request. It does not behave like a replica in any other way."""
+    """Answers with the headers and the path of the request. It checks nothing, unlike a replica."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = 65_536  # send head and body together; otherwise the kernel delays the body by 40 ms
@@ -64,7 +64,7 @@ class Echo(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.send_header("x-falaj-prediction-id", "p1")
-        self.send_header("set-cookie", "ray-authentication-token=of-ray")  # as Ray's login would
+        self.send_header("set-cookie", "ray-authentication-token=of-ray")  # like Ray's login
         self.end_headers()
         self.wfile.write(body)
 
@@ -75,7 +75,7 @@ class Echo(http.server.BaseHTTPRequestHandler):
 
 
 class Mirror(http.server.ThreadingHTTPServer):
-    """An echo server on loopback that runs while its context is open."""
+    """An echo server on loopback that runs during a `with` block."""
 
     def __init__(self, handler: type[Echo] = Echo, *, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), handler)
@@ -108,16 +108,17 @@ def edge_settings(
     """Return an edge's settings on loopback.
 
     Args:
-        root: Folder for its files.
-        sockets: Folder with a path short enough for sockets.
-        places: Layout that contains its certificate.
+        root: Folder for the edge's files.
+        sockets: Folder for sockets. Its path must be short.
+        places: Layout with the edge's certificate.
         ports: Ports of the edge and of its metrics.
-        dashboard: Address of the server in place of Ray's dashboard.
+        dashboard: Address of the server that replaces Ray's dashboard.
     """
     return EdgeSettings(
         bind=f"127.0.0.1:{ports[0]}",
         metrics_bind=f"127.0.0.1:{ports[1]}",
         certificate=f"{places.tls}/edge.pem",
+        authority_folder=places.tls,
         dashboard=dashboard,
         tokens=TokenRules(issuer=ISSUER, audience=AUDIENCE),
         map_file=str(root / "routes.map"),
@@ -134,7 +135,7 @@ def edge_settings(
 
 
 class Edge:
-    """A running HAProxy and a client of it."""
+    """A running HAProxy, and methods that send requests to it."""
 
     def __init__(self, root: Path, socket_folder: Path) -> None:
         self.places = Layout(str(root))
@@ -188,7 +189,7 @@ class Edge:
         settings: EdgeSettings | None = None,
         timeout: tuple[str, str] = ("", ""),
     ) -> None:
-        """Load the rollout with some targets. Keys, settings, or one constant timeout can be replaced."""
+        """Load the rollout with these targets. Keys, settings, or one text of a timeout can be replaced."""
         text = render(
             self.routes(ROLLOUT, targets), self.keys if keys is None else keys, settings or self.settings
         )
@@ -207,7 +208,7 @@ class Edge:
         raise TimeoutError("HAProxy did not become ready")
 
     def load_routes(self, wanted: Routes) -> None:
-        """Load routes. Write their splits to the map file."""
+        """Load routes, and write their splits to the map file."""
         entries = "".join(f"{name} {split}\n" for name, split in wanted.entries.items())
         write_bytes(self.settings.map_file, entries.encode())
         self.haproxy.load(render(wanted, self.keys, self.settings))
@@ -225,7 +226,7 @@ class Edge:
         )
 
     def token_with(self, **claims: Any) -> str:
-        """Return a validly signed token with any claims."""
+        """Return a token with a valid signature and any claims."""
         claims = {"sub": "t", "role": "admin", "purpose": ""} | claims
         return sign(self.places, claims, audience=AUDIENCE, token_type="JWT", ttl_s=60)
 
@@ -239,7 +240,7 @@ class Edge:
         body: bytes = b"{}",
         over: http.client.HTTPSConnection | None = None,
     ) -> tuple[int, dict[str, Any]]:
-        """Return status and JSON of one request. It uses a new connection unless one is passed."""
+        """Send one request, over a new connection or over `over`. Return status and JSON."""
         connection = over or self.connect()
         connection.putrequest(method, path)
         given: dict[str, str | bytes] = {"content-length": str(len(body)), **(headers or {})}
@@ -320,7 +321,7 @@ def answer_of(connection: ssl.SSLSocket) -> tuple[int, bytes]:
 
 @contextlib.contextmanager
 def running_edge(root: Path) -> Iterator[Edge]:
-    """Run an edge whose sockets have short paths."""
+    """Run an edge. Its sockets are in a folder with a short path."""
     with tempfile.TemporaryDirectory(prefix="falaj-edge-", dir="/tmp") as short:
         edge = Edge(root, Path(short))
         try:

@@ -1,4 +1,4 @@
-"""librdkafka's mock broker: Kafka's real protocol on a loopback port, for this process and others."""
+"""librdkafka's mock broker: Kafka's real protocol on a loopback port, also for other processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MockBroker:
         self.servers = f"{broker.host}:{broker.port}"
 
     def send(self, topic: str, *rows: Any, partition: int = 0) -> None:
-        """Send rows. Bytes are sent as they are, other rows as JSON. The broker has them when this returns."""
+        """Send rows: bytes unchanged, other rows as JSON. When this returns, the broker has all rows."""
         for row in rows:
             value = row if isinstance(row, bytes) or row is None else orjson.dumps(row)
             self._producer.produce(topic, value, partition=partition)

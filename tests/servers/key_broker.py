@@ -1,4 +1,4 @@
-"""A real key broker in a thread, with a policy that permits everything, for tests of code that needs keys."""
+"""A real key broker in a thread, for tests of code that needs keys. Its policy permits everything."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Allowed:
 
 @contextlib.contextmanager
 def running_broker(*keys: str) -> Iterator[KeyAccess]:
-    """Yield the access to a new keyring with these keys."""
+    """Run a broker with a new keyring that has these keys. Yield the access to the broker."""
     folder = Path(
         tempfile.mkdtemp(prefix="falaj-keys-")
     )  # short, because a socket's path may have at most 97 bytes

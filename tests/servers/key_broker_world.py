@@ -66,7 +66,7 @@ def decide(principal: Person, operation: Operation, info: KeyInfo) -> Ruling:
 
 @dataclass
 class World:
-    """A keyring with its broker, and the recorded denials."""
+    """A keyring, its broker, and the denials that were recorded."""
 
     path: Path
     ring: Keyring
@@ -78,7 +78,7 @@ class World:
     def gate(
         self, store: Any = None, *, audit: Callable[[Denial[Person]], None] | None = None
     ) -> Gate[Person]:
-        """Return the access control in front of a store, by default the keyring."""
+        """Return the gate, which checks access, for a key store. The default is the keyring."""
         return Gate(store or self.ring, verify=verify, decide=decide, audit=audit or self.denials.append)
 
     @contextmanager
@@ -96,7 +96,7 @@ class World:
             assert not thread.is_alive()
 
     def raw(self, data: bytes) -> bytes:
-        """Return what the broker sends for some bytes, until it closes the connection or is silent."""
+        """Send bytes to the broker. Return what it sends until it closes the connection or sends nothing more."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(5.0)
             connection.connect(str(self.path))
@@ -112,7 +112,7 @@ class World:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Poll with a deadline."""
+    """Wait until a condition is true: poll with a deadline."""
     deadline, pause = time.monotonic() + 10, threading.Event()
     while not condition():
         assert time.monotonic() < deadline
@@ -130,7 +130,7 @@ def framed(body: bytes) -> bytes:
 
 
 class Failing:
-    """A fake store whose calls raise."""
+    """A fake key store that raises an error on each call."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error

@@ -1,6 +1,6 @@
 """A double of S3: moto. It answers one request at a time.
 
-With several threads, two writers that create the same file sometimes both succeed.
+With several threads, two writers sometimes both succeed in creating the same file.
 
     python -m tests.servers.object_store PORT ADDRESS
 """
@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from tests.servers.ports import free_port
@@ -74,10 +75,12 @@ def _answers(url: str) -> bool:
 
 @contextlib.contextmanager
 def object_store_environment() -> Iterator[str]:
-    """Set the variables in this process. Yield the URI of the bucket."""
+    """Start the server and set the environment variables in this process. Yield the URI of the bucket."""
     with object_store() as variables:
         previous = dict(os.environ)
         os.environ.update(variables)
+        clients = fsspec.get_filesystem_class("s3")
+        clients.clear_instance_cache()  # clients of an earlier server know its address
         try:
             yield f"s3://{BUCKET}"
         finally:

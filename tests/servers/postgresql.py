@@ -23,6 +23,11 @@ def _binary(name: str) -> str | None:
     return str(found[-1]) if found else shutil.which(name)
 
 
+def is_installed() -> bool:
+    """Return whether this machine has PostgreSQL."""
+    return _binary("initdb") is not None and _binary("postgres") is not None
+
+
 def _as_postgres(*command: str) -> list[str]:
     """Return a command that runs as the user `postgres` if this process is root.
 
@@ -36,11 +41,10 @@ def _as_postgres(*command: str) -> list[str]:
 def running_server(
     *settings: str, certificates: Path | None = None, subnet: str | None = None
 ) -> Iterator[str]:
-    """Start a new server and yield its address.
+    """Start a new server and yield its address. If PostgreSQL is not installed, skip the test.
 
-    With a folder of a node's certificate and key, the server uses TLS. With a subnet, it also listens on all addresses
-    and accepts clients of the subnet. The test is skipped if PostgreSQL is not
-    installed.
+    If `certificates` is a folder with a node's certificate and key, the server uses TLS. With a subnet, it also listens
+    on all addresses and accepts clients of the subnet.
     """
     initdb, server = _binary("initdb"), _binary("postgres")
     if initdb is None or server is None:
@@ -94,6 +98,13 @@ def new_database(address: str, name: str) -> str:
         connection.exec_driver_sql(f'CREATE DATABASE "{name}"')
     engine.dispose()
     return address.replace("/postgres", f"/{name}")
+
+
+def end_connections(engine: sa.Engine) -> None:
+    """End all connections to an engine's database but the one that does it, as a restart of the server would."""
+    others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(f"{others} AND datname = current_database()")
 
 
 def _wait(address: str) -> None:

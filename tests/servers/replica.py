@@ -1,4 +1,4 @@
-"""A real replica behind a real HTTP server, without Ray: registered and encrypted files, key broker, tokens, log."""
+"""A real replica behind a real HTTP server, without Ray, with encrypted model files, key broker, tokens and log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -21,8 +21,8 @@ from onnx import TensorProto, helper, numpy_helper
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.ledger import open_ledger
-from cluster.records import read_predictions
+from cluster.ledger import Ledger, open_ledger
+from cluster.records import prediction_log, read_predictions
 from cluster.registry import Lineage, ModelVersion, Registry
 from cluster.runtime.signature import ONNX_FILE, ONNX_INPUT, ONNX_OUTPUT, SIGNATURE_FILE, ModelSignature, Task
 from cluster.security.keys.access import KeyAccess, key_store
@@ -32,6 +32,7 @@ from cluster.session import ClusterRecord, write_record
 from cluster.settings import (
     BatchingConfig,
     Durability,
+    LedgerConfig,
     OnlineConfig,
     PlatformConfig,
     ReplicaConfig,
@@ -55,7 +56,7 @@ MODEL = "m"
 
 
 def write_model(folder: Path, signature: ModelSignature) -> None:
-    """Write a linear model as a folder of model files. A score is the sum of the inputs. A missing one counts as 0."""
+    """Write the files of a linear model. Its score is the sum of the inputs; a missing input counts as 0."""
     width, outputs = signature.width, signature.num_scores
     weights = np.tile(np.linspace(0.01, 0.02, outputs, dtype=np.float32), (width, 1))
     known = {"zero": np.float32(0), "weights": weights, "last": np.array([1], dtype=np.int64)}
@@ -83,17 +84,18 @@ def write_model(folder: Path, signature: ModelSignature) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Replica:
-    """A running replica, and a client of it."""
+    """A running replica, and methods that send requests to it."""
 
     address: str
     outcomes: str
-    """Address of the application that takes outcomes."""
+    """Address of the application `outcomes`."""
     places: Layout
     keys: KeyAccess
     prefix: str
     predictor: Predictor
+    ledger: Ledger
     failures: list[Exception] = field(default_factory=list)
-    """Errors that the application let through. There must be none."""
+    """Errors that the application raised instead of answering. There must be none."""
 
     def token(self, role: Role = Role.service, scope: str = "") -> str:
         return mint_token(self.places, subject="t", role=role, purpose="test", ttl_s=900, scope=scope)
@@ -104,7 +106,7 @@ class Replica:
 
     @property
     def at_outcomes(self) -> Replica:
-        """A client of the application that takes outcomes."""
+        """Return a client of the application `outcomes`."""
         return replace(self, address=self.outcomes, prefix="/outcomes")
 
     def register(self, signature: ModelSignature) -> ModelVersion:
@@ -125,7 +127,7 @@ class Replica:
         headers: dict[str, str] | None = None,
         token: str | None = None,
     ) -> tuple[int, dict[str, str], bytes]:
-        """Return status, headers and body of one request. A body that is not bytes is sent as JSON."""
+        """Send one request, and return status, headers and body. A body that is not bytes is sent as JSON."""
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         given = {"authorization": f"Bearer {token or self.token()}"} | (headers or {})
         connection = self.connect()
@@ -136,13 +138,25 @@ class Replica:
         return response.status, {name.lower(): value for name, value in response.getheaders()}, answer
 
     def json(self, path: str, body: Any = None, **more: Any) -> tuple[int, dict[str, Any]]:
-        """Return status and JSON of one request."""
+        """Send one request, and return status and JSON."""
         status, _, answer = self.call(path, body, **more)
         return status, json.loads(answer)
 
     def log(self) -> pl.DataFrame:
         """Return the prediction log."""
-        return read_predictions(Path(self.places.predictions(MODEL)), key_store(self.keys))
+        return read_predictions(prediction_log(self.places, self.ledger, MODEL), key_store(self.keys))
+
+
+class SharedState(NamedTuple):
+    """State that several nodes share."""
+
+    root: str
+    """Remote storage root."""
+    ledger_url: str
+
+    def storage(self, local: Path) -> StorageConfig:
+        """Return the configuration of a node whose own state is in a local folder."""
+        return StorageConfig(root=self.root, local=str(local))
 
 
 @contextlib.contextmanager
@@ -154,24 +168,28 @@ def running_replica(
     before: Callable[[Layout, KeyAccess], None] | None = None,
     durability: Durability = Durability.process,
     batching: BatchingConfig | None = None,
+    shared: SharedState | None = None,
 ) -> Iterator[Replica]:
-    """Run a replica of version 1 of a model, in its own storage root or an edge's.
+    """Run a replica of version 1 of a model.
 
     Args:
-        root: The storage root.
+        root: The storage root. It may be that of an edge.
         signature: Signature of the model.
-        write: Writes the folder of model files.
+        write: Writes the model's files.
         before: Called before the replica starts, for example to put features online.
         durability: Durability of the log.
         batching: Batching of requests. None means the default.
+        shared: Remote storage root and ledger. None means that all state is in `root`.
     """
     options = ReplicaConfig(durability=durability, batching=batching or BatchingConfig())
-    config = PlatformConfig(storage=StorageConfig(root=str(root)), replica=options)
+    storage = StorageConfig(root=str(root)) if shared is None else shared.storage(root)
+    ledger = LedgerConfig(url=None if shared is None else shared.ledger_url)
+    config = PlatformConfig(storage=storage, ledger=ledger, replica=options)
     places = layout(config.storage)
     ensure_issuer(places)
     names = (f"predictions/{MODEL}/sensitive", outcome_key(MODEL))
     with running_broker(*names) as keys, listener() as port:
-        write_record(record(root, keys.socket, port), config.storage)
+        write_record(record(root, keys.socket, port, storage), config.storage)
         version = register(root, config, signature, keys, write)
         if before is not None:
             before(places, keys)
@@ -188,16 +206,14 @@ def running_replica(
                 prefix=prefix,
                 predictor=predictor,
                 failures=failures,
+                ledger=open_ledger(config),
             )
     assert failures == [], "the application let errors through"
 
 
 @contextlib.contextmanager
 def running_features(replica: Replica) -> Iterator[str]:
-    """Yield the address of the application that reads features and takes pushed features.
-
-    It serves view `income` and service `credit`.
-    """
+    """Run the application `features`, for the view `income` and the service `credit`. Yield its address."""
     online = OnlineConfig(map_size_gib=0.1)
     config = PlatformConfig(storage=StorageConfig(root=replica.places.root), online=online)
     for info in view_keys(INCOME, region="local"):
@@ -230,12 +246,14 @@ def register(
     )
 
 
-def record(root: Path, key_socket: str, port: int) -> ClusterRecord:
-    """Return the record of a cluster that consists of this process."""
+def record(root: Path, key_socket: str, port: int, storage: StorageConfig | None = None) -> ClusterRecord:
+    """Return the record of a cluster that consists only of this process."""
+    storage = storage or StorageConfig(root=str(root))
     return ClusterRecord(
         cluster_id="",
         project_root=str(root),
-        storage_root=str(root),
+        storage_root=storage.root,
+        local_root=storage.local,
         ray_address=f"127.0.0.1:{port}",
         key_socket=key_socket,
         tls=False,
@@ -253,9 +271,9 @@ def record(root: Path, key_socket: str, port: int) -> ClusterRecord:
 
 
 def application(target: Predictor | Outcomes | Features, prefix: str, failures: list[Exception]) -> Any:
-    """Return an ASGI application that calls the target as Serve does.
+    """Return an ASGI application that calls the target in the same way as Serve.
 
-    The prefix is the root path of the scope. Serve itself answers health checks.
+    The prefix is the root path of the scope. This application answers health checks itself, like Serve.
     """
 
     async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -273,20 +291,23 @@ def application(target: Predictor | Outcomes | Features, prefix: str, failures: 
 
 @contextlib.contextmanager
 def listener() -> Iterator[int]:
-    """Yield a port that accepts connections, as a head node's port would."""
+    """Yield a port that accepts connections, like the port of a head node."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
 
 @contextlib.contextmanager
-def served(app: Any) -> Iterator[str]:
-    """Serve an ASGI application and yield its address."""
-    config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
+def served(app: Any, *, host: str = "127.0.0.1", certificates: Path | None = None) -> Iterator[str]:
+    """Serve an ASGI application and yield its address; with a folder of a node's certificate and key, by TLS."""
+    tls: dict[str, Any] = {}
+    if certificates is not None:
+        tls = {"ssl_certfile": certificates / "node.pem", "ssl_keyfile": certificates / "node.key"}
+    config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", **tls)
     server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as bound:
+    with socket.create_server((host, 0)) as bound:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         wait_until(lambda: server.started)
-        yield f"127.0.0.1:{bound.getsockname()[1]}"
+        yield f"{host}:{bound.getsockname()[1]}"
         server.should_exit = True
         thread.join(timeout=10)

@@ -1,4 +1,4 @@
-"""A double of Serve's proxy: it holds requests of an application until a replica is up, as the edge would see it."""
+"""A double of Serve's proxy. It holds the requests for an application until a replica is up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.servers.edge import Echo, Mirror
 
 
 class HoldingProxy(Mirror):
-    """Echoes a request once it is allowed to, or answers that the application is unknown."""
+    """Echoes a request when the test allows it, or answers that the application is unknown."""
 
     def __init__(self) -> None:
         super().__init__(HoldingEcho)

@@ -1,11 +1,12 @@
-"""A double of HashiCorp Vault: NOT Vault, but a loopback server that implements the part of its HTTP API we use.
+"""A double of HashiCorp Vault. It is NOT Vault, but a loopback server with the part of its HTTP API that Falaj uses.
 
 The cryptography is real: Transit is AES-256-GCM, the PKI signs real certificates, JWT logins verify real signatures.
-Paths, status codes and error texts are the same as Vault's. Its lax behaviour that a client must know is the same too:
-`v0` decrypts as `v1`, base64 may have stray bits, encrypting creates a missing key, rewrap has no associated data.
+Paths, status codes and error texts are the same as Vault's. Like Vault, the double is tolerant in some cases that a
+client must know: `v0` decrypts as `v1`, base64 may have unused bits set, encrypting with a missing key creates the key,
+and rewrap has no associated data.
 
-It does not imitate: policies in HCL (a token has a list of denied paths), leases of secrets, namespaces, high
-availability.
+The double does not have: policies in HCL (instead, a token has a list of denied paths), leases of secrets, namespaces,
+high availability.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class State:
 
 
 class VaultDouble:
-    """The double, serving on a free loopback port while the context is open."""
+    """The double. During a `with` block, it serves on a free loopback port."""
 
     def __init__(self) -> None:
         self.state = State()
@@ -126,10 +127,10 @@ class VaultDouble:
         return text
 
     def answer(self, method: str, path: str, token: str, sent: Data) -> tuple[int, Data | None]:
-        """Route one request.
+        """Answer one request.
 
         Raises:
-            Refused: The request fails, with Vault's status and errors.
+            Refused: The request is refused. The error has Vault's status and messages.
         """
         state = self.state
         with state.lock:
@@ -348,7 +349,7 @@ def _handler(double: VaultDouble) -> type[BaseHTTPRequestHandler]:
 
 
 def _lax_base64(text: object, error: str) -> bytes:
-    """Decode as Go's StdEncoding does: ignore line ends and stray bits, but reject other characters."""
+    """Decode base64 by the rules of Go's StdEncoding: ignore line ends and unused bits, but reject other characters."""
     try:
         return base64.b64decode(re.sub(r"[\r\n]", "", str(text)), validate=True)
     except (binascii.Error, ValueError):
@@ -397,6 +398,6 @@ def _pem(certificate: x509.Certificate) -> str:
 
 
 def store(double: VaultDouble, **token: Any) -> VaultKeyStore:
-    """Return the key store in a double, with the root token or a token with these properties."""
+    """Return a client of the double's key store. It has the root token, or a new token with these properties."""
     text = double.token(**token) if token else double.root_token
     return VaultKeyStore(hvac.Client(url=double.address, token=text, timeout=5))

@@ -4,8 +4,8 @@ The class name is the event's `type` in the ledger. Fields are part of a permane
 and no field is ever renamed or removed.
 
 Two releases can share one ledger. A reader ignores unknown event types and unknown fields. Events of a `Subject` are
-the exception: a reader that acts on the subject stops at an unknown event. So a new event type that changes serving, a
-key or a limit must start with one of its subject's prefixes.
+the exception: a reader that acts on the subject stops at an unknown event. So if a new event type changes serving, a
+key or a limit, its name must start with one of the prefixes of that subject.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ _TYPES: dict[str, type[LedgerEvent]] = {
 
 
 class Subject(enum.Enum):
-    """State whose events a reader must fully understand before it acts on it. Values are prefixes of event types."""
+    """A kind of state. A reader that acts on it must know all its events. The values are prefixes of event types."""
 
     serving = ("Rollout", "Shadow", "Alias", "Deployment", "ModelDeployed")
     key = ("Key",)
@@ -145,8 +145,8 @@ class Subject(enum.Enum):
 def parse(type_name: str, payload: dict[str, Json], *, seq: int) -> LedgerEvent:
     """Return the typed event of a stored payload, or `UnknownEvent` if only a newer release knows the type.
 
-    Unknown fields are dropped. An event of a `Subject` with unknown fields becomes an `UnknownEvent` instead, because
-    these fields could change the meaning of the others.
+    Unknown fields are dropped. But an event of a `Subject` with unknown fields becomes an `UnknownEvent`, because the
+    unknown fields could change the meaning of the known fields.
 
     Raises:
         LedgerCorrupt: Fields are missing.
@@ -171,10 +171,10 @@ def is_known(type_name: str) -> bool:
 
 
 def require_known(event: LedgerEvent, subject: Subject) -> None:
-    """Require that an event is known if it changes a subject that the reader acts on.
+    """Require that an event is known if it changes the subject that the reader acts on.
 
     Raises:
-        ReleaseTooOld: The event is unknown and changes the subject. The message names its type.
+        ReleaseTooOld: The event is unknown and changes the subject. The message names the event's type.
     """
     if isinstance(event, UnknownEvent) and subject.includes(event.type):
         raise ReleaseTooOld(

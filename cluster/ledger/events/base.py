@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Json = Any
-"""A JSON value: str, int, float, bool, None, or lists and string-keyed dicts of them."""
+"""A JSON value: str, int, float, bool, None, a list of JSON values, or a dict from str to JSON values."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,10 +24,10 @@ class LedgerEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnknownEvent(LedgerEvent):
-    """An event of a newer release, whose type or fields this release does not know.
+    """An event that a newer release wrote. This release does not know its type or some of its fields.
 
-    Readers ignore it, so that two releases can run at the same time. A reader that acts on the event's subject calls
-    `require_known`, which refuses it.
+    Readers ignore the event, so that two releases can run at the same time. A reader that acts on the event's subject
+    calls `require_known`, which refuses the event.
     """
 
     stored_type: str

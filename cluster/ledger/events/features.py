@@ -13,7 +13,7 @@ class FeatureViewApplied(LedgerEvent):
     version: str
     definition: dict[str, Json]
     module: str = ""
-    """Module of the definition."""
+    """Python module that contains the definition."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class FeatureServiceApplied(LedgerEvent):
     on_demand: list[dict[str, Json]] = field(default_factory=list)
     """Definitions of the service's on-demand transforms."""
     missing: dict[str, Json] = field(default_factory=dict)
-    """Maps `<view>__<feature>` to its rule for missing and expired values. Features that become null are not listed."""
+    """Maps `<view>__<feature>` to the rule for its missing and expired values. Without a rule, they become null."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,21 +51,21 @@ class BatchIngested(LedgerEvent):
     rows_quarantined: int
     table_version: int
     reasons: dict[str, int] = field(default_factory=dict)
-    """Number of quarantined rows by reason."""
+    """Maps reason to the number of rows that were quarantined for it."""
     quarantine: str | None = None
     profile: dict[str, Json] = field(default_factory=dict)
     """`rows_in`, `rows` and `nulls` by feature. The full profile is stored with the quarantine."""
     findings: list[dict[str, Json]] = field(default_factory=list)
-    """Failed batch rules of a batch that was stored nevertheless."""
+    """Batch rules that failed, although the batch was stored."""
     source_columns: list[str] = field(default_factory=list)
     new_columns: list[str] = field(default_factory=list)
     """Source columns that the previous batch did not have."""
     start: str | None = None
-    """Start of the range of event times that was ingested; null means no limit."""
+    """Start of the ingested range of event times; null means no limit."""
     end: str | None = None
-    """End of that range; null means no limit."""
+    """End of the ingested range of event times; null means no limit."""
     rows_late: int = 0
-    """Rows that were stored although they were later than the stream's allowed lateness."""
+    """Stored rows that were later than the stream's allowed lateness."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +145,7 @@ class TrainingSetBuilt(LedgerEvent):
     output: str
     cutoff: bool = True
     rebuilt_from: int | None = None
-    """Seq of the training set that this one rebuilds."""
+    """`seq` of the event of the training set that was built again; null for a new training set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +153,7 @@ class TrainingSetNotReproducible(LedgerEvent):
     """A training set cannot be rebuilt any more, because some of its rows were removed."""
 
     training_set: int
-    """Seq of the training set's event."""
+    """`seq` of the training set's event."""
     service: str
     row_hash: str
     view: str
@@ -169,11 +169,11 @@ class SkewChecked(LedgerEvent):
     model: str
     since: str | None
     rows: int
-    """Compared entities of logged predictions."""
+    """Number of entities of logged predictions that were compared."""
     rows_left_out: int
     mismatches: int
     features: dict[str, Json]
-    """Maps feature to its counts by verdict and its SMAPE."""
+    """Maps feature to its number of values by result of the comparison (such as `mismatch`), and its SMAPE."""
     report: str
     rows_without_score: int = 0
     """Entities without a finite score from the model. Older events do not have this field."""
@@ -197,8 +197,8 @@ class RowsRemoved(LedgerEvent):
     """First version without the rows."""
     cause: str
     older_than: str | None
-    """ISO 8601 time; rows with an earlier event time were removed. Null if the rule was another one."""
+    """ISO 8601 time; rows with an earlier event time were removed. Null if they were removed by another rule."""
     rows_before: int
     rows_after: int
     files: int
-    """Files of the previous version that held removed rows."""
+    """Number of files of the previous version that contained removed rows."""

@@ -143,7 +143,7 @@ class GuardrailBreached(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutcomesReceived(LedgerEvent):
-    """The outcomes of one request were accepted. Older releases wrote it; `OutcomesSummed` replaces it."""
+    """The outcomes of one request were accepted. Only older releases wrote this event; `OutcomesSummed` replaces it."""
 
     model: str
     accepted: int
@@ -152,14 +152,14 @@ class OutcomesReceived(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutcomesSummed(LedgerEvent):
-    """Accepted outcomes that the event's actor sent for a model to one replica within about a minute."""
+    """One actor's outcomes for one model that one replica accepted within about a minute."""
 
     model: str
     requests: int
     accepted: int
     """Number of outcomes."""
     digest: str
-    """SHA-256 of the requests' digests in hex, one after the other."""
+    """SHA-256 of the concatenated digests (in hex) of the requests."""
     first_at: float
     """Unix seconds."""
     last_at: float
@@ -195,11 +195,11 @@ class ModelMonitored(LedgerEvent):
     inputs: dict[str, str]
     results: str
     missing: dict[str, Json] = field(default_factory=dict)
-    """Maps input to the chunks whose share of nulls is outside the thresholds. Older events do not have this field and
-    the following ones."""
+    """Maps input to the chunks whose share of nulls is outside the thresholds. Older events have neither this field nor
+    the next three fields."""
     unseen: dict[str, Json] = field(default_factory=dict)
     """Maps input to the chunks with unusually many values that the model does not know."""
     undefined: dict[str, Json] = field(default_factory=dict)
-    """Maps figure to chunk to the reason why it has no value or no threshold."""
+    """Maps figure and then chunk to the reason why the figure has no value or no threshold for the chunk."""
     left_out: dict[str, Json] = field(default_factory=dict)
     """Maps reason to the number of records that no figure includes."""

@@ -57,7 +57,7 @@ class ProcessRestarted(LedgerEvent):
     """Name of the part, as in `cluster.status`; `Ray head` is all of Ray. `… of node <id>` follows if it is not on the
     head."""
     reason: str
-    """State that caused it: `dead`, `stopped` or `does not answer`."""
+    """State of the part that caused the restart: `dead`, `stopped` or `does not answer`."""
     attempt: int
     """Number of attempts since the part last ran for a minute."""
 
@@ -68,7 +68,7 @@ class ServingRestored(LedgerEvent):
 
     applications: list[str]
     failed: list[str]
-    """Applications that did not start. The command's output has the reasons."""
+    """Applications that did not start. The output of `serve_apps.deploy` has the reasons."""
     seconds: float
 
 
@@ -112,7 +112,7 @@ class AccessDecided(LedgerEvent):
     purpose: str
     tenant: str
     entrypoint: str
-    """Entrypoint of the job that made the request; empty if it was not a job."""
+    """Entry point of the job that made the request; empty if no job made it."""
     action: str
     kind: str
     resource: str
@@ -123,7 +123,7 @@ class AccessDecided(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StrangersRefused(LedgerEvent):
-    """Unauthenticated requests within one time window that were refused for one reason."""
+    """Unauthenticated requests that were refused for one reason within one period."""
 
     reason: str
     count: int
@@ -147,7 +147,7 @@ class DenialsCounted(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EdgeLimitSet(LedgerEvent):
-    """The edge limits of a principal or a tenant changed. With both numbers null, the edge's default applies again."""
+    """The edge limits of a principal or a tenant changed. If both numbers are null, the edge's defaults apply again."""
 
     limited: str
     """`principal` or `tenant`."""

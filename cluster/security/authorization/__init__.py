@@ -1,1 +1,1 @@
-"""Authorization: Cedar policies, and which of their decisions are recorded."""
+"""Authorization: decisions by Cedar policies, and the record of these decisions."""

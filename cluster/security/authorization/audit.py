@@ -1,12 +1,12 @@
 """Records policy decisions: every denial, the number of unauthenticated requests, and a sample of permissions.
 
-- A denial names a known principal and becomes an event of its own. Repeated denials within a time window are counted
-instead, see `denials`.
-- Unauthenticated requests are counted per time window and reason. They need no identity, so single events would let
-anyone fill the ledger.
-- A permission is recorded at most once per principal, action, resource and window, and only for a sampled share. The
-sample is chosen by a hash. So every process chooses the same decisions, and an auditor can recompute which ones must be
-recorded.
+- A denial names a known principal and becomes an event. Repeated denials within a period (`window_s`) are only counted,
+see `denials`.
+- Unauthenticated requests are counted per period and reason. They need no identity, so with one event for each request,
+anyone could fill the ledger.
+- A permission is recorded at most once per principal, action, resource and period, and only for a sampled share. The
+sample is chosen by a hash. So every process chooses the same permissions, and an auditor can recompute which of them
+must be recorded.
 
 The caller supplies the time: `at` is Unix seconds. Memory is bounded for any number of requests.
 """
@@ -28,7 +28,7 @@ OTHER_REASONS = "other"
 UNAUTHENTICATED_ACTOR = "unauthenticated"
 """Actor of events about unauthenticated requests."""
 MAX_SEEN_PERMITS = 10_000
-"""Permissions per window for which the sampling decision is remembered."""
+"""Largest number of permissions per period that are remembered, so that sampling is decided only once for each."""
 _SCALE = 2**64
 
 
@@ -38,13 +38,13 @@ class _DueEvent(NamedTuple):
 
 
 class Append(Protocol):
-    """Appends an event to the ledger, as `Ledger.append` does."""
+    """Function that appends an event to the ledger, such as `Ledger.append`."""
 
     def __call__(self, event: LedgerEvent, *, actor: str) -> object: ...
 
 
 def is_sampled(principal: Principal, action: Action, resource: Resource, *, window: int, rate: float) -> bool:
-    """Return whether a permission belongs to the sample. Pure, so that an auditor can recompute it."""
+    """Return whether a permission belongs to the sample. This function is pure, so that an auditor can repeat it."""
     return int.from_bytes(_digest(principal, action, resource, window)[:8], "big") < rate * _SCALE
 
 
@@ -62,10 +62,10 @@ def _digest(principal: Principal, action: Action, resource: Resource, window: in
 
 
 class DecisionRecorder:
-    """Records decisions through `append`. Thread-safe.
+    """Records decisions through `append`. It is thread-safe.
 
-    An error of `append` reaches the caller. The denial is then not recorded, and the caller must not answer as if it
-    were.
+    If `append` raises an error, the caller gets the error, and the decision is not recorded. The caller must not answer
+    as if the decision were recorded.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class DecisionRecorder:
     ) -> None:
         """Record or count a denial.
 
-        Record a permission if it is sampled and among the first `max_permits` of the window.
+        Record a permission if it is sampled and among the first `max_permits` of the period.
         """
         with self._lock:
             due = self._start_window(at)
@@ -109,7 +109,7 @@ class DecisionRecorder:
             self._append(_event(principal, action, resource, decision), actor=principal.subject)
 
     def count_unauthenticated(self, reason: str, *, at: float) -> None:
-        """Count an unauthenticated request. The count is recorded when the window ends."""
+        """Count an unauthenticated request. The count is recorded when the period ends."""
         with self._lock:
             due = self._start_window(at)
             is_tracked = reason in self._unauthenticated or len(self._unauthenticated) < self._max_reasons - 1
@@ -126,7 +126,7 @@ class DecisionRecorder:
         self._write(due)
 
     def flush(self) -> None:
-        """Record all counts so far. Call it at the end, and regularly if requests are rare."""
+        """Record all counts so far. Call this at the end, and regularly if requests are rare."""
         with self._lock:
             due = self._take_counts()
         self._write(due)
@@ -139,9 +139,9 @@ class DecisionRecorder:
         ]
 
     def _start_window(self, at: float) -> list[_DueEvent]:
-        """Start a new window if the previous one is over, and return its counts.
+        """Start a new period if the previous period is over. Return the previous period's counts.
 
-        A clock that runs backwards starts none.
+        If the clock goes backwards, no period starts.
         """
         window = int(at // self._window_s)
         if window <= self._window:
@@ -154,7 +154,7 @@ class DecisionRecorder:
         permit = (principal.tenant, principal.subject, action, resource)
         if permit in self._seen_permits:
             return False
-        if len(self._seen_permits) < MAX_SEEN_PERMITS:  # above the limit, the decision is only computed again
+        if len(self._seen_permits) < MAX_SEEN_PERMITS:  # above the limit, sampling is decided again
             self._seen_permits.add(permit)
         if not is_sampled(principal, action, resource, window=self._window, rate=self._rate):
             return False
@@ -165,7 +165,7 @@ class DecisionRecorder:
         return True
 
     def _write(self, due: list[_DueEvent]) -> None:
-        """Append the events. Called without the lock, because the ledger may be slow."""
+        """Append the events. Call this without the lock, because the ledger may be slow."""
         for event, actor in due:
             self._append(event, actor=actor)
 

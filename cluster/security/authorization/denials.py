@@ -1,7 +1,7 @@
-"""Limits how many denials of a time window become events of their own. The others are counted by principal and action.
+"""Limits how many denials of a period become events. Further denials are counted by principal and action.
 
 Without a limit, a program that repeats a denied request would fill the ledger. The limit is per resource, so repeated
-denials of one resource do not hide those of another.
+denials for one resource do not hide denials for another resource.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from cluster.security.authorization.policy import Action, Resource
 from cluster.security.tokens.principal import Principal
 
 MAX_EVENTS_PER_RESOURCE = 5
-"""Events of one principal, action and resource."""
+"""Largest number of events of one principal, action and resource."""
 MAX_EVENTS_PER_ACTION = 100
-"""Events of one principal and action over all resources, because a principal can invent resource names."""
+"""Largest number of events of one principal and action, because a principal can invent names of resources."""
 MAX_TRACKED = 1_000
-"""Pairs of principal and action that are tracked. All denials of further pairs become events. There are few such pairs,
-because each principal needs its own token."""
+"""Largest number of tracked pairs of principal and action. All denials of further pairs become events. Further pairs
+are rare, because each principal needs its own token."""
 
 
 class _Key(NamedTuple):
@@ -37,7 +37,7 @@ class CountedDenials(NamedTuple):
 
 
 class DenialLimiter:
-    """Decides for each denial of one time window whether it becomes an event. Not thread-safe."""
+    """Decides for each denial of one period whether it becomes an event. Not thread-safe."""
 
     def __init__(self) -> None:
         self._events: Counter[_Key] = Counter()

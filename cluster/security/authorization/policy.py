@@ -1,8 +1,8 @@
 """Authorization decisions by Cedar policies (`cluster/policies/*.cedar`).
 
 The policies are parsed once for each process. An action is denied if no policy permits it, or if any policy forbids it.
-The edge's rules are compiled from the same policies (`Policy.roles_for`), so edge and replica cannot disagree. Rights
-of each role, within the boundaries below:
+The edge's rules are compiled from the same policies (`Policy.roles_for`), so edge and replicas decide in the same way.
+Rights of each role, within the boundaries below:
 
     data_engineer    writes, pushes features, applies definitions, reads public and internal columns, wraps their keys
     data_scientist   reads columns of every class, builds training sets, trains and registers models, predicts
@@ -18,12 +18,12 @@ of each role, within the boundaries below:
 Boundaries for all roles:
 
 - The principal's tenant is the resource's tenant.
-- The resource's region is this process's region or a permitted one. Metadata and the ledger may be read from anywhere.
+- The resource's region is this process's region or a permitted region. Metadata and the ledger may be read anywhere.
 - If the token's scope names models, the model is one of them.
 - If a non-public column lists purposes, the principal's purpose is one of them. A sensitive column always needs a
 purpose.
-- In production, no principal approves, deploys or rolls out a model that it registered itself. Every environment that
-is not known as another one is production. A rollback is always possible.
+- In production, no principal approves, deploys or rolls out a model that it registered itself. Every environment except
+local, test and staging is production. This boundary does not apply to a rollback.
 
 Every request is checked against the schema. Without a schema, Cedar skips a policy if an attribute is missing, and a
 skipped `forbid` forbids nothing.
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
 POLICY_FOLDER = Path(__file__).resolve().parents[2] / "policies"
 SCHEMA_NAME = "schema.cedarschema"
 NOT_EVALUATED = "not-evaluated"
-"""Policy id of a decision for a request that Cedar could not evaluate. Always a denial."""
+"""Policy id in the decision if Cedar could not evaluate the request. The decision is always a denial."""
 MAX_CACHED_DECISIONS = 4096
 
 
 class Action(enum.StrEnum):
-    """Action of a principal. Each is an action of the Cedar schema."""
+    """Action of a principal. The Cedar schema has the same actions."""
 
     predict = "predict"
     write_outcome = "write_outcome"
@@ -110,7 +110,7 @@ class KeyAttributes(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resource:
-    """Target of an action. If it has columns: the columns of one class."""
+    """Target of an action. A target with columns stands for its columns of one class."""
 
     kind: str
     """Kind of resource, as messages name it: "feature view", "model", "key", "ledger"."""
@@ -123,7 +123,7 @@ class Resource:
     registered_by: str = ""
     """Subject that registered the model; required to release it in production."""
     serves: bool = False
-    """Whether the ledger records that it serves requests now."""
+    """Whether the ledger records that the resource serves requests now."""
 
     @classmethod
     def from_key(cls, key: KeyAttributes) -> Resource:
@@ -181,7 +181,7 @@ class Policy:
         Args:
             extra: Cedar text of further policies.
             region: region of this process.
-            permitted_regions: further regions whose data may be used here.
+            permitted_regions: other regions whose data this process may use.
 
         Raises:
             ConfigError: a policy cannot be parsed, does not fit the schema, or has no unique id.
@@ -205,7 +205,7 @@ class Policy:
     def decide(
         self, principal: Principal, action: Action, resource: Resource, *, environment: str = "local"
     ) -> Decision:
-        """Decide whether a principal may do an action on a resource. Never raises: unknown values are denied."""
+        """Decide whether a principal may do an action on a resource. Unknown values are denied, without an error."""
         subject = _Subject(
             subject=principal.subject,
             role=str(principal.role),
@@ -222,7 +222,7 @@ class Policy:
         """Require that a principal may do an action on a resource, and return the decision.
 
         Raises:
-            AccessDenied: the message names the policies that forbid it, and their advice.
+            AccessDenied: the action is denied. The message names the policies that forbid it, and their advice.
         """
         decision = self.decide(principal, action, resource, environment=environment)
         if not decision.allowed:
@@ -232,7 +232,7 @@ class Policy:
     def roles_for(self, action: Action) -> frozenset[Role]:
         """Return the roles that may do an action on a public resource of the default tenant.
 
-        Evaluates the policies for each role.
+        The policies are evaluated for each role.
         """
         any_resource = Resource(kind="path", name="*", region=self._region)
         return frozenset(
@@ -265,7 +265,7 @@ class Policy:
         try:
             entities = _entities(subject, resource)
             result = cedarpy.is_authorized(request, self._parsed.policies, entities, self._parsed.schema)
-        except (ValueError, TypeError):  # text that is not UTF-8, attributes that are not JSON
+        except (ValueError, TypeError):  # a text is not UTF-8, or an attribute is not JSON
             return Decision(allowed=False, policies=(NOT_EVALUATED,))
         if result.decision is cedarpy.Decision.NoDecision or result.diagnostics.errors:
             return Decision(allowed=False, policies=(NOT_EVALUATED,))
@@ -322,7 +322,7 @@ class _Parsed(NamedTuple):
     schema: cedarpy.Schema
     policies: cedarpy.PolicySet
     advice: dict[str, str]
-    """Policy id to its advice for a denied principal."""
+    """Maps policy id to the policy's advice for a denied principal."""
 
 
 @functools.lru_cache(maxsize=4)

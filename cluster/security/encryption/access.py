@@ -10,5 +10,5 @@ from cluster.security.keys.access import KeyAccess, key_store
 
 @functools.lru_cache(maxsize=16)
 def protected_files(access: KeyAccess) -> ProtectedFiles:
-    """Return the reader and writer of protected files. It caches unwrapped keys for a minute."""
+    """Return the reader and writer of protected files. This object caches unwrapped keys for a minute."""
     return ProtectedFiles(key_store(access))

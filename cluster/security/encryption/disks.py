@@ -34,7 +34,7 @@ def parse_mounts(table: str) -> list[Mount]:
 def is_protected_at_rest(folder: Path, *, table: Path = MOUNTS, devices: Path = DEVICES) -> bool | None:
     """Return whether a folder, or its nearest existing parent, is in memory or on an encrypted device.
 
-    Only encryption by Linux counts. Encryption by the hypervisor or the disk itself cannot be detected from here.
+    Only encryption by Linux is detected. Encryption by a hypervisor or by the disk itself is not visible to Linux.
 
     Args:
         folder: folder to look up.
@@ -51,7 +51,7 @@ def is_protected_at_rest(folder: Path, *, table: Path = MOUNTS, devices: Path = 
 
 
 def find_mount(folder: Path, *, table: Path = MOUNTS) -> Mount | None:
-    """Return the mount of a folder or of its nearest existing parent, or None if it cannot be found."""
+    """Return the mount of a folder or of its nearest existing parent, or None if no mount is found."""
     try:
         all_mounts = parse_mounts(table.read_text())
     except (OSError, IndexError):
@@ -68,7 +68,7 @@ def find_mount(folder: Path, *, table: Path = MOUNTS) -> Mount | None:
 
 
 def _is_encrypted(device: Path) -> bool:
-    """Return whether a device is dm-crypt, or is built only on such devices."""
+    """Return whether a device is a dm-crypt device, or consists only of dm-crypt devices."""
     uuid = device / "dm" / "uuid"
     if uuid.exists() and uuid.read_text().startswith("CRYPT-"):
         return True

@@ -1,9 +1,9 @@
 """Encryption of files and values with AES-256-GCM. The data key is wrapped by a key store.
 
-A file is split into chunks. Each chunk is authenticated with the header and its number, and the last chunk is marked
-(the STREAM construction: Hoang, Reyhanitabar, Rogaway, Vizár, "Online Authenticated-Encryption and its Nonce-Reuse
-Misuse-Resistance", CRYPTO 2015). So no chunk can be altered, left out, repeated, moved or cut off, and no file can
-replace another artifact, version or part.
+A file is split into chunks. Each chunk is authenticated together with the header and the chunk's number, and the last
+chunk is marked (the STREAM construction: Hoang, Reyhanitabar, Rogaway, Vizár, "Online Authenticated-Encryption and its
+Nonce-Reuse Misuse-Resistance", CRYPTO 2015). So no chunk can be altered, left out, repeated, moved or cut off. A file
+cannot replace a file of another artifact, version or part.
 
     magic (8) | header length (4) | header, JSON | chunk 0 | chunk 1 | …       each chunk: ciphertext, tag (16)
 """
@@ -59,14 +59,14 @@ def is_sealed(data: bytes) -> bool:
 
 
 def seal(source: BinaryIO, target: BinaryIO, *, store: KeyStore, key: str, identity: Identity) -> None:
-    """Encrypt a stream under a new data key. Holds two chunks in memory.
+    """Encrypt `source` under a new data key, and write the result to `target`. Two chunks are in memory at a time.
 
     Args:
-        source: stream to read from.
-        target: stream to write to.
+        source: file object to read from.
+        target: file object to write to.
         store: key store that wraps the data key.
         key: name of the key that wraps the data key.
-        identity: bound into every chunk.
+        identity: identity of the file; every chunk is bound to it.
     """
     secret, prefix = AESGCM.generate_key(256), os.urandom(PREFIX_BYTES)
     header = _Header(
@@ -90,11 +90,11 @@ def seal(source: BinaryIO, target: BinaryIO, *, store: KeyStore, key: str, ident
 
 
 def open_chunks(source: BinaryIO, *, store: KeyStore, key: str, identity: Identity) -> Iterator[bytes]:
-    """Yield the decrypted chunks of a sealed stream. Discard the chunks already received if an error follows.
+    """Yield the decrypted chunks of a sealed file. After an error, the caller must discard the chunks that it got.
 
     Raises:
-        ArtifactTampered: the stream is altered, cut off, of another identity, or sealed under another key.
-        KeyNotFound, KeyRevoked, WrappedKeyInvalid, AccessDenied: from the key store.
+        ArtifactTampered: the file is altered, cut off, of another identity, or sealed under another key.
+        KeyNotFound, KeyRevoked, WrappedKeyInvalid, AccessDenied: errors of the key store.
     """
     header, head = _read_header(source)
     if (header.artifact, header.version, header.part) != (identity.artifact, identity.version, identity.part):
@@ -133,7 +133,7 @@ def seal_bytes(data: bytes, *, store: KeyStore, key: str, identity: Identity) ->
 
 
 def open_bytes(data: bytes, *, store: KeyStore, key: str, identity: Identity) -> bytes:
-    """Decrypt bytes that fit into memory. Returns nothing unless every chunk is authentic, see `open_chunks`."""
+    """Decrypt bytes that fit into memory. If a chunk is not authentic, raise an error, see `open_chunks`."""
     return b"".join(open_chunks(io.BytesIO(data), store=store, key=key, identity=identity))
 
 
@@ -142,7 +142,7 @@ def value_aad(table: str, entity: bytes) -> bytes:
 
     Args:
         table: owner of the value, such as `online/<view>`.
-        entity: which of the owner's values it is, such as an entity's stored key.
+        entity: identifies the value among the owner's values, such as an entity's stored key.
     """
     name = table.encode()
     return struct.pack(">I", len(name)) + name + entity
@@ -157,11 +157,11 @@ class ValueCipher:
     def __init__(self, secret: bytes) -> None:
         self._cipher = AESGCM(secret)
         self.decrypt_raw = self._cipher.decrypt
-        """Decrypts (nonce, ciphertext with tag, AAD) or raises `InvalidTag`. Saves one call per value in hot loops."""
+        """Decrypts (nonce, ciphertext with tag, AAD) or raises `InvalidTag`. It saves one call per value in loops."""
 
     @classmethod
     def create(cls, store: KeyStore, key: str) -> tuple[ValueCipher, str]:
-        """Return a cipher with a new data key, and the wrapped key to store beside the values."""
+        """Return a cipher with a new data key, and the wrapped data key, to be stored with the values."""
         secret = AESGCM.generate_key(256)
         return cls(secret), store.wrap(key, secret)
 
@@ -170,7 +170,7 @@ class ValueCipher:
         """Return the cipher of a wrapped data key.
 
         Raises:
-            KeyNotFound, KeyRevoked, WrappedKeyInvalid, AccessDenied: from the key store.
+            KeyNotFound, KeyRevoked, WrappedKeyInvalid, AccessDenied: errors of the key store.
         """
         return cls(store.unwrap(key, wrapped))
 
@@ -183,7 +183,7 @@ class ValueCipher:
         """Return the value that was encrypted with this AAD.
 
         Raises:
-            ArtifactTampered: altered, cut off, or bound to another AAD.
+            ArtifactTampered: the value is altered, cut off, or bound to another AAD.
         """
         try:
             return self._cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], aad)

@@ -1,9 +1,9 @@
-"""Folders for temporary plaintext: in memory if there is room, and removed after their owner was killed.
+"""Folders for temporary plaintext. They are in memory if there is room, and are removed even if their owner is killed.
 
 A model is unencrypted until it is sealed, and a model may reveal its training data. A process removes its folder when
-it ends. A killed process cannot, so each owner holds a lock on its folder. The next process that makes a folder beside
-it removes the folders without a lock holder. Locks need no clock and no process id, and they work across the machines
-of a shared file system.
+it ends. A killed process cannot do this. So each owner holds a lock on its folder, and the next process that creates a
+folder with the same parent removes the folders that are not locked. Locks need no clock and no process id, and work
+across the machines of a shared file system.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FORMER_PREFIX, _FORMER_AGE_S = "tmp", 86_400
 
 
 def memory_folder(*, otherwise: Path) -> Path:
-    """Return this user's folder in shared memory, or `otherwise` if there is no shared memory or too little room."""
+    """Return this user's folder in shared memory, or `otherwise` if there is no or too little shared memory."""
     folder = SHARED_MEMORY / f"falaj-{os.geteuid()}"
     try:
         mount = find_mount(SHARED_MEMORY)
@@ -55,7 +55,7 @@ def scratch_directory(parent: Path) -> Iterator[Path]:
     Folders of killed processes are removed first.
 
     Raises:
-        ConfigError: `parent` belongs to another user, who could read or replace what is written there.
+        ConfigError: `parent` belongs to another user, who could read or replace the files in it.
     """
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     remove_access_of_others(parent)
@@ -75,7 +75,7 @@ def scratch_directory(parent: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove the folders that killed processes left below a folder."""
+    """Remove the folders of killed processes below `parent`."""
     if parent.is_dir():
         with _locked_parent(parent):
             _sweep(parent)

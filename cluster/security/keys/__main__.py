@@ -1,4 +1,4 @@
-"""`python -m cluster.security.keys`: the key broker of this machine. Started by `cluster.up`, stopped by SIGTERM."""
+"""`python -m cluster.security.keys`: the key broker of this machine. `cluster.up` starts it, and SIGTERM stops it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def main(config: PlatformConfig) -> None:
     def decide(principal: Principal, operation: Operation, info: KeyInfo) -> Decision:
         action, key = ACTIONS[operation], Resource.from_key(info)
         decision = policy.decide(principal, action, key, environment=config.identity.environment)
-        if operation is not Operation.names:  # a listing leaves out other keys and denies nothing
+        if operation is not Operation.names:  # a list without the forbidden keys is no denial
             decisions.record_decision(principal, action, key, decision, at=time.time())
         return decision
 

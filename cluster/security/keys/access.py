@@ -1,4 +1,4 @@
-"""How a process opens the key store. Plain data that workers receive; each process opens one connection.
+"""Address and identity for the key broker, as plain data for workers. Each process opens its own connection.
 
 A worker can run on another node than its job. There the paths are the node's own (`cluster/this_node.py`). A node that
 joined has no dev issuer and not the job's intent: it gets the tokens through its key broker's socket from the head.
@@ -38,11 +38,11 @@ class KeyAccess:
     socket: str
     token: TokenSource
     entrypoint: str = ""
-    """Entrypoint of the job, if the token is its intent. Each of its processes verifies the intent."""
+    """Entry point of the job, if the token is the job's intent. Each process of the job verifies the intent."""
     owner: int | None = None
-    """The user that the broker runs as."""
+    """Id of the user that runs the broker."""
     root: str = ""
-    """Folder of the dev issuer's keys (`Layout.disk`), if its tokens are accepted."""
+    """Folder of the development issuer's keys (`Layout.disk`), if that issuer's tokens are accepted."""
     issuer: IssuerConfig = field(default_factory=IssuerConfig)
     cluster_id: str = ""
     """The cluster, if it may have several nodes."""
@@ -68,7 +68,7 @@ class KeyAccess:
 def service_access(
     config: PlatformConfig, record: ClusterRecord, *, name: str, purpose: str = ""
 ) -> KeyAccess:
-    """Return the access of a replica. A replica uses its own service identity, independent of who deployed it."""
+    """Return the key access of a replica. A replica has its own service identity, whoever deployed it."""
     if config.identity.service_token_file is not None:
         token = TokenSource(file=resolve(config.identity.service_token_file))
     else:

@@ -1,8 +1,8 @@
-"""Server on a Unix socket that holds the key store, so that no job needs to.
+"""Serves the key store on a Unix socket, so that no job needs to open the key store.
 
 A job gets only the secrets that the policy grants to its token, and never the key-encryption key. Every denial is
-recorded. The limit: processes of one user can read each other's files and memory, so a hostile job that runs as the
-broker's own user can bypass the broker. A real boundary needs the broker's files out of that user's reach.
+recorded. But processes of one user can read each other's files and memory. So a hostile job that runs as the broker's
+user can bypass the broker. It cannot do so if only another user can read the broker's files.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Broker:
         """Serve until `stopped` is set. Running requests are answered before it returns.
 
         Raises:
-            ConfigError: another broker listens there, or the folder or path is unsafe.
+            ConfigError: another broker listens at the path, or the folder or path is unsafe.
         """
         with _listening(self._path) as listener:
             while not stopped.is_set():
@@ -147,7 +147,7 @@ class Broker:
         self._slots.release()
 
     def _drain(self) -> None:
-        """Wait for running requests to end. No connection reads another request."""
+        """Wait until the running requests have ended, and read no further requests."""
         with self._lock:
             open_now = dict(self._open)
             for connection in open_now:

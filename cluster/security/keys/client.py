@@ -1,4 +1,4 @@
-"""Client of the key broker. Implements the `KeyStore` protocol over a Unix socket."""
+"""Client of the key broker. It implements the `KeyStore` protocol over a Unix socket."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from cluster.security.keys.gate import Operation
 from cluster.security.keys.store import KeyInfo, KeyStoreUnavailable, check_name, check_secret
 from cluster.security.keys.wire import PING, check_socket_path, error_from_plain, peer_uid, receive, send
 
-# Never sent again after a lost answer, because the broker may already have executed them.
+# If the answer is lost, these are never sent again, because the broker may already have executed them.
 _NOT_REPEATABLE = frozenset({Operation.rotate, Operation.revoke})
 
 
 class BrokerKeyStore:
-    """KeyStore that sends its requests to the broker. Thread-safe.
+    """KeyStore that sends its requests to the broker. It is thread-safe.
 
-    Uses one connection, opened at first use and opened again after a fork.
+    It uses one connection, which is opened for the first request, and opened again after a fork.
 
     Args:
         socket: the broker's socket.
-        token: returns the caller's token; called for every request, so it may return a renewed one.
-        owner: the user that the broker runs as, if it is known. Without it, root's jobs accept only a broker of root.
+        token: returns the caller's token. It is called for every request, so it may return a renewed token.
+        owner: id of the user that runs the broker, if known. If not, root's jobs accept only a broker of root.
         timeout_s: seconds to wait for an answer.
     """
 
@@ -83,7 +83,7 @@ class BrokerKeyStore:
         self._request(Operation.revoke, name=check_name(name))
 
     def names(self) -> list[str]:
-        """Return the names of the keys that the caller may see, sorted, without revoked ones."""
+        """Return the names of the keys that the caller may see, sorted, without revoked keys."""
         names = self._request(Operation.names)
         if not isinstance(names, list):
             raise self._invalid_answer()
@@ -115,7 +115,7 @@ class BrokerKeyStore:
     def _exchange(self, request: dict[str, object]) -> dict[str, object]:
         """Send a request and return the answer.
 
-        Retries once over a new connection, in case the broker was restarted.
+        It retries once over a new connection, in case the broker was restarted.
         """
         reused = self._connection is not None
         try:
@@ -133,10 +133,10 @@ class BrokerKeyStore:
     def _send_once(self, request: dict[str, object]) -> dict[str, object]:
         connection = self._connection or self._connect()
         try:
-            with contextlib.suppress(BrokenPipeError):  # refused by the broker: its answer is already there
+            with contextlib.suppress(BrokenPipeError):  # the broker refused, and its answer is already there
                 send(connection, request, timeout_s=self._timeout_s)
             answer = receive(connection, idle_s=self._timeout_s, read_s=self._timeout_s)
-        except BaseException:  # a late answer must never be read as the next request's
+        except BaseException:  # a late answer must never be read as the answer to the next request
             self._disconnect()
             raise
         if answer is None:
@@ -208,7 +208,7 @@ def ask_broker(path: Path, request: dict[str, object], *, timeout_s: float = 10.
 
 
 def is_broker_alive(path: Path, *, timeout_s: float = 2.0) -> bool:
-    """Return whether a broker at a socket answers, with any answer."""
+    """Return whether a broker at a socket gives any answer."""
     try:
         with Socket(AF_UNIX, SOCK_STREAM) as connection:
             connection.settimeout(timeout_s)

@@ -1,7 +1,7 @@
 """Opens the configured key store (`secrets`): the embedded keyring or HashiCorp Vault.
 
-The broker uses either store. It checks the policies for the caller's token before each call to the store. So one Vault
-role is enough for a whole installation, and no job has a Vault token.
+Before each call to the store, the broker checks the policies for the caller's token. So one Vault role is enough for a
+whole installation, and no job has a Vault token.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LOG = logging.getLogger("falaj.keys")
 
 
 def open_store(config: PlatformConfig, *, stopped: threading.Event) -> KeyStore:
-    """Return the key store, ready for use. With Vault, a thread keeps the login alive until `stopped` is set.
+    """Return the key store, ready for use. With Vault, a thread renews the login until `stopped` is set.
 
     Raises:
         ConfigError: the store is not allowed for this tier, or its configuration cannot be used.
@@ -75,7 +75,7 @@ def open_keyring(config: PlatformConfig) -> Keyring:
 
 
 def connect_to_vault(vault: VaultConfig) -> hvac.Client:
-    """Return a client of the configured Vault that is logged in.
+    """Log in to the configured Vault, and return the client.
 
     Raises:
         ConfigError, Unauthenticated, KeyStoreUnavailable: see `open_store`.
@@ -89,7 +89,7 @@ def connect_to_vault(vault: VaultConfig) -> hvac.Client:
 
 
 def vault_auth(vault: VaultConfig) -> Auth:
-    """Return the login method. The file with the secret is read for each login, so it can be replaced at any time."""
+    """Return the login method. It reads the secret's file for each login, so the file can be replaced at any time."""
     mount = vault.auth_mount or vault.auth.value
     file = Path(resolve(vault.secret_file)) if vault.secret_file else KUBERNETES_TOKEN
     match vault.auth:
@@ -108,7 +108,7 @@ def _read_vault_secret(file: Path) -> str:
 def _stay_logged_in(client: hvac.Client, auth: Auth, stopped: threading.Event) -> None:
     """Renew the login until `stopped` is set.
 
-    After a refused login, tries again, because its secret may be replaced.
+    After a refused login, it tries again, because the operator may replace the secret.
     """
     while not stopped.is_set():
         try:

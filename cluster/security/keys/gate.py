@@ -1,7 +1,7 @@
 """Access control in front of a key store: verify the token, check the policy, then run the operation.
 
 Token and policy are checked again for every request. Both checks are callables, so this module depends on neither token
-formats nor the policy language. A request that cannot be decided is denied.
+formats nor the policy language. If a check fails with an error, the request is denied.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Operation(enum.StrEnum):
     revoke = "revoke"
     names = "names"
     widen = "widen"
-    """Not a request: an `ensure` that allows more uses of a key than before."""
+    """No request can name this operation. It is checked if an `ensure` would allow more uses of a key than before."""
 
 
 class Caller(Protocol):
@@ -89,8 +89,8 @@ class Gate(Generic[C]):
         verify: returns a token's principal or raises Unauthenticated.
         decide: decides whether a principal may do an operation with a key.
         audit: receives every denial. It must not block for long. Its errors are logged and do not undo a denial.
-        relabelling: called with the principal, the old and the new description before a key's description changes. If
-            it raises, the key stays unchanged.
+        relabelling: called before a key's description changes, with the principal, the old and the new description. If
+            it raises an error, the key stays unchanged.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Gate(Generic[C]):
         self._changes = threading.Lock()
 
     def answer(self, request: dict[str, object]) -> dict[str, object]:
-        """Return the answer to a request with any content; never raises."""
+        """Return the answer to a request, whatever the request contains. It never raises an error."""
         try:
             return {"ok": True, "result": self._result(request)}
         except FalajError as error:
@@ -125,7 +125,7 @@ class Gate(Generic[C]):
             )
 
     def refuse_connection(self, reason: str) -> dict[str, object]:
-        """Audit a refused connection and return the answer for it. Nothing is read from the connection."""
+        """Audit a refused connection, and return the answer to send. Nothing is read from the connection."""
         self._deny(Denial(principal=None, operation="connect", name="", reason=reason))
         return error_to_plain(AccessDenied(f"The key broker refuses this connection: {reason}."))
 
@@ -184,8 +184,8 @@ class Gate(Generic[C]):
             return error.info
 
     def _ensure(self, principal: C, info: KeyInfo) -> None:
-        # The policy is also checked for the present description, and a wider description needs a further right.
-        # Otherwise a principal that may create keys could read data under another key by relabelling that key.
+        # The policy is checked for the old and the new description, and `widen` too if the new one allows more.
+        # Otherwise a principal that may create keys could change another key's description and read its data.
         with self._changes:
             old = None
             with contextlib.suppress(KeyNotFound):
@@ -202,7 +202,7 @@ class Gate(Generic[C]):
         """Return the keys whose description the principal may read. The other keys are left out, without a denial."""
         names = []
         for name in self._store.names():
-            with contextlib.suppress(KeyNotFound, KeyRevoked):  # revoked between the two calls
+            with contextlib.suppress(KeyNotFound, KeyRevoked):  # the key was revoked between the two calls
                 if self._refusal(principal, Operation.info, self._store.info(name)) is None:
                     names.append(name)
         return names
@@ -261,7 +261,7 @@ class Gate(Generic[C]):
 
 
 def widens(old: KeyInfo, new: KeyInfo) -> bool:
-    """Return whether a new description allows more uses of a key: a lower class, or a further purpose."""
+    """Return whether a new description allows more uses of a key: it has a lower class, or another purpose."""
     lower = COLUMN_CLASSES.index(new.column_class) < COLUMN_CLASSES.index(old.column_class)
     return lower or (bool(old.purposes) and not (new.purposes and set(new.purposes) <= set(old.purposes)))
 

@@ -1,8 +1,8 @@
 """The key-encryption key of a keyring: from a private file, or derived from a passphrase.
 
-Python cannot overwrite memory after use: bytes are immutable and are copied freely. So a key stays in the process until
-its memory is reused, and may reach swap or a core dump. Run the broker with `ulimit -c 0` and encrypted swap, and keep
-the key out of every other process.
+Python cannot overwrite memory after use: bytes are immutable, and Python copies them. So a key stays in the process
+until its memory is reused, and may reach swap or a core dump. Run the broker with `ulimit -c 0` and encrypted swap, and
+give the key to no other process.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ KEK_BYTES = 32
 SALT_BYTES = 16
 MIN_PASSPHRASE_CHARS = 12
 MAX_SCRYPT_N = 2**20
-"""One GiB of memory at r=8. The limit keeps an altered file from demanding more."""
+"""Largest n: with r=8, it needs 1 GiB of memory. Without a limit, an altered file could demand more memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Derivation:
     """Parameters of scrypt, which derives a key from a passphrase (RFC 7914).
 
-    Stored in the keyring's header, not secret.
+    They are stored in the keyring's header, and are not secret.
 
     Raises:
         ConfigError: a parameter is out of range.
@@ -57,7 +57,7 @@ class Derivation:
         return cls(salt=secrets.token_bytes(SALT_BYTES))
 
     def key(self, passphrase: str) -> bytes:
-        """Return the 32-byte key. Takes about half a second and 128 MiB with the default parameters.
+        """Return the 32-byte key. With the default parameters, this takes about half a second and 128 MiB.
 
         Raises:
             ConfigError: the passphrase is too short to be secure.

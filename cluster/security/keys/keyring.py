@@ -1,9 +1,9 @@
 """The embedded key store: versioned keys in one file, each encrypted under a key-encryption key.
 
-For one machine and for trials. A process that can read both the file and the key-encryption key has every key, so only
-the broker's process may read them. Production uses Vault.
+The keyring is for one machine and for trials; production uses Vault. A process that can read both the file and the
+key-encryption key has every key. So only the broker's process may read them.
 
-A key is decrypted at each use and not cached. Python cannot erase decrypted keys from memory, see `kek`.
+A key is decrypted for each use and not cached. Python cannot erase decrypted keys from memory, see `kek`.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ class _OpenRing:
 
 
 class Keyring:
-    """A KeyStore over a file that `Keyring.create` made; safe for several threads and processes.
+    """A KeyStore in a file that `Keyring.create` made. Several threads and processes can use the file.
 
     Args:
         path: the file.
-        kek: its key-encryption key.
-        newer: returns candidates for the new key-encryption key, after another process has rotated it. So a broker
-            keeps running during a rotation.
+        kek: the file's key-encryption key.
+        newer: called if another process has rotated the key-encryption key. It returns keys to try, so that a broker
+            can keep running during a rotation.
 
     Raises:
         KeyringDamaged: the file is missing, truncated or altered.
@@ -179,24 +179,23 @@ class Keyring:
     def revoke(self, name: str) -> None:
         """Destroy every version and keep a tombstone.
 
-        Old blocks of the file stay on disk until they are overwritten. They are encrypted under the key-encryption key.
-        To protect against an attacker with both, rotate the key-encryption key afterwards and destroy the old one.
+        The file's old blocks stay on disk, encrypted under the key-encryption key, until they are overwritten. If an
+        attacker could get both, rotate the key-encryption key afterwards and destroy the old key-encryption key.
         """
         with self._writing() as (_, keys):
             keys[name] = dataclasses.replace(_require_live(keys, name), versions={})
 
     def names(self) -> list[str]:
-        """Return the names of the keys, sorted, without revoked ones."""
+        """Return the names of the keys, sorted, without revoked keys."""
         return sorted(name for name, entry in self._load().ring.keys.items() if not entry.revoked)
 
     def rotate_kek(self, old: bytes, new: bytes, *, derivation: Derivation | None = None) -> None:
         """Encrypt every version under another key-encryption key, all or none.
 
-        Afterwards, other processes with the old key get KeyEncryptionKeyWrong, unless they know where to find the new
-        one.
+        Afterwards, a process with the old key gets KeyEncryptionKeyWrong, unless its `newer` finds the new key.
 
         Raises:
-            KeyEncryptionKeyWrong: `old` is not the present key.
+            KeyEncryptionKeyWrong: `old` is not the keyring's key.
             ConfigError: `new` has the wrong size.
         """
         _check_kek(new)
@@ -217,7 +216,7 @@ class Keyring:
                 self._cached = _OpenRing(path=self._path, kek=new, raw=raw, ring=ring)
 
     def _load(self) -> _OpenRing:
-        """Return the present content of the file. Another process may have changed it since the last call."""
+        """Return the file's current content. Another process may have changed the file since the last call."""
         with self._lock:
             raw = read(self._path)
             while raw != self._cached.raw:
@@ -244,9 +243,9 @@ class Keyring:
 
     @contextmanager
     def _writing(self) -> Iterator[tuple[_OpenRing, dict[str, Entry]]]:
-        """Yield the opened ring and a copy of its keys to change, under the lock.
+        """Take the lock, and yield the opened ring and a copy of its keys that the caller may change.
 
-        The keys are written if the block succeeds and changed something.
+        If the caller's block succeeds and has changed the copy, the copy is written to the file.
         """
         with exclusive(self._path):
             opened = self._load()
@@ -260,7 +259,7 @@ def check_keyring(secrets_config: SecretsConfig, *, tier: Tier) -> None:
     """Refuse a keyring in a tier that needs Vault.
 
     Raises:
-        ConfigError: the tier keeps its keys in Vault, and the configuration does not acknowledge the exception.
+        ConfigError: the tier stores its keys in Vault, and `secrets.acknowledge_keyring` is not true.
     """
     if (
         tier is Tier.enterprise_gpu
@@ -274,7 +273,7 @@ def check_keyring(secrets_config: SecretsConfig, *, tier: Tier) -> None:
 
 
 def open_local(folder: Path) -> Keyring:
-    """Open the keyring below `folder` with its key-encryption key beside it. Creates both at first use.
+    """Open the keyring in `folder` with the key-encryption key in the same folder. Create both files at first use.
 
     Raises:
         KeyringDamaged: only one of the two files exists, or the keyring is damaged.
@@ -285,7 +284,7 @@ def open_local(folder: Path) -> Keyring:
     ring, kek = folder / RING_NAME, folder / KEK_NAME
     with exclusive(kek):
         for leftover in folder.glob(f".{KEK_NAME}*.tmp"):
-            leftover.unlink()  # a second link to a key, left by a killed process
+            leftover.unlink()  # a killed process did not remove this second link to a key
         new_kek = folder / NEW_KEK_NAME
         if not ring.exists() and not kek.exists():
             # The key gets its final name only after the keyring exists, so an interrupted first start can be repeated.
@@ -307,7 +306,7 @@ def open_local(folder: Path) -> Keyring:
 
 
 def rotate_local_kek(folder: Path) -> Keyring:
-    """Encrypt the keyring below `folder` with a new key-encryption key. `open_local` completes an interrupted rotation.
+    """Encrypt the keyring in `folder` with a new key-encryption key. `open_local` completes an interrupted rotation.
 
     Raises:
         See `open_local`.
@@ -315,13 +314,13 @@ def rotate_local_kek(folder: Path) -> Keyring:
     ring = open_local(folder)
     with exclusive(folder / KEK_NAME):
         new_kek = folder / NEW_KEK_NAME
-        new_kek.unlink(missing_ok=True)  # of a rotation that was interrupted before it changed the keyring
+        new_kek.unlink(missing_ok=True)  # an earlier rotation was interrupted before it changed the keyring
         ring.rotate_kek(kek_from_file(folder / KEK_NAME), create_kek_file(new_kek))
         return _finish_kek_rotation(folder)
 
 
 def open_with_passphrase(path: Path, passphrase: str) -> Keyring:
-    """Open the keyring at `path` with the key that its header derives from the passphrase. Creates it at first use.
+    """Open the keyring at `path` with a passphrase. Create the keyring at first use.
 
     Raises:
         ConfigError: the passphrase is too short, or the keyring's key comes from a file.
@@ -340,7 +339,7 @@ def open_with_passphrase(path: Path, passphrase: str) -> Keyring:
 
 
 def _finish_kek_rotation(folder: Path) -> Keyring:
-    """Replace the file of the old key-encryption key by the new key's file, which already encrypts the keyring."""
+    """Replace the old key-encryption key's file with the new key's file. The keyring is already under the new key."""
     ring, kek = folder / RING_NAME, kek_from_file(folder / NEW_KEK_NAME)
     keyring = Keyring(ring, kek, newer=lambda: _keks_in(folder))
     os.replace(folder / NEW_KEK_NAME, folder / KEK_NAME)
@@ -351,8 +350,8 @@ def _finish_kek_rotation(folder: Path) -> Keyring:
 def _keks_in(folder: Path) -> Iterator[bytes]:
     """Yield the key-encryption keys in the folder.
 
-    A rotation first changes the keyring, then renames the new key's file to the old name. If neither file fits, the
-    rename happened between the two reads, so the first name is read again.
+    A rotation first changes the keyring, then renames the new key's file to the old name. If neither key fits, the file
+    was renamed between the two reads. So the first name is read again.
     """
     for name in (KEK_NAME, NEW_KEK_NAME, KEK_NAME):
         with contextlib.suppress(KeyFileRefused):

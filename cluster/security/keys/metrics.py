@@ -16,7 +16,7 @@ _OTHER = "other"
 
 
 class BrokerMetrics:
-    """Counts requests by operation and result, their duration, and open connections."""
+    """Counts requests by operation and result, and open connections, and measures the duration of requests."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(

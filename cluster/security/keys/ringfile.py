@@ -1,9 +1,9 @@
-"""The keyring's file: its format, and its replacement without losing a change after a crash or to a second writer.
+"""Reads and replaces the keyring's file. No change is lost after a crash or when two processes write.
 
-The file is one line of canonical JSON: a body with the keys, the body's SHA-256, and its HMAC under a key derived from
-the key-encryption key. The SHA-256 reveals damage before any key is used. The HMAC keeps an attacker without the
-key-encryption key from changing anything. A file cannot reveal that it is an older copy, so keep the folder writable
-for the broker's user only.
+The file is one line of canonical JSON: a body with the keys, the body's SHA-256, and the body's HMAC. The HMAC's key is
+derived from the key-encryption key. The SHA-256 reveals damage before any key is used. The HMAC reveals a change by an
+attacker without the key-encryption key. But an older copy of the file cannot be detected. So only the broker's user may
+be able to write to the folder.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Entry:
 
     @property
     def revoked(self) -> bool:
-        """Whether this is the tombstone of a revoked key."""
+        """Whether this entry is the tombstone of a revoked key."""
         return not self.versions
 
 
@@ -74,7 +74,7 @@ def unseal(key: bytes, sealed: bytes, aad: bytes) -> bytes:
     """Decrypt the result of `seal`.
 
     Raises:
-        InvalidTag: altered, or sealed with another key or AAD.
+        InvalidTag: the data was altered, or sealed with another key or AAD.
     """
     return AESGCM(key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], aad)
 
@@ -102,7 +102,7 @@ def decode(raw: bytes, kek: bytes, path: Path) -> Ring:
     """Return the content of a keyring's file.
 
     Raises:
-        KeyringDamaged: truncated, altered, or of another format.
+        KeyringDamaged: the file is truncated, altered, or of another format.
         KeyEncryptionKeyWrong: the file is intact, but `kek` is not its key.
     """
     body, mac = _body(raw, path)
@@ -127,10 +127,10 @@ def decode(raw: bytes, kek: bytes, path: Path) -> Ring:
 
 
 def derivation_of(path: Path) -> Derivation | None:
-    """Return how the key of the keyring at `path` is derived from a passphrase, or None if it comes from a file.
+    """Return how the keyring's key is derived from a passphrase, or None if the key comes from a file.
 
     Raises:
-        KeyringDamaged: missing, truncated or altered.
+        KeyringDamaged: the keyring's file is missing, truncated or altered.
     """
     body, _ = _body(read(path), path)
     try:
@@ -143,7 +143,7 @@ def read(path: Path) -> bytes:
     """Return the file's bytes.
 
     Raises:
-        KeyringDamaged: the file is missing. A new, empty file is never made silently.
+        KeyringDamaged: the file is missing. No new, empty file is created in its place.
     """
     try:
         return path.read_bytes()
@@ -155,10 +155,10 @@ def read(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Lock the keyring for one writer over all processes. The lock of a killed process is released."""
+    """Lock the keyring, so that only one thread of all processes can write. A killed process releases its lock."""
     descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:
-        # flock belongs to the open file: unlike lockf it also holds between threads.
+        # flock belongs to the open file: unlike lockf, it also locks out other threads of this process.
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -168,7 +168,7 @@ def exclusive(path: Path) -> Iterator[None]:
 def replace(path: Path, raw: bytes) -> None:
     """Replace the content of the keyring, completely or not at all. The caller holds the lock."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink()  # of a killed writer: the lock excludes a running one
+        leftover.unlink()  # its writer was killed, because a running writer would hold the lock
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -195,7 +195,7 @@ def _serialize(body: dict[str, Any], *, mac: bytes) -> bytes:
 
 
 def _body(raw: bytes, path: Path) -> tuple[dict[str, Any], bytes]:
-    """Return the body and its MAC, after checking the format and the SHA-256. A skilled forgery still passes."""
+    """Return the body and its MAC, after checking the format and the SHA-256. This does not detect a forged body."""
     try:
         document = json.loads(raw)
         if document["format"] != FORMAT or document["version"] != VERSION:

@@ -6,9 +6,9 @@ may learn that a key exists.
 
     RefusedError
     ├── KeyNameInvalid          the name is not a valid path of a key
-    ├── KeyNotFound             no key of that name
+    ├── KeyNotFound             no key has this name
     ├── KeyRevoked              the key's versions are destroyed; the secrets that it wrapped are lost
-    ├── WrappedKeyInvalid       altered, truncated, swapped, or wrapped by another key
+    ├── WrappedKeyInvalid       a wrapped secret was altered, truncated, swapped, or wrapped by another key
     ├── KeyringDamaged          the keyring's file is missing, truncated or altered
     ├── KeyEncryptionKeyWrong   the keyring was made with another key-encryption key
     └── KeyFileRefused          a key-encryption key's file is missing, readable by others or of the wrong size
@@ -43,7 +43,7 @@ class KeyNameInvalid(RefusedError):
 
 
 class KeyNotFound(RefusedError):
-    """No key of that name."""
+    """No key has this name."""
 
 
 class KeyRevoked(RefusedError):
@@ -54,7 +54,7 @@ class KeyRevoked(RefusedError):
 
 
 class WrappedKeyInvalid(RefusedError):
-    """A wrapped secret that was altered, truncated, swapped, or wrapped by another key."""
+    """A wrapped secret was altered, truncated, swapped, or wrapped by another key."""
 
 
 class KeyringDamaged(RefusedError):
@@ -75,9 +75,7 @@ class KeyStoreUnavailable(FalajError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyInfo:
-    """Description of a key, as the policy sees it.
-
-    Set when the key is created, and authenticated together with the key.
+    """Description of a key, by which the policies decide. It is authenticated together with the key.
 
     Raises:
         KeyNameInvalid: the name is not a path of letters, digits, `_`, `-` and `.`.
@@ -146,10 +144,10 @@ class KeyStore(Protocol):
     """
 
     def ensure(self, info: KeyInfo) -> None:
-        """Create a key if it is absent; else update its description if it changed.
+        """Create a key if it does not exist. If it exists with another description, update the description.
 
         Raises:
-            KeyRevoked: a key of that name was revoked. Names are never used again.
+            KeyRevoked: a key with this name was revoked. Names are never used again.
         """
 
     def info(self, name: str) -> KeyInfo:
@@ -160,7 +158,7 @@ class KeyStore(Protocol):
         """
 
     def wrap(self, name: str, secret: bytes) -> str:
-        """Encrypt up to 64 KiB with the newest version of the key. Returns text `<scheme>:v<version>:<base64>`.
+        """Encrypt up to 64 KiB with the newest version of the key, and return `<scheme>:v<version>:<base64>`.
 
         Raises:
             KeyNotFound, KeyRevoked: the key does not exist, or was revoked.
@@ -172,7 +170,7 @@ class KeyStore(Protocol):
 
         Raises:
             KeyNotFound, KeyRevoked: the key does not exist, or was revoked.
-            WrappedKeyInvalid: altered, truncated, or wrapped under another name.
+            WrappedKeyInvalid: the text was altered, truncated, or wrapped under another name.
         """
 
     def rewrap(self, name: str, wrapped: str) -> str:
@@ -183,21 +181,21 @@ class KeyStore(Protocol):
         """
 
     def rotate(self, name: str) -> int:
-        """Add a version, used by every later `wrap`, and return its number.
+        """Add a version and return its number. Every later `wrap` uses the new version.
 
         Raises:
             KeyNotFound, KeyRevoked: the key does not exist, or was revoked.
         """
 
     def revoke(self, name: str) -> None:
-        """Destroy every version. The secrets that it wrapped are lost, and the name cannot be used again.
+        """Destroy every version. The secrets that the key wrapped are lost, and its name cannot be used again.
 
         Raises:
             KeyNotFound, KeyRevoked: the key does not exist, or was revoked.
         """
 
     def names(self) -> list[str]:
-        """Return the names of the keys, sorted, without revoked ones."""
+        """Return the names of the keys, sorted, without revoked keys."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,10 +208,10 @@ class Wrapped:
 
 
 def check_name(name: object) -> str:
-    """Return the name, if it is a valid path of a key.
+    """Return the name if it is a valid path of a key.
 
     Raises:
-        KeyNameInvalid: it is not.
+        KeyNameInvalid: the name is not a valid path of a key.
     """
     if isinstance(name, str) and len(name) <= MAX_NAME_CHARS and _NAME.fullmatch(name):
         return name
@@ -245,11 +243,11 @@ def write_wrapped(parts: Wrapped, *, scheme: str, altchars: bytes) -> str:
 def parse_wrapped(name: str, wrapped: object, *, scheme: str, altchars: bytes) -> Wrapped:
     """Return the parts of a wrapped secret's text.
 
-    Accepts only the exact spelling of `write_wrapped`. Decoders that ignore stray bits or leading zeros would accept an
-    altered text.
+    It accepts only the text that `write_wrapped` writes. A decoder that ignores extra bits or leading zeros would
+    accept an altered text.
 
     Raises:
-        WrappedKeyInvalid: the text has another form.
+        WrappedKeyInvalid: the text has another format.
     """
     match_ = (
         re.fullmatch(rf"{scheme}:v([1-9][0-9]{{0,8}}):([!-~]+)", wrapped)
@@ -297,7 +295,7 @@ def revoked(name: str, info: KeyInfo | None = None) -> KeyRevoked:
 
 
 def canonical(value: object) -> bytes:
-    """Return JSON in one canonical spelling: sorted keys, no spaces, ASCII."""
+    """Return canonical JSON: with sorted keys, without spaces, in ASCII."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     ).encode()

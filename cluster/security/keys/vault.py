@@ -1,11 +1,11 @@
-"""Keys in HashiCorp Vault. Transit holds and uses the keys; KV version 2 holds their descriptions and tombstones.
+"""Keys in HashiCorp Vault. Transit stores and uses the keys; KV version 2 stores their descriptions and tombstones.
 
 A Vault policy for jobs grants `update` on `transit/encrypt/<prefix>.*` and `transit/decrypt/<prefix>.*`, and `read` on
 `secret/data/<prefix>/keys/*`. Never grant `create` on `transit/encrypt`: Vault then creates a missing key silently.
 
 The name is authenticated with every secret (`associated_data`, Vault 1.9 or later). Transit's own `rewrap` takes no
-associated data (hashicorp/vault#31791). So `rewrap` here decrypts and encrypts: the secret passes through this process,
-but not to the caller.
+associated data (hashicorp/vault#31791). So `rewrap` in this module decrypts and encrypts the secret. This process sees
+the secret, but the caller does not get it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ SCHEME = "vault"
 ALTCHARS = b"+/"
 KEY_TYPE = "aes256-gcm96"
 _ATTEMPTS = 20
-"""Higher than the number of concurrent writers of one description: one of them succeeds in each round."""
+"""Largest number of attempts to write a description. One writer succeeds in each round, so the number must be greater
+than the number of concurrent writers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +54,7 @@ class VaultKeyStore:
     """A KeyStore in Vault.
 
     Args:
-        client: a client that is logged in; `vault_session.keep_renewed` keeps the login alive.
+        client: a client that is logged in; `vault_session.keep_renewed` renews the login.
         mount: mount of the Transit engine.
         kv_mount: mount of the KV version 2 engine.
         prefix: prefix of every key name, so that one Vault can serve several installations.
@@ -100,7 +101,7 @@ class VaultKeyStore:
 
     def wrap(self, name: str, secret: bytes) -> str:
         """Encrypt a secret with the newest version of the key."""
-        self.info(name)  # raises for a missing key, which Vault might otherwise create
+        self.info(name)  # it raises an error for a missing key, which Vault might otherwise create
         check_secret(name, secret)
         with translated_errors(f"encrypt with key '{name}'"):
             answer = self._transit.encrypt_data(
@@ -117,7 +118,7 @@ class VaultKeyStore:
         """Decrypt a wrapped secret."""
         flat = self._transit_name(name)
         try:
-            # Accept one spelling only: Vault itself reads v0 as v1 and ignores stray bits of base64.
+            # Accept only the exact text: Vault itself reads v0 as v1 and ignores extra bits of base64.
             parse_wrapped(name, wrapped, scheme=SCHEME, altchars=ALTCHARS)
             with translated_errors(f"decrypt with key '{name}'"):
                 answer = self._transit.decrypt_data(
@@ -138,7 +139,7 @@ class VaultKeyStore:
     def rotate(self, name: str) -> int:
         """Add a version and return the newest version's number.
 
-        After concurrent rotations, that may be another caller's.
+        After concurrent rotations, another caller may have added the newest version.
         """
         self.info(name)
         flat = self._transit_name(name)
@@ -148,7 +149,7 @@ class VaultKeyStore:
         return int(require_part(answer, "data")["latest_version"])
 
     def revoke(self, name: str) -> None:
-        """Write the tombstone, then delete the key. Safe to repeat after an interruption."""
+        """Write the tombstone, then delete the key. After an interruption, it can be repeated."""
         for _ in range(_ATTEMPTS):
             record = self._record(name)
             if record is None:
@@ -163,7 +164,7 @@ class VaultKeyStore:
         raise _contended(name)
 
     def names(self) -> list[str]:
-        """Return the names of the keys, sorted, without revoked ones."""
+        """Return the names of the keys, sorted, without revoked keys."""
         try:
             with translated_errors("list the keys"):
                 answer = self._transit.list_keys(mount_point=self._mount)
@@ -199,7 +200,7 @@ class VaultKeyStore:
         return True
 
     def _record(self, name: str) -> _Record | None:
-        """Return what KV stores about a key, or None if it stores nothing.
+        """Return what KV stores about a key, or None if KV stores nothing about it.
 
         Raises:
             KeyStoreUnavailable: the stored data is not a description of this key.
@@ -228,7 +229,7 @@ class VaultKeyStore:
         )
 
     def _write(self, info: KeyInfo, *, is_revoked: bool, previous: _Record | None) -> bool:
-        """Write a description with check-and-set. Returns False if another writer was faster."""
+        """Write a description with check-and-set. Return False if another writer was faster."""
         content: dict[str, Any] = {"info": info.plain(), "revoked": is_revoked}
         with translated_errors(f"describe key '{info.name}'"):
             try:
@@ -265,7 +266,7 @@ class VaultKeyStore:
 def flatten(name: str) -> str:
     """Return a key's path as one word: `/` becomes `.` and `.` becomes `..`. Transit's names cannot contain slashes.
 
-    Reversible, because no part of a path begins or ends with a dot.
+    `unflatten` can reverse this, because no part of a path begins or ends with a dot.
     """
     return name.replace(".", "..").replace("/", ".")
 

@@ -1,8 +1,8 @@
-"""Login to HashiCorp Vault, its renewal, and reading secrets and certificates from Vault.
+"""Login to HashiCorp Vault, renewal of the login, and reading secrets and certificates from Vault.
 
-hvac's `Client` has three traps: without a token, it takes one from the environment or the home folder; it follows
-redirects and sends the token along; and it reports an expired token as a missing right. `login` and `translated_errors`
-prevent these.
+hvac's `Client` has three traps. Without a token, it takes a token from the environment or the home folder. It follows
+redirects and sends the token to their target. It reports an expired token as a missing right. `login` and
+`translated_errors` avoid these traps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cluster.security.keys.store import KeyNotFound, KeyStoreUnavailable
 
 KUBERNETES_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 MIN_LEASE_S = 60
-"""A lease this short means that the token reaches its maximum lifetime: log in again."""
+"""A shorter lease, in seconds, means that the token reaches its maximum lifetime. Then the client logs in again."""
 RETRY_S = 5.0
 
 
@@ -35,7 +35,7 @@ class AppRole:
 
     role_id: str
     secret_id: Callable[[], str] = field(repr=False)
-    """Returns the present secret id."""
+    """Returns the current secret id."""
     mount: str = "approle"
 
 
@@ -80,7 +80,7 @@ def login(
     namespace: str | None = None,
     timeout_s: float = 5.0,
 ) -> hvac.Client:
-    """Return a client that is logged in.
+    """Log in to Vault, and return the client.
 
     Args:
         address: `https://host:port`; plain http is allowed for loopback only.
@@ -90,7 +90,7 @@ def login(
         timeout_s: seconds to wait for an answer.
 
     Raises:
-        ConfigError: the address would send the token in the clear.
+        ConfigError: the address would send the token without encryption.
         Unauthenticated: Vault refuses the credentials.
         KeyStoreUnavailable: Vault is down or sealed.
     """
@@ -171,7 +171,7 @@ def read_secret(client: hvac.Client, path: str, *, mount: str = "secret") -> dic
 
     Raises:
         KeyNotFound: no secret at `path`.
-        AccessDenied, KeyStoreUnavailable: from Vault.
+        AccessDenied, KeyStoreUnavailable: errors of Vault.
     """
     with translated_errors(f"read the secret {mount}/{path}"):
         answer = client.secrets.kv.v2.read_secret_version(
@@ -194,7 +194,7 @@ def issue_certificate(
 
     Raises:
         InvalidRequest: the role does not exist or does not allow these names.
-        AccessDenied, KeyStoreUnavailable: from Vault.
+        AccessDenied, KeyStoreUnavailable: errors of Vault.
     """
     extra = {"alt_names": ",".join(alt_names), "ip_sans": ",".join(ip_addresses), "ttl": f"{ttl_s}s"}
     with translated_errors(f"issue a certificate for {common_name} from {mount}/{role}"):
@@ -213,7 +213,7 @@ def issue_certificate(
 
 @contextlib.contextmanager
 def translated_errors(attempt: str) -> Iterator[None]:
-    """Convert hvac's exceptions into ours.
+    """Convert hvac's exceptions to Falaj's exceptions.
 
     The causes are dropped, because they contain the request with its token and the text of the answer.
 
@@ -247,7 +247,7 @@ def translated_errors(attempt: str) -> Iterator[None]:
 
 
 def require_part(answer: Any, part: str) -> dict[str, Any]:
-    """Return a part of Vault's answer. hvac returns the raw response if it has no JSON or is a redirect.
+    """Return a part of Vault's answer. If the response has no JSON or is a redirect, hvac returns the raw response.
 
     Raises:
         KeyStoreUnavailable: the part is missing.
@@ -261,7 +261,7 @@ def require_part(answer: Any, part: str) -> dict[str, Any]:
 
 
 def _log_in(client: hvac.Client, auth: Auth) -> Any:
-    # use_token=False: hvac would read the token from an invalid answer too. The caller checks the answer first.
+    # use_token=False, because hvac would also read a token from an invalid answer. The caller checks the answer first.
     match auth:
         case AppRole():
             return client.auth.approle.login(

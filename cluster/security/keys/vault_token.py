@@ -1,7 +1,8 @@
 """Read a job's token from Vault: `identity.token_file=vault:<path>#<field>`, a secret of KV version 2.
 
-The issuing process writes the tokens there and keeps them fresh. The job logs in with its own rights to that path, as
-`secrets.vault` configures. Only the reference is passed between processes, never the token.
+The process that issues tokens writes them to this path and renews them. The job logs in to Vault with its own
+credentials (`secrets.vault`), which must permit reading the path. Only the reference is passed between processes, never
+the token.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from cluster.settings import VaultConfig
 
 
 def token_in_vault(reference: str, vault: VaultConfig) -> str:
-    """Return the present token.
+    """Return the current token.
 
     Raises:
         ConfigError: the reference is malformed, no Vault is configured, or the secret has no such field.
-        KeyNotFound: no such secret.
-        Unauthenticated, AccessDenied, KeyStoreUnavailable: from Vault.
+        KeyNotFound: the secret does not exist.
+        Unauthenticated, AccessDenied, KeyStoreUnavailable: errors of Vault.
     """
     path, _, field = reference.removeprefix(VAULT_SCHEME).partition("#")
     if not path or not field:

@@ -1,6 +1,6 @@
 """Messages on the broker's socket: a length of four bytes, then a JSON object. Errors are sent by class name.
 
-Both sides raise the same error class. A class that is not in the table is sent as its nearest ancestor in the table.
+Both sides raise the same error class. A class that is not in `_ERRORS` is sent as its nearest base class in `_ERRORS`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cluster.security.keys.store import (
 MAX_BYTES = 1024 * 1024
 MAX_SOCKET_PATH_BYTES = 97
 PING: dict[str, object] = {"op": "ping"}
-"""Checks without a token whether the broker is alive. Not an operation of the key store."""
+"""Request that checks, without a token, whether the broker is alive. It is not an operation of the key store."""
 _HEADER_BYTES = 4
 _ERRORS: dict[str, type[FalajError]] = {
     kind.__name__: kind
@@ -71,16 +71,16 @@ def send(connection: socket.socket, message: dict[str, object], *, timeout_s: fl
 
 
 def receive(connection: socket.socket, *, idle_s: float, read_s: float) -> dict[str, object] | None:
-    """Return one message, or None if the other side closed the connection before it.
+    """Return one message, or None if the other side closed the connection before a message.
 
     Args:
-        connection: a stream socket.
+        connection: a socket of type SOCK_STREAM.
         idle_s: seconds to wait for the first byte.
-        read_s: seconds within which the rest must arrive.
+        read_s: seconds within which the rest of the message must arrive.
 
     Raises:
         InvalidRequest: the message is too long or not a JSON object.
-        OSError: closed within a message, or too slow (TimeoutError).
+        OSError: the connection was closed within a message, or was too slow (TimeoutError).
     """
     connection.settimeout(idle_s)
     first_bytes = connection.recv(_HEADER_BYTES)
@@ -101,7 +101,7 @@ def receive(connection: socket.socket, *, idle_s: float, read_s: float) -> dict[
 
 
 def error_to_plain(error: FalajError) -> dict[str, object]:
-    """Return the answer that carries an error."""
+    """Return the answer that reports an error."""
     kind = next(
         (kind for kind in type(error).__mro__ if _ERRORS.get(kind.__name__) is kind), KeyStoreUnavailable
     )
@@ -115,7 +115,7 @@ def error_from_plain(answer: dict[str, object]) -> FalajError:
 
 
 def check_socket_path(path: str) -> str:
-    """Return the path, if a Unix socket can be bound there.
+    """Return the path if it is short enough for a Unix socket.
 
     Raises:
         ConfigError: the path is too long.
@@ -130,7 +130,7 @@ def check_socket_path(path: str) -> str:
 
 
 def peer_uid(connection: socket.socket) -> int:
-    """Return the user id of the process at the other end, as the kernel recorded it when it connected."""
+    """Return the user id of the process at the other end. The kernel recorded it when the connection was made."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     uid: int = struct.unpack("3i", credentials)[1]
     return uid

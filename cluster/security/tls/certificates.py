@@ -5,9 +5,9 @@
     python -m cluster.security.tls node --name worker-1 --ip 10.0.0.7 --output /etc/falaj/tls
 
 `cluster.up` creates the certificates of authority, edge and head at first use. It renews the certificates of
-edge and head when less than a third of their lifetime is left. It never replaces the authority, nor a certificate of
-another authority. In production the authority is a PKI, such as Vault's (`keys/vault_session.py`). The edge needs one
-PEM file with certificate and key. Ray needs one file each for certificate, key and authority.
+edge and head when less than a third of their lifetime is left. It never replaces the authority, nor a certificate that
+another authority issued. In production the authority is a PKI, such as Vault's (`keys/vault_session.py`). The edge
+needs one PEM file with certificate and key. Ray needs one file each for certificate, key and authority.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError
+from cluster.host_names import is_address
 from cluster.security.tokens.issuer import replace_private_file
 from cluster.settings import StorageConfig
 from cluster.storage import Layout, layout, local
 
 CA_DAYS = 3650
 LEAF_DAYS = 397
-"""Browsers reject longer lifetimes."""
+"""Lifetime of the edge's and the nodes' certificates, in days. Browsers reject longer lifetimes."""
 CA_NAME, CA_KEY_NAME = "ca.pem", "ca.key"
 EDGE_NAME = "edge.pem"
 NODE_CERTIFICATE_NAME, NODE_KEY_NAME = "node.pem", "node.key"
@@ -53,20 +54,22 @@ def ensure_tls(
     places: Layout,
     *,
     addresses: Collection[str] = (),
+    edge_names: Collection[str] = (),
     renew: bool = False,
     now: dt.datetime | None = None,
 ) -> None:
-    """Ensure an authority and valid certificates of this machine for the edge and for Ray.
+    """Ensure that this machine has an authority, and valid certificates for the edge and for Ray.
 
     Args:
         places: paths below the storage root.
         addresses: addresses that the node's certificate needs besides loopback. It keeps those that it has already.
+        edge_names: names and addresses that the edge's certificate needs besides loopback; it keeps others, too.
         renew: create the certificates again, even if they are still valid.
-        now: the time for the check of the lifetime; the present time by default.
+        now: the time for the check of the lifetime; the current time by default.
 
     Raises:
-        ConfigError: the certificate of another authority is there, and one of its files is missing, an address is
-            missing in it, or `renew` is set.
+        ConfigError: the folder has another authority's certificate, and one of the other files is missing, an address
+            is missing in it, or `renew` is set.
     """
     at = now or dt.datetime.now(dt.UTC)
     folder = local(places.tls)
@@ -76,11 +79,9 @@ def ensure_tls(
         require_addresses(folder / NODE_CERTIFICATE_NAME, addresses)
         return
     authority = _authority(folder)
-    if renew or _is_due(folder / EDGE_NAME, authority, at):
-        key = ec.generate_private_key(ec.SECP256R1())
-        usages = (ExtendedKeyUsageOID.SERVER_AUTH,)
-        edge = _leaf(key.public_key(), authority, name="localhost", addresses=LOOPBACK, usages=usages)
-        replace_private_file(folder / EDGE_NAME, _pem(edge) + _key_pem(key))
+    if renew or _is_due(folder / EDGE_NAME, authority, at, names=edge_names):
+        names = certificate_names(folder / EDGE_NAME).union(edge_names).difference(LOOPBACK)
+        _write_edge_certificate(folder, authority, names=sorted(names))
     node_is_due = _is_due(folder / NODE_CERTIFICATE_NAME, authority, at, key=folder / NODE_KEY_NAME)
     present = certificate_addresses(folder / NODE_CERTIFICATE_NAME)
     if renew or node_is_due or not present.issuperset(addresses):
@@ -88,14 +89,35 @@ def ensure_tls(
         write_node_certificate(folder, authority=folder, name=socket.gethostname(), addresses=all_addresses)
 
 
+def _write_edge_certificate(folder: Path, authority: _Authority, *, names: Collection[str]) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = _leaf(
+        key.public_key(),
+        authority,
+        name="localhost",
+        hosts=[name for name in names if not is_address(name)],
+        addresses=(*filter(is_address, names), *LOOPBACK),
+        usages=(ExtendedKeyUsageOID.SERVER_AUTH,),
+    )
+    replace_private_file(folder / EDGE_NAME, _pem(certificate) + _key_pem(key))
+
+
+def certificate_names(path: Path) -> set[str]:
+    """Return the names and IP addresses in a certificate; empty if the file is missing or damaged."""
+    return {str(name.value) for name in _alternative_names(path)}
+
+
 def certificate_addresses(path: Path) -> set[str]:
     """Return the IP addresses in a certificate; empty if the file is missing or damaged."""
+    return {str(name.value) for name in _alternative_names(path) if isinstance(name, x509.IPAddress)}
+
+
+def _alternative_names(path: Path) -> list[x509.GeneralName]:
     try:
         extensions = x509.load_pem_x509_certificate(path.read_bytes()).extensions
-        names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return list(extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
     except (FileNotFoundError, ValueError, x509.ExtensionNotFound):
-        return set()
-    return {str(address) for address in names.get_values_for_type(x509.IPAddress)}
+        return []
 
 
 def require_addresses(path: Path, addresses: Iterable[str]) -> None:
@@ -114,7 +136,7 @@ def require_addresses(path: Path, addresses: Iterable[str]) -> None:
 def is_foreign_authority(authority: Path) -> bool:
     """Return whether a file is the certificate of an authority that this module did not create.
 
-    The certificate's subject decides.
+    The certificate's subject and issuer decide this.
     """
     if not authority.exists():
         return False
@@ -126,7 +148,7 @@ def is_foreign_authority(authority: Path) -> bool:
 
 
 def _require_foreign_files(folder: Path, *, renew: bool) -> None:
-    """Require that all files of another authority are there."""
+    """Require that the folder has all files of another authority, and that `renew` is not set."""
     names = (EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME)
     missing = [name for name in names if not (folder / name).exists()]
     if missing or renew:
@@ -138,13 +160,13 @@ def _require_foreign_files(folder: Path, *, renew: bool) -> None:
 
 
 def write_node_certificate(folder: Path, *, authority: Path, name: str, addresses: Iterable[str]) -> None:
-    """Write a node's certificate and key, and the authority's certificate beside them.
+    """Write a node's certificate and key, and the authority's certificate, to a folder.
 
     Args:
         folder: the folder to write to.
         authority: folder of the authority's certificate and key.
         name: host name of the machine.
-        addresses: addresses under which other nodes reach it. If one is missing, Ray hangs instead of failing.
+        addresses: addresses under which other nodes reach the machine. If one is missing, Ray waits without an error.
 
     Raises:
         ConfigError: there is no local authority, or an address is invalid.
@@ -159,9 +181,21 @@ def write_node_certificate(folder: Path, *, authority: Path, name: str, addresse
 
 
 def sign_node_key(
-    key: ec.EllipticCurvePublicKey, *, authority: Path, name: str, addresses: Iterable[str]
+    key: ec.EllipticCurvePublicKey,
+    *,
+    authority: Path,
+    name: str,
+    addresses: Iterable[str],
+    edge_names: Collection[str] = (),
 ) -> bytes:
     """Return a certificate for a node's key, as PEM.
+
+    Args:
+        key: the node's public key.
+        authority: folder of the authority's certificate and key.
+        name: host name of the machine.
+        addresses: addresses under which other nodes reach it.
+        edge_names: names and addresses at which clients reach the cluster's edges, for an edge on the node.
 
     Raises:
         ConfigError: there is no local authority, or an address is invalid.
@@ -173,14 +207,13 @@ def sign_node_key(
     if not (authority / CA_KEY_NAME).exists():
         raise ConfigError(f"No certificate authority at {authority}. Run `python -m cluster.up` first.")
     signer = _authority(authority)
-    return _pem(_leaf(key, signer, name=name, addresses=(*addresses, *LOOPBACK), usages=_BOTH_SIDES))
+    hosts = [host for host in edge_names if not is_address(host)]
+    all_addresses = (*addresses, *filter(is_address, edge_names), *LOOPBACK)
+    return _pem(_leaf(key, signer, name=name, hosts=hosts, addresses=all_addresses, usages=_BOTH_SIDES))
 
 
 def _authority(folder: Path) -> _Authority:
-    """Return the folder's authority, created at first use.
-
-    The key is written first, so that an incomplete authority is created again.
-    """
+    """Return the folder's authority. If its key or certificate is missing, create both, the key first."""
     if not (folder / CA_NAME).exists() or not (folder / CA_KEY_NAME).exists():
         new_key = ec.generate_private_key(ec.SECP256R1())
         replace_private_file(folder / CA_KEY_NAME, _key_pem(new_key))
@@ -191,12 +224,19 @@ def _authority(folder: Path) -> _Authority:
     return _Authority(x509.load_pem_x509_certificate((folder / CA_NAME).read_bytes()), key)
 
 
-def _is_due(path: Path, authority: _Authority, at: dt.datetime, *, key: Path | None = None) -> bool:
+def _is_due(
+    path: Path,
+    authority: _Authority,
+    at: dt.datetime,
+    *,
+    key: Path | None = None,
+    names: Collection[str] = (),
+) -> bool:
     """Return whether a certificate must be created.
 
-    That is the case if it is missing, or if it is a local one with less than a third of its lifetime left, of an
-    earlier authority, or for another key than the one beside it. Certificates of other authorities, such as a company's
-    PKI, are never replaced.
+    It must be created if the certificate or its key is missing. A local certificate must be created again if an earlier
+    authority issued it, if it does not fit the key in `key`, if one of the names is missing, or if less than a third of
+    its lifetime is left. Certificates of other authorities, such as a company's PKI, are never replaced.
     """
     if not path.exists() or not (key is None or key.exists()):
         return True
@@ -212,7 +252,7 @@ def _is_due(path: Path, authority: _Authority, at: dt.datetime, *, key: Path | N
         return True
     if key is not None and not _has_key(certificate, key):
         return True
-    return in_last_third(certificate, at)
+    return in_last_third(certificate, at) or not certificate_names(path).issuperset(names)
 
 
 def in_last_third(certificate: x509.Certificate, at: dt.datetime) -> bool:
@@ -222,7 +262,7 @@ def in_last_third(certificate: x509.Certificate, at: dt.datetime) -> bool:
 
 
 def _has_key(certificate: x509.Certificate, key: Path) -> bool:
-    """Return whether a key fits a certificate. It may not, if a process was killed between writing the two."""
+    """Return whether a key fits a certificate. If a process was killed between writing both, it does not fit."""
     try:
         private_key = serialization.load_pem_private_key(key.read_bytes(), password=None)
     except (ValueError, TypeError):
@@ -259,6 +299,7 @@ def _leaf(
     name: str,
     addresses: Iterable[str],
     usages: Iterable[x509.ObjectIdentifier],
+    hosts: Iterable[str] = (),
 ) -> x509.Certificate:
     try:
         parsed = [ipaddress.ip_address(address) for address in dict.fromkeys(addresses)]
@@ -267,7 +308,9 @@ def _leaf(
             f"A node's address is invalid: {error}. Use --ip with an address such as 10.0.0.7."
         ) from error
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    names = [x509.DNSName(host) for host in dict.fromkeys((name, "localhost"))]
+    # The edge's HAProxy compares the address that it connects to with DNS names only.
+    remote = [str(address) for address in parsed if not address.is_loopback]
+    names = [x509.DNSName(host) for host in dict.fromkeys((name, "localhost", *hosts, *remote))]
     return (
         _builder(subject, authority.certificate.subject, key, days=LEAF_DAYS)
         .add_extension(
@@ -324,7 +367,7 @@ def _names(certificate: x509.Certificate) -> str:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return certificate.subject.rfc4514_string()
-    return ", ".join(str(name.value) for name in names)
+    return ", ".join(dict.fromkeys(str(name.value) for name in names))
 
 
 def main() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 import socket
+from collections.abc import Collection
 from pathlib import Path
 
 from cryptography import x509
 
 from cluster.errors import ConfigError
+from cluster.host_names import is_address
 from cluster.security.keys.configured import connect_to_vault
 from cluster.security.keys.vault_session import issue_certificate
 from cluster.security.tls.certificates import (
@@ -17,6 +19,7 @@ from cluster.security.tls.certificates import (
     LOOPBACK,
     NODE_CERTIFICATE_NAME,
     NODE_KEY_NAME,
+    certificate_names,
     in_last_third,
 )
 from cluster.security.tokens.issuer import replace_private_file
@@ -24,32 +27,39 @@ from cluster.settings import VaultConfig
 from cluster.storage import Layout, local
 
 
-def fetch_certificates(places: Layout, vault: VaultConfig, *, now: dt.datetime | None = None) -> None:
-    """Ensure certificates for localhost and this machine. Renew them when a third of their lifetime is left.
+def fetch_certificates(
+    places: Layout, vault: VaultConfig, *, names: Collection[str] = (), now: dt.datetime | None = None
+) -> None:
+    """Ensure certificates for localhost and this machine. Renew them if less than a third of their lifetime is left.
 
     Args:
         places: paths below the storage root.
         vault: Vault's address, login and PKI role.
-        now: the time for the check of the lifetime; the present time by default.
+        names: other names and addresses of the node and of its edge. The role must allow each as a DNS name, addresses
+            included, because the edges' HAProxy compares DNS names only.
+        now: the time for the check of the lifetime; the current time by default.
 
     Raises:
         ConfigError: no role is configured.
-        Unauthenticated, AccessDenied, InvalidRequest, KeyStoreUnavailable: from Vault. Existing certificates stay.
+        Unauthenticated, AccessDenied, InvalidRequest, KeyStoreUnavailable: errors of Vault. Existing certificates stay.
     """
     if vault.pki_role is None:
         raise ConfigError(
             "secrets.vault.pki_role is missing. Set it to the PKI role that issues certificates."
         )
     folder, at = local(places.tls), now or dt.datetime.now(dt.UTC)
-    names = (EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME, CA_NAME)
-    if all((folder / name).exists() for name in names) and not _is_due(folder / EDGE_NAME, at):
+    files = (EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME, CA_NAME)
+    all_exist = all((folder / name).exists() for name in files)
+    others = [name for name in dict.fromkeys(names) if name not in LOOPBACK]
+    has_names = certificate_names(folder / EDGE_NAME).issuperset(others)
+    if all_exist and has_names and not _is_due(folder / EDGE_NAME, at):
         return
     issued = issue_certificate(
         connect_to_vault(vault),
         role=vault.pki_role,
         common_name=socket.gethostname(),
-        alt_names=("localhost",),
-        ip_addresses=LOOPBACK,
+        alt_names=("localhost", *others),
+        ip_addresses=(*LOOPBACK, *filter(is_address, others)),
         ttl_s=vault.pki_ttl_s,
         mount=vault.pki_mount,
     )

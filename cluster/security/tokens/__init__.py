@@ -1,1 +1,1 @@
-"""Signed tokens: issuers, verification, and the principal that a token names."""
+"""Signed tokens: their issuers, their verification, and the principal that a token names."""

@@ -1,14 +1,14 @@
-"""Intents: short-lived signed tokens that allow one subject to run one entrypoint for one purpose.
+"""Intents: short-lived signed tokens that allow one subject to run one entry point for one purpose.
 
 The token is in a 0600 file. Only the path of the file is passed on (FALAJ_INTENT_FILE, or `identity.token_file`), never
 the token itself, because everyone can read a Ray runtime_env on the dashboard. The job's process reads and verifies the
 token, and each worker that reads data verifies it again from the same path.
 
-An intent has its own type and audience. So it is not valid at the edge, and an access token cannot run a job. An intent
-may outlive the token that it was made from, because jobs run longer than tokens are valid. It is limited to one
-entrypoint. In production an OIDC issuer signs intents, for the audience INTENT_AUDIENCE and with the claim
-`entrypoint`. If that issuer cannot set `typ`, put the types that it sets into `rules`; the audience still separates
-intents from access tokens.
+An intent has its own type and audience. So the edge does not accept intents, and an access token cannot run a job. An
+intent may be valid longer than the token that it was made from, because jobs run longer than tokens are valid. In
+production an OIDC issuer signs intents, for the audience INTENT_AUDIENCE and with the claim `entrypoint`. If the issuer
+cannot set `typ` to INTENT_TYPE, put the types that it sets into `rules`. The audience still separates intents from
+access tokens.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Intent:
     """A verified intent."""
 
     principal: Principal
-    """The principal. Its `entrypoint` is the intent's, so policies and records name the job."""
+    """The principal. It has the intent's `entrypoint`, so that policies and records can name the job."""
     entrypoint: str
     """Module that the job runs, such as "feature_jobs.ingest"."""
     intent_id: str
@@ -69,10 +69,10 @@ class IntentVerifier(Verifier):
 
         Args:
             token: the token.
-            entrypoint: the module that runs; None accepts every entrypoint, for the key broker, which serves all jobs.
+            entrypoint: the module that runs. None accepts every entry point: the key broker serves all jobs.
 
         Raises:
-            Unauthenticated: see `Verifier.claims`; or the intent is for another entrypoint.
+            Unauthenticated: see `Verifier.claims`; or the intent is for another entry point.
         """
         claims = self.claims(token)
         claimed = text_claim(claims, "entrypoint")
@@ -91,11 +91,11 @@ class IntentVerifier(Verifier):
 
 
 def mint_intent(places: Layout, principal: Principal, *, entrypoint: str, ttl_s: int = DEFAULT_TTL_S) -> str:
-    """Return an intent of the dev issuer for a verified principal.
+    """Return an intent of the development issuer for a verified principal.
 
     Raises:
-        ConfigError: there is no issuer yet, the entrypoint is not a module name, or the lifetime is longer than
-            MAX_TTL_S.
+        ConfigError: there is no issuer yet, the entry point is not a module name or differs from the principal's, or
+            the lifetime is longer than MAX_TTL_S.
     """
     if not _ENTRYPOINT.fullmatch(entrypoint):
         raise ConfigError(f"'{entrypoint}' is not a module name. Use a name such as 'feature_jobs.ingest'.")
@@ -120,13 +120,13 @@ def mint_intent(places: Layout, principal: Principal, *, entrypoint: str, ttl_s:
 
 
 def intent_file(configured: str | None, environment: Mapping[str, str]) -> Path | None:
-    """Return the path of this process's token: the configured file, else the one that the environment names, if any."""
+    """Return the configured path of this process's token, else the path in the environment, else None."""
     path = configured or environment.get(FILE_VARIABLE)
     return Path(path) if path else None
 
 
 def write_intent(path: Path, token: str) -> None:
-    """Write an intent to a file that only its owner can read. Replaces an older file completely."""
+    """Write an intent to a file that only its owner can read. An older file is replaced completely."""
     replace_private_file(path, token.encode())
 
 
@@ -163,9 +163,9 @@ def read_token_file(path: Path) -> str:
 
 
 def is_intent(token: str) -> bool:
-    """Return whether a token claims, by type or audience, to be an intent.
+    """Return whether a token's type or audience says that it is an intent.
 
-    The intent verifier then checks that claim.
+    `IntentVerifier` must still verify the token.
     """
     header, claims = unverified_parts(token)
     return header.get("typ") == INTENT_TYPE or claims.get("aud") == INTENT_AUDIENCE

@@ -1,8 +1,8 @@
-"""The dev issuer: signs tokens on the local machine, with a key in a 0600 file below the storage root.
+"""The development issuer: signs tokens on the local machine, with a key in a 0600 file below the storage root.
 
-`enterprise_gpu` refuses the dev issuer, because a process that reads the key file can act as every principal. That tier
-uses an OIDC issuer. After a rotation, the old public keys stay in the JWKS until the last token that they signed has
-expired.
+The tier `enterprise_gpu` needs an OIDC issuer. It refuses the development issuer, because a process that reads the key
+file can act as every principal. After a rotation, the old public key stays in the JWKS until the last token that the
+old key signed has expired.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ PRIVATE_NAME = "issuer.pem"
 PUBLIC_NAME = "issuer.pub.pem"
 JWKS_NAME = "jwks.json"
 RETIRES_AT = "falaj_retires_at"
-"""Member of an old key in the JWKS: Unix seconds after which none of its tokens can be valid."""
+"""Member of an old key in the JWKS: Unix seconds after which no token of this key can be valid."""
 
 
 def ensure_issuer(places: Layout, *, tier: Tier = Tier.smb_cpu) -> None:
-    """Create the dev issuer's key at first use.
+    """Create the development issuer's key if it does not exist.
 
     Raises:
-        ConfigError: the tier does not allow the dev issuer.
+        ConfigError: the tier does not allow the development issuer.
     """
     _refuse_in_production(tier)
     keys = local(places.keys)
@@ -64,11 +64,11 @@ def rotate_issuer(
     Args:
         places: paths below the storage root.
         tier: tier of the installation.
-        keep_s: seconds for which tokens of the old key stay valid; 0 ends all tokens at once, for use after a theft.
-        now: Unix seconds; the present time by default.
+        keep_s: seconds for which tokens of the old key stay valid. If the key was stolen, use 0: all tokens end now.
+        now: Unix seconds; the current time by default.
 
     Raises:
-        ConfigError: the tier does not allow the dev issuer, or there is no issuer yet.
+        ConfigError: the tier does not allow the development issuer, or there is no issuer yet.
     """
     _refuse_in_production(tier)
     keys, at = local(places.keys), time.time() if now is None else now
@@ -82,7 +82,7 @@ def rotate_issuer(
 
 
 def _retiring(entry: dict[str, Any], current: ECKey, retires_at: int) -> dict[str, Any]:
-    """Return a JWKS entry with its retirement time. A key that already has one keeps it, unless it signs at present."""
+    """Return a JWKS entry with its retirement time. A key that is already retired keeps its retirement time."""
     if entry["kid"] == current.thumbprint() or RETIRES_AT not in entry:
         return entry | {RETIRES_AT: retires_at}
     return entry
@@ -98,7 +98,7 @@ def mint_token(
     tenant: str = "default",
     scope: str = "",
 ) -> str:
-    """Return an access token of the dev issuer.
+    """Return an access token of the development issuer.
 
     Raises:
         ConfigError: there is no issuer yet, or the lifetime is too long.
@@ -109,7 +109,7 @@ def mint_token(
 
 
 def sign(places: Layout, claims: dict[str, str], *, audience: str, token_type: str, ttl_s: int) -> str:
-    """Return a signed token with the dev issuer's name, the time claims and a unique id.
+    """Return a signed token with the development issuer's name, the time claims and a unique id.
 
     Raises:
         ConfigError: there is no issuer yet, or the lifetime is too long.
@@ -167,7 +167,7 @@ def _new_key() -> ECKey:
 def _install(keys: Path, key: ECKey, *, old: list[dict[str, Any]]) -> None:
     """Write the public files first, then the private key.
 
-    So every signed token can be verified, also after an interruption.
+    So every signed token can be verified, even if the process is killed in between.
     """
     published = [key.as_dict(private=False), *old]
     replace_private_file(keys / JWKS_NAME, json.dumps({"keys": published}).encode(), mode=0o644)
@@ -176,7 +176,7 @@ def _install(keys: Path, key: ECKey, *, old: list[dict[str, Any]]) -> None:
 
 
 def no_issuer(path: Path) -> ConfigError:
-    """Return the error for a missing file of the dev issuer."""
+    """Return the error for a missing file of the development issuer."""
     return ConfigError(
         f"No issuer at {path}. Run `python -m cluster.up` first. It creates the dev issuer, unless "
         "identity.issuer.url names another issuer. Then get tokens from that one."
@@ -199,7 +199,7 @@ def _published(keys: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock the folder for one writer. The lock is on the folder itself, so no lock file is left behind."""
+    """Lock the folder for one writer. The lock is on the folder itself, so there is no lock file."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

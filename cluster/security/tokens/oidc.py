@@ -1,9 +1,9 @@
 """An issuer's public keys, from a local JWKS file or from a URL.
 
-A fetched key set is cached for `max_age_s`. A token with an unknown `kid` triggers another fetch, at most once per
+A fetched key set is cached for `max_age_s`. A token with an unknown `kid` starts another fetch, but at most one per
 `cooldown_s`, so that unauthenticated requests cannot overload the issuer. While the issuer is down, the last set stays
-in use for up to `max_stale_s`. The limit exists because a withdrawn key would still be accepted. A fetch blocks its
-caller for at most about twice the timeout. Other threads continue with the cached set.
+in use for at most `max_stale_s`, because it may contain a withdrawn key. A fetch blocks its caller for at most about
+twice the timeout. Other threads continue with the cached set.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def usable_keys(document: bytes, algorithms: tuple[str, ...]) -> dict[str, Key]:
     """Return the public keys of a JWKS that can verify one of the algorithms, by `kid`.
 
     Other keys are left out (RFC 7517, section 5): unknown types, weak keys, encryption keys, keys without a `kid`, and
-    keys whose `kid` is not unique. An empty result is valid: the issuer has withdrawn its keys.
+    keys whose `kid` is not unique. The result may be empty: the issuer has withdrawn its keys.
 
     Raises:
         ConfigError: the document is not a JWKS.
@@ -86,14 +86,14 @@ def _import_key(entry: dict[str, Any]) -> Key | None:
         if entry["kty"] == "RSA" and _bits(str(entry.get("n"))) < MIN_RSA_BITS:
             return None
         key = JWKRegistry.import_key(members)
-        _ = key.public_key  # raises if the point is not on the curve
+        _ = key.public_key  # it raises an error if the point is not on the curve
     except (JoseError, ValueError, TypeError, LookupError):  # joserfc does not convert all errors
         return None
     return key
 
 
 def _bits(number: str) -> int:
-    """Return the bit length of a base64url number. joserfc only warns about a short one."""
+    """Return the bit length of a base64url number. joserfc only warns about a short RSA key."""
     raw = base64.urlsafe_b64decode(number + "=" * (-len(number) % 4))
     return int.from_bytes(raw, "big").bit_length()
 
@@ -105,10 +105,10 @@ class _LoadedKeys(NamedTuple):
 
 
 class FileKeys:
-    """The keys of a JWKS file. The file is read again whenever it was replaced.
+    """The keys of a JWKS file. The file is read again after it was replaced.
 
-    While the file is missing or invalid, no token is valid. Writers replace the file atomically, so a missing file was
-    removed on purpose.
+    While the file is missing or invalid, no token is valid. Writers replace the file atomically, so a file is missing
+    only if somebody removed it.
     """
 
     def __init__(self, path: Path, *, algorithms: tuple[str, ...] = ("ES256",)) -> None:
@@ -117,7 +117,7 @@ class FileKeys:
         self._loaded: _LoadedKeys | None = None
 
     def find(self, kid: str) -> Key | None:
-        """Return the key with this `kid`, if the file has it now.
+        """Return the key with this `kid`, or None if the file does not have it now.
 
         Raises:
             Unauthenticated: the file cannot be read.
@@ -167,7 +167,7 @@ class RemoteKeys:
         self._failures = 0
 
     def find(self, kid: str) -> Key | None:
-        """Return the key with this `kid`, if the issuer publishes it.
+        """Return the key with this `kid`, or None if the issuer does not publish it.
 
         Raises:
             Unauthenticated: no set was fetched within `max_stale_s`.
@@ -197,7 +197,7 @@ class RemoteKeys:
     def _refresh(self) -> None:
         """Fetch the keys, unless the last attempt was too recent.
 
-        While another thread fetches, only the first fetch is waited for.
+        If another thread already fetches them, return at once; but before the first successful fetch, wait for it.
         """
         if not self._lock.acquire(blocking=self._fetched_at is None):
             return
@@ -228,11 +228,10 @@ def jwks_fetcher(url: str, *, ca_file: str | None = None, timeout_s: float = TIM
 
 
 def discovery_fetcher(issuer: str, *, ca_file: str | None = None, timeout_s: float = TIMEOUT_S) -> Fetch:
-    """Return a function that fetches the JWKS that an issuer's OpenID configuration names.
+    """Return a function that fetches an issuer's JWKS.
 
-    It reads the configuration each time.
-
-    The fetch raises ConfigError if the document is for another issuer (OpenID Connect Discovery 1.0, 4.3).
+    Each call of that function reads the issuer's OpenID configuration, and fetches the JWKS at its `jwks_uri`. The call
+    raises ConfigError if the configuration is for another issuer (OpenID Connect Discovery 1.0, 4.3).
 
     Raises:
         ConfigError: the issuer's URL is neither https nor loopback.
@@ -300,7 +299,7 @@ def download(url: str, *, ca_file: str | None = None, timeout_s: float = TIMEOUT
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect, so that a redirect response raises an error."""
+    """Follows no redirects. A redirect response raises an error."""
 
     def redirect_request(self, *_: Any) -> None:
         return None

@@ -27,9 +27,9 @@ class Principal:
     """Unix seconds."""
     tenant: str = "default"
     entrypoint: str = ""
-    """The only job that the principal may run, if it comes from an intent; empty for an access token."""
+    """Entry point of the only job that the principal may run, from an intent; empty for an access token."""
     models: tuple[str, ...] | None = None
-    """The only models that the scope allows; None if the role alone decides."""
+    """The only models that the token's scope allows; None if only the role decides."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +46,7 @@ class Verifier:
     """Verifies the tokens of one issuer by one set of rules."""
 
     default_rules: ClassVar[TokenRules]
-    """Rules for tokens of the dev issuer."""
+    """Rules for tokens of the development issuer."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Verifier:
 
     @classmethod
     def of(cls, places: Layout) -> Self:
-        """Return the verifier of the dev issuer. It follows key rotations.
+        """Return the verifier of the development issuer's tokens. It follows key rotations.
 
         Raises:
             ConfigError: there is no issuer yet.
@@ -71,15 +71,15 @@ class Verifier:
         return cls(local_keys(places))
 
     def now(self) -> float:
-        """Return the present time of this verifier's clock in Unix seconds."""
+        """Return the current time of this verifier's clock in Unix seconds."""
         return self._clock()
 
     def claims(self, token: str) -> dict[str, Any]:
         """Return all claims of a valid token.
 
         Raises:
-            Unauthenticated: a wrong signature, algorithm, type, key, issuer or audience; or a token that has expired,
-                is not yet valid, or whose expiry is missing or too far away.
+            Unauthenticated: signature, algorithm, type, key, issuer or audience is wrong; the token has expired or is
+                not yet valid; or its expiry is missing or too far away.
         """
         return verified_claims(token, find=self._keys.find, rules=self.rules, now=self._clock())
 
@@ -99,7 +99,7 @@ class TokenVerifier(Verifier):
 
 
 def local_keys(places: Layout) -> FileKeys:
-    """Return the keys of the dev issuer.
+    """Return the keys of the development issuer.
 
     Raises:
         ConfigError: there is no issuer yet.

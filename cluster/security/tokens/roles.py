@@ -16,4 +16,4 @@ class Role(enum.StrEnum):
     service = "service"
     admin = "admin"
     supervisor = "supervisor"
-    """Role of the cluster's supervisor process; not for people."""
+    """Role of the cluster's supervisor process. No person gets this role."""

@@ -1,6 +1,7 @@
-"""Where a process gets its own token: from a file that another process keeps fresh, or from the local dev issuer.
+"""The source of a process's own token: a file that another process renews, or this machine's development issuer.
 
-Plain data, so a driver can pass it to its workers. The token itself is never put into a runtime environment.
+A `TokenSource` is plain data, so a driver can send it to its workers. The token itself is never in a runtime
+environment.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ RENEW_S = 300
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenSource:
-    """Where to get a token."""
+    """Source of a token."""
 
     file: str | None = None
-    """A file with the token, read again for every use."""
+    """A file with the token. The file is read again for every use."""
     intent: str = ""
     """Name of a job's intent in the folder `keys/intents` below `root`, which the job keeps fresh."""
     root: str = ""
@@ -41,7 +42,7 @@ class TokenSource:
 
         Raises:
             Unauthenticated: the file cannot be read.
-            ConfigError: other users can read the file, or there is no dev issuer.
+            ConfigError: other users can read the file, or there is no development issuer.
         """
         path = self.path()
         if path is None:
@@ -60,7 +61,7 @@ class TokenSource:
 
 @functools.lru_cache(maxsize=16)
 def _mint(source: TokenSource, period: int) -> str:
-    """Return a token of the dev issuer. Cached for one period of RENEW_S seconds."""
+    """Return a token of the development issuer. It is cached for one period of `RENEW_S` seconds."""
     return mint_token(
         Layout(source.root),
         subject=source.subject,

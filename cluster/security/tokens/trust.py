@@ -1,4 +1,4 @@
-"""The trusted issuer of an installation: the configured OIDC issuer, or the dev issuer if none is configured.
+"""The trusted issuer of an installation: the configured OIDC issuer, or else the development issuer.
 
 In production the OIDC issuer signs access tokens (audience `identity.issuer.audience`) for people and services, and
 intents (audience `falaj-intent`, with the claim `entrypoint`) for jobs. Both use ES256 or RS256 and keys of the
@@ -33,12 +33,12 @@ class Trust:
 
         Args:
             issuer: the configured issuer.
-            places: paths below the storage root, for the dev issuer.
+            places: paths below the storage root, for the development issuer.
             keys_max_age_s: seconds after which an OIDC issuer's keys are fetched again.
 
         Raises:
-            ConfigError: the address is neither https nor loopback; or no issuer is configured and the dev issuer does
-                not exist.
+            ConfigError: the address is neither https nor loopback; or no issuer is configured and the development
+                issuer does not exist.
         """
         if issuer.url is None:
             keys: KeySource = local_keys(places)

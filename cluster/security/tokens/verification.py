@@ -1,9 +1,9 @@
 """Verification of signed tokens. Every check happens before a claim is used.
 
-joserfc checks the signature and the registered claims. Before that, the header must have one of the few accepted forms.
-It may not contain a key or the address of a key, or a critical extension. The algorithm must be an allowed one, and the
-`kid` is looked up only among the issuer's known keys. JSON with a duplicate name is refused, because two readers could
-read it differently. No message repeats the token's content, so refusals can be counted by message.
+joserfc checks the signature and the registered claims. Before that, this module checks the header: it may contain only
+a few fields, so no key, no address of a key and no critical extension. The algorithm must be allowed, and the `kid` is
+looked up only among the issuer's known keys. JSON with a duplicate name is refused, because two readers could read
+different values. No message repeats the token's content, so refusals can be counted by message.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ LEEWAY_S = 30
 MAX_TEXT = 200
 MODEL_SCOPE = "model:"
 KEY_TYPES = {"ES256": "EC", "RS256": "RSA"}
-"""Supported algorithms and their key types. None uses a shared secret."""
+"""Supported algorithms and their key types. No algorithm with a shared secret is supported."""
 ACCESS_TYPES = frozenset({"", "jwt", "at+jwt"})
-"""The `typ` of access tokens, in lower case; a missing `typ` counts as empty."""
+"""Allowed `typ` of access tokens, in lower case. A missing `typ` is the same as an empty one."""
 _HEADERS = frozenset({"alg", "kid", "typ", "x5t", "x5t#S256"})
 KID = re.compile(r"[A-Za-z0-9_.:+/=-]{1,200}")
 """Pattern of a key id that a token may contain."""
@@ -47,7 +47,7 @@ class TokenRules:
     algorithms: tuple[str, ...] = ("ES256",)
     types: frozenset[str] = ACCESS_TYPES
     leeway_s: int = LEEWAY_S
-    """Tolerated difference of the issuer's clock in seconds."""
+    """Allowed difference between the issuer's clock and this machine's clock, in seconds."""
     max_bytes: int = MAX_TOKEN_BYTES
     max_lifetime_s: int = MAX_LIFETIME_S
     """Longest lifetime in seconds. A later expiry is refused as a mistake or an attack."""
@@ -80,9 +80,9 @@ def verified_claims(token: str, *, find: FindKey, rules: TokenRules, now: float)
 
 
 def unverified_parts(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return header and claims of a token without verification, to select the rules for it.
+    """Return a token's header and claims without verification, to select the rules for the token.
 
-    Both are empty if unreadable.
+    If one of them is unreadable, both are empty.
     """
     try:
         header, claims = (_parse_object(_decoded(part)) for part in token[:MAX_TOKEN_BYTES].split(".")[:2])
@@ -106,7 +106,7 @@ def text_claim(claims: dict[str, Any], name: str, *, default: str | None = None)
 
 
 def scoped_models(claims: dict[str, Any], name: str) -> tuple[str, ...] | None:
-    """Return the models that a scope names by words `model:<name>`, or None if it names none.
+    """Return the models that a scope names by words `model:<name>`, or None if it names no model.
 
     Raises:
         Unauthenticated: the scope is neither text nor a list of words.

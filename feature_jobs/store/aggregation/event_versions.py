@@ -1,7 +1,7 @@
-"""Versions of one event: which of them can still count, and in which order.
+"""Versions of one event: their order, and which of them a read may still need.
 
-A pushed version has a provisional sequence number, greater than all final ones, until it gets its final number. Until
-then it is unknown which final versions with the same created time will be later than it, so these are kept too.
+A pushed version first has a provisional sequence number, which is greater than all final numbers. Until it gets its
+final number, its order among the versions with the same created time is not known. So those versions are kept too.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class Version(NamedTuple):
 
 
 class Event(NamedTuple):
-    """An event with the versions that can still count at some instant. The field order is the packed format."""
+    """An event with the versions that a read at some instant may need. The field order is the packed format."""
 
     event_id: int | str
     last_us: int
-    """When the last of all its versions became known, including versions that were dropped."""
+    """When the event's last version became known, including versions that were dropped."""
     versions: list[Version]
     """Sorted by (created, seq)."""
 
     @property
     def newest(self) -> Version:
-        """The version that counts when all versions are known."""
+        """The version that a read uses when all versions are known."""
         return self.versions[-1]
 
     @classmethod
@@ -52,7 +52,7 @@ class Event(NamedTuple):
 
 
 def with_version(event: Event, version: Version, previous_seq: int | None) -> Event:
-    """Return the event with one more version, without the versions that cannot count at any instant.
+    """Add a version to an event, drop the versions that no read can use at any instant, and return the result.
 
     Args:
         event: The event.
@@ -75,6 +75,6 @@ def _order_is_final(later: Version, earlier: Version) -> bool:
 
 
 def newest_versions(versions: list[Version]) -> list[Version]:
-    """Return the last version, and each version that may still become later than it."""
+    """Return the last version, and each version that may come after it when its provisional number becomes final."""
     last = versions[-1]
     return [version for version in versions if version is last or not _order_is_final(last, version)]

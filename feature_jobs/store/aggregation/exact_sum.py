@@ -20,13 +20,13 @@ Ints = npt.NDArray[np.int64]
 _DIGIT_BITS = 32
 _DIGIT = (1 << _DIGIT_BITS) - 1
 _MIN_EXPONENT = 1074
-"""The smallest positive float64 is 2 to the power of minus this."""
+"""The smallest positive float64 is 2 ** -_MIN_EXPONENT."""
 _LARGE = 2.0**990
 """Above this, the value of a digit or a sum of digits could be outside float64."""
 
 
 def exact_sum(values: Sequence[float]) -> float | None:
-    """Return the exact sum rounded to float64: infinite outside its range, None for infinities of both signs."""
+    """Return the exact sum, rounded to float64. Too large sums are infinite; inf and -inf together give None."""
     try:
         return math.fsum(values) + 0.0
     except ValueError:
@@ -41,7 +41,7 @@ class Digits:
     """Numbers split into digits. A number is the sum of digits[k] * 2 ** (32 * (lowest + k) - 1074)."""
 
     digits: list[Ints]
-    """One array per position, with one digit per number. Each digit is less than 2 ** 32 in size."""
+    """One array per position, with one digit per number. A digit's absolute value is less than 2 ** 32."""
     lowest: int
     """Position of the lowest digit."""
 
@@ -92,7 +92,7 @@ def split_digits(numbers: Floats) -> Digits:
 
 
 def _carried(sums: Sequence[Ints]) -> list[Ints]:
-    """Carry digits over, so that all but the highest are in 0 to 2 ** 32 - 1 and each is exact as a float64."""
+    """Carry digits over. Then all but the highest are from 0 to 2 ** 32 - 1, and each is exact as a float64."""
     carried = []
     carry = np.zeros_like(sums[0])
     for total in sums[:-1]:

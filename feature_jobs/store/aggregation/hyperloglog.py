@@ -1,9 +1,9 @@
 """Estimate the number of different values with 4,096 registers: HyperLogLog (Flajolet, Fusy, Gandouet, Meunier 2007).
 
 The standard error is 1.04 / sqrt(4096) = 1.6 %. The estimator is Ertl's (arXiv 1702.01284, algorithm 6), which has this
-error over the whole range. The original estimator is biased where it switches from its correction for small counts to
-the other formula. Registers depend only on the set of values. So offline and online, and one set or several merged
-sets, give the same estimate.
+error over the whole range. The original estimator has one formula for small counts and another one for larger counts,
+and is biased where it switches. Registers depend only on the set of values. So the estimate is the same offline and
+online, and for one set or several merged sets.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def value_hash(value: Value) -> int:
 def registers_and_ranks(
     hashes: npt.NDArray[np.uint64],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-    """Return the register of each hash, given by its first bits, and the position of the first set bit in the rest."""
+    """Return each hash's register (its first bits) and rank (the position of the first set bit among the others)."""
     indices = (hashes >> np.uint64(_RANK_BITS)).astype(np.int64)
     rest = hashes & np.uint64((1 << _RANK_BITS) - 1)
-    # Below 2 ** 53 a float64 holds the bits exactly, and its exponent is the position of the highest set bit.
+    # Numbers below 2 ** 53 are exact as float64, and the exponent is the position of the highest set bit.
     highest = np.frexp(rest.astype(np.float64))[1]
     return indices, (_RANK_BITS + 1 - highest).astype(np.uint8)
 

@@ -1,11 +1,11 @@
-"""Partial aggregates of a tile's columns, and answers computed from several of them.
+"""Partial aggregates of a tile's columns, and results that are computed from several partial aggregates.
 
 A partial is a list of six fields, indexed by the constants below:
 
     COUNT     the number of values
-    SUM       their sum: a whole number, or a few floats whose exact sum it is
+    SUM       their sum: a whole number, or a few floats with this exact sum
     MIN, MAX  the least and the greatest value
-    LAST      the last value, with its order
+    LAST      the last value after its event time, created time and sequence number (a `RankedValue`, as a list)
     DISTINCT  the different values: a list, or HyperLogLog registers for more than `EXACT_DISTINCT` values
 
 Fields that no feature needs stay None. A partial is a list and not a class, because an online read unpacks up to 260 of
@@ -38,12 +38,12 @@ def empty() -> Partial:
 
 
 def updates_for(functions: Iterable[Function]) -> tuple[Update, ...]:
-    """Return the updates that add a value to the fields which these functions need."""
+    """Return the updates that a partial of these aggregation functions needs."""
     return tuple(dict.fromkeys(_UPDATES[function] for function in functions if function in _UPDATES))
 
 
 def add(partial: Partial, ranked: RankedValue, updates: Iterable[Update]) -> None:
-    """Add one value, which is not null, to a partial.
+    """Add one value to a partial. The value must not be null.
 
     Args:
         partial: The partial. Changed in place.
@@ -56,7 +56,7 @@ def add(partial: Partial, ranked: RankedValue, updates: Iterable[Update]) -> Non
 
 
 def answer(function: Function, partials: Sequence[Partial], values: Sequence[RankedValue]) -> Any:
-    """Compute a function over the values of some partials and some single values.
+    """Compute an aggregation function over the values in partials and over single values.
 
     Raises:
         InvalidRequest: A sum of whole numbers is outside int64.

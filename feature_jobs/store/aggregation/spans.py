@@ -1,6 +1,6 @@
-"""Aggregates over intervals of positions: each value counts at the positions of one interval.
+"""Aggregates over intervals of positions. Each value belongs to the positions of one interval.
 
-The positions are the entity rows in order of entity and time. A value counts at the positions from `start` to before
+The positions are the entity rows in order of entity and time. An interval goes from `start` to the position before
 `stop`. Each function computes the results of all positions at once, in O((n + m) log m) for n values and m positions.
 No function subtracts rounded numbers. All loops over rows are inside NumPy.
 """
@@ -16,7 +16,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 NO_RANK = -1
-"""Rank of a position at which no value counts."""
+"""Rank of a position that has no value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Spans:
 def totals(spans: Spans, amounts: Ints) -> Ints:
     """Return the sum of `amounts` at each position.
 
-    A sum that fits int64 is exact, even if the running totals overflow: int64 wraps around, so their difference is
-    right.
+    A sum that fits int64 is exact, even if the running totals overflow: int64 wraps around, so the differences of
+    running totals are still right.
     """
     changes = np.zeros(spans.num_positions + 1, np.int64)
     np.add.at(changes, spans.start, amounts)
@@ -59,7 +59,7 @@ def counts(spans: Spans) -> Ints:
 def greatest(spans: Spans, ranks: Ints) -> Ints:
     """Return the greatest rank at each position, `NO_RANK` without values. Ranks are 0 or more.
 
-    Uses a segment tree over the positions: each interval is written to the few nodes that cover it, then each node
+    It uses a segment tree over the positions: each interval is written to the few nodes that cover it, then each node
     passes its greatest rank down to its two children.
     """
     leaves = 1 << max(spans.num_positions - 1, 0).bit_length()
@@ -81,11 +81,11 @@ def greatest(spans: Spans, ranks: Ints) -> Ints:
 
 
 def merge_equal_values(spans: Spans, values: Ints) -> Spans:
-    """Merge overlapping intervals of equal values. Then the number of intervals is the number of different values.
+    """Merge overlapping intervals of equal values. Then `counts` gives the number of different values.
 
     Args:
         spans: The intervals.
-        values: A code, 0 or more, of each value. Equal codes are equal values.
+        values: One code per value, 0 or more. Equal values have equal codes.
     """
     order = np.lexsort((spans.start, values))
     sorted_spans = Spans(spans.start[order], spans.stop[order], spans.rows[order], spans.num_positions)
@@ -103,12 +103,12 @@ def merge_equal_values(spans: Spans, values: Ints) -> Spans:
 
 @dataclass(frozen=True, slots=True)
 class PositionBlock:
-    """Some positions, and the values that count there."""
+    """Some positions, and the values that belong to them."""
 
     positions: Ints
     """The positions."""
     everywhere: Ints
-    """Rows of the values that count at all of these positions."""
+    """Rows of the values that belong to all of these positions."""
     position_indices: Ints
     """For each pair of a position and another value: the position's index in `positions`."""
     rows: Ints
@@ -116,7 +116,7 @@ class PositionBlock:
 
 
 def iterate_blocks(spans: Spans, positions: Ints, *, size: int) -> Iterator[PositionBlock]:
-    """Yield the values that count at the given positions, `size` positions at a time.
+    """Yield the values that belong to the given positions, `size` positions at a time.
 
     Args:
         spans: The intervals.

@@ -1,19 +1,19 @@
 """The online state of one entity of an aggregated view: its events in tiles of time, with a summary of each tile.
 
-A window (t - w, t] is computed from summaries and events. A tile that is completely inside the window contributes its
-summary. Two kinds of tiles contribute their single events: the tile that the window's start cuts, and tiles with
-versions that became known after t. The window's end cuts no tile, because an event is known only after it happened. The
-result equals that of `offline/window_values.py` for the same instant and the same known rows, exactly.
+A window (t - w, t] is computed from summaries and events. If a tile is completely inside the window, its summary is
+used. Two kinds of tiles are read event by event: the tile that contains the window's start, and tiles with versions
+that became known after t. The window's end needs no check, because an event is known only after it happened. The result
+is exactly that of `offline/window_values.py` for the same instant and the same known rows.
 
-A value cannot be removed from a sketch or an extreme, so corrections and tombstones need the events. They are stored,
-packed, for the length of the longest window. Memory per entity is about 60 bytes plus the values for each event, and at
-most about 260 summaries. Adding an event unpacks no other event. A correction unpacks the tile of its event.
+A value cannot be removed from a sketch, a minimum or a maximum, so corrections and tombstones need the events. Packed
+events are stored for the length of the longest window. An entity needs about 60 bytes plus the values for each event,
+and at most about 260 summaries. Adding an event unpacks no other event. A correction unpacks the tile of its event.
 
 Events may arrive in any order, late and repeatedly. A version of an event is identified by (event_id, created, seq).
-Each event keeps only the versions that can still count at some instant. An event is dropped when its last version
-has been known for the length of the longest window. If one of its older versions arrives after that, it is too old to
-count. There is one exception: a version dated ahead (event time after created time) that arrives for the first time
-more than a longest window after its correction.
+Each event keeps only the versions that a read at some instant may need. An event is dropped when its last version has
+been known for the length of the longest window. An older version of the event that arrives after that is too old for
+every window. There is one exception: a version whose event time is after its created time, if it arrives later than its
+correction by more than the longest window.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class WindowState:
     def __init__(self, tiling: Tiling, *, since_us: int = _BEGINNING) -> None:
         self._tiling = tiling
         self.since_us = since_us
-        """The earliest instant with values. For earlier ones, events were dropped."""
+        """The earliest instant with values. Events that earlier instants need were dropped."""
         self._tiles: dict[int, _Tile] = {}
 
     @classmethod
@@ -121,7 +121,7 @@ class WindowState:
 
     @property
     def newest_us(self) -> int:
-        """When the last version became known."""
+        """The time at which the last version of any event became known."""
         return max((tile.last_us for tile in self._tiles.values()), default=_BEGINNING)
 
     def rows(self) -> Iterator[EventRow]:
@@ -150,7 +150,7 @@ class WindowState:
         return True
 
     def values(self, as_of_us: int) -> list[Any] | None:
-        """Return the view's features at an instant, or None if it is before `since_us`.
+        """Return the view's features at an instant, or None if the instant is before `since_us`.
 
         Raises:
             InvalidRequest: A sum of whole numbers is outside int64.
@@ -166,7 +166,7 @@ class WindowState:
         ]
 
     def expire(self, now_us: int) -> None:
-        """Drop everything that no answer at this instant or later needs."""
+        """Drop everything that no read at this instant or later needs."""
         for number, tile in list(self._tiles.items()):
             if tile.last_us + self._tiling.longest_us <= now_us:
                 del self._tiles[number]
@@ -200,7 +200,7 @@ class WindowState:
         return event.newest.event_us // self._tiling.width_us
 
     def _window(self, as_of_us: int, start_us: int) -> _Window:
-        """Collect the events after `start_us` that count at an instant: whole tiles, or single versions."""
+        """Collect the events after `start_us` that are known at an instant, as whole tiles and single versions."""
         width_us = self._tiling.width_us
         tiles: list[_Tile] = []
         versions: list[list[Any]] = []
@@ -239,7 +239,7 @@ class _Tile:
     """The events of one interval of time, packed one after the other, and their summary.
 
     An event belongs to the tile of its newest version. The summary covers newest versions only. Reads work on unpacked
-    lists, because creating `Event` and `Version` objects would take a third more time.
+    lists, because they would take a third longer with `Event` and `Version` objects.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class _Tile:
         summary: bytes = b"",
     ) -> None:
         self.last_us = last_us
-        """When the last version became known."""
+        """When the last version of any event became known."""
         self.has_corrections = has_corrections
         """Whether an event has several versions."""
         self._keys = keys
@@ -337,7 +337,7 @@ class _Tile:
             self.append(_event_key(event.event_id), event, tiling)
 
     def counting_versions(self, as_of_us: int, start_us: int) -> list[list[Any]]:
-        """Return the version of each event that counts at an instant, without tombstones and events before the start.
+        """For each event in a window, return the newest version that is known at an instant. Leave out tombstones.
 
         Args:
             as_of_us: The instant.
@@ -355,7 +355,7 @@ class _Tile:
 
 
 def _ranked_values(versions: Iterable[Sequence[Any]], column: int) -> Iterator[RankedValue]:
-    """Yield a column's values that are not null, with their order for `last`. No version may be a tombstone."""
+    """Yield a column's non-null values, each with the times and number by which `last` sorts. Accepts no tombstones."""
     for created_us, seq, event_us, values in versions:
         if values[column] is not None:
             yield event_us, created_us, seq, values[column]

@@ -3,13 +3,13 @@
 All versions of a view share one feature table and the same online rows. So a change has one of four impacts on readers
 of earlier versions:
 
-    safe          They are not affected. A new column is null in older rows. Each reader applies the TTL of its own
+    safe          Readers are not affected. A new column is null in older rows. Each reader applies the TTL of its own
                   version. Checks, owner and descriptions do not affect values, and neither does the location of the
                   source.
-    restricts     They may lose access or old rows: purposes, region, a shorter retention. Such a change is never
-                  refused, because governance must be able to take effect at once.
-    breaking      They would read other values under the same name: a column was removed, so it is null in new rows; or
-                  the transform's code, the query, or the columns of event time or created time have changed.
+    restricts     Readers may lose access or old rows: fewer purposes, another region, a shorter retention. Such a
+                  change is never refused, because governance must be able to take effect at once.
+    breaking      Readers would get other values under the same name. For example, a column was removed, so it is null
+                  in new rows. Or the transform's code, the query, or the column of event or created time has changed.
     incompatible  Rows of both versions cannot be in one table: a change of join keys, of a column's type, or of a
                   column's sensitivity, which selects the encryption key of its files.
 
@@ -297,7 +297,7 @@ def _by_name(value: Any) -> dict[str, Any] | None:
 
 
 def _merged_keys(before: Definition, after: Definition) -> list[str]:
-    """Return the keys of both, without repetition, the old ones first."""
+    """Return the keys of both definitions without repetition, the old keys first."""
     return list(dict.fromkeys([*before, *after]))
 
 

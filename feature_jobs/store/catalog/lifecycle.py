@@ -1,4 +1,4 @@
-"""Lifecycle of views: active, deprecated or retired, as the ledger's events say.
+"""Lifecycle of views: active, deprecated or retired, according to the ledger's events.
 
 A deprecated view works, but new rows and new training sets of it log a warning. A retired view accepts no new rows and
 cannot be used for new training sets. Its stored rows stay, and models that were trained with it continue to read it.
@@ -58,7 +58,7 @@ def require_not_retired(lifecycles: Mapping[str, Lifecycle], views: Iterable[str
         doing: A sentence with the effect of a refusal, such as "No new rows are ingested."
 
     Raises:
-        ViewRetired: A view is retired. The message has its reason.
+        ViewRetired: A view is retired. The message contains the reason.
     """
     for view in views:
         lifecycle = lifecycles.get(view)

@@ -1,9 +1,9 @@
-"""Plan of what applying a module would change. A pure function of the recorded definitions and the new ones.
+"""A plan: what applying a module would change. It is computed only from the recorded and the new definitions.
 
 The new definitions are compared with two kinds of recorded versions. The differences from the version that was applied
-last are the plan's changes. The versions that registered models were trained with must keep their meaning. A plan
-breaks a model only by a breaking change that the last applied version does not have yet. So a break that was allowed
-once is not reported again.
+last are the plan's changes. The versions that registered models were trained with must stay usable. A plan breaks a
+model only if its breaking change is not yet in the version that was applied last. So a break that was allowed once is
+not reported again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Operation(enum.StrEnum):
     added = "added"
     changed = "changed"
     removed = "removed"
-    """It was applied from this module, but the module does not define it any more. Its rows and versions stay."""
+    """The definition was applied from this module, which does not define it any more. Rows and versions stay."""
     unchanged = "unchanged"
 
 
@@ -69,7 +69,7 @@ class BrokenModel:
 
     @property
     def is_incompatible(self) -> bool:
-        """Whether `allow_breaking` cannot allow the break."""
+        """Whether the plan is refused even with `allow_breaking`."""
         return any(change.impact is Impact.incompatible for change in self.changes)
 
 
@@ -89,7 +89,7 @@ class Plan:
 def make_plan(
     definitions: Definitions, recorded: Recorded, lifecycles: Mapping[str, Lifecycle] | None = None
 ) -> Plan:
-    """Compare a module's definitions with the recorded ones.
+    """Compare a module's definitions with the recorded definitions.
 
     Args:
         definitions: The module's definitions.
@@ -127,7 +127,7 @@ def require_no_broken_models(plan: Plan, *, allow_breaking: bool) -> None:
 
     Args:
         plan: The plan.
-        allow_breaking: Whether to accept a break if the model can still read the view version that it was trained with.
+        allow_breaking: Whether to accept a break, if the model can still read its own version of the view.
 
     Raises:
         BreakingChange: A model would be broken. The message names model, view and changes, and says what to do.
@@ -184,9 +184,9 @@ def _step_lines(step: Step, module: str) -> Iterator[str]:
 
 
 def service_changes(before: RecordedService, after: FeatureService) -> list[Change]:
-    """Return the changes between two versions of a service. The changes inside its views belong to the views' steps.
+    """Return the changes between two versions of a service. Changes inside its views are in the views' steps.
 
-    Removing a view is breaking for clients that read the service by its name. Models read one version of it.
+    Removing a view breaks clients that read the service by its name. A model always reads its own version of it.
     """
     versions = {view.name: view.version for view in after.views}
     changes = [
@@ -313,7 +313,7 @@ def _removed_steps(
 
 
 def _models_with_changed_views(definitions: Definitions, recorded: Recorded) -> Iterator[BrokenModel]:
-    """Yield models whose views get breaking changes that the last applied version does not have yet."""
+    """Yield models whose views get breaking changes that are not yet in the version that was applied last."""
     newest = recorded.newest_views
     for use in recorded.uses:
         for name, version in use.view_versions.items():

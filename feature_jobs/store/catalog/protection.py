@@ -17,15 +17,15 @@ from feature_jobs.store.definitions.views import FeatureView, Sensitivity
 from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, INGESTED, SEQ
 
 NO_COMMON_PURPOSE = "no-common-purpose"
-"""Purpose of values from several views that have no purpose in common. An empty list would allow every purpose."""
+"""Purpose of a value that is computed from views without a common purpose. An empty list would allow all purposes."""
 ORDERING = (EVENT, CREATED, INGESTED, SEQ, DELETED)
 """Public columns: when a row was true, known and stored, its sequence number, and whether it is a tombstone."""
 
 
 def view_keys(view: FeatureView, *, region: str) -> list[KeyInfo]:
-    """Return the keys that a view's definition needs: for its columns, offline and online, its quarantine and push log.
+    """Return the keys that a view needs: for its columns offline and online, its quarantine and its push log.
 
-    The internal keys, which protect join keys, allow every purpose.
+    Join keys are protected by the internal keys. These allow every purpose.
 
     Args:
         view: The view.
@@ -56,7 +56,7 @@ def view_keys(view: FeatureView, *, region: str) -> list[KeyInfo]:
 
 
 def view_key_names(view: ViewSpec) -> list[str]:
-    """Return the names of the keys in `view_keys`, from the view's specification."""
+    """Return the names of the keys that `view_keys` returns, from the view's specification."""
     classes = {Sensitivity(field.sensitivity) for field in view.stored} - {Sensitivity.PUBLIC}
     return [
         *(
@@ -72,7 +72,7 @@ def view_key_names(view: ViewSpec) -> list[str]:
 def service_keys(service: FeatureService, *, region: str) -> list[KeyInfo]:
     """Return the keys of a service's training sets: for columns of the entity rows, and for on-demand features.
 
-    A value that is computed from several views may be used for the purposes that all of them allow.
+    A value that is computed from several views may be used only for purposes that all these views allow.
 
     Args:
         service: The service.
@@ -97,7 +97,7 @@ def service_keys(service: FeatureService, *, region: str) -> list[KeyInfo]:
 
 
 def view_resources(view: ViewSpec, *, region: str) -> list[Resource]:
-    """Return a view as resources of the policies: one per class of its columns.
+    """Return a view's resources for the policies, one per column class.
 
     Args:
         view: The view.
@@ -116,17 +116,17 @@ def view_resources(view: ViewSpec, *, region: str) -> list[Resource]:
 
 
 def features_key(view: str, sensitivity: Sensitivity) -> str:
-    """Return the name of the key of a view's columns of one class, in its feature table."""
+    """Return the name of the key that encrypts one column class of a view in its feature table."""
     return f"features/{view}/{sensitivity.value}"
 
 
 def push_key(view: str) -> str:
-    """Return the name of the key of a view's push log, which holds rows as they were pushed."""
+    """Return the name of the key that encrypts a view's push log. The log contains whole rows."""
     return f"push/{view}/sensitive"
 
 
 def view_protection(view: ViewSpec) -> Protection:
-    """Return the keys of the columns of a view's feature table."""
+    """Return which key encrypts each column of a view's feature table."""
     return Protection(
         default=features_key(view.name, Sensitivity.INTERNAL),
         keys=(
@@ -137,7 +137,7 @@ def view_protection(view: ViewSpec) -> Protection:
 
 
 def quarantine_protection(view: str) -> Protection:
-    """Return the keys of the columns of a view's quarantine, which holds rows as the source had them."""
+    """Return which key encrypts each column of a view's quarantine. It contains rows as the source had them."""
     return Protection(default=f"quarantine/{view}/sensitive", keys=((INGESTED, None), (SEQ, None)))
 
 
@@ -147,7 +147,7 @@ def quarantine_aad(view: str, batch: str) -> str:
 
 
 def training_set_protection(service: ServiceSpec) -> Protection:
-    """Return the keys of the columns of a service's training sets. Each feature has the key of its feature table."""
+    """Return which key encrypts each column of a service's training sets. Features have their feature tables' keys."""
     on_demand: dict[str, str] = {}
     for transform in service.on_demand:
         on_demand |= {field.name: field.sensitivity for field in transform.inputs}
@@ -179,5 +179,5 @@ def _service_key(service: str, sensitivity: str = Sensitivity.INTERNAL) -> str:
 
 
 def online_key(view: str, sensitivity: str) -> str:
-    """Return the name of the key of a view's online values of one class."""
+    """Return the name of the key that encrypts one column class of a view's online values."""
     return f"online/{view}/{sensitivity}"

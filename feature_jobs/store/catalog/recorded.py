@@ -17,7 +17,7 @@ class RecordedView:
     version: str
     definition: dict[str, Any]
     module: str
-    """The module that it was applied from. Empty if an older release recorded the event without a module."""
+    """The module that the view was applied from. Empty if an older release recorded no module."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +30,7 @@ class RecordedService:
     view_versions: dict[str, str]
     module: str
     on_demand: list[dict[str, Any]]
-    """Definitions of its on-demand transforms."""
+    """Definitions of the service's on-demand transforms."""
     missing: dict[str, dict[str, Any]]
     """Policies for missing values, by `<view>__<feature>`."""
 
@@ -51,19 +51,19 @@ class Recorded:
     """All recorded versions of views and services, and their uses by models."""
 
     views: dict[tuple[str, str], RecordedView]
-    """By name and version. The last one of each name is the version that was applied last."""
+    """By name and version, sorted by the time when each version was last applied."""
     services: dict[tuple[str, str], RecordedService]
-    """By name and version, in the same order."""
+    """By name and version, sorted in the same way."""
     uses: list[ModelUse]
 
     @property
     def newest_views(self) -> dict[str, RecordedView]:
-        """The version of each view that was applied last, by name."""
+        """For each view's name, the version that was applied last."""
         return {view.name: view for view in self.views.values()}
 
     @property
     def newest_services(self) -> dict[str, RecordedService]:
-        """The version of each service that was applied last, by name."""
+        """For each service's name, the version that was applied last."""
         return {service.name: service for service in self.services.values()}
 
 

@@ -53,7 +53,7 @@ class ViewSpec:
     retention_s: float | None = None
     """How long rows are stored after their event time, in seconds. None means forever."""
     windows: WindowSpec | None = None
-    """How the features are computed from events. None if they are the columns of the feature table."""
+    """How the features are computed from events. None if the features are columns of the feature table."""
     event_fields: tuple[FieldSpec, ...] = ()
     """The columns of the feature table of an aggregated view."""
     key_types: dict[str, str] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class OnDemandSpec:
     name: str
     inputs: tuple[FieldSpec, ...]
     sources: tuple[str, ...]
-    """Names of views."""
+    """Names of the views that the transform reads."""
     fields: tuple[FieldSpec, ...]
     function: str
     """The transform's function as `module:name`."""
@@ -163,7 +163,7 @@ class Definitions:
         """Return the view with this name.
 
         Raises:
-            FeatureViewNotFound: The module does not define it.
+            FeatureViewNotFound: The module does not define the view.
         """
         if name not in self.views:
             raise FeatureViewNotFound(
@@ -186,7 +186,7 @@ def load_definitions(module: str) -> Definitions:
     """Import a module and collect the views and services at its top level, and the views of these services.
 
     Raises:
-        DefinitionError: The module or one of its imports is missing, it has no view, or two definitions have one name.
+        DefinitionError: The module or one of its imports is missing, no view is defined, or a name is used twice.
     """
     loaded = import_module(module)
     values = list(vars(loaded).values())
@@ -346,7 +346,7 @@ def _fields(schema: Iterable[dict[str, Any]]) -> list[FieldSpec]:
 def aggregated_fields(windows: WindowSpec, stored: Iterable[FieldSpec]) -> list[FieldSpec]:
     """Return the features of an aggregated view.
 
-    Each feature has the sensitivity of its column. A count of events has that of the event id.
+    Each feature has the sensitivity of its column. A count of events has the sensitivity of the event id.
     """
     columns = {field.name: field for field in stored}
     fields = []

@@ -1,13 +1,13 @@
 """Declared aggregations of an event view: sums, counts, extremes, last values and distinct counts over moving windows.
 
-These rules hold for the offline join (`offline/window_values.py`) and for the online state (`aggregation/tiles.py`).
+These rules apply to the offline join (`offline/window_values.py`) and for the online state (`aggregation/tiles.py`).
 For an entity and an instant t:
 
 1. Rows with max(event_timestamp, created_timestamp) <= t are known. Other rows do not exist yet.
 2. Rows of one entity with the same `event_id` are versions of one event. Among the known versions, only the one with
-   the greatest (created_timestamp, ingest_seq) counts. So a correction may move an event to an earlier time. An event
+   the greatest (created_timestamp, ingest_seq) is used. So a correction may move an event to an earlier time. An event
    cannot move to another entity; write a tombstone for the old entity and a new row for the new one.
-3. If the version that counts is a tombstone (`deleted`), the event does not count.
+3. If the used version is a tombstone (`deleted`), the event is left out.
 4. The remaining events with event_timestamp in (t - w, t] are aggregated. Nulls in the column are skipped:
 
    - `count` is the number of values that are not null; `count` of "*" is the number of events. Without events it is 0.
@@ -35,14 +35,14 @@ from feature_jobs.store.definitions.limits import CENTURY, validate_span
 from feature_jobs.store.types.dtypes import INTEGERS, NUMBERS, is_rich
 
 ALL_EVENTS = "*"
-"""Column name that stands for the event itself: `count` of it counts events, whatever their values are."""
+"""Column name that stands for the event itself: `count` of it is the number of events, whatever their values are."""
 EXACT_DISTINCT = 1024
 """Up to this number of different values, `distinct` is exact."""
 _UNITS = (("d", 86_400_000_000), ("h", 3_600_000_000), ("m", 60_000_000), ("s", 1_000_000), ("ms", 1_000))
 
 
 class Function(enum.StrEnum):
-    """The aggregation functions. This is their only list; their properties derive from it."""
+    """The aggregation functions, with their properties."""
 
     SUM = "sum"
     COUNT = "count"

@@ -1,7 +1,7 @@
-"""Rules for a batch as a whole, and rules for rows that need the batch or the last good batch.
+"""Rules for whole batches, and rules for rows that compare a row with its batch or with the last good batch.
 
 `Unique` and `Outlier` send rows to quarantine. `NullShare`, `Freshness`, `RowCount` and `Drift` refuse a whole batch.
-Rules that compare with the last good batch pass if there is none, so they accept every first batch.
+If there is no last good batch, rules that compare with it pass. So they accept every first batch.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Keep(enum.StrEnum):
     """Which of several equal rows is stored."""
 
     none = "none"
-    """All go to quarantine, because nothing tells which one is right."""
+    """All equal rows go to quarantine, because it is not known which one is right."""
     first = "first"
-    """The first in the order of the source."""
+    """The first row in the order of the source."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unique(Check):
-    """No two good rows of a batch may have equal values in all of some columns. A null equals nothing.
+    """No two good rows of a batch may have equal values in all of some columns. A null is not equal to anything.
 
-    The columns are join keys, features, `event_timestamp` or `created_timestamp`. Rows that fail another rule are not
-    counted. The check needs these columns of the whole batch in one process.
+    The columns are join keys, features, `event_timestamp` or `created_timestamp`. Rows that fail another rule are
+    ignored. The check needs these columns of the whole batch in one process.
     """
 
     of: Sequence[str]
@@ -79,7 +79,7 @@ class Unique(Check):
         """Return one bool per row: true if the row fails.
 
         Args:
-            rows: the columns `of`, of the good rows of a batch in the order of the source.
+            rows: the good rows of a batch in the order of the source, with the columns in `of`.
         """
         frame = pl.DataFrame(pl.from_arrow(rows.select(list(self.of))))
         has_no_null = ~pl.any_horizontal(pl.col(name).is_null() for name in self.of)
@@ -93,9 +93,9 @@ class Unique(Check):
 class Outlier(Check):
     """A value must not be far outside the quartiles of the last good batch.
 
-    The limits are Tukey's fences (Exploratory Data Analysis, 1977): `fences` times the interquartile range below the
-    first and above the third quartile; Tukey calls 3 "far out". If the first and third quartile are equal, there
-    is no range to measure with, and every value passes.
+    The limits are Tukey's fences (Exploratory Data Analysis, 1977): the first quartile minus `fences` interquartile
+    ranges, and the third quartile plus as many. Tukey calls values beyond 3 ranges "far out". If the first and third
+    quartile are equal, the range is zero, and every value passes.
     """
 
     column: str
@@ -164,7 +164,7 @@ class BatchCheck(Check):
 
 @dataclass(frozen=True, slots=True)
 class NullShare(BatchCheck):
-    """Limit the share of null values in a feature. All rows count, also those that go to quarantine."""
+    """Limit the share of null values in a feature. All rows are included, also those that go to quarantine."""
 
     column: str
     maximum: float
@@ -193,7 +193,7 @@ class NullShare(BatchCheck):
 
 @dataclass(frozen=True, slots=True)
 class Freshness(BatchCheck):
-    """The newest event of a batch must not be older than `maximum_age` at ingestion."""
+    """At ingestion, the newest event time of a batch must not be older than `maximum_age`."""
 
     maximum_age: timedelta
 
@@ -258,7 +258,8 @@ class Drift(BatchCheck):
     """A feature's distribution must not differ from that of the last good batch by more than `threshold`.
 
     The measure is the population stability index (`stability_index`) over the last good batch's deciles or most
-    frequent categories, without nulls. What small batches show by chance alone is added to the threshold (`chance`).
+    frequent categories, without nulls. The index that small batches reach by chance is added to the threshold
+    (`chance`).
     """
 
     column: str
@@ -311,7 +312,7 @@ def stability_index(before: Sequence[int], after: Sequence[int]) -> float:
 
 
 def chance(before: Distribution, after: Sequence[int]) -> float:
-    """Return the index that two samples of the same distribution exceed about once in 1,000 times.
+    """Return the stability index that two samples of one distribution exceed about once in 1,000 times.
 
     The index is close to (1/n + 1/m) times a chi-square variable with (number of bins - 1) degrees of freedom (Yurdakul
     and Naranjo, Statistical properties of the population stability index, 2020). A normal approximation is used here.

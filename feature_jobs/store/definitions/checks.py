@@ -34,7 +34,7 @@ class Check(ABC):
         """Join keys and features that the check reads."""
 
     def validate_dtype(self, dtype: str | None) -> None:  # noqa: B027 (most checks fit any column)
-        """Raise DefinitionError if the check does not fit a column of this dtype. None is the dtype of a join key."""
+        """Raise DefinitionError if the check does not fit a column of this dtype. None means a join key."""
 
     def definition(self) -> dict[str, Any]:
         """Return the check as the ledger records it."""
@@ -51,7 +51,7 @@ class Check(ABC):
 
 @dataclass(frozen=True, slots=True)
 class RowCheck(Check):
-    """A check that each row of a batch passes or fails, by the value of one column."""
+    """A check of single rows, by the value of one column."""
 
     column: str
 
@@ -83,7 +83,7 @@ class NotNull(RowCheck):
 
 @dataclass(frozen=True, slots=True)
 class Range(RowCheck):
-    """The value must be between two bounds, both included. A bound of None does not limit."""
+    """The value must be between two bounds, both included. None means no bound."""
 
     minimum: float | None = None
     maximum: float | None = None

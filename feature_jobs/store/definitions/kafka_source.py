@@ -30,7 +30,7 @@ class KafkaSource:
     deleted: str | None = None
     """Bool field that is true for tombstones."""
     zone: str | None = None
-    """Time zone of text times without one. None means UTC. Milliseconds since 1970 are always UTC."""
+    """Time zone of times in text without a zone. None means UTC. Milliseconds since 1970 are always UTC."""
 
     def __post_init__(self) -> None:
         if not self.bootstrap_servers or not _TOPIC.fullmatch(self.topic):

@@ -1,4 +1,4 @@
-"""Limits of the numbers and time spans in definitions."""
+"""Limits for numbers and time spans in definitions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ LONGEST = timedelta(days=3_652_058)
 """Longest time span. All times are in the years 1 to 9999, so a longer span would have the same effect."""
 CENTURY = timedelta(days=36_525)
 MAX_BUCKETS = 65_536
-"""Most buckets of a table. Each batch writes one file per bucket."""
+"""Maximum number of buckets of a table. Each batch writes one file per bucket."""
 EXACT = 2**53 - 1
-"""Greatest whole number that JSON, and so the ledger, holds exactly."""
+"""Greatest whole number that is exact in JSON, and therefore in the ledger."""
 
 
 def validate_span(
@@ -49,7 +49,7 @@ def validate_number(subject: str, value: Any) -> None:
         value: The value to validate.
 
     Raises:
-        DefinitionError: The value is not a finite number, or is a whole number that the ledger cannot hold exactly.
+        DefinitionError: The value is not a finite number, or is a whole number that is not exact in the ledger.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DefinitionError(f"{subject} must be a number, got {value!r}.")
@@ -75,7 +75,7 @@ def validate_num_buckets(num_buckets: int) -> None:
 
 
 def subtract_span(moment: datetime, span: timedelta) -> datetime:
-    """Return the time that is `span` before `moment`, or the first time of the year 1 if that is earlier."""
+    """Return the time that is `span` before `moment`, or the first time of the year 1 if the result is earlier."""
     try:
         return moment - span
     except OverflowError:

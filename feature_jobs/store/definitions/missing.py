@@ -2,9 +2,9 @@
 
 A feature service declares a policy for all of its features, or for some. A policy applies to missing, expired and newer
 values only. A null from the source is a value and stays. Defaults are filled in after all views were read, so a join
-key never comes from a default. They are filled in before on-demand transforms run, so that these see what the model
-sees. Serving fills values one by one and training fills whole columns; a property test checks that both give the same
-result.
+key never comes from a default. They are filled in before on-demand transforms run, so that transforms get the same
+values as the model. Serving fills values one by one and training fills whole columns; a property test checks that both
+give the same result.
 
 A refusal applies to requests only. In a training set such values stay null, and the manifest has the share of nulls.
 """
@@ -27,7 +27,7 @@ from feature_jobs.store.types.columns import replace_columns
 from feature_jobs.store.types.dtypes import from_json, is_rich, online_value, to_json
 
 Value: TypeAlias = Any
-"""A default: bool, number or text; the JSON form of a date, a decimal, bytes or a list."""
+"""A default: a bool, number or text, or the JSON form of a date, a decimal, bytes or a list."""
 ABSENT = frozenset({"missing", "expired", "newer"})
 """Statuses of the values that a policy applies to."""
 _STATUS_TEXT = {"newer": "stored only as it was known after as_of"}
@@ -59,7 +59,7 @@ class MissingPolicy:
     defaults: dict[str, Value] = field(default_factory=dict)
     """Feature to its default."""
     refused: tuple[str, ...] = ()
-    """Features whose absence refuses a request."""
+    """If one of these features is absent, the request is refused."""
 
     def __bool__(self) -> bool:
         return bool(self.defaults or self.refused)
@@ -163,7 +163,7 @@ def fill_online(
         The row numbers that were filled, by column.
 
     Raises:
-        FeatureAbsent: A needed value is missing, expired or newer, and the policy refuses that.
+        FeatureAbsent: A needed value is missing, expired or newer, and the policy is to refuse the request.
     """
     refused = {
         name: list(map(str, status[name]))
@@ -211,14 +211,14 @@ def _choice_definition(owner: str, choice: Choice, dtype: str) -> dict[str, Any]
     """Return one choice as JSON.
 
     Raises:
-        DefinitionError: It is not a choice, or its default does not fit the dtype.
+        DefinitionError: `choice` is not a policy, or its default does not fit the dtype.
     """
     match choice:
         case Missing.REFUSE:
             return {"then": Missing.REFUSE.value}
         case Default(value=value) if _fits(value, dtype):
             typed = _typed(value, dtype)
-            # The ledger writes large whole numbers as text, because not every JSON reader holds them exactly.
+            # The ledger writes large whole numbers as text, because not every JSON reader reads them exactly.
             is_large = isinstance(typed, int) and abs(typed) > EXACT
             [json_value] = to_json([str(typed) if is_large else typed], dtype)
             return {"then": "default", "value": json_value}

@@ -1,4 +1,4 @@
-"""Import modules that hold definitions and the code of transforms."""
+"""Import modules with definitions and the code of transforms."""
 
 from __future__ import annotations
 

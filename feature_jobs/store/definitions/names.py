@@ -16,7 +16,7 @@ from feature_jobs.store.types.schema import BUCKET, CREATED, DELETED, EVENT, ING
 RESERVED = frozenset({EVENT, CREATED, INGESTED, SEQ, BUCKET, DELETED})
 """Columns that the platform adds to a feature table."""
 LONGEST_NAME = 200
-"""Most characters of a view's or a service's name. Requests contain it, and a view's name is also a folder's name."""
+"""Maximum length of a view's or a service's name. Requests contain it, and a view's name is also a folder's name."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -58,7 +58,7 @@ def first_repeated_name(names: Iterable[str]) -> str | None:
 
 
 def require_not_reserved(owner: str, column: Named) -> None:
-    """Require that a column's name is not one of the platform's, in any case.
+    """Require that a column's name is not a name of the platform. Upper and lower case do not matter.
 
     Raises:
         DefinitionError: The name is reserved, or differs only in case from a reserved name.

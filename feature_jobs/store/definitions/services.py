@@ -30,7 +30,7 @@ class OnDemandTransform:
     """Features that are computed per request, from inputs in the request and from features of views.
 
     The transform takes a table with one column per input, and one column `<view>__<feature>` per feature of its
-    sources. It returns a table with the columns of the schema, in any order, with the same rows. Training and serving
+    sources. For the same rows, it returns a table with the columns of the schema, in any order. Training and serving
     call the same function. For a training set, the inputs are columns of the entity rows.
     """
 
@@ -101,8 +101,8 @@ class FeatureService:
 
     @property
     def version(self) -> str:
-        """Content hash in 12 hex digits, of the name, the views' versions in order, the on-demand transforms, and the
-        policies for missing values."""
+        """Hash of the service in 12 hex digits: its name, the views' versions in order, the on-demand transforms, and
+        the policies for missing values."""
         parts: dict[str, Any] = {
             "name": self.name,
             "views": [[view.name, view.version] for view in self.views],
@@ -114,7 +114,7 @@ class FeatureService:
         return content_hash(parts)
 
     def missing_definition(self) -> dict[str, dict[str, Any]]:
-        """Return the policies for missing values as JSON. It is empty if all become null.
+        """Return the policies for missing values as JSON. It is empty if all missing values become null.
 
         Raises:
             DefinitionError: A feature is unknown, or a default does not fit its feature.
@@ -124,7 +124,7 @@ class FeatureService:
     def _check_keys(self) -> None:
         """Check that all views which declare a type for a join key declare the same type.
 
-        An entity row has one value for a key, and all views read it.
+        An entity row has one value for a key, and all views read this value.
         """
         first_views: dict[str, FeatureView] = {}
         for view in self.views:

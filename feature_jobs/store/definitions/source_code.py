@@ -1,4 +1,4 @@
-"""Source code of a function and of everything it uses from its own package, as one text to hash.
+"""The source code of a function and of everything that it uses from its own package, as one text to hash.
 
 Functions of other packages are not included, so a change in a library does not change the hash.
 """
@@ -17,7 +17,7 @@ def source_code(function: Any) -> str:
     """Return the source of a function, and of the functions and plain constants that it uses from its own package.
 
     Raises:
-        DefinitionError: It is not a plain function, or its source cannot be read.
+        DefinitionError: `function` is not a plain function, or its source cannot be read.
     """
     if not inspect.isfunction(function):
         raise DefinitionError(f"A transform must be a plain function, got {function!r}.")

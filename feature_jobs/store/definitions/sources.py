@@ -1,8 +1,7 @@
 """Sources of a view's rows: files, SQL and Kafka.
 
 Columns of text files, JSON and SQL are read with the types that the view declares: its fields, its time and deletion
-columns, and its join keys. Any other column, which a transform may need, is read as text, unless `columns` declares its
-dtype.
+columns, and its join keys. Other columns are read as text, unless `columns` declares their dtypes.
 """
 
 from __future__ import annotations
@@ -56,15 +55,15 @@ class FileSource:
     deleted: str | None = None
     """Bool column that is true for tombstones. After a tombstone the entity has no values, until a newer row."""
     format: str | None = None
-    """`parquet`, `csv` or `json`. None chooses by the file's suffix, and Parquet for unknown suffixes."""
+    """`parquet`, `csv` or `json`. None means the format of the file's suffix, or Parquet if it is unknown."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Dtypes of columns that the view does not declare, or that it declares only as output of its transform."""
     delimiter: str = ","
     """Delimiter of CSV."""
     nulls: Sequence[str] = ("",)
-    """Texts that mean null in CSV. In quotes they are text."""
+    """Texts that mean null in CSV, unless they are in quotes."""
     zone: str | None = None
-    """IANA name of the time zone of times without one, such as America/Los_Angeles. None means UTC. See `instants`."""
+    """IANA name of the zone of times that have none, such as America/Los_Angeles. None means UTC. See `instants`."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -135,7 +134,7 @@ class SqlSource:
     columns: Mapping[str, str] = field(default_factory=dict)
     """Dtypes of other columns, as in `FileSource`."""
     zone: str | None = None
-    """Time zone of times without one, as in `FileSource`."""
+    """Time zone of times that have none, as in `FileSource`."""
 
     def __post_init__(self) -> None:
         _validate_columns(self, "SqlSource")
@@ -173,9 +172,9 @@ Source = BatchSource | KafkaSource
 
 
 def from_path(source: Source, path: str) -> FileSource:
-    """Return a source for another file with the columns of a view's own source.
+    """Return a source that reads another file, with the columns of the view's own source.
 
-    The file's format is that of its suffix. If the suffix is unknown, it is the format of the view's own files.
+    The suffix decides the file's format. If it is unknown, the file has the format of the view's own files.
     """
     if isinstance(source, FileSource):
         has_suffix = any(path.lower().endswith(file_format.suffixes) for file_format in FileFormat)
@@ -196,7 +195,7 @@ def _validate_columns(source: BatchSource, owner: str) -> None:
     A created timestamp that names the event timestamp's column is set to None.
 
     Raises:
-        DefinitionError: One of them is invalid.
+        DefinitionError: A column, the zone or a dtype is invalid.
     """
     if not source.event_timestamp:
         raise DefinitionError(f"{owner} needs event_timestamp, the name of a column.")

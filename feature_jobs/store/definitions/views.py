@@ -84,7 +84,7 @@ class Field:
     """Whether the values are codes without an order."""
     description: str = ""
     from_columns: Sequence[str] = ()
-    """Source columns that the view's transform computes it from, for lineage. If empty, lineage uses all columns."""
+    """Source columns from which the transform computes the feature, for lineage. Empty means all source columns."""
 
     def __post_init__(self) -> None:
         validate_name("Field", self.name)
@@ -112,7 +112,7 @@ class FeatureView:
     source: Source
     schema: Sequence[Field]
     ttl: timedelta | None = None
-    """How long a value counts after its event time. None means forever."""
+    """How long a value is valid after its event time. None means forever."""
     transform: Transform | None = None
     """Function from the source's columns to the view's columns."""
     checks: Sequence[Check] = ()
@@ -176,7 +176,7 @@ class FeatureView:
         return {field.name: field.dtype for field in self.schema}
 
     def definition(self) -> dict[str, Any]:
-        """Return the definition as JSON. It is enough to read the view without this object."""
+        """Return the definition as JSON. The JSON is enough to read the view without this object."""
         return {
             "name": self.name,
             "entities": [entity_definition(entity) for entity in self.entities],

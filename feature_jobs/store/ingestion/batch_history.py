@@ -5,12 +5,12 @@ the same content twice does nothing, also after a change of owner, purposes, tim
 not depend on.
 
 After a change that rows do depend on (for example a new column), the same content is a new batch. Its rows are stored
-once more, under the same keys and times. They replace the earlier ones for every reader, because at equal times the
-greatest `ingest_seq` counts. So to fill a new column for old rows, or to go back to an earlier transform, ingest the
-old files again. Training sets that are pinned to earlier table versions do not see the new rows.
+once more, under the same keys and times. Readers get them instead of the earlier rows, because at equal times the
+greatest `ingest_seq` is used. So to fill a new column for old rows, or to go back to an earlier transform, ingest the
+old files again. Training sets that are pinned to earlier table versions do not contain the new rows.
 
-If a change moves the rows' times (a zone, a lag), the earlier rows would stay visible, so they are mended instead
-(`store/offline/mending.py`).
+If a change (of the zone or `created_lag`) moves the rows' times, the earlier rows would stay visible. So they are
+mended instead (`store/offline/mending.py`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _time_settings(definition: Mapping[str, Any]) -> list[Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedBatch:
-    """A batch that is to be stored."""
+    """A batch that will be stored."""
 
     ingest_id: str
     """16 hex digits."""
@@ -64,7 +64,7 @@ class PlannedBatch:
 
 
 class BatchHistory:
-    """The batches of a view that hold the content of one source.
+    """The batches of a view that contain the content of one source.
 
     Args:
         definition: the view's current definition.
@@ -87,7 +87,7 @@ class BatchHistory:
         self._is_whole_stored = False
         self._stored_ranges: list[TimeRange] = []
         self.stored: dict[str, bool] = {}
-        """Ids of the batches with this content; true if the batch holds the whole source."""
+        """Id of each batch with this content, to whether it contains the whole source."""
         self._has_moved: dict[str, bool] = {}
         for batch in batches:
             if batch["view"] != name or batch["source_digest"] != digest:
@@ -102,7 +102,7 @@ class BatchHistory:
                 self._has_moved[batch["ingest_id"]] = moved
 
     def _add(self, batch: Mapping[str, Any], *, same_rows: bool) -> None:
-        if not same_rows:  # this batch's rows have replaced those of the batches before it
+        if not same_rows:  # the rows of this batch have replaced the rows of earlier batches
             self._is_whole_stored, self._stored_ranges = False, []
             self._id_parts = [*self._id_parts[:3], batch.get("mend_id") or batch["ingest_id"]]
         elif batch.get("start") is None:
@@ -131,12 +131,12 @@ class BatchHistory:
 
     @property
     def has_moved_rows(self) -> bool:
-        """True if a batch is stored under other times than the current definition gives its rows."""
+        """True if stored rows have other times than the current definition gives them."""
         return any(self._has_moved.values())
 
     @property
     def has_partial_batch(self) -> bool:
-        """True if a batch holds only a time range of the source. Such a batch cannot be mended."""
+        """True if a batch contains only a time range of the source. Such a batch cannot be mended."""
         return not all(self.stored.values())
 
     def whole(self) -> PlannedBatch:

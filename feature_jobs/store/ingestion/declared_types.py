@@ -27,7 +27,7 @@ from feature_jobs.store.types.instants import FINER_TEXT, TIME, Rounding, column
 
 _ZONED = r"[T ]\d{2}:.*(Z|[+-]\d{2}(:?\d{2})?)$"
 _LONG = {"float32": r"^[+-]?\d{8,}$", "float64": r"^[+-]?\d{16,}$"}
-"""Whole numbers that may have more digits than the type."""
+"""Patterns of whole numbers that may have more digits than the dtype can represent."""
 _INTEGER = r"^(0|-?[1-9]\d*)$"
 _DIGITS = r"^[+-]?\d+$"
 _INFINITE = r"(?i)^[+-]?inf"
@@ -47,12 +47,12 @@ _EXPECTED_FORM = {
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """The roles of columns that change how their values are parsed."""
+    """Roles of a source's columns. A role decides how the values are parsed."""
 
     zone: str | None = None
-    """Time zone of times without one."""
+    """Time zone of times that have none."""
     instants: frozenset[str] = frozenset()
-    """Event and created times, which are rounded up. All other times must be exact."""
+    """Columns of event and created times, which are rounded up. All other times must be exact."""
     keys: frozenset[str] = frozenset()
     """Join keys. A whole number has only one valid spelling there, because `007` and `7` are different keys."""
 
@@ -71,7 +71,7 @@ _NO_ROLES = Roles()
 
 
 def find_zoneless(first: pa.Table, roles: Roles) -> list[str]:
-    """Return the event and created times that have no time zone in some first rows.
+    """Return the columns of event and created times that have no time zone in the first rows.
 
     The list is empty if the source declares a time zone.
     """
@@ -96,7 +96,7 @@ def column_types(view: FeatureView, head: pa.Table, key_types: Mapping[str, str]
         view: its fields, keys, times and source `columns` have declared types.
         head: the first rows as they were read.
         key_types: stored key types of the feature table ("int64" or "string"). Declared types have priority. For a key
-            with neither, the first rows decide.
+            without either, the first rows decide.
     """
     source = view.source
     types = {field.name: field.dtype for field in view.schema}
@@ -118,7 +118,7 @@ def typed_text(block: pa.Table, types: Mapping[str, str], roles: Roles = _NO_ROL
     """Convert the declared columns of a block of text columns to their types.
 
     Raises:
-        SchemaMismatch: values do not fit; the message has the column and their number.
+        SchemaMismatch: values do not fit; the message contains the column and the number of such values.
     """
     columns = zip(block.column_names, block.columns, strict=True)
     return replace_columns(
@@ -142,11 +142,11 @@ def typed_rows(
     Args:
         rows: rows by column name; a missing value becomes null.
         types: dtypes of the declared columns.
-        names: the first columns of the table, even if these rows do not have them.
+        names: the first columns of the table, even if no row has them.
         roles: roles of the columns.
 
     Raises:
-        SchemaMismatch: values do not fit; the message has the column.
+        SchemaMismatch: values do not fit; the message contains the column.
     """
     all_names = dict.fromkeys([*names, *(name for row in rows for name in row)])
     return pa.table(
@@ -179,7 +179,7 @@ def text_column(
 
 
 def value_column(values: list[Any], dtype: str, *, name: str, roles: Roles = _NO_ROLES) -> pa.ChunkedArray:
-    """Convert Python values to a dtype. The pseudo-dtype `text` leaves text unchanged and writes the rest as JSON.
+    """Convert Python values to a dtype. The pseudo-dtype `text` leaves text unchanged and writes other values as JSON.
 
     Raises:
         SchemaMismatch: values are of another type, or would change.
@@ -204,7 +204,7 @@ def value_column(values: list[Any], dtype: str, *, name: str, roles: Roles = _NO
 def _rich_column(values: Sequence[Any], dtype: str, *, name: str) -> pa.ChunkedArray:
     """Convert text or a database's own values to dates, bytes, decimals or lists.
 
-    A list of the wrong length is accepted here. It is an error of its row, which the row checks find later.
+    A list of the wrong length is accepted, because the row checks find it later and reject only its row.
     """
     list_type = list_of(dtype)
     any_length = dtype if list_type is None else f"list<{list_type.element}>"
@@ -314,7 +314,7 @@ def _can_parse(value: pa.Scalar, dtype: str, name: str, roles: Roles) -> bool:
 
 
 def _derive_key_type(head: pa.Table, key: str) -> str:
-    """Return "int64" if all first rows contain whole numbers, else "string". `007` counts as text."""
+    """Return "int64" if all first rows contain whole numbers, else "string". `007` is text."""
     if key not in head.column_names:
         return "string"
     column = head[key].drop_null()

@@ -49,7 +49,7 @@ class SourceFiles:
 
 
 def open_source(source: FileSource, places: Layout, *, declared: Collection[str] = ()) -> SourceFiles:
-    """Find the files of a path, folder or glob, and count their rows. Text files are read to the end for that.
+    """Find the files of a path, folder or glob, and count their rows. For this, text files are read completely.
 
     Args:
         source: path and format of the files.
@@ -77,7 +77,7 @@ def _digest(path: str, source: FileSource, declared: Collection[str]) -> str:
 
 
 def find(uri: str, kind: FileFormat) -> list[str]:
-    """Return the sorted files of a format at a path, in a folder, or of a glob.
+    """Return the files of a format at a path, in a folder or matching a glob, sorted.
 
     Raises:
         SourceError: no file was found.
@@ -95,7 +95,7 @@ def find(uri: str, kind: FileFormat) -> list[str]:
 
 
 def head(path: str, rows: int, source: FileSource) -> pa.Table:
-    """Return the first rows of a file, in the form of `tables`. A file without rows gives its columns.
+    """Return the first rows of a file, in the form of `tables`. A file without rows gives an empty table.
 
     Raises:
         SourceError: the rows cannot be read.
@@ -104,9 +104,9 @@ def head(path: str, rows: int, source: FileSource) -> pa.Table:
 
 
 def tables(path: str, rows: int, source: FileSource) -> Iterator[pa.Table]:
-    """Yield a file in parts, at least one: of 16 MiB for CSV, of at most `rows` rows for the other formats.
+    """Yield a file in one or more parts: 16 MiB each for CSV, at most `rows` rows each for other formats.
 
-    All columns of a CSV file are text. A JSON lines file gives its lines in one column `text`.
+    All columns of a CSV file are text. The lines of a JSON lines file are in one column, `text`.
 
     Raises:
         SourceError: the rows cannot be read.
@@ -242,7 +242,7 @@ def _nonblank_lines(file: IO[bytes]) -> Iterator[str]:
 
 @contextmanager
 def _open(path: str, source: FileSource) -> Iterator[IO[bytes]]:
-    """Open a file, and decompress it according to its name. Errors become a SourceError that quotes no row."""
+    """Open a file, and decompress it according to its name. An error becomes a SourceError that quotes no row."""
     fs, name = file_system(path)
     try:
         with fs.open(name, "rb", compression="infer") as file:

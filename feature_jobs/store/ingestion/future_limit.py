@@ -1,10 +1,11 @@
 """Limit on how far a row's times may be ahead of the clock.
 
-Online, an entity has one row. A row with tomorrow's time would hide today's value there, while offline today's value
-still counts. So such a row goes to quarantine, whichever source it comes from. Small clock differences are allowed.
+The online store has one row per entity. A row with tomorrow's time would replace today's value there, but an offline
+join would still use today's value. So such a row goes to quarantine, whatever its source is. Small clock differences
+are allowed.
 
-A created time that is only computed as event time + the view's `created_lag` is a special case. In a file or
-a database it may be in the future: such rows go online by a materialisation, which leaves out what is not known yet. A
+A created time that is only computed as event time + the view's `created_lag` is a special case. In a file or a database
+it may be in the future: such rows go online by a materialisation, which leaves out rows that are not known yet. A
 pushed or streamed row goes online at once, so its created time may not be in the future.
 """
 

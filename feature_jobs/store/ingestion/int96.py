@@ -20,7 +20,7 @@ def exact_times(coarse: pa.Table, fine: pa.Table, rounded_up: Collection[str]) -
 
     Args:
         coarse: the rows, read with INT96 as microseconds.
-        fine: their INT96 columns, read as nanoseconds.
+        fine: the INT96 columns of the same rows, read as nanoseconds.
         rounded_up: columns in which a finer time is rounded up.
 
     Raises:
@@ -42,7 +42,7 @@ def exact_times(coarse: pa.Table, fine: pa.Table, rounded_up: Collection[str]) -
 
 
 def _is_finer(micros: pa.ChunkedArray, nanos: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return true for times with nanoseconds beyond their microseconds; false if the nanoseconds overflowed."""
+    """Return one bool per time: true if it is finer than microseconds, false if its nanoseconds overflowed."""
     limit = (2**63 - 1) // 1000
     in_range = pc.and_(pc.less_equal(micros, limit - 1), pc.greater_equal(micros, -limit))
     safe_micros = pc.if_else(in_range, micros, pa.scalar(0, pa.int64()))

@@ -32,8 +32,8 @@ from feature_jobs.store.ingestion.validation import SOURCE, prepare_part
 from feature_jobs.store.types.key_types import key_fault
 
 NO_VALUE = "the message has no value; to delete, send an object whose `deleted` field is true"
-"""Reason for a message without a value. Kafka's own tombstone does not tell when an entity was deleted, and its value
-does not tell which entity."""
+"""Reason for a message without a value. Kafka's own tombstone does not contain the time of the deletion, and its value
+does not contain the entity's keys."""
 _NO_ROWS = pa.table({POSITION: pa.array([], pa.int64())})
 
 
@@ -50,9 +50,9 @@ def check_messages(
     Args:
         messages: the messages' values.
         view: its source names the fields of a message.
-        key_types: stored types of the view's keys. Declared types have priority. A key with neither gets its type from
-            the batch's first message.
-        now: the moment of ingestion.
+        key_types: stored types of the view's keys. Declared types have priority. A key without either gets its type
+            from the batch's first message.
+        now: the time of ingestion.
         ahead: how far times may be ahead of `now`.
     """
     rows: list[dict[str, Any]] = []
@@ -101,7 +101,7 @@ def _parse(message: bytes | None, view: FeatureView, types: dict[str, str]) -> d
 def _check(
     rows: list[dict[str, Any]], positions: list[int], view: FeatureView, now: dt.datetime, ahead: FutureLimit
 ) -> Iterator[CheckedRows]:
-    """Yield the checked rows in as few parts as can be prepared."""
+    """Yield the checked rows. If they cannot be prepared together, check each half separately."""
     reasons: dict[int, str] = {}
     try:
         prepared = prepare_part(pa.table(_columns(rows, view, reasons)), view, now=now, ahead=ahead)

@@ -1,8 +1,8 @@
 """Read Hive partition folders as columns: a file in `dt=2026-01-31/country=AE/` has `dt` and `country` in every row.
 
 Spark, Hive, Polars and DuckDB write files like this, and leave the columns out of the files. Only columns that a view
-declares are taken: a join key, a field, a time, or one of the source's `columns`. The folder's text is parsed as the
-declared type. A column in the file itself has priority over a folder with its name.
+declares are read from folders: a join key, a field, a time, or one of the source's `columns`. The folder's text is
+parsed as the declared type. A column in the file itself has priority over a folder with its name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 def partitions_of(path: str, wanted: Collection[str]) -> dict[str, str | None]:
-    """Return the wanted columns that a file's folders hold, from the outermost folder to the innermost."""
+    """Return the wanted columns that a file gets from its folders, from the outermost folder to the innermost."""
     pairs = [folder.partition("=") for folder in path.split("/")[:-1]]
     named = {unquote(name): value for name, sign, value in pairs if name and sign}
     return {
@@ -43,7 +43,7 @@ def with_partitions(table: pa.Table, path: str, types: Mapping[str, str], roles:
 
 
 def with_digest(content: str, path: str, wanted: Collection[str], columns: Collection[str]) -> str:
-    """Return a file's digest, including its folders if they hold columns that the file itself lacks."""
+    """Return a file's digest. It covers the folders if they have columns that the file itself lacks."""
     from_folders = {name: value for name, value in partitions_of(path, wanted).items() if name not in columns}
     if not from_folders:
         return content

@@ -1,11 +1,11 @@
 """Compute a batch's profile: the statistics with which the next batch is compared.
 
-A profile takes two passes over a batch's blocks. The results of the blocks are added up in both. The first pass gives
-counts and a sketch of each feature, and bins are chosen from the sketches. The second pass counts the values in each
-bin exactly.
+There are two passes over a batch's blocks. In both, the results of the blocks are added up. The first pass gives counts
+and a sketch of each feature, and bins are chosen from the sketches. The second pass counts the values in each bin
+exactly.
 
-Rows in quarantine count among the nulls, where a broken source shows first. They do not count in distributions, which
-describe good rows.
+The numbers of nulls include rows in quarantine, because a broken source is often seen there first. Distributions
+describe only good rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Numbers = npt.NDArray[np.float64]
 
 NUM_BINS = 10
 SKETCH_POINTS = 257
-"""Order statistics kept of a block's numbers. A cut point's rank is wrong by at most 1/256 of the rows."""
+"""Number of order statistics in a block's sketch. A cut point's rank is wrong by at most 1/256 of the rows."""
 MAX_CATEGORIES = 50
 MAX_COUNTED = 10_000
 """Maximum number of distinct categories that one block reports."""
@@ -56,7 +56,7 @@ class Sketch:
 
 
 def sketch(block: pa.Table, good: pa.Table, fields: Sequence[Field]) -> Sketch:
-    """Run the first pass over a validated block and its good rows. A tombstone's nulls do not count as nulls."""
+    """Run the first pass over a validated block and its good rows. A tombstone's nulls are not counted."""
     alive = block.filter(pc.invert(block[DELETED])) if DELETED in block.column_names else block
     newest = pc.max(good[EVENT]).cast(pa.int64()).as_py()
     return Sketch(

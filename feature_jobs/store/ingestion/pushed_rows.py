@@ -76,7 +76,7 @@ def check_rows(
         rows: the request's rows, as parsed from JSON.
         view: the view that the rows are for.
         key_types: stored types of the view's keys; empty before its first row. Declared types have priority.
-        now: the moment of the push.
+        now: the time of the push.
         ahead: how far times may be ahead of `now`.
 
     Raises:
@@ -199,8 +199,8 @@ def typed_column(
         name: name of the column.
         values: values as parsed from JSON.
         dtype: dtype of the column; None if a transform makes the features.
-        reasons: reasons by row index; new ones are added.
-        zone: time zone of times without one.
+        reasons: reasons by row index; new reasons are added.
+        zone: time zone of times that have none.
 
     Raises:
         InvalidRequest: `dtype` is None, and the values are of several types.
@@ -239,7 +239,7 @@ def split_rows(
     *,
     positions: Sequence[int],
 ) -> CheckedRows:
-    """Split prepared rows into good and bad ones.
+    """Split prepared rows into good and bad rows.
 
     A row in `reasons` gets that reason instead of the checks' reason, because the checks saw only a null.
 

@@ -1,7 +1,7 @@
 """Rows in quarantine: count them by batch, and turn them back into rows of the source.
 
 A quarantined row is stored as JSON, together with the column types of its source. It is read back with the same types,
-so that the view's transform and checks see what they saw at ingestion.
+so that the view's transform and checks get the same values as at ingestion.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BATCHES = sa.Table(
     sa.Column("seq", sa.BigInteger, nullable=False),
     sa.Column("reasons", sa.Text, nullable=False),
 )
-"""Batches with rows in quarantine. A release with other rows for the same events gives it another number."""
+"""Batches with rows in quarantine. A release whose rows for the same events differ gives the table another number."""
 _TYPES = frozenset({BatchIngested.__name__, BatchMended.__name__, QuarantineReplayed.__name__})
 
 
@@ -51,7 +51,7 @@ def quarantined(ledger: Ledger, view: str) -> dict[str, dict[str, int]]:
 
 
 def _apply(connection: sa.Connection, entry: Entry) -> None:
-    """Store the newest counts of a batch, or remove the batch if its last row has left the quarantine."""
+    """Store the newest counts of a batch, or remove the batch if it has no row in quarantine any more."""
     match entry.event():
         case BatchIngested() as event:
             if not event.rows_quarantined:
@@ -72,7 +72,7 @@ def _apply(connection: sa.Connection, entry: Entry) -> None:
 
 
 def source_schema(file: pa.Table) -> pa.Schema | None:
-    """Return the source's column types for a quarantine file.
+    """Return the column types of the source, which a quarantine file contains.
 
     Returns:
         None if the file has no types: its rows were pushed, or an older release wrote it.
@@ -118,7 +118,7 @@ def _plain_array(values: list[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _times(values: list[Any], kind: pa.DataType) -> pa.Array:
-    """Return times from text, or from numbers of their unit where Python could not print the time."""
+    """Return times from text, or from integers of their unit if Python could not print the time."""
     texts = pa.array([value if isinstance(value, str) else None for value in values], pa.string())
     integers = pa.array([value if isinstance(value, int) else None for value in values], pa.int64())
     numbers = integers.cast(pa.int32()) if pa.types.is_date32(kind) else integers

@@ -1,7 +1,7 @@
 """Read and write a view's quarantine: one protected Parquet file per batch, and beside it one profile per batch.
 
-A file is encrypted with the quarantine's key and bound to its batch, so a file that was copied to another batch's name
-cannot be read. Files of earlier releases are not bound to a batch; they can still be read.
+A file is encrypted with the quarantine's key and bound to its batch. So a copy under another batch's name cannot be
+read. Files of earlier releases are not bound to a batch; they can still be read.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class QuarantineFiles:
 
 
 def replay_id_of(batch: str, file: pa.Table) -> str:
-    """Return the id of a batch's next replay. It stays the same as long as no row has left the quarantine."""
+    """Return the id of a batch's next replay. It stays the same until a row is removed from the quarantine."""
     rows = ",".join(map(str, sorted(file[SEQ].to_pylist())))
     return hashlib.sha256(f"replay:{batch}:{rows}".encode()).hexdigest()[:16]
 

@@ -1,7 +1,7 @@
 """Check quarantined rows again, with the view's current transform and checks.
 
 Rows of a file are prepared like a batch, with the types that their source had. Rows of a push have only JSON's types,
-so they are checked like a push. The same goes for rows that an older release stored without types.
+so they are checked like a push. Rows that an older release stored without types are also checked like a push.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def recheck_rows(
     """Check the rows of a quarantine file again.
 
     Args:
-        file: needs the columns `reason` and `raw`.
+        file: the rows, with the columns `reason` and `raw`.
         view: the view's current definition.
         now: the current time.
         baseline: profile of the last good batch.

@@ -1,7 +1,7 @@
 """Split a range of event times into chunks for a backfill, without the ranges that are stored already.
 
-A chunk is done when the ledger has an event for it and the same content. So a backfill that was killed continues with
-the missing chunks. Overlapping ranges store no row twice, whatever their chunk lengths.
+A chunk is done if the ledger has an event for this chunk of the same content. So a backfill that was killed continues
+with the missing chunks. Overlapping ranges store no row twice, whatever their chunk lengths.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def chunks(wanted: TimeRange, span: dt.timedelta | None, done: Iterable[TimeRang
 
     Args:
         wanted: the range.
-        span: length of a chunk; None does not cut.
+        span: length of a chunk; None means no cuts.
         done: ranges that are done, in any order; they may overlap.
 
     Raises:

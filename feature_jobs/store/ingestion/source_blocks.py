@@ -61,11 +61,11 @@ class BlockReader:
     unread: frozenset[str] = frozenset()
     """Parquet: columns of incompatible types that the view does not read."""
     zoneless: Sequence[str] = ()
-    """Event and created times without a time zone, if the source declares none."""
+    """Columns of event or created times without a time zone, if the source declares no zone."""
     folders: Mapping[str, str] = field(default_factory=dict)
     """Dtype of each column that comes from partition folders."""
     schema: pa.Schema | None = None
-    """The types of all files' columns together. None for a single file, whose blocks have their own schema."""
+    """The columns of all files, with their types. None for a single file, because its blocks have its own schema."""
 
     def read_typed(self, path: str) -> Iterator[pa.Table]:
         """Yield a file's rows in typed blocks.
@@ -80,7 +80,7 @@ class BlockReader:
                 first_number += block.num_rows
 
     def read_head(self, path: str) -> pa.Table:
-        """Return a file's first rows, typed. Raises the errors of `read_typed`."""
+        """Return a file's first rows with their types. It raises the same errors as `read_typed`."""
         with self.naming_file(path):
             roles = Roles.of(self.view)
             block = self._typed(head(path, HEAD_ROWS, self.files.source), roles, 1)
@@ -129,7 +129,7 @@ def block_reader(files: SourceFiles, view: FeatureView, key_types: Mapping[str, 
 
     Args:
         files: the source's files.
-        view: the view that they are read for.
+        view: the view that the files are read for.
         key_types: types of the feature table's join keys.
 
     Raises:
@@ -147,7 +147,7 @@ def block_reader(files: SourceFiles, view: FeatureView, key_types: Mapping[str, 
 
 
 def _folder_columns(files: SourceFiles, view: FeatureView, key_types: Mapping[str, str]) -> dict[str, str]:
-    """Return the dtypes of the declared columns that come from partition folders. The first file decides a key's."""
+    """Return the dtypes of the declared columns of partition folders. The first file decides the type of a key."""
     row: dict[str, str | None] = {}
     for path in reversed(files.paths):
         row |= partitions_of(path, declared_columns(view))
@@ -219,7 +219,7 @@ def empty_part(view: FeatureView, names: Sequence[str], *, now: dt.datetime) -> 
 
 
 def group_files(files: SourceFiles, view: FeatureView) -> list[list[str]]:
-    """Group files that one task reads, in order. Small files share a task; files without rows are left out.
+    """Split the files into one group per task, in order. Small files share a task. Files without rows are left out.
 
     Files are not grouped if a rule needs the source rows themselves, because their types may differ between files.
     """
@@ -281,7 +281,7 @@ def _parquet_reader(files: SourceFiles, view: FeatureView, zoneless: Sequence[st
 
 
 def _common_type(types: Sequence[pa.DataType]) -> pa.DataType | None:
-    """Return a type that can hold the values of several types, or None if there is no such type."""
+    """Return a type that can represent the values of several types, or None if there is no such type."""
     if len(types) == 1:
         return types[0]
     plain = [_plain_type(kind) for kind in types if not pa.types.is_null(kind)]

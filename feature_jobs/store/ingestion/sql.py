@@ -1,7 +1,7 @@
 """Read the rows of a SQL source once, in chunks, with a digest that does not depend on their order.
 
 A query returns its rows in any order, so the digest is the sum of the rows' hashes. The source is read only once, so
-that the digest is of exactly those rows that are ingested.
+the digest describes exactly the rows that are ingested.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def read_chunks(
     Args:
         source: table or query to read.
         environment: environment variables, for `url_env`.
-        columns: list to which the column names are added. A query without rows has them too.
+        columns: list to which the column names are added. They are added even if there are no rows.
 
     Raises:
         SourceError: the URL is missing, the connection fails, or the query fails.

@@ -1,8 +1,7 @@
 """Validate a source block: transform it, cast its columns, check its rows, and give each failing row a reason.
 
-A column that is missing or of the wrong type refuses the whole batch. A row that breaks a rule only goes to quarantine.
-All functions here are pure functions of the block, the view and the moment of ingestion, so a block can be validated in
-any process.
+If a column is missing or has the wrong type, the whole batch is refused. A row that breaks a rule goes to quarantine.
+The result depends only on the block, the view and the time of ingestion, so a block can be validated in any process.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ SOURCE_SCHEMA = b"source_schema"
 BATCH_LIMIT = FutureLimit()
 """Default limit for times of rows from files and databases."""
 EARLIEST = datetime.min.replace(tzinfo=UTC)
-"""The earliest time that Python's `datetime` can hold."""
+"""The earliest time that Python's `datetime` can represent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +57,14 @@ def prepare(
     Args:
         block: rows of the source.
         view: the view whose transform, schema and checks apply.
-        now: the moment of ingestion, UTC.
+        now: the time of ingestion, UTC.
         baseline: profile of the last good batch, for rules that compare with it.
         ahead: how far times may be ahead of `now`.
 
     Returns:
         One row per source row. Its columns are the join keys (int64 or string), features (declared dtypes),
-        `event_timestamp`, `created_timestamp`, `deleted` if the view's source has it, then `REASON` and `RAW` (the
-        source row as JSON). `REASON` and `RAW` are null for good rows. A tombstone's values are null, and no check
+        `event_timestamp`, `created_timestamp`, and `deleted` if the view's source has it. Then come `REASON` and `RAW`
+        (the source row as JSON). `REASON` and `RAW` are null for good rows. A tombstone's values are null, and no check
         applies to them.
 
     Raises:
@@ -127,7 +126,7 @@ def unique_rules(view: FeatureView) -> list[Unique]:
 def find_repeated_rows(parts: Sequence[pa.Table], rule: Unique) -> list[pa.Array]:
     """Return for each part one bool per row: true if the rule rejects the row.
 
-    Rows that are bad already do not count.
+    Rows that are bad already are ignored.
 
     Args:
         parts: the batch in the order of the source. Only `REASON` and the rule's columns are needed.
@@ -172,7 +171,7 @@ def _transform(block: pa.Table, view: FeatureView) -> pa.Table:
 
 
 class _Columns:
-    """Look-up of a transformed block's columns. Counts the names once, because Arrow builds its list at each call."""
+    """Finds columns of a transformed block. Counts the names once, because Arrow builds its list at each call."""
 
     def __init__(self, table: pa.Table, view: FeatureView) -> None:
         self._table, self._view = table, view
@@ -277,7 +276,7 @@ def _reasons(rules: list[_Rule], num_rows: int) -> pa.ChunkedArray:
 
 
 def raw_field(source: pa.Schema) -> pa.Field:
-    """Return the column `RAW`. Its metadata holds the source's types, so that the rows can be read back unchanged."""
+    """Return the column `RAW`. Its metadata has the source's types, so that the rows can be read back unchanged."""
     types = base64.b64encode(source.remove_metadata().serialize())
     return pa.field(RAW, pa.string(), metadata={SOURCE_SCHEMA: types})
 
@@ -313,5 +312,5 @@ def _printable(rows: pa.Table) -> pa.Table:
 
 
 def json_form(value: object) -> str:
-    """Return a text for a value that JSON cannot hold: base64 for bytes, Python's own text for times and decimals."""
+    """Return text for a value that has no JSON type: base64 for bytes, Python's own text for times and decimals."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

@@ -1,7 +1,7 @@
 """Assign the entities of a feature table to buckets.
 
-The hash is part of the format of tables on disk, so every release must compute the same one. It is therefore
-implemented here (SplitMix64 for integers, xxHash64 for strings). A library could change its hash.
+The hash is part of the format of tables on disk, so every release must compute the same hash. It is therefore
+implemented here (SplitMix64 for integers, xxHash64 for strings). A library could change its own hash.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def rewrite(pinned: Snapshot, target: Target, buckets: Iterable[int]) -> tuple[i
     Args:
         pinned: the newest version of the table, with its current protection.
         target: how to write the new files.
-        buckets: the buckets to rewrite. The largest one bounds the memory.
+        buckets: the buckets to rewrite. The largest bucket decides how much memory is needed.
 
     Returns:
         The new table version and the number of replaced files.

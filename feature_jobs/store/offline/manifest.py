@@ -1,8 +1,8 @@
 """The manifest of a training set: its inputs, so that the same rows can be built again and verified.
 
-A manifest pins the version of the service (and with it the version of every view), the version of each table, the hash
-of the entity rows, and whether the cutoff was on. The ledger event `seq` holds the same facts, so a changed manifest is
-detected. Another event marks training sets whose rows were later removed by retention or erasure.
+A manifest pins the version of the service, and with it the version of every view. It also pins the version of each
+table, the hash of the entity rows, and whether the cutoff was on. The ledger event `seq` contains the same facts, so a
+changed manifest is detected. Another event marks training sets whose rows were later removed, for example by retention.
 """
 
 from __future__ import annotations

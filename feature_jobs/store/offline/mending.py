@@ -1,10 +1,10 @@
-"""Mend a batch that an older release or an older definition stored wrongly: replace its rows with the right ones.
+"""Mend a batch that an older release or an older definition stored wrongly: replace its rows with the right rows.
 
 The `ingest_seq` of a row is the first `ingest_seq` of its batch plus the row's position in the source. So reading the
 source again gives the right content of every stored row:
 
 - An equal row stays.
-- A row that differs is replaced under its own `ingest_seq`, so later corrections still win.
+- A row that differs is replaced under its own `ingest_seq`, so later corrections still replace it.
 - A row that does not pass the checks any more goes to quarantine.
 - A row in quarantine that passes now is stored.
 
@@ -12,7 +12,7 @@ Wrong rows disappear from the newest table version only. Older versions keep the
 versions can be built again.
 
 A row that is neither in the table nor in the batch's quarantine was removed since, for example by retention, or was
-replayed. It is left out. If the process is killed, the same call again finishes the job.
+replayed. It is left out. If the process is killed, a second call with the same arguments does the rest.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ class BatchLocation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """The difference between the stored rows of a batch and the right ones."""
+    """The difference between the stored rows of a batch and the right rows."""
 
     unchanged: int
     """Number of stored rows that are right."""
     put: pa.Table
     """Rows to write, with their `ingest_seq`: changed rows, and rows that were in quarantine."""
     changed: int
-    """Number of stored rows in `put`."""
+    """Number of rows in `put` that replace stored rows."""
     outdated: frozenset[int]
     """The `ingest_seq` of stored rows to replace or to remove."""
     bad: pa.Table
@@ -81,7 +81,7 @@ class Difference:
 def mend(
     place: BatchLocation, rows: pa.Table, event: BatchMended, ledger: Ledger, *, actor: str
 ) -> BatchMended:
-    """Replace the stored rows of a batch with the right ones and return the event in the ledger.
+    """Replace the stored rows of a batch with the right rows, and return the ledger event.
 
     Args:
         place: table and quarantine of the batch.
@@ -110,7 +110,7 @@ def mend(
         _write_quarantine(place.quarantine, event.batch, quarantined, difference.bad)
         ledger.append(event, actor=actor)
         return event
-    # Until the table is rewritten, the quarantine holds the old and the new bad rows, so that a crash loses none.
+    # Until the table is rewritten, the quarantine has the old and the new bad rows, so that a crash loses none.
     still_bad = pc.is_in(quarantined[SEQ], difference.bad[SEQ].combine_chunks())
     all_bad = pa.concat_tables([difference.bad, quarantined.filter(pc.invert(still_bad))])
     _write_quarantine(place.quarantine, event.batch, quarantined, all_bad)
@@ -195,7 +195,7 @@ def _stored_rows(pinned: Snapshot, names: Sequence[str], first: int, last: int) 
 
 
 def _rewrite(place: BatchLocation, difference: Difference, event: BatchMended) -> None:
-    """Replace the files that hold outdated rows, and add the right rows, in one transaction."""
+    """Replace the files that contain outdated rows, and add the right rows, in one transaction."""
     pinned, run = place.pinned, uuid.uuid4().hex
     is_outdated = pl.col(SEQ).is_in(sorted(difference.outdated))
     old: list[BucketFile] = []
@@ -245,7 +245,7 @@ def _content(rows: pa.Table) -> list[tuple[int, str, str]]:
 def _write_quarantine(files: QuarantineFiles, batch: str, current: pa.Table | None, rows: pa.Table) -> None:
     """Write the quarantine file of a batch, or delete it if there are no rows.
 
-    `current` is the present content of the file. Nothing is written if it is already right; None always writes.
+    `current` is the content of the file. If it has the same rows already, nothing is written; None means write anyway.
     """
     if current is not None and _content(current) == _content(rows):
         return

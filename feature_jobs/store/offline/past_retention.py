@@ -1,8 +1,8 @@
 """Select the rows of a feature table that are past their retention.
 
-A row is past retention when its event is too old. In a table of events, the older versions of an event are also past
-retention if its correction is too old. A correction may move an event far into the past. If only the correction were
-removed, the version that it corrected would count again.
+A row is past retention when its event time is too old. In a table of events, the older versions of an event are also
+past retention if its correction is too old. A correction may move an event far into the past. If only the correction
+were removed, readers would use the corrected version again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def past_retention(pinned: Snapshot, windows: WindowSpec | None, oldest: datetim
 
 
 def corrected_by_old(events: pl.DataFrame, keys: Sequence[str], event_id: str, oldest: datetime) -> list[int]:
-    """Return the `ingest_seq` of event versions that are not old themselves but have an old later version."""
+    """Return the `ingest_seq` of event versions that are not old themselves but have a later version that is old."""
     later = (pl.col(EVENT) < oldest).cum_max(reverse=True).shift(-1).over([*keys, event_id])
     marked = events.sort(CREATED, SEQ).with_columns(later.fill_null(False).alias("__later"))
     return marked.filter(pl.col("__later") & (pl.col(EVENT) >= oldest))[SEQ].to_list()

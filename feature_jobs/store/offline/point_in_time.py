@@ -1,20 +1,19 @@
 """The point-in-time join: for an entity row at time t, the newest values that were known at t.
 
-A feature row is available from v = max(event_timestamp, created_timestamp). Of the rows with v <= t, the join takes the
-one with the greatest (event_timestamp, created_timestamp, ingest_seq). An as-of join over event time with a filter on
-created time would be wrong: a row that arrives late must not be seen early, and must not replace a newer row.
+A feature row is available from v = max(event_timestamp, created_timestamp). Of the rows with v <= t, the join returns
+the one with the greatest (event_timestamp, created_timestamp, ingest_seq). An as-of join over event time with a filter
+on created time would be wrong: a row that arrives late must not be seen early, and must not replace a newer row.
 
 The algorithm:
 
 1. Sort the rows by (v, event, created, seq).
-2. Drop every row that an earlier row in this order beats, because it can never be the result.
+2. Drop a row if an earlier row of its entity in this order has a greater event time: it can never be the result.
 3. Do one as-of join on v.
-4. Apply the TTL: an expired row counts as no row, and no older row replaces it. A tombstone is joined like any other
+4. Apply the TTL: an expired row is no result, and no older row replaces it. A tombstone is joined like any other
    row; if it is the result, the entity row has no values.
 
-Of two rows with the same event time, the later one in this order is also the greater one, because v grows with the
-created time. So a row is beaten exactly if an earlier row has a greater event time, and a sort by event time only has
-to be stable.
+In step 2, only event times must be compared. Of two rows with the same event time, the later row in this order is also
+the greater one, because v grows with the created time. For the same reason, a sort by event time only has to be stable.
 
 All functions are pure, over Polars frames. Times are UTC microseconds.
 """
@@ -39,9 +38,9 @@ class JoinResult:
     """The result of a join."""
 
     columns: pl.DataFrame
-    """The features, one row for each entity row in the same order; null where nothing was known."""
+    """The features, one row for each entity row in the same order; null if nothing was known."""
     hidden: int
-    """Number of entity rows without a result that would have one without the cutoff; 0 if the cutoff is off."""
+    """Number of entity rows that have no result only because of the cutoff; 0 if the cutoff is off."""
     absent: pl.Series
     """Which entity rows have no result. The others may still have nulls that come from the source."""
 
@@ -64,11 +63,11 @@ def join_features(
             also `deleted` if there may be tombstones.
         keys: join keys. A null key matches nothing.
         columns: feature columns to return.
-        ttl: age of the event after which a value is expired. At an age of exactly `ttl` it still counts.
-        cutoff: whether to hide rows that were created after the entity row's time. Without it only the event time
-            decides.
-        ordered: whether `features` is already sorted by (available, event, created, seq). `ingest_seq` is optional
-            then.
+        ttl: greatest age at which a value is valid. An older value is expired.
+        cutoff: whether to hide rows that were created after the entity row's time. If false, only event times are
+            compared.
+        ordered: whether `features` is already sorted by (available, event, created, seq). Then `ingest_seq` is
+            optional.
     """
     rows = features if ordered else features.sort(AVAILABLE, EVENT, CREATED, SEQ)
     if not cutoff:
@@ -91,13 +90,13 @@ def join_features(
 def latest_rows(
     features: pl.DataFrame, *, keys: Sequence[str], as_of: datetime, tombstones: bool = False
 ) -> pl.DataFrame:
-    """Return the row of each entity that a join at one moment takes. The TTL is not applied.
+    """For each entity, return the row that a join at `as_of` would return. The TTL is not applied.
 
     Args:
         features: as in `join_features`.
         keys: join keys.
-        as_of: the moment.
-        tombstones: whether to return the tombstones of deleted entities, which say since when there are no values.
+        as_of: the time of the join.
+        tombstones: whether to return tombstones of deleted entities. Their times say when the values were deleted.
     """
     newest = (
         features.filter(as_of >= AVAILABLE)
@@ -110,9 +109,9 @@ def latest_rows(
 
 
 def _unbeaten(rows: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
-    """Return the rows that are the greatest of their entity so far.
+    """Return the rows whose event time is not less than that of any earlier row of their entity.
 
-    A row can only be beaten if it was created after its event. So if no row was, all rows stay.
+    Only a row that was created after its event can be dropped. So if there is no such row, all rows stay.
     """
     if not rows.select(_LATE.any()).item():
         return rows
@@ -143,10 +142,10 @@ def _count_hidden(
     deleted: Sequence[str],
     ttl: timedelta | None,
 ) -> int:
-    """Count the entity rows without a result that would have one without the cutoff.
+    """Count the entity rows that have no result only because of the cutoff.
 
     The cutoff hides only rows that were created after their event. So without the cutoff, the result is one of two
-    rows: the joined row, or the greatest row that was created after its event. The greater of the two wins.
+    rows: the joined row, or the greatest row that was created after its event. The greater of the two is used.
     """
     late = (
         rows.lazy()

@@ -1,11 +1,11 @@
 """Remove rows from a feature table for good: from its newest version, and from the disk.
 
-One transaction replaces the files that hold such rows by files without them. Then every file that still holds one is
-deleted, whatever version it belongs to. Files without such rows stay. So older versions that have none of these rows,
-and the training sets that pin them, do not change. If the process is killed, the same call again finishes the job: the
-remaining work is found by reading the files.
+One transaction replaces the files that contain such rows by files without them. Then every file that still contains
+such a row is deleted, whatever version it belongs to. Other files stay. So older versions without such rows, and
+training sets that pin these versions, do not change. If the process is killed, a second call with the same arguments
+does the rest: it finds the remaining work by reading the files.
 
-Retention uses it. The erasure of a person uses it with another expression.
+`feature_jobs.retain` uses this module.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ class RemovalReason:
 
     cause: str
     older_than: str | None = None
-    """ISO 8601 time: rows with an older event are removed. None if age is not the rule."""
+    """ISO 8601 time: rows with an older event are removed. None if rows are not removed by age."""
 
 
 def remove_rows(
     pinned: Snapshot, where: pl.Expr, reason: RemovalReason, ledger: Ledger, *, view: str, actor: str
 ) -> int:
-    """Remove the rows for which an expression is true, in every version, and return their number in the newest one.
+    """Remove the rows for which an expression is true from all versions. Return their number in the newest version.
 
     Args:
         pinned: the newest version of the table.
-        where: expression over stored columns. Null counts as false.
+        where: expression over stored columns. Null means false.
         reason: recorded in the events.
         ledger: receives an event for the removed rows, and one for each training set that cannot be built again.
         view: view of the table.
@@ -73,7 +73,7 @@ def remove_rows(
 
 
 def count_matching_rows(pinned: Snapshot, where: pl.Expr) -> dict[str, int]:
-    """Return the number of matching rows by file, for all files on disk that have any, in any version or in none."""
+    """Return the number of matching rows by file, for every file on disk that has any, in a version or not."""
     known = _ever_added(pinned.uri)
     counts = {}
     for path in _files_on_disk(pinned):
@@ -88,7 +88,7 @@ def count_matching_rows(pinned: Snapshot, where: pl.Expr) -> dict[str, int]:
 def _rewrite_without(
     pinned: Snapshot, where: pl.Expr, counts: Mapping[str, int], reason: RemovalReason
 ) -> int:
-    """Replace the newest version's files that hold such rows, and return the number of removed rows."""
+    """Replace the newest version's files that have matching rows, and return the number of removed rows."""
     old = [file for file in pinned.files if file.path in counts]
     if not old:
         return 0
@@ -153,7 +153,7 @@ def _record_lost_training_sets(
 
 
 def _record_removals(uri: str, ledger: Ledger, *, view: str, actor: str) -> None:
-    """Append an event for every removal in the table's history that the ledger lacks, also those of killed jobs."""
+    """Append an event for every removal in the table's history that the ledger lacks, also if the job was killed."""
     history = DeltaTable(uri).history()
     removals = {int(entry["version"]): json.loads(entry[_KEY]) for entry in history if _KEY in entry}
     for version in unrecorded(ledger, RowsRemoved, removals, view=view):

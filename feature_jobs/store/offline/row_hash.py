@@ -1,4 +1,4 @@
-"""Hash the content of a table with one SHA-256 that does not depend on the library that holds the table.
+"""Hash the content of a table with SHA-256. The hash does not depend on the library that made the table.
 
 The hash covers the columns' names and logical types and, in order, the validity and the values of each column. It
 ignores chunks, dictionaries, the width of offsets, the bytes behind a null, and the bit pattern of a NaN.
@@ -94,7 +94,7 @@ def _value_bytes(column: pa.ChunkedArray) -> list[bytes | memoryview]:
 
 
 def _text_bytes(text: pa.StringArray) -> memoryview:
-    """Return the concatenated bytes of an array of text without nulls, without a copy."""
+    """Return the bytes of all texts of an array, one after another, as a view of its buffer. It must have no nulls."""
     _, offsets, data = text.buffers()
     begins = np.frombuffer(offsets, np.int32)[text.offset : text.offset + len(text) + 1]
     return memoryview(data)[begins[0] : begins[-1]] if data is not None else memoryview(b"")

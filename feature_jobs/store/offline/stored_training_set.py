@@ -1,10 +1,10 @@
-"""Read training sets below the storage root and detect any that were replaced.
+"""Read training sets below the storage root, and detect a training set that was replaced.
 
 Three things protect such a file: it is encrypted with its features' keys, its AAD names its path, and the ledger has
-the hash of its rows. A writer to the storage root who has no keys cannot replace it unnoticed, neither by plain Parquet
-nor together with a manifest of their own. Files of earlier releases have no path in their AAD. They can still be read,
-because their rows are compared with the ledger. Only such a file can be replaced, by another whole set with its
-manifest.
+the hash of its rows. An attacker who can write to the storage root but has no keys cannot replace the file unnoticed:
+not by plain Parquet, and not together with another manifest. Files of earlier releases have no path in their AAD. They
+can still be read, because their rows are compared with the ledger. Such a file can be replaced, but only by another
+complete training set together with its manifest.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_stored_training_set(
     """Read the rows of a training set below the storage root, with the caller's keys in `files`.
 
     Raises:
-        TrainingSetError: it has no manifest, the ledger does not have it, or its rows have another hash.
+        TrainingSetError: the training set has no manifest or is not in the ledger, or its rows have another hash.
         ProtectedFileCorrupt: the file is not encrypted, or has other keys, or belongs to another path.
         AccessDenied, KeyRevoked, KeyNotFound: the key store refuses a key.
     """

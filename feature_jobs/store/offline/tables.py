@@ -62,12 +62,12 @@ class Batch:
     columns: list[str] = field(default_factory=list)
     """Columns of the source."""
     rows_late: int = 0
-    """Rows of a stream that are later than its limit allows."""
+    """Number of rows of a stream that are later than the stream's limit allows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """One version of a feature table, as plain data that any worker can read from."""
+    """One version of a feature table, as plain data. Any worker can read the table with it."""
 
     uri: str
     version: int
@@ -90,7 +90,7 @@ class Snapshot:
         return sum(file.bucket == bucket for file in self.files) <= 1
 
     def read(self, bucket: int, columns: Sequence[str], *, sequence: bool = True) -> pl.DataFrame:
-        """Read the rows of a bucket: join keys, the three ordering columns, and the given features.
+        """Read the rows of a bucket: join keys, event time, created time, `ingest_seq`, and the given features.
 
         The result also has `deleted`, never null, if the table can have tombstones.
 
@@ -112,7 +112,7 @@ class Snapshot:
         return frame.with_columns(pl.col(name).cast(pl.Boolean).fill_null(False) for name in deleted)
 
     def tables(self, bucket: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Yield the content of each file of a bucket, by default with all columns; raises as `read`."""
+        """Yield the content of each file of a bucket, by default with all columns. For errors see `read`."""
         reader = protected_files(self.access)
         for file in self.files:
             if file.bucket == bucket:
@@ -316,7 +316,7 @@ def find_batch(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
 
 
 def batch_sequence(uri: str, ingest_id: str) -> range | None:
-    """Return the `ingest_seq` of all rows of a batch in source order, quarantined ones included; None if unknown."""
+    """Return the `ingest_seq` of all rows of a batch in source order, including quarantined rows; None if unknown."""
     found = find_batch(DeltaTable(uri), ingest_id)
     if found is None:
         return None

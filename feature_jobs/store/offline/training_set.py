@@ -1,7 +1,7 @@
 """Build a training set: the point-in-time join over all views of a service, bucket by bucket.
 
-Only the entity rows are hashed, because each view's rows are already in the bucket of their keys. A bucket is one unit
-of work. Small work runs in this process; large work runs as one Ray task for each bucket. A bucket bounds the memory.
+Only the entity rows are hashed, because each view's rows are already in the bucket of their keys. Few rows are joined
+in this process, many rows in one Ray task per bucket. A task needs memory for only one bucket.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from feature_jobs.store.types.schema import EVENT
 
 POSITION, ABSENT = "__position", "__absent"
 THREADS = min(4, os.cpu_count() or 1)
-"""Number of buckets that a process joins at the same time; that many buckets bound its memory."""
+"""Number of buckets that a process joins at the same time. It needs memory for this many buckets."""
 Part = tuple[int, pl.DataFrame]
 """A bucket number, and the entity rows in that bucket."""
 
@@ -78,7 +78,7 @@ class BuiltTrainingSet:
 def build(
     spec: ServiceSpec, snapshots: dict[str, Snapshot], entities: pa.Table, *, join_parts: JoinParts
 ) -> pa.Table:
-    """Build the rows of a training set with the cutoff on; arguments as in `assemble`."""
+    """Build the rows of a training set with the cutoff on. The arguments are those of `assemble`."""
     return assemble(spec, snapshots, entities, join_parts=join_parts).table
 
 
@@ -198,7 +198,7 @@ def key_column(key: str, kind: str, view: ViewSpec, spec: ServiceSpec, output: p
     """Return a view's join key: from the entity rows, else from the feature of that name in an earlier view.
 
     Raises:
-        TrainingSetError: the key is in neither of them, or has the wrong type.
+        TrainingSetError: the key is in neither of these places, or has the wrong type.
     """
     earlier = [f"{other.name}__{key}" for other in spec.views[: spec.views.index(view)]]
     present = set(output.column_names)

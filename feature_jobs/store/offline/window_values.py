@@ -1,10 +1,10 @@
 """Windowed aggregations for entity rows, exact to the event. `definitions/aggregations.py` defines their meaning.
 
-A version of an event counts during one interval of time. It begins when the version became known. It ends when a later
-version of the event became known, or when the event left the window, whichever is first. (An event after t needs no
-check, because it is known only after it happened.) So the entity rows of one entity that see a version are neighbours
-in order of time, and each aggregation is one over intervals (`spans`). Pairs of entity rows and events are never made,
-and late corrections have no extra cost. For n events and m entity rows, time is O((n + m) log m) and memory O(n + m).
+A version of an event is used during one interval of time. The interval begins when the version became known. It ends
+when a later version of the event became known, or when the event left the window, whichever is first. (An event after t
+needs no check, because it is known only after it happened.) So in order of time, the entity rows that use a version are
+next to each other, and each aggregation is over intervals (`spans`). No pairs of entity rows and events are made, and
+late corrections have no extra cost. For n events and m entity rows, time is O((n + m) log m) and memory O(n + m).
 
 All functions are pure, over Polars frames and NumPy arrays. Times are UTC microseconds.
 """
@@ -67,7 +67,7 @@ class _EntityRows:
     moments: Ints
     """The distinct times of all rows, ascending."""
     codes: Ints
-    """Entity and number of the moment, combined into one number, ascending."""
+    """Entity and index of its time in `moments`, combined into one number, ascending."""
 
     def first(self, groups: Ints, times: Ints) -> Ints:
         """Return the first row of each entity at or after a time, or the end of the entity's rows."""
@@ -91,12 +91,12 @@ def aggregate(
             columns, and `deleted` if there may be tombstones. A frame without columns means no events.
         keys: join keys. For an entity row with a null key all results are null.
         windows: the aggregations.
-        cutoff: whether to hide rows that were created after the entity row's time. Without it only the event time
-            decides.
+        cutoff: whether to hide rows that were created after the entity row's time. If false, only event times are
+            compared.
 
     Returns:
         One column for each output, one row for each entity row in the same order. `hidden` counts the entity rows that
-        see no event only because of the cutoff.
+        have no event only because of the cutoff.
 
     Raises:
         TrainingSetError: the whole numbers of a column are too large for a sum as int64.
@@ -120,7 +120,7 @@ def aggregate(
 def _count_hidden(
     known: pl.DataFrame, rows: pl.DataFrame, versions: pl.DataFrame, windows: WindowSpec
 ) -> int:
-    """Count the entity rows that see no event only because of the cutoff."""
+    """Count the entity rows that have no event only because of the cutoff."""
     if rows.select((pl.col(CREATED) <= pl.col(EVENT)).all()).item():
         return 0
     without_events = known.filter(counts(_seen(_entity_rows(known), versions, windows.longest_us)) == 0)
@@ -130,7 +130,7 @@ def _count_hidden(
 
 
 def _typed(events: pl.DataFrame, groups: pl.DataFrame, windows: WindowSpec) -> pl.DataFrame:
-    """Cast the events to the declared dtypes. A column is null, without a type, in files that are older than it."""
+    """Cast the events to the declared dtypes. In files from before a column existed, it is null without a type."""
     dtypes = {windows.event_id: windows.event_id_dtype} | windows.columns
     declared: dict[Any, pl.DataType] = {name: _DTYPES[dtype] for name, dtype in dtypes.items()}
     if events.width == 0:
@@ -151,12 +151,12 @@ def _entity_rows(known: pl.DataFrame) -> _EntityRows:
 
 
 def _versions(events: pl.DataFrame, windows: WindowSpec, *, cutoff: bool) -> pl.DataFrame:
-    """Return the versions of events with the interval in which they count, without tombstones, sorted for `last`."""
+    """Return each version with the interval in which it is used, without tombstones, sorted for `last`."""
     event = [_GROUP, windows.event_id]
     if DELETED not in events.columns:
         events = events.with_columns(pl.lit(False).alias(DELETED))
     events = events.with_columns((AVAILABLE if cutoff else pl.col(EVENT)).alias(_KNOWN))
-    # Most events have one version and need no window function.
+    # Most events have one version and do not need `over`.
     repeated = events.select(event).is_duplicated()
     later = pl.col(_KNOWN).cum_min(reverse=True).shift(-1).over(event)
     several = events.filter(repeated).sort(CREATED, SEQ).with_columns(later.alias(_UNTIL))
@@ -165,7 +165,7 @@ def _versions(events: pl.DataFrame, windows: WindowSpec, *, cutoff: bool) -> pl.
 
 
 def _seen(entity_rows: _EntityRows, versions: pl.DataFrame, window_us: int) -> Spans:
-    """Return, for each version, the range of entity rows that see it in their window."""
+    """For each version, return the range of entity rows that use it: their windows contain it."""
     groups = versions[_GROUP].to_numpy()
     start = entity_rows.first(groups, _micros(versions, _KNOWN))
     until = versions[_UNTIL].dt.epoch("us").fill_null(_NEVER).to_numpy()
@@ -242,7 +242,7 @@ def _gather(values: pl.Series, indices: Ints) -> pl.Series:
 
 
 def _sums(output: Output, column: _Column, spans: Spans, cache: dict[str, pl.Series]) -> pl.Series:
-    """Return the sums, null where no value counts."""
+    """Return the sums; null if there is no value."""
     if output.column not in cache:
         sums = _whole_sums if column.series.dtype.is_integer() else _fraction_sums
         has_values = pl.Series(counts(spans) > 0)
@@ -273,7 +273,7 @@ def _fraction_sums(output: Output, series: pl.Series, spans: Spans) -> pl.Series
 
 
 def _distinct(column: _Column, spans: Spans, groups: Ints) -> Ints:
-    """Count the distinct values that each entity row sees: exactly up to `EXACT_DISTINCT`, estimated above."""
+    """Count the distinct values for each entity row: exactly up to `EXACT_DISTINCT`, estimated above."""
     if spans.rows.size == 0:
         return counts(spans)
     codes = groups[spans.rows] * len(column.sorted_values) + column.ranks[spans.rows]

@@ -4,7 +4,7 @@ A key that is one whole number is encrypted as one AES-256 block (FIPS 197). So 
 ten times as fast as one hash for each key. A block cipher is as good as a random function for far fewer than 2^64
 blocks (Bellare and Rogaway, "The Security of Triple Encryption and a Framework for Code-Based Game-Playing Proofs",
 EUROCRYPT 2006, lemma 1), and no two numbers share an address. Every other key is hashed with keyed BLAKE2b (RFC 7693).
-Among a thousand million entities, two of them share an address of 16 bytes with a probability of 2^-69.
+Among a thousand million entities, two of them have the same address of 16 bytes with a probability of 2^-69.
 """
 
 from __future__ import annotations

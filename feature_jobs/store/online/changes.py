@@ -1,4 +1,4 @@
-"""Types for online rows that combine many table rows and are updated from the row in the store."""
+"""Types for updates of online rows that are made from many table rows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ without a row is known to have no values. The new row has another rank than the 
 applied to its own result it changes nothing.
 """
 Merge = Callable[[OnlineRow | None, OnlineRow, Horizon], OnlineRow | None]
-"""Merges a stored row into a newly materialised one, or returns None to keep the materialised one.
+"""Merges a stored row into a newly materialised one, or returns None to keep the new row.
 
 Arguments: the materialised row (None if the entity has none), the row of the previous generation, and the horizon. The
-result takes from the previous row what is beyond the horizon. Its rank is greater than the materialised row's.
+result also contains what the previous row has beyond the horizon. Its rank is greater than the materialised row's.
 """
 
 

@@ -2,8 +2,8 @@
 
 For each view, an engine stores rows by address, and one meta that says how to read them (`meta.py`). Each new meta
 starts with a new stamp, a unique id. A caller reads the meta first, and passes its stamp to every read and write. If
-another process has replaced the meta since then, the call changes nothing and its result says so. Rows belong to a
-generation: a materialisation writes a new one and then switches to it.
+another process has replaced the meta since then, the call changes nothing and returns None or False. Rows belong to a
+generation: a materialisation writes a new generation and then switches to it.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class Write:
 
 
 class Engine(Protocol):
-    """Storage for the bytes of the online store. Raises OnlineStoreUnavailable if it cannot be reached or is full."""
+    """Storage for the bytes of the online store. Methods raise OnlineStoreUnavailable if it is unreachable or full."""
 
     def meta(self, view: str) -> bytes | None:
         """Return a view's meta; None before its first row."""
 
     def rows(self, view: str, stamp: bytes, addresses: Sequence[bytes]) -> Sequence[bytes | None] | None:
-        """Return rows by address, None for each missing one; None instead of the list if the stamp has changed."""
+        """Return the rows at some addresses, None for a missing row. If the stamp has changed, return None."""
 
     def put(self, view: str, stamp: bytes, writes: Sequence[Write]) -> int | None:
-        """Compare and set rows in one transaction; return the number written, None if the stamp has changed."""
+        """Compare and set rows in one transaction; return the number written, or None if the stamp has changed."""
 
     def set_meta(self, view: str, expected: bytes | None, meta: bytes) -> bool:
         """Set a view's meta if its stamp is still the expected one (None: no meta yet); return whether it was set."""
@@ -60,7 +60,7 @@ class Engine(Protocol):
         """Write rows of a generation that is not read yet."""
 
     def switch(self, view: str, expected: bytes | None, meta: bytes, carry: Carry) -> bool:
-        """Make the staged generation the current one if the stamp is still the expected one; return whether it is.
+        """Make the staged generation the current one if the stamp is still the expected one; return whether it was.
 
         `carry` gets every row that is put in the meantime. Readers see all of one generation or all of the other.
         """

@@ -1,9 +1,9 @@
 """Write pushed and streamed rows to the online store. Rows of an aggregated view are added to the entities' states.
 
-For an aggregated view, a state is read, the events are added, and the state is written if no other writer came between;
-otherwise it is tried again (`OnlineStore.update`). The rank of a state grows with every write. A version of an event is
-identified by its sequence number, so events may come repeatedly and in any order. A materialisation takes over, from
-the previous states, the event versions that its table lacks.
+For an aggregated view, a state is read, the events are added, and the state is written if no other writer has changed
+it in between. Otherwise these steps are repeated (`OnlineStore.update`). The rank of a state grows with every write. A
+version of an event is identified by its sequence number, so events may come repeatedly and in any order. From the
+previous states, a materialisation also copies the event versions that its table version lacks.
 
 A state that lacks events returns no values until the view is materialised. That is the case for a view that never was
 materialised, or was materialised with other aggregations.
@@ -34,12 +34,12 @@ def put_online(store: OnlineStore, view: ViewSpec, key_types: Mapping[str, str],
     Args:
         store: the online store.
         view: the view of the rows.
-        key_types: types of its join keys.
+        key_types: types of the view's join keys.
         known: the view's join keys and stored columns, `event_timestamp`, `created_timestamp`, `ingest_seq`, and
             `deleted` if there may be tombstones. A stored column that is missing is null.
 
     Raises:
-        KeyNotFound, KeyRevoked, AccessDenied, OnlineStoreUnavailable: as `OnlineStore.put`.
+        KeyNotFound, KeyRevoked, AccessDenied, OnlineStoreUnavailable: see `OnlineStore.put`.
     """
     if view.windows is None:
         store.put(view, key_types, list(online_rows(view, known)))
@@ -54,7 +54,7 @@ def assign_sequence_online(
     known: pl.DataFrame,
     numbers: Sequence[int],
 ) -> None:
-    """Replace the provisional numbers of online rows by their `ingest_seq`, and write the rows that are not there yet.
+    """Replace the provisional numbers of online rows by their `ingest_seq`, and write the rows that are not stored yet.
 
     Args:
         store, view, key_types, known: as in `put_online`; `known` has the provisional numbers.
@@ -69,7 +69,7 @@ def assign_sequence_online(
 
 
 def merge_function(view: ViewSpec) -> Merge | None:
-    """Return the function that merges states beyond the horizon; None for a view that is not aggregated."""
+    """Return the function that merges two states of an entity; None for a view that is not aggregated."""
     return None if view.windows is None else _Merger(Tiling(view.windows)).merge
 
 
@@ -149,10 +149,10 @@ def _update(
 def _events(
     view: ViewSpec, windows: WindowSpec, known: pl.DataFrame
 ) -> Iterator[tuple[tuple[int | str, ...], EventRow]]:
-    """Yield join keys and event of each table row. A tombstone has only its event id."""
+    """Yield the join keys and the event of each table row. A tombstone has only an event id."""
     fields = {field.name: field for field in view.stored}
     event_view = replace(view, fields=[fields[windows.event_id], *(fields[name] for name in windows.columns)])
-    # `online_rows` drops the values of deleted rows, and so the event id. It must not see `deleted`.
+    # `online_rows` drops the values of deleted rows, and so the event id. So it must not get `deleted`.
     has_deleted = DELETED in known.columns
     frame = known.with_columns(pl.lit(False).alias(DELETED)) if has_deleted else known
     is_deleted = known[DELETED].fill_null(False) if has_deleted else itertools.repeat(False)
@@ -181,7 +181,8 @@ def _packed_state(row: OnlineRow) -> bytes | None:
 def _next_row(old_row: OnlineRow | None, state: WindowState, seq: int) -> OnlineRow:
     """Return a state as the row that replaces `old_row`.
 
-    Its event time counts the writes, so that every rank is unique. Its sequence number is the greatest one written.
+    The row's event time is the number of writes, so that every rank is unique. Its sequence number is the greatest one
+    of the written events.
     """
     writes, number = (0, seq) if old_row is None else (old_row.event_us + 1, max(old_row.seq, seq))
     return OnlineRow(keys=(), event_us=writes, created_us=0, seq=number, values=[state.pack()])

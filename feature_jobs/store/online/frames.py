@@ -13,7 +13,7 @@ from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, SEQ
 
 
 def plain_columns(dtypes: Mapping[str, str]) -> list[pl.Expr]:
-    """Convert the columns that the online store keeps in another form than the feature table.
+    """Convert the columns that have another form in the online store than in the feature table.
 
     Timestamps become microseconds, dates become days, decimals become text.
     """

@@ -27,15 +27,15 @@ Lists: TypeAlias = tuple[tuple[int, np.dtype[Any]], ...]
 
 
 class Layout:
-    """The order in which one version of a view packs its values: by class, within a class by field.
+    """The order in which one version of a view packs its values: by column class, within a class by field.
 
-    A class whose fields all have a fixed width is packed as a struct, unless the row is loose. Other classes are
-    msgpack. A list of numbers is packed as its elements one after the other, little-endian; with a declared length it
-    has a fixed width.
+    If all fields of a class have a fixed width, they are packed as a struct, unless the row is loose (`is_loose`).
+    Other classes are packed with msgpack. A list of numbers is packed as its elements one after the other,
+    little-endian; with a declared length it has a fixed width.
     """
 
     def __init__(self, version: str, fields: Iterable[Sequence[str]]) -> None:
-        """Create the layout of a version, from the name, dtype and class of each field."""
+        """Create the layout of a version, from the name, dtype and column class of each field."""
         self.version = version
         self.fields = tuple((name, dtype, sensitivity) for name, dtype, sensitivity in fields)
         indices: dict[str, list[int]] = {}
@@ -62,7 +62,7 @@ class Layout:
         return any(len(values[index]) != length for index, length in self.lengths)
 
     def groups(self, values: Sequence[Any], *, loose: bool) -> list[bytes]:
-        """Return a row's values as bytes, by class."""
+        """Return a row's values as bytes, one item per column class."""
         groups = []
         for indices, fixed, lists in zip(self.indices, self.structs, self.lists, strict=True):
             group = [values[index] for index in indices]
@@ -99,12 +99,12 @@ class Layout:
 
 
 class Part(NamedTuple):
-    """The values of one class in a row."""
+    """The values of one column class in a row."""
 
     number: int
     """Index of the part in the row."""
     sensitivity: str
-    """The class."""
+    """The column class."""
     fixed: struct.Struct | None
     """The struct format; None for msgpack."""
     lists: Lists
@@ -112,13 +112,13 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The parts of a row to open, and the position of each wanted feature in them."""
+    """The parts of a row to unpack, and the position of each wanted feature in these parts."""
 
     parts: tuple[Part, ...]
     single: bool
     """Whether the row has only one part."""
     order: tuple[tuple[int, int] | None, ...] | None
-    """Number of the part and position in it for each feature, None for a feature that the row lacks.
+    """For each feature, the number of its part and the position in this part. None if the row lacks the feature.
 
     None instead of the tuple if one part has all features in the wanted order.
     """

@@ -1,8 +1,9 @@
 """The LMDB engine of the online store: mapped into memory on one machine, so a read is a look-up in this process.
 
 Writers of all processes share one lock. A materialisation therefore writes its rows to a file of its own
-(`segment.py`), the base of its generation. Only the switch, which handles the few rows that were put since the last
-switch, is a transaction. Later puts go to LMDB, under the generation, and take precedence over the file.
+(`segment.py`), the base of its generation. Only the switch to this generation is a transaction, for the few rows that
+were put since the last switch. Later puts are written to LMDB under the generation's id, and take precedence over the
+file.
 """
 
 from __future__ import annotations
@@ -234,7 +235,7 @@ def _with_base(
 
 
 def _put_key(view: str) -> bytes:
-    """Return the key prefix of the markers of a view's rows that were put."""
+    """Return the prefix of marker keys. A view has one marker for each row that was put."""
     return _PUT + view.encode() + b"\x00"
 
 
@@ -246,7 +247,7 @@ def _stamp(transaction: lmdb.Transaction, view: str) -> bytes | None:
 def _put(
     transaction: lmdb.Transaction, view: str, generation: bytes, writes: Sequence[Write], base: Segment | None
 ) -> int:
-    """Write the rows whose stored rank is as expected, or smaller; return their number."""
+    """Write each row whose stored rank is the expected one or, without one, is smaller. Return their number."""
     prefix, marker = view.encode() + b"\x00" + generation, _put_key(view)
     written = 0
     base_rows = [None] * len(writes) if base is None else base.rows([write.address for write in writes])

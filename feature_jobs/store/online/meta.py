@@ -13,7 +13,7 @@ from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.online.layout import Layout
 
 FORMAT = 2
-"""Format of rows and addresses. Metas of format 1 do not name it; there, every address was a hash."""
+"""Format of rows and addresses. A meta of format 1 does not contain this number, and all its addresses are hashes."""
 GENERATION_BYTES = 8
 STAMP_BYTES = GENERATION_BYTES + 8
 
@@ -30,7 +30,7 @@ class Meta:
     layouts: tuple[Layout, ...]
     """A row refers to its layout by the index in this tuple."""
     data_keys: Mapping[str, str]
-    """Wrapped data key by class."""
+    """Wrapped data key by column class."""
     materialised: bool = True
     """Whether the generation began with a materialisation, so that an entity without a row has no values."""
     format: int = FORMAT

@@ -1,8 +1,8 @@
 """Read the features of a service from the online store, as of a given time.
 
-Each value is read with its times. The TTL is applied at the reader's `as_of`, and a value that became known after it is
-never returned. In the common case, with all rows present and no null, a read is a few operations over whole columns.
-Only other cases cost more.
+Each value is read with its times. The TTL is applied at the reader's `as_of`, and a value that became known after
+`as_of` is never returned. In the common case, with all rows present and no null, a read is a few operations over whole
+columns. Other cases are slower.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class FeatureReader:
         self._materialised: set[str] = set()
 
     def read(self, entities: Sequence[Mapping[str, Any]], as_of: dt.datetime) -> FeatureVectors:
-        """Return the features of entities as of a moment.
+        """Return the features of entities as of a given time.
 
         Args:
             entities: join keys of each entity.
-            as_of: the moment.
+            as_of: the time at which TTL and status are evaluated.
 
         Raises:
             InvalidRequest: an entity lacks a join key, or has one of the wrong type.
@@ -93,7 +93,7 @@ class FeatureReader:
     def _keys(
         self, view: ViewSpec, entities: Sequence[Mapping[str, Any]], earlier: Mapping[str, Sequence[Any]]
     ) -> Sequence[Key]:
-        """Return each entity's key in a view; None if the key is a feature of an earlier view that has no value."""
+        """Return each entity's key in a view. None if the key is a feature of an earlier view and has no value."""
         types = self._types(view)
         if len(view.join_keys) == 1:
             key = view.join_keys[0]
@@ -193,7 +193,7 @@ def epoch_microseconds(moment: dt.datetime) -> int:
 
 
 def _block_status(block: Block, oldest_us: int, at_us: int) -> list[Status]:
-    """Return each row's status at a moment. If a row is not `present` at that moment, set its values to null."""
+    """Return each row's status at a given time. If the status is not `present`, set the row's values to null."""
     if block.within(oldest_us, at_us):
         return [_PRESENT] * len(block.moments)
     status = [
@@ -210,7 +210,7 @@ def _block_status(block: Block, oldest_us: int, at_us: int) -> list[Status]:
 def _row_status(
     found: Sequence[FoundRow | None], width: int, oldest_us: int, at_us: int
 ) -> tuple[list[Status], list[list[Any]], bool]:
-    """Return each row's status at a moment, the values by column, and whether the present rows have no null."""
+    """Return each row's status at a given time, the values by column, and whether the present rows have no null."""
     status: list[Status] = []
     rows: list[Sequence[Any]] = []
     complete, nulls = True, (None,) * width

@@ -40,7 +40,7 @@ local function newer(one, other)
   return false
 end
 """
-# Compares ranks as numbers, because Lua compares strings by the server's locale.
+# The script compares ranks as numbers, because Lua compares strings by the server's locale.
 _PUT = f"""{_NEWER}
 if ARGV[1] ~= '' and redis.call('HGET', KEYS[1], 's') ~= ARGV[1] then return -1 end
 local turn = redis.call('HINCRBY', KEYS[1], 'n', 1)

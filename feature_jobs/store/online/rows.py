@@ -2,14 +2,14 @@
 
     event (8) | created (8) | seq (8) | flags (1) | layout (2) | values
 
-The first three numbers are big-endian with an offset of 2^63, so that bytes compare as (event, created, seq) does, in
-every engine. `layout` is the index of the layout in the view's meta (`meta.py`).
+The first three numbers are big-endian with an offset of 2^63. So in every engine, comparing bytes gives the same result
+as comparing (event, created, seq). `layout` is the index of the layout in the view's meta (`meta.py`).
 
-An address (`addresses.py`) replaces the entity's key. Public values are not encrypted. The values of every other class
-are together one AES-256-GCM ciphertext. Its AAD names view, class, entity and header, so no value can be moved to
-another entity or be given a newer time. Each materialisation makes new data keys, which are wrapped under
-`online/<view>/<class>`. The hash key of the addresses stays, wrapped under the internal key, so that a row that is put
-during a materialisation keeps its address.
+An address (`addresses.py`) replaces the entity's key. Public values are not encrypted. For every other class, the
+values together are one AES-256-GCM ciphertext. Its AAD names view, class, entity and header, so no value can be moved
+to another entity or be given a newer time. Each materialisation makes new data keys, which are wrapped under
+`online/<view>/<class>`. The hash key of the addresses does not change, and is wrapped under the internal key. So a row
+that is put during a materialisation keeps its address.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from feature_jobs.store.online.layout import Layout, Lists, Plan, columns_of, wi
 from feature_jobs.store.types.schema import PROVISIONAL
 
 RANK_BYTES = 24
-"""The first bytes of a header, which order rows: the row's rank."""
+"""Size of the rank: the first bytes of a header, by which rows are ordered."""
 BLOCK_ROWS = 8
-"""From this number of rows on, reading by column is faster."""
+"""From this number of rows on, reading by column is faster than by row."""
 ENTITY = "entity"
-"""Name of the hash key of the addresses among the wrapped keys."""
+"""Name of the wrapped key with which addresses are hashed."""
 _OFFSET = 1 << 63
 _HEADER = struct.Struct(">QQQBH")
 _DELETED, _LOOSE = 1, 2
@@ -47,7 +47,7 @@ _DELETED, _LOOSE = 1, 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnlineRow:
-    """The values of one entity in a view, or the time at which the entity was deleted."""
+    """The values of one entity in a view. For a deleted entity, the time of the deletion."""
 
     keys: tuple[int | str, ...]
     event_us: int
@@ -69,7 +69,7 @@ to make, which is 13 % of the time to unpack a row.
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows by column. All of them exist and have no null."""
+    """Rows, stored by column. All rows exist and have no null."""
 
     moments: np.ndarray[tuple[int, int], np.dtype[np.int64]]
     """(rows, 2): event time and created time in microseconds."""
@@ -156,7 +156,7 @@ class RowCipher:
             store: wraps the keys.
             view: name of the view.
             classes: classes of the view's fields.
-            hash_key: hash key of the previous generation's addresses, None for a new one.
+            hash_key: hash key of the previous generation's addresses; None creates a new hash key.
 
         Raises:
             KeyNotFound, KeyRevoked, AccessDenied: the key store refuses a key.
@@ -312,7 +312,7 @@ class RowCipher:
 
 
 def open_hash_key(store: KeyStore, view: str, wrapped: Mapping[str, str]) -> bytes:
-    """Unwrap the hash key of a view's addresses; raises the key store's errors."""
+    """Unwrap the hash key of a view's addresses. It raises the key store's errors."""
     return store.unwrap(online_key(view, Sensitivity.INTERNAL), wrapped[ENTITY])
 
 

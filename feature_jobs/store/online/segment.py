@@ -1,6 +1,6 @@
 """A segment: the rows of one materialisation in an immutable file, with an index that reads a batch of rows fast.
 
-In a tree, a look-up of a row is about a dozen memory accesses, each of which needs the result of the one before. Here
+In a tree, a look-up of a row is about a dozen memory accesses, and each one needs the result of the previous one. Here
 the positions of all rows of a batch are looked up at once, so that the waits for memory overlap. This works because
 addresses are evenly distributed: the first bits of an address nearly give its position in the index.
 
@@ -8,9 +8,9 @@ addresses are evenly distributed: the first bits of an address nearly give its p
     heads | places | buckets                           the index: 64-bit numbers in this machine's byte order
     rows (8) | bits (8) | widest (8) | index (8) | magic (8)
 
-`heads` are the first eight bytes of each address as a number, ascending, then as many greatest numbers as the widest
-bucket has rows. `places` are the begin and the end of each row in the file. `buckets` are the positions in `heads` at
-which the numbers with the same first bits begin.
+`heads` are the first eight bytes of each address as a number, ascending. Then the greatest number follows, as often as
+the widest bucket has rows. `places` are the begin and the end of each row in the file. `buckets` are the positions in
+`heads` at which the numbers with the same first bits begin.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from feature_jobs.store.online.addresses import ADDRESS_BYTES
 
 MAGIC = b"FALAJROW"
 BATCH_ROWS = 8
-"""From this number of rows on, a look-up of all rows at once is faster."""
+"""From this number of rows on, one look-up of all rows is faster than one by one."""
 _TAIL = struct.Struct("=QQQQ8s")
 _BUCKET_BITS = 2
 """A bucket has 4 to 8 rows on average."""
@@ -42,7 +42,7 @@ _Numbers = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 def write(path: Path, rows: Iterable[tuple[bytes, bytes]]) -> None:
-    """Write a segment from addresses and rows. It is on disk when this returns. Uses about 80 bytes of memory a row.
+    """Write a segment from addresses and rows, and sync it to disk. This needs about 80 bytes of memory per row.
 
     Raises:
         OSError: the file cannot be written, for example because the disk is full.

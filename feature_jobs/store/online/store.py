@@ -1,8 +1,8 @@
-"""Feature values by view and entity: one packed row each. A row is only replaced by one with a greater rank.
+"""Feature values: one packed row per view and entity. A row is only replaced by a row with a greater rank.
 
-The rank is (event, created, seq). So rows may come in any order, twice, and from a materialisation and from pushes at
-the same time; the store is the same in the end. A deleted entity keeps a row without values, so an older row that comes
-late cannot bring it back.
+The rank is (event, created, seq). So rows may come in any order, more than once, and from a materialisation and from
+pushes at the same time: the result is the same. A deleted entity keeps a row without values, so an older row that comes
+late cannot restore the values.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class OnlineStore:
         """Return the rows of entities in order; None for an entity that is unknown or was deleted.
 
         The values are in the field order of this version of the view, whatever version wrote the row. A feature is null
-        if it was not written, or with another dtype.
+        if it was not written, or was written with another dtype.
 
         Raises:
             AccessDenied, KeyRevoked: the key store refuses the key of a class of the view.
-            ArtifactTampered: a value is not the one that was written there.
+            ArtifactTampered: a value was altered or moved.
             OnlineStoreOutdated: another release wrote the rows. `put` and `update` raise it too.
             OnlineStoreUnavailable: the engine cannot be reached.
         """
@@ -97,7 +97,7 @@ class OnlineStore:
     ) -> Block | list[FoundRow | None]:
         """Return the rows of entities: as a `Block` if all of them exist and have no null, else as a list.
 
-        Unlike `get`, the list has rows without values for deleted entities. Raises as `get`.
+        Unlike `get`, the list has rows without values for deleted entities. For errors see `get`.
         """
         known = [key for key in keys if key is not None]
         if len(known) < len(keys) or (stored := self._stored(view, known)) is None:
@@ -117,7 +117,7 @@ class OnlineStore:
         return None
 
     def put(self, view: ViewSpec, key_types: Mapping[str, str], rows: Sequence[OnlineRow]) -> int:
-        """Write rows that have a greater rank than the stored ones, in one transaction; return the number written.
+        """Write rows with a greater rank than the stored rows, in one transaction; return the number written.
 
         Raises:
             KeyNotFound, KeyRevoked, AccessDenied: the key store refuses a key.
@@ -130,7 +130,7 @@ class OnlineStore:
     ) -> int:
         """Replace the provisional numbers of pushed rows by their `ingest_seq`, and return the number written.
 
-        A row is only changed if it is still the newest of its entity. Raises as `put`.
+        A row is only changed if it is still the newest of its entity. For errors see `put`.
         """
         return self._write(view, key_types, [(replace(row, seq=seq), rank_of(row)) for row, seq in rows])
 
@@ -145,13 +145,13 @@ class OnlineStore:
     ) -> int:
         """Replace all rows of a view by a new generation, and return the number of its entities.
 
-        Stored rows in an older format are dropped, because the entities of their addresses cannot be found any more.
+        Stored rows in an older format are dropped, because new addresses cannot be computed for them.
 
         Args:
             view: the view.
-            key_types: types of its join keys.
+            key_types: types of the view's join keys.
             rows: one row for each entity.
-            horizon: what the new rows were made from. Stored rows beyond it are taken over.
+            horizon: the table rows that the new rows were made from. Stored rows beyond it are copied.
             merge: merges a stored row into the new one. Needed if an online row is made from many table rows.
 
         Raises:
@@ -180,11 +180,13 @@ class OnlineStore:
                 )
 
     def update(self, view: ViewSpec, key_types: Mapping[str, str], changes: Sequence[Change]) -> None:
-        """Make new rows from the stored ones. If another writer comes between, make them again; raises as `put`.
+        """Make new rows from the stored rows. If another writer changes these, make the new rows again.
+
+        For errors see `put`.
 
         Args:
             view: the view.
-            key_types: types of its join keys.
+            key_types: types of the view's join keys.
             changes: one change for each entity.
         """
         while changes:
@@ -223,7 +225,7 @@ class OnlineStore:
     def _write(
         self, view: ViewSpec, key_types: Mapping[str, str], rows: Sequence[tuple[OnlineRow, bytes]]
     ) -> int:
-        """Write rows, each with the rank that it expects, or `b""` to replace any smaller rank."""
+        """Write rows. Each comes with the rank that it must replace, or `b""` to replace any smaller rank."""
         if not rows:
             return 0
         while True:

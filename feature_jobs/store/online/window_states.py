@@ -1,13 +1,13 @@
 """Aggregated views in the online store: one value for each entity, its packed `WindowState`.
 
-Windows move, so values that are computed at one instant are wrong at the next one. Therefore the state is stored, and
-the values are computed at the `as_of` of each read. The state is encrypted under the most sensitive class of the
+Windows move, so values that are computed at one instant are wrong at the next instant. Therefore the state is stored,
+and the values are computed at the `as_of` of each read. The state is encrypted under the most sensitive class of the
 columns that it is made of.
 
-After a materialisation, a state can be read at any instant from one longest window before the materialisation's
-`as_of`. At an earlier instant the status is `newer`. In a view that was materialised, an entity without a row has no
-events, so its counts are 0, as offline. In a view that was only pushed to, its values are missing. `events.py` adds
-events to the states.
+After a materialisation, a state can be read at any instant that is not before the materialisation's `as_of` minus the
+longest window. At an earlier instant the status is `newer`. In a view that was materialised, an entity without a row
+has no events, so its counts are 0, as offline. In a view with only pushed rows, the entity's values are missing.
+`events.py` adds events to the states.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class WindowedView:
 
 
 def state_rows(pinned: Snapshot, windows: WindowSpec, as_of: dt.datetime) -> Iterator[OnlineRow]:
-    """Yield the state of every entity with the events that were known at a moment, bucket by bucket."""
+    """Yield the state of every entity with the events that were known at `as_of`, bucket by bucket."""
     for bucket in range(pinned.num_buckets):
         events = pinned.read(bucket, windows.table_columns)
         if not events.is_empty():
@@ -99,13 +99,13 @@ def state_rows(pinned: Snapshot, windows: WindowSpec, as_of: dt.datetime) -> Ite
 def entity_states(
     events: pl.DataFrame, keys: Sequence[str], windows: WindowSpec, as_of: dt.datetime
 ) -> Iterator[OnlineRow]:
-    """Yield the state of every entity that has events, with the events that were known at a moment.
+    """Yield the state of every entity that has events, with the events that were known at `as_of`.
 
     Args:
         events: as in `offline.window_values.aggregate`.
         keys: join keys.
         windows: the view's aggregations.
-        as_of: the moment.
+        as_of: the time of the states.
     """
     tiling = Tiling(windows)
     since = subtract_span(as_of, dt.timedelta(microseconds=tiling.longest_us))
@@ -135,7 +135,7 @@ def _useful(
 ) -> pl.DataFrame:
     """Return the rows that the states need, sorted by entity and sequence number."""
     longest = dt.timedelta(microseconds=windows.longest_us)
-    # Take all versions of an event or none. Without a correction, the corrected version would count again.
+    # Take all versions of an event or none. Without a correction, the corrected version would be used again.
     newest = AVAILABLE.max().over([*keys, windows.event_id])
     deleted = pl.col(DELETED) if DELETED in known.columns else pl.lit(False)
     plain = plain_columns(windows.columns)

@@ -6,7 +6,7 @@ they differ, the history of the entity gives the cause:
 - `lag`: the value is from an older row that the online store may still have had, or from a row that the table got
   later. One store is behind the other, but the values are the same.
 - `online_missing`, `offline_missing`: one side has a value and the other has none, although both had the same rows.
-- `mismatch`: both sides have a value, and the values differ. They were made in two ways.
+- `mismatch`: both sides have a value, and the values differ. So they were computed in different ways.
 
 The online store had at least the rows of the last materialisation before the request. So a row that is older than these
 does not explain a value. After a push, the online store may have any newer row.
@@ -52,9 +52,9 @@ class FeatureSkew:
     offline_missing: int = 0
     mismatch: int = 0
     error_sum: float = 0.0
-    """Sum of the terms of SMAPE."""
+    """Sum of the terms of `smape`."""
     error_count: int = 0
-    """Number of terms: pairs of numbers."""
+    """Number of these terms: one per pair of numbers."""
 
     @property
     def compared(self) -> int:
@@ -82,7 +82,7 @@ class FeatureSkew:
 
 
 def differs(online: pl.Series, offline: pl.Series) -> pl.Series:
-    """Return where served and offline values differ. Two nulls are equal. Both series must have one dtype."""
+    """Return one bool per row: true if the values differ. Two nulls are equal. Both series must have one dtype."""
     return online.ne_missing(offline)
 
 
@@ -123,7 +123,7 @@ def explain_differences(
     online: pl.Series,
     ttl: timedelta | None,
 ) -> pl.DataFrame:
-    """Find out why served values of one feature differ from the offline ones.
+    """Find out why served values of one feature differ from the offline values.
 
     Args:
         requests: the requests with a difference: `POSITION` (unique), join keys, `AS_OF`, `REQUESTED` (UTC). For the

@@ -1,8 +1,8 @@
-"""Read logged predictions as requests to the feature store, so that they can be repeated offline.
+"""Read logged predictions as requests to the feature store, to repeat these requests offline.
 
-Only requests that read the online store are compared. A request that brought all of its features has no entity. Inputs
-that the client sent are left out. A record of an earlier release does not say which inputs these were, so it is left
-out as a whole. If a default replaced a missing feature, the store gave no value, so the value counts as null.
+Only requests that read the online store are compared. A request that contained all features has no entity. Inputs that
+the client sent are left out. A record of an earlier release does not say which inputs these were, so the whole record
+is left out. If a default replaced a missing feature, the store gave no value, so null is compared.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ServedRequests:
     def entity_rows(self, spec: ServiceSpec) -> pa.Table:
         """Return the entity rows: join keys and `event_timestamp`.
 
-        If a join key is a feature of an earlier view, the served value is taken, so that each view is compared on its
+        If a join key is a feature of an earlier view, the served value is used, so that each view is compared on its
         own.
         """
         columns: dict[str, Any] = {key: [row[key] for row in self.entities] for key in self.entities[0]}
@@ -74,7 +74,7 @@ class LoggedRequests(NamedTuple):
     left_out: int
     """Number of rows of predictions that cannot be repeated."""
     without_score: int
-    """Number of rows of requests that the model did not answer."""
+    """Number of rows of requests for which the model gave no score."""
 
 
 def read_served(records: Iterable[Mapping[str, Any]], since: dt.datetime | None) -> LoggedRequests:

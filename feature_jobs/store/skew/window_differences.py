@@ -2,8 +2,8 @@
 
 The online store had at least the events that the last materialisation before the request could read. So the value is
 computed again from those events, offline, at the request's `as_of`. Sums are exact, so equal values mean the same
-events. Events that were pushed between materialisation and request are not told apart from later ones. So if a later
-event with an earlier `created_timestamp` made the difference, the verdict is `mismatch`.
+events. Events that were pushed between the materialisation and the request cannot be distinguished from later events.
+So if a later event with an earlier `created_timestamp` made the difference, the verdict is `mismatch`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def explain_window_differences(
     feature: str,
     online: pl.Series,
 ) -> pl.DataFrame:
-    """Find out why served values of one aggregated feature differ from the offline ones.
+    """Find out why served values of one aggregated feature differ from the offline values.
 
     Args:
         requests: the requests with a difference, as in `comparison.explain_differences`.
         events: all rows of the entities, as in `offline.window_values.aggregate`.
         keys: join keys.
         windows: the view's aggregations.
-        feature: name of one output.
+        feature: name of one feature of the view.
         online: the served value of each request, with the feature's dtype.
 
     Returns:
@@ -66,7 +66,7 @@ def explain_window_differences(
 def _with_floor_values(
     requests: pl.DataFrame, events: pl.DataFrame, keys: Sequence[str], windows: WindowSpec, feature: str
 ) -> pl.DataFrame:
-    """Add the values that the events of the last materialisation give. All requests must have the same one."""
+    """Add the values that the events of the last materialisation give. It must be the same for all requests."""
     seq, as_of = requests.select(FLOOR_SEQ, FLOOR_AS_OF).row(0)
     if seq is None:
         return requests.with_columns(pl.lit(None, requests.schema[_ONLINE]).alias(_AT_FLOOR))

@@ -1,7 +1,7 @@
 """Messages of a topic that were read, transformed and checked, with their positions in the topic.
 
-They are plain data. So several readers can each check some partitions, and one committer can combine the results. Order
-is kept within a partition only, as in Kafka.
+`CheckedMessages` is plain data. So several readers can each check some partitions, and one committer combines the
+results. Order is kept within a partition only, as in Kafka.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CheckedMessages:
     """(messages,), binary: the unchanged messages."""
     rows: CheckedRows
     starts: Mapping[int, int] = field(default_factory=dict)
-    """Offset by partition from which it was read; empty if no message can be missing."""
+    """By partition, the offset from which it was read; empty if no message can be missing."""
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -89,7 +89,7 @@ def to_checked(
     ahead: FutureLimit = ONLINE_FUTURE_LIMIT,
     starts: Mapping[int, int] | None = None,
 ) -> CheckedMessages:
-    """Transform and check messages; arguments as in `check_messages` and `CheckedMessages`."""
+    """Transform and check messages. For the arguments see `check_messages` and `CheckedMessages`."""
     values = [message.value() for message in messages]
     return CheckedMessages(
         partitions=np.array([message.partition() for message in messages], dtype=np.int64),

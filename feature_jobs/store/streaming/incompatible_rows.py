@@ -1,7 +1,7 @@
-"""Move pushed rows that the feature table cannot take to quarantine.
+"""Move pushed rows to quarantine if their types do not fit the feature table.
 
 A push is checked when it arrives. After that, the table may get columns of other types: from a batch of files with keys
-of another type, or from a changed definition. Such rows must not block the rows after them, so they go to quarantine.
+of another type, or from a changed definition. Rows that do not fit must not block later rows, so they go to quarantine.
 """
 
 from __future__ import annotations

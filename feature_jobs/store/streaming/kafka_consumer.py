@@ -1,7 +1,7 @@
 """Read a topic with librdkafka and pass the messages to a stream. The stream stores the offsets, not Kafka.
 
 `consume` reads and stores in one process. A `PartitionReader` reads and checks some partitions for a committer in
-another process. Its state can be lost: a new reader from the committed offsets reads the same messages again.
+another process. Its state can be lost: a new reader starts at the committed offsets and reads the same messages again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ConsumerSettings:
     linger_s: float = 0.1
     """Longest wait in seconds for a batch of messages."""
     max_rows: int = MAX_ROWS
-    """Largest number of messages in a batch."""
+    """Maximum number of messages in a batch."""
     ahead: FutureLimit = ONLINE_FUTURE_LIMIT
     """How far a row's times may be ahead of the clock."""
 
@@ -49,12 +49,12 @@ class ConsumerSettings:
 def consume(
     stream: KafkaStream, reading: ConsumerSettings, stopped: threading.Event, *, until_table: bool = False
 ) -> int:
-    """Read and store messages until stopped; return the number of messages taken.
+    """Read and store messages until stopped; return the number of stored messages.
 
     Args:
         stream: stores the messages.
         reading: what to read. With `once`, stop at the end.
-        stopped: set to stop.
+        stopped: the caller sets it to stop.
         until_table: whether to stop as soon as the table exists.
 
     Raises:
@@ -117,7 +117,7 @@ class PartitionReader:
         offsets: Mapping[int, int],
         key_types: Mapping[str, str],
     ) -> None:
-        """Prepare to read from the offsets. The first `read` opens librdkafka, so that the caller gets its errors."""
+        """Prepare to read from the offsets. The first `read` starts librdkafka, so that `read` raises its errors."""
         self._reading, self._view, self._key_types = reading, view, dict(key_types)
         self._offsets = dict(offsets)
         self._consumer: Consumer | None = None

@@ -2,14 +2,14 @@
 
 The table stores the offsets: each commit has rows and, as `txn` actions, the offset of each partition after them. So
 Kafka's consumer groups are not used, and a consumer starts where the table says. The generation of a consumer is the
-time at which it started. Its commits state the generation, and a consumer that finds a later generation in the table
-stops. Until then it does no harm, because Delta accepts only one of two commits from the same offsets.
+time at which it started. Its commits contain the generation, and a consumer that finds a later generation in the table
+stops. Before that it does no harm, because Delta accepts only one of two commits from the same offsets.
 
 Messages are checked here or by readers in other processes (`feature_jobs/consumers.py`). They are stored only here, so
 the number of readers changes neither the position nor the generation of a stream.
 
-A row goes online after the commit, under its `ingest_seq`. After a crash between the two, the next start puts the
-table's last batch online.
+A row goes online after the commit, under its `ingest_seq`. After a crash between these two steps, the next start puts
+the table's last batch online.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _Judged(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class KafkaStream:
-    """The stream of one view, committed by one process. Its memory can be lost at any time."""
+    """The stream of one view, committed by one process. Its state in memory can be lost at any time."""
 
     view: PushedView
     topic: str
@@ -129,7 +129,7 @@ class KafkaStream:
             CommitConflict: another job committed at the same time. Pass the same messages again.
         """
         table = self._current()
-        # Held messages come before these in their partitions, so they must be stored first.
+        # Messages in `_held` come before the new ones in their partitions, so they must be stored first.
         fresh = [
             message
             for message in [*self._held, *messages]
@@ -162,7 +162,7 @@ class KafkaStream:
 
     @property
     def key_types(self) -> Mapping[str, str]:
-        """The table's key types; empty if there was no table at the last look."""
+        """The table's key types; empty if there was no table when it was last opened."""
         return offline.stored_key_types(self._table, self.view.spec.join_keys)
 
     def _current(self) -> DeltaTable | None:

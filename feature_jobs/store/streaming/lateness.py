@@ -2,7 +2,7 @@
 
 The watermark of a partition is the greatest event time so far of its rows that passed the checks, so a wrong clock does
 not move it. It depends only on the order of the rows within the partition, not on how they were batched. So a stream
-that was killed and restarted finds the same rows late as one that was not.
+finds the same late rows, whether it was killed and restarted or not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Lateness:
 
         Args:
             event_us: event times of the partition's good rows, in order.
-            watermark_us: watermark before them.
+            watermark_us: watermark before these rows.
         """
         late = []
         for event in event_us:

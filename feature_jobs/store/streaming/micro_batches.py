@@ -1,8 +1,8 @@
 """Store small batches of a stream in a feature table, together with the stream's position.
 
-The table's own commits have the position (`txn` actions), so data and position cannot differ. A stream that is killed
-at any point starts again where the table says, and no row is lost or stored twice. Files without a commit remain on
-disk unused.
+The table's own commits contain the position (`txn` actions), so data and position always match. A stream that was
+killed starts again at the table's position, and no row is lost or stored twice. Files without a commit stay on disk,
+unused.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def store_batch(
     Raises:
         CommitConflict: another job committed at the same time. Nothing was stored.
         SchemaMismatch: a column has another type than in the table.
-        Inconsistent: the good and the bad rows are not as many as the rows in. Nothing was stored.
+        Inconsistent: the good and bad rows do not add up to `rows_in`. Nothing was stored.
     """
     if rows.good.num_rows + rows.bad.num_rows != rows.rows_in:
         raise Inconsistent(
@@ -154,7 +154,7 @@ def batch_event(view: ViewSpec, source: str, batch: Batch, table_version: int) -
 
 
 def with_sequence(rows: pa.Table, first: int) -> pa.Table:
-    """Replace the position of each row in its batch by its `ingest_seq`; `first` is that of position 0."""
+    """Replace the position of each row in its batch by its `ingest_seq`; `first` is the number of position 0."""
     numbers = pc.add(rows[POSITION], first)
     return rows.drop_columns([POSITION]).append_column(SEQ, numbers)
 

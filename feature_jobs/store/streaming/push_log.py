@@ -1,44 +1,50 @@
-"""The push log of a view: accepted pushes on disk, written before they are answered, in one order for all processes.
+"""The push log of a view: accepted pushes in the ledger's database, written before they are answered.
 
-It is an LMDB database because an append must do several things in one transaction: look up the idempotency key, assign
-the rows' numbers, write the record, store the answer, and reach the disk (an fsync). Readers see whole records in the
-order of their numbers, which have no gap. Records are encrypted with their number as AAD. The idempotency key is stored
-as a hash. A process that only appends needs only the right to wrap data keys, so a replica cannot read the pushes of
-others.
+An append is one transaction: it looks up the idempotency key, assigns the rows' numbers, writes the record and stores
+the answer. The transaction locks the view's row in `push_logs`, so all processes and machines share one order. Readers
+see whole records in the order of their numbers, which have no gap. Records are encrypted with their number as AAD. The
+idempotency key is stored as a hash. A process that only appends needs only the right to wrap data keys, so a replica
+cannot read the pushes of others.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import struct
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import lmdb
 import msgpack
 import pyarrow as pa
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 
 from cluster.errors import ArtifactTampered, FalajError, InvalidRequest, RecordLogCorrupt
+from cluster.ledger import Ledger
+from cluster.ledger.database import snapshot, updating
 from cluster.security.encryption.envelope import ValueCipher, value_aad
 from cluster.security.keys.store import KeyStore
 from feature_jobs.store.catalog.protection import push_key
+from feature_jobs.store.streaming.push_tables import ANSWERS, KEYS, LOGS, METADATA, RECORDS, number_bytes
 
 REMEMBERED_S = 7 * 86_400
 """Seconds for which an idempotency key is stored after its push."""
-MAP_SIZE_BYTES = 8 << 30
-"""Upper bound of a log. The file is sparse, and the stream that stores its records in the table frees their pages."""
-_NEXT = b"next"
-_RECORD, _KEY, _ANSWER, _AGE = b"r", b"k", b"i", b"t"
-_AGE_BYTES = len(_AGE) + 8
-_MAX = 2**64 - 1
+MAX_BYTES = 8 << 30
+"""Maximum size of the records of a view that no stream has stored yet."""
+_PAGE_BYTES = 8 << 20
+"""Size of the records that are read at once. A larger record is read alone."""
 
 
 class PushLogFull(FalajError):
     """The push log has no room."""
+
+
+class PushLogUnavailable(FalajError):
+    """The database of the push log cannot be used now."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,26 +77,28 @@ class PushRecord:
 class _DataKey(NamedTuple):
     """The data key with which this process appends."""
 
-    name: bytes
+    name: str
     cipher: ValueCipher
-    wrapped: bytes
+    wrapped: str
 
 
 class PushLog:
-    """The log of one view. A process may open a folder only once.
+    """The log of one view.
 
     Args:
-        folder: `push/<view>`.
+        ledger: its database holds the log.
         view: name of the view.
         keys: wraps data keys, and unwraps them for reading.
     """
 
-    def __init__(self, folder: Path, view: str, keys: KeyStore) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._view, self._keys, self._path = view, keys, folder
-        self._env = lmdb.open(str(folder), map_size=MAP_SIZE_BYTES, mode=0o600, readahead=False)
+    def __init__(self, ledger: Ledger, view: str, keys: KeyStore) -> None:
+        self._engine, self._view, self._keys = ledger.engine, view, keys
         self._own_key: _DataKey | None = None
-        self._ciphers: dict[bytes, ValueCipher] = {}
+        self._ciphers: dict[str, ValueCipher] = {}
+        # SQLite makes a writer that waits sleep for up to 0.1 s. Writers of one process wait here instead.
+        self._appending = threading.Lock()
+        with ledger.writing() as connection:
+            METADATA.create_all(connection)
 
     def append(
         self, idempotency_key: str, digest: bytes, record: PushRecord, answer: dict[str, Any]
@@ -106,112 +114,190 @@ class PushLog:
         Raises:
             InvalidRequest: the idempotency key was used for another push.
             PushLogFull: the log is full. Nothing was written.
+            PushLogUnavailable: the database failed. The push may be in the log; repeat it with the same key.
             KeyNotFound, KeyRevoked, AccessDenied: the key store refuses the key.
         """
         key = self._data_key()
-        answer_key = _ANSWER + hashlib.blake2b(idempotency_key.encode(), digest_size=16).digest()
+        key_hash = hashlib.blake2b(idempotency_key.encode(), digest_size=16).hexdigest()
         content = msgpack.packb([record.view_version, _to_ipc(record.good), _to_ipc(record.bad)])
-        now = time.time()
-        try:
-            with self._env.begin(write=True) as transaction:
-                if (stored := transaction.get(answer_key)) is not None:
-                    return _repeated(msgpack.unpackb(stored), digest)
-                first = _number(transaction.get(_NEXT))
-                sealed = key.cipher.encrypt(content, self._aad(first))
-                transaction.put(_KEY + key.name, key.wrapped)
-                transaction.put(_RECORD + _bytes(first), msgpack.packb([record.rows, key.name, sealed]))
-                transaction.put(answer_key, msgpack.packb([first, digest, answer]))
-                transaction.put(_AGE + struct.pack(">d", now) + answer_key, b"")
-                transaction.put(_NEXT, _bytes(first + record.rows))
-        except lmdb.MapFullError as error:
-            raise PushLogFull(
-                f"The push log of view '{self._view}' is full. Run `python -m feature_jobs.stream source=push "
-                f"view={self._view}`, which frees it."
-            ) from error
-        return Appended(first=first, answer=answer, repeated=False)
+        of_key = sa.and_(ANSWERS.c.view == self._view, ANSWERS.c.key_hash == key_hash)
+        with self._appending, self._available(), updating(self._engine) as connection:
+            log = self._lock(connection)
+            if (stored := connection.execute(sa.select(ANSWERS).where(of_key)).first()) is not None:
+                return _repeated(stored, digest)
+            if log.bytes + len(content) > MAX_BYTES:
+                raise PushLogFull(
+                    f"The push log of view '{self._view}' is full. Run `python -m feature_jobs.stream source=push "
+                    f"view={self._view}`, which frees it."
+                )
+            sealed = key.cipher.encrypt(content, self._aad(log.next))
+            of_name = sa.and_(KEYS.c.view == self._view, KEYS.c.name == key.name)
+            if connection.execute(sa.select(KEYS.c.name).where(of_name)).first() is None:
+                connection.execute(KEYS.insert().values(view=self._view, name=key.name, wrapped=key.wrapped))
+            connection.execute(
+                RECORDS.insert().values(
+                    view=self._view,
+                    first=log.next,
+                    rows=record.rows,
+                    key=key.name,
+                    bytes=len(sealed),
+                    sealed=sealed,
+                )
+            )
+            connection.execute(
+                ANSWERS.insert().values(
+                    view=self._view,
+                    key_hash=key_hash,
+                    first=log.next,
+                    digest=digest,
+                    answer=msgpack.packb(answer),
+                    time=time.time(),
+                )
+            )
+            self._update(connection, next=log.next + record.rows, bytes=log.bytes + len(sealed))
+        return Appended(first=log.next, answer=answer, repeated=False)
 
     def contains(self, first: int) -> bool:
-        """Return whether the push with this number is still in the log; a stream removes it when it is in the table."""
-        with self._env.begin() as transaction:
-            return transaction.get(_RECORD + _bytes(first)) is not None
+        """Return whether the push with this number is still in the log; a stream removes it when it is in the table.
+
+        Raises:
+            PushLogUnavailable: the database failed.
+        """
+        query = sa.select(RECORDS.c.first).where(RECORDS.c.view == self._view, RECORDS.c.first == first)
+        with self._available(), self._engine.connect() as connection:
+            return connection.execute(query).first() is not None
 
     def next_number(self) -> int:
-        """Return the number of the next row."""
-        with self._env.begin() as transaction:
-            return _number(transaction.get(_NEXT))
+        """Return the number of the next row.
+
+        Raises:
+            PushLogUnavailable: the database failed.
+        """
+        query = sa.select(LOGS.c.next).where(LOGS.c.view == self._view)
+        with self._available(), self._engine.connect() as connection:
+            return int(connection.execute(query).scalar_one_or_none() or 0)
 
     def records(self, after: int) -> Iterator[PushRecord]:
         """Yield the records after a number, in order.
 
         Raises:
             RecordLogCorrupt: a record was altered or removed.
+            PushLogUnavailable: the database failed.
             AccessDenied, KeyRevoked: the key store refuses the key.
         """
+        newer = sa.and_(RECORDS.c.view == self._view, RECORDS.c.first > after)
+        sizes = sa.select(RECORDS.c.first, RECORDS.c.bytes).where(newer).order_by(RECORDS.c.first)
         expected: int | None = None
-        with self._env.begin() as transaction, transaction.cursor() as cursor:
-            more = cursor.set_range(_RECORD + _bytes(after + 1))
-            while more and (key := bytes(cursor.key())).startswith(_RECORD):
-                record = self._decrypted(transaction, _number(key[1:]), bytes(cursor.value()))
-                if expected not in (None, record.first):
-                    raise RecordLogCorrupt(
-                        f"The push log {self._path} lacks the records before number {record.first}. Restore it from a "
-                        "backup."
-                    )
-                expected = record.last + 1
-                yield record
-                more = cursor.next()
+        with self._available(), snapshot(self._engine) as connection:
+            for begin, end in _pages(connection.execute(sizes).all()):
+                page = sa.select(RECORDS).where(newer, RECORDS.c.first.between(begin, end))
+                for row in connection.execute(page.order_by(RECORDS.c.first)).all():
+                    if expected not in (None, row.first):
+                        raise RecordLogCorrupt(
+                            f"The push log of view '{self._view}' lacks the records before number {row.first}. "
+                            "Restore the ledger's database from a backup."
+                        )
+                    expected = row.first + row.rows
+                    yield self._decrypted(connection, row)
 
     def trim(self, upto: int) -> None:
-        """Remove the records up to a number, and expired idempotency keys."""
-        oldest = _AGE + struct.pack(">d", time.time() - REMEMBERED_S)
-        with self._env.begin(write=True) as transaction, transaction.cursor() as cursor:
-            more = cursor.set_range(_RECORD)
-            while more and _RECORD <= bytes(cursor.key()) <= _RECORD + _bytes(upto):
-                more = cursor.delete()
-            more = cursor.set_range(_AGE)
-            while more and (aged := bytes(cursor.key())).startswith(_AGE) and aged < oldest:
-                transaction.delete(aged[_AGE_BYTES:])
-                more = cursor.set_range(_AGE) and cursor.delete()
+        """Remove the records up to a number, expired idempotency keys, and data keys that no record needs.
 
-    def close(self) -> None:
-        """Close the log."""
-        self._env.close()
+        Raises:
+            PushLogUnavailable: the database failed.
+        """
+        done = sa.and_(RECORDS.c.view == self._view, RECORDS.c.first <= upto)
+        expired = sa.and_(ANSWERS.c.view == self._view, ANSWERS.c.time < time.time() - REMEMBERED_S)
+        needed = sa.select(RECORDS.c.key).where(RECORDS.c.view == self._view)
+        with self._appending, self._available(), updating(self._engine) as connection:
+            log = self._lock(connection)
+            freed = connection.execute(sa.select(sa.func.sum(RECORDS.c.bytes)).where(done)).scalar_one()
+            connection.execute(RECORDS.delete().where(done))
+            connection.execute(ANSWERS.delete().where(expired))
+            connection.execute(KEYS.delete().where(KEYS.c.view == self._view, KEYS.c.name.not_in(needed)))
+            self._update(connection, next=log.next, bytes=log.bytes - int(freed or 0))
+
+    def _lock(self, connection: sa.Connection) -> sa.Row[Any]:
+        """Lock the view's log until the transaction ends, and return its row."""
+        query = sa.select(LOGS).where(LOGS.c.view == self._view).with_for_update()
+        if (log := connection.execute(query).first()) is None:
+            connection.execute(_create_log(connection, self._view))
+            log = connection.execute(query).one()
+        return log
+
+    def _update(self, connection: sa.Connection, **values: int) -> None:
+        connection.execute(LOGS.update().where(LOGS.c.view == self._view).values(**values))
 
     def _data_key(self) -> _DataKey:
         """Return the data key with which this process, and no other, encrypts."""
-        if self._own_key is None:
-            cipher, wrapped = ValueCipher.create(self._keys, push_key(self._view))
-            self._own_key = _DataKey(os.urandom(8), cipher, wrapped.encode())
-        return self._own_key
+        with self._appending:
+            if self._own_key is None:
+                cipher, wrapped = ValueCipher.create(self._keys, push_key(self._view))
+                self._own_key = _DataKey(os.urandom(8).hex(), cipher, wrapped)
+            return self._own_key
 
-    def _decrypted(self, transaction: lmdb.Transaction, first: int, stored: bytes) -> PushRecord:
-        rows, name, sealed = msgpack.unpackb(stored)
-        if name not in self._ciphers:
-            wrapped = bytes(transaction.get(_KEY + name) or b"")
-            self._ciphers[name] = ValueCipher.open(self._keys, push_key(self._view), wrapped.decode())
+    def _decrypted(self, connection: sa.Connection, row: sa.Row[Any]) -> PushRecord:
+        if row.key not in self._ciphers:
+            query = sa.select(KEYS.c.wrapped).where(KEYS.c.view == self._view, KEYS.c.name == row.key)
+            wrapped = connection.execute(query).scalar_one_or_none() or ""
+            self._ciphers[row.key] = ValueCipher.open(self._keys, push_key(self._view), wrapped)
         try:
-            content = self._ciphers[name].decrypt(sealed, self._aad(first))
+            content = self._ciphers[row.key].decrypt(row.sealed, self._aad(row.first))
         except ArtifactTampered as error:
             raise RecordLogCorrupt(
-                f"The push log {self._path} was altered at number {first}. Restore it from a backup."
+                f"The push log of view '{self._view}' was altered at number {row.first}. "
+                "Restore the ledger's database from a backup."
             ) from error
         version, good, bad = msgpack.unpackb(content)
         return PushRecord(
-            first=first, rows=rows, view_version=version, good=_from_ipc(good), bad=_from_ipc(bad)
+            first=row.first, rows=row.rows, view_version=version, good=_from_ipc(good), bad=_from_ipc(bad)
         )
 
     def _aad(self, first: int) -> bytes:
-        return value_aad(f"push/{self._view}", _bytes(first))
+        return value_aad(f"push/{self._view}", number_bytes(first))
+
+    @contextmanager
+    def _available(self) -> Iterator[None]:
+        """Turn the database's errors into `PushLogUnavailable`."""
+        try:
+            yield
+        except (DBAPIError, sa.exc.TimeoutError) as error:
+            reason = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+            raise PushLogUnavailable(
+                f"The push log of view '{self._view}' cannot be used: the ledger's database says: {reason}. A push "
+                "may be stored or not; repeat it with the same idempotency_key."
+            ) from error
 
 
-def _repeated(stored: list[Any], digest: bytes) -> Appended:
-    first, stored_digest, answer = stored
-    if stored_digest != digest:
+def _create_log(connection: sa.Connection, view: str) -> sa.Insert:
+    """Return the statement that creates a view's log. Another process may create it at the same time."""
+    values = {"view": view, "next": 0, "bytes": 0}
+    if connection.dialect.name == "sqlite":
+        return LOGS.insert().values(values)  # this transaction holds the lock of all writers
+    from sqlalchemy.dialects.postgresql import insert
+
+    return insert(LOGS).values(values).on_conflict_do_nothing()
+
+
+def _pages(records: Sequence[sa.Row[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield the first and the last number of records that are read at once."""
+    begin, size = 0, 0
+    for index, record in enumerate(records):
+        if size and size + record.bytes > _PAGE_BYTES:
+            yield records[begin].first, records[index - 1].first
+            begin, size = index, 0
+        size += record.bytes
+    if records:
+        yield records[begin].first, records[-1].first
+
+
+def _repeated(stored: sa.Row[Any], digest: bytes) -> Appended:
+    if stored.digest != digest:
         raise InvalidRequest(
             "This idempotency_key was used for another push. Use a new key for each push. Repeat a key only with the "
             "same push."
         )
-    return Appended(first=first, answer=answer, repeated=True)
+    return Appended(first=stored.first, answer=msgpack.unpackb(stored.answer), repeated=True)
 
 
 def _to_ipc(table: pa.Table) -> bytes:
@@ -223,11 +309,3 @@ def _to_ipc(table: pa.Table) -> bytes:
 
 def _from_ipc(data: bytes) -> pa.Table:
     return pa.ipc.open_stream(data).read_all()
-
-
-def _bytes(number: int) -> bytes:
-    return struct.pack(">Q", min(number, _MAX))
-
-
-def _number(data: bytes | memoryview | None) -> int:
-    return 0 if data is None else int(struct.unpack(">Q", data)[0])

@@ -24,12 +24,12 @@ from feature_jobs.store.definitions.views import Entity, FeatureView, Field, Fil
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PushedView:
-    """A view in its two forms."""
+    """A view as a definition and as a specification."""
 
     view: FeatureView
-    """Checks rows."""
+    """The definition, which checks rows."""
     spec: ViewSpec
-    """Stores and reads rows."""
+    """The specification, by which rows are stored and read."""
 
 
 def load_pushed_view(ledger: Ledger, name: str) -> PushedView:
@@ -37,7 +37,7 @@ def load_pushed_view(ledger: Ledger, name: str) -> PushedView:
 
     Raises:
         FeatureViewNotFound: no view of that name was applied.
-        ViewRetired: the view takes no new rows.
+        ViewRetired: the view is retired and accepts no new rows.
         DefinitionError: the transform's code cannot be imported here, or is not the applied code.
     """
     applied = ledger.newest(FeatureViewApplied, view=name)

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import InvalidRequest
+from cluster.ledger import Ledger
 from cluster.security.keys.store import KeyNotFound, KeyStore
 from cluster.storage import Layout, local
 from feature_jobs.store.ingestion.future_limit import FutureLimit
@@ -28,6 +29,7 @@ from feature_jobs.store.online.events import put_online
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.streaming.micro_batches import with_sequence
 from feature_jobs.store.streaming.push_log import Appended, PushLog, PushRecord
+from feature_jobs.store.streaming.push_tables import import_lmdb_log
 from feature_jobs.store.streaming.pushed_view import PushedView
 from feature_jobs.store.types.schema import PROVISIONAL
 
@@ -70,6 +72,7 @@ class Pusher:
         Raises:
             InvalidRequest: the rows do not fit the view, or the key was used for another push. Nothing was stored.
             PushLogFull: the log is full. Nothing was stored.
+            PushLogUnavailable: the log's database failed. The same push can be repeated.
             OnlineStoreUnavailable: the rows are in the log, but not online. A repeated push puts them online.
         """
         view = self._view.view
@@ -118,13 +121,10 @@ def provisional(good: pa.Table, first: int) -> pa.Table:
     return with_sequence(good, PROVISIONAL + first)
 
 
-def open_push_log(places: Layout, view: str, keys: KeyStore) -> PushLog:
-    """Open the push log of a view.
-
-    Raises:
-        ConfigError: the storage root is remote.
-    """
-    return PushLog(local(places.push(view)), view, keys)
+def open_push_log(ledger: Ledger, places: Layout, view: str, keys: KeyStore) -> PushLog:
+    """Open the push log of a view. A log that an older release wrote on this machine's disk is moved into it."""
+    import_lmdb_log(ledger, view, local(places.push(view)))
+    return PushLog(ledger, view, keys)
 
 
 def _first_accepted(checked: CheckedRows, appended: Appended) -> pa.Table:

@@ -1,8 +1,8 @@
 """Statistics of a batch, with which the next batch is compared. `ingestion/profiling.py` computes them.
 
-A profile holds no row, no minimum and no maximum. But its quartiles and categories are values, so it is stored beside
-the quarantine, encrypted with the quarantine's key. The ledger gets only `summary`: the number of rows, and the number
-of nulls of each column.
+A profile contains no row, no minimum and no maximum. But its quartiles and categories are values, so it is stored
+beside the quarantine, encrypted with the quarantine's key. The ledger gets only `summary`: the number of rows, and the
+number of nulls of each column.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Distribution:
     edges: list[float] | None = None
     """For numbers: ascending cut points. A bin includes its upper cut point; the last bin has no upper one."""
     categories: list[Any] | None = None
-    """For categories: the most frequent ones. The last entry of `counts` is for all others."""
+    """For categories: the most frequent values. The last entry of `counts` is for all other values."""
     quartiles: list[float] | None = None
     """For numbers: the three quartiles."""
 
@@ -38,7 +38,7 @@ class Profile:
     distributions: dict[str, Distribution]
 
     def summary(self) -> dict[str, Any]:
-        """Return the part that the ledger may hold, because it contains no value."""
+        """Return the part that may be in the ledger, because it contains no value."""
         return {"rows_in": self.rows_in, "rows": self.rows, "nulls": self.nulls}
 
     def to_json(self) -> str:

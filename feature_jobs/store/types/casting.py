@@ -1,4 +1,4 @@
-"""Lossless casts of source columns to their declared types. A cast that would lose something raises SchemaMismatch."""
+"""Lossless casts of source columns to their declared types. A cast that would change a value raises SchemaMismatch."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def cast_key(column: pa.ChunkedArray, *, name: str, dtype: str | None = None) ->
         dtype: The declared type. None accepts both types.
 
     Raises:
-        SchemaMismatch: The column holds neither integers nor strings, or not the declared type.
+        SchemaMismatch: The column contains neither integers nor strings, or not the declared type.
     """
     plain = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
     if dtype is not None and pa.types.is_null(plain.type):
@@ -81,7 +81,7 @@ def _cast_list(column: pa.ChunkedArray, target: pa.DataType, *, name: str) -> pa
     """Cast lists of any Arrow list type, element by element. A NaN element becomes a null element.
 
     Raises:
-        SchemaMismatch: The column does not hold lists, or an element does not fit.
+        SchemaMismatch: The column does not contain lists, or an element does not fit.
     """
     if pa.types.is_null(column.type):
         return column.cast(target)
@@ -129,8 +129,8 @@ def cast_time(column: pa.ChunkedArray, *, name: str, rounding: Rounding) -> pa.C
         rounding: How to round times that are finer than microseconds.
 
     Raises:
-        SchemaMismatch: The column holds neither timestamps nor dates, or `rounding` is exact and a time is finer than
-            microseconds.
+        SchemaMismatch: The column contains neither timestamps nor dates, or `rounding` is exact and a time is finer
+            than microseconds.
     """
     actual = column.type
     if pa.types.is_date(actual):
@@ -240,5 +240,5 @@ def _mismatch(
 
 
 def same_type(stored: pa.DataType, new: pa.DataType) -> bool:
-    """Return whether a stored column can take values of a type. Encodings of text count as one type."""
+    """Return whether values of a type can be added to a stored column. All types of text are treated as equal."""
     return stored == new or (is_text(stored) and is_text(new))

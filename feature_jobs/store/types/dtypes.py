@@ -134,7 +134,7 @@ def decimal_of(dtype: str) -> DecimalOf | None:
 def is_rich(dtype: str) -> bool:
     """Return whether a dtype is a date, bytes, a decimal or a list.
 
-    No model can take such a value as a single number or category.
+    A model cannot use such a value as one number or one category.
     """
     return dtype in ("date", "bytes") or decimal_of(dtype) is not None or list_of(dtype) is not None
 
@@ -197,7 +197,7 @@ def _scalar(value: Any, dtype: str) -> Any:
 def _float(value: Any, dtype: str) -> float | None:
     """Convert a number to a float dtype. Return None if it does not fit.
 
-    A JSON fraction may be rounded, as every number with decimals is. A whole number must be exact.
+    A number with decimals may be rounded. A whole number must be exact.
     """
     try:
         number = float(value)
@@ -262,7 +262,7 @@ def _list(value: Any, list_type: ListOf) -> list[Any]:
 
 
 def to_json(values: Sequence[Any], dtype: str) -> Sequence[Any]:
-    """Convert values of the online store to JSON values. NumPy arrays stay; the response writer can encode them."""
+    """Convert values of the online store to JSON values. NumPy arrays stay: the response writer encodes them."""
     match dtype:
         case "timestamp":
             return [None if value is None else _instant_text(value) for value in values]
@@ -282,7 +282,7 @@ def _instant_text(microseconds: int) -> str:
 
 
 def online_values(column: pa.ChunkedArray, dtype: str) -> list[Any]:
-    """Convert a column to the values that the online store holds."""
+    """Convert a column to the values that the online store contains."""
     if dtype == "timestamp":
         return list(column.cast(pa.int64()).to_pylist())
     if dtype == "date":
@@ -293,7 +293,7 @@ def online_values(column: pa.ChunkedArray, dtype: str) -> list[Any]:
 
 
 def online_value(value: Any, dtype: str) -> Any:
-    """Convert one JSON value to the value that the online store holds.
+    """Convert one JSON value to the value that the online store contains.
 
     Raises:
         ValueError: The value does not fit the dtype.

@@ -3,7 +3,7 @@
 A time without a zone is UTC, unless the view's source declares a zone. Then it is local time in that zone. When clocks
 go back, one hour of local time occurs twice. When clocks go forward, one hour does not occur. In both cases the later
 of the two possible instants is used: the second occurrence of a repeated hour, and the old UTC offset for a missing
-hour. So a training set never sees a row before it was true.
+hour. So a training set never contains a row before it was true.
 
 For the same reason event times and created times of rows are rounded up to the next microsecond, and times of entity
 rows are rounded down. A feature of dtype timestamp is never rounded: a finer time is refused.
@@ -30,7 +30,7 @@ from feature_jobs.store.types.columns import replace_columns
 TIME = pa.timestamp("us", "UTC")
 _EPOCH = dt.datetime(1970, 1, 1)
 _CONVERTIBLE = (dt.datetime(1, 1, 3), dt.datetime(9999, 12, 29))
-"""Local times that Python can convert to UTC in every zone. Other times stay as if they were UTC; no batch stores them.
+"""Local times that Python can convert to UTC in every zone. Other times are treated as UTC; no batch stores them.
 """
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _FINER = re.compile(r"[.,]\d{6}(\d+)")
@@ -132,7 +132,7 @@ def table_to_utc(table: pa.Table, zone: str | None, times: Collection[str]) -> p
     Args:
         table: The source's rows.
         zone: The zone of these times. None leaves the table unchanged.
-        times: Names of the columns that hold times. A date in them is the beginning of its day.
+        times: Names of the columns with times. A date means the beginning of this day.
     """
     if zone is None:
         return table

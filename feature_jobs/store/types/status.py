@@ -19,8 +19,8 @@ class Status(enum.StrEnum):
     expired = "expired"
     """The value is older than the TTL."""
     newer = "newer"
-    """The stored value became known only after the read's `as_of`. The online store holds one row per entity, so the
-    earlier value is available only through a training set."""
+    """The stored value became known only after the read's `as_of`. The online store has one row per entity, so an
+    earlier value is available only in a training set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

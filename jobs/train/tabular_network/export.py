@@ -1,6 +1,6 @@
 """Export a trained network for serving.
 
-Replicas on CPU load an ONNX graph that takes the encoded matrix. Replicas with a GPU load the shape and the weights.
+Replicas on CPU load an ONNX graph whose input is the encoded matrix. Replicas with a GPU load shape and weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def export(shape: NetworkShape, weights: Path, folder: Path, *, sample: Matrix) 
         shape: Shape of the network.
         weights: safetensors file with the consolidated weights.
         folder: Folder to write the files to.
-        sample: Encoded rows; the scores of the graph and of the network are compared on them.
+        sample: Encoded rows on which the scores of the graph and of the network are compared.
 
     Raises:
         Inconsistent: The scores of the graph and of the network differ.
@@ -43,7 +43,7 @@ def export(shape: NetworkShape, weights: Path, folder: Path, *, sample: Matrix) 
     scoring = ScoringNetwork(network)
     rows = torch.tensor(sample)
     with warnings.catch_warnings():
-        # The exporter warns about its own deprecation; the check below proves that the graph is right.
+        # The exporter warns that it is deprecated. The check below proves that the graph is correct.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             scoring,

@@ -28,9 +28,9 @@ from jobs.train.tabular_network.loop import METRIC, steps_per_epoch, train_loop
 MAX_BATCH, MIN_BATCH = 1024, 16
 """Bounds of the automatic batch size, in rows."""
 MIN_STEPS = 16
-"""Smallest number of steps per epoch that the automatic batch size aims for."""
+"""The automatic batch size gives an epoch at least this many steps, if `MIN_BATCH` allows that."""
 FEW_STEPS = 4
-"""A configured batch size with fewer steps per epoch gives a warning."""
+"""If a configured batch size gives an epoch fewer steps than this, a warning is printed."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class Parameters:
     weight_decay: float = 0.01
     epochs: int = 8
     batch_size: int | None = None
-    """Rows per step over all workers. None derives it from the number of rows to fit on, see `rows_per_step`."""
+    """Rows per step, of all workers together. None derives it from the number of rows, see `rows_per_step`."""
     precision: Precision = Precision.float32
     """Precision of the weights that are registered and served. Training always uses float32."""
 
@@ -63,7 +63,7 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkFit:
-    """Everything that one fit of a network needs."""
+    """The inputs of one fit of a network."""
 
     dataset: Dataset
     parameters: Parameters
@@ -72,14 +72,14 @@ class NetworkFit:
 
 
 def prepare_fit(dataset: Dataset, parameters: Parameters, context: FitContext) -> NetworkFit:
-    """Derive the network's shape and return everything that a fit needs."""
+    """Derive the network's shape, and return it with the other inputs of the fit."""
     shape = network_shape(dataset, parameters)
     return NetworkFit(dataset=dataset, parameters=parameters, shape=shape, context=context)
 
 
 def fit(dataset: Dataset, parameters: Parameters, context: FitContext) -> None:
     """Train on the workers, then write the best epoch as ONNX and safetensors files."""
-    # Each epoch's report waits for Ray Train's next health check. Its default interval is two seconds.
+    # Each epoch's report waits for Ray Train's next health check. By default, health checks are two seconds apart.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     network_fit = prepare_fit(dataset, parameters, context)
     num_workers = context.scaling.num_workers
@@ -117,7 +117,7 @@ def build_trainer(
     Args:
         network_fit: Data, parameters, shape and context of the fit.
         num_workers: Number of training processes.
-        callbacks: Ray Train callbacks, for example those of a sweep.
+        callbacks: Ray Train callbacks, for example to report a sweep's metrics to Tune.
         reports: Queue that gets the losses of each epoch.
     """
     context, scaling = network_fit.context, network_fit.context.scaling
@@ -125,7 +125,7 @@ def build_trainer(
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
     return TorchTrainer(
-        cast(Any, train_loop),  # Ray declares a function without a return value, but passes the value on
+        cast(Any, train_loop),  # by Ray's types it returns nothing, but Ray does pass its value on
         train_loop_config=loop_config(network_fit) | {"reports": reports},
         torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
@@ -166,10 +166,10 @@ def loop_config(network_fit: NetworkFit) -> dict[str, Any]:
 
 
 def rows_per_step(dataset: Dataset, parameters: Parameters) -> int:
-    """Return the batch size: the configured one, else a power of two that gives an epoch at least `MIN_STEPS` steps.
+    """Return the configured batch size. If it is None, derive a power of two between `MIN_BATCH` and `MAX_BATCH`.
 
-    The automatic size is between `MIN_BATCH` and `MAX_BATCH`. Small data sets get small batches, because a network
-    with one step per epoch learns almost nothing.
+    Small data sets get small batches, so that an epoch has at least `MIN_STEPS` steps if possible. With one step per
+    epoch, a network learns almost nothing.
     """
     if parameters.batch_size is not None:
         return parameters.batch_size
@@ -230,5 +230,5 @@ def network_shape(dataset: Dataset, parameters: Parameters) -> NetworkShape:
 
 
 def scaled_target(dataset: Dataset, shape: NetworkShape) -> Any:
-    """Return the target as the loss takes it: standardised for a regression, float32 [rows]."""
+    """Return the target in the form that the loss needs. For a regression, it is standardised, float32 [rows]."""
     return ((dataset.target - shape.target_mean) / shape.target_scale).astype(np.float32)

@@ -1,7 +1,7 @@
-"""Training loop of one process: DeepSpeed's engine on this rank's share of the rows.
+"""Training loop of one process. DeepSpeed trains on the part of the rows that belongs to this rank.
 
-DeepSpeed is imported inside the function that needs it, because its import compiles code and probes the hardware. Every
-rank makes the same number of steps and saves its own shard, because ZeRO's collective operations wait for all ranks.
+DeepSpeed is imported inside the function that needs it, because its import compiles code and probes the hardware.
+ZeRO's collective operations wait for all ranks. So every rank makes the same number of steps, and saves its own shard.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from cluster.security.encryption.scratch import memory_folder, scratch_directory
 from jobs.train.progress import Report, divergence_message, send_report
 
 WARMUP_SHARE = 0.1
-"""Share of all steps during which the learning rate rises."""
+"""The learning rate rises during this share of all steps."""
 METRIC = "validation_loss"
 """Metric that selects the best epoch and the best trial."""
 TRAINING_LOSS = "training_loss"
 
 
 def train_loop(config: dict[str, Any]) -> str | None:
-    """Fit a network as one of Ray Train's workers. Each epoch saves a checkpoint with the consolidated weights.
+    """Fit a network as one of Ray Train's workers. After each epoch, save a checkpoint with the consolidated weights.
 
     Returns:
-        None, or the reason why the fit diverged. It is not raised, because Ray Train would retry the same fit.
+        None, or the reason why the fit diverged. A raised error would make Ray Train try the same fit again.
     """
     context = ray.train.get_context()
     rank = context.get_world_rank()
@@ -67,7 +67,7 @@ def fit_alone(config: dict[str, Any], report: Callable[[dict[str, Any]], None]) 
     """Fit a network in this process only, without checkpoints.
 
     Args:
-        config: Configuration as `loop_config` returns it.
+        config: Configuration from `loop_config`.
         report: Called with the metrics of each epoch.
     """
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed needs it even with one process
@@ -89,17 +89,17 @@ def fit_network(
     resume: ray.train.Checkpoint | None,
     after_epoch: Callable[[Any, dict[str, Any]], None],
 ) -> None:
-    """Fit a network on this rank's share of the rows.
+    """Fit a network on the part of the rows that belongs to this rank.
 
     Args:
-        config: Configuration as `loop_config` returns it.
+        config: Configuration from `loop_config`.
         rank: Rank of this process.
         workers: Number of processes.
         resume: Checkpoint of a failed attempt to continue from, or None.
         after_epoch: Called with the engine and the metrics after each epoch.
 
     Raises:
-        TrainingFailed: A loss is NaN or infinite. All ranks have the same losses, so all raise together.
+        TrainingFailed: A loss is NaN or infinite. All ranks have the same losses, so all ranks raise this error.
     """
     import deepspeed
 
@@ -146,15 +146,15 @@ def _require_finite(losses: dict[str, float], *, when: str) -> None:
 
 
 def steps_per_epoch(rows: int, *, batch_size: int, workers: int) -> int:
-    """Return the number of steps of an epoch, the same for every rank.
+    """Return the number of steps of an epoch. It is the same for every rank.
 
-    Rows that do not fill the last step are skipped. Each epoch shuffles the rows, so other epochs use them.
+    If the last rows are too few for a step, they are skipped. Each epoch shuffles the rows and so skips other rows.
     """
     return max(1, rows // (max(1, batch_size // workers) * workers))
 
 
 def deepspeed_config(config: dict[str, Any], rows_per_step: int) -> dict[str, Any]:
-    """Return the configuration that DeepSpeed takes."""
+    """Return the configuration for DeepSpeed."""
     parameters, settings = config["parameters"], config["deepspeed"]
     return {
         "train_micro_batch_size_per_gpu": rows_per_step,
@@ -178,7 +178,7 @@ def learning_rate(peak: float, progress: float) -> float:
 
     Args:
         peak: Learning rate at the end of the warm-up.
-        progress: Share of all steps that are done, 0 to 1.
+        progress: Completed share of all steps, 0 to 1.
     """
     if progress < WARMUP_SHARE:
         return peak * (progress / WARMUP_SHARE + 0.01) / 1.01
@@ -202,7 +202,7 @@ def _set_learning_rate(engine: Any, peak: float, progress: float) -> None:
 
 
 def _first_epoch(engine: Any, resume: ray.train.Checkpoint | None) -> int:
-    """Return the first epoch to run: 0, or the one after the checkpoint of a failed attempt."""
+    """Return the first epoch to run: 0, or the epoch after the checkpoint of a failed attempt."""
     if resume is None:
         return 0
     with resume.as_directory() as folder:
@@ -228,7 +228,7 @@ def _save_and_report(engine: Any, metrics: dict[str, Any], rank: int) -> None:
 
 
 def consolidated_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """Return all weights of the network on the CPU, for every ZeRO stage. All ranks must call this together."""
+    """Return all weights of the network on the CPU, whatever the ZeRO stage is. All ranks must call this together."""
     from deepspeed import zero
 
     with zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=None):

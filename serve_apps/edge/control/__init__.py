@@ -1,1 +1,1 @@
-"""The controller that keeps HAProxy in line with the ledger and Serve."""
+"""The controller, which applies changes of the ledger and of Serve to HAProxy."""

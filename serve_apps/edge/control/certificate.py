@@ -1,7 +1,7 @@
-"""The edge's certificate, as a copy of its last valid file, so that a broken file stops nothing else.
+"""The edge's certificate. HAProxy reads a copy of the last valid file, so a broken file does not stop reloads.
 
-HAProxy reads certificates at every reload. If it read the original, a half-written file would also keep new replicas
-away.
+HAProxy reads the certificate at every reload. If it read the original, a half-written file would make a reload fail,
+and HAProxy would not get new replicas.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ LOG = logging.getLogger("falaj.edge")
 
 
 class Certificate:
-    """A certificate file that another program replaces, and our copies of it.
+    """A certificate file that another program replaces, and the edge's copies of the file.
 
     Args:
         file: certificate and private key, PEM.
-        folder: folder of the copies, which contain the private key, as the file does.
+        folder: folder of the copies. A copy contains the private key too.
     """
 
     def __init__(self, file: Path, folder: Path) -> None:
@@ -35,14 +35,14 @@ class Certificate:
         try:
             status = self._file.stat()
         except OSError:
-            return self._copy  # it is being replaced, or gone
+            return self._copy  # the file is being replaced, or was removed
         if (seen := (status.st_mtime_ns, status.st_ino)) != self._seen:
             self._seen = seen
             self._copy_if_valid()
         return self._copy
 
     def remove_others(self, loaded: Path) -> None:
-        """Remove all copies but the loaded and the newest one: no worker will read them again."""
+        """Remove all copies except the loaded copy and the newest copy. No worker will read the others again."""
         for path in self._folder.glob("*.pem"):
             if path not in (loaded, self._copy):
                 path.unlink()
@@ -58,12 +58,12 @@ class Certificate:
             except ssl.SSLError:
                 copy.unlink()
                 raise
-        except OSError as error:  # an SSLError is one
+        except OSError as error:  # SSLError is a subclass
             LOG.error("the certificate %s is not valid, so the previous one stays: %s", self._file, error)
         else:
             self._copy = copy
 
 
 def _no_password() -> str:
-    """Return no password for an encrypted key, instead of the default prompt at the terminal."""
+    """Return an empty password, because otherwise an encrypted key causes a prompt at the terminal."""
     return ""

@@ -1,11 +1,12 @@
-"""The edge's controller: reads the ledger and Serve, and brings HAProxy in line with both.
+"""The edge's controller: reads the ledger and Serve, and applies their changes to HAProxy.
 
-It never goes back to an older state. While the ledger or Serve cannot be read, a file cannot be written, or HAProxy
-refuses a configuration, the last good state stays and the step is tried again. A controller that starts at such a time
-uses what its predecessor left on disk. When it is killed, or hands over, HAProxy continues to serve.
+The controller never goes back to an older state. Its step fails if the ledger or Serve cannot be read, a file cannot be
+written, or HAProxy refuses a configuration. Then the last valid state stays, and the step is tried again. If a
+controller starts at such a time, it uses the state that an earlier controller stored on disk. When a controller is
+killed or hands over, HAProxy continues to serve.
 
-A changed split is one `set map`, then the map file on disk; only then it counts as applied. So neither a crash nor a
-reload can undo it. It does not wait for Serve, for a reload or for an fsync.
+A changed split is applied in two steps: one `set map`, then the map file on disk. Only after both steps the change
+counts as applied, so neither a crash nor a reload can undo it. It does not wait for Serve, for a reload or an fsync.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import sqlalchemy as sa
 from prometheus_client import CollectorRegistry
 
 from cluster.errors import FalajError
@@ -26,39 +26,40 @@ from cluster.ledger import Ledger
 from cluster.storage import write_bytes
 from serve_apps.edge.control.certificate import Certificate
 from serve_apps.edge.control.edge_state import EdgeState, write_state
+from serve_apps.edge.control.followed_ledger import FollowedLedger
 from serve_apps.edge.control.haproxy_process import ConfigRefused, HAProxy
 from serve_apps.edge.control.last_answers import LastState
+from serve_apps.edge.control.live_edges import EdgeReporter, edge_id
 from serve_apps.edge.control.metrics import EdgeMetrics
-from serve_apps.edge.control.own_limits import read_own_limits
 from serve_apps.edge.control.polled_source import PolledSource
 from serve_apps.edge.control.running_map import RunningMap
 from serve_apps.edge.haproxy import unauthenticated
 from serve_apps.edge.haproxy.answers import ERROR_STATUSES, error_file
 from serve_apps.edge.haproxy.config import EdgeSettings, render
 from serve_apps.edge.haproxy.keys import JwtKey
-from serve_apps.edge.haproxy.request_limits import Limited, OwnLimits
+from serve_apps.edge.haproxy.request_limits import Limited
 from serve_apps.edge.haproxy.routes import Backend, Routes, routes
 from serve_apps.replica.access import append_in_background
 from serve_apps.replica.targets import Targets
-from serve_apps.rollout.serving_state import States, apply, read_states
 
-LEDGER_INTERVAL_S = 0.03
+STEP_INTERVAL_S = 0.03
+"""Longest pause between two steps, for what is not announced: a reload that is done, an HAProxy that died."""
 SERVE_INTERVAL_S = 0.5
 KEYS_INTERVAL_S = 1.0
 FIRST_ANSWER_S = 5.0
-"""How long the first configuration waits for Serve, and for the issuer."""
+"""How many seconds the first configuration waits for the ledger, for Serve, and for the issuer."""
 ERROR_INTERVAL_S = 0.5
 STORE_INTERVAL_S = 60.0
-"""How often the time of the issuer's last answer is stored."""
+"""Seconds after which the time of the issuer's last answer is stored again."""
 RETRY_REFUSED_S = 10.0
-"""A configuration that HAProxy refused is tried again after this: a file that it names may be there again."""
+"""Seconds after which a refused configuration is tried again. A file that was missing may exist by then."""
 ACTOR = "system:edge"
 LOG = logging.getLogger("falaj.edge")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """Everything that a configuration is made from."""
+    """Values that HAProxy's configuration is built from."""
 
     backends: tuple[Backend, ...]
     champions: tuple[str, ...]
@@ -86,7 +87,7 @@ class Refused:
 
 
 class Controller:
-    """Brings HAProxy in line with the ledger and Serve, step by step."""
+    """Applies changes of the ledger and of Serve to HAProxy, step by step."""
 
     def __init__(
         self,
@@ -97,16 +98,26 @@ class Controller:
         haproxy: HAProxy,
         settings: EdgeSettings,
         state_file: Path,
+        address: str = "",
         metrics: EdgeMetrics | None = None,
     ) -> None:
-        self._ledger = ledger
+        """Create a controller; `run` starts it.
+
+        Args:
+            ledger: the events to follow; on PostgreSQL, its database has the reports of all edges.
+            fetch_targets, fetch_keys: fetch the replicas from Serve, and the issuer's keys.
+            haproxy, settings: HAProxy, and the settings of its configuration.
+            state_file: file for the edge's state; other files of the edge are beside it.
+            address: the edge's URL and host name, for messages of commands.
+            metrics: the controller's metrics.
+        """
         self._haproxy = haproxy
         self._settings = settings
         self._state_file = state_file
+        self._reporter = EdgeReporter(ledger, edge=edge_id(state_file.parent), address=address)
         self._metrics = metrics or EdgeMetrics(CollectorRegistry())
-        self._states: States = {}
-        self._seq = 0
-        self._ledger_read = False
+        self._followed = FollowedLedger(ledger)
+        self._ledger_state = self._followed.value
         self._last_file = state_file.with_name("last.json")
         self._last = LastState.read(self._last_file, now=time.time())
         self._targets = PolledSource(
@@ -116,7 +127,6 @@ class Controller:
             fetch_keys, name="the issuer", value=self._last.keys, interval_s=KEYS_INTERVAL_S
         )
         self._certificate = Certificate(Path(settings.certificate), state_file.with_name("certificates"))
-        self._own_limits = OwnLimits()
         self._append = append_in_background(ledger)
         self._refusals = unauthenticated.RefusalCounts(reported_at=time.time())
         self._splits = RunningMap(haproxy, Path(settings.map_file))
@@ -129,27 +139,32 @@ class Controller:
         self._written: EdgeState | None = None
 
     def run(self, stopped: threading.Event, *, handed_over: threading.Event | None = None) -> None:
-        """Step until `stopped` is set, then stop HAProxy, unless another controller takes over.
+        """Run steps until `stopped` is set. Then stop HAProxy, unless another controller takes over.
 
-        An unexpected error ends the loop and leaves HAProxy running.
+        An unexpected error ends the loop, but HAProxy continues to run.
         """
         stop_haproxy = False
         for status in ERROR_STATUSES:
             write_bytes(f"{self._settings.error_folder}/{status}.http", error_file(status).encode())
         try:
             while not stopped.is_set():
-                stopped.wait(LEDGER_INTERVAL_S if self._try_step() else ERROR_INTERVAL_S)
+                if self._try_step():
+                    self._followed.wait_for_change(STEP_INTERVAL_S)
+                else:
+                    stopped.wait(ERROR_INTERVAL_S)
             stop_haproxy = handed_over is None or not handed_over.is_set()
             self._report_refusals()
         finally:
+            self._followed.stop()
             self._targets.stop()
             self._keys.stop()
             self._loader.shutdown()
             if stop_haproxy:
                 self._haproxy.stop()
+            self._reporter.stop(remove=stop_haproxy)  # until here, commands wait for this edge
 
     def _try_step(self) -> bool:
-        """Run a step; if it fails while HAProxy runs (on a full disk, for example), log it and return False."""
+        """Run a step. If it fails while HAProxy runs, for example on a full disk, log the error and return False."""
         self._metrics.last_step.set_to_current_time()
         try:
             with self._metrics.step_seconds.time():
@@ -163,17 +178,17 @@ class Controller:
         return True
 
     def step(self) -> None:
-        """Read the sources once and apply what is new: the split first, then replicas and keys.
+        """Read the ledger, Serve and the issuer once, and apply changes: first the split, then replicas and keys.
 
         Raises:
-            OSError, FalajError: something could not be applied; the next step tries it again.
+            OSError, FalajError: a change could not be applied. The next step tries again.
         """
-        self._read_ledger()
-        if not self._ledger_read and self._haproxy.serve_last():
+        self._take_ledger_state()
+        if not self._followed.is_read and self._haproxy.serve_last():
             return
         for source in (self._targets, self._keys):
             source.poll(wait_s=FIRST_ANSWER_S if self._is_first else 0.0)
-        wanted = routes(self._states, self._targets.value)
+        wanted = routes(self._ledger_state.states, self._targets.value)
         self._update_maps(wanted)
         if self._loaded is not None:
             self._write_state()
@@ -187,42 +202,28 @@ class Controller:
         if self._loading is None and time.time() > report_at:
             self._report_refusals()
 
-    def _read_ledger(self) -> None:
-        try:
-            head = self._ledger.head()
-            if head == self._seq:
-                self._ledger_read = True
-                return
-            if self._seq == 0:
-                self._start_from_projections(head)
-            for entry in self._ledger.entries(after=self._seq):
-                event = entry.event()
-                self._states = apply(self._states, event, time=entry.time)
-                self._own_limits = self._own_limits.apply(event)
-                self._seq = entry.seq
-            self._ledger_read = True
-        except sa.exc.SQLAlchemyError as error:
-            LOG.warning("the ledger cannot be read, so the last state stays: %s", error)
+    def _take_ledger_state(self) -> None:
+        """Take what the ledger's thread has read.
 
-    def _start_from_projections(self, head: int) -> None:
-        """Take the states of the ledger's events up to `head` at once, instead of all these events.
-
-        The states may contain newer events already. Applying these again changes nothing.
+        Raises:
+            FalajError: this release is too old for the newest events.
         """
-        try:
-            states, own_limits = read_states(self._ledger), read_own_limits(self._ledger)
-        except sa.exc.OperationalError as error:
-            LOG.warning("the ledger cannot be written, so all its events are read: %s", error)
-            return
-        self._states, self._own_limits, self._seq = states, own_limits, head
+        self._followed.start()
+        if not self._followed.is_read:
+            self._followed.wait_for_first(FIRST_ANSWER_S if self._is_first else 0.0)
+        if self._followed.error is not None:
+            raise self._followed.error
+        self._ledger_state = self._followed.value
 
     def _update_maps(self, wanted: Routes) -> None:
         self._splits.update(wanted.entries)
         for kind, running_map in self._limits.items():
-            running_map.update(self._own_limits.entries(kind, self._settings.limits.of(kind)))
+            default = self._settings.limits.of(kind)
+            own_limits = self._ledger_state.own_limits
+            running_map.update(own_limits.entries(kind, default, num_edges=self._reporter.num_edges))
 
     def _update_config(self, wanted: Routes) -> None:
-        """Load a changed configuration, in a thread, because a changed split must not wait for it."""
+        """Load a changed configuration in a thread, because a changed split must not wait for the reload."""
         self._finish_loading()
         inputs = Inputs(
             backends=wanted.backends,
@@ -271,7 +272,7 @@ class Controller:
 
     @property
     def _is_first(self) -> bool:
-        """Whether no configuration was loaded or refused yet."""
+        """True until HAProxy has loaded or refused the first configuration of this controller."""
         return self._loaded is None and self._refused is None
 
     def _is_refused(self, inputs: Inputs) -> bool:
@@ -279,7 +280,7 @@ class Controller:
         return refused is not None and refused.inputs == inputs and time.monotonic() < refused.retry_at
 
     def _handle_refused(self, inputs: Inputs, error: ConfigRefused) -> None:
-        """Stay with the last configuration that HAProxy accepted, which may be an earlier controller's.
+        """Continue with the last accepted configuration. It may come from an earlier controller.
 
         Raises:
             ConfigRefused: no configuration was accepted yet.
@@ -292,7 +293,7 @@ class Controller:
         self._refused = Refused(inputs=inputs, reason=str(error), retry_at=retry_at)
 
     def _store_last(self) -> None:
-        """Store the sources' values for the next controller, and once a minute the time of the issuer's answer."""
+        """Store changed targets and keys for the next controller, and once a minute the time of the issuer's answer."""
         last = LastState(
             targets=self._targets.value,
             keys=self._valid_keys(),
@@ -303,14 +304,14 @@ class Controller:
             self._last = last
 
     def _report_refusals(self) -> None:
-        """Append the counts of refused unauthenticated requests to the ledger."""
+        """Append the numbers of refused unauthenticated requests to the ledger."""
         self._read_refusals()
         self._refusals, events = self._refusals.report(at=time.time())
         for event in events:
             self._append(event, actor=ACTOR)
 
     def _read_refusals(self) -> None:
-        """Read the HAProxy worker's counts before the worker ends. A worker that does not answer is skipped."""
+        """Read the counts of refused requests from HAProxy's worker. If the worker does not answer, change nothing."""
         if self._loaded is None:
             return
         try:
@@ -321,13 +322,14 @@ class Controller:
         self._refusals = self._refusals.update(unauthenticated.parse_counts(table_text))
 
     def _write_state(self) -> None:
-        self._metrics.applied_seq.set(self._seq)
+        self._metrics.applied_seq.set(self._ledger_state.seq)
         state = EdgeState(
-            applied_seq=self._seq,
+            applied_seq=self._ledger_state.seq,
             backends=[backend.name for backend in self._loaded.backends] if self._loaded else [],
             pid=self._haproxy.pid,
             refused=self._refused.reason if self._refused else "",
         )
         if state != self._written:
+            self._reporter.report(state)
             write_state(self._state_file, state)
             self._written = state

@@ -1,7 +1,7 @@
 """Atomic file replacement without fsync, for files that can be rebuilt from the ledger.
 
-An fsync takes half a second on a busy disk, and a rollback would wait for it. After a power failure the controller
-reads the ledger again and writes the files again.
+An fsync takes half a second on a busy disk, and a rollback would wait for it. After a power failure, the controller
+reads the ledger and writes the files again.
 """
 
 from __future__ import annotations

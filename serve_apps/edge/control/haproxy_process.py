@@ -1,12 +1,13 @@
 """The HAProxy process: start it, reload it without dropping a connection, change one map entry.
 
-Commands go through the master's own socket. Only the master answers when a reload is done, and only it knows the
-workers that still drain; a change sent to the outgoing worker alone would be lost with it. During a reload the master
-answers no command. A change then goes at once to the worker that serves, and has to be sent again after the reload.
+Commands are sent to the master's own socket. Only the master says when a reload is done, and only the master knows all
+workers, including those that still answer their last requests. During a reload, the master answers no command. A change
+is then sent at once to the worker that serves. It has to be sent again after the reload, because the new worker may
+not have it.
 
-A master that an earlier controller left behind hands its listening sockets to the next master, and ends after it has
-answered its open requests. No request is refused, and the new master has this process's environment and binary. Each
-master has a socket of its own, so that draining masters get changes, too.
+A new controller starts its own master. The master of an earlier controller gives its listening sockets to the new
+master, and ends after it has answered its open requests. No request is refused, and the new master has this process's
+environment and binary. Each master has its own socket, so masters that still answer requests get changes, too.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ START_POLL_S = 0.01
 STOP_TIMEOUT_S = 10.0
 MASTER_PREFIX = "master-"
 MAX_MESSAGE = 2000
-"""Characters of HAProxy's messages about a configuration."""
+"""HAProxy's messages about a configuration are cut after this many characters."""
 _LINE = re.compile(r"\[[^\]]*:(\d+)\]")
 
 Query = Callable[[str], str]
-"""Sends a command to one worker and returns its answer."""
+"""Function that sends a command to one worker and returns the worker's answer."""
 
 
 class ConfigRefused(FalajError):
-    """HAProxy refuses a configuration."""
+    """HAProxy refused a configuration."""
 
 
 class _Process(NamedTuple):
-    """A row of `show proc`."""
+    """A row in the answer to the command `show proc`."""
 
     pid: str
     kind: str
@@ -58,8 +59,10 @@ class HAProxy:
     """One HAProxy in master-worker mode.
 
     Args:
-        config, admin_socket, access_folder: its files.
-        secrets: environment variables that the configuration names, so that its file does not contain their values.
+        config: path of its configuration.
+        admin_socket: path of its admin socket.
+        access_folder: folder of the access records.
+        secrets: environment variables that the configuration refers to, so that its file does not contain the secrets.
     """
 
     def __init__(
@@ -85,10 +88,10 @@ class HAProxy:
         return self._process.pid if self._process and self._process.poll() is None else None
 
     def load(self, text: str) -> None:
-        """Check and write a configuration, then start or reload; return when the new worker serves.
+        """Check and write a configuration, then start HAProxy or reload it. Return when the new worker serves.
 
         Raises:
-            ConfigRefused: with HAProxy's message; the running configuration stays.
+            ConfigRefused: HAProxy refused the configuration, and the old one stays. The error has HAProxy's message.
             OSError: the master does not answer.
         """
         self._check(text)
@@ -103,15 +106,15 @@ class HAProxy:
         finally:
             self._reloading = False
         if not answer.startswith("Success=1"):
-            if previous is not None:  # a restart reads the file
+            if previous is not None:  # a later restart reads this file
                 write_bytes(str(self._config), previous)
             raise ConfigRefused(f"HAProxy did not reload:\n{answer}")
 
     def serve_last(self) -> bool:
-        """Start with the configuration on disk, if one exists and HAProxy does not run; return whether it runs now.
+        """If HAProxy does not run, start it with the configuration on disk, if any. Return whether HAProxy runs now.
 
         Raises:
-            ConfigRefused: HAProxy does not accept it any more.
+            ConfigRefused: HAProxy does not accept the configuration on disk any more.
         """
         if self.pid is None and self._config.exists():
             self._check(self._config.read_text())
@@ -119,17 +122,17 @@ class HAProxy:
         return self.pid is not None
 
     def restart_if_dead(self) -> bool:
-        """Start the process again if it has died; return whether it had."""
+        """Start the process again if it has died. Return whether it was started again."""
         if self._process is None or self._process.poll() is None:
             return False
         self._start()
         return True
 
     def set_map(self, file: Path, key: str, value: str) -> None:
-        """Change or add an entry of the running map in every worker, also in workers that drain.
+        """Change or add an entry of a running map in every worker, also in workers that answer their last requests.
 
         Raises:
-            OSError: a worker does not answer; the others have the change.
+            OSError: a worker does not answer. The other workers have the change.
         """
 
         def change(query: Query) -> None:
@@ -139,10 +142,10 @@ class HAProxy:
         self._for_each_worker(change)
 
     def del_map(self, file: Path, key: str) -> None:
-        """Remove an entry of the running map from every worker that has it.
+        """Remove an entry of a running map from every worker that has the entry.
 
         Raises:
-            OSError: a worker does not answer; the others have the change.
+            OSError: a worker does not answer. The other workers have the change.
         """
         self._for_each_worker(lambda query: query(f"del map {file} {key}"))
 
@@ -150,7 +153,7 @@ class HAProxy:
         """Send a command to the worker that serves, and return its answer.
 
         Raises:
-            OSError: it does not answer.
+            OSError: the worker does not answer.
         """
         return self._command(command, self._admin_socket)
 
@@ -161,7 +164,7 @@ class HAProxy:
             self._process.wait(timeout=STOP_TIMEOUT_S)
 
     def _start(self) -> None:
-        # HAProxy clears O_APPEND on its standard output, so two processes must never share a file by name.
+        # HAProxy clears O_APPEND on its standard output, so two processes must never write to the same file.
         self._access_folder.mkdir(parents=True, exist_ok=True)
         name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}.jsonl"
         with (self._access_folder / name).open("xb") as sink:
@@ -184,14 +187,14 @@ class HAProxy:
         raise ConfigRefused("HAProxy did not start. Its messages are in the controller's log.")
 
     def _link_socket(self) -> None:
-        """Point `master.sock` to the socket of the master that serves, for operators."""
+        """Make `master.sock` a link to the socket of the master that serves. Operators use this name."""
         link = self._socket.with_name("master.sock")
         new_link = self._socket.with_suffix(".new")
         new_link.symlink_to(self._socket.name)
         new_link.replace(link)
 
     def _takeover_arguments(self) -> list[str]:
-        """Return the arguments for taking over from masters that already run."""
+        """Return HAProxy's command line arguments for taking over from masters that already run."""
         pids = [
             process.pid
             for master in self._masters()
@@ -201,7 +204,7 @@ class HAProxy:
         return ["-x", str(self._admin_socket), "-sf", *pids] if pids else []
 
     def _masters(self) -> list[Path]:
-        """Return the sockets of the running masters, ours and earlier ones; remove the sockets of dead masters."""
+        """Return the sockets of all running masters, also of earlier ones. Remove the sockets of dead masters."""
         sockets = []
         for path in sorted(self._admin_socket.parent.glob(f"{MASTER_PREFIX}*.sock")):
             with socket.socket(socket.AF_UNIX) as connection:
@@ -211,13 +214,13 @@ class HAProxy:
                 except (ConnectionRefusedError, FileNotFoundError):
                     path.unlink(missing_ok=True)
                     continue
-                except OSError:  # it runs and does not answer; the next command gets the error
+                except OSError:  # the master runs but does not answer; the next command gets the error
                     pass
                 sockets.append(path)
         return sockets
 
     def _for_each_worker(self, change: Callable[[Query], object]) -> None:
-        """Apply a change to each worker, our own master's first. If one fails, the others still get the change."""
+        """Apply a change to each worker, first to those of the newest master. If one fails, the others still get it."""
         if self._reloading:
             change(self.query)
             return
@@ -231,7 +234,7 @@ class HAProxy:
             raise errors[0]
 
     def _query_worker(self, master: Path, worker: str, command: str) -> str:
-        """Return a worker's answer; empty if the worker has ended meanwhile."""
+        """Return a worker's answer to a command. It is empty if the worker has ended meanwhile."""
         try:
             return self._command(f"@!{worker} {command}", master)
         except ConnectionError:
@@ -240,11 +243,11 @@ class HAProxy:
             return ""
 
     def _workers(self, master: Path) -> list[str]:
-        """Return the pids of a master's workers; empty if the master has ended."""
+        """Return the pids of a master's workers. The list is empty if the master has ended."""
         return [process.pid for process in self._processes(master) if process.kind == "worker"]
 
     def _processes(self, master: Path) -> list[_Process]:
-        """Return a master and its workers, the master first; empty if it has ended."""
+        """Return a master and its workers, the master first. The list is empty if the master has ended."""
         try:
             rows = [line.split() for line in self._command("show proc", master).splitlines()]
         except (ConnectionError, FileNotFoundError):
@@ -281,11 +284,11 @@ class HAProxy:
 
 
 def refusal(text: str, messages: str) -> str:
-    """Return an error message with the refused configuration's sections by name, and HAProxy's own messages.
+    """Return an error message with the names of the refused sections, and HAProxy's own messages.
 
     Args:
         text: the configuration.
-        messages: HAProxy's messages, which name lines by number: `[file:12]`.
+        messages: HAProxy's messages, in which `[file:12]` means line 12.
     """
     section_of_line, section = [""], ""
     for line in text.splitlines():
@@ -301,7 +304,7 @@ def refusal(text: str, messages: str) -> str:
 
 @contextlib.contextmanager
 def _collect_errors(errors: list[OSError]) -> Iterator[None]:
-    """Append an OSError of the body to a list instead of raising it."""
+    """If the body of the `with` block raises an OSError, append it to `errors` instead of raising it."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Last answers of Serve and of the issuer, stored for an edge that starts while they are down.
+"""Last answers of Serve and of the issuer, stored for an edge that starts while one of them is down.
 
-Replicas that are gone by then fail their health checks. Keys could be withdrawn meanwhile, so stored keys are used for
-a day at most, as everywhere else while an issuer is down.
+Replicas that do not exist any more fail their health checks. The issuer may withdraw keys meanwhile, so stored keys are
+used for at most a day. Other processes use the same limit while an issuer is down.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from serve_apps.edge.haproxy.keys import JwtKey
 from serve_apps.replica.targets import ScaledToZero, Target
 
 KEYS_HOLD_S = 86_400.0
-"""Seconds for which stored keys are used without a new answer of the issuer."""
+"""Stored keys are used for this many seconds after the issuer's last answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LastState:
-    """The last answers; the fields are the keys of the JSON file."""
+    """The last answers. The fields are the keys of the JSON file."""
 
     targets: Mapping[str, Target] = field(default_factory=dict)
-    """Serve application to its replicas' addresses, or to the proxy that starts one."""
+    """From the name of a Serve application to its replicas' addresses, or to Serve's proxy, which starts a replica."""
     keys: tuple[JwtKey, ...] = ()
     at: float = 0.0
-    """Unix seconds of the issuer's answer."""
+    """Time of the issuer's last answer, Unix seconds."""
 
     @classmethod
     def read(cls, path: Path, *, now: float) -> LastState:
-        """Read a file; a missing or damaged file gives the empty state."""
+        """Read the state from a file. If the file is missing or damaged, return the empty state."""
         try:
             content = json.loads(path.read_text())
             keys = tuple(JwtKey(**key) for key in content["keys"])
@@ -44,7 +44,7 @@ class LastState:
         return cls(targets=targets, keys=present_keys, at=at).without_old_keys(now=now)
 
     def without_old_keys(self, *, now: float) -> LastState:
-        """Return the state without keys, if the issuer has not confirmed them for a day."""
+        """Return the state. If the issuer's last answer is more than a day old, return it without keys."""
         return self if self.at + KEYS_HOLD_S > now else replace(self, keys=())
 
     def write(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Metrics of the edge's controller. Requests and their latency are HAProxy's own metrics, at `edge_metrics`."""
+"""Metrics of the edge's controller. HAProxy has its own metrics of requests and latency, at the port `edge_metrics`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class EdgeMetrics:
-    """Progress through the ledger, and results of the controller's steps."""
+    """The last applied event, and the results of the controller's steps."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.applied_seq = Gauge(

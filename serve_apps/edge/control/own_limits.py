@@ -1,4 +1,4 @@
-"""The own limits of principals and tenants, as a projection of the ledger."""
+"""Limits that were set for single principals and tenants, as a projection of the ledger."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ LIMITS = sa.Table(
     sa.Column("seq", sa.BigInteger, nullable=False),
     sa.Column("event", sa.Text, nullable=False),
 )
-"""The newest limits of each principal and tenant that has own limits."""
+"""The newest limits of each principal and tenant that has its own limits."""
 
 
 def read_own_limits(ledger: Ledger) -> OwnLimits:
-    """Return the own limits after the ledger's last event."""
+    """Return the limits of single principals and tenants after the ledger's last event."""
     projection = Projection(
         ledger, name=LIMITS.name, metadata=METADATA, wanted=Subject.limit.includes, apply=_apply_stored
     )

@@ -1,4 +1,4 @@
-"""Poll a slow source in a thread, so that nothing waits for it, least of all a rollback."""
+"""Poll a slow source in a thread, so that a rollback does not wait for the source."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class PolledSource(Generic[T]):
     """The newest value of a source.
 
     Args:
-        fetch: reads the source; its errors are logged, and the last value stays.
+        fetch: reads the source. If it raises an error, the error is logged and the last value stays.
         name: name of the source in the log.
-        value: value until the first answer.
+        value: value before the first answer.
         interval_s: seconds from one answer to the next fetch.
     """
 
@@ -37,10 +37,10 @@ class PolledSource(Generic[T]):
         self._next_at = 0.0
 
     def poll(self, *, wait_s: float = 0.0) -> None:
-        """Take an answer that has arrived, and start the next fetch when it is due.
+        """If an answer has arrived, use it as the new value. Start the next fetch if it is due.
 
         Args:
-            wait_s: how long to wait for the answer.
+            wait_s: how many seconds to wait for the answer.
         """
         if self._pending is None:
             if time.monotonic() < self._next_at:

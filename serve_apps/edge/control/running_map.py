@@ -1,8 +1,8 @@
 """A map that HAProxy looks up: updated in the running workers first, then in the file that the next worker reads.
 
-The workers come first, because renaming a file can wait a third of a second for a busy disk, and fails on a full one. A
-worker that a reload is just starting may have read the old file, and cannot get commands yet. So it gets the changes
-again after the reload. If a controller is killed between the two steps, the next one reads the ledger.
+The workers are updated first, because renaming a file can take a third of a second on a busy disk, and fails on a full
+disk. During a reload, the new worker may have read the old file, and does not get commands yet. So the new worker gets
+the changes after the reload. If a controller is killed between the two steps, the next controller reads the ledger.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class RunningMap:
         self._changed: set[str] = set()
 
     def update(self, entries: Mapping[str, str]) -> None:
-        """Replace the map's entries by these, if they differ.
+        """Replace all entries of the map, if they differ from `entries`.
 
         Raises:
-            OSError: a worker could not be updated, or the file not written. Nothing counts as done, so try again.
+            OSError: a worker could not be updated, or the file could not be written. Call this again with all entries.
         """
         if entries == self._entries:
             return
@@ -40,14 +40,14 @@ class RunningMap:
         self._entries = dict(entries)
 
     def track_changes(self) -> None:
-        """Record the changes from now on, because a reload begins."""
+        """Record all later changes. Call this when a reload begins."""
         self._changed.clear()
 
     def resend_changes(self) -> None:
-        """Send the new worker the changes since `track_changes`, because the reload is done.
+        """Send the new worker the changes since `track_changes`. Call this when the reload is done.
 
         Raises:
-            OSError: a worker could not be updated; try again.
+            OSError: a worker could not be updated. Call this again.
         """
         self._send(self._entries or {}, self._changed)
 

@@ -1,4 +1,4 @@
-"""One controller for each edge: a new one asks the old one to hand over, so starting an edge again restarts it."""
+"""Each edge has only one controller. A new controller asks the old one to hand over, so a second start is a restart."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ POLL_S = 0.02
 
 @contextlib.contextmanager
 def sole_controller(file: Path) -> Iterator[None]:
-    """Hold the lock file during the body, after its previous holder has released it.
+    """Wait for the previous controller to release the lock file, then hold the lock during the `with` block.
 
     Raises:
-        ConfigError: the previous holder did not release it within 20 s.
+        ConfigError: the previous controller did not release the lock within 20 s.
     """
     with file.open("a+") as lock:
         deadline, asked_pid = time.monotonic() + DEADLINE_S, ""
@@ -54,8 +54,9 @@ def _try_lock(descriptor: int) -> bool:
 def _request_handover(holder_pid: str, file: Path) -> None:
     """Signal the process that holds the lock.
 
-    A holder writes its pid after it takes the lock. Until then the file has its predecessor's pid, which may be free or
-    belong to another program by now. So only a process that has the file open gets the signal.
+    A process writes its pid into the file after it has taken the lock. Until then, the file has the pid of the previous
+    process. That pid may be free or belong to another program by now. So the signal is only sent if the process with
+    this pid has the file open.
     """
     if not holder_pid.isdecimal():
         return

@@ -1,1 +1,1 @@
-"""HAProxy's configuration as text: pure functions, no I/O but the issuer's key files."""
+"""HAProxy's configuration as text: pure functions. The only I/O is that of the issuer's key files."""

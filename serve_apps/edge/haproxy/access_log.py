@@ -20,5 +20,5 @@ _FIELDS = {
     "termination": '"%ts"',
 }
 LOG_FORMAT = "{" + ",".join(f'"{name}":{value}' for name, value in _FIELDS.items()) + "}"
-"""Values that a client chooses are cut, because HAProxy cuts a record at 4,096 bytes and escaping can make one byte
-into six (`\\u0001`)."""
+"""Values that a client chooses are shortened, because HAProxy cuts a record after 4,096 bytes, and escaping can turn
+one byte into six (`\\u0001`)."""

@@ -11,14 +11,15 @@ NO_HEALTHY_REPLICA = "No healthy replica; try again."
 
 
 def error_body(status: int, message: str | None = None) -> str:
-    """Return the JSON error body `{"error", "code"}`; without a message, the status's own phrase."""
+    """Return the JSON error body `{"error", "code"}`. Without a message, it has the standard phrase of the status."""
     return json.dumps({"error": message or HTTPStatus(status).phrase, "code": status})
 
 
 def error_file(status: int) -> str:
-    """Return the HTTP response that HAProxy sends for its own error of this status.
+    """Return the HTTP response that HAProxy sends when it detects an error itself.
 
-    For 502 (no answer) and 504 (no answer in time), the client gets 503. The access record has the original status.
+    For the statuses 502 (no answer) and 504 (no answer in time), the client gets 503. The access record has the
+    original status.
     """
     if status in (502, 504):
         status, body = 503, error_body(503, NO_ANSWER)
@@ -29,15 +30,15 @@ def error_file(status: int) -> str:
 
 
 def answer_json(body: str, *, status: int = 200) -> str:
-    """Return a rule that answers with JSON."""
+    """Return a rule that makes HAProxy answer with JSON."""
     return f"http-request return status {status} content-type application/json string '{_quoted(body)}'"
 
 
 def refuse(status: int, message: str) -> str:
-    """Return a rule that answers with a JSON error."""
+    """Return a rule that makes HAProxy answer with a JSON error."""
     return answer_json(error_body(status, message), status=status)
 
 
 def _quoted(text: str) -> str:
-    """Escape single quotes as JSON does, because HAProxy has no escape inside single quotes."""
+    """Replace single quotes by their JSON escape, because HAProxy has no escape inside single quotes."""
     return text.replace("'", r"\u0027")

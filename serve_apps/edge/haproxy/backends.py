@@ -1,11 +1,12 @@
 """HAProxy backends of Serve applications, and the backend of the readiness check.
 
-A champion has no fallback. When it has no replica (for example because the only one was killed), its requests wait:
-they go to Serve's proxy, which holds them until the next replica is up. The proxy is a backup server, so it gets
-requests only then. A treatment's requests do not wait, because the champion answers them at once (see `fallback`).
+A champion has no fallback. If it has no replica, for example because its only replica was killed, its requests wait.
+HAProxy sends them to Serve's proxy, which holds them until a replica is up. The proxy is a backup server, so it gets
+requests only if no replica is up. A treatment's requests do not wait, because the champion answers them at once (see
+`fallback`).
 
-A line of HAProxy's configuration has at most 64 words, and a request passes every rule of its frontend. So rules for
-one server or one model have a line each, in a section that only its own requests pass.
+A line of HAProxy's configuration has at most 64 words, and HAProxy evaluates every rule of a frontend for each of its
+requests. So each rule for one server or one model has its own line, in a section that only sees the requests for it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from collections.abc import Iterable, Sequence
 
 from serve_apps.edge.haproxy.answers import NO_ANSWER, answer_json, error_body, refuse
 from serve_apps.edge.haproxy.routes import Backend, Routes
+from serve_apps.replica.targets import uses_tls
 
 HEALTH_CHECK = """    option httpchk GET /-/healthz
     http-check expect status 200,503"""
-"""503 counts as healthy. A replica that Serve stops answers health checks with 503 DRAINING, and still answers requests
-for half a minute. If it counted as dead, its version would have no replica until Serve names the next one. A replica
-that Serve finds unhealthy answers 503, too; Serve then removes it itself."""
+"""The status 503 counts as healthy. A replica that Serve stops answers health checks with 503 DRAINING, but it still
+answers requests for half a minute. If it counted as dead, its version would have no replica until Serve names the next
+one. An unhealthy replica answers 503, too, but Serve removes such a replica itself."""
+AUTHORITY_FILE = "ca.pem"
+"""Certificate of the nodes' authority, in the folder that the global section names as `ca-base`."""
 READINESS = "readiness"
 WAITING_SERVER = "starting"
 """Name of the server that holds requests until a replica is up."""
@@ -32,10 +36,10 @@ def backend(application: Backend, *, serve_proxy: str, wake_timeout_s: float) ->
     """Return the backend of an application.
 
     Args:
-        application: its name and replicas.
-        serve_proxy: address of Serve's proxy, which holds requests while there is no replica; if empty, they are
-            refused.
-        wake_timeout_s: how long a request may be held.
+        application: name and replicas of the application.
+        serve_proxy: address of Serve's proxy, which holds requests while there is no replica. If the address is empty,
+            such requests are refused.
+        wake_timeout_s: for how many seconds a request may be held.
     """
     if application.scaled_to_zero:
         return scaled_to_zero_backend(application.name, application.servers, timeout_s=wake_timeout_s)
@@ -47,16 +51,20 @@ def backend(application: Backend, *, serve_proxy: str, wake_timeout_s: float) ->
         f"    default-server {_CHECK_INTERVALS} on-error fastinter observe layer4",
         *(waiting_rules if serve_proxy else []),
         *server_lines(application.servers),
-        *([f"    server {WAITING_SERVER} {serve_proxy} check backup"] if serve_proxy else []),
+        *(
+            [f"    server {WAITING_SERVER} {serve_proxy} check{_tls(serve_proxy)} backup"]
+            if serve_proxy
+            else []
+        ),
     ]
     return "\n".join([*lines, ""])
 
 
 def scaled_to_zero_backend(name: str, servers: Sequence[str], *, timeout_s: float) -> str:
-    """Return the backend of an application that starts its first replica on a request.
+    """Return the backend of an application without replicas. Serve starts the first replica when a request arrives.
 
-    Only a request that was never received is sent again. Otherwise one request would start, and be answered by, several
-    replicas.
+    HAProxy sends a request again only if the connection failed. Otherwise, one request could start several replicas and
+    be answered by each of them.
     """
     lines = "\n".join(server_lines(servers))
     return f"""backend {name}
@@ -70,7 +78,7 @@ def scaled_to_zero_backend(name: str, servers: Sequence[str], *, timeout_s: floa
 
 
 def readiness(routes: Routes) -> str:
-    """Return the backend that answers whether every champion has a replica; one that is scaled to zero counts."""
+    """Return the backend that answers whether every champion has a replica or is scaled to zero."""
     by_name = {backend.name: backend for backend in routes.backends}
     lines = []
     for number, name in enumerate(routes.champions):
@@ -83,22 +91,33 @@ def readiness(routes: Routes) -> str:
 
 
 def acl_any_up(acl: str, name: str, servers: Iterable[str]) -> list[str]:
-    """Return lines of an ACL that is true if any of a backend's servers is up."""
+    """Return the lines of an ACL that is true if at least one server of a backend is up."""
     return [f"    acl {acl} srv_is_up({name}/{server_name(address)})" for address in servers]
 
 
 def server_lines(addresses: Iterable[str]) -> list[str]:
     """Return one line for each server of a backend."""
-    return [f"    server {server_name(address)} {address} check" for address in addresses]
+    return [f"    server {server_name(address)} {address} check{_tls(address)}" for address in addresses]
+
+
+def _tls(address: str) -> str:
+    """Return the options of a server that speaks TLS, with a leading space; empty for one on loopback.
+
+    HAProxy compares the name with the certificate's DNS names and its common name, not with its IP addresses. So a
+    node's certificate has its address as a DNS name, too.
+    """
+    if not uses_tls(address):
+        return ""
+    return f" ssl verify required ca-file {AUTHORITY_FILE} verifyhost {address.rpartition(':')[0]}"
 
 
 def server_name(address: str) -> str:
-    """Return the HAProxy name of a server."""
+    """Return HAProxy's name for the server with this address."""
     return re.sub(r"[^A-Za-z0-9.]", "_", address)
 
 
 def json_errors_only() -> str:
-    """Return a rule that replaces an error page of Serve's proxy, which is not JSON, by a JSON error."""
+    """Return a rule that replaces error pages that are not JSON, such as those of Serve's proxy, by a JSON error."""
     return (
         "    http-response return status 503 content-type application/json "
         f"string '{error_body(503, NO_ANSWER)}' if {{ status 404 500 502 503 504 }} !dashboard "
@@ -107,7 +126,7 @@ def json_errors_only() -> str:
 
 
 def _waiting_rules(application: Backend, *, wake_timeout_ms: int) -> list[str]:
-    """Return rules for requests that wait for a replica: each is sent once, with the timeout of a start."""
+    """Return rules for requests that wait for a replica: send each only once, with the timeout for a start."""
     condition = " unless replicas_up" if application.servers else ""
     return [
         *acl_any_up("replicas_up", application.name, application.servers),

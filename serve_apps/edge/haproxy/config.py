@@ -44,7 +44,7 @@ _IS_READY = "{ path /v2/health/ready }"
 
 
 def edge_roles() -> Mapping[Action, frozenset[Role]]:
-    """Return the roles that the policies allow for each action that the edge can tell from the path."""
+    """For each action that the edge derives from a path, return the roles that the policies allow."""
     policy = Policy.load()
     return {action: policy.roles_for(action) for action in EDGE_ACTIONS}
 
@@ -57,10 +57,12 @@ class EdgeSettings:
     metrics_bind: str
     certificate: str
     """PEM file with certificate and private key."""
+    authority_folder: str
+    """Folder with the certificate of the nodes' authority; it verifies replicas that are not on loopback."""
     dashboard: str
     """Address of Ray's dashboard."""
     tokens: TokenRules
-    """Token rules that the edge checks; replicas check the rest."""
+    """What the edge requires of a token."""
     map_file: str
     error_folder: str
     admin_socket: str
@@ -70,22 +72,22 @@ class EdgeSettings:
     max_connections: int
     max_connections_of_one_address: int
     wake_timeout_s: float
-    """How long a request waits for a replica, if its version is scaled to zero or its champion has no replica."""
+    """How long a request waits for a replica, if a version is scaled to zero or a champion has no replica."""
     serve_proxy: str = ""
-    """Address of Serve's proxy, which holds requests for a champion without a replica; if empty, they are refused."""
+    """Address of Serve's proxy, which holds requests for champions without a replica. If empty, these are refused."""
     role_claim: str = "role"
     tenant_claim: str = "tenant"
     scope_claim: str = "scope"
     tenant: str = "default"
     """Tenant of this installation. Requests with another tenant's token get 403."""
     roles: Mapping[Action, frozenset[Role]] = field(default_factory=edge_roles)
-    """Roles allowed for each action, read from the policies when the edge starts."""
+    """The roles that are allowed for each action. They are read from the policies when the edge starts."""
     hang_ms: int
-    """A treatment's replica that leaves a health check unanswered for this long counts as hanging; see `fallback`."""
+    """If a treatment's replica does not answer a health check for this long, it counts as hanging; see `fallback`."""
 
     @property
     def fallback_socket(self) -> str:
-        """Socket where treated requests come in again, for the champion."""
+        """Socket to which HAProxy sends a treated request again, so that the champion answers it."""
         return str(Path(self.admin_socket).with_name("again.sock"))
 
 
@@ -93,8 +95,8 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
     """Return the whole configuration.
 
     Args:
-        routes: what is served, and how traffic is split.
-        keys: the issuer's keys; without any, every token is refused.
+        routes: the models and their replicas, and how traffic is split.
+        keys: the issuer's keys. If there are none, every token is refused.
         settings: addresses, files and limits.
     """
     parts = [
@@ -116,7 +118,7 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
 
 
 def _global(settings: EdgeSettings) -> str:
-    """Process limits, the admin socket and TLS. Only access records have a level that is logged."""
+    """Process limits, the admin socket, TLS and the log level. Only access records have a level that is logged."""
     return f"""global
     log stdout len 4096 format raw local0 {unauthenticated.LOG_LEVEL}
     localpeer edge
@@ -126,12 +128,14 @@ def _global(settings: EdgeSettings) -> str:
 {connections.tuning()}
     stats socket {settings.admin_socket} mode 600 level admin expose-fd listeners
     ssl-default-bind-options ssl-min-ver TLSv1.3
+    ssl-default-server-options ssl-min-ver TLSv1.3
+    ca-base {settings.authority_folder}
     tune.ssl.default-dh-param 2048
 """
 
 
 def _defaults(settings: EdgeSettings) -> str:
-    """Timeouts, retries and JSON error files; a request is sent again when its replica fails before it answers."""
+    """Timeouts, retries and JSON error files. A request is sent again if its replica fails before it answers."""
     files = "\n".join(
         f"    errorfile {status} {settings.error_folder}/{status}.http" for status in ERROR_STATUSES
     )
@@ -156,7 +160,7 @@ defaults
 
 
 def _frontend(keys: Sequence[JwtKey], settings: EdgeSettings) -> str:
-    """The public frontend, with its rules in the order in which a request meets them."""
+    """The public frontend. HAProxy evaluates its rules in this order."""
     return "\n".join(
         (
             _listener(settings),
@@ -179,7 +183,7 @@ def _frontend(keys: Sequence[JwtKey], settings: EdgeSettings) -> str:
 
 
 def _listener(settings: EdgeSettings) -> str:
-    """The port, the access log and the counters; clients may not send the edge's own headers."""
+    """The port, the access log, the counters, and a rule that removes the edge's own headers from clients' requests."""
     return f"""frontend edge
     bind {settings.bind} ssl crt {settings.certificate} alpn h2,http/1.1
     log global
@@ -198,7 +202,7 @@ def _health() -> str:
 
 
 def _bearer_token() -> str:
-    """Take the token from the Authorization header, or from the dashboard's login or cookie."""
+    """Read the token from the Authorization header, or from the dashboard's login form or cookie."""
     return f"""    {refuse(400, "Send only one Authorization header.")} if {{ req.fhdr_cnt(authorization) gt 1 }}
     http-request set-var(txn.token) http_auth_bearer
 {dashboard.login_rules()}"""
@@ -224,7 +228,7 @@ def _actions() -> str:
 
 
 def _authentication(keys: Sequence[JwtKey], settings: EdgeSettings) -> str:
-    """Verify the token and set the principal; from here on the request gets an access record."""
+    """Verify the token and set the principal. A request that passes these rules gets an access record."""
     checks = token_checks(
         keys, settings.tokens, role_claim=settings.role_claim, tenant_claim=settings.tenant_claim
     )
@@ -238,8 +242,9 @@ def _authentication(keys: Sequence[JwtKey], settings: EdgeSettings) -> str:
 def _authorization(settings: EdgeSettings) -> str:
     """Refuse other tenants' tokens, and roles that the policies do not allow for the action.
 
-    Replicas check the tenant by the policies, too, but Ray's dashboard and GET /v2 do not. HAProxy reads a tenant that
-    is not text as missing. Replicas refuse such a token. The dashboard does not, so it is refused here.
+    Replicas check the tenant with the policies, too, but Ray's dashboard and GET /v2 do not. If a token's tenant is not
+    text, HAProxy reads it as missing. Replicas refuse such a token. The dashboard does not, so for the dashboard the
+    edge refuses it.
     """
     message = "Your token is for another tenant than this installation."
     claimed = f"{{ var(txn.claims) -m sub -- '\"{settings.tenant_claim}\"' }}"
@@ -258,13 +263,13 @@ def _authorization(settings: EdgeSettings) -> str:
 
 
 def _descriptions() -> str:
-    """Paths that the edge answers itself: the server's metadata and the OpenAPI document."""
+    """Rules that answer two paths without a replica: the server's metadata and the OpenAPI document."""
     return f"""    {answer_json(_SERVER)} if {{ path /v2 }}
     {answer_json(json.dumps(document(), separators=(",", ":")))} if {{ path /openapi.json }}"""
 
 
 def _responses() -> str:
-    """Rules for a replica's answer: what the access record takes from it, and JSON for every error."""
+    """Rules for a replica's answer: copy values into the access record, and make every error JSON."""
     return f"""    http-response set-var(txn.prediction_id) res.hdr({PREDICTION_ID_HEADER})
     http-response del-header server
 {fallback.record_fallback()}
@@ -272,7 +277,7 @@ def _responses() -> str:
 
 
 def _use_backend() -> str:
-    """Choose the backend; treated requests take the strict one, which falls back to the champion."""
+    """Choose the backend. Treated requests are sent to the strict backend, from which the champion can take over."""
     return f"""    use_backend {backends.READINESS} if {_IS_READY}
     use_backend %[var(txn.treatment)]{fallback.SUFFIX} if treated treatable
     use_backend %[var(txn.backend)]
@@ -291,8 +296,8 @@ def _metrics(settings: EdgeSettings) -> str:
 def _plain_backends(routes: Routes, settings: EdgeSettings) -> list[str]:
     """The backends of all applications, for requests that are not treated.
 
-    Champions, `outcomes` and `features` have no fallback. So each has a backend even without a replica, where requests
-    wait for one.
+    Champions, `outcomes` and `features` have no fallback. So each of them always has a backend. While it has no
+    replica, its requests wait there.
     """
     waiting = {*routes.champions, OUTCOMES_APP, FEATURES_APP} if settings.serve_proxy else set()
     missing = sorted(waiting - {backend.name for backend in routes.backends})

@@ -1,6 +1,6 @@
 """Numbers of HAProxy's sticky counters (`track-sc0` and so on).
 
-All rules share these numbers. If two rules tracked under one number, only the first would count.
+The numbers are shared by all rules of a frontend. If two rules used the same number, only the first would count.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Ray's dashboard and its job API under `/ray/`, for principals who may manage the cluster.
 
 A user of the dashboard can run code as the cluster's user. A program sends its token in the Authorization header. A
-browser gives it once to `/ray/login`, which stores it in a cookie that scripts cannot read and other sites cannot use.
-SameSite protects the cookie from other sites. Other ports of this host count as the same site, so the edge also checks
-`Sec-Fetch-Site`, or `Origin` for web sockets, which do not send `Sec-Fetch-Site`.
+browser sends the token once to `/ray/login`. The answer stores it in a cookie that scripts cannot read. SameSite
+protects the cookie from other sites. Other ports of this host count as the same site, so the edge also checks
+`Sec-Fetch-Site`. Web sockets do not send `Sec-Fetch-Site`, so for them the edge checks `Origin`.
 
-The edge adds Ray's own token when it sends a request on. It uses the header that Ray's login does not read, because that
-login would give the token away in a cookie. The token is in HAProxy's environment, not in its configuration file.
+When the edge sends a request to Ray, it adds Ray's own token. The token is in a header that Ray's login does not read,
+because Ray's login would send the token to the browser in a cookie. The token is in HAProxy's environment, not in its
+configuration file.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ def login_rules() -> str:
 
 
 def forwarding_rules() -> str:
-    """Return rules for an authorised request: store the token after a login, or send it on to Ray.
+    """Return rules for an authorised request. A login stores the token; any other request is sent to Ray.
 
-    They end the evaluation of rules.
+    No later rule is evaluated for these requests.
     """
     cookie = f"{COOKIE}=%[var(txn.token)]; Max-Age=%[var(txn.exp),sub(txn.now)]; {_COOKIE_FLAGS}"
     return f"""    http-request return status 303 hdr location /ray/ hdr cache-control no-store hdr set-cookie "{cookie}" if {{ path /ray/login }}
@@ -49,7 +50,7 @@ def forwarding_rules() -> str:
 
 
 def backend(address: str) -> str:
-    """Return the backend of Ray's dashboard; it never retries, because a job would be submitted twice."""
+    """Return the backend of Ray's dashboard. It never sends a request again, because a job might be submitted twice."""
     return f"""backend {BACKEND}
     retries 0
     timeout server 10m
@@ -60,7 +61,7 @@ def backend(address: str) -> str:
 
 
 def _dashboard_paths() -> str:
-    """Set the action of paths under `/ray/`; their path goes into the access record."""
+    """For requests under `/ray/`, set the action, and put the path into the access record."""
     return f"""    http-request redirect code 308 location /ray/ if {{ path /ray }}
     http-request set-var(txn.action) str({Action.manage_cluster}) if {{ path_beg /ray/ }}
     acl dashboard var(txn.action) -m str {Action.manage_cluster}
@@ -69,7 +70,7 @@ def _dashboard_paths() -> str:
 
 
 def _login_pages() -> str:
-    """Answer the login form, and the logout, which deletes the cookie; both need no token."""
+    """Answer requests for the login form and for the logout, which deletes the cookie. Neither needs a token."""
     return f"""    http-request return status 200 content-type text/html file {LOGIN_PAGE} {_PAGE_HEADERS} if {{ path /ray/login }} METH_GET
     http-request return status 303 hdr location /ray/login hdr set-cookie "{COOKIE}=; Max-Age=0; {_COOKIE_FLAGS}" if {{ path /ray/logout }}"""
 
@@ -84,7 +85,7 @@ def _browser_token() -> str:
 
 
 def _same_site() -> str:
-    """Refuse browser requests that another site or another port sent, and lead a browser without a token to login."""
+    """Refuse a browser's request from another site or port. Redirect a browser without a token to the login."""
     return f"""    http-request set-var-fmt(txn.own_origin) https://%[req.hdr(host)] if browser
     acl own_page req.fhdr(sec-fetch-site) -m str same-origin none
     acl own_page req.fhdr(origin),strcmp(txn.own_origin) eq 0

@@ -1,16 +1,19 @@
-"""Let the champion answer when a treatment's replicas do not: when they are dead, when they hang, and in between.
+"""Let the champion answer when a treatment's replicas are dead or hang.
 
-Each version has two backends. The plain backend is patient: a busy replica must stay in, because there may be no other
-one. The backend of treated requests is strict, because the champion stands behind its replicas, as a backup server that
-leads back into this HAProxy. There, one refused connection or one unanswered health check takes a replica out. Requests
-in a killed replica are sent at once to the next replica or to the champion. Requests in a hanging replica are sent on
-after ten times the hang limit. (HAProxy could end these at once, too. But then it sometimes ends a request of a killed
-replica while that request is being sent again.) Such requests keep their arm, and their access record has `fallback`.
+Each version has two backends. The plain backend has tolerant health checks: a busy replica must not be removed, because
+it may be the only one. The backend of treated requests is strict, because the champion can answer instead. In this
+backend, one refused connection or one unanswered health check marks a replica as down. The champion is its backup
+server: a socket that leads back into this HAProxy.
 
-The champion keeps its own timeout although it is called through the strict backend. Otherwise it would get a second
-copy of a request that it is still working on. So a request that finds no replica is sent once, and waits as long as
-elsewhere. While a champion is scaled to zero, all treated requests wait that long, including those in a hanging
-replica.
+If a replica is killed, its requests are sent at once to the next replica or to the champion. If a replica hangs, its
+requests are sent there after ten times the hang limit. (HAProxy could end these at once, too. But then it sometimes
+ends a request of a killed replica while that request is being sent again.) Requests that the champion answers stay in
+the arm treatment, and their access record has `fallback`.
+
+For the champion, the timeout is the champion's own, although it is called through the strict backend. Otherwise it
+would get a second copy of a request that it has not answered yet. So if no replica is up, a request is sent only once,
+with the champion's timeout. While any champion is scaled to zero, all treated requests have the timeout for starting a
+replica, including those in a hanging replica.
 """
 
 from __future__ import annotations
@@ -25,16 +28,16 @@ from serve_apps.rollout.assignment import CHAMPION_VARIANT
 SUFFIX = ":treated"
 _BACKUP_SERVER = CHAMPION_VARIANT
 _CONNECT_MS = 500
-"""A retry of a refused connection waits at most this long."""
+"""After a refused connection, the next try follows within this time."""
 _CHECK_EVERY_MS = 200
 _ANSWER_TIMEOUT_IN_HANGS = 10
-"""Timeout of an answer, as a multiple of the hang limit."""
+"""Timeout of an answer, divided by the hang limit."""
 
 
 def frontend(*, map_file: str, socket: str) -> str:
-    """Return the frontend where a treated request comes in again, for the champion.
+    """Return the frontend that gets a treated request from the strict backend and sends it to the champion.
 
-    The request's path still begins with the treatment's application.
+    The path of such a request begins with the name of the treatment's application.
     """
     return f"""frontend again
     bind unix@{socket} mode 600
@@ -50,7 +53,7 @@ def frontend(*, map_file: str, socket: str) -> str:
 
 
 def record_fallback() -> str:
-    """Return a frontend's rules that put a champion's answer by fallback into the access record."""
+    """Return a frontend's rules that record `fallback` and `variant` if the champion answers as fallback."""
     by_champion = f"if {{ srv_name -m str {_BACKUP_SERVER} }}"
     return f"""    http-response set-var(txn.fallback) bool(true) {by_champion}
     http-response set-var(txn.variant) str({CHAMPION_VARIANT}) {by_champion}"""
@@ -63,10 +66,10 @@ def treated_backend(
 
     Args:
         backend: the treatment's application.
-        socket: address of the frontend above.
-        hang_ms: how long a replica may leave a health check unanswered.
+        socket: address of the frontend from `frontend`.
+        hang_ms: if a replica does not answer a health check within this time, it is marked as down.
         champion_ms: timeout of the champion's answer.
-        champion_scaled_to_zero: whether a champion has to be started first.
+        champion_scaled_to_zero: whether any champion is scaled to zero.
     """
     name = f"{backend.name}{SUFFIX}"
     answer_ms = champion_ms if champion_scaled_to_zero else hang_ms * _ANSWER_TIMEOUT_IN_HANGS

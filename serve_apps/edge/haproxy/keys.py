@@ -1,7 +1,7 @@
-"""The issuer's keys as files for HAProxy; the configuration names each file beside its `kid`.
+"""The issuer's keys as files for HAProxy. The configuration has the `kid` and the file of each key.
 
-A new key needs a reload, which drops no connection. Files are named by their content, so an old worker that drains
-never finds another key under a name.
+A new key needs a reload, which drops no connection. A file's name is a hash of its content. So the file that an old
+worker uses never changes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ALGORITHMS = {key_type: algorithm for algorithm, key_type in KEY_TYPES.items()}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JwtKey:
-    """A public key that verifies tokens, and the only algorithm that it is used with."""
+    """A public key that verifies tokens, and the only algorithm that it may be used with."""
 
     kid: str
     algorithm: str
@@ -31,10 +31,10 @@ class JwtKey:
 
 
 def key_writer(source: KeySource, folder: Path) -> Callable[[], tuple[JwtKey, ...]]:
-    """Return a function that writes the issuer's present keys into a folder, and returns them sorted by `kid`.
+    """Return a function that writes the issuer's current keys into a folder, and returns the keys sorted by `kid`.
 
-    It leaves out a `kid` that our tokens could not name, because such text must not get into HAProxy's configuration.
-    It returns no keys if the issuer has withdrawn them. It raises KeysUnknown until the issuer has answered once.
+    The function leaves out a key if its `kid` has characters that must not get into HAProxy's configuration. It returns
+    no keys if the issuer has withdrawn all keys. It raises KeysUnknown until the issuer has answered once.
     """
 
     def write() -> tuple[JwtKey, ...]:

@@ -1,10 +1,15 @@
-"""Limits of each principal and tenant: requests a second, and concurrent requests.
+"""Limits of each principal and tenant: requests per second, and concurrent requests.
 
-Ledger events become HAProxy's maps, and rules enforce them. Requests that were let through are counted over a sliding
-second. So a client that sends twice the limit gets about half of its requests answered, not none. Each edge counts by
-itself: with N edges, a client can get N times its limit. Counts survive a reload, because the outgoing worker sends
-them to the new one as its peer. Requests that the outgoing worker still answers do not count as concurrent in the new
-one.
+The limits in ledger events become entries of HAProxy's maps, and rules enforce them. Only accepted requests are
+counted, over a sliding second. So if a client sends twice as many requests as its limit, about half of them are
+answered.
+
+Counts survive a reload, because the old worker sends them to the new worker as its peer. Requests that the old worker
+still answers do not count as concurrent in the new worker.
+
+Each edge counts by itself, so it allows its share: the limit divided by the number of live edges, rounded down, and at
+least 1. Over all edges that is at most the limit, unless the limit is lower than the number of edges. A client gets all
+of its limit only if its requests go to all edges alike.
 """
 
 from __future__ import annotations
@@ -20,15 +25,17 @@ from serve_apps.edge.haproxy.answers import refuse
 from serve_apps.edge.haproxy.counters import Counter
 
 MAX_NAME_BYTES = 200
-"""Longest name of a principal or a tenant; as long as a token's claim may be."""
+"""Longest name of a principal or a tenant. A token's claim has the same limit."""
 NAMELESS = "-"
-"""Shared name of all subjects that HAProxy cannot read, such as JSON escapes beyond Latin-1; they share one count."""
+"""Name for all subjects that HAProxy cannot read, such as JSON escapes beyond Latin-1. They have one common count."""
+DEFAULT_KEY = "*"
+"""Key of a map's default. No name has it, because `url_enc` escapes it."""
 _IDLE = "1m"
 _MAX_COUNTED = "100k"
 
 
 class Limited(enum.Enum):
-    """Kind of what a limit applies to."""
+    """What a limit applies to."""
 
     principal = "principal"
     tenant = "tenant"
@@ -48,6 +55,13 @@ class Limit:
             if not 1 <= value < 2**31:
                 raise ValueError(f"A limit's {part.name} must be at least 1 and below 2^31, got {value}.")
 
+    def share(self, num_edges: int) -> Limit:
+        """Return one edge's share of this limit."""
+        return Limit(
+            requests_per_s=max(1, self.requests_per_s // num_edges),
+            concurrent=max(1, self.concurrent // num_edges),
+        )
+
     def entry(self) -> str:
         """Return the value of a map entry."""
         return f"{self.requests_per_s}|{self.concurrent}"
@@ -55,35 +69,35 @@ class Limit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Default limits, and the files with the limits of single principals and tenants."""
+    """Default limits, and the folder of the files with the limits of single principals and tenants."""
 
     principal: Limit
     tenant: Limit
     folder: str
     """Folder of the two map files."""
     socket: str
-    """Socket where the workers before and after a reload exchange counts, in a folder of the cluster's user."""
+    """Socket through which the old worker sends its counts to the new one, in a folder of the cluster's user."""
 
     def of(self, limited: Limited) -> Limit:
-        """Return the default limit of a kind."""
+        """Return the default limit of a principal or of a tenant."""
         return self.principal if limited is Limited.principal else self.tenant
 
     def file(self, limited: Limited) -> Path:
-        """Return the map file of the principals or tenants with own limits."""
+        """Return the map file with the limits of single principals or of single tenants."""
         return Path(self.folder) / f"{limited.value}-limits.map"
 
 
 @dataclass(frozen=True, slots=True)
 class OwnLimits:
-    """Principals and tenants with own limits, folded from ledger events."""
+    """Limits of single principals and tenants, computed from ledger events."""
 
     set: Mapping[tuple[Limited, str], EdgeLimitSet] = field(default_factory=dict)
 
     def apply(self, event: LedgerEvent) -> OwnLimits:
-        """Return the limits after one more event; events of other kinds change nothing.
+        """Return the limits after one more event. Events about anything else change nothing.
 
         Raises:
-            ReleaseTooOld: the event is of a newer release and changes limits.
+            ReleaseTooOld: a newer release wrote the event, and it changes limits.
         """
         require_known(event, Subject.limit)
         if not isinstance(event, EdgeLimitSet) or event.limited not in Limited.__members__:
@@ -94,7 +108,7 @@ class OwnLimits:
         return OwnLimits(others if is_removal else others | {key: event})
 
     def limit(self, limited: Limited, name: str, default: Limit) -> Limit:
-        """Return the limit of one principal or tenant; parts that it does not set are the default's."""
+        """Return the limit of one principal or tenant. Values that were not set for it come from `default`."""
         own = self.set.get((limited, name))
         if own is None:
             return default
@@ -103,10 +117,20 @@ class OwnLimits:
             concurrent=default.concurrent if own.concurrent is None else own.concurrent,
         )
 
-    def entries(self, limited: Limited, default: Limit) -> dict[str, str]:
-        """Return the map of one kind; names are escaped as HAProxy's `url_enc` does, to fit on a map's line."""
+    def entries(self, limited: Limited, default: Limit, *, num_edges: int = 1) -> dict[str, str]:
+        """Return the map of all principals or all tenants, with the default first.
+
+        Names are escaped as by HAProxy's converter `url_enc`.
+
+        Args:
+            limited: the kind.
+            default: limit of all without an own limit.
+            num_edges: number of live edges, of which this one takes its share.
+        """
         names = sorted(name for kind, name in self.set if kind is limited)
-        return {quote(name, safe=""): self.limit(limited, name, default).entry() for name in names}
+        limits = {quote(name, safe=""): self.limit(limited, name, default) for name in names}
+        entries = {DEFAULT_KEY: default} | limits
+        return {key: limit.share(num_edges).entry() for key, limit in entries.items()}
 
 
 def tables(limits: Limits) -> str:
@@ -121,11 +145,11 @@ def tables(limits: Limits) -> str:
 
 
 def rules(limits: Limits, *, tenant: str) -> str:
-    """Return rules that refuse requests over a limit with 429, and count the others.
+    """Return rules that refuse requests over a limit with 429, and count all other requests.
 
     Args:
-        limits: the defaults, and the map files.
-        tenant: tenant of a token that names none.
+        limits: the default limits, and the folder of the map files.
+        tenant: the tenant if a token names none.
     """
     lines = [
         f"    http-request set-var(txn.principal) str({NAMELESS}) unless {{ var(txn.principal) -m len gt 0 }}",
@@ -137,14 +161,16 @@ def rules(limits: Limits, *, tenant: str) -> str:
 
 
 def _limit_rules(kind: Limited, limits: Limits) -> list[str]:
-    """Return the rules of one kind: look up the limit, compare rate and concurrency, refuse."""
+    """Return the rules for principals or for tenants: look up the limit, compare rate and concurrency, refuse."""
     name, default, number = f"txn.{kind.value}", limits.of(kind).entry(), _counter(kind)
-    own_limit = f"url_enc,map_str({limits.file(kind)},{default})"
-    fast, many = f"{kind.value}_too_fast", f"{kind.value}_too_much"
+    file = limits.file(kind)
+    own, fast, many = (f"{kind.value}_{word}" for word in ("has_own_limit", "too_fast", "too_much"))
     retry = "hdr retry-after 1"
     return [
         f"    http-request track-sc{number} var({name}) table {_table(kind)}",
-        f"    http-request set-var({name}_limit) var({name}),{own_limit}",
+        f"    http-request set-var({name}_limit) var({name}),url_enc,map_str({file})",
+        f"    acl {own} var({name}_limit) -m found",
+        f"    http-request set-var({name}_limit) str({DEFAULT_KEY}),map_str({file},{default}) unless {own}",
         f"    http-request set-var({name}_rate) var({name}_limit),field(1,|)",
         f"    http-request set-var({name}_concurrent) var({name}_limit),field(2,|)",
         f"    acl {fast} sc{number}_gpc0_rate,sub({name}_rate) -m int ge 0",

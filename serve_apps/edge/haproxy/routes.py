@@ -1,4 +1,4 @@
-"""Routes of the edge: one map entry with the whole split of each model, and the replicas of each version."""
+"""Routes of the edge: for each model one map entry with the whole split, and for each version its replicas."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from serve_apps.rollout.assignment import BUCKETS, CHAMPION_VARIANT, bounds
 from serve_apps.rollout.serving_state import ModelState, States
 
 NO_ROLLOUT = "none"
-"""A map entry's rollout id, while no rollout runs."""
+"""Rollout id in a map entry while no rollout runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,25 +21,25 @@ class Backend:
     servers: tuple[str, ...]
     """`host:port`, sorted."""
     scaled_to_zero: bool = False
-    """The application is healthy without replicas; `servers` is then Serve's proxy, which starts one."""
+    """Whether the application is healthy without replicas. Then `servers` has Serve's proxy, which starts a replica."""
 
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """Everything that the edge routes to."""
+    """All models and applications that the edge sends requests to."""
 
     entries: dict[str, str] = field(default_factory=dict)
-    """Model to its map entry."""
+    """From the name of a model to its map entry."""
     backends: tuple[Backend, ...] = ()
     champions: tuple[str, ...] = ()
-    """Backends that must be healthy for the edge to be ready."""
+    """Applications of the champions. The edge is ready if all of them are healthy."""
 
 
 def entry(state: ModelState) -> str | None:
     """Return a model's map entry, or None while the model has no deployed champion.
 
-    Fields, separated by `|`: champion backend, treatment backend, treatment variant, rollout id, salt, and the two
-    bounds in buckets. All are in one value, so that one `set map` changes all of them together.
+    The entry has these fields, separated by `|`: champion backend, treatment backend, treatment variant, rollout id,
+    salt, and the two bounds in buckets. All fields are in one value, so that one `set map` changes them together.
     """
     champion = state.apps.get(state.champion_version or 0)
     if champion is None:
@@ -57,8 +57,8 @@ def routes(states: States, targets: Mapping[str, Target]) -> Routes:
     """Build the routes from the ledger's state and the replicas that Serve reports.
 
     Args:
-        states: state by model.
-        targets: Serve application to its replicas, or to the proxy that starts one.
+        states: serving state by model.
+        targets: from the name of a Serve application to its replicas, or to Serve's proxy, which starts a replica.
     """
     entries = {model: text for model, state in sorted(states.items()) if (text := entry(state))}
     backends = tuple(

@@ -1,9 +1,11 @@
-"""Limit a token to the models that its scope names as `model:<name>`; a scope without such names allows all models.
+"""Limit a token to the models that its scope names as `model:<name>`. A scope without such names allows all models.
 
-HAProxy cannot search for a word that it reads from the path, but a pattern can refer to its own match. So the path's
-model is put in front of the scope, and one rule serves all models. HAProxy reads a scope that is a list as missing;
-replicas check those. Ray's dashboard does not check scopes, and its users can do anything to every model. So the
-dashboard refuses a token that mentions a model anywhere.
+HAProxy cannot search the scope for a model that it has read from the path. But a regular expression can refer to its
+own match. So the rules put the path's model in front of the scope, and one rule is enough for all models. If a scope is
+a list, HAProxy reads it as missing, and replicas check it.
+
+Ray's dashboard does not check scopes, and a user of the dashboard can do anything to every model. So requests to the
+dashboard are refused if the token contains the name of a model anywhere.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ _MODEL_IN_SCOPE = r"(?s)^(?P<model>[^ ]+) (.* )?model:(?P=model) "
 
 
 def rules(*, claim: str) -> str:
-    """Return rules that refuse with 403 a model that the token's scope does not name.
+    """Return rules that refuse a request with 403 if the token's scope does not allow the model.
 
     Args:
-        claim: the issuer's name of the scope claim.
+        claim: the issuer's name for the scope claim.
     """
     lines = [
         f"    http-request set-var(txn.scope) var(txn.claims),json_query('$.{claim}')",

@@ -19,15 +19,15 @@ from serve_apps.rollout.assignment import BUCKETS, CHAMPION_VARIANT, Arm
 OUTCOMES_APP, FEATURES_APP = "outcomes", "features"
 _FEATURE_PATHS = "/v1/features:read /v1/features:push"
 _HOP_BY_HOP = ("upgrade", "keep-alive", "proxy-connection", "te", "trailer", "http2-settings")
-"""Headers for the next hop alone (RFC 9110, 7.6.1); HAProxy handles `Connection` itself. Behind the edge only Ray's
-dashboard speaks anything but plain HTTP."""
+"""Hop-by-hop headers (RFC 9110, 7.6.1), which must not be forwarded; HAProxy handles `Connection` itself. Only Ray's
+dashboard accepts protocols other than plain HTTP."""
 
 
 def rules(*, map_file: str) -> str:
-    """Return all rules of the split; they set `txn.backend` and the path to send the request to.
+    """Return all rules of the split. They set `txn.backend`, and the path that the replica gets.
 
     Args:
-        map_file: model to its map entry (see `routes.entry`).
+        map_file: file with the map entry of each model (see `routes.entry`).
     """
     return "\n".join(
         (
@@ -41,7 +41,7 @@ def rules(*, map_file: str) -> str:
 
 
 def _read_route(map_file: str) -> str:
-    """Read the model's map entry into variables; the champion is the default backend and variant."""
+    """Read the model's map entry into variables. At first, backend and variant are those of the champion."""
     return f"""    acl by_model var(txn.model) -m found
     http-request set-var(txn.route) var(txn.model),map_str({map_file}) if by_model
     {refuse(404, "No such model is deployed.")} if by_model !{{ var(txn.route) -m found }}
@@ -56,7 +56,7 @@ def _read_route(map_file: str) -> str:
 
 
 def _choose_arm() -> str:
-    """Compute the unit's bucket and arm, as `rollout.assignment.assign` does."""
+    """Compute the unit's bucket and arm. `rollout.assignment.assign` gives the same results."""
     return f"""    {refuse(400, "Send only one X-Unit-ID header.")} if by_model {{ req.fhdr_cnt(x-unit-id) gt 1 }}
     http-request set-var(txn.unit) req.fhdr(x-unit-id) if by_model
     acl has_unit var(txn.unit) -m len gt 0
@@ -69,7 +69,7 @@ def _choose_arm() -> str:
 
 
 def _choose_backend() -> str:
-    """Take the treatment's backend for a treated request, or the champion's if the treatment has no healthy replica."""
+    """For a treated request, set the treatment's backend, or the champion's if the treatment has no healthy replica."""
     return f"""    acl treated var(txn.arm) -m str {Arm.treatment}
     http-request set-var(txn.treatment) var(txn.route),field(2,|) if treated
     acl treatable var(txn.treatment),nbsrv -m int gt 0
@@ -80,9 +80,9 @@ def _choose_backend() -> str:
 
 
 def _replica_headers() -> str:
-    """Set the headers that tell a replica about the request, and drop hop-by-hop headers.
+    """Set the headers that tell a replica about the request, and remove hop-by-hop headers.
 
-    Every request gets every header, so that a trailer cannot replace a missing one.
+    Every request gets all these headers, so that a trailer cannot add a missing one.
     """
     values = {
         PROOF: f"${{{PROOF_VARIABLE}}}",

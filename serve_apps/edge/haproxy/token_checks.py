@@ -1,7 +1,8 @@
 """Rules that check the token in `txn.token`.
 
-Each of the issuer's keys verifies only tokens that name it and its algorithm, so a token cannot choose how it is
-checked. Replicas check what HAProxy cannot: JSON with a repeated name, and what only Python's stricter parsing finds.
+Each of the issuer's keys verifies only tokens that name this key and its algorithm. So a token cannot choose how it is
+checked. Replicas check what HAProxy cannot check: JSON with a repeated name, and errors that only Python's stricter
+parser finds.
 """
 
 from __future__ import annotations
@@ -14,34 +15,34 @@ from serve_apps.edge.haproxy.counters import Counter
 from serve_apps.edge.haproxy.keys import JwtKey
 
 NOT_BEFORE_LEEWAY_S = 5
-"""How far the issuer's clock may be ahead. Expiry has no leeway here; only replicas give it."""
+"""The issuer's clock may be ahead by this many seconds. The edge has no such tolerance for expiry; replicas have it."""
 NOT_ACCEPTED = ('"crit"', '"b64"', '"jku"', '"jwk"', '"x5u"', '"x5c"', r"\u")
-"""Text that a token's header may not contain: fields that change how the token is read or that bring a key, and the
-escape that could hide their letters."""
+"""Text that a token's header may not contain: fields that change how the token is read, fields that contain a key, and
+the escape that could hide the letters of such a field."""
 MAX_AUDIENCES = 16
-"""Entries of a token's audience list that are compared; later ones are ignored."""
+"""Only this many entries of a token's audience list are compared. Later entries are ignored."""
 VERIFIED_S = 60
 _TABLE = "verified_tokens"
 VERIFIED_TOKENS = f"""backend {_TABLE}
     stick-table type binary len 32 size 20k expire {VERIFIED_S}s
 """
-"""Table of tokens, by SHA-256, whose signature this worker found valid within the last minute.
+"""Table of the tokens (SHA-256) whose signature this worker has verified within the last minute.
 
-A signature check costs more than the rest of the edge's work for a request. Only the signature's result is stored; the
-claims are checked each time. Removing a key is a reload, and a new worker starts with an empty table. Invalid tokens are
-never stored, so they cannot push valid ones out."""
+A signature check costs more than the rest of the edge's work for a request. Only the result of the signature check is
+stored; the claims are checked each time. After a key is removed, HAProxy reloads, and the new worker starts with an
+empty table. Invalid tokens are never stored, so they cannot displace valid tokens."""
 
 
 def token_checks(keys: Sequence[JwtKey], rules: TokenRules, *, role_claim: str, tenant_claim: str) -> str:
     """Return rules that refuse an invalid token with 401.
 
-    For a valid token they set `txn.claims`, `txn.role`, `txn.tenant` and `txn.exp`.
+    For a valid token, the rules set `txn.claims`, `txn.role`, `txn.tenant` and `txn.exp`.
 
     Args:
-        keys: the issuer's keys; without any, every token is refused.
+        keys: the issuer's keys. If there are none, every token is refused.
         rules: what a token must contain.
-        role_claim: the issuer's name of the role claim.
-        tenant_claim: the issuer's name of the tenant claim, which is optional.
+        role_claim: the issuer's name for the role claim.
+        tenant_claim: the issuer's name for the tenant claim. The claim is optional.
     """
     return "\n".join(
         (
@@ -93,7 +94,7 @@ def _check_signature(keys: Sequence[JwtKey]) -> str:
 
 
 def _check_claims(rules: TokenRules) -> str:
-    """Check issuer, audience and times; the claims of a verified token can have expired since."""
+    """Check issuer, audience and times. A token with a stored signature check may have expired meanwhile."""
     latest_s = rules.max_lifetime_s + rules.leeway_s
     return f"""{_for_us(rules.audience)}
     {_refuse("The token is of another issuer, or for another audience.")} unless {{ var(txn.iss) -m str -- {rules.issuer} }} for_us
@@ -104,9 +105,9 @@ def _check_claims(rules: TokenRules) -> str:
 
 
 def _for_us(audience: str) -> str:
-    """Return the ACL that is true if a token names the audience, alone or in a list (RFC 7519, 4.1.3).
+    """Return an ACL that is true if a token's audience is this one, or a list with this one (RFC 7519, 4.1.3).
 
-    HAProxy can read single elements of a JSON list, but not the list, so each position has a line.
+    HAProxy can read one element of a JSON list, but not the whole list. So there is one line for each position.
     """
     elements = (f"var(txn.claims),json_query('$.aud[{index}]')" for index in range(MAX_AUDIENCES))
     return "\n".join(f"    acl for_us {value} -m str -- {audience}" for value in ("var(txn.aud)", *elements))

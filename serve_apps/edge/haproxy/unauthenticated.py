@@ -1,8 +1,8 @@
-"""Counts of unauthenticated requests, by reason; they are not logged one by one.
+"""Count unauthenticated requests by reason. They are not logged one by one.
 
-HAProxy counts them, including requests that it cannot parse. The controller reads the counts periodically and appends
-the increase to the ledger. Only requests with a valid token get the log level that reaches the access log, so an
-unauthenticated client cannot fill the disk.
+HAProxy counts these requests, and also requests that it cannot parse. The controller reads the counts periodically and
+appends each increase to the ledger. Only requests with a valid token have an access record. So a client without a token
+cannot fill the disk.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOG_LEVEL = "emerg"
 
 
 class Reason(enum.Enum):
-    """Why a request was refused, as text of the ledger's event."""
+    """Why a request was refused. The value is the text in the ledger event."""
 
     identity = "The edge refused a request without a valid token."
     request = (
@@ -31,15 +31,15 @@ class Reason(enum.Enum):
 
 
 _STATUSES = {Reason.identity: "401", Reason.request: "402:407 409:499"}
-"""Statuses that rules answer with. Requests that cannot be parsed or come too slowly meet no rule; HAProxy counts them
-as errors (`http_err_cnt`)."""
+"""Statuses of the rules that refuse. Requests that cannot be parsed or arrive too slowly do not reach any rule. HAProxy
+counts these as errors (`http_err_cnt`)."""
 
 _REPLICA_REFUSALS = len(Reason)
-"""Index of the counter of replicas' own refusals. HAProxy counts these as errors, too, so they are subtracted."""
+"""Index of the counter of requests that replicas refused. HAProxy counts them as errors, too, so it is subtracted."""
 
 
 def table() -> str:
-    """Return the section of the table that counts; it lives as long as the worker."""
+    """Return the section of the table with the counts. The table exists as long as the worker."""
     stored = f"gpc({len(Reason) + 1}),http_err_cnt"
     return f"backend {TABLE}\n    stick-table type string len 9 size 1 store {stored}\n"
 
@@ -65,7 +65,7 @@ def log_authenticated() -> str:
 
 
 def parse_counts(table_text: str) -> dict[Reason, int]:
-    """Parse an HAProxy worker's counts of refusals from its answer to `SHOW_COMMAND`."""
+    """Parse a worker's answer to `SHOW_COMMAND`, and return the number of refused requests by reason."""
     found = {name: int(count) for name, count in re.findall(r"(gpc\d+|http_err_cnt)=(\d+)", table_text)}
     counts = {reason: found.get(f"gpc{index}", 0) for index, reason in enumerate(Reason)}
     counts[Reason.request] += max(0, found.get("http_err_cnt", 0) - found.get(f"gpc{_REPLICA_REFUSALS}", 0))
@@ -74,18 +74,18 @@ def parse_counts(table_text: str) -> dict[Reason, int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RefusalCounts:
-    """Refusals that HAProxy's workers counted, and those not yet reported to the ledger."""
+    """Numbers of refused requests: those that a worker counted, and those that are not in the ledger yet."""
 
     reported_at: float
     """Unix seconds of the last report."""
     worker_counts: dict[Reason, int] = field(default_factory=dict)
-    """Counts of the serving worker, when it was last read."""
+    """Counts of the serving worker, from the last time that they were read."""
     unreported: dict[Reason, int] = field(default_factory=dict)
 
     def update(self, worker_counts: dict[Reason, int]) -> RefusalCounts:
-        """Add what the worker has counted since the last read.
+        """Return the counts with what the worker has counted since the last read.
 
-        A count that is lower than before comes from a worker that restarted, so all of it is new.
+        If a count is lower than before, the worker was restarted, so the whole count is new.
         """
         unreported = dict(self.unreported)
         for reason, count in worker_counts.items():
@@ -96,11 +96,11 @@ class RefusalCounts:
         return replace(self, worker_counts=worker_counts, unreported=unreported)
 
     def reset_worker(self) -> RefusalCounts:
-        """Forget the old worker's counts after a reload of HAProxy: the new worker starts at zero."""
+        """Return the counts without those of the old worker. After a reload, the new worker starts at zero."""
         return replace(self, worker_counts={})
 
     def report(self, *, at: float) -> tuple[RefusalCounts, list[StrangersRefused]]:
-        """Return the counts with nothing left to report, and one event for each unreported count."""
+        """Return one event for each unreported count, and the counts after the report."""
         events = [
             StrangersRefused(reason=reason.value, count=count, first_at=self.reported_at, last_at=at)
             for reason, count in self.unreported.items()

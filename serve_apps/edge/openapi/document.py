@@ -1,6 +1,6 @@
 """The OpenAPI 3.1 document of the edge's paths; tests compare it with real answers.
 
-HAProxy answers with the document from its configuration, so the whole answer must fit into one of its buffers:
+The document is part of HAProxy's configuration. An answer from the configuration must fit into one HAProxy buffer:
 `MAX_BYTES`.
 """
 
@@ -75,7 +75,7 @@ def _infer() -> dict[str, Any]:
 
 
 def _tensors(schema: str) -> dict[str, Any]:
-    """The content of a body: JSON, or JSON followed by binary data."""
+    """Return the two media types of a body: JSON, or JSON followed by binary data."""
     raw = {"schema": {"type": "string", "format": "binary"}}
     return {"application/json": {"schema": ref(schema)}, "application/octet-stream": raw}
 

@@ -21,7 +21,7 @@ def closed_object(properties: dict[str, Any], *required: str) -> dict[str, Any]:
 
 
 def optional_object(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of an object with one optional property; the object may be null."""
+    """Return the schema of an object with one optional property. Instead of the object, null is allowed."""
     return {"type": ["object", "null"], "properties": {name: schema}}
 
 

@@ -1,6 +1,6 @@
 """Schemas of requests and answers in the OpenAPI document.
 
-They do not list a model's inputs, which the model's metadata names.
+The schemas do not list the inputs of a model, because these are in the model's metadata.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from serve_apps.replica.http_contract import MAX_ENTITIES, MAX_OUTCOMES, PREDICT
 
 IDEMPOTENCY = "A repeated push with the same key gets the same answer and is stored once."
 MAX_WIDTH = 65_536
-"""Largest size in a tensor's shape."""
+"""Largest number in a tensor's shape."""
 AS_OF = (
     "ISO 8601 time of the read; null is now. Time-to-live is measured at this time. The store has only the newest row "
     "of each entity. If that row became known after as_of, its status is newer; only a training set has earlier values."

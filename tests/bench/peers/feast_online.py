@@ -2,8 +2,8 @@
 
     python feast_online.py FOLDER sqlite|redis REDIS_PORT ENTITIES FEATURES LOAD_SECONDS
 
-Prints one JSON line after loading (the number of entities loaded within the time limit), and one JSON line per round
-(nanoseconds of each call).
+After loading, this program prints one JSON line: the number of entities that it loaded within the time limit. After
+each round, it prints another JSON line: the nanoseconds of each call.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def store_of(folder: Path, kind: str, port: str, names: list[str]) -> FeatureSto
 
 
 def load(store: FeatureStore, names: list[str], entities: int, seconds: float) -> int:
-    """Write entities until the time limit, and return their number."""
+    """Write entities until all are written or the time is over. Return the number of written entities."""
     draw, began, done = np.random.default_rng(0), time.monotonic(), 0
     while done < entities and time.monotonic() - began < seconds:
         size = min(PIECE, entities - done)
@@ -63,7 +63,7 @@ def load(store: FeatureStore, names: list[str], entities: int, seconds: float) -
 
 
 def main() -> None:
-    """Load, then run rounds `<entities a call> <calls>` until the input ends."""
+    """Load the store. Then run one round for each input line `<entities per call> <calls>`, until the input ends."""
     folder, kind, port, entities, features, seconds = sys.argv[1:]
     names = [f"f{number}" for number in range(int(features))]
     store = store_of(Path(folder), kind, port, names)

@@ -1,11 +1,11 @@
-"""An A/B test as users of Ray Serve write it: an ingress that awaits the handle of one of two models.
+"""An A/B test as users of Ray Serve would write it: an ingress that awaits the handle of one of two models.
 
     python serve_ab.py PORT MODEL_FOLDER      with the environment that `tests/bench/serve.py` makes
 
 `/bare` takes 16 numbers and returns a probability.
-`/same` does the same work as a request to our edge: it checks and caches the token, reads features from the same online
-store, and writes a record to a log. It uses our code for each of these, so the only difference is the path between
-them. Runs until SIGTERM.
+`/same` does the same work as a request to Falaj's edge: it checks and caches the token, reads features from the same
+online store, and writes a record to a log. Falaj's own code does each of these steps. So the only difference is how the
+request gets from one step to the next. The server runs until SIGTERM.
 """
 
 from __future__ import annotations
@@ -134,17 +134,17 @@ class SameIngress:
             arm = assign("salt", unit.encode(), LIMITS)
             model = self._models[arm is Arm.treatment]
             return answer(await model.remote(await read_json(request), arm.value, unit))
-        except Exception as error:  # noqa: BLE001 (our replica does the same)
+        except Exception as error:  # noqa: BLE001 (Falaj's replica does the same)
             return refusal(error)
 
 
 def platform() -> PlatformConfig:
-    """Return the configuration of the project whose store, keys and tokens are used."""
+    """Return the configuration of the Falaj project. The server uses the store, keys and tokens of that project."""
     return PlatformConfig(storage=StorageConfig(root=os.environ[ROOT_VARIABLE]))
 
 
 def deployment(kind: type, name: str) -> Any:
-    """Return a deployment with one replica whose limits do not slow down requests."""
+    """Return a deployment with one replica. Its limits are so high that they do not slow down requests."""
     return serve.deployment(
         kind,
         name=name,

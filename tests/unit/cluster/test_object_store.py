@@ -54,7 +54,7 @@ def test_store_with_exclusive_writes_is_accepted(bucket: str) -> None:
 
 
 def test_store_without_exclusive_writes_is_refused(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a store that ignores If-None-Match."""
+    """An example is a store that ignores If-None-Match."""
     fs, _ = storage.file_system(bucket)
     plain = fs.pipe_file
     monkeypatch.setattr(fs, "pipe_file", lambda path, data, mode="": plain(path, data))

@@ -21,7 +21,7 @@ def own_handler() -> Iterator[None]:
 
 
 def test_signal_does_not_wait_for_a_lock_that_the_main_thread_holds() -> None:
-    """As inside `Event.wait`, where `Event.set` in the handler would wait forever."""
+    """The main thread holds a lock in `Event.wait`, for example. `Event.set` in the handler would then wait forever."""
     first, second = threading.Event(), threading.Event()
     set_on_signal([signal.SIGUSR1], first, second)
     with first._cond:

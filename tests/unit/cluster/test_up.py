@@ -113,10 +113,12 @@ def test_a_variable_that_lets_parquet_run_code_is_refused(
         up.repair(config, up.describe(config))
 
 
-def test_an_address_of_another_machine_is_refused(config: PlatformConfig) -> None:
+@pytest.mark.parametrize("option", ["address", "edge_host"])
+def test_an_address_of_another_machine_is_refused(config: PlatformConfig, option: str) -> None:
     """The message says how to find this machine's own addresses."""
-    config.cluster.address = "192.0.2.7"
-    with pytest.raises(ConfigError, match=r"192\.0\.2\.7 is not an address of this machine.*ip address"):
+    setattr(config.cluster, option, "192.0.2.7")
+    message = rf"cluster\.{option}=192\.0\.2\.7 is not an address of this machine.*ip address"
+    with pytest.raises(ConfigError, match=message):
         up.check(config)
 
 
@@ -318,6 +320,7 @@ def test_shared_overrides_compose_to_the_same_configuration(config: PlatformConf
     config.ledger.checkpoint_every = 7
     config.identity.issuer.url = "https://issuer.example"
     config.features.max_ahead_s = 5.0
+    config.cluster.edge_names = ["api.example.com", "10.0.0.5", "*.b.example", "fd00::2"]
     overrides = up.shared_overrides(config, up.describe(config))
     with initialize_config_module("configs", version_base=None):
         composed = load(compose("cluster", overrides=overrides), PlatformConfig)

@@ -1,4 +1,4 @@
-"""The census data that NannyML packages, as frames for the monitor's tests."""
+"""The census data from the package NannyML, as frames for the monitor's tests."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CATEGORICAL = ["SCHL", "MAR", "SEX", "DIS"]
 
 
 def data(name: str) -> Path:
-    """Return the path of a file that NannyML packages."""
+    """Return the path of a file in the package NannyML."""
     return Path(str(resources.files("nannyml") / "datasets" / "data" / name))
 
 
 def census_frames() -> Frames:
-    """Return the predictions of the packaged model: held-out people of 2015, and 4,000 of each later year."""
+    """Return NannyML's frames with its model's predictions: held-out people of 2015, and 4,000 of each later year."""
     reference = pl.read_parquet(data("employment_MA_reference.pq")).filter(pl.col("id") % 4 == 3)
     later = pl.read_parquet(data("employment_MA_analysis.pq")).join(
         pl.read_parquet(data("employment_MA_analysis_target.pq")), on="id"
@@ -42,7 +42,7 @@ def census_frames() -> Frames:
 
 
 def days(rows: int, *, chunks: int) -> pd.DatetimeIndex:
-    """Return the artificial day of each row, for chunks of equal size."""
+    """Return the artificial day of each row. All chunks have the same size."""
     return pd.Timestamp("2000-01-01") + pd.to_timedelta(np.arange(rows) * chunks // rows, unit="D")
 
 
@@ -59,7 +59,7 @@ def _census(rows: pl.DataFrame, times: pd.DatetimeIndex) -> pd.DataFrame:
 
 
 def of_2018(frames: Frames) -> pd.Series:
-    """Return the mask of the served rows of 2018."""
+    """Return the mask that selects the served rows of 2018."""
     return frames.served[TIME] == pd.Timestamp("2000-01-03")
 
 

@@ -294,7 +294,7 @@ def test_plot_has_every_period_and_only_known_values(census: Frames) -> None:
 
 
 def test_plot_escapes_the_variant() -> None:
-    """In the log of an older release the variant is text of a client."""
+    """In the log of an older release, the variant is any text that a client sent."""
     plot = performance_plot(
         '"><script>x</script>', {"2016": {"estimate": None, "realisation": None}}, metric="auc"
     )

@@ -60,7 +60,7 @@ def test_an_unusual_share_of_nulls_is_an_alert(census: Frames, share: float, is_
 
 
 def test_unknown_values_are_an_alert(census: Frames) -> None:
-    """Only in the year with the unknown values. A null is not an unknown value."""
+    """There is an alert only in the year with the unknown values. A null is not an unknown value."""
     known = {name: frozenset(map(str, census.reference[name].unique())) for name in ("MAR", "SEX")}
     served = census.served.assign(
         MAR=census.served["MAR"].mask(of_2018(census), "married in space"),
@@ -171,7 +171,7 @@ def test_chunks_below_min_rows_are_reported() -> None:
 
 
 def test_each_variant_has_its_own_valid_file_name() -> None:
-    """In the log of an older release, the variant can be text of a client: a path, or longer than a file name."""
+    """In the log of an older release, the variant may be any text of a client: a path, or too long for a file name."""
     version: Any = SimpleNamespace(version=2)
     variants = ["a", "../zz", "é" * 300, "é" * 301]
     names = [

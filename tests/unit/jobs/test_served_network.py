@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from cluster.errors import ConfigError, RefusedError
 from cluster.runtime import InputSpec, Model, ModelSignature, Precision, Task, open_model, parse_signature
-from cluster.runtime.hardware import CUDA, Hardware
+from cluster.runtime.device_choice import CUDA, Hardware
 from cluster.runtime.onnx_engine import OnnxEngine
 from cluster.runtime.signature import NETWORK_FILE, ONNX_FILE, SIGNATURE_FILE, WEIGHTS_FILE
 from cluster.runtime.torch_engine import TorchEngine

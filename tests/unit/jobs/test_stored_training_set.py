@@ -92,7 +92,7 @@ def test_changed_rows_are_refused_even_with_the_right_keys(project: FeatureProje
 
 
 def test_a_training_set_moved_to_another_path_is_refused(project: FeatureProject) -> None:
-    """Even with its manifest, and of the same service."""
+    """It is refused even if its manifest was moved too, and if a training set of the same service was at that path."""
     project.ingest(1)
     project.build("root/newer")
     for end in ("parquet", "manifest.json"):

@@ -230,7 +230,7 @@ def read_file(folder: Path) -> TrainingSet:
 
 
 def test_arrow_string_views_are_text(tmp_path: Path) -> None:
-    """As input, label and split column, like any other text."""
+    """They can be inputs, label and split column, like any other text."""
     texts = {
         "code": [str(n % 3) for n in range(ROWS)],
         "y": [("no", "yes")[n % 2] for n in range(ROWS)],

@@ -108,7 +108,7 @@ def test_duplicate_and_constant_inputs_give_warnings() -> None:
 
 
 def test_a_duplicate_input_or_column_is_refused() -> None:
-    """It would count twice in training, but a request has it once."""
+    """The input would count twice in training, but a request has it only once."""
     source = TrainingSet(table=pa.table({"a": NOISE, "y": LABEL}), manifest={}, hash="h")
     config = LearningConfig(name="m", training_set="t", label="y", inputs=["a", "a"])
     with pytest.raises(TrainingSetError, match="'a' is named twice"):
@@ -176,7 +176,7 @@ def tune_result(loss: float | None, error: Exception | None = None) -> Any:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_trial_without_a_finite_loss_never_wins(bad: float) -> None:
-    """In any order of the trials."""
+    """The order of the trials does not matter."""
     losses = [bad, 0.7, bad, 0.6, bad]
     trials = [trial_from_result(tune_result(loss), deadline_s=1) for loss in losses]
     assert best_trial(trials).validation_loss == 0.6

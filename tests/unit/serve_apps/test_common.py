@@ -30,6 +30,7 @@ OWN = PlatformConfig(
 )
 DEFAULT = Settings.of(PlatformConfig())
 DISK = Settings.of(PlatformConfig(replica=ReplicaConfig(durability=Durability.disk)))
+SHARED = Settings.of(PlatformConfig(replica=ReplicaConfig(durability=Durability.shared)))
 
 
 def test_settings_round_trip_through_a_configuration() -> None:
@@ -54,6 +55,7 @@ def test_deployment_with_own_settings_gets_them() -> None:
     assert redis.apply_to(PlatformConfig()).online == REDIS
     assert DISK.merged_over(DEFAULT) == DISK
     assert DEFAULT.merged_over(DISK) == DISK
+    assert SHARED.merged_over(DISK) == DISK.merged_over(SHARED) == SHARED
     ahead = Settings.of(PlatformConfig(features=FeaturesConfig(max_ahead_s=5.0)))
     assert ahead.merged_over(DEFAULT).max_ahead_s == 5.0
 

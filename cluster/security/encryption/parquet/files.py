@@ -2,19 +2,18 @@
 
 Protection is Parquet modular encryption (Apache Parquet format, `Encryption.md`) with a plaintext footer. Every tool
 can read the public columns, and no tool can read the other columns without their key. Each page is authenticated
-together with its position (file, row group, column, page), so no page can be swapped within or between files without
-detection. Arrow's key tools take no AAD prefix. The identity of the whole file is therefore bound through the footer:
-the footer is signed, and contains the key names and, if one was given, the place of the file. A reader that passes the
-expected place detects an exchanged file. Two limits remain: values of public columns have checksums but no
-authentication, and a process that can read a column can also forge it.
+together with its position (file, row group, column, page). So a swap of pages within or between files is detected.
+Arrow's key tools take no AAD prefix, so the footer identifies the whole file: it is signed, and contains the names of
+the keys and, if a place was given, the file's place. A reader that passes the expected place detects an exchanged file.
+Two limits remain: values of public columns have checksums but no authentication, and a process that can read a column
+can also forge that column.
 
 Keys are wrapped twice. So a process calls the key store once for each key and writer, not for each file and column. An
-unwrapped key is cached for at most `CACHE_S` seconds, and a revoked key stops working within that time. Arrow (26)
-ignores its own `cache_lifetime` for reads and would cache keys as long as the process lives, so this module clears the
-cache itself.
+unwrapped key is cached for at most `CACHE_S` seconds, and a revoked key stops working within that time. When it reads,
+Arrow 26 ignores its own `cache_lifetime` and would cache keys until the process ends. So this module clears the cache.
 
-To read a file without its keys, use Polars or DuckDB, or select public columns only. Arrow refuses a protected column,
-but the process ends when it accesses that column's metadata, and hangs when it filters by that column.
+To read a file without its keys, use Polars or DuckDB, or select only public columns. Arrow refuses to read a protected
+column. But access to that column's metadata ends the process, and a filter on that column never returns.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class ProtectedFiles:
         self._cached_since = time.monotonic()
 
     def forget(self) -> None:
-        """Clear the cache of unwrapped keys. Required before writing under a key version that was just made."""
+        """Clear the cache of unwrapped keys. Call this before a write that must use a new version of a key."""
         self._factory.remove_cache_entries_for_all_tokens()
         self._cached_since = time.monotonic()
 
@@ -63,11 +62,11 @@ class ProtectedFiles:
             table: the table to write.
             uri: path or URL of the new file.
             protection: the columns' keys.
-            place: where the file belongs, such as its path within the storage root. Stored in the file; a read with
-                another place fails.
+            place: where the file belongs, such as its path within the storage root. It is stored in the file, and a
+                read that expects another place fails.
 
         Raises:
-            KeyNotFound, KeyRevoked, AccessDenied: from the key store.
+            KeyNotFound, KeyRevoked, AccessDenied: errors of the key store.
             SchemaMismatch: the name of a protected column cannot be written.
         """
         self._expire()
@@ -113,8 +112,8 @@ class ProtectedFiles:
         Args:
             uri: path or URL of the file.
             columns: names of the columns to read; all by default. Columns that the file lacks are left out.
-            protection: expected keys. A file is refused if a column that is read has another key or is in the clear.
-            place: expected place. A file that was written for another place is refused. Needs `protection`.
+            protection: expected keys. A file is refused if one of the columns to read has another key or no key.
+            place: expected place. A file that was written for another place is refused. This needs `protection`.
             unplaced: also accept a file without a stored place, as earlier releases wrote them.
 
         Raises:
@@ -144,7 +143,7 @@ class ProtectedFiles:
             ) from error
 
     def keys(self, uri: str) -> FileKeys:
-        """Return the keys that a file names. Needs no key and verifies nothing.
+        """Return the keys that a file names. No key is needed, and nothing is verified.
 
         Raises:
             ProtectedFileCorrupt: the footer is missing or incomplete.
@@ -156,7 +155,7 @@ class ProtectedFiles:
     def readable_columns(self, uri: str) -> list[str]:
         """Return the columns whose keys the store gives to this process.
 
-        Requests each key once and bypasses the cache.
+        It requests each key once, and bypasses the cache.
         """
         keys = self.keys(uri)
         denied_keys = set()
@@ -179,16 +178,16 @@ class ProtectedFiles:
     ) -> int:
         """Encrypt a file again, with the newest key versions or with other keys. Return its new size in bytes.
 
-        Old key versions still decrypt old files. So this is needed only after a key may have leaked or a column's class
-        changed. Arrow can rotate keys without a rewrite only if the keys are in separate files beside the data. Such
-        files could be lost or exchanged apart from the data.
+        Old key versions still decrypt old files. So this is needed only if a key may have leaked or a column's class
+        has changed. Arrow can rotate keys without a rewrite only if the keys are in separate files. But such files
+        could be lost or exchanged without the data.
 
         Args:
             uri: the existing file.
             target: the new file. It has another name, so that the table's log can switch in one step.
             protection: the new keys of the columns.
-            was: the expected present keys, if they are known.
-            place: see `write`. With `was`, also the expected present place.
+            was: the expected keys of the existing file, if they are known.
+            place: see `write`. With `was`, also the expected place of the existing file.
             unplaced: see `read`.
         """
         table = self.read(uri, protection=was, place=place, unplaced=unplaced)
@@ -242,7 +241,7 @@ def _open(
 class _Kms(pe.KmsClient):  # type: ignore[misc]
     """Adapter from Arrow to the key store.
 
-    Converts OSError, because Arrow would report it as an error of the file.
+    It converts OSError, because Arrow would report an OSError as an error of the file.
     """
 
     def __init__(self, store: KeyStore) -> None:

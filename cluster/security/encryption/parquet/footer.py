@@ -1,9 +1,9 @@
 """Decode the keys in a file's plaintext footer, without any key.
 
-Arrow checks a footer's signature, but with the key that the file itself names, and it also reads a file without any
-protection. So this module compares the file's keys with the expected ones. Arrow's Python API does not expose these
-keys, and ends the process when it accesses a protected column's metadata without its key. The footer is therefore
-decoded here: Thrift's compact protocol, with the field numbers of Parquet's `parquet.thrift`.
+Arrow checks a footer's signature with the key that the file itself names, and also reads files without protection. So
+this module compares the file's keys with the expected keys. Arrow's Python API does not return the file's keys, and
+ends the process on access to a protected column's metadata without its key. So this module decodes the footer itself,
+from Thrift's compact protocol, with the field numbers of Parquet's `parquet.thrift`.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class FileKeys:
     signed_by: str | None
     """Key of the footer's signature; None in an ordinary file."""
     columns: dict[str, str | None]
-    """Column to its key; None for a column in the clear."""
+    """Maps column to its key; None for a column that is not encrypted."""
     wrapped: dict[str, str]
-    """Key to the wrapped secret that decrypts its columns: `<scheme>:v<version>:<base64>`."""
+    """Maps key to the wrapped secret that decrypts the key's columns: `<scheme>:v<version>:<base64>`."""
     place: str | None
-    """Where the file belongs, as it was written; None if it was not stored."""
+    """Place that is stored in the file; None if no place is stored."""
 
     def check(
         self,
@@ -57,7 +57,7 @@ class FileKeys:
         *,
         unplaced: bool = False,
     ) -> None:
-        """Compare the keys and the place of the file with the expected ones.
+        """Require that the keys and the place of the file are the expected ones.
 
         Args:
             protection: the expected keys.
@@ -87,7 +87,7 @@ class FileKeys:
 
 
 def read_footer(source: BinaryIO) -> FileKeys:
-    """Decode the footer of an open file. Moves the file's position.
+    """Decode the footer of an open file. This moves the file's position.
 
     Raises:
         ProtectedFileCorrupt: the footer is missing, incomplete or invalid.
@@ -135,7 +135,7 @@ def _column(chunk: dict[int, Any], wrapped: dict[str, str], signed_by: str | Non
 
 
 def _parse_key_material(material: bytes, wrapped: dict[str, str]) -> str:
-    """Return the key's name in Parquet's key material, and add its wrapped secret to `wrapped`."""
+    """Return the name of the key in Parquet's key material, and add the key's wrapped secret to `wrapped`."""
     parsed = json.loads(material, object_pairs_hook=_unique_names)
     name, secret = parsed["masterKeyID"], parsed["wrappedKEK" if parsed["doubleWrapping"] else "wrappedDEK"]
     if not isinstance(name, str) or not isinstance(secret, str):
@@ -156,7 +156,7 @@ def _describe_key(key: str | None) -> str:
 
 
 class _Compact:
-    """Decoder for Thrift's compact protocol. Returns numbers, bytes, lists, and dicts by field number."""
+    """Decodes Thrift's compact protocol into numbers, bytes, lists, and dicts by field number."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data

@@ -1,4 +1,4 @@
-"""The key of each column of a table, and the statistics that are safe to publish without a key."""
+"""The key of each column of a table, and the column statistics that may be readable without a key."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _SEPARATORS = ",;:"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protection:
-    """The key of each column of a table. Plain data, so workers can receive it."""
+    """The key of each column of a table, as plain data that can be sent to workers."""
 
     default: str
     """Key of the footer's signature and of every column that `keys` does not name."""
     keys: tuple[tuple[str, str | None], ...] = ()
-    """Column to its key; None for a public column, which needs no key."""
+    """Pairs of column and key. The key is None for a public column."""
 
     def key_of(self, column: str) -> str | None:
         """Return the key of one column. For several columns, use `keys_of`."""
@@ -38,7 +38,7 @@ class Protection:
         return {column: key_by_column.get(column, self.default) for column in columns}
 
     def may_be_plain(self, columns: Iterable[str]) -> bool:
-        """Return whether an unencrypted file with these columns is allowed: no column of the table is protected."""
+        """Return whether a file with these columns may be unencrypted, because no column of the table is protected."""
         key_by_column = dict(self.keys)
         return all(column in key_by_column for column in columns) and not any(key_by_column.values())
 
@@ -46,8 +46,8 @@ class Protection:
         """Return the protected columns of each key.
 
         Raises:
-            SchemaMismatch: the name of a protected column cannot be written. Arrow receives the columns as one text,
-                separated by `, ; :`, and would encrypt another column than the named one.
+            SchemaMismatch: the name of a protected column cannot be written. Arrow gets the columns as one text,
+                separated by `, ; :`, and would encrypt the wrong column.
         """
         grouped: dict[str, list[str]] = {}
         counts, keys = Counter(columns), self.keys_of(columns)
@@ -69,8 +69,8 @@ class Protection:
 def public_statistics(table: pa.Table, protection: Protection) -> str:
     """Return the `stats` of a file for the Delta log: row count, and statistics of public columns only.
 
-    The statistics are minima, maxima and null counts. A column whose order the log cannot state exactly has no minimum
-    and maximum, which is always allowed: text of more than 32 characters, floats with NaN, and nested or other types.
+    The statistics are minima, maxima and null counts. Minimum and maximum are optional, and left out if the log cannot
+    state them exactly: for text of more than 32 characters, floats with NaN, and nested or other types.
     """
     minima: dict[str, Any] = {}
     maxima: dict[str, Any] = {}

@@ -89,7 +89,7 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     """Run the service. Its configuration passes as shared, although the ledger is a SQLite file."""
     ports = PortsConfig(**{name: free_port() for name in PortsConfig.__dataclass_fields__})
     config = PlatformConfig(
-        storage=StorageConfig(root=str(tmp_path / "root"), local=str(tmp_path / "disk"), shared=True),
+        storage=StorageConfig(root=f"memory://{tmp_path.name}", local=str(tmp_path / "disk")),
         ledger=LedgerConfig(url=f"sqlite:///{tmp_path}/ledger.db"),
         online=OnlineConfig(kind=OnlineKind.redis, url="redis://10.0.0.9/0"),
         cluster=ClusterConfig(ports=ports),

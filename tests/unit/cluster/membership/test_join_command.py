@@ -85,7 +85,7 @@ def test_machine_is_checked_before_the_head_is_asked(
     config.cluster.address = "192.0.2.7"
     with pytest.raises(ConfigError, match="is not an address of this machine"):
         join.check(config)
-    monkeypatch.setattr(join, "require_own_address", lambda address: None)
+    monkeypatch.setattr(join, "require_own_address", lambda *_: None)
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys" / "issuer.pem").touch()
     with pytest.raises(ConfigError, match="has the keys of another cluster"):

@@ -17,7 +17,18 @@ from cluster import processes
 from cluster.errors import ConfigError
 from cluster.node.launch import end_all
 from cluster.node.locks import command_lock, is_watched_by, supervisor_lock
-from cluster.node.parts import BROKER, EDGE, SUPERVISOR, Part, State, part_of, processes_by_part, state_of
+from cluster.node.parts import (
+    BROKER,
+    EDGE,
+    SUPERVISOR,
+    UPLOADER,
+    Part,
+    State,
+    expected_parts,
+    part_of,
+    processes_by_part,
+    state_of,
+)
 from cluster.settings import StorageConfig
 from tests.servers.replica import record
 
@@ -28,6 +39,7 @@ PYTHON, SITE = "/venv/bin/python3", "/venv/lib/python3.11/site-packages"
     ("name", "command", "part"),
     [
         ("python3", [PYTHON, "-m", BROKER, "storage.root=/s"], Part.broker),
+        ("python3", [PYTHON, "-m", UPLOADER, "storage.root=/s"], Part.uploader),
         ("python3", [PYTHON, "-m", EDGE, "storage.root=/s"], Part.edge),
         ("python3", [PYTHON, "-X", "dev", "-m", SUPERVISOR], Part.supervisor),
         ("python3", [PYTHON, "-m", "serve_apps.edge.limits", "principal=a"], None),
@@ -65,6 +77,13 @@ def test_state_follows_the_kernel(sleeper: psutil.Process) -> None:
     sleeper.send_signal(signal.SIGKILL)
     sleeper.wait(10)
     assert state_of(sleeper) is state_of(None) is State.dead
+
+
+def test_only_a_cluster_with_a_remote_root_has_an_uploader(tmp_path: Path) -> None:
+    """Otherwise no log leaves the machine, and `cluster.status` must not call the uploader dead."""
+    remote = record(tmp_path, "", 1, StorageConfig(root="s3://bucket/a", local=str(tmp_path)))
+    assert Part.uploader in expected_parts(remote)
+    assert Part.uploader not in expected_parts(record(tmp_path, "", 1))
 
 
 def test_supervisor_ends_first(tmp_path: Path) -> None:

@@ -199,13 +199,13 @@ def test_count_is_right_during_a_compaction(
     """The compaction runs before or after the table is opened."""
     fill(log, keyring)
 
-    def before(folder: Path) -> LogTable:
-        run(folder, keyring)
-        return LogTable(folder)
+    def before(_folder: str) -> LogTable:
+        run(log, keyring)
+        return LogTable(log)
 
-    def after(folder: Path) -> LogTable:
-        table = LogTable(folder)
-        run(folder, keyring)
+    def after(_folder: str) -> LogTable:
+        table = LogTable(log)
+        run(log, keyring)
         return table
 
     for number, opened in enumerate((before, after), start=1):

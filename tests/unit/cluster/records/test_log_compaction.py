@@ -165,7 +165,7 @@ def test_table_files_are_encrypted(log: Path, keyring: Keyring) -> None:
 
 
 def test_swapped_table_file_is_refused(log: Path, keyring: Keyring) -> None:
-    """Within a table, and between logs."""
+    """This holds for two files of one table, and for files of two logs."""
     fill(log, keyring)
     run(log, keyring)
     first, second = (log / "table" / file.path for file in LogTable(log).files)

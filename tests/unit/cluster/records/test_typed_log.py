@@ -81,7 +81,7 @@ def test_probabilities_are_read_by_each_versions_classes(log: Path, keyring: Key
 
 @pytest.mark.parametrize("compacted", [False, True])
 def test_row_without_a_score_is_a_failure_and_no_answer(log: Path, keyring: Keyring, compacted: bool) -> None:
-    """Also in the format of an older release, which wrote NaN as null with a label."""
+    """An older release wrote NaN as null, with a label. Such a row is a failure, too."""
     old = [{"probability": None, "label": False}, {"probability": 0.5, "label": True}]
     older = [{"probabilities": {"a": None, "b": None}, "label": "a"}]
     write(
@@ -125,7 +125,7 @@ def test_invalid_and_unknown_outcomes_are_counted_and_change_no_others(
 
 
 def test_outcomes_of_other_versions_are_ignored(log: Path, outcomes: Path, keyring: Keyring) -> None:
-    """They count neither as unknown nor as invalid."""
+    """Such outcomes are counted neither as unknown nor as invalid."""
     write(log, keyring, answer(1, 1), answer(2, 2, version=2))
     write(outcomes, keyring, outcome(1, True), outcome(2, "high"))
     matched = match_outcomes(

@@ -130,7 +130,7 @@ def test_graph_that_does_not_run_is_refused() -> None:
     ],
 )
 def test_invalid_scores_for_the_task_are_refused(task: Task, scores: Any, message: str) -> None:
-    """For example logits instead of probabilities."""
+    """For example, logits are refused if probabilities are expected."""
     with pytest.raises(RefusedError, match=message):
         check_scores(predictions(task, scores))
 

@@ -99,7 +99,7 @@ def test_access_token_is_exchanged_for_an_intent(act: Act, places: Layout, tmp_p
 def test_intent_is_used_unchanged_for_its_entrypoint(
     act: Act, places: Layout, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if the environment names it. An intent for another job is refused and counted."""
+    """The same is true if the environment names the intent. An intent for another job is refused and counted."""
     token = mint_token(places, subject="alice", role=Role.data_engineer, purpose="")
     alice = TokenVerifier.of(places).verify(token)
     path = tmp_path / "intent.jwt"

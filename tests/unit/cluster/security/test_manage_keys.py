@@ -56,7 +56,7 @@ def test_running_broker_follows_a_kek_rotation(tmp_path: Path, ledger: Ledger) -
 
 
 def test_running_broker_reads_during_kek_rotations(tmp_path: Path) -> None:
-    """Also between the change of the keyring's file and the rename of its key's file."""
+    """It also reads after the keyring's file was changed and before the file of its key is renamed."""
     broker = open_local(tmp_path)
     broker.ensure(INFO)
     text = broker.wrap(INFO.name, b"secret")

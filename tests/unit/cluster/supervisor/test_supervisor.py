@@ -130,6 +130,19 @@ def test_running_cluster_is_left_alone(world: World) -> None:
     assert (world.machine.actions, world.restarts) == ([], [])
 
 
+def test_part_that_the_cluster_does_not_have_is_not_started(world: World) -> None:
+    world.supervisor = Supervisor(
+        world.machine,
+        record_restart=lambda *restart: world.restarts.append(restart),
+        metrics=SupervisorMetrics(CollectorRegistry()),
+        parts=[part for part in Part if part is not Part.uploader],
+        clock=lambda: world.now,
+    )
+    world.kill(Part.uploader)
+    world.pass_s(10)
+    assert world.machine.actions == []
+
+
 @pytest.mark.parametrize("part", [part for part in Part if part not in (Part.supervisor, Part.raylet)])
 def test_dead_part_restarts_at_once(world: World, part: Part) -> None:
     """The restart is recorded and counted."""
@@ -172,7 +185,7 @@ def test_retry_now_skips_the_wait(world: World) -> None:
 
 @pytest.mark.parametrize("part", [part for part in Part if part is not Part.supervisor])
 def test_stopped_part_is_resumed_after_a_while(world: World, part: Part) -> None:
-    """Not at once, because a debugger may stop a part for a moment. A stopped raylet needs no new head."""
+    """It is not resumed at once, because a debugger may stop it briefly. A stopped raylet needs no new head."""
     world.machine.parts[part].state = psutil.STATUS_STOPPED
     world.pass_s(STOPPED_S)
     assert world.machine.actions == []

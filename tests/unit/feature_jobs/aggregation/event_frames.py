@@ -72,7 +72,7 @@ _values = st.tuples(
 
 @st.composite
 def event_frames(draw: st.DrawFn, *, min_size: int = 0) -> pl.DataFrame:
-    """Events of a few people. One row in five is a tombstone."""
+    """Draw events of a few people. One row in five is a tombstone."""
     ids = st.sampled_from("abcde")
     deleted = st.integers(0, 4).map(lambda number: number == 0)
     rows = draw(
@@ -91,7 +91,7 @@ entity_frames = st.lists(
 
 
 def window_of(*columns_and_functions: tuple[str, str], hours: float = 5) -> WindowSpec:
-    """A few aggregations over one window."""
+    """Return the specification of a window with a few aggregations."""
     aggregations = [
         Aggregation(column, function, windows=[timedelta(hours=hours)])
         for column, function in columns_and_functions

@@ -121,7 +121,7 @@ def test_old_events_are_dropped_and_earlier_instants_have_no_values() -> None:
 
 
 def test_repeated_old_version_does_not_undo_a_correction() -> None:
-    """Also if the correction moved the event far back, where all other events were dropped."""
+    """This is true even if the correction moved the event to a time for which all other events were dropped."""
     state = WindowState(Tiling(window_of(("amount", "count"))))
     state.apply(row("a", 20, 1.0))
     state.apply(row("a", 1, 1.0, seq=1, created=20.5))
@@ -156,7 +156,7 @@ def test_event_dated_ahead_counts_from_its_event_time() -> None:
 
 @pytest.mark.parametrize("num_values", [EXACT_DISTINCT - 10, EXACT_DISTINCT, EXACT_DISTINCT + 1, 3000])
 def test_distinct_agrees_with_offline_below_and_above_its_bound(num_values: int) -> None:
-    """Also if one tile holds all values, or the window's start cuts a tile."""
+    """This includes one tile with all values, and a window that begins within a tile."""
     spec = window_of(("size", "distinct"))
     state = WindowState(Tiling(spec))
     hours = [10 * number / num_values for number in range(num_values)]

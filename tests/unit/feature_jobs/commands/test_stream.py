@@ -45,14 +45,12 @@ def test_once_streams_all_pushes_and_stops(project: PushProject, tmp_path: Path,
     for number in range(5):
         project.push(row(number, 1), key=str(number))
     project.store.close()
-    project.log.close()
     settings = config(tmp_path, max_rows=2)
     stream = push_stream(settings, project.view.spec, project.ledger, actor(access))
     assert run(stream, settings, threading.Event()) == 5
     assert project.table().height == 5
     assert project.snapshot().num_buckets == 2
     stream.store.close()
-    stream.log.close()
 
 
 def test_once_streams_a_topic_to_its_end(

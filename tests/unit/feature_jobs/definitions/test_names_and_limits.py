@@ -208,7 +208,7 @@ def test_invalid_setting_is_refused(make: Callable[[], object], words: str) -> N
 
 
 def test_a_chunk_longer_than_the_range_is_the_range() -> None:
-    """Also if the chunk would end after the year 9999."""
+    """This is true even if the chunk would end after the year 9999."""
     late = TimeRange(datetime(9990, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
     assert chunks(late, timedelta(days=100_000), []) == [late]
 

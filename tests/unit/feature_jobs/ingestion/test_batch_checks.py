@@ -92,7 +92,7 @@ def test_repeated_rows_go_to_quarantine(keep: Keep, bad: list[int]) -> None:
 
 
 def test_rejected_row_keeps_its_source_values() -> None:
-    """As for every other reason."""
+    """This is the same for every other reason."""
     found = prepare(batch([1.0, 2.0], keys=[1, 1]), view(Unique(["person_id"], keep=Keep.first)), now=NOW)
     assert json.loads(found[RAW][1].as_py())["amount"] == 2.0
     assert found[RAW][0].as_py() is None
@@ -154,7 +154,7 @@ def test_counts_of_a_profile_are_exact(blocks: list[list[float | None]]) -> None
 
 
 def test_deciles_of_many_blocks_are_near_those_of_the_whole() -> None:
-    """Within 1/256 of the rank, for any size and order of blocks."""
+    """The difference in rank is at most 1/256, for any size and order of blocks."""
     values = np.random.default_rng(1).lognormal(size=30_000)
     profile, _ = measured(batch(np.sort(values)[:20_000]), batch(np.sort(values)[20_000:]))
     shares = np.cumsum(profile.distributions["amount"].counts[:-1]) / len(values)
@@ -207,7 +207,7 @@ def test_freshness_is_the_age_of_the_newest_event() -> None:
 
 @pytest.mark.parametrize(("rows", "passes"), [(49, False), (50, True), (200, True), (201, False)])
 def test_row_count_may_change_by_a_factor_both_ways(rows: int, passes: bool) -> None:
-    """Within a factor of two of the last good batch, which has 100 rows."""
+    """The number of rows may be half to twice that of the last valid batch, which has 100 rows."""
     assert (finding(RowCount(2.0), batch([1.0] * rows), batch([1.0] * 100)) is None) == passes
     assert finding(RowCount(2.0), batch([1.0] * rows)) is None
 

@@ -154,7 +154,7 @@ def test_backfill_continues_with_the_missing_chunks() -> None:
 
 
 def test_backfill_of_a_whole_stored_source_does_nothing() -> None:
-    """But a backfill does not stand for the whole source, nor for the rows of another definition."""
+    """But a stored backfill does not count as the whole source, and not as the rows of another definition."""
     assert missing(batch(VIEW), within=days(0, 5)) == []
     assert len(missing(chunk(VIEW, days(0, 5)), within=None)) == 1
     [other] = missing(chunk(VIEW, days(0, 2)), within=days(0, 2), view=OTHER)

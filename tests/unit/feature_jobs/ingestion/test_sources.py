@@ -320,7 +320,7 @@ def test_parquet_source_keeps_the_version_of_earlier_releases() -> None:
 
 
 def test_replacement_file_has_the_sources_columns_and_its_own_format() -> None:
-    """For example, a CSV backfill of a view that reads a database."""
+    """An example is a CSV backfill of a view that reads a database."""
     sql = SqlSource(url_env="SHOP", table="t", event_timestamp="at", created_timestamp="known")
     csv = FileSource("a.txt", event_timestamp="at", format="csv", delimiter=";")
     assert from_path(sql, "old.csv").definition()["created_timestamp"] == "known"

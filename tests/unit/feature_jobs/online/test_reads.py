@@ -74,7 +74,7 @@ def read(
 
 
 def test_join_key_can_come_from_an_earlier_view(store: OnlineStore) -> None:
-    """As in a training set: the person's band is the key of the cohort, unless the request has another one."""
+    """Like in a training set, the person's band is the key of the cohort, unless the request has another one."""
     values, status = read(store, {"person_id": 1})
     assert values == {"person__amount": 10.0, "person__age_band": "young", "cohort__rate": 0.5}
     assert {"present"} == set(status.values())
@@ -83,7 +83,7 @@ def test_join_key_can_come_from_an_earlier_view(store: OnlineStore) -> None:
 
 @pytest.mark.parametrize("others", [0, 64])
 def test_list_of_an_earlier_length_is_read_unchanged(store: OnlineStore, others: int) -> None:
-    """As in a training set: it is neither cut nor filled up to the declared length."""
+    """Like in a training set, the list is neither cut nor filled up to the declared length."""
     lists = make_spec("person2", ["person_id"], emb="list<float32, 3>", amount="float64")
     given = [[1.0, 2.0], [1.0, 2.0, 3.0, 4.0], *([1.0, 2.0, 3.0] for _ in range(others))]
     rows = [row(number, emb, 1.5) for number, emb in enumerate(given)]
@@ -95,7 +95,7 @@ def test_list_of_an_earlier_length_is_read_unchanged(store: OnlineStore, others:
 
 
 def test_whole_float_is_used_as_an_integer_key(store: OnlineStore) -> None:
-    """As in a training set: 10.0 is the key 10, and 0.5 is no key."""
+    """Like in a training set, 10.0 is the key 10, and 0.5 is no key."""
     by_amount = make_spec("cohort", ["amount"], rate="float64")
     store.replace(by_amount, {"amount": "int64"}, [row(10, 0.9)])
     reader = reader_of(store, PERSON, by_amount)

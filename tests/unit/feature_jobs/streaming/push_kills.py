@@ -1,4 +1,4 @@
-"""Run a push server and kill it at a random moment, and compare what jobs leave."""
+"""Run a push server and kill it at a random moment. Compare the results of jobs afterwards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def run_and_kill(
     *,
     aggregated: bool = False,
 ) -> int:
-    """Return the number of requests that a server answered before it was killed."""
+    """Send requests to a new server, and return how many of them it has answered.
+
+    The server is killed `kill_after_s` seconds after the first request. With None, it is killed after the last answer.
+    """
     context = forks.context()
     ours, servers = context.Pipe()
     server = context.Process(
@@ -57,7 +60,7 @@ def require_same_results(actual: PushProject, expected: PushProject) -> None:
 
 
 def totals(project: PushProject) -> dict[str, int]:
-    """Return the sums of the ledger's counts over all batches."""
+    """Return the sums of the row counts in the ledger over all batches."""
     batches = [entry.payload for entry in project.ledger.entries(BatchIngested)]
     names = ("rows_in", "rows_stored", "rows_quarantined", "rows_late")
     return {name: sum(batch[name] for batch in batches) for name in names}

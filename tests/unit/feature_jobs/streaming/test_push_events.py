@@ -34,7 +34,7 @@ HOURS = (7, 8, 9.5, 12, 20)
 
 
 def test_pushed_events_count_before_and_after_streaming(payments: PushProject) -> None:
-    """Also corrected, deleted and repeated events. Before the view is materialised, its values are missing."""
+    """This includes corrected, deleted and repeated events. Before the view is materialised, its values are missing."""
     payments.push(payment(1, 6, 5.0), payment(2, 6, 7.0), key="a")
     assert payments.served(7)[0]["income__amount_count_2h"] == [None, None]
     payments.stream().step()

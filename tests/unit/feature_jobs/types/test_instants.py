@@ -77,7 +77,7 @@ def test_columns_and_single_times_agree(local: datetime, zone: str) -> None:
     ],
 )
 def test_nanoseconds_are_rounded_up_or_down(nanoseconds: int, up: int, down: int) -> None:
-    """Also before 1970, and at both ends of the range of nanoseconds."""
+    """This includes instants before 1970, and both ends of the range of nanoseconds."""
     column = pa.chunked_array([pa.array([nanoseconds, None], NS)])
     rounded = [
         to_micros(column, rounding).cast(pa.int64()).to_pylist() for rounding in (Rounding.up, Rounding.down)

@@ -22,7 +22,7 @@ def test_read_without_as_of_is_now() -> None:
 
 
 def test_repeated_push_has_the_same_digest() -> None:
-    """In any order of names; another row changes it, the idempotency key does not."""
+    """The order of names does not matter. Another row changes the digest; another idempotency key does not."""
     again = {"idempotency_key": "other", "rows": [{"keys": {"person_id": 1}}], "view": "income"}
     assert parse_push(PUSH).digest == parse_push(again).digest
     assert parse_push(PUSH).digest != parse_push(PUSH | {"rows": []}).digest

@@ -16,7 +16,7 @@ NEVER = 3600.0
 
 
 def test_requests_of_a_minute_become_one_event_for_each_model_and_sender(tmp_path: Path) -> None:
-    """Its digest is of all their digests. A sender without outcomes gets no event."""
+    """The event's digest is a hash of the digests of all these requests. A sender without outcomes gets no event."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     ledger.append(OutcomesReceived(model="m", accepted=1, digest="d"), actor="service:old")
     sums = OutcomeSums(ledger.append, interval_s=NEVER)
@@ -55,7 +55,7 @@ def test_sums_are_appended_at_the_end(tmp_path: Path) -> None:
 
 
 def test_sums_wait_for_a_ledger_that_cannot_be_written(tmp_path: Path) -> None:
-    """They are appended once it can be written, each once and in order."""
+    """When the ledger can be written again, each sum is appended once, in order."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     is_full = True
 

@@ -116,7 +116,7 @@ def test_wait_ends_with_as_many_requests_as_last_time() -> None:
 
 
 def test_wait_ends_after_the_maximum_time() -> None:
-    """Only once: the next request does not wait again."""
+    """A batch waits only once: the next request does not wait again."""
     model = DoublingModel()
 
     async def story() -> None:
@@ -135,7 +135,7 @@ def test_wait_ends_after_the_maximum_time() -> None:
 def test_batching_saves_time_if_the_cost_of_a_call_dominates(
     one_us: float, eight_us: float, expected: bool
 ) -> None:
-    """Not if rows cost as much as calls, nor if there is little to save."""
+    """It saves no time if a row takes as long as a call, or if calls are fast."""
     now = 0.0
 
     def model(matrix: Matrix) -> Predictions:

@@ -66,7 +66,7 @@ def served(
 
 
 def test_both_endpoints_answer_as_the_registered_files_do(served: ServedModel) -> None:
-    """Also for a missing value, an unknown category and an extreme number."""
+    """This includes a missing value, an unknown category and an extreme number."""
     count = len(COLUMNS["p__age"])
     expected = open_model(served.folder).predict(COLUMNS).rows()
     body = {"entities": [{"id": n} for n in range(count)], "features": COLUMNS}

@@ -49,7 +49,7 @@ def refusal_of(ask: Callable[[], object]) -> tuple[int, str, str]:
 
 
 def test_unknown_views_services_and_models_list_nothing_to_a_client(ledger: Ledger, tmp_path: Path) -> None:
-    """Not even the nearest name; an operator at a command gets the list."""
+    """The answer does not contain even the nearest name. An operator who runs a command gets the list."""
     registry = Registry(ledger, Layout(str(tmp_path)))
     for ask, name in (
         (lambda: load_pushed_view(ledger, "layoff"), "layoffs"),

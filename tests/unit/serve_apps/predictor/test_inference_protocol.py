@@ -55,7 +55,7 @@ SEXES = tensor("p__sex", ["1"], "BYTES")
 
 
 def test_named_tensors_are_columns() -> None:
-    """In any order, nested by the shape or flat; null is a missing value."""
+    """Their order does not matter. The data is nested by the shape or flat, and null is a missing value."""
     age, sex = tensor("p__age", [1.5, None]), tensor("p__sex", [["1"], [None]], "BYTES", [2, 1])
     request = parse(sex, age, id="a", parameters={"unknown": 1})
     assert request.columns == {"p__age": [1.5, None], "p__sex": ["1", None]}
@@ -186,7 +186,7 @@ def test_binary_data_is_the_same_column_as_json(drawn: tuple[str, list[Any]]) ->
 
 
 def test_nan_in_binary_data_is_missing() -> None:
-    """As in numpy; an infinity is refused."""
+    """This is the same as in numpy. An infinity is refused."""
     raw = np.array([1.0, np.nan], dtype="<f4").tobytes()
     assert column(raw_tensor("p__age", 8, "FP32", [2]), AGE, raw) == [1.0, None]
     for bad in (np.inf, -np.inf):
@@ -231,7 +231,7 @@ def test_binary_data_of_a_wrong_size_is_refused(
     "length", [["-1"], ["+2"], ["1_0"], [""], ["two"], ["٢"], ["9" * 5000], ["3"], ["2", "2"], ["0"], ["1"]]
 )
 def test_wrong_length_of_the_json_is_refused(length: list[str]) -> None:
-    """Not a number, beyond the body, repeated, or not the end of the JSON."""
+    """The length is not a number, is larger than the body, is repeated, or is not where the JSON ends."""
     with pytest.raises(InvalidRequest):
         split_body(b"{}", length)
     assert split_body(b"{}", ["2"])[0] == {}

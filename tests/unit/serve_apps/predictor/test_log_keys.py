@@ -58,7 +58,7 @@ def served(tmp_path: Path, *views: FeatureView) -> tuple[Ledger, ModelVersion]:
 def test_key_has_the_highest_class_of_the_features(
     tmp_path: Path, classes: list[Sensitivity], expected: str
 ) -> None:
-    """And at least personal."""
+    """The class is at least personal."""
     ledger, version = served(tmp_path, view("a", *classes))
     predictions, outcomes = log_keys(ledger, version, region="here")
     assert (predictions.name, predictions.column_class) == (f"predictions/loan/{expected}", expected)
@@ -142,7 +142,7 @@ def test_later_version_never_widens_an_earlier_versions_key(
 
 
 def test_version_without_a_common_purpose_is_refused() -> None:
-    """Otherwise the records of one would be unreadable, or readable for a wrong purpose."""
+    """Otherwise, the records of one version would be unreadable, or readable for a wrong purpose."""
     name = outcome_key("loan")
     with pytest.raises(RefusedError, match=r"are for care.*ads"):
         merged_key(KeyInfo(name=name, purposes=("care",)), KeyInfo(name=name, purposes=("ads",)))

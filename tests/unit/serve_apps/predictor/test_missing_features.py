@@ -202,7 +202,7 @@ def test_refusal_names_the_missing_feature(replica: Replica) -> None:
 
 
 def test_complete_features_report_no_defaults(replica: Replica) -> None:
-    """Nor does the log."""
+    """The log reports no defaults, either."""
     status, content = ask(replica, 1)
     assert (status, content.keys() & {"features_status", "features_defaults"}) == (200, set())
     [record] = records(replica, content["prediction_id"])
@@ -211,7 +211,7 @@ def test_complete_features_report_no_defaults(replica: Replica) -> None:
 
 @pytest.mark.parametrize("purpose", ["ads", ""])
 def test_token_for_another_purpose_gets_no_score_from_stored_features(replica: Replica, purpose: str) -> None:
-    """As at `features:read`; a request with all inputs reads nothing, so it needs no purpose."""
+    """The same holds for `features:read`. A request with all inputs reads nothing, so it needs no purpose."""
     token = mint_token(replica.places, subject="t", role=Role.service, purpose=purpose, ttl_s=900)
     body = {"entities": [{"person_id": 1, "region": "south"}], "features": {"asked": 1.0}}
     status, answer = replica.json(PREDICT, body, token=token)

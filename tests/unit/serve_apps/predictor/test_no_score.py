@@ -72,7 +72,7 @@ class FakeCounter:
 def test_no_finite_score_is_503_with_a_record(
     replica: Replica, endpoint: str, batched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It names the model; the record has the reason and no prediction; the next request is answered."""
+    """The answer names the model. The record has the reason and no prediction. The next request is answered."""
     predictor, counted = replica.predictor, FakeCounter()
     batches = Batches(predictor._model.predict_matrix, max_rows=64, max_wait_s=0) if batched else None
     monkeypatch.setattr(predictor, "_batches", batches)

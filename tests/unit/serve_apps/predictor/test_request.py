@@ -68,7 +68,7 @@ def test_wrong_fields_are_refused_by_name(body: dict[str, Any], message: str) ->
 
 
 def test_message_quotes_only_the_beginning_of_a_value() -> None:
-    """And a very long name gets no suggestion."""
+    """For a very long name, the message suggests no other name."""
     for body in (
         {"entities": [{"id": 1}], "features": {"p__age": "x" * 900_000}},
         {"entities": [{"id": 1}], "features": {"x" * 900_000: 1}},
@@ -135,7 +135,7 @@ TYPED_INPUTS = {spec.name: spec for spec in (EMB, IDS, DUE, QUERY)}
     ],
 )
 def test_override_is_one_value_or_one_for_each_entity(name: str, sent: Any, values: list[Any]) -> None:
-    """Also for list values, where a list of lists is one for each entity."""
+    """For an input of lists, a list of lists has one value for each entity."""
     body = {"entities": [{"id": 1}, {"id": 2}], "features": {name: sent}}
     assert parse_predict(body, TYPED_INPUTS, now=NOW).overrides == {name: values}
 

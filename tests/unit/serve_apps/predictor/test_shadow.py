@@ -146,6 +146,7 @@ class MirroredReplica:
             fetch_targets=self.fetch_targets,
             token=self.token,
             proof=PROOF,
+            authority="",
             count=self.count,
         )
 
@@ -187,7 +188,7 @@ def mirrored(ledger: Ledger, shadow_server: ShadowServer) -> Iterator[MirroredRe
 def test_shadow_starts_changes_and_stops_with_the_ledger(
     mirrored: MirroredReplica, shadow_server: ShadowServer, ledger: Ledger
 ) -> None:
-    """Without a restart; requests of other models and of the shadow itself are not copied."""
+    """No restart is needed. Requests of other models and of the shadow itself are not copied."""
     assert not mirrored.ask()
     ledger.append(ShadowStarted(model="other", version=1, app="other-v1", share=100.0), actor="t")
     ledger.append(STARTED, actor="t")
@@ -205,7 +206,7 @@ def test_shadow_starts_changes_and_stops_with_the_ledger(
 def test_copy_contains_only_the_clients_body(
     mirrored: MirroredReplica, shadow_server: ShadowServer, ledger: Ledger
 ) -> None:
-    """It has the service's token, the time of the answer, and the edge's headers with arm and variant `shadow`."""
+    """It has the replica's token, the time of the answer, and the edge's headers with arm and variant `shadow`."""
     ledger.append(STARTED, actor="t")
     wait_until(lambda: mirrored.ask(7, unit_hash="u", arm="control", variant="champion"))
     wait_until(lambda: len(shadow_server.requests) == 1)
@@ -242,7 +243,7 @@ def test_hanging_shadow_costs_only_copies(
 def test_failed_and_refused_copies_are_counted(
     mirrored: MirroredReplica, shadow_server: ShadowServer, ledger: Ledger
 ) -> None:
-    """And a copy with a large body is dropped."""
+    """A copy with a large body is dropped."""
     shadow_server.server.shutdown()
     shadow_server.server.server_close()
     ledger.append(STARTED, actor="t")
@@ -255,7 +256,7 @@ def test_failed_and_refused_copies_are_counted(
 def test_connection_closed_by_the_shadow_loses_no_copy(shadow_server: ShadowServer) -> None:
     """Serve closes a connection after 90 s without a request, so a model with few requests would lose all copies."""
     shadow_server.idle_s = 0.05
-    with contextlib.closing(Connections()) as connections:
+    with contextlib.closing(Connections("")) as connections:
         for number in range(1, 4):
             assert connections.post(shadow_server.address, "/", b"", {}) == 200
             wait_until(lambda number=number: shadow_server.num_closed == number)  # type: ignore[misc]
@@ -263,8 +264,8 @@ def test_connection_closed_by_the_shadow_loses_no_copy(shadow_server: ShadowServ
 
 
 def test_connection_stays_open_while_its_replica_exists(shadow_server: ShadowServer) -> None:
-    """And is closed afterwards, so that replaced replicas leave no connections open."""
-    with contextlib.closing(Connections()) as connections:
+    """Afterwards it is closed, so that no connections to replaced replicas stay open."""
+    with contextlib.closing(Connections("")) as connections:
         for _ in range(3):
             assert connections.post(shadow_server.address, "/", b"", {}) == 200
         connections.close_others([shadow_server.address])

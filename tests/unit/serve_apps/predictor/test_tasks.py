@@ -59,7 +59,7 @@ def test_both_endpoints_give_the_same_answer(replica: Replica) -> None:
 
 
 def test_binary_data_gives_the_same_answer(replica: Replica) -> None:
-    """In both directions, beside an input in JSON; the header has the length of the JSON."""
+    """Both request and answer contain binary data. Another input is JSON. The header has the length of the JSON."""
     raw = to_raw("FP64", [np.nan if age is None else age for age in AGES])
     size = {"binary_data_size": len(raw)}
     inputs = [INPUTS[0], {"name": "p__age", "datatype": "FP64", "shape": [3], "parameters": size}]

@@ -87,7 +87,7 @@ def test_invalid_authorization_header_is_unauthenticated(places: Layout, header:
 
 
 def test_denials_are_recorded_and_unauthenticated_requests_counted(places: Layout, tmp_path: Path) -> None:
-    """In the ledger, in the background."""
+    """Both are appended to the ledger in the background."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     check = check_of(TokenVerifier.of(places), append_in_background(ledger))
     for _ in range(3):

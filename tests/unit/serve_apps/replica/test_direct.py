@@ -49,7 +49,7 @@ async def answer(request: Request) -> Response:
 
 
 def test_outside_a_replica_serve_answers_everything() -> None:
-    """For example in Serve's proxy, which has the same middleware."""
+    """An example is Serve's proxy, which has the same middleware."""
     answer_directly(answer, max_concurrent=1)
     assert asyncio.run(ask("/m-v1/v2/models/m")) == "by Serve"
 

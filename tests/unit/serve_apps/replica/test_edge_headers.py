@@ -130,7 +130,7 @@ def test_headers_with_the_proof_are_logged(edge_and_replica: tuple[Edge, Replica
 
 
 def test_edge_sends_its_proof_on_every_path(edge_and_replica: tuple[Edge, Replica]) -> None:
-    """Also if a client sends another proof."""
+    """This is true even if a client sends another proof."""
     edge, replica = edge_and_replica
     proof = edge_proof(replica.places)
     for path in ("/v1/outcomes", "/v1/features:read"):

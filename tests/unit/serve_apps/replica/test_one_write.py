@@ -54,7 +54,7 @@ def test_answer_arrives_in_one_read_and_the_connection_stays(address: str) -> No
     [("/parts", 200, b"answer"), ("/fails", 500, b"Internal Server Error"), ("/whole", 200, b"answer")],
 )
 def test_other_answers_are_unchanged(address: str, path: str, status: int, body: bytes) -> None:
-    """In several parts, without a body, and as the last one of a connection."""
+    """The answer has several parts, the application fails before the body, or the connection ends after the answer."""
     connection = http.client.HTTPConnection(address, timeout=10)
     connection.request("GET", path, headers={"connection": "close"})
     response = connection.getresponse()

@@ -90,7 +90,7 @@ def test_fixed_number_is_not_scaled() -> None:
 
 
 def test_version_starts_with_a_replica() -> None:
-    """So a deployment shows whether it works."""
+    """So a deployment shows whether the version works."""
     assert (scaling().min_replicas, scaling().initial_replicas) == (0, 1)
     assert scaling(min_replicas=2).initial_replicas == 2
 
@@ -173,7 +173,7 @@ def test_invalid_arrival_counts_the_time_in_the_replica(arrived: str | None) -> 
 
 
 def test_edge_sends_the_arrival_time(edge: Edge) -> None:
-    """And a client cannot."""
+    """A client cannot set it."""
     status, echo = edge.call(PREDICT, token=edge.token(), headers={"x-falaj-arrived": "1"})
     assert status == 200
     assert abs(int(echo["x-falaj-arrived"]) / 1e6 - time.time()) < 5

@@ -32,7 +32,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
 
 
 def test_ready_result_needs_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its result or error is returned; setting a timer would raise."""
+    """The result or error is returned. In this test, setting a timer would raise an error."""
     monkeypatch.setattr(asyncio, "timeout", None)
 
     async def work(error: Exception | None) -> str:
@@ -78,7 +78,7 @@ async def _ended_from_outside(work: Callable[[], Coroutine[Any, Any, None]]) -> 
 
 @pytest.mark.parametrize("end", [_ended_by_time, _ended_from_outside], ids=["time", "outside"])
 def test_cancelled_coroutine_can_clean_up(end: Callable[..., Coroutine[Any, Any, None]]) -> None:
-    """After a timeout, or a cancelled request: it gets the cancellation where it waits."""
+    """After a timeout or a cancelled request, the coroutine gets the cancellation at the point where it waits."""
     seen = []
 
     async def work() -> None:
@@ -95,7 +95,7 @@ def test_cancelled_coroutine_can_clean_up(end: Callable[..., Coroutine[Any, Any,
 
 @pytest.mark.parametrize("path", [*BODIES, "/v1/outcomes"])
 def test_dripping_body_is_ended_in_time(replica: Replica, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    """Even if it arrives steadily; the error is JSON. A body in two parts within the time is answered."""
+    """It is ended even if it arrives steadily. The error is JSON. A body in two parts within the time is answered."""
     monkeypatch.setattr(http_module, "BODY_TIMEOUT_S", 0.3)
     predicts = path in BODIES
     address = replica.address if predicts else replica.outcomes

@@ -21,7 +21,6 @@ from serve_apps.deploy import DeployConfig
 from serve_apps.deploy import main as deploy
 from serve_apps.edge.haproxy.routes import routes
 from serve_apps.edge.limits import main as limits
-from serve_apps.removal import require_number
 from serve_apps.rollout.__main__ import main as rollout
 from serve_apps.rollout.__main__ import start
 from serve_apps.rollout.assignment import Arm, assign, bounds, mixes_arms
@@ -29,6 +28,7 @@ from serve_apps.rollout.config import RolloutAction, RolloutConfig
 from serve_apps.rollout.evaluation import describe
 from serve_apps.rollout.guardrail import Finding, Verdict
 from serve_apps.rollout.serving_state import ModelState, read_states
+from serve_apps.undeploy import require_number
 from tests.processes.commands import run_main
 from tests.samples.rollouts import DEPLOYED, STARTED, deployed
 from tests.unit.serve_apps.rollout.test_state import fold
@@ -48,7 +48,7 @@ from tests.unit.serve_apps.rollout.test_state import fold
 def test_unused_option_is_refused(
     command: Callable[[], None], words: str, message: str, tmp_path: Path
 ) -> None:
-    """Before anything is done, and without a cluster."""
+    """It is refused before anything is done, and without a cluster."""
     result = run_main(command, *words.split(), f"storage.root={tmp_path}")
     assert (result.returncode, message in result.stderr) == (2, True), result.stderr
 
@@ -84,7 +84,7 @@ def test_every_whole_number_of_buckets_is_a_weight(weight: float) -> None:
 
 
 def test_variant_with_invalid_characters_is_refused() -> None:
-    """Also at a deployment."""
+    """A deployment refuses it, too."""
     with pytest.raises(ValueError, match="variant must be"):
         DeployConfig(variant="a b")
 
@@ -121,7 +121,7 @@ REMOVED = DeploymentRemoved(name="m", version=4, app="m-v4", reason="old")
 
 
 def test_state_has_the_greatest_weight() -> None:
-    """It tells which units were ever treated."""
+    """The greatest weight says which units were ever treated."""
     weights = (RolloutWeightChanged(model="m", rollout="r", weight=weight) for weight in (60, 30))
     running = fold([*SERVED, *weights])["m"].rollout
     assert running is not None
@@ -137,7 +137,7 @@ def test_second_rollout_is_refused_with_the_running_version(tmp_path: Path) -> N
 
 
 def test_removed_version_has_no_application(tmp_path: Path) -> None:
-    """Until it is deployed again; an older release refuses the event instead of ignoring it."""
+    """It has none until it is deployed again. An older release refuses the event instead of ignoring it."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     for event in (*SERVED, REMOVED):
         ledger.append(event, actor="t")

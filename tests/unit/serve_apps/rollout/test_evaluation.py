@@ -11,7 +11,6 @@ import pytest
 
 from cluster.ledger import open_ledger
 from cluster.records import SegmentWriter
-from cluster.registry import Registry
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import StorageConfig
@@ -89,11 +88,10 @@ def test_one_odd_outcome_does_not_silence_the_guardrail(replica: Replica) -> Non
 
 
 def test_versions_of_one_variant_are_measured_separately(replica: Replica) -> None:
-    """As after a promotion, also if one version's classes have another type."""
+    """A variant has two versions after a promotion, for example. Their classes may have different types."""
     storage = StorageConfig(root=replica.places.root)
     config = MonitorConfig(name=MODEL, reference="", label="y", storage=storage)
-    registry = Registry(open_ledger(config), replica.places)
-    logged = read_served_log(config, registry, key_store(replica.keys))
+    logged = read_served_log(config, open_ledger(config), key_store(replica.keys))
     assert [one.name for one in logged.served] == ["champion v1", "champion v2", "champion v3"]
     assert [one.rows.height for one in logged.served] == [20, 20, 1]
     assert logged.served[2].rows.select("outcome", "label", "x").rows() == [("c", "b", "old")]

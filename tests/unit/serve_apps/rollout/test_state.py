@@ -46,7 +46,7 @@ def test_rollout_is_two_bounds_in_one_entry() -> None:
 
 
 def test_rollback_gives_the_entry_without_a_rollout() -> None:
-    """Also after a weight change."""
+    """This is also true after a weight change."""
     change = RolloutWeightChanged(model="m", rollout="r", weight=50)
     assert entry_after(STARTED, change) == "m-v1|m-v2|challenger|r|s|5000|5000"
     assert entry_after(STARTED, change, ROLLED_BACK) == entry_after()
@@ -79,7 +79,7 @@ def test_weight_of_an_ended_rollout_is_ignored() -> None:
 
 
 def test_model_without_a_deployed_champion_has_no_route() -> None:
-    """Its requests get 404."""
+    """Requests for this model get 404."""
     assert entry(ModelState(champion_version=1)) is None
     assert routes({"m": ModelState(champion_version=1)}, {"m-v1": ("127.0.0.1:1",)}).entries == {}
 
@@ -147,7 +147,7 @@ def test_wrong_outcome_cannot_stop_the_guardrail(hostile: str | float) -> None:
 
 @pytest.mark.parametrize("arm", ["treatment", "control"])
 def test_outcome_without_a_finite_square_cannot_stop_the_guardrail(arm: str) -> None:
-    """Its R² would be NaN, which is never below the control's: the bad treatment would hold for ever."""
+    """The treatment's R² would be NaN, which is never below the control's. So it would never be rolled back."""
     rows = [(arm, truth, 9.0 if arm == "treatment" else truth) for arm in ARMS for truth in (1.0, 2.0, 3.0)]
     values = pl.DataFrame([*rows, (arm, 1e308, 1.0)], schema=["arm", "outcome", "value"], orient="row")
     finding = judge(values, signature=signature(Task.regression, None), min_outcomes=3, max_drop=0.1)
@@ -155,7 +155,7 @@ def test_outcome_without_a_finite_square_cannot_stop_the_guardrail(arm: str) -> 
 
 
 def test_answers_without_a_finite_square_breach_the_guardrail() -> None:
-    """They get the lowest finite metric, which can be stored."""
+    """The treatment gets the lowest finite metric, which can be stored."""
     rows = [(arm, truth, 1e300 if arm == "treatment" else truth) for arm in ARMS for truth in (1.0, 2.0, 3.0)]
     values = pl.DataFrame(rows, schema=["arm", "outcome", "value"], orient="row")
     finding = judge(values, signature=signature(Task.regression, None), min_outcomes=3, max_drop=0.1)
@@ -169,7 +169,7 @@ def test_outcomes_of_one_class_give_no_verdict() -> None:
 
 
 def test_the_positive_class_is_the_models_second() -> None:
-    """Not the greater of the outcomes' values."""
+    """It is not the greater of the outcomes' values."""
     frame = matched(GOOD, GOOD).with_columns(
         outcome=pl.col("outcome").replace_strict({1: "a_good", 0: "z_bad"}, return_dtype=pl.String)
     )

@@ -82,7 +82,7 @@ def test_last_events_applied_twice_change_nothing(events: list[LedgerEvent], dat
 
 
 def test_stored_states_are_the_fold_of_all_events(tmp_path: Path) -> None:
-    """Also the order of the models, and after every event."""
+    """The order of the models is the same, too. This is tested after every event."""
     ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
     rollout = RolloutStarted(
         model="b",

@@ -59,7 +59,7 @@ def test_permitted_region_counts_as_own_region() -> None:
 def test_registrant_may_not_release_the_model_in_production(
     policy: Policy, action: Action, environment: str
 ) -> None:
-    """Also in environments with an unknown name. Known other environments allow it."""
+    """Environments with unknown names refuse it, too. Other known environments allow it."""
     model = Resource(kind="model", name="loan", registered_by="alice")
     for role in (Role.admin, Role.approver):
         decision = policy.decide(who(role), action, model, environment=environment)
@@ -91,7 +91,7 @@ def test_registrant_may_roll_back_in_production(policy: Policy) -> None:
 
 
 def test_ml_engineer_deploys_only_outside_production(policy: Policy) -> None:
-    """Also a model of another principal."""
+    """This is also true for models that another principal registered."""
     model = Resource(kind="model", name="loan", registered_by="alice")
     bob = who(Role.ml_engineer, subject="bob")
     assert policy.decide(bob, Action.deploy, model, environment="staging").allowed

@@ -61,7 +61,7 @@ def test_memory_and_encrypted_devices_keep_secrets(
 
 @pytest.mark.parametrize("content", [None, "", "nonsense\n"])
 def test_result_is_unknown_without_a_mount_table(tmp_path: Path, content: str | None) -> None:
-    """For example on macOS."""
+    """For example, macOS has no mount table."""
     table = tmp_path / "mountinfo"
     if content is not None:
         table.write_text(content)

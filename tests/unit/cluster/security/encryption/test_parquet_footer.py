@@ -208,7 +208,7 @@ def test_every_leaf_of_a_nested_column_is_encrypted(keyring: Keyring, path: str)
 
 
 def test_statistics_contain_only_public_columns() -> None:
-    """And only values that the log can state exactly."""
+    """The statistics contain only values that the Delta log can represent exactly."""
     moment = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
     table = pa.table(
         {

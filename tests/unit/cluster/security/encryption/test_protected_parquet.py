@@ -95,7 +95,7 @@ def test_other_tools_read_only_the_public_columns(path: str) -> None:
 
 
 def test_file_contains_no_value_and_no_statistic_of_a_protected_column(path: str) -> None:
-    """Not even in a dictionary page."""
+    """Dictionary pages contain none, either."""
     content = Path(path).read_bytes()
     assert b"canary" not in content
     assert (499).to_bytes(8, "little") not in content
@@ -124,7 +124,7 @@ def test_column_without_its_key_raises_and_others_can_be_read(
 
 
 def test_public_columns_need_no_key(keyring: Counted, path: str) -> None:
-    """Not even the key of the footer."""
+    """Even the key of the footer is not needed."""
     keyring.denied.update((INTERNAL, PERSONAL, SENSITIVE))
     files = ProtectedFiles(keyring)
     assert files.read(path, ["year", "newer"]).equals(TABLE.select(["year"]))
@@ -156,7 +156,7 @@ def test_revocation_stops_readers_within_the_cache_lifetime(
 
 
 def test_revocation_stops_writers(keyring: Counted, tmp_path: Path) -> None:
-    """Their files could not be read again."""
+    """Nobody could read files that are written after a revocation."""
     files = ProtectedFiles(keyring, cache_s=0)
     files.write(TABLE, str(tmp_path / "a"), PROTECTION)
     keyring.revoke(SENSITIVE)

@@ -76,7 +76,7 @@ def test_names_lists_only_visible_keys(world: World) -> None:
 
 @pytest.mark.parametrize("token", ["", "nonsense", "boom"])
 def test_unverifiable_token_is_unauthenticated(world: World, token: str) -> None:
-    """Also if the verifier fails. The denial has no principal, and does not contain the verifier's message."""
+    """The same holds if the verifier fails. The denial has no principal and does not contain the verifier's message."""
     with world.serving(), pytest.raises(Unauthenticated) as caught:
         world.client(token).info(NAME)
     assert "secret-token" not in str(caught.value)

@@ -154,7 +154,7 @@ def test_concurrent_writers_keep_each_others_changes(tmp_path: Path) -> None:
 
 
 def test_every_flipped_bit_is_reported_as_damage(ring: Keyring, tmp_path: Path) -> None:
-    """Never as a wrong key or an empty keyring."""
+    """It is never reported as a wrong key or an empty keyring."""
     path = tmp_path / RING_NAME
     intact = path.read_bytes()
     for position in range(len(intact)):
@@ -170,7 +170,7 @@ def test_every_flipped_bit_is_reported_as_damage(ring: Keyring, tmp_path: Path) 
 
 
 def test_every_truncation_is_reported_as_damage(ring: Keyring, tmp_path: Path) -> None:
-    """Also an empty file and a file with extra bytes."""
+    """An empty file and a file with extra bytes are reported, too."""
     path = tmp_path / RING_NAME
     intact = path.read_bytes()
     truncated = [intact[:size] for size in range(len(intact))]

@@ -44,7 +44,7 @@ def test_flattened_name_is_reversible_and_valid_in_transit(name: str) -> None:
 
 @given(NAMES, NAMES)
 def test_different_names_have_different_flattened_names(name: str, other: str) -> None:
-    """And equal names have equal flattened names."""
+    """Equal names have equal flattened names."""
     assert (flatten(name) == flatten(other)) == (name == other)
 
 

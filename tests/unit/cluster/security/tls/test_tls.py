@@ -52,6 +52,18 @@ def test_client_that_trusts_the_authority_connects(folder: Path, name: str) -> N
     assert connect(folder / "edge.pem", folder / "ca.pem", name) == "TLSv1.3"
 
 
+@pytest.mark.parametrize("name", ["10.0.0.1", "api.example.com", "a.b.example.com", "127.0.0.1"])
+def test_edge_is_reached_by_the_names_it_was_given(folder: Path, name: str) -> None:
+    """A certificate without one of them is created again, and keeps the names that it had."""
+    places = Layout(str(folder.parent))
+    ensure_tls(places, edge_names=["10.0.0.1", "api.example.com"])
+    before = (folder / "edge.pem").read_bytes()
+    ensure_tls(places, edge_names=["api.example.com"])
+    assert (folder / "edge.pem").read_bytes() == before
+    ensure_tls(places, edge_names=["*.b.example.com"])
+    assert connect(folder / "edge.pem", folder / "ca.pem", name) == "TLSv1.3"
+
+
 def test_another_host_name_or_authority_is_refused(folder: Path, tmp_path: Path) -> None:
     """The certificate is valid for loopback only, and every storage root has its own authority."""
     with pytest.raises(ssl.SSLCertVerificationError, match="not valid for"):
@@ -102,12 +114,16 @@ def mutual(server: Path, client: Path) -> str | None:
 
 
 def test_nodes_of_one_authority_accept_each_other(folder: Path, tmp_path: Path) -> None:
-    """Also a node of another machine. Nodes of another authority are refused by both sides."""
+    """This includes nodes of other machines. Nodes of another authority are refused by both sides.
+
+    The address is in the certificate as an address, and as a name for the edge's HAProxy.
+    """
     write_node_certificate(tmp_path / "worker", authority=folder, name="worker-1", addresses=["10.0.0.7"])
     assert mutual(folder, tmp_path / "worker") == "TLSv1.3"
     certificate = x509.load_pem_x509_certificate((tmp_path / "worker" / "node.pem").read_bytes())
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert [str(name.value) for name in names] == ["worker-1", "localhost", "10.0.0.7", "127.0.0.1", "::1"]
+    assert names.get_values_for_type(x509.DNSName) == ["worker-1", "localhost", "10.0.0.7"]
+    assert tls.certificate_addresses(tmp_path / "worker" / "node.pem") == {"10.0.0.7", "127.0.0.1", "::1"}
     assert (tmp_path / "worker" / "node.key").stat().st_mode & 0o777 == 0o600
     assert not (tmp_path / "worker" / "ca.key").exists(), "the authority's key stays where it is"
     ensure_tls(Layout(str(tmp_path / "other")))
@@ -223,7 +239,7 @@ def test_foreign_authority_is_not_replaced(folder: Path, removed: str | None) ->
 
 
 def test_foreign_authority_cannot_be_renewed_here(folder: Path, tmp_path: Path) -> None:
-    """Also if the key of an earlier local authority is still there."""
+    """This is true even if the key of an earlier local authority still exists."""
     old = (folder / "ca.key").read_bytes()
     files = company(folder)
     (folder / "ca.key").write_bytes(old)

@@ -72,7 +72,7 @@ def test_rotation_keeps_old_tokens_valid_until_they_expire(fresh: Layout) -> Non
 
 
 def test_rotation_with_keep_s_0_ends_all_tokens(fresh: Layout) -> None:
-    """Also tokens of earlier keys end at once."""
+    """Tokens of earlier keys are refused at once, too."""
     verifier, tokens = TokenVerifier.of(fresh), [mint(fresh)]
     rotate_issuer(fresh)
     tokens.append(mint(fresh))

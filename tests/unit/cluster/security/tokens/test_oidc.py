@@ -141,7 +141,7 @@ def test_unreachable_issuer_is_unauthenticated(clock: Clock) -> None:
 def test_configuration_of_another_issuer_is_refused(
     issuer: Issuer, verifier: TokenVerifier, document: Any
 ) -> None:
-    """Also one with an unencrypted address for the keys."""
+    """A configuration with an unencrypted address for the keys is refused, too."""
     if isinstance(document, dict):
         document = document | {"issuer": document["issuer"].replace("OURS", issuer.url)}
         if document.get("jwks_uri") == "/jwks":

@@ -21,7 +21,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("broken", [b"", b"no certificate", None])
 def test_last_valid_certificate_is_used(file: Path, tmp_path: Path, broken: bytes | None) -> None:
-    """Also by an edge that starts while the file is broken, half written or missing."""
+    """An edge that starts while the file is broken, half written or missing uses it, too."""
     copies = tmp_path / "copies"
     certificate, content = Certificate(file, copies), file.read_bytes()
     good = certificate.newest()
@@ -50,6 +50,6 @@ def test_key_of_another_certificate_is_refused(file: Path, tmp_path: Path) -> No
 
 
 def test_without_a_valid_certificate_the_file_itself_is_used(tmp_path: Path) -> None:
-    """So HAProxy reports what is wrong."""
+    """So HAProxy reports the error in the file."""
     missing = tmp_path / "none.pem"
     assert Certificate(missing, tmp_path / "copies").newest() == missing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def test_refused_configuration_delays_no_rollback(running: Running) -> None:
 
 
 def test_restart_with_a_refused_configuration_serves_the_last_good_one(running: Running) -> None:
-    """Until HAProxy accepts one; the state file has the refusal all the time."""
+    """It does so until HAProxy accepts a configuration. Until then, the state file has the refusal."""
     running.serve.targets = {"m-v1": ("no address",)}
     wait_until(lambda: running.state is not None and bool(running.state.refused))
     for restart in (running.hand_over, running.stop):
@@ -123,7 +124,7 @@ def test_failed_write_of_the_map_is_tried_again(running: Running) -> None:
 
 
 def test_killed_haproxy_restarts_with_its_last_split(running: Running) -> None:
-    """Also if only a `set map` had changed it."""
+    """This is true even if only a `set map` had changed the split."""
     running.tell_and_wait(ROLLED_BACK)
     before = running.haproxy.pid
     assert before is not None
@@ -133,7 +134,7 @@ def test_killed_haproxy_restarts_with_its_last_split(running: Running) -> None:
 
 
 def test_own_limit_is_applied_and_removed_again(running: Running) -> None:
-    """In the running map, and in the file, so that a reload keeps it."""
+    """The limit is changed in the running map, and in the file, so that it is not lost at a reload."""
     file = running.settings.limits.file(Limited.principal)
 
     def set_limit(rate: int | None) -> str:
@@ -143,8 +144,9 @@ def test_own_limit_is_applied_and_removed_again(running: Running) -> None:
 
     assert set_limit(5).endswith("alice%20b 5|512")
     assert set_limit(6).endswith("alice%20b 6|512")
-    assert file.read_text() == "alice%20b 6|512\n"
-    assert set_limit(None) == file.read_text() == ""
+    assert file.read_text() == "* 10000|512\nalice%20b 6|512\n"
+    assert set_limit(None).endswith("* 10000|512")
+    assert file.read_text() == "* 10000|512\n"
 
 
 @pytest.mark.parametrize("when", ["now and then", "at the end"])
@@ -198,6 +200,40 @@ def test_new_controller_starts_from_the_stored_states(running: Running) -> None:
     assert all(after >= head for after in watched.read_after)
 
 
+class HangingLedger(Ledger):
+    """A ledger whose database stops answering."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.answers, self.asked = threading.Event(), threading.Event()
+        self.answers.set()
+
+    def head(self) -> int:
+        if not self.answers.is_set():
+            self.asked.set()
+        self.answers.wait(20)
+        return super().head()
+
+
+def test_hanging_ledger_delays_nothing_else(running: Running) -> None:
+    """New replicas are used, and a killed HAProxy is restarted. Afterwards, changes are applied again."""
+    running.hand_over()
+    running.ledger = ledger = HangingLedger(str(running.ledger.engine.url))
+    running.begin()
+    running.thread.start()
+    running.add_app("m-v3")
+    ledger.answers.clear()
+    assert ledger.asked.wait(10)
+    running.add_app("m-v4")
+    before = running.haproxy.pid
+    assert before is not None
+    os.kill(before, signal.SIGKILL)
+    wait_until(lambda: running.state is not None and running.state.pid not in (before, None))
+    ledger.answers.set()
+    running.tell_and_wait(ROLLED_BACK)
+    assert running.split() == CHAMPION_ONLY
+
+
 def test_rotated_key_reaches_the_edge(running: Running) -> None:
     """The old key stays while its tokens are valid, then goes."""
     config = running.haproxy_file
@@ -213,7 +249,7 @@ def test_rotated_key_reaches_the_edge(running: Running) -> None:
 
 
 def test_first_configuration_must_load(tmp_path: Path) -> None:
-    """Without a last good state, a refused configuration is an error."""
+    """If no earlier configuration was accepted, a refused configuration is an error."""
     with new_controller(tmp_path) as edge:
         Path(edge.settings.certificate).unlink()
         with pytest.raises(Exception, match="HAProxy refuses"):

@@ -34,7 +34,7 @@ def earlier_master(edge: Edge, does: Callable[[socket.socket], object]) -> Itera
 
 
 def test_master_that_ends_during_a_command_is_ignored(edge: Edge) -> None:
-    """Also at a start."""
+    """This is also true when HAProxy starts."""
     with earlier_master(edge, socket.socket.close):
         edge.haproxy.stop()
         edge.load(ROLLOUT)

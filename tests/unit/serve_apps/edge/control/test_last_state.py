@@ -126,7 +126,7 @@ def test_edge_without_its_control_plane_serves_its_last_state(running: Running, 
 def test_edge_uses_stored_keys_for_a_day_while_its_issuer_is_down(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also the edge after it, although replicas have changed meanwhile."""
+    """The next edge uses the stored keys, too, although replicas have changed meanwhile."""
 
     def down() -> bytes:
         raise OSError("down")
@@ -150,7 +150,7 @@ def test_edge_uses_stored_keys_for_a_day_while_its_issuer_is_down(
 
 
 def test_new_certificate_is_used_without_a_refused_request(running: Running) -> None:
-    """As soon as its file is there; an invalid one is not used, and does not delay new replicas."""
+    """It is used as soon as its file exists. An invalid certificate is not used, and does not delay new replicas."""
     file = Path(running.settings.certificate)
 
     def served_certificate() -> bytes | None:

@@ -41,7 +41,7 @@ with sole_controller(Path(sys.argv[1])):
 def test_second_controller_requests_the_handover(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, willing: str
 ) -> None:
-    """And waits until the first has released the lock."""
+    """Then it waits until the first controller has released the lock."""
     file = tmp_path / "controller.lock"
     command = [sys.executable, "-c", HOLDER, str(file), willing]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:

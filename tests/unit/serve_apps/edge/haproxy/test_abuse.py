@@ -184,7 +184,7 @@ def test_compressed_body_is_415(edge: Edge, replica: Replica) -> None:
 
 @pytest.mark.parametrize("size", [MAX_BODY_BYTES + 1, 3 * MAX_BODY_BYTES])
 def test_body_over_the_limit_is_413(edge: Edge, replica: Replica, size: int) -> None:
-    """With a length, and chunked, where the size is known only at the end; the client receives the answer."""
+    """The body has a length or is chunked; then its size is known only at the end. The client receives the answer."""
     block = b" " * 50_000
     chunks = [block] * (size // len(block)) + [b" " * (size % len(block))]
     status, _, answer = replica.call(INFER, b" " * size)
@@ -276,7 +276,7 @@ def test_unknown_paths_are_404(edge: Edge, replica: Replica) -> None:
     ],
 )
 def test_headers_of_any_bytes_are_harmless(replica: Replica, headers: dict[str, str]) -> None:
-    """They are refused as a token, or have no meaning."""
+    """Such a header is refused as a token, or has no effect."""
     status, _, answer = replica.call(INFER, GOOD, headers=headers)
     assert status == (401 if "authorization" in headers else 200)
     assert status == 200 or refusal_message(status, answer)

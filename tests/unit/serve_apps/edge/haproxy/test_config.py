@@ -99,7 +99,7 @@ def test_outcomes_and_features_go_to_their_application(edge: Edge, path: str) ->
 
 
 def test_wrong_method_is_405(edge: Edge) -> None:
-    """In JSON, with the allowed method."""
+    """The answer is JSON and names the allowed method."""
     connection = edge.connect()
     assert edge.call(method="GET", token=edge.token(), over=connection)[1]["code"] == 405
     connection.request("POST", "/v2/models/m", headers={"authorization": f"Bearer {edge.token()}"})
@@ -185,7 +185,7 @@ def admin(edge: Edge, command: str) -> dict[str, str]:
 
 
 def test_open_connection_survives_a_reload_and_follows_a_rollback(whole: Edge) -> None:
-    """It gets no reset, and the draining worker has the new split."""
+    """The connection is not reset, and the old worker, which still serves it, has the new split."""
     headers = {"authorization": f"Bearer {whole.token()}", "X-Unit-ID": treated_unit()}
     connection = whole.connect()
     connection.request("POST", PREDICT, b"{}", headers)

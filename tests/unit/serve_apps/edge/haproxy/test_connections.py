@@ -66,7 +66,7 @@ def test_unauthenticated_body_is_not_waited_for(edge: Edge) -> None:
 
 
 def test_few_login_bodies_are_read_at_the_same_time(edge: Edge) -> None:
-    """They are unauthenticated bodies; other logins get 429."""
+    """Login bodies are unauthenticated. If there are too many, other logins get 429."""
     login = begun_post("/ray/login")
     connections = [edge.send(login) for _ in range(MAX_LOGINS)]
     wait_until(lambda: f"conn_cur={MAX_LOGINS}" in edge.ask("show table logins_counted"))

@@ -46,7 +46,7 @@ def test_only_roles_that_manage_the_cluster_reach_the_dashboard(edge: Edge, role
 @pytest.mark.parametrize("tenant", ["other", "", "default ", "Default"])
 @pytest.mark.parametrize("path", ["/ray/", "/ray/api/jobs/", "/v2", PREDICT])
 def test_admin_of_another_tenant_gets_403_everywhere(edge: Edge, tenant: str, path: str) -> None:
-    """As the policies say; the dashboard does not check them again."""
+    """The policies require this. The dashboard does not check the policies again."""
     method = "POST" if path == PREDICT else "GET"
     assert edge.call(path, method=method, token=edge.token(Role.admin, tenant=tenant))[0] == 403
     assert edge.call(path, method=method, token=edge.token(Role.admin))[0] == 200
@@ -82,7 +82,7 @@ def test_dashboard_needs_a_token(edge: Edge) -> None:
 
 @pytest.mark.parametrize("path", ["/RAY/", "//ray/", "/rayx/", "/v1/../ray/", "/%72ay/", "/api/jobs/"])
 def test_other_spellings_of_the_path_are_404(edge: Edge, path: str) -> None:
-    """Even for an admin."""
+    """This is true even for an admin."""
     assert edge.call(path, method="GET", token=edge.token(Role.admin))[0] == 404
 
 
@@ -152,7 +152,7 @@ def test_other_sites_cannot_use_or_start_a_session(edge: Edge, site: str) -> Non
 
 @pytest.mark.parametrize("token", ["", "a.b.c", "x" * 5000], ids=["none", "no token", "too long"])
 def test_wrong_token_starts_no_session(edge: Edge, token: str) -> None:
-    """Nor does a token of another role."""
+    """A token of another role does not start a session, either."""
     for refused in (sign_in(edge, token), sign_in(edge, edge.token(Role.service))):
         assert refused[0].status in (401, 403)
         assert refused[0].getheader("set-cookie") is None

@@ -87,7 +87,7 @@ def test_champion_answers_for_a_treatment_without_a_replica(whole: Edge, lost: s
 
 
 def test_requests_in_a_hanging_treatment_go_to_the_champion(whole: Edge) -> None:
-    """Also requests that reached it before the hang was detected."""
+    """This includes requests that reached the treatment before the hang was detected."""
     reached = threading.Event()
     open_connections = []
 
@@ -104,7 +104,7 @@ def test_requests_in_a_hanging_treatment_go_to_the_champion(whole: Edge) -> None
 
 @pytest.mark.parametrize("champion", ["scaled_to_zero", "slow"])
 def test_slow_champion_gets_a_request_once(whole: Edge, champion: str) -> None:
-    """Also if it takes longer than a treatment's hang limit: while it starts from zero, or is slow."""
+    """This is true even if the champion takes longer than a treatment's hang limit: it starts from zero, or is slow."""
     times = []
 
     def answer_late(connection: socket.socket) -> None:

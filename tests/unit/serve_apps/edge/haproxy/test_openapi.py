@@ -34,7 +34,7 @@ def schema_of(operation: str, path: str, status: str) -> Any:
 
 
 def test_schemas_and_references_are_valid() -> None:
-    """And every part is used."""
+    """Every part of the document is used."""
     for schema in DOCUMENT["components"]["schemas"].values():
         Draft202012Validator.check_schema(schema)
     known = {
@@ -67,7 +67,7 @@ def test_edge_serves_the_document_to_authenticated_clients(edge: Edge) -> None:
     ],
 )
 def test_the_edges_own_answers_match_the_document(edge: Edge, method: str, path: str, status: str) -> None:
-    """Without a replica."""
+    """The edge gives these answers without a replica."""
     answered, content = edge.call(path, method=method.upper(), token=edge.token())
     assert answered == (200 if status == "200" else 405)
     Draft202012Validator(schema_of("get", path, status)).validate(content)

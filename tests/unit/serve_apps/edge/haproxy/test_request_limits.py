@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cluster.ledger.events import EdgeLimitSet
 from cluster.security.tokens.roles import Role
-from serve_apps.edge.haproxy.request_limits import Limit, Limited, OwnLimits
+from serve_apps.edge.haproxy.request_limits import DEFAULT_KEY, Limit, Limited, OwnLimits
 from serve_apps.edge.limits import LimitAction, LimitsCommand
 from tests.servers.edge import PREDICT, ROLLOUT, Echo, Edge, Mirror
 from tests.servers.polling import wait_until
@@ -93,7 +93,7 @@ def test_refused_requests_do_not_count(limited: Edge) -> None:
 
 
 def test_too_many_concurrent_requests_are_429(limited: Edge) -> None:
-    """Until one of them has been answered."""
+    """The next request is accepted when one of them has been answered."""
     with Mirror(HeldEcho) as replica, ThreadPoolExecutor(3) as pool:
         limited.load_targets(limited.targets | {"m-v1": (replica.address,)})
         open_requests = [pool.submit(limited.call, token=limited.token(subject="erik")) for _ in range(3)]
@@ -147,11 +147,39 @@ def test_last_limit_of_each_name_counts(changes: list[tuple[Limited, str, int | 
     expected = {key: numbers for key, numbers in last.items() if numbers != (None, None)}
     for kind in Limited:
         entries = own.entries(kind, WIDE)
+        assert entries.pop(DEFAULT_KEY) == "100000|1000"
         assert len(entries) == sum(key[0] is kind for key in expected)
         assert all(key.isascii() and " " not in key and "#" not in key for key in entries)
     for (kind, name), (rate, concurrent) in last.items():
         limit = own.limit(kind, name, WIDE)
         assert limit == Limit(requests_per_s=rate or 100_000, concurrent=concurrent or 1000)
+
+
+@given(
+    rate=st.integers(min_value=1, max_value=1000),
+    concurrent=st.integers(min_value=1, max_value=1000),
+    num_edges=st.integers(min_value=1, max_value=20),
+)
+def test_shares_of_all_edges_are_at_most_the_limit(rate: int, concurrent: int, num_edges: int) -> None:
+    """A limit lower than the number of edges is the exception: each edge still lets one request through."""
+    share = Limit(requests_per_s=rate, concurrent=concurrent).share(num_edges)
+    for part, whole in ((share.requests_per_s, rate), (share.concurrent, concurrent)):
+        assert part * num_edges <= max(whole, num_edges)
+        assert (part + 1) * num_edges > whole
+
+
+def test_default_of_the_map_replaces_the_static_default(edge: Edge) -> None:
+    """So another number of edges needs no reload; an own limit still counts before it."""
+    own = OwnLimits().apply(EdgeLimitSet(limited="principal", name="own", requests_per_s=9, concurrent=None))
+    file = edge.settings.limits.file(Limited.principal)
+    entries = own.entries(Limited.principal, Limit(requests_per_s=6, concurrent=300), num_edges=3)
+    assert entries == {DEFAULT_KEY: "2|100", "own": "3|100"}
+    for key, value in entries.items():
+        edge.haproxy.set_map(file, key, value)
+    answers = flood(edge, *["own"] * 4, *["other"] * 4, predictions=(0, 7))
+    assert [answer.status for answer in answers] == [200, 200, 200, 429, 200, 200, 429, 429]
+    for key in entries:
+        edge.haproxy.del_map(file, key)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +195,7 @@ def test_last_limit_of_each_name_counts(changes: list[tuple[Limited, str, int | 
     ],
 )
 def test_invalid_limit_is_refused(options: dict[str, Any]) -> None:
-    """Before the command contacts the cluster."""
+    """It is refused before the command contacts the cluster."""
     with pytest.raises(ValueError, match=r"limit|name|Name either"):
         LimitsCommand(**options)
     assert LimitsCommand(action=LimitAction.show).name == ""

@@ -46,13 +46,12 @@ def published(
     [
         ("", "127.0.0.1"),
         ("0.0.0.0", "10.0.0.7"),  # noqa: S104
-        ("::", "10.0.0.7"),
         ("127.0.0.1", "127.0.0.1"),
-        ("10.1.0.7", "10.1.0.7"),
+        ("10.1.0.7", "10.0.0.7"),
     ],
 )
 def test_running_replica_is_addressed_directly(host: str, expected: str) -> None:
-    """Whatever the application's status; at the host where Serve's proxy listens."""
+    """Whatever the application's status; on its node, or on loopback if Serve listens there."""
     content = published(status="UNHEALTHY", minimum=None, host=host, ports=(REPLICA, REPLICA + 1))
     if not host:
         del content["http_options"]["host"]
@@ -61,7 +60,7 @@ def test_running_replica_is_addressed_directly(host: str, expected: str) -> None
 
 @pytest.mark.parametrize("deployment", ["HEALTHY", "UPSCALING", "DOWNSCALING"])
 def test_application_scaled_to_zero_is_reached_through_the_proxy(deployment: str) -> None:
-    """It may have no replica, and is healthy: also while one starts, or the last one leaves."""
+    """Such an application is healthy without a replica, also while a replica starts or the last one stops."""
     targets = read_targets(published(deployment=deployment))
     assert targets == {"m-v1": ScaledToZero(("127.0.0.1:8000",))}
 
@@ -83,7 +82,7 @@ def test_other_targets_are_left_out(group: dict[str, Any]) -> None:
 
 
 def test_restarted_serve_controller_removes_no_replica() -> None:
-    """It lists no addresses until it has found its replicas again, which all still answer."""
+    """Serve lists no addresses until it has found its replicas again. Meanwhile, all replicas still answer."""
     with pytest.raises(ValueError, match="replicas of m-v1"):
         read_targets(published(replicas=("RECOVERING",), targets=[]))
     assert read_targets(published(replicas=("STARTING",), targets=[])) == {}
@@ -96,7 +95,7 @@ def scale_to_zero(edge: Edge, proxy: HoldingProxy, *, wake_timeout_s: float) -> 
 
 
 def test_request_waits_for_a_version_scaled_to_zero(whole: Edge, serve_proxy: HoldingProxy) -> None:
-    """It gets the treatment's headers; other requests do not wait."""
+    """The request gets the treatment's headers. Other requests do not wait."""
     scale_to_zero(whole, serve_proxy, wake_timeout_s=20)
     headers: dict[str, str | bytes] = {"X-Unit-ID": treated_unit()}
     with ThreadPoolExecutor(1) as pool:
@@ -112,7 +111,7 @@ def test_request_waits_for_a_version_scaled_to_zero(whole: Edge, serve_proxy: Ho
 
 
 def test_version_that_never_starts_is_an_error_in_time(whole: Edge, serve_proxy: HoldingProxy) -> None:
-    """In JSON, and the edge sends the request once."""
+    """The error is JSON, and the edge sends the request only once."""
     scale_to_zero(whole, serve_proxy, wake_timeout_s=0.3)
     status, content = whole.call(token=whole.token(), headers={"X-Unit-ID": treated_unit()})
     assert (status, content["code"]) == (503, 503)
@@ -133,7 +132,7 @@ class LeavingEcho(Echo):
 
 
 def test_draining_replica_gets_requests_until_its_successor_is_known(whole: Edge) -> None:
-    """It still answers, although its health checks fail."""
+    """The replica still answers, although its health checks fail."""
     with Mirror(LeavingEcho) as replica:
         targets = whole.targets | {"m-v1": (replica.address,)}
         whole.load_targets(targets, timeout=("inter 500ms", "inter 50ms"))
@@ -142,7 +141,7 @@ def test_draining_replica_gets_requests_until_its_successor_is_known(whole: Edge
 
 
 def test_champion_scaled_to_zero_is_ready(whole: Edge) -> None:
-    """It will answer."""
+    """The champion will start a replica and answer."""
     with Mirror() as proxy:
         whole.load_targets(whole.targets | {"m-v1": ScaledToZero((proxy.address,))})
         assert whole.call("/v2/health/ready", method="GET")[0] == 200

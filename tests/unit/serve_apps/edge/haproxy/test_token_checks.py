@@ -272,6 +272,6 @@ def test_issuer_name_cannot_change_the_configuration(word: str) -> None:
 
 
 def test_without_keys_every_token_is_refused(whole: Edge) -> None:
-    """Before the issuer's first answer, and after all its keys were withdrawn."""
+    """There are no keys before the issuer's first answer, and after it has withdrawn all keys."""
     whole.load_targets(keys=())
     wait_until(lambda: whole.call(token=whole.token())[0] == 401)

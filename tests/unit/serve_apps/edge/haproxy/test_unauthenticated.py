@@ -13,7 +13,7 @@ NUMBERS = st.lists(st.integers(min_value=0, max_value=5), max_size=8)
 
 
 def test_unauthenticated_requests_are_counted_by_reason_and_not_logged(edge: Edge) -> None:
-    """Also those that HAProxy cannot parse; a known principal's mistakes are in the access log."""
+    """Requests that HAProxy cannot parse are counted, too. Mistakes of a known principal are in the access log."""
     before, logged = parse_counts(edge.ask(SHOW_COMMAND)), len(edge.records())
     for _ in range(3):
         assert edge.call()[0] == 401

@@ -24,7 +24,7 @@ def load(
 def test_request_waits_until_a_replica_is_up(
     whole: Edge, serve_proxy: HoldingProxy, app: str, known: bool
 ) -> None:
-    """As long as for a version that is scaled to zero; also for `features` and `outcomes`."""
+    """It waits as long as for a version that is scaled to zero. `features` and `outcomes` behave in the same way."""
     others = {name: target for name, target in whole.targets.items() if name != app}
     load(whole, serve_proxy, others | ({app: (f"127.0.0.1:{free_port()}",)} if known else {}))
     path = PREDICT if app == "m-v1" else "/v1/outcomes"
@@ -40,7 +40,7 @@ def test_request_waits_until_a_replica_is_up(
 
 
 def test_requests_with_a_replica_do_not_wait(whole: Edge, serve_proxy: HoldingProxy) -> None:
-    """Nor do those of a treatment without one: its champion answers."""
+    """Requests of a treatment without a replica do not wait, either, because the champion answers."""
     serve_proxy.may_answer.set()
     load(whole, serve_proxy, whole.targets | {"m-v2": (f"127.0.0.1:{free_port()}",)})
     assert whole.call(token=whole.token())[0] == 200

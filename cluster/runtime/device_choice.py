@@ -1,4 +1,4 @@
-"""Choice of the device and the engine for a model version. It is made once, when the version is loaded.
+"""Chooses the device and the engine for a model version, once, when the version is loaded.
 
 A network runs in torch, built from its shape and weights, if the replica has a GPU and torch finds it. Everything else
 runs on the CPU: an ONNX graph in ONNX Runtime, and trees in LightGBM. Two kinds of networks always stay on the CPU: a
@@ -17,7 +17,7 @@ from cluster.runtime.signature import LIGHTGBM_FILE, NETWORK_FILE, ONNX_FILE, WE
 
 LOG = logging.getLogger("falaj.runtime")
 CPU, CUDA = "cpu", "cuda:0"
-"""Torch's names of the devices. Ray shows a replica only its own GPU, which is then the first one."""
+"""Torch's names of the devices. Ray shows a replica only the replica's own GPU, so that GPU is always the first."""
 
 
 class Runner(enum.Enum):
@@ -37,16 +37,16 @@ class Hardware:
     device: str = CPU
     """Torch's name of the device."""
     memory_share: float = 1.0
-    """Share of the GPU's memory. Ray only counts fractions of a GPU and does not enforce them."""
+    """Share of the GPU's memory that torch may use. Ray reserves fractions of a GPU, but does not enforce them."""
 
 
 def replica_hardware(*, num_cpus: float, num_gpus: float, has_cuda: bool) -> Hardware:
     """Return the hardware that a replica with these resources may use.
 
     Args:
-        num_cpus: Reserved CPUs. Less than one CPU is one thread.
-        num_gpus: Reserved GPUs. A fraction is that share of the GPU's memory.
-        has_cuda: Whether torch finds a GPU. It is False for the logical GPUs of a test cluster.
+        num_cpus: Reserved CPUs. A replica with less than one CPU gets one thread.
+        num_gpus: Reserved GPUs. A replica with a fraction of a GPU gets that share of the GPU's memory.
+        has_cuda: Whether torch finds a GPU. A test cluster has only logical GPUs, which torch does not find.
     """
     threads = max(1, int(num_cpus))
     if num_gpus > 0 and has_cuda:
@@ -55,7 +55,7 @@ def replica_hardware(*, num_cpus: float, num_gpus: float, has_cuda: bool) -> Har
 
 
 def find_hardware(*, num_cpus: float, num_gpus: float) -> Hardware:
-    """Return the hardware that this process may use, with a check whether torch finds a GPU."""
+    """Return the hardware that this process may use. If a GPU is reserved, check whether torch finds it."""
     has_cuda = False
     if num_gpus > 0:
         import torch  # takes seconds, so it is imported only with a reserved GPU
@@ -70,7 +70,7 @@ def choose_runner(files: Collection[str], precision: Precision, hardware: Hardwa
     """Return the engine that runs a model with these files.
 
     Raises:
-        RefusedError: The files do not belong to exactly one model.
+        RefusedError: There is neither an ONNX file nor a LightGBM file, or there are both.
     """
     match ONNX_FILE in files, LIGHTGBM_FILE in files:
         case True, False:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from cluster.errors import RefusedError
-from cluster.runtime.hardware import CUDA, Hardware, Runner, choose_runner, find_hardware, replica_hardware
+from cluster.runtime.device_choice import (
+    CUDA,
+    Hardware,
+    Runner,
+    choose_runner,
+    find_hardware,
+    replica_hardware,
+)
 from cluster.runtime.signature import Precision
 
 NETWORK = ["model.json", "model.onnx", "model.safetensors", "network.json"]

@@ -6,12 +6,12 @@ import pyarrow as pa
 
 
 def value_type(column: pa.ChunkedArray) -> pa.DataType:
-    """Return the type of a column's values; for a dictionary-encoded column, the type of the decoded values."""
+    """Return the type of a column's values. For a dictionary-encoded column, it is the type of the decoded values."""
     return column.type.value_type if pa.types.is_dictionary(column.type) else column.type
 
 
 def without_string_views(table: pa.Table) -> pa.Table:
-    """Return the table with `string_view` columns as `string`, because several of Arrow's functions lack that type."""
+    """Return the table with `string_view` columns as `string`. Several Arrow functions do not support `string_view`."""
     fields = [
         field.with_type(pa.string()) if pa.types.is_string_view(field.type) else field
         for field in table.schema

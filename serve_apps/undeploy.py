@@ -1,4 +1,4 @@
-"""Remove the application of a version that gets no requests; its files, its log and its events stay."""
+"""Remove the application of a version that gets no requests. The version's files, log and events stay."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cluster.security.acting import Actor
 from cluster.security.authorization.policy import Action
 from cluster.settings import PlatformConfig
 from serve_apps.apps import app_name, remove_app
-from serve_apps.edge.control.edge_state import wait_until_applied
+from serve_apps.edge.control.waiting import wait_until_applied
 from serve_apps.rollout.serving_state import ModelState, read_states
 
 
 def require_number(version: str) -> None:
-    """Require a version number, because `latest` or an alias can change its meaning before the removal.
+    """Require a version number, because `latest` or an alias may mean another version before the removal.
 
     Raises:
         RefusedError: `version` is `latest` or an alias.
@@ -28,9 +28,9 @@ def require_number(version: str) -> None:
 def remove(
     config: PlatformConfig, ledger: Ledger, actor: Actor, version: ModelVersion, *, reason: str
 ) -> str:
-    """Record the removal of a version's application in the ledger, then remove it; return its name.
+    """Record the removal of a version's application in the ledger, remove the application, and return its name.
 
-    Idempotent: a second run finishes what an interrupted one has left.
+    Idempotent: a second run finishes what an interrupted run has not done.
 
     Raises:
         AccessDenied: the actor may not deploy the version.
@@ -50,7 +50,7 @@ def remove(
     event = DeploymentRemoved(name=version.name, version=version.version, app=app, reason=reason)
     seq = ledger.append(event, actor=actor.name).seq
     _undo_if_used(ledger, actor, version)
-    wait_until_applied(config, seq)
+    wait_until_applied(config, ledger, seq)
     remove_app(app)
     return app
 
@@ -64,10 +64,10 @@ def _require_unused(version: ModelVersion, state: ModelState) -> None:
 
 
 def _undo_if_used(ledger: Ledger, actor: Actor, version: ModelVersion) -> None:
-    """Append the version's last deployment again, if another command has started to use the version meanwhile.
+    """If another command uses the version since the removal was checked, append the version's last deployment again.
 
     Raises:
-        RefusedError: the version is used again.
+        RefusedError: another command uses the version.
     """
     state = read_states(ledger).get(version.name, ModelState())
     try:

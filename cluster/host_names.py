@@ -1,0 +1,33 @@
+"""Host names and addresses in the configuration."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable
+
+_HOST_NAME = re.compile(r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?")
+
+
+def is_address(text: str) -> bool:
+    """Return whether a text is an IP address."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def require_edge_names(host: str | None, names: Iterable[str]) -> None:
+    """Require that `cluster.edge_host` is an address, and that `cluster.edge_names` are host names or addresses.
+
+    Raises:
+        ValueError: A value is neither.
+    """
+    if host is not None and not is_address(host):
+        raise ValueError(f"cluster.edge_host must be an address such as 10.0.0.1, got '{host}'.")
+    for name in names:
+        if not (_HOST_NAME.fullmatch(name) or is_address(name)):
+            raise ValueError(
+                f"cluster.edge_names takes host names and addresses such as [api.example.com], got '{name}'."
+            )

@@ -1,0 +1,112 @@
+"""`make bench BENCH=rollout`: time of a weight change, from the append of its event until every edge has applied it.
+
+It is what a command waits for: 200 changes, each after the one before. Cases: one edge with SQLite, and one and three
+edges with PostgreSQL, which run in processes of their own with a real HAProxy each. Without PostgreSQL only the first
+case runs. There is no peer: Ray Serve has no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import numpy as np
+
+# This file is run by its path, so Python does not add the project's root to `sys.path`.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from cluster.ledger import Ledger
+from cluster.ledger.events import RolloutWeightChanged
+from cluster.settings import PlatformConfig, StorageConfig
+from serve_apps.edge.control.live_edges import ensure_table, read_edges, uses_table
+from serve_apps.edge.control.waiting import wait_until_applied
+from tests.samples.rollouts import DEPLOYED, STARTED
+from tests.servers.controller import new_controller
+from tests.servers.postgresql import is_installed, running_server
+
+CHANGES, PAUSE_S, START_S = 200, 0.02, 60.0
+
+
+def run_edge(root: str, url: str, stopped: Event) -> None:
+    """Run an edge until it is stopped."""
+    with new_controller(Path(root), ledger=Ledger(url)) as edge:
+        edge.thread.start()
+        stopped.wait()
+
+
+def wait_for_edges(ledger: Ledger, config: PlatformConfig, num_edges: int) -> None:
+    """Wait until all edges are live and serve."""
+    deadline = time.monotonic() + START_S
+    while uses_table(ledger) and time.monotonic() < deadline:
+        ensure_table(ledger)
+        with ledger.engine.connect() as connection:
+            if sum(edge.is_live for edge in read_edges(connection)) == num_edges:
+                break
+        time.sleep(0.1)
+    wait_until_applied(config, ledger, ledger.head(), app="m-v2")
+
+
+def measure(folder: Path, url: str, *, num_edges: int) -> list[float]:
+    """Return the seconds that each change took."""
+    config = PlatformConfig(storage=StorageConfig(root=str(folder)))
+    ledger = Ledger(url)
+    for event in (*DEPLOYED, STARTED):
+        ledger.append(event, actor="bench")
+    context = multiprocessing.get_context("spawn")
+    stopped = context.Event()
+    roots = [folder / name for name in ("edge", "edge2", "edge3")[:num_edges]]
+    edges = [context.Process(target=run_edge, args=(str(root), url, stopped)) for root in roots]
+    for edge in edges:
+        edge.start()
+    try:
+        wait_for_edges(ledger, config, num_edges)
+        return [change_weight(config, ledger, weight=1 + number % 40) for number in range(CHANGES)]
+    finally:
+        stopped.set()
+        for edge in edges:
+            edge.join()
+        ledger.close()
+
+
+def change_weight(config: PlatformConfig, ledger: Ledger, *, weight: float) -> float:
+    """Change the weight, and return the seconds until every edge has applied it."""
+    began = time.perf_counter()
+    event = RolloutWeightChanged(model="m", rollout="r", weight=weight)
+    wait_until_applied(config, ledger, ledger.append(event, actor="bench").seq)
+    taken = time.perf_counter() - began
+    time.sleep(PAUSE_S)
+    return taken
+
+
+def main() -> None:
+    """Measure and write the results."""
+    results = []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        cases = {"sqlite_1": (f"sqlite:///{folder}/ledger.db", 1)}
+        if is_installed():
+            for num_edges in (1, 3):
+                cases[f"postgresql_{num_edges}"] = (stack.enter_context(running_server()), num_edges)
+        else:
+            print("PostgreSQL is not installed, so several edges are not measured")
+        for case, (url, num_edges) in cases.items():
+            (folder / case).mkdir()
+            taken_ms = 1000 * np.array(measure(folder / case, url, num_edges=num_edges))
+            p50, p99 = np.percentile(taken_ms, (50, 99))
+            results += [
+                {"system": "falaj", "case": case, "metric": metric, "value": float(value), "unit": "ms"}
+                for metric, value in (("p50_ms", p50), ("p99_ms", p99))
+            ]
+            print(f"{case:13} p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {taken_ms.max():.1f} ms")
+    output = Path(".falaj/bench/rollout.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
