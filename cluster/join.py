@@ -21,6 +21,7 @@ from omegaconf import MISSING
 
 from cluster.entrypoint import compose_platform, job
 from cluster.errors import ClusterAlreadyUp, ConfigError
+from cluster.host.this_node import is_loopback
 from cluster.ledger import open_ledger
 from cluster.membership import join_token
 from cluster.membership.admission import Application, new_key_and_request, proof_path
@@ -68,7 +69,6 @@ from cluster.session import ClusterRecord, find_own_record, write_record
 from cluster.settings import PlatformConfig
 from cluster.storage import exists, file_system, layout, local, resolve
 from cluster.supervisor.daemons import save_commands
-from cluster.this_node import is_loopback
 
 OWN_SETTINGS = ("cluster.", "storage.local=")
 NEEDED_PORTS = ("ray_metrics", "dashboard", "serve_http", "replicas", "supervisor_metrics", "broker_metrics")

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import sqlalchemy as sa
 
-from cluster import processes
 from cluster.entrypoint import compose_platform, job
 from cluster.errors import ClusterNotRunning, ConfigError, FalajError
+from cluster.host import processes
 from cluster.ledger import open_ledger
 from cluster.ledger.events import NodeLeft
 from cluster.membership.departure import leave_membership

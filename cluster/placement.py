@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.errors import ConfigError
-from cluster.this_node import this_node
+from cluster.host.this_node import this_node
 
 REGION_LABEL, NODE_LABEL = "ray.io/availability-region", "ray.io/node-id"
 

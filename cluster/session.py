@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 
 from cluster.errors import ClusterNotRunning, ConfigError
 from cluster.errors import refusal_behind as refusal_behind
-from cluster.port_owner import PortState, listener_uid
-from cluster.processes import cluster_of_listener, port_answers
+from cluster.host.port_owner import PortState, listener_uid
+from cluster.host.processes import cluster_of_listener, port_answers
+from cluster.host.this_node import LOOPBACK_ADDRESS, RECORD_VARIABLE, is_loopback
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import RECORD_NAME, ROOT_VARIABLE, Layout, layout, write_bytes
-from cluster.this_node import LOOPBACK_ADDRESS, RECORD_VARIABLE, is_loopback
 
 NAMESPACE = "falaj"
 _RAY_NETWORK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"

@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
-from cluster.host_names import require_edge_names
+from cluster.host.names import require_edge_names
+from cluster.host.this_node import LOOPBACK_ADDRESS, is_loopback
 from cluster.placement import PlacementConfig
-from cluster.this_node import LOOPBACK_ADDRESS, is_loopback
 
 _ISSUER_WORD = re.compile(r"[A-Za-z0-9._~:/?@+,=%-]{1,200}")
 _CLAIM = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")

@@ -19,12 +19,12 @@ from typing import Any
 
 import psutil
 
-from cluster import processes
 from cluster.entrypoint import job
+from cluster.host import processes
+from cluster.host.port_owner import open_own
 from cluster.node.other_nodes import NodeStatus, node_statuses
 from cluster.node.parts import Part, PartStatus, State, inspect_parts, not_running
 from cluster.node.permissions import permission_problems
-from cluster.port_owner import open_own
 from cluster.session import ClusterRecord, addresses, require_recorded_cluster, require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.supervisor.head import restore_is_due

@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from cluster.errors import ConfigError
+from cluster.host.this_node import this_node
 from cluster.settings import Durability, PlatformConfig, StorageConfig
-from cluster.this_node import this_node
 
 ROOT_VARIABLE = "FALAJ_PROJECT_ROOT"
 RECORD_NAME = "cluster.json"

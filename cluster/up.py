@@ -13,9 +13,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from cluster import processes
 from cluster.entrypoint import compose_platform, job
 from cluster.errors import ClusterAlreadyUp, ConfigError
+from cluster.host import processes
 from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
 from cluster.ledger.events import ClusterStarted

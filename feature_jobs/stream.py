@@ -15,6 +15,7 @@ from pathlib import Path
 from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
 from cluster.errors import CommitConflict, DefinitionError
+from cluster.host.signals import set_on_signal
 from cluster.ledger import Ledger, open_ledger
 from cluster.placement import find_nodes
 from cluster.security.acting import Actor, create_actor
@@ -22,7 +23,6 @@ from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
 from cluster.session import attach, require_running_cluster
 from cluster.settings import PlatformConfig
-from cluster.signals import set_on_signal
 from cluster.storage import layout, resolve
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ViewSpec, view_spec

@@ -18,13 +18,13 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 
 from cluster.entrypoint import job
+from cluster.host.this_node import LOOPBACK_ADDRESS
 from cluster.placement import find_nodes, options
 from cluster.security.tls.certificates import NODE_CERTIFICATE_NAME, NODE_KEY_NAME
 from cluster.session import ClusterRecord, attach, require_recorded_cluster
 from cluster.settings import Durability, FeaturesConfig, OnlineConfig, OnlineKind, PlatformConfig
 from cluster.settings_conversion import to_plain
 from cluster.storage import layout, local, write_json
-from cluster.this_node import LOOPBACK_ADDRESS
 from serve_apps.apps import OPTIONS, DeployFailed, is_running, run
 from serve_apps.edge.haproxy.split import FEATURES_APP, OUTCOMES_APP
 from serve_apps.features.features import Features

@@ -22,7 +22,7 @@ import psutil
 
 # This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cluster import processes
+from cluster.host import processes
 from tests.clients.under_load import UnderLoad
 from tests.integration.conftest import Project
 from tests.projects import scoring

@@ -8,13 +8,13 @@ import threading
 from pathlib import Path
 
 from cluster.entrypoint import job
+from cluster.host.signals import set_on_signal
 from cluster.ledger import open_ledger
 from cluster.membership.members import Members
 from cluster.membership.service import NodeService
 from cluster.membership.transport import Server
 from cluster.session import require_recorded_cluster
 from cluster.settings import PlatformConfig
-from cluster.signals import set_on_signal
 
 
 @job("cluster", PlatformConfig)

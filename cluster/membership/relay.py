@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from cluster.entrypoint import job
 from cluster.errors import AccessDenied, FalajError
+from cluster.host.signals import set_on_signal
 from cluster.membership.head_client import ANSWER_S, HeadClient
 from cluster.membership.service import DASHBOARD
 from cluster.membership.splice import splice
@@ -28,7 +29,6 @@ from cluster.security.keys.wire import error_to_plain, receive, send
 from cluster.security.tokens.issuer import JWKS_NAME, replace_private_file
 from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
-from cluster.signals import set_on_signal
 from cluster.storage import local
 
 FOR_THE_HEAD = ("intent", "deposit", "service_token")

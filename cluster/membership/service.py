@@ -20,6 +20,7 @@ from socket import AF_UNIX, SOCK_STREAM
 from urllib.parse import urlsplit
 
 from cluster.errors import AccessDenied, ConfigError, FalajError, InvalidRequest, Unauthenticated
+from cluster.host.port_owner import require_own_peer
 from cluster.ledger import Ledger
 from cluster.ledger.events import NodeLeft
 from cluster.membership.admission import Application, admit, fingerprint
@@ -27,7 +28,6 @@ from cluster.membership.members import Member, Members
 from cluster.membership.release import release
 from cluster.membership.splice import splice
 from cluster.membership.transport import Peer
-from cluster.port_owner import require_own_peer
 from cluster.security.keys.store import KeyStoreUnavailable
 from cluster.security.keys.wire import error_to_plain, receive, send
 from cluster.security.tls.certificates import NODE_CERTIFICATE_NAME

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 import sqlalchemy as sa
 
 from cluster.errors import ConfigError
+from cluster.host.this_node import is_loopback
 from cluster.settings import OnlineKind, PlatformConfig
 from cluster.storage import is_uri
-from cluster.this_node import is_loopback
 
 
 def require_shared_state(config: PlatformConfig) -> None:

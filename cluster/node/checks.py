@@ -6,8 +6,8 @@ import os
 import shutil
 from collections.abc import Mapping
 
-from cluster import processes
 from cluster.errors import CompilerMissing, ConfigError, PortInUse
+from cluster.host import processes
 from cluster.node.edge_address import edge_hosts
 from cluster.settings import ClusterConfig
 

@@ -6,7 +6,7 @@ import datetime as dt
 import os
 from dataclasses import asdict, fields
 
-from cluster import processes
+from cluster.host import processes
 from cluster.session import ClusterRecord
 from cluster.settings import PlatformConfig, PortsConfig
 from cluster.storage import layout, project_root

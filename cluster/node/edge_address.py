@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 
+from cluster.host.this_node import LOOPBACK_ADDRESS
 from cluster.settings import ClusterConfig
-from cluster.this_node import LOOPBACK_ADDRESS
 
 
 def edge_hosts(config: ClusterConfig) -> list[str]:

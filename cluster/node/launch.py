@@ -15,14 +15,14 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import processes
 from cluster.errors import FalajError
+from cluster.host import processes
+from cluster.host.this_node import RECORD_VARIABLE
 from cluster.node.parts import Part, find_parts
 from cluster.security.encryption.scratch import memory_folder
 from cluster.session import ClusterRecord, network_environment, record_path, tls_environment
 from cluster.settings import PlatformConfig
 from cluster.storage import ROOT_VARIABLE, layout, local, resolve
-from cluster.this_node import RECORD_VARIABLE
 
 START_DEADLINE_S = 60.0
 RAY_START_S = 180.0

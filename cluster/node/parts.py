@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster import processes
+from cluster.host import processes
 from cluster.security.keys.client import is_broker_alive
 from cluster.session import ClusterRecord
 

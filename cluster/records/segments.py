@@ -28,7 +28,7 @@ from pathlib import Path
 
 import orjson
 
-from cluster.fsync import sync_folder
+from cluster.host.fsync import sync_folder
 from cluster.records.blocks import Block
 from cluster.records.location import MAX_AGE_S
 from cluster.records.schema import Record

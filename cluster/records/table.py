@@ -22,7 +22,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, RemoveAction
 
 from cluster.errors import CommitConflict, RecordLogCorrupt
-from cluster.fsync import sync_file, sync_folder
+from cluster.host.fsync import sync_file, sync_folder
 from cluster.records.columns import LINE, SEGMENT, schema, to_record
 from cluster.security.encryption.parquet import ProtectedFiles, Protection
 from cluster.storage import file_system, is_uri

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from cluster.entrypoint import job
 from cluster.errors import ConfigError, Inconsistent, RecordLogCorrupt
+from cluster.host.signals import set_on_signal
 from cluster.ledger import Ledger, open_ledger
 from cluster.records.blocks import SILENT_S, abandoned_segments, remove_blocks, seal, segment_sizes
 from cluster.records.compaction import adopt_local_table, remove_unfinished
@@ -40,7 +41,6 @@ from cluster.records.location import KINDS, LogLocation, local_node, location_at
 from cluster.records.progress import forget, report
 from cluster.records.segments import SUFFIX, list_segments
 from cluster.settings import PlatformConfig
-from cluster.signals import set_on_signal
 from cluster.storage import Layout, create_bytes, layout, read_bytes
 
 EVERY_S = 5.0

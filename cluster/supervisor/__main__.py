@@ -20,9 +20,10 @@ from pathlib import Path
 import sqlalchemy as sa
 from prometheus_client import CollectorRegistry
 
-from cluster import processes
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
+from cluster.host import processes
+from cluster.host.signals import set_on_signal
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ProcessRestarted
 from cluster.membership.departure import has_ended, remove_membership
@@ -34,7 +35,6 @@ from cluster.node.scheduling import wait_for_turn
 from cluster.security.private_folder import ensure_private_folder
 from cluster.session import ClusterRecord, find_record, require_recorded_cluster
 from cluster.settings import PlatformConfig
-from cluster.signals import set_on_signal
 from cluster.supervisor import head
 from cluster.supervisor.machine import JoinedNode, Reporter, ThisMachine
 from cluster.supervisor.metrics import SupervisorMetrics

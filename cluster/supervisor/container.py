@@ -14,13 +14,13 @@ import sys
 import threading
 
 from cluster.entrypoint import job
+from cluster.host.signals import set_on_signal
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ModelDeployed
 from cluster.node.locks import container_lock
 from cluster.node.parts import Part, find_parts
 from cluster.session import find_own_record
 from cluster.settings import PlatformConfig
-from cluster.signals import set_on_signal
 from cluster.supervisor.head import request_restore
 
 CHECK_EVERY_S = 10.0

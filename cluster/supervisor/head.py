@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from cluster import processes
 from cluster.errors import ConfigError
+from cluster.host import processes
 from cluster.node.launch import cluster_overrides, gcs_folder, run_command, start_ray, start_serve
 from cluster.node.parts import RAY_PARTS, part_of
 from cluster.security.private_folder import ensure_private_folder

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from cluster import processes
 from cluster.errors import FalajError
+from cluster.host import processes
 from cluster.membership.head_client import HeadClient
 from cluster.node.launch import (
     edge_log,

@@ -19,17 +19,17 @@ import sqlalchemy as sa
 from prometheus_client import CollectorRegistry
 
 from cluster.entrypoint import job
+from cluster.host.processes import ID_VARIABLE
+from cluster.host.signals import set_on_signal
 from cluster.ledger import Ledger, open_ledger
 from cluster.metrics import serve_metrics
 from cluster.node.edge_address import edge_hosts
 from cluster.node.scheduling import wait_for_turn
-from cluster.processes import ID_VARIABLE
 from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tls.certificates import EDGE_NAME
 from cluster.security.tokens.trust import Trust, access_rules
 from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
-from cluster.signals import set_on_signal
 from cluster.storage import layout, local
 from serve_apps.edge.control.controller import Controller
 from serve_apps.edge.control.edge_state import state_file

@@ -9,7 +9,7 @@ import ssl
 import time
 from collections.abc import Callable, Collection, Mapping
 
-from cluster.port_owner import require_own_peer
+from cluster.host.port_owner import require_own_peer
 from serve_apps.replica.targets import uses_tls
 
 INTERVAL_S, FIRST_RETRY_S = 10.0, 1.0

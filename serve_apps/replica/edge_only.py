@@ -13,8 +13,8 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import AccessDenied
+from cluster.host.this_node import this_node
 from cluster.storage import Layout
-from cluster.this_node import this_node
 from serve_apps.replica.edge_headers import PROOF, edge_proof
 from serve_apps.replica.http import refusal
 

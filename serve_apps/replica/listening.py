@@ -21,7 +21,7 @@ from ray.serve._private import http_util
 from ray.serve.config import HTTPOptions
 
 from cluster.errors import ConfigError
-from cluster.this_node import LOOPBACK_ADDRESS, RECORD_VARIABLE, this_node
+from cluster.host.this_node import LOOPBACK_ADDRESS, RECORD_VARIABLE, this_node
 from serve_apps.replica.targets import is_loopback
 
 _REPLICA = "ray.serve._private.replica"

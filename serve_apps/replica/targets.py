@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.port_owner import open_own
+from cluster.host.port_owner import open_own
 from cluster.session import ClusterRecord
 
 RUNNING = "RUNNING"

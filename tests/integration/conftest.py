@@ -18,7 +18,7 @@ import polars as pl
 import psutil
 import pytest
 
-from cluster import processes
+from cluster.host import processes
 from cluster.ledger import Ledger, open_ledger
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess

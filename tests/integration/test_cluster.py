@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cluster import processes
+from cluster.host import processes
 from cluster.ledger.events import (
     ClusterStarted,
     ClusterStopped,

@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import processes
+from cluster.host import processes
 from cluster.security.tls.certificates import ensure_tls
 from cluster.security.tokens.issuer import ensure_issuer
 from cluster.session import write_record

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster import processes
+from cluster.host import processes
 from cluster.ledger import Ledger
 from cluster.ledger.events import NodeJoined, NodeLeft
 from cluster.security.tokens.issuer import mint_token

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from cluster import processes
+from cluster.host import processes
 from cluster.node.parts import Part, inspect_parts, not_running
 from cluster.security.tls.certificates import EDGE_NAME, ensure_tls
 from cluster.storage import Layout

@@ -16,7 +16,7 @@ import polars as pl
 import psutil
 import pytest
 
-from cluster import processes
+from cluster.host import processes
 from cluster.ledger.events import SkewChecked
 from cluster.records import PredictionRecord, SegmentWriter, count_records, read_predictions
 from cluster.security.keys.access import key_store

@@ -11,7 +11,7 @@ import signal
 import psutil
 from polars.testing import assert_frame_equal
 
-from cluster import processes
+from cluster.host import processes
 from cluster.ledger.chain import verify_chain
 from cluster.ledger.events import PredictionsCompacted
 from cluster.records import count_records, read_outcomes, read_predictions

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import psutil
 
-from cluster import processes
+from cluster.host import processes
 from cluster.ledger.events import BatchIngested
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import view_spec

@@ -11,7 +11,7 @@ import socket
 import psutil
 import pytest
 
-from cluster.processes import port_is_free
+from cluster.host.processes import port_is_free
 
 FIRST, LAST = 20_000, 32_000
 _drawn: set[int] = set()

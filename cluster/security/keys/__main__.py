@@ -11,6 +11,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from cluster.entrypoint import job
+from cluster.host.signals import set_on_signal
 from cluster.ledger import open_ledger
 from cluster.ledger.events import KeyRelabelled
 from cluster.metrics import serve_metrics
@@ -25,7 +26,6 @@ from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.trust import Trust
 from cluster.session import require_recorded_cluster
 from cluster.settings import PlatformConfig
-from cluster.signals import set_on_signal
 from cluster.storage import layout
 
 FLUSH_S = 60.0

@@ -1,7 +1,8 @@
 """Address and identity for the key broker, as plain data for workers. Each process opens its own connection.
 
-A worker can run on another node than its job. There the paths are the node's own (`cluster/this_node.py`). A node that
-joined has no dev issuer and not the job's intent: it gets the tokens through its key broker's socket from the head.
+A worker can run on another node than its job. There the paths are the node's own (`cluster/host/this_node.py`). A node
+that joined has no dev issuer and not the job's intent: it gets the tokens through its key broker's socket from the
+head.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import FalajError
+from cluster.host.this_node import this_node
 from cluster.security.keys.client import BrokerKeyStore, ask_broker
 from cluster.security.keys.store import KeyStore, KeyStoreUnavailable
 from cluster.security.tokens.intent import read_intent
@@ -22,7 +24,6 @@ from cluster.security.tokens.source import RENEW_S, TokenSource
 from cluster.security.tokens.trust import Trust
 from cluster.settings import IssuerConfig, PlatformConfig
 from cluster.storage import Layout, resolve
-from cluster.this_node import this_node
 
 if TYPE_CHECKING:
     from cluster.session import ClusterRecord

@@ -18,7 +18,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from cluster.errors import ConfigError
-from cluster.fsync import sync_folder
+from cluster.host.fsync import sync_folder
 from cluster.security.keys.store import KeyFileRefused
 
 KEK_BYTES = 32

@@ -21,7 +21,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 
 from cluster.errors import ConfigError
-from cluster.fsync import sync_folder
+from cluster.host.fsync import sync_folder
 from cluster.security.keys.kek import KEK_BYTES, Derivation, create_kek_file, kek_from_file
 from cluster.security.keys.ringfile import (
     Entry,

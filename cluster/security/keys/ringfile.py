@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cluster.errors import RefusedError
-from cluster.fsync import sync_folder
+from cluster.host.fsync import sync_folder
 from cluster.security.keys.kek import Derivation
 from cluster.security.keys.store import KeyEncryptionKeyWrong, KeyInfo, KeyringDamaged, canonical
 

@@ -28,7 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError
-from cluster.host_names import is_address
+from cluster.host.names import is_address
 from cluster.security.tokens.issuer import replace_private_file
 from cluster.settings import StorageConfig
 from cluster.storage import Layout, layout, local

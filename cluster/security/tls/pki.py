@@ -10,7 +10,7 @@ from pathlib import Path
 from cryptography import x509
 
 from cluster.errors import ConfigError
-from cluster.host_names import is_address
+from cluster.host.names import is_address
 from cluster.security.keys.configured import connect_to_vault
 from cluster.security.keys.vault_session import issue_certificate
 from cluster.security.tls.certificates import (

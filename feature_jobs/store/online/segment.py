@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cluster.errors import OnlineStoreUnavailable
-from cluster.fsync import sync_folder
+from cluster.host.fsync import sync_folder
 from feature_jobs.store.online.addresses import ADDRESS_BYTES
 
 MAGIC = b"FALAJROW"

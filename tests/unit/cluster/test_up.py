@@ -16,8 +16,9 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from cluster import processes, up
+from cluster import up
 from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
+from cluster.host import processes
 from cluster.node import checks
 from cluster.node.launch import remove_folders
 from cluster.node.parts import BROKER, Part, PartStatus, State

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import processes
 from cluster.errors import ConfigError
+from cluster.host import processes
 from cluster.node.launch import end_all
 from cluster.node.locks import command_lock, is_watched_by, supervisor_lock
 from cluster.node.parts import (

@@ -17,9 +17,9 @@ from ray.serve.config import HTTPOptions
 from starlette.responses import JSONResponse
 
 from cluster.errors import ConfigError
+from cluster.host.this_node import RECORD_VARIABLE
 from cluster.security.tls.certificates import ensure_tls, write_node_certificate
 from cluster.storage import Layout
-from cluster.this_node import RECORD_VARIABLE
 from serve_apps.predictor.shadow_replicas import Connections
 from serve_apps.replica import listening
 from serve_apps.replica.direct import DirectAnswers, middlewares

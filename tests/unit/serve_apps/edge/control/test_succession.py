@@ -24,7 +24,7 @@ from serve_apps.replica.targets import ScaledToZero
 HOLDER = """
 import signal, sys, threading
 from pathlib import Path
-from cluster.signals import set_on_signal
+from cluster.host.signals import set_on_signal
 from serve_apps.edge.control.succession import SIGNAL, sole_controller
 stopped = threading.Event()
 if sys.argv[2] == "willing":

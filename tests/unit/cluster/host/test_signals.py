@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.signals import set_on_signal
+from cluster.host.signals import set_on_signal
 
 
 @pytest.fixture(autouse=True)

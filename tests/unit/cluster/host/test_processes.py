@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from cluster import processes
+from cluster.host import processes
 from cluster.node.parts import Part, processes_by_part
 from tests.processes.other_user import NOBODY, needs_root
 
@@ -63,7 +63,7 @@ def test_job_finds_its_parents_but_does_not_end_them(started: ExitStack) -> None
     """A raylet starts every job. Without its parents, `cluster.status` in a job would report the raylet as dead."""
     cluster_id = f"{os.getpid()}-job"
     job = (
-        "import os; from cluster import processes; "
+        "import os; from cluster.host import processes; "
         f"pids = [process.pid for process in processes.find({cluster_id!r})]; "
         f"print(os.getppid() in pids, processes.end({cluster_id!r}))"
     )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.port_owner import NotOurServer, listener_uid, open_own, require_own_peer
+from cluster.host.port_owner import NotOurServer, listener_uid, open_own, require_own_peer
 from tests.processes.other_user import needs_root, start_as_nobody
 from tests.servers.ports import free_port
 

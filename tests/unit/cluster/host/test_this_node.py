@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import ConfigError
+from cluster.host.this_node import RECORD_VARIABLE, is_loopback, this_node
 from cluster.node.description import describe_machine
 from cluster.placement import PlacementConfig, find_nodes, options
 from cluster.security.keys import access as key_access
@@ -18,7 +19,6 @@ from cluster.security.tokens.source import TokenSource
 from cluster.session import ClusterRecord, find_record
 from cluster.settings import ClusterConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout, layout
-from cluster.this_node import RECORD_VARIABLE, is_loopback, this_node
 
 ROOT = "s3://bucket/falaj"
 SENT = Layout(ROOT, "/head/.falaj")

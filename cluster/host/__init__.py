@@ -1,0 +1,1 @@
+"""This machine: its processes, signals, ports and disk, and its node of a cluster."""
