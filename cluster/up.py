@@ -67,7 +67,7 @@ from cluster.security.private_folder import ensure_private_folder, remove_access
 from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tls.certificates import ensure_tls
 from cluster.security.tls.pki import fetch_certificates
-from cluster.security.tokens.issuer import ensure_issuer, write_private_file
+from cluster.security.tokens.issuer import ensure_issuer, ensure_secret
 from cluster.security.tokens.principal import current_actor
 from cluster.session import (
     METRICS_PORTS,
@@ -306,8 +306,7 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
         fetch_certificates(storage, vault, names=(record.address, *edge_names(config.cluster)))
     else:
         ensure_tls(storage, addresses=(record.address,), edge_names=edge_names(config.cluster))
-    if not Path(record.token_path).exists():
-        write_private_file(Path(record.token_path), secrets.token_hex(32).encode())
+    ensure_secret(Path(record.token_path))
     for scratch_folder in (Path(storage.runs), memory_folder(otherwise=Path(storage.runs))):
         remove_abandoned(scratch_folder)
     if Path(record.runtime_folder).exists():
