@@ -155,6 +155,7 @@ def join(config: JoinConfig, own: list[str]) -> None:
         region=config.cluster.region,
         num_cpus=config.cluster.num_cpus,
         num_gpus=config.cluster.num_gpus,
+        edge=config.edge,
         signing_request=signing_request,
     )
     tls = local(layout(config.storage).tls)

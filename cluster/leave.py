@@ -142,7 +142,10 @@ def find_member(members: list[Member], wanted: str) -> Member:
     Raises:
         ConfigError: there is none, or there are several.
     """
-    found = [member for member in members if wanted in (member.node_id, member.name, member.address)]
+    # A node chooses its own name, so it must not hide another node's id.
+    found = [member for member in members if member.node_id == wanted] or [
+        member for member in members if wanted in (member.name, member.address)
+    ]
     if len(found) == 1:
         return found[0]
     known = ", ".join(f"{member.node_id} ({member.name}, {member.address})" for member in members) or "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from cluster.errors import ConfigError, InvalidRequest, Unauthenticated
+from cluster.host_names import is_address
 from cluster.ledger import Ledger
 from cluster.ledger.events import NodeJoined, NodeLeft
 from cluster.membership import join_token
-from cluster.membership.members import current_members
+from cluster.membership.members import HEAD, Member, current_members
 from cluster.membership.shared_state import require_shared_state
 from cluster.membership.transport import Peer
 from cluster.security.tls.certificates import CA_NAME, is_foreign_authority, sign_node_key
@@ -43,6 +44,8 @@ class Application:
     region: str
     num_cpus: int
     num_gpus: int
+    edge: bool
+    """Whether the machine runs an edge, and its certificate needs the names of the cluster's edges."""
     signing_request: str
     """Certificate signing request, as PEM. The machine keeps the key."""
 
@@ -58,7 +61,7 @@ class Application:
             InvalidRequest: a field is missing or has a wrong type.
         """
         values = {field: message.get(field) for field in cls.__slots__}
-        kinds = {"num_cpus": int, "num_gpus": int}
+        kinds = {"num_cpus": int, "num_gpus": int, "edge": bool}
         for field, value in values.items():
             if not isinstance(value, kinds.get(field, str)):
                 raise InvalidRequest(f"A request to join needs '{field}'.")
@@ -115,16 +118,12 @@ def admit(
             f"cluster.address={application.address} is not the address that the head sees ({peer.address}). Set "
             "cluster.address to it; nodes behind address translation cannot join."
         )
-    if not _NAME.fullmatch(application.name):
-        raise InvalidRequest("A node's name has letters, digits, '.' and '-'.")
+    members = current_members(ledger, record.cluster_id).values()
+    _check_name(application, members)
     certificate, shown = _certificate(
         application, peer, tls=local(places.tls), edge_names=config.cluster.edge_names
     )
-    replaced = [
-        member
-        for member in current_members(ledger, record.cluster_id).values()
-        if member.address == application.address
-    ]
+    replaced = [member for member in members if member.address == application.address]
     if application.address == record.address or any(member.node_id in alive for member in replaced):
         raise ConfigError(
             f"Another node of the cluster has the address {application.address} and is alive. Run "
@@ -161,6 +160,27 @@ def admit(
     }
 
 
+def _check_name(application: Application, members: Iterable[Member]) -> None:
+    """Require a name that can be no address, and that means no other node to an operator.
+
+    Raises:
+        InvalidRequest: it is an address, or has other characters.
+        ConfigError: another node has the name.
+    """
+    name = application.name
+    if not _NAME.fullmatch(name) or is_address(name):
+        raise InvalidRequest("A node's name has letters, digits, '.' and '-', and is not an address.")
+    taken = {HEAD}
+    for member in members:
+        if member.address != application.address:
+            taken.update((member.name.lower(), member.node_id))
+    if name.lower() in taken:
+        raise ConfigError(
+            f"Another node of the cluster is named '{name}'. Choose another name with name=…; if that node is dead, "
+            "run `python -m cluster.leave node=…` on the head first."
+        )
+
+
 def _certificate(
     application: Application, peer: Peer, *, tls: Path, edge_names: Collection[str]
 ) -> tuple[str | None, str]:
@@ -183,7 +203,7 @@ def _certificate(
         authority=tls,
         name=application.name,
         addresses=[application.address],
-        edge_names=edge_names,
+        other_names=edge_names if application.edge else (),
     )
     return certificate.decode(), fingerprint(certificate)
 

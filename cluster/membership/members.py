@@ -11,6 +11,8 @@ import sqlalchemy as sa
 from cluster.ledger import Ledger
 from cluster.ledger.events import NodeJoined, NodeLeft
 
+HEAD = "head"
+"""Name of the head in the list of nodes. No other node may have it."""
 REFRESH_S = 5.0
 LOG = logging.getLogger("falaj.nodes")
 

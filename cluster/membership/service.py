@@ -136,7 +136,7 @@ class NodeService:
                     raise InvalidRequest("The head cannot leave its cluster.")
                 reason = str(request.get("reason", "left"))[:20]
                 event = NodeLeft(cluster_id=self.record.cluster_id, node_id=node.node_id, reason=reason)
-                self.ledger.append(event, actor=f"node:{node.name}")
+                self.ledger.append(event, actor=f"node:{node.node_id}")
                 self.members.refresh()
                 return None
             case "nodes":

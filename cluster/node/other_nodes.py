@@ -12,11 +12,9 @@ from cluster.entrypoint import compose_platform
 from cluster.errors import FalajError
 from cluster.ledger import open_ledger
 from cluster.membership.head_client import HeadClient
-from cluster.membership.members import current_members
+from cluster.membership.members import HEAD, current_members
 from cluster.node.parts import State
 from cluster.session import ClusterRecord
-
-HEAD = "head"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

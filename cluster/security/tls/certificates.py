@@ -40,6 +40,7 @@ CA_NAME, CA_KEY_NAME = "ca.pem", "ca.key"
 EDGE_NAME = "edge.pem"
 NODE_CERTIFICATE_NAME, NODE_KEY_NAME = "node.pem", "node.key"
 AUTHORITY_SUBJECT = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Falaj local CA")])
+COMMON_NAME_PREFIX, MAX_COMMON_NAME = "falaj-node-", 64
 LOOPBACK = ("127.0.0.1", "::1")
 _BOTH_SIDES = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
@@ -94,7 +95,7 @@ def _write_edge_certificate(folder: Path, authority: _Authority, *, names: Colle
     certificate = _leaf(
         key.public_key(),
         authority,
-        name="localhost",
+        common_name="localhost",
         hosts=[name for name in names if not is_address(name)],
         addresses=(*filter(is_address, names), *LOOPBACK),
         usages=(ExtendedKeyUsageOID.SERVER_AUTH,),
@@ -172,7 +173,9 @@ def write_node_certificate(folder: Path, *, authority: Path, name: str, addresse
         ConfigError: there is no local authority, or an address is invalid.
     """
     key = ec.generate_private_key(ec.SECP256R1())
-    certificate = sign_node_key(key.public_key(), authority=authority, name=name, addresses=addresses)
+    certificate = sign_node_key(
+        key.public_key(), authority=authority, name=name, addresses=addresses, other_names=(name,)
+    )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     replace_private_file(folder / NODE_KEY_NAME, _key_pem(key))
     replace_private_file(folder / NODE_CERTIFICATE_NAME, certificate, mode=0o644)
@@ -186,16 +189,16 @@ def sign_node_key(
     authority: Path,
     name: str,
     addresses: Iterable[str],
-    edge_names: Collection[str] = (),
+    other_names: Collection[str] = (),
 ) -> bytes:
     """Return a certificate for a node's key, as PEM.
 
     Args:
         key: the node's public key.
         authority: folder of the authority's certificate and key.
-        name: host name of the machine.
+        name: name of the machine. It is in the subject only, because a machine that joins chooses it itself.
         addresses: addresses under which other nodes reach it.
-        edge_names: names and addresses at which clients reach the cluster's edges, for an edge on the node.
+        other_names: other names and addresses for which the certificate is valid.
 
     Raises:
         ConfigError: there is no local authority, or an address is invalid.
@@ -207,9 +210,13 @@ def sign_node_key(
     if not (authority / CA_KEY_NAME).exists():
         raise ConfigError(f"No certificate authority at {authority}. Run `python -m cluster.up` first.")
     signer = _authority(authority)
-    hosts = [host for host in edge_names if not is_address(host)]
-    all_addresses = (*addresses, *filter(is_address, edge_names), *LOOPBACK)
-    return _pem(_leaf(key, signer, name=name, hosts=hosts, addresses=all_addresses, usages=_BOTH_SIDES))
+    hosts = [host for host in other_names if not is_address(host)]
+    all_addresses = (*addresses, *filter(is_address, other_names), *LOOPBACK)
+    # HAProxy also compares addresses with the common name, so it must never be an address.
+    common_name = f"{COMMON_NAME_PREFIX}{name}"[:MAX_COMMON_NAME]
+    return _pem(
+        _leaf(key, signer, common_name=common_name, hosts=hosts, addresses=all_addresses, usages=_BOTH_SIDES)
+    )
 
 
 def _authority(folder: Path) -> _Authority:
@@ -296,7 +303,7 @@ def _leaf(
     key: ec.EllipticCurvePublicKey,
     authority: _Authority,
     *,
-    name: str,
+    common_name: str,
     addresses: Iterable[str],
     usages: Iterable[x509.ObjectIdentifier],
     hosts: Iterable[str] = (),
@@ -307,10 +314,10 @@ def _leaf(
         raise ConfigError(
             f"A node's address is invalid: {error}. Use --ip with an address such as 10.0.0.7."
         ) from error
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     # The edge's HAProxy compares the address that it connects to with DNS names only.
     remote = [str(address) for address in parsed if not address.is_loopback]
-    names = [x509.DNSName(host) for host in dict.fromkeys((name, "localhost", *hosts, *remote))]
+    names = [x509.DNSName(host) for host in dict.fromkeys((*hosts, "localhost", *remote))]
     return (
         _builder(subject, authority.certificate.subject, key, days=LEAF_DAYS)
         .add_extension(

@@ -162,6 +162,8 @@ def test_node_is_found_by_id_name_or_address() -> None:
         for node_id, address in (("n1", "10.0.0.2"), ("n2", "10.0.0.3"))
     ]
     assert leave.find_member(members, "n2") == leave.find_member(members, "10.0.0.3") == members[1]
+    hiding = replace(members[0], name="n2")
+    assert leave.find_member([hiding, members[1]], "n2") == members[1]
     with pytest.raises(ConfigError, match=r"Several nodes are named 'worker'.*n1 .*n2 "):
         leave.find_member(members, "worker")
     with pytest.raises(ConfigError, match="No node is named 'x'"):
