@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING
 
 from cluster.entrypoint import compose_platform, job
-from cluster.errors import ClusterAlreadyUp, ConfigError
+from cluster.errors import ClusterAlreadyUp, ConfigError, first_line
 from cluster.ledger import open_ledger
 from cluster.membership import join_token
 from cluster.membership.admission import Application, new_key_and_request, proof_path
@@ -262,7 +262,7 @@ def check_shared_state(config: PlatformConfig, record: ClusterRecord) -> None:
     try:
         members = current_members(open_ledger(config), record.cluster_id)
     except sa.exc.SQLAlchemyError as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
+        cause = first_line(error.__cause__ or error)
         raise ConfigError(
             f"The ledger {config.ledger.url} cannot be used from this machine: {cause}."
         ) from None
@@ -277,7 +277,9 @@ def check_shared_state(config: PlatformConfig, record: ClusterRecord) -> None:
             fs, path = file_system(proof)
             fs.rm_file(path)
     except Exception as error:  # noqa: BLE001 (each file system has its own errors)
-        raise ConfigError(f"storage.root {record.storage_root} cannot be read here: {error}.") from None
+        raise ConfigError(
+            f"storage.root {record.storage_root} cannot be read here: {first_line(error)}."
+        ) from None
     if not is_same:
         raise ConfigError(
             f"storage.root {record.storage_root} is another place here than on the head: a file that the head wrote "

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from cluster import processes
 from cluster.entrypoint import compose_platform, job
-from cluster.errors import ClusterNotRunning, ConfigError, FalajError
+from cluster.errors import ClusterNotRunning, ConfigError, FalajError, first_line
 from cluster.ledger import open_ledger
 from cluster.ledger.events import NodeLeft
 from cluster.membership.departure import leave_membership
@@ -77,7 +77,7 @@ def upload_logs(config: PlatformConfig, record: ClusterRecord) -> None:
         Uploader(record.layout, open_ledger(config)).leave()
     except (FalajError, OSError, sa.exc.SQLAlchemyError) as error:
         print(
-            f"warning: some records stay on this machine only, below {record.local_root}. {error}",
+            f"warning: some records stay on this machine only, below {record.local_root}. {first_line(error)}",
             file=sys.stderr,
         )
 

@@ -13,12 +13,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import sqlalchemy as sa
+
 from cluster import processes
 from cluster.entrypoint import compose_platform, job
-from cluster.errors import ClusterAlreadyUp, ConfigError
+from cluster.errors import ClusterAlreadyUp, ConfigError, FalajError, first_line
 from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
-from cluster.ledger.events import ClusterStarted
+from cluster.ledger.events import ClusterStarted, ClusterStopped
 from cluster.membership.join_token import ensure_join_key
 from cluster.node.checks import (
     refuse_variables,
@@ -119,8 +121,27 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
             "`python -m cluster.join` to join again, or `python -m cluster.leave`."
         )
     end_all(record)
+    record_end(config, record)
     remove_folders(record)
     return None
+
+
+def record_end(config: PlatformConfig, record: ClusterRecord) -> None:
+    """Append the event that a cluster has ended, unless it is there. Its nodes read it, and end their processes.
+
+    If the ledger does not answer, a warning is printed: a start needs the ledger, and its event also ends the nodes.
+    """
+    own = compose_platform(record.overrides) if record.overrides else config
+    try:
+        ledger = open_ledger(own)
+        last = ledger.last(ClusterStopped)
+        if last is None or last.payload["cluster_id"] != record.cluster_id:
+            ledger.append(ClusterStopped(cluster_id=record.cluster_id), actor=current_actor())
+    except (sa.exc.SQLAlchemyError, FalajError, OSError) as error:
+        print(
+            f"warning: the end of cluster {record.cluster_id} is not recorded: {first_line(error)}",
+            flush=True,
+        )
 
 
 def repair(config: PlatformConfig, record: ClusterRecord) -> None:
@@ -182,6 +203,8 @@ def start(config: PlatformConfig) -> None:
         _start_parts(config, record)
     except BaseException:
         end_all(record)
+        if record.has_nodes:  # one could have joined already
+            record_end(config, record)
         remove_folders(record)
         Path(record_path(config.storage)).unlink(missing_ok=True)
         raise

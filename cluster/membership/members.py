@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from cluster.errors import first_line
 from cluster.ledger import Ledger
 from cluster.ledger.events import NodeJoined, NodeLeft
 
@@ -70,7 +71,7 @@ class Members:
         try:
             self._members = current_members(self._ledger, self._cluster_id)
         except sa.exc.SQLAlchemyError as error:
-            LOG.warning("the nodes cannot be read from the ledger: %s", error)
+            LOG.warning("the nodes cannot be read from the ledger: %s", first_line(error))
 
     def follow(self, stopped: threading.Event) -> None:
         """Refresh every few seconds until `stopped` is set."""

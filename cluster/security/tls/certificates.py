@@ -1,9 +1,5 @@
 """Certificates of the local authority, the edge and Ray's nodes.
 
-    python -m cluster.security.tls show
-    python -m cluster.security.tls renew
-    python -m cluster.security.tls node --name worker-1 --ip 10.0.0.7 --output /etc/falaj/tls
-
 `cluster.up` creates the certificates of authority, edge and head at first use. It renews the certificates of
 edge and head when less than a third of their lifetime is left. It never replaces the authority, nor a certificate that
 another authority issued. In production the authority is a PKI, such as Vault's (`keys/vault_session.py`). The edge
@@ -12,7 +8,6 @@ needs one PEM file with certificate and key. Ray needs one file each for certifi
 
 from __future__ import annotations
 
-import argparse
 import datetime as dt
 import ipaddress
 import socket
@@ -26,12 +21,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from cluster.entrypoint import refuse
-from cluster.errors import ConfigError, RefusedError
+from cluster.errors import ConfigError
 from cluster.host_names import is_address
 from cluster.security.tokens.issuer import replace_private_file
-from cluster.settings import StorageConfig
-from cluster.storage import Layout, layout, local
+from cluster.storage import Layout, local
 
 CA_DAYS = 3650
 LEAF_DAYS = 397
@@ -70,7 +63,7 @@ def ensure_tls(
 
     Raises:
         ConfigError: the folder has another authority's certificate, and one of the other files is missing, an address
-            is missing in it, or `renew` is set.
+            is missing in it, or `renew` is set; or `renew` is set on a node that joined.
     """
     at = now or dt.datetime.now(dt.UTC)
     folder = local(places.tls)
@@ -79,6 +72,11 @@ def ensure_tls(
         _require_foreign_files(folder, renew=renew)
         require_addresses(folder / NODE_CERTIFICATE_NAME, addresses)
         return
+    if renew and (folder / CA_NAME).exists() and not (folder / CA_KEY_NAME).exists():
+        raise ConfigError(
+            f"{folder / CA_NAME} has no {CA_KEY_NAME} here: the head's authority issued these certificates. Run "
+            "`python -m cluster.leave`, then join again. On a head, `python -m cluster.up` makes a new authority."
+        )
     authority = _authority(folder)
     if renew or _is_due(folder / EDGE_NAME, authority, at, names=edge_names):
         names = certificate_names(folder / EDGE_NAME).union(edge_names).difference(LOOPBACK)
@@ -356,50 +354,3 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-
-
-def _describe(folder: Path) -> str:
-    """Return one line per certificate: file, expiry, and names."""
-    lines = []
-    for name in (CA_NAME, EDGE_NAME, NODE_CERTIFICATE_NAME):
-        if not (folder / name).exists():
-            raise ConfigError(f"No certificate at {folder / name}. Run `python -m cluster.up` first.")
-        certificate = x509.load_pem_x509_certificate((folder / name).read_bytes())
-        lines.append(f"{name:9} until {certificate.not_valid_after_utc:%Y-%m-%d}  {_names(certificate)}")
-    return "\n".join(lines)
-
-
-def _names(certificate: x509.Certificate) -> str:
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return certificate.subject.rfc4514_string()
-    return ", ".join(dict.fromkeys(str(name.value) for name in names))
-
-
-def main() -> None:
-    """Parse the flags and run the command."""
-    parser = argparse.ArgumentParser(prog="python -m cluster.security.tls", description="Certificates.")
-    parser.add_argument(
-        "--root", default=".falaj", help="storage root (default: .falaj below the project root)"
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("show", help="show the certificates and their expiry")
-    commands.add_parser("renew", help="create new certificates of this machine, from the same authority")
-    node = commands.add_parser("node", help="create a certificate for another machine of the cluster")
-    node.add_argument("--name", required=True, help="its host name")
-    node.add_argument("--ip", required=True, action="append", help="its address; may be repeated")
-    node.add_argument("--output", required=True, type=Path, help="folder to write to")
-    arguments = parser.parse_args()
-    try:
-        folder = local(layout(StorageConfig(root=arguments.root)).tls)
-        if arguments.command == "node":
-            write_node_certificate(
-                arguments.output, authority=folder, name=arguments.name, addresses=arguments.ip
-            )
-            return
-        if arguments.command == "renew":
-            ensure_tls(layout(StorageConfig(root=arguments.root)), renew=True)
-        print(_describe(folder))
-    except RefusedError as error:
-        refuse(error)
