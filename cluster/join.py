@@ -68,12 +68,13 @@ from cluster.session import ClusterRecord, find_own_record, write_record
 from cluster.settings import PlatformConfig
 from cluster.storage import exists, file_system, layout, local, resolve
 from cluster.supervisor.daemons import save_commands
-from cluster.this_node import is_loopback
+from cluster.this_node import forget_node, is_loopback
 
 OWN_SETTINGS = ("cluster.", "storage.local=")
 NEEDED_PORTS = ("ray_metrics", "dashboard", "serve_http", "replicas", "supervisor_metrics", "broker_metrics")
 EDGE_PORTS = ("edge", "edge_metrics", "edge_controller_metrics")
 CONNECT_S = 5.0
+MAX_CLOCK_S = 30
 _FROM_HEAD = re.compile(r"\+\+(cluster\.(?!ports\.|tls=)|storage\.local=|identity\.supervisor_token_file=)")
 """Settings of the head that are its own. Ports are taken over, because Serve needs the same ones on all nodes."""
 _ARGUMENT = re.compile(r"\+{0,2}(?P<option>[A-Za-z_][\w.]*)=")
@@ -92,6 +93,7 @@ class JoinConfig(PlatformConfig):
 @job("join", JoinConfig)
 def main(config: JoinConfig) -> None:
     """Join, or refuse in one line."""
+    forget_node()
     wait_for_turn()
     own = own_settings(HydraConfig.get().overrides.task)
     with command_lock(config.storage):
@@ -166,6 +168,7 @@ def join(config: JoinConfig, own: list[str]) -> None:
         {"op": "join", **application.plain()},
         own_address=config.cluster.address,
     )
+    ahead_s = time.time() - float(answer["time"])
     node = compose_node(answer, own, disk=layout(config.storage).disk)
     record = describe_machine(
         node,
@@ -180,6 +183,7 @@ def join(config: JoinConfig, own: list[str]) -> None:
         write_files(record, key, answer)
         # Written before anything runs: if this start is killed, the next command can end the processes that it left.
         write_record(replace(record, starting=True), node.storage)
+        check_clock(ahead_s)
         check_shared_state(node, record)
         start_parts(node, record)
     except BaseException:
@@ -251,6 +255,20 @@ def write_files(record: ClusterRecord, key: bytes, answer: dict[str, Any]) -> No
     for name, text in answer["files"].items():
         public = name.endswith((".json", ".pub.pem"))
         replace_private_file(keys / name, text.encode(), mode=0o644 if public else 0o600)
+
+
+def check_clock(ahead_s: float) -> None:
+    """Require that this machine's clock agrees with the head's. Tokens and the ages of records depend on it.
+
+    Raises:
+        ConfigError: they differ by more than `MAX_CLOCK_S`.
+    """
+    if abs(ahead_s) > MAX_CLOCK_S:
+        direction = "ahead of" if ahead_s > 0 else "behind"
+        raise ConfigError(
+            f"This machine's clock is {abs(ahead_s):.0f} s {direction} the head's; at most {MAX_CLOCK_S} s are "
+            "allowed. Set the clocks of both with NTP, then join again."
+        )
 
 
 def check_shared_state(config: PlatformConfig, record: ClusterRecord) -> None:

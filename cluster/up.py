@@ -84,6 +84,7 @@ from cluster.settings import PlatformConfig, PortsConfig, SecretsKind
 from cluster.storage import check_durability, layout, local, require_exclusive_writes, resolve
 from cluster.supervisor.daemons import save_commands
 from cluster.supervisor.head import restore_is_due
+from cluster.this_node import forget_node
 
 __all__ = ["environment", "shared_overrides"]
 
@@ -95,6 +96,7 @@ METRICS_RANGE = range(8408, 8500)
 @job("cluster", PlatformConfig)
 def main(config: PlatformConfig) -> None:
     """Start the cluster, or its missing parts."""
+    forget_node()
     wait_for_turn()
     with command_lock(config.storage):
         record = running_record(config)

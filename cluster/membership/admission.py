@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from cluster.storage import local, write_bytes
 ACTOR = "system:head"
 SHARED_FILES = ("ray_token", "edge_proof", "issuer.pub.pem", "jwks.json")
 """Files below `keys/` that every node gets. The keyring and the private keys of dev issuer and ledger stay here."""
+_REGION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+"""Value of a label of a Ray node."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
 
 
@@ -118,6 +121,8 @@ def admit(
             f"cluster.address={application.address} is not the address that the head sees ({peer.address}). Set "
             "cluster.address to it; nodes behind address translation cannot join."
         )
+    if not _REGION.fullmatch(application.region):
+        raise InvalidRequest("A region has at most 63 letters, digits, '.', '_' and '-'. Set cluster.region.")
     members = current_members(ledger, record.cluster_id).values()
     _check_name(application, members)
     certificate, shown = _certificate(
@@ -157,6 +162,7 @@ def admit(
         "ray_address": record.ray_address,
         "ports": record.ports,
         "head_region": record.region,
+        "time": time.time(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from cluster.membership import join_token
 from cluster.membership.admission import fingerprint
 from cluster.membership.head_client import HeadClient, first_request
 from cluster.membership.members import current_members
+from cluster.membership.service import SILENT_S
 from cluster.membership.shared_state import require_shared_state
 from cluster.membership.transport import client_context, node_context
 from cluster.security.tls.certificates import ensure_tls, write_node_certificate
@@ -48,6 +50,8 @@ def test_node_gets_a_certificate_and_the_shared_secrets(head: Head) -> None:
         ({"name": "a b"}, InvalidRequest, "name has letters"),
         ({"name": "10.0.0.1"}, InvalidRequest, "is not an address"),
         ({"name": "HEAD"}, ConfigError, "is named 'HEAD'.*name=…"),
+        ({"region": "eu/1"}, InvalidRequest, r"Set cluster\.region"),
+        ({"region": "e" * 64}, InvalidRequest, "at most 63"),
         ({"num_cpus": "2"}, InvalidRequest, "needs 'num_cpus'"),
         ({"signing_request": "x"}, InvalidRequest, "damaged"),
     ],
@@ -80,7 +84,7 @@ def test_second_node_at_the_address_of_a_live_one_is_refused(head: Head) -> None
     client.request("report", parts={})
     with pytest.raises(ConfigError, match="is alive"):
         head.join()
-    head.service._reports.clear()
+    head.service.clock = lambda: time.monotonic() + SILENT_S
     second, _ = head.join()
     assert list(current_members(head.ledger, "abc")) == [second]
     [left] = head.ledger.entries(NodeLeft)
