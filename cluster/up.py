@@ -133,9 +133,8 @@ def record_end(config: PlatformConfig, record: ClusterRecord) -> None:
 
     If the ledger does not answer, a warning is printed: a start needs the ledger, and its event also ends the nodes.
     """
-    own = compose_platform(record.overrides) if record.overrides else config
     try:
-        ledger = open_ledger(own)
+        ledger = open_ledger(compose_platform(record.overrides) if record.overrides else config)
         last = ledger.last(ClusterStopped)
         if last is None or last.payload["cluster_id"] != record.cluster_id:
             ledger.append(ClusterStopped(cluster_id=record.cluster_id), actor=current_actor())
