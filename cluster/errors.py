@@ -242,3 +242,8 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
     """
     similar = difflib.get_close_matches(name, sorted(known), n=1) if len(name) <= MAX_SUGGESTED_LENGTH else []
     return f" Did you mean '{similar[0]}'?" if similar else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none. SQLAlchemy's have many lines."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -20,8 +20,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING
 
 from cluster.entrypoint import compose_platform, job
-from cluster.errors import ClusterAlreadyUp, ConfigError
-from cluster.host.this_node import is_loopback
+from cluster.errors import ClusterAlreadyUp, ConfigError, first_line
+from cluster.host.this_node import forget_node, is_loopback
 from cluster.ledger import open_ledger
 from cluster.membership import join_token
 from cluster.membership.admission import Application, new_key_and_request, proof_path
@@ -74,6 +74,7 @@ OWN_SETTINGS = ("cluster.", "storage.local=")
 NEEDED_PORTS = ("ray_metrics", "dashboard", "serve_http", "replicas", "supervisor_metrics", "broker_metrics")
 EDGE_PORTS = ("edge", "edge_metrics", "edge_controller_metrics")
 CONNECT_S = 5.0
+MAX_CLOCK_S = 30
 _FROM_HEAD = re.compile(r"\+\+(cluster\.(?!ports\.|tls=)|storage\.local=|identity\.supervisor_token_file=)")
 """Settings of the head that are its own. Ports are taken over, because Serve needs the same ones on all nodes."""
 _ARGUMENT = re.compile(r"\+{0,2}(?P<option>[A-Za-z_][\w.]*)=")
@@ -92,6 +93,7 @@ class JoinConfig(PlatformConfig):
 @job("join", JoinConfig)
 def main(config: JoinConfig) -> None:
     """Join, or refuse in one line."""
+    forget_node()
     wait_for_turn()
     own = own_settings(HydraConfig.get().overrides.task)
     with command_lock(config.storage):
@@ -155,6 +157,7 @@ def join(config: JoinConfig, own: list[str]) -> None:
         region=config.cluster.region,
         num_cpus=config.cluster.num_cpus,
         num_gpus=config.cluster.num_gpus,
+        edge=config.edge,
         signing_request=signing_request,
     )
     tls = local(layout(config.storage).tls)
@@ -165,6 +168,7 @@ def join(config: JoinConfig, own: list[str]) -> None:
         {"op": "join", **application.plain()},
         own_address=config.cluster.address,
     )
+    ahead_s = time.time() - float(answer["time"])
     node = compose_node(answer, own, disk=layout(config.storage).disk)
     record = describe_machine(
         node,
@@ -179,6 +183,7 @@ def join(config: JoinConfig, own: list[str]) -> None:
         write_files(record, key, answer)
         # Written before anything runs: if this start is killed, the next command can end the processes that it left.
         write_record(replace(record, starting=True), node.storage)
+        check_clock(ahead_s)
         check_shared_state(node, record)
         start_parts(node, record)
     except BaseException:
@@ -252,6 +257,20 @@ def write_files(record: ClusterRecord, key: bytes, answer: dict[str, Any]) -> No
         replace_private_file(keys / name, text.encode(), mode=0o644 if public else 0o600)
 
 
+def check_clock(ahead_s: float) -> None:
+    """Require that this machine's clock agrees with the head's. Tokens and the ages of records depend on it.
+
+    Raises:
+        ConfigError: they differ by more than `MAX_CLOCK_S`.
+    """
+    if abs(ahead_s) > MAX_CLOCK_S:
+        direction = "ahead of" if ahead_s > 0 else "behind"
+        raise ConfigError(
+            f"This machine's clock is {abs(ahead_s):.0f} s {direction} the head's; at most {MAX_CLOCK_S} s are "
+            "allowed. Set the clocks of both with NTP, then join again."
+        )
+
+
 def check_shared_state(config: PlatformConfig, record: ClusterRecord) -> None:
     """Require that this machine reaches the same ledger, storage root and online store as the head.
 
@@ -261,7 +280,7 @@ def check_shared_state(config: PlatformConfig, record: ClusterRecord) -> None:
     try:
         members = current_members(open_ledger(config), record.cluster_id)
     except sa.exc.SQLAlchemyError as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
+        cause = first_line(error.__cause__ or error)
         raise ConfigError(
             f"The ledger {config.ledger.url} cannot be used from this machine: {cause}."
         ) from None
@@ -276,7 +295,9 @@ def check_shared_state(config: PlatformConfig, record: ClusterRecord) -> None:
             fs, path = file_system(proof)
             fs.rm_file(path)
     except Exception as error:  # noqa: BLE001 (each file system has its own errors)
-        raise ConfigError(f"storage.root {record.storage_root} cannot be read here: {error}.") from None
+        raise ConfigError(
+            f"storage.root {record.storage_root} cannot be read here: {first_line(error)}."
+        ) from None
     if not is_same:
         raise ConfigError(
             f"storage.root {record.storage_root} is another place here than on the head: a file that the head wrote "

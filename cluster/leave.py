@@ -16,7 +16,7 @@ import psutil
 import sqlalchemy as sa
 
 from cluster.entrypoint import compose_platform, job
-from cluster.errors import ClusterNotRunning, ConfigError, FalajError
+from cluster.errors import ClusterNotRunning, ConfigError, FalajError, first_line
 from cluster.host import processes
 from cluster.ledger import open_ledger
 from cluster.ledger.events import NodeLeft
@@ -77,7 +77,7 @@ def upload_logs(config: PlatformConfig, record: ClusterRecord) -> None:
         Uploader(record.layout, open_ledger(config)).leave()
     except (FalajError, OSError, sa.exc.SQLAlchemyError) as error:
         print(
-            f"warning: some records stay on this machine only, below {record.local_root}. {error}",
+            f"warning: some records stay on this machine only, below {record.local_root}. {first_line(error)}",
             file=sys.stderr,
         )
 
@@ -142,7 +142,10 @@ def find_member(members: list[Member], wanted: str) -> Member:
     Raises:
         ConfigError: there is none, or there are several.
     """
-    found = [member for member in members if wanted in (member.node_id, member.name, member.address)]
+    # A node chooses its own name, so it must not hide another node's id.
+    found = [member for member in members if member.node_id == wanted] or [
+        member for member in members if wanted in (member.name, member.address)
+    ]
     if len(found) == 1:
         return found[0]
     known = ", ".join(f"{member.node_id} ({member.name}, {member.address})" for member in members) or "none"

@@ -13,12 +13,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import sqlalchemy as sa
+
 from cluster.entrypoint import compose_platform, job
-from cluster.errors import ClusterAlreadyUp, ConfigError
+from cluster.errors import ClusterAlreadyUp, ConfigError, FalajError, first_line
 from cluster.host import processes
+from cluster.host.this_node import forget_node
 from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
-from cluster.ledger.events import ClusterStarted
+from cluster.ledger.events import ClusterStarted, ClusterStopped
 from cluster.membership.join_token import ensure_join_key
 from cluster.node.checks import (
     refuse_variables,
@@ -67,7 +70,7 @@ from cluster.security.private_folder import ensure_private_folder, remove_access
 from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tls.certificates import ensure_tls
 from cluster.security.tls.pki import fetch_certificates
-from cluster.security.tokens.issuer import ensure_issuer, write_private_file
+from cluster.security.tokens.issuer import ensure_issuer, ensure_secret
 from cluster.security.tokens.principal import current_actor
 from cluster.session import (
     METRICS_PORTS,
@@ -93,6 +96,7 @@ METRICS_RANGE = range(8408, 8500)
 @job("cluster", PlatformConfig)
 def main(config: PlatformConfig) -> None:
     """Start the cluster, or its missing parts."""
+    forget_node()
     wait_for_turn()
     with command_lock(config.storage):
         record = running_record(config)
@@ -119,8 +123,26 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
             "`python -m cluster.join` to join again, or `python -m cluster.leave`."
         )
     end_all(record)
+    record_end(config, record)
     remove_folders(record)
     return None
+
+
+def record_end(config: PlatformConfig, record: ClusterRecord) -> None:
+    """Append the event that a cluster has ended, unless it is there. Its nodes read it, and end their processes.
+
+    If the ledger does not answer, a warning is printed: a start needs the ledger, and its event also ends the nodes.
+    """
+    try:
+        ledger = open_ledger(compose_platform(record.overrides) if record.overrides else config)
+        last = ledger.last(ClusterStopped)
+        if last is None or last.payload["cluster_id"] != record.cluster_id:
+            ledger.append(ClusterStopped(cluster_id=record.cluster_id), actor=current_actor())
+    except (sa.exc.SQLAlchemyError, FalajError, OSError) as error:
+        print(
+            f"warning: the end of cluster {record.cluster_id} is not recorded: {first_line(error)}",
+            flush=True,
+        )
 
 
 def repair(config: PlatformConfig, record: ClusterRecord) -> None:
@@ -182,6 +204,8 @@ def start(config: PlatformConfig) -> None:
         _start_parts(config, record)
     except BaseException:
         end_all(record)
+        if record.has_nodes:  # one could have joined already
+            record_end(config, record)
         remove_folders(record)
         Path(record_path(config.storage)).unlink(missing_ok=True)
         raise
@@ -306,8 +330,7 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
         fetch_certificates(storage, vault, names=(record.address, *edge_names(config.cluster)))
     else:
         ensure_tls(storage, addresses=(record.address,), edge_names=edge_names(config.cluster))
-    if not Path(record.token_path).exists():
-        write_private_file(Path(record.token_path), secrets.token_hex(32).encode())
+    ensure_secret(Path(record.token_path))
     for scratch_folder in (Path(storage.runs), memory_folder(otherwise=Path(storage.runs))):
         remove_abandoned(scratch_folder)
     if Path(record.runtime_folder).exists():

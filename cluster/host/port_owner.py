@@ -83,17 +83,33 @@ def require_own_peer(connection: socket.socket, *, owner: int) -> None:
         )
 
 
+def client_uid(connection: socket.socket) -> int | PortState:
+    """Return the user id of the client of an accepted loopback connection."""
+    return _socket_uid(connection.getpeername()[:2], peer=connection.getsockname()[:2])
+
+
 def listener_uid(address: str, port: int) -> int | PortState:
-    """Return the user id of the process that gets new connections to an address of this machine.
+    """Return the user id of the process that gets new connections to an address of this machine."""
+    return _socket_uid((address, port), peer=None)
+
+
+def _socket_uid(own: tuple[str, int], *, peer: tuple[str, int] | None) -> int | PortState:
+    """Return the user id of the socket with an own address and that of its peer; None is a listening socket.
 
     It queries only this socket, with sock_diag(7). That takes microseconds; reading the table of all sockets would take
     milliseconds.
     """
-    parsed = ipaddress.ip_address(address)
+    parsed = ipaddress.ip_address(own[0])
     family = socket.AF_INET if parsed.version == 4 else socket.AF_INET6
     local = parsed.packed.ljust(16, b"\0")
+    remote = bytes(16) if peer is None else ipaddress.ip_address(peer[0]).packed.ljust(16, b"\0")
     query = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, _ALL_STATES)
-    query += struct.pack("!HH", port, 0) + local + bytes(16) + struct.pack("=III", 0, _NO_COOKIE, _NO_COOKIE)
+    query += (
+        struct.pack("!HH", own[1], peer[1] if peer else 0)
+        + local
+        + remote
+        + struct.pack("=III", 0, _NO_COOKIE, _NO_COOKIE)
+    )
     header = struct.pack("=IHHII", _HEADER_BYTES + len(query), _SOCK_DIAG_BY_FAMILY, _REQUEST, 0, 0)
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG) as kernel:

@@ -56,6 +56,15 @@ def this_node(*, cluster_id: str = "", storage_root: str = "") -> ThisNode | Non
     return node if matches else None
 
 
+def forget_node() -> None:
+    """Remove the record of a running node from this process's environment.
+
+    `cluster.up` and `cluster.join` do this first. Otherwise that node's folders would replace those of the new one, if
+    both have the same `storage.root`.
+    """
+    os.environ.pop(RECORD_VARIABLE, None)
+
+
 def is_loopback(address: str) -> bool:
     """Return whether an address is loopback.
 

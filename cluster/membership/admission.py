@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from cluster.errors import ConfigError, InvalidRequest, Unauthenticated
+from cluster.host.names import is_address
 from cluster.ledger import Ledger
 from cluster.ledger.events import NodeJoined, NodeLeft
 from cluster.membership import join_token
-from cluster.membership.members import current_members
+from cluster.membership.members import HEAD, Member, current_members
 from cluster.membership.shared_state import require_shared_state
 from cluster.membership.transport import Peer
 from cluster.security.tls.certificates import CA_NAME, is_foreign_authority, sign_node_key
@@ -29,6 +31,8 @@ from cluster.storage import local, write_bytes
 ACTOR = "system:head"
 SHARED_FILES = ("ray_token", "edge_proof", "issuer.pub.pem", "jwks.json")
 """Files below `keys/` that every node gets. The keyring and the private keys of dev issuer and ledger stay here."""
+_REGION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+"""Value of a label of a Ray node."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
 
 
@@ -43,6 +47,8 @@ class Application:
     region: str
     num_cpus: int
     num_gpus: int
+    edge: bool
+    """Whether the machine runs an edge, and its certificate needs the names of the cluster's edges."""
     signing_request: str
     """Certificate signing request, as PEM. The machine keeps the key."""
 
@@ -58,7 +64,7 @@ class Application:
             InvalidRequest: a field is missing or has a wrong type.
         """
         values = {field: message.get(field) for field in cls.__slots__}
-        kinds = {"num_cpus": int, "num_gpus": int}
+        kinds = {"num_cpus": int, "num_gpus": int, "edge": bool}
         for field, value in values.items():
             if not isinstance(value, kinds.get(field, str)):
                 raise InvalidRequest(f"A request to join needs '{field}'.")
@@ -115,16 +121,14 @@ def admit(
             f"cluster.address={application.address} is not the address that the head sees ({peer.address}). Set "
             "cluster.address to it; nodes behind address translation cannot join."
         )
-    if not _NAME.fullmatch(application.name):
-        raise InvalidRequest("A node's name has letters, digits, '.' and '-'.")
+    if not _REGION.fullmatch(application.region):
+        raise InvalidRequest("A region has at most 63 letters, digits, '.', '_' and '-'. Set cluster.region.")
+    members = current_members(ledger, record.cluster_id).values()
+    _check_name(application, members)
     certificate, shown = _certificate(
         application, peer, tls=local(places.tls), edge_names=config.cluster.edge_names
     )
-    replaced = [
-        member
-        for member in current_members(ledger, record.cluster_id).values()
-        if member.address == application.address
-    ]
+    replaced = [member for member in members if member.address == application.address]
     if application.address == record.address or any(member.node_id in alive for member in replaced):
         raise ConfigError(
             f"Another node of the cluster has the address {application.address} and is alive. Run "
@@ -158,7 +162,29 @@ def admit(
         "ray_address": record.ray_address,
         "ports": record.ports,
         "head_region": record.region,
+        "time": time.time(),
     }
+
+
+def _check_name(application: Application, members: Iterable[Member]) -> None:
+    """Require a name that can be no address, and that means no other node to an operator.
+
+    Raises:
+        InvalidRequest: it is an address, or has other characters.
+        ConfigError: another node has the name.
+    """
+    name = application.name
+    if not _NAME.fullmatch(name) or is_address(name):
+        raise InvalidRequest("A node's name has letters, digits, '.' and '-', and is not an address.")
+    taken = {HEAD}
+    for member in members:
+        if member.address != application.address:
+            taken.update((member.name.lower(), member.node_id))
+    if name.lower() in taken:
+        raise ConfigError(
+            f"Another node of the cluster is named '{name}'. Choose another name with name=…; if that node is dead, "
+            "run `python -m cluster.leave node=…` on the head first."
+        )
 
 
 def _certificate(
@@ -183,7 +209,7 @@ def _certificate(
         authority=tls,
         name=application.name,
         addresses=[application.address],
-        edge_names=edge_names,
+        other_names=edge_names if application.edge else (),
     )
     return certificate.decode(), fingerprint(certificate)
 

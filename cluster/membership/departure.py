@@ -7,9 +7,9 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from cluster.errors import FalajError
+from cluster.errors import FalajError, first_line
 from cluster.ledger import Ledger, open_ledger
-from cluster.ledger.events import ClusterStopped, NodeLeft
+from cluster.ledger.events import ClusterStarted, ClusterStopped, NodeJoined, NodeLeft
 from cluster.membership.admission import SHARED_FILES
 from cluster.membership.head_client import HeadClient
 from cluster.membership.members import current_members
@@ -27,10 +27,17 @@ from cluster.storage import local
 
 
 def has_ended(ledger: Ledger, record: ClusterRecord) -> bool:
-    """Return whether a node is no member any more: it has left, was replaced or removed, or its cluster was stopped."""
+    """Return whether a node is no member any more: it has left, was replaced or removed, or its cluster has ended."""
     stopped = ledger.last(ClusterStopped)
     if stopped is not None and stopped.payload["cluster_id"] == record.cluster_id:
         return True
+    started = ledger.last(ClusterStarted)
+    if started is not None and started.payload["cluster_id"] != record.cluster_id:
+        joined = [
+            entry.seq for entry in ledger.entries(NodeJoined) if entry.payload["node_id"] == record.node_id
+        ]
+        if started.seq > max(joined, default=0):  # the head lost its record, and started a new cluster
+            return True
     return record.node_id not in current_members(ledger, record.cluster_id)
 
 
@@ -59,7 +66,8 @@ def leave_membership(record: ClusterRecord, config: PlatformConfig, *, reason: s
             open_ledger(config).append(event, actor=current_actor())
         except (sa.exc.SQLAlchemyError, FalajError, OSError) as error:
             print(
-                f"warning: neither the head nor the ledger answers, so the cluster still lists this node ({error}). "
+                f"warning: neither the head nor the ledger answers, so the cluster still lists this node "
+                f"({first_line(error)}). "
                 f"Remove it there with `python -m cluster.leave node={record.node_id}`.",
                 file=sys.stderr,
             )

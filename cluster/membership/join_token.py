@@ -13,6 +13,7 @@ import argparse
 import base64
 import hashlib
 import hmac
+import re
 import secrets
 import sys
 import time
@@ -24,7 +25,7 @@ from cluster.errors import ConfigError, RefusedError, Unauthenticated
 from cluster.membership.shared_state import require_shared_state
 from cluster.security.private_file import read_secret_file
 from cluster.security.tls.certificates import CA_NAME
-from cluster.security.tokens.issuer import replace_private_file, write_private_file
+from cluster.security.tokens.issuer import ensure_secret, replace_private_file
 from cluster.session import find_own_record
 from cluster.settings import StorageConfig
 from cluster.storage import Layout, layout, local
@@ -32,6 +33,7 @@ from cluster.storage import Layout, layout, local
 TTL_S, MAX_TTL_S = 3600, 7 * 86_400
 KEY_NAME = "join.key"
 _PREFIX = "falaj-join"
+_KEY = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +50,7 @@ class JoinToken:
 
 def ensure_join_key(places: Layout) -> None:
     """Create the head's key for join tokens if it does not exist."""
-    path = local(places.keys) / KEY_NAME
-    if not path.exists():
-        write_private_file(path, secrets.token_hex(32).encode())
+    ensure_secret(local(places.keys) / KEY_NAME)
 
 
 def mint(places: Layout, *, ttl_s: int = TTL_S, now: float | None = None) -> JoinToken:
@@ -78,7 +78,14 @@ def check(places: Layout, token: str, *, now: float | None = None) -> None:
         raise Unauthenticated(
             "The join token is wrong. Make a new one on the head: `python -m cluster.membership.join_token`."
         )
-    if int(body.split(".")[1]) < (time.time() if now is None else now):
+    at = time.time() if now is None else now
+    expires_at = int(body.split(".")[1])
+    if expires_at > at + MAX_TTL_S:
+        raise Unauthenticated(
+            "The join token is valid for too long. Check the head's clock, and make a new one there: "
+            "`python -m cluster.membership.join_token`."
+        )
+    if expires_at < at:
         raise Unauthenticated(
             "The join token has expired. Make a new one on the head: `python -m cluster.membership.join_token`."
         )
@@ -114,6 +121,11 @@ def _signature(places: Layout, body: str) -> str:
         raise ConfigError(
             "This cluster admits no other nodes. Start it with cluster.address=… of this machine."
         ) from None
+    if not _KEY.fullmatch(key):  # anyone can sign with an empty key
+        raise ConfigError(
+            f"{path} is damaged: it does not have 64 hex characters. Remove it, and run `python -m cluster.up` on the "
+            "head."
+        )
     digest = hmac.digest(key.encode(), body.encode(), hashlib.sha256)
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 

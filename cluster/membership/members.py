@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from cluster.errors import first_line
 from cluster.ledger import Ledger
 from cluster.ledger.events import NodeJoined, NodeLeft
 
+HEAD = "head"
+"""Name of the head in the list of nodes. No other node may have it."""
 REFRESH_S = 5.0
 LOG = logging.getLogger("falaj.nodes")
 
@@ -68,7 +71,7 @@ class Members:
         try:
             self._members = current_members(self._ledger, self._cluster_id)
         except sa.exc.SQLAlchemyError as error:
-            LOG.warning("the nodes cannot be read from the ledger: %s", error)
+            LOG.warning("the nodes cannot be read from the ledger: %s", first_line(error))
 
     def follow(self, stopped: threading.Event) -> None:
         """Refresh every few seconds until `stopped` is set."""

@@ -8,6 +8,7 @@ issuer's public keys of the node up to date.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -17,6 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from cluster.entrypoint import job
 from cluster.errors import AccessDenied, FalajError
+from cluster.host.port_owner import PortState, client_uid
 from cluster.host.signals import set_on_signal
 from cluster.membership.head_client import ANSWER_S, HeadClient
 from cluster.membership.service import DASHBOARD
@@ -31,7 +33,7 @@ from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import local
 
-FOR_THE_HEAD = ("intent", "deposit", "service_token")
+FOR_THE_HEAD = ("intent", "deposit", "withdraw", "service_token")
 """Requests of the node's processes that the head's service answers itself."""
 KEYS_EVERY_S = 30.0
 MAX_TUNNELS = 64
@@ -83,6 +85,15 @@ def serve_dashboard(head: HeadClient, port: int, stopped: threading.Event) -> No
         try:
             client, _ = listener.accept()
         except TimeoutError:
+            return
+        try:
+            uid = client_uid(client)
+        except OSError:  # it has disconnected
+            client.close()
+            return
+        if uid not in (os.geteuid(), 0, PortState.unknown):
+            LOG.warning("a connection to the dashboard was refused: it comes from user %s", uid)
+            client.close()
             return
         if slots.acquire(blocking=False):
             threading.Thread(target=serve, args=(client,), name="dashboard", daemon=True).start()

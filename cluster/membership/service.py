@@ -7,6 +7,7 @@ node gets tokens of replicas, and the intents of jobs whose random names its wor
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import socket
@@ -28,10 +29,11 @@ from cluster.membership.members import Member, Members
 from cluster.membership.release import release
 from cluster.membership.splice import splice
 from cluster.membership.transport import Peer
+from cluster.security.keys.gate import NODE_REGION
 from cluster.security.keys.store import KeyStoreUnavailable
 from cluster.security.keys.wire import error_to_plain, receive, send
 from cluster.security.tls.certificates import NODE_CERTIFICATE_NAME
-from cluster.security.tokens.intent import read_token_file, write_intent
+from cluster.security.tokens.intent import read_token_file, remove_expired, write_intent
 from cluster.security.tokens.issuer import JWKS_NAME, TOKEN_TTL_S, mint_token
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.trust import Trust
@@ -42,8 +44,13 @@ from cluster.storage import local
 IDLE_S, READ_S = 600.0, 10.0
 SILENT_S = 20.0
 """A node that has not reported for this time counts as dead, in seconds."""
+JOIN_S = 60.0
+"""A node that joined and has not reported for this time counts as dead, in seconds."""
 _INTENT = re.compile(r"[A-Za-z0-9_.]{1,100}-[0-9a-f]{32}\.jwt")
 _SERVICE = "service:"
+_WORDS = re.compile(r"[A-Za-z ]{1,32}")
+MAX_PARTS = 32
+LEAVE_REASONS = ("left", "down", "failed")
 DASHBOARD = "dashboard"
 LOG = logging.getLogger("falaj.nodes")
 
@@ -78,10 +85,16 @@ class NodeService:
     release: str = field(default_factory=release)
     """Release of the running cluster. The files on the disk may be another one later."""
     _reports: dict[str, Report] = field(default_factory=dict)
+    _joined: dict[str, float] = field(default_factory=dict)
+    """Monotonic seconds at which this service admitted a node."""
+    _started_at: float = field(init=False)
     _joining: threading.Lock = field(default_factory=threading.Lock)
 
+    def __post_init__(self) -> None:
+        self._started_at = self.clock()
+
     def serve(self, connection: ssl.SSLSocket, peer: Peer) -> None:
-        """Answer the requests of one connection until it is closed. Without a certificate, it is not kept open long."""
+        """Answer the requests of one connection until it is closed. Without a certificate, it has one short request."""
         idle_s = READ_S if peer.certificate is None else IDLE_S
         try:
             while (request := receive(connection, idle_s=idle_s, read_s=READ_S)) is not None:
@@ -89,6 +102,8 @@ class NodeService:
                     self._connect_to_dashboard(connection, peer)
                     return
                 send(connection, self.answer(request, peer), timeout_s=READ_S)
+                if peer.certificate is None:
+                    return
         except InvalidRequest as error:
             send(connection, error_to_plain(error), timeout_s=READ_S)
 
@@ -96,8 +111,7 @@ class NodeService:
         """Return the answer to a request; never raises."""
         try:
             if request.get("op") == "key":
-                self._require_node(peer)
-                return self._ask_broker(request.get("request"))
+                return self._ask_broker(request.get("request"), self._require_node(peer))
             return {"ok": True, "result": self._result(request, peer)}
         except FalajError as error:
             if isinstance(error, Unauthenticated):
@@ -114,7 +128,7 @@ class NodeService:
         operation = request.get("op")
         if operation == "join":
             with self._joining:
-                return admit(
+                answer = admit(
                     Application.from_plain(request),
                     peer,
                     config=self.config,
@@ -123,20 +137,23 @@ class NodeService:
                     alive=self._alive(),
                     own_release=self.release,
                 )
+                self._joined[str(answer["node_id"])] = self.clock()
+                self.members.refresh()
+                return answer
         node = self._require_node(peer)
         match operation:
             case "report":
-                parts = request.get("parts")
-                if node is not None and isinstance(parts, dict):
-                    states = {str(name): str(state) for name, state in parts.items()}
-                    self._reports[node.node_id] = Report(states, self.clock())
+                if node is not None:
+                    self._reports[node.node_id] = Report(_states(request.get("parts")), self.clock())
                 return {"session": self._session()}
             case "leave":
                 if node is None:
                     raise InvalidRequest("The head cannot leave its cluster.")
-                reason = str(request.get("reason", "left"))[:20]
-                event = NodeLeft(cluster_id=self.record.cluster_id, node_id=node.node_id, reason=reason)
-                self.ledger.append(event, actor=f"node:{node.name}")
+                reason = request.get("reason")
+                if reason not in LEAVE_REASONS:
+                    raise InvalidRequest(f"A node leaves for one of: {', '.join(LEAVE_REASONS)}.")
+                event = NodeLeft(cluster_id=self.record.cluster_id, node_id=node.node_id, reason=str(reason))
+                self.ledger.append(event, actor=f"node:{node.node_id}")
                 self.members.refresh()
                 return None
             case "nodes":
@@ -145,6 +162,9 @@ class NodeService:
                 return read_token_file(self._intent_path(request))
             case "deposit":
                 self._deposit(request)
+                return None
+            case "withdraw":
+                self._intent_path(request).unlink(missing_ok=True)
                 return None
             case "service_token":
                 return self._service_token(request)
@@ -174,8 +194,18 @@ class NodeService:
         return fingerprint((local(self.record.layout.tls) / NODE_CERTIFICATE_NAME).read_bytes())
 
     def _alive(self) -> set[str]:
-        now = self.clock()
-        return {node_id for node_id, report in self._reports.items() if now - report.at < SILENT_S}
+        """Return the nodes that reported lately, and those that could not report yet: they or this service are new."""
+        now, alive = self.clock(), set()
+        for node_id in self.members.all():
+            if (report := self._reports.get(node_id)) is not None:
+                is_alive = now - report.at < SILENT_S
+            elif (joined_at := self._joined.get(node_id)) is not None:
+                is_alive = now - joined_at < JOIN_S
+            else:
+                is_alive = now - self._started_at < SILENT_S
+            if is_alive:
+                alive.add(node_id)
+        return alive
 
     def _nodes(self) -> list[dict[str, object]]:
         self.members.refresh()
@@ -212,8 +242,14 @@ class NodeService:
         path, intent = self._intent_path(request), request.get("intent")
         if not isinstance(intent, str):
             raise InvalidRequest("An intent must be text.")
-        Trust.of(self.config.identity.issuer, self.record.layout).intents.verify(intent)
+        intents = Trust.of(self.config.identity.issuer, self.record.layout).intents
+        new = intents.verify(intent, entrypoint=path.name.rpartition("-")[0])
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        remove_expired(path.parent)
+        if path.exists():
+            with contextlib.suppress(Unauthenticated):  # it has expired
+                if intents.verify(read_token_file(path)).principal.subject != new.principal.subject:
+                    raise AccessDenied("The intent of this name is another subject's.")
         write_intent(path, intent)
 
     def _service_token(self, request: dict[str, object]) -> str:
@@ -230,9 +266,11 @@ class NodeService:
             self.record.layout, subject=subject, role=Role.service, purpose=purpose, ttl_s=TOKEN_TTL_S
         )
 
-    def _ask_broker(self, request: object) -> dict[str, object]:
+    def _ask_broker(self, request: object, node: Member | None) -> dict[str, object]:
         if not isinstance(request, dict):
             raise InvalidRequest("A request for a key must be an object.")
+        # The region comes from the ledger. A node must not choose it.
+        request = {**request, NODE_REGION: None if node is None else node.region}
         try:
             with socket.socket(AF_UNIX, SOCK_STREAM) as broker:
                 broker.settimeout(READ_S)
@@ -264,3 +302,17 @@ class NodeService:
             require_own_peer(dashboard, owner=self.record.owner)
             send(connection, {"ok": True, "result": None}, timeout_s=READ_S)
             splice(connection, dashboard)
+
+
+def _states(parts: object) -> dict[str, str]:
+    """Return the states of parts in a node's report. All readers of `cluster.status` get them, so they are short words.
+
+    Raises:
+        InvalidRequest: it has other content.
+    """
+    if not isinstance(parts, dict) or len(parts) > MAX_PARTS:
+        raise InvalidRequest(f"A report has the states of at most {MAX_PARTS} parts.")
+    for text in (*parts, *parts.values()):
+        if not isinstance(text, str) or not _WORDS.fullmatch(text):
+            raise InvalidRequest("A report has names of parts and their states only.")
+    return parts

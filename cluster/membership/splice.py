@@ -8,7 +8,7 @@ import socket
 import ssl
 
 _CHUNK = 64 * 1024
-IDLE_S = 600.0
+IDLE_S = 300.0
 SEND_S = 30.0
 
 

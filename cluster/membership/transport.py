@@ -13,6 +13,7 @@ import logging
 import socket
 import ssl
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ from cluster.errors import ConfigError
 from cluster.security.tls.certificates import CA_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME
 
 MAX_CONNECTIONS = 512
+MAX_UNKNOWN = 256
+"""Most connections whose client has shown no certificate (yet). The rest is for nodes."""
+MAX_UNKNOWN_PER_ADDRESS = 32
+"""A relay opens many connections at once when replicas start, and each is unknown until its handshake ends."""
 HANDSHAKE_S = 5.0
 CONNECT_S = 3.0
 _POLL_S = 0.5
@@ -55,6 +60,8 @@ class Server:
         self._tls = tls
         self._serve = serve
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._unknown: Counter[str] = Counter()
+        self._lock = threading.Lock()
         self.ready = threading.Event()
 
     def run(self, stopped: threading.Event) -> None:
@@ -81,14 +88,34 @@ class Server:
         if not self._slots.acquire(blocking=False):
             connection.close()
             return
+        if not self._count_unknown(address):
+            connection.close()
+            self._slots.release()
+            return
         thread = threading.Thread(target=self._run, args=(connection, address), name="node", daemon=True)
         try:
             thread.start()
         except RuntimeError:  # no thread available
             connection.close()
+            self._forget_unknown(address)
             self._slots.release()
 
+    def _count_unknown(self, address: str) -> bool:
+        """Count a new connection; return False if there are too many without a certificate."""
+        with self._lock:
+            if self._unknown.total() >= MAX_UNKNOWN or self._unknown[address] >= MAX_UNKNOWN_PER_ADDRESS:
+                return False
+            self._unknown[address] += 1
+            return True
+
+    def _forget_unknown(self, address: str) -> None:
+        with self._lock:
+            self._unknown[address] -= 1
+            if not self._unknown[address]:
+                del self._unknown[address]
+
     def _run(self, connection: socket.socket, address: str) -> None:
+        is_unknown = True
         try:
             with connection, contextlib.suppress(OSError):
                 connection.settimeout(HANDSHAKE_S)
@@ -96,8 +123,13 @@ class Server:
                 with self._context().wrap_socket(connection, server_side=True) as secured:
                     shown = secured.getpeercert(binary_form=True)
                     fingerprint = hashlib.sha256(shown).hexdigest() if shown else None
+                    if shown:
+                        self._forget_unknown(address)
+                        is_unknown = False
                     self._serve(secured, Peer(address=address, certificate=fingerprint))
         finally:
+            if is_unknown:
+                self._forget_unknown(address)
             self._slots.release()
 
     def _context(self) -> ssl.SSLContext:

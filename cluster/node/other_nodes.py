@@ -12,11 +12,9 @@ from cluster.entrypoint import compose_platform
 from cluster.errors import FalajError
 from cluster.ledger import open_ledger
 from cluster.membership.head_client import HeadClient
-from cluster.membership.members import current_members
-from cluster.node.parts import State
+from cluster.membership.members import HEAD, current_members
+from cluster.node.parts import Part, State
 from cluster.session import ClusterRecord
-
-HEAD = "head"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,10 +46,16 @@ def node_statuses(record: ClusterRecord) -> list[NodeStatus]:
 
 def status_of(node: Mapping[str, Any]) -> NodeStatus:
     """Return the state of a node from the head's answer."""
-    down = [f"{part} ({state})" for part, state in node["parts"].items() if state != State.running]
+    down = [
+        f"{part} ({state})"
+        for part, state in node["parts"].items()
+        if state != State.running and part in list(Part) and state in list(State)
+    ]
     if not node["alive"]:
         silent = "no report" if node["silent_s"] is None else f"no report for {node['silent_s']} s"
         state, text = State.dead, f"dead: {silent}"
+    elif node["silent_s"] is None:
+        state, text = State.silent, "has not reported yet"
     elif down:
         state, text = State.silent, f"lacks {', '.join(down)}"
     else:

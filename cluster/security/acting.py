@@ -44,6 +44,7 @@ from cluster.security.tokens.intent import (
     is_intent,
     mint_intent,
     read_token_file,
+    remove_expired,
     write_intent,
 )
 from cluster.security.tokens.issuer import TOKEN_TTL_S
@@ -56,6 +57,7 @@ from cluster.settings import IssuerConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout, local, resolve
 
 LOG_FORMAT = "%(asctime)s %(levelname)s PRINCIPAL %(name)s: %(message)s"
+WITHDRAW_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,7 +237,7 @@ def _renewed_intent(record: ClusterRecord, entrypoint: str, new_token: Callable[
     """
     folder = local(record.layout.keys) / INTENTS
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _remove_expired(folder)
+    remove_expired(folder)
     path = folder / f"{entrypoint}-{uuid.uuid4().hex}.jwt"
 
     def renew() -> None:
@@ -255,20 +257,16 @@ def _renewed_intent(record: ClusterRecord, entrypoint: str, new_token: Callable[
         ended.set()
         thread.join()
         path.unlink(missing_ok=True)
+        if record.node_id is not None:
+            with contextlib.suppress(OSError, FalajError):  # the head removes it later
+                withdrawal: dict[str, object] = {"op": "withdraw", "name": path.name}
+                ask_broker(Path(record.key_socket), withdrawal, timeout_s=WITHDRAW_S)
 
     renew()
     ended, thread = threading.Event(), threading.Thread(target=renew_until_ended, daemon=True, name="intent")
     thread.start()
     atexit.register(stop)
     return TokenSource(intent=path.name, root=record.layout.disk)
-
-
-def _remove_expired(folder: Path) -> None:
-    """Remove the expired intent files of killed jobs."""
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_mtime < time.time() - TOKEN_TTL_S:
-                path.unlink()
 
 
 def _name_in_logs(subject: str) -> None:

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.errors import ConfigError
 from cluster.security.private_file import read_secret_file
 from cluster.security.tokens.issuer import write_private_file
 from cluster.storage import Layout, local
@@ -52,7 +53,7 @@ def edge_proof(places: Layout) -> str:
     """Return the installation's secret. The first call creates it, and all later calls read it.
 
     Raises:
-        ConfigError: other users can read the file.
+        ConfigError: other users can read the file, or it is empty.
     """
     path = local(places.keys) / _FILE
     if not path.exists():
@@ -62,7 +63,12 @@ def edge_proof(places: Layout) -> str:
         with contextlib.suppress(FileExistsError):  # another process has created it first
             os.link(new, path)
         new.unlink()
-    return read_secret_file(path, what="the secret that the edge proves itself to replicas with")
+    proof = read_secret_file(path, what="the secret that the edge proves itself to replicas with")
+    if not proof:  # a request without the header would prove itself
+        raise ConfigError(
+            f"{path} is empty. Remove it, then run `python -m cluster.down` and `python -m cluster.up`."
+        )
+    return proof
 
 
 @dataclass(kw_only=True, slots=True)  # not frozen: a frozen one takes three times as long to create

@@ -197,6 +197,10 @@ class Policy:
         """Pickle the policies as text, because Cedar's handles cannot cross a process boundary."""
         return _restore, (*self._source, self._region, self._permitted_regions)
 
+    def in_region(self, region: str) -> Policy:
+        """Return the same policies for a process in another region."""
+        return Policy(*self._source, region=region, permitted_regions=self._permitted_regions)
+
     @property
     def names(self) -> tuple[str, ...]:
         """Ids of all policies, sorted."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import signal
 import threading
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -44,6 +47,17 @@ ACTIONS = {
 }
 
 
+def decide_by_all(
+    policies: Iterable[Policy], principal: Principal, action: Action, key: Resource, *, environment: str
+) -> Decision:
+    """Return the first denial, else the last permission. A key is read in the head's region and used in the node's."""
+    for policy in policies:
+        decision = policy.decide(principal, action, key, environment=environment)
+        if not decision.allowed:
+            break
+    return decision
+
+
 @job("cluster", PlatformConfig)
 def main(config: PlatformConfig) -> None:
     """Serve the configured key store until SIGTERM."""
@@ -52,12 +66,16 @@ def main(config: PlatformConfig) -> None:
     record = require_recorded_cluster(config)
     places = layout(config.storage)
     policy = Policy.load(region=config.cluster.region)
+    policy_of = functools.cache(policy.in_region)
     ledger = open_ledger(config)
     decisions = DecisionRecorder(ledger.append)
 
     def decide(principal: Principal, operation: Operation, info: KeyInfo) -> Decision:
         action, key = ACTIONS[operation], Resource.from_key(info)
-        decision = policy.decide(principal, action, key, environment=config.identity.environment)
+        policies = [policy]
+        if principal.node_region:
+            policies.append(policy_of(principal.node_region))
+        decision = decide_by_all(policies, principal, action, key, environment=config.identity.environment)
         if operation is not Operation.names:  # a list without the forbidden keys is no denial
             decisions.record_decision(principal, action, key, decision, at=time.time())
         return decision
@@ -79,6 +97,7 @@ def main(config: PlatformConfig) -> None:
         decide=decide,
         audit=audit,
         relabelling=relabelling,
+        locate=lambda principal, region: replace(principal, node_region=region),
     )
     broker = Broker(gate, Path(record.key_socket), metrics=BrokerMetrics(registry))
     flusher = start_flushing(decisions, every_s=FLUSH_S, stopped=stopped)

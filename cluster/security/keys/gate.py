@@ -29,6 +29,8 @@ from cluster.security.keys.store import (
 from cluster.security.keys.wire import error_to_plain
 
 MAX_AUDITED_CHARS = 200
+NODE_REGION = "node_region"
+"""Field of a request from another node: the node's region. The head's service for nodes sets it from the ledger."""
 
 
 class Operation(enum.StrEnum):
@@ -91,6 +93,7 @@ class Gate(Generic[C]):
         audit: receives every denial. It must not block for long. Its errors are logged and do not undo a denial.
         relabelling: called before a key's description changes, with the principal, the old and the new description. If
             it raises an error, the key stays unchanged.
+        locate: adds the region of another node, which sent the request, to a principal. Without it, these are denied.
     """
 
     def __init__(
@@ -101,12 +104,14 @@ class Gate(Generic[C]):
         decide: Callable[[C, Operation, KeyInfo], Verdict],
         audit: Callable[[Denial[C]], None],
         relabelling: Callable[[C, KeyInfo, KeyInfo], None] = lambda principal, old, new: None,
+        locate: Callable[[C, str], C] | None = None,
     ) -> None:
         self._store = store
         self._verify = verify
         self._decide = decide
         self._audit = audit
         self._relabelling = relabelling
+        self._locate = locate
         self._changes = threading.Lock()
 
     def answer(self, request: dict[str, object]) -> dict[str, object]:
@@ -212,7 +217,13 @@ class Gate(Generic[C]):
         try:
             if not isinstance(token, str) or not token:
                 raise Unauthenticated("The request to the key broker carries no token.")
-            return self._verify(token)
+            principal = self._verify(token)
+            region = request.get(NODE_REGION)
+            if region is None:
+                return principal
+            if self._locate is None or not isinstance(region, str):
+                raise Unauthenticated("The key broker does not serve other nodes.")
+            return self._locate(principal, region)
         except Exception as error:
             reason = (
                 str(error)

@@ -1,9 +1,5 @@
 """Certificates of the local authority, the edge and Ray's nodes.
 
-    python -m cluster.security.tls show
-    python -m cluster.security.tls renew
-    python -m cluster.security.tls node --name worker-1 --ip 10.0.0.7 --output /etc/falaj/tls
-
 `cluster.up` creates the certificates of authority, edge and head at first use. It renews the certificates of
 edge and head when less than a third of their lifetime is left. It never replaces the authority, nor a certificate that
 another authority issued. In production the authority is a PKI, such as Vault's (`keys/vault_session.py`). The edge
@@ -12,7 +8,6 @@ needs one PEM file with certificate and key. Ray needs one file each for certifi
 
 from __future__ import annotations
 
-import argparse
 import datetime as dt
 import ipaddress
 import socket
@@ -26,12 +21,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from cluster.entrypoint import refuse
-from cluster.errors import ConfigError, RefusedError
+from cluster.errors import ConfigError
 from cluster.host.names import is_address
 from cluster.security.tokens.issuer import replace_private_file
-from cluster.settings import StorageConfig
-from cluster.storage import Layout, layout, local
+from cluster.storage import Layout, local
 
 CA_DAYS = 3650
 LEAF_DAYS = 397
@@ -40,6 +33,7 @@ CA_NAME, CA_KEY_NAME = "ca.pem", "ca.key"
 EDGE_NAME = "edge.pem"
 NODE_CERTIFICATE_NAME, NODE_KEY_NAME = "node.pem", "node.key"
 AUTHORITY_SUBJECT = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Falaj local CA")])
+COMMON_NAME_PREFIX, MAX_COMMON_NAME = "falaj-node-", 64
 LOOPBACK = ("127.0.0.1", "::1")
 _BOTH_SIDES = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
@@ -69,7 +63,7 @@ def ensure_tls(
 
     Raises:
         ConfigError: the folder has another authority's certificate, and one of the other files is missing, an address
-            is missing in it, or `renew` is set.
+            is missing in it, or `renew` is set; or `renew` is set on a node that joined.
     """
     at = now or dt.datetime.now(dt.UTC)
     folder = local(places.tls)
@@ -78,6 +72,11 @@ def ensure_tls(
         _require_foreign_files(folder, renew=renew)
         require_addresses(folder / NODE_CERTIFICATE_NAME, addresses)
         return
+    if renew and (folder / CA_NAME).exists() and not (folder / CA_KEY_NAME).exists():
+        raise ConfigError(
+            f"{folder / CA_NAME} has no {CA_KEY_NAME} here: the head's authority issued these certificates. Run "
+            "`python -m cluster.leave`, then join again. On a head, `python -m cluster.up` makes a new authority."
+        )
     authority = _authority(folder)
     if renew or _is_due(folder / EDGE_NAME, authority, at, names=edge_names):
         names = certificate_names(folder / EDGE_NAME).union(edge_names).difference(LOOPBACK)
@@ -94,7 +93,7 @@ def _write_edge_certificate(folder: Path, authority: _Authority, *, names: Colle
     certificate = _leaf(
         key.public_key(),
         authority,
-        name="localhost",
+        common_name="localhost",
         hosts=[name for name in names if not is_address(name)],
         addresses=(*filter(is_address, names), *LOOPBACK),
         usages=(ExtendedKeyUsageOID.SERVER_AUTH,),
@@ -172,7 +171,9 @@ def write_node_certificate(folder: Path, *, authority: Path, name: str, addresse
         ConfigError: there is no local authority, or an address is invalid.
     """
     key = ec.generate_private_key(ec.SECP256R1())
-    certificate = sign_node_key(key.public_key(), authority=authority, name=name, addresses=addresses)
+    certificate = sign_node_key(
+        key.public_key(), authority=authority, name=name, addresses=addresses, other_names=(name,)
+    )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     replace_private_file(folder / NODE_KEY_NAME, _key_pem(key))
     replace_private_file(folder / NODE_CERTIFICATE_NAME, certificate, mode=0o644)
@@ -186,16 +187,16 @@ def sign_node_key(
     authority: Path,
     name: str,
     addresses: Iterable[str],
-    edge_names: Collection[str] = (),
+    other_names: Collection[str] = (),
 ) -> bytes:
     """Return a certificate for a node's key, as PEM.
 
     Args:
         key: the node's public key.
         authority: folder of the authority's certificate and key.
-        name: host name of the machine.
+        name: name of the machine. It is in the subject only, because a machine that joins chooses it itself.
         addresses: addresses under which other nodes reach it.
-        edge_names: names and addresses at which clients reach the cluster's edges, for an edge on the node.
+        other_names: other names and addresses for which the certificate is valid.
 
     Raises:
         ConfigError: there is no local authority, or an address is invalid.
@@ -207,9 +208,13 @@ def sign_node_key(
     if not (authority / CA_KEY_NAME).exists():
         raise ConfigError(f"No certificate authority at {authority}. Run `python -m cluster.up` first.")
     signer = _authority(authority)
-    hosts = [host for host in edge_names if not is_address(host)]
-    all_addresses = (*addresses, *filter(is_address, edge_names), *LOOPBACK)
-    return _pem(_leaf(key, signer, name=name, hosts=hosts, addresses=all_addresses, usages=_BOTH_SIDES))
+    hosts = [host for host in other_names if not is_address(host)]
+    all_addresses = (*addresses, *filter(is_address, other_names), *LOOPBACK)
+    # HAProxy also compares addresses with the common name, so it must never be an address.
+    common_name = f"{COMMON_NAME_PREFIX}{name}"[:MAX_COMMON_NAME]
+    return _pem(
+        _leaf(key, signer, common_name=common_name, hosts=hosts, addresses=all_addresses, usages=_BOTH_SIDES)
+    )
 
 
 def _authority(folder: Path) -> _Authority:
@@ -296,7 +301,7 @@ def _leaf(
     key: ec.EllipticCurvePublicKey,
     authority: _Authority,
     *,
-    name: str,
+    common_name: str,
     addresses: Iterable[str],
     usages: Iterable[x509.ObjectIdentifier],
     hosts: Iterable[str] = (),
@@ -307,10 +312,10 @@ def _leaf(
         raise ConfigError(
             f"A node's address is invalid: {error}. Use --ip with an address such as 10.0.0.7."
         ) from error
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     # The edge's HAProxy compares the address that it connects to with DNS names only.
     remote = [str(address) for address in parsed if not address.is_loopback]
-    names = [x509.DNSName(host) for host in dict.fromkeys((name, "localhost", *hosts, *remote))]
+    names = [x509.DNSName(host) for host in dict.fromkeys((*hosts, "localhost", *remote))]
     return (
         _builder(subject, authority.certificate.subject, key, days=LEAF_DAYS)
         .add_extension(
@@ -349,50 +354,3 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-
-
-def _describe(folder: Path) -> str:
-    """Return one line per certificate: file, expiry, and names."""
-    lines = []
-    for name in (CA_NAME, EDGE_NAME, NODE_CERTIFICATE_NAME):
-        if not (folder / name).exists():
-            raise ConfigError(f"No certificate at {folder / name}. Run `python -m cluster.up` first.")
-        certificate = x509.load_pem_x509_certificate((folder / name).read_bytes())
-        lines.append(f"{name:9} until {certificate.not_valid_after_utc:%Y-%m-%d}  {_names(certificate)}")
-    return "\n".join(lines)
-
-
-def _names(certificate: x509.Certificate) -> str:
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return certificate.subject.rfc4514_string()
-    return ", ".join(dict.fromkeys(str(name.value) for name in names))
-
-
-def main() -> None:
-    """Parse the flags and run the command."""
-    parser = argparse.ArgumentParser(prog="python -m cluster.security.tls", description="Certificates.")
-    parser.add_argument(
-        "--root", default=".falaj", help="storage root (default: .falaj below the project root)"
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("show", help="show the certificates and their expiry")
-    commands.add_parser("renew", help="create new certificates of this machine, from the same authority")
-    node = commands.add_parser("node", help="create a certificate for another machine of the cluster")
-    node.add_argument("--name", required=True, help="its host name")
-    node.add_argument("--ip", required=True, action="append", help="its address; may be repeated")
-    node.add_argument("--output", required=True, type=Path, help="folder to write to")
-    arguments = parser.parse_args()
-    try:
-        folder = local(layout(StorageConfig(root=arguments.root)).tls)
-        if arguments.command == "node":
-            write_node_certificate(
-                arguments.output, authority=folder, name=arguments.name, addresses=arguments.ip
-            )
-            return
-        if arguments.command == "renew":
-            ensure_tls(layout(StorageConfig(root=arguments.root)), renew=True)
-        print(_describe(folder))
-    except RefusedError as error:
-        refuse(error)

@@ -13,15 +13,17 @@ access tokens.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import ConfigError, Unauthenticated
-from cluster.security.tokens.issuer import ISSUER, replace_private_file, sign
+from cluster.security.tokens.issuer import ISSUER, TOKEN_TTL_S, replace_private_file, sign
 from cluster.security.tokens.principal import Principal, Verifier, principal_of
 from cluster.security.tokens.verification import (
     MAX_TOKEN_BYTES,
@@ -128,6 +130,14 @@ def intent_file(configured: str | None, environment: Mapping[str, str]) -> Path 
 def write_intent(path: Path, token: str) -> None:
     """Write an intent to a file that only its owner can read. An older file is replaced completely."""
     replace_private_file(path, token.encode())
+
+
+def remove_expired(folder: Path) -> None:
+    """Remove the intent files of killed jobs. A running job renews its own more often than the limit."""
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < time.time() - TOKEN_TTL_S:
+                path.unlink()
 
 
 def read_intent(path: Path, verifier: IntentVerifier, *, entrypoint: str | None = None) -> Intent:

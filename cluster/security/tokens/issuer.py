@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import time
 import uuid
 from collections.abc import Iterator
@@ -134,6 +135,14 @@ def write_private_file(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def ensure_secret(path: Path) -> None:
+    """Create a file with a random secret of 64 hex characters, completely or not at all, if it is missing or empty."""
+    if not path.exists() or path.stat().st_size == 0:
+        replace_private_file(path, secrets.token_hex(32).encode())
 
 
 def replace_private_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:

@@ -28,6 +28,8 @@ class Principal:
     tenant: str = "default"
     entrypoint: str = ""
     """Entry point of the only job that the principal may run, from an intent; empty for an access token."""
+    node_region: str = ""
+    """Region of the other node that sent the request to the key broker; empty for this process's own region."""
     models: tuple[str, ...] | None = None
     """The only models that the token's scope allows; None if only the role decides."""
 

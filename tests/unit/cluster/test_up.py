@@ -19,8 +19,10 @@ from omegaconf import OmegaConf
 from cluster import up
 from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
 from cluster.host import processes
+from cluster.ledger import open_ledger
+from cluster.ledger.events import ClusterStopped
 from cluster.node import checks
-from cluster.node.launch import remove_folders
+from cluster.node.launch import StartFailed, remove_folders
 from cluster.node.parts import BROKER, Part, PartStatus, State
 from cluster.security.private_folder import ensure_private_folder
 from cluster.session import ClusterRecord, write_record
@@ -221,6 +223,32 @@ def test_record_of_a_dead_cluster_does_not_block_a_start(
     assert up.running_record(config) is None
     assert not Path(written.runtime_folder).exists()
     up.check(config)
+
+
+def test_the_end_of_a_dead_cluster_is_recorded_once(config: PlatformConfig, written: ClusterRecord) -> None:
+    """Its nodes read the event, and end. After a reboot of the head nothing else would end them."""
+    for _ in range(2):
+        assert up.running_record(config) is None
+    [stopped] = open_ledger(config).entries(ClusterStopped)
+    assert stopped.payload == {"cluster_id": written.cluster_id}
+
+
+def test_a_failed_start_ends_the_nodes_that_had_joined(
+    config: PlatformConfig, record: ClusterRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service for nodes listens before the last part runs. A cluster without nodes needs no event."""
+
+    def fail(config: PlatformConfig, record: ClusterRecord) -> None:
+        raise StartFailed("no")
+
+    monkeypatch.setattr(up, "_start_parts", fail)
+    for name in ("check", "prepare", "warn_of_spilling"):
+        monkeypatch.setattr(up, name, lambda *_: None)
+    for address in ("127.0.0.1", "10.9.9.9"):
+        monkeypatch.setattr(up, "describe", lambda config, address=address: replace(record, address=address))
+        with pytest.raises(StartFailed):
+            up.start(config)
+    assert len(list(open_ledger(config).entries(ClusterStopped))) == 1
 
 
 def test_cluster_with_a_running_part_is_repaired(

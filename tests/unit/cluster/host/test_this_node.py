@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import ConfigError
-from cluster.host.this_node import RECORD_VARIABLE, is_loopback, this_node
+from cluster.host.this_node import RECORD_VARIABLE, forget_node, is_loopback, this_node
 from cluster.node.description import describe_machine
 from cluster.placement import PlacementConfig, find_nodes, options
 from cluster.security.keys import access as key_access
@@ -159,3 +160,12 @@ def test_work_is_bound_to_its_region_or_refused(
     assert disk == {"ray.io/availability-region": "one", "ray.io/node-id": "a"}
     with pytest.raises(ConfigError, match="only, because its disk, and this node is in another region"):
         find_nodes(PlacementConfig(region="two"), on_this_node="its disk")
+
+
+def test_a_new_cluster_does_not_take_the_folders_of_a_running_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shell that starts it may have the other node's record in its environment."""
+    monkeypatch.setenv(RECORD_VARIABLE, str(tmp_path / "other" / "cluster.json"))
+    forget_node()
+    assert RECORD_VARIABLE not in os.environ

@@ -62,6 +62,7 @@ class Head:
             region="eu",
             num_cpus=2,
             num_gpus=0,
+            edge=False,
             signing_request=request,
         )
         return key, replace(application, **changes)  # type: ignore[arg-type]

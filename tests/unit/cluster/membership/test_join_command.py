@@ -11,7 +11,7 @@ import pytest
 from cluster import join, leave
 from cluster.errors import ClusterAlreadyUp, ConfigError
 from cluster.join import JoinConfig, compose_node, own_settings, write_files
-from cluster.ledger.events import ClusterStopped, NodeLeft
+from cluster.ledger.events import ClusterStarted, ClusterStopped, NodeJoined, NodeLeft
 from cluster.membership.departure import has_ended, leave_membership
 from cluster.membership.members import Member
 from cluster.node.description import describe_machine
@@ -155,6 +155,38 @@ def test_node_learns_that_its_cluster_was_stopped(head: Head, record: ClusterRec
     assert has_ended(head.ledger, record)
 
 
+def test_node_learns_that_its_head_started_a_new_cluster(head: Head, record: ClusterRecord) -> None:
+    """After a crash of the head no event says that the old cluster was stopped. An older cluster does not count."""
+    started = ClusterStarted(cluster_id="new", region="eu", num_cpus=1, num_gpus=0)
+    head.ledger.append(replace(started, cluster_id="abc"), actor="user:a")
+    assert not has_ended(head.ledger, record)
+    head.ledger.append(started, actor="user:a")
+    assert has_ended(head.ledger, record)
+    later = replace(record, node_id="later")
+    joined = NodeJoined(
+        cluster_id="abc",
+        node_id="later",
+        name="n",
+        address="127.0.0.3",
+        region="eu",
+        num_cpus=1,
+        num_gpus=0,
+        certificate="",
+    )
+    head.ledger.append(joined, actor="system:head")
+    assert not has_ended(head.ledger, later)
+
+
+def test_a_ledger_that_does_not_answer_gives_a_warning_of_one_line(
+    head: Head, record: ClusterRecord, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SQLAlchemy's own message has several lines."""
+    lost = replace(record, head=f"127.0.0.1:{free_port()}")
+    head.config.ledger.url = "sqlite:////missing/folder/ledger.db"
+    leave_membership(lost, head.config, reason="down")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_node_is_found_by_id_name_or_address() -> None:
     """A name that several nodes have is refused, with the ids."""
     members = [
@@ -162,6 +194,8 @@ def test_node_is_found_by_id_name_or_address() -> None:
         for node_id, address in (("n1", "10.0.0.2"), ("n2", "10.0.0.3"))
     ]
     assert leave.find_member(members, "n2") == leave.find_member(members, "10.0.0.3") == members[1]
+    hiding = replace(members[0], name="n2")
+    assert leave.find_member([hiding, members[1]], "n2") == members[1]
     with pytest.raises(ConfigError, match=r"Several nodes are named 'worker'.*n1 .*n2 "):
         leave.find_member(members, "worker")
     with pytest.raises(ConfigError, match="No node is named 'x'"):

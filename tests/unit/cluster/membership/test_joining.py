@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from cluster.membership import join_token
 from cluster.membership.admission import fingerprint
 from cluster.membership.head_client import HeadClient, first_request
 from cluster.membership.members import current_members
+from cluster.membership.service import SILENT_S
 from cluster.membership.shared_state import require_shared_state
 from cluster.membership.transport import client_context, node_context
 from cluster.security.tls.certificates import ensure_tls, write_node_certificate
@@ -29,6 +31,8 @@ def test_node_gets_a_certificate_and_the_shared_secrets(head: Head) -> None:
     certificate = x509.load_pem_x509_certificate(str(answer["certificate"]).encode())
     addresses = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert NODE_ADDRESS in [str(address) for address in addresses.get_values_for_type(x509.IPAddress)]
+    assert addresses.get_values_for_type(x509.DNSName) == ["localhost"]
+    assert certificate.subject.rfc4514_string() == "CN=falaj-node-node-2"
     assert set(answer["files"]) == {"ray_token", "issuer.pub.pem", "jwks.json"}  # type: ignore[call-overload]
     assert answer["overrides"] == head.record.overrides
     [entry] = head.ledger.entries(NodeJoined)
@@ -44,6 +48,10 @@ def test_node_gets_a_certificate_and_the_shared_secrets(head: Head) -> None:
         ({"release": "falaj 0.0.9, code abc"}, ConfigError, r"another release.*falaj 0\.0\.9.*Head: falaj"),
         ({"address": "127.0.0.3"}, ConfigError, "not the address that the head sees"),
         ({"name": "a b"}, InvalidRequest, "name has letters"),
+        ({"name": "10.0.0.1"}, InvalidRequest, "is not an address"),
+        ({"name": "HEAD"}, ConfigError, "is named 'HEAD'.*name=…"),
+        ({"region": "eu/1"}, InvalidRequest, r"Set cluster\.region"),
+        ({"region": "e" * 64}, InvalidRequest, "at most 63"),
         ({"num_cpus": "2"}, InvalidRequest, "needs 'num_cpus'"),
         ({"signing_request": "x"}, InvalidRequest, "damaged"),
     ],
@@ -76,11 +84,30 @@ def test_second_node_at_the_address_of_a_live_one_is_refused(head: Head) -> None
     client.request("report", parts={})
     with pytest.raises(ConfigError, match="is alive"):
         head.join()
-    head.service._reports.clear()
+    head.service.clock = lambda: time.monotonic() + SILENT_S
     second, _ = head.join()
     assert list(current_members(head.ledger, "abc")) == [second]
     [left] = head.ledger.entries(NodeLeft)
     assert (left.payload["node_id"], left.payload["reason"]) == (first, "replaced")
+
+
+@pytest.mark.parametrize(("edge", "names"), [(False, ["localhost"]), (True, ["api.example", "localhost"])])
+def test_only_a_node_with_an_edge_gets_the_names_of_edges(head: Head, edge: bool, names: list[str]) -> None:
+    """The certificate of another node is not valid for them."""
+    head.config.cluster.edge_names = ["api.example"]
+    _, application = head.application(edge=edge)
+    certificate = x509.load_pem_x509_certificate(str(head.ask(application)["certificate"]).encode())
+    found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert found.get_values_for_type(x509.DNSName) == names
+
+
+def test_a_node_cannot_take_the_name_or_id_of_another_one(head: Head) -> None:
+    """Otherwise an operator could remove the wrong node."""
+    node_id, _ = head.join()
+    for name in ("NODE-2", node_id):
+        _, application = head.application(name=name, address="127.0.0.3")
+        with pytest.raises(ConfigError, match="Another node of the cluster is named"):
+            head.ask(application, own_address="127.0.0.3")
 
 
 def test_nothing_is_sent_to_a_head_of_another_authority(head: Head, tmp_path: Path) -> None:

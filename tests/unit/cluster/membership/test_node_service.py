@@ -24,12 +24,12 @@ from cluster.security.keys.broker import Broker
 from cluster.security.keys.client import BrokerKeyStore, ask_broker
 from cluster.security.keys.gate import Gate
 from cluster.security.keys.keyring import open_local
-from cluster.security.keys.store import KeyInfo, KeyStoreUnavailable
+from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyStoreUnavailable
 from cluster.security.tokens.intent import mint_intent
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.trust import Trust
-from tests.servers.key_broker_world import decide, verify
+from tests.servers.key_broker_world import Person, decide, verify
 from tests.servers.ports import free_port
 from tests.unit.cluster.membership.conftest import Head
 
@@ -74,6 +74,17 @@ def test_intents_reach_other_nodes_by_their_random_name(head: Head) -> None:
     name = f"feature_jobs.ingest-{uuid.uuid4().hex}.jwt"
     client.request("deposit", name=name, intent=intent)
     assert client.request("intent", name=name) == intent
+    client.request("deposit", name=name, intent=intent)
+    other = mint_intent(
+        head.record.layout, replace(principal, subject="bob"), entrypoint="feature_jobs.ingest"
+    )
+    with pytest.raises(AccessDenied, match="another subject's"):
+        client.request("deposit", name=name, intent=other)
+    with pytest.raises(Unauthenticated, match=r"not for 'jobs\.train'"):
+        client.request("deposit", name=name.replace("feature_jobs.ingest", "jobs.train"), intent=intent)
+    client.request("withdraw", name=name)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        client.request("intent", name=name)
     with pytest.raises(Unauthenticated):
         client.request("deposit", name=name, intent=f"{intent}x")
     for invalid in ("supervisor.jwt", f"../{name}", "issuer.pem"):
@@ -86,7 +97,19 @@ def test_keys_come_from_the_heads_broker_with_the_callers_token(head: Head) -> N
     _, client = head.join()
     socket_folder = head.folder / "run"
     head.service.record = replace(head.record, key_socket=str(socket_folder / "head" / "s"))
-    gate = Gate(open_local(head.folder / "ring"), verify=verify, decide=decide, audit=lambda denial: None)
+    regions = []
+
+    def locate(principal: Person, region: str) -> Person:
+        regions.append(region)
+        return principal
+
+    gate = Gate(
+        open_local(head.folder / "ring"),
+        verify=verify,
+        decide=decide,
+        audit=lambda denial: None,
+        locate=locate,
+    )
     stopped = threading.Event()
     brokers = [
         Broker(gate, socket_folder / "head" / "s"),
@@ -108,6 +131,13 @@ def test_keys_come_from_the_heads_broker_with_the_callers_token(head: Head) -> N
         other = BrokerKeyStore(socket_folder / "node" / "s", lambda: "bob/marketing")
         with pytest.raises(AccessDenied, match="bob may not"):
             other.wrap("k", b"x")
+        assert set(regions) == {"eu"}
+        with pytest.raises(KeyNotFound):  # the region is the ledger's, not the message's
+            ask_broker(
+                socket_folder / "node" / "s",
+                {"op": "info", "name": "x", "token": "admin/any", "node_region": "us"},
+            )
+        assert set(regions) == {"eu"}
         token = ask_broker(
             socket_folder / "node" / "s", {"op": "service_token", "subject": "service:a", "purpose": ""}
         )
@@ -172,7 +202,7 @@ def test_status_names_what_is_dead(head: Head) -> None:
     """A node that reports no more counts as dead, and one that lacks a part is shown with it."""
     node_id, client = head.join()
     [waiting] = map(status_of, head.service._nodes())
-    assert (waiting.node_id, waiting.state) == (node_id, State.dead)
+    assert (waiting.node_id, waiting.state) == (node_id, State.silent)
     client.request("report", parts={"raylet": "running", "key broker": "dead"})
     [lacking] = map(status_of, client.request("nodes"))  # type: ignore[call-overload]
     assert (lacking.state, lacking.text) == (State.silent, "lacks key broker (dead)")

@@ -191,3 +191,12 @@ def test_first_of_repeated_headers_counts() -> None:
     assert (
         read([(b"x-falaj-proof", b"q"), (b"x-falaj-proof", b"p"), (b"x-falaj-arm", b"control")]) == UNPROVED
     )
+
+
+def test_an_empty_secret_is_refused(tmp_path: Path) -> None:
+    """With it, every request would be from the edge. A full disk could leave an empty file."""
+    places = Layout(str(tmp_path))
+    edge_proof(places)
+    (tmp_path / "keys" / "edge_proof").write_text("")
+    with pytest.raises(ConfigError, match="edge_proof is empty"):
+        edge_proof(places)

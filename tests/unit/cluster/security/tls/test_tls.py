@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cluster.errors import ConfigError
 from cluster.security.tls import certificates as tls
+from cluster.security.tls.__main__ import main
 from cluster.security.tls.certificates import ensure_tls, write_node_certificate
 from cluster.session import tls_environment
 from cluster.storage import Layout
@@ -187,17 +188,17 @@ def test_foreign_certificate_is_not_replaced(folder: Path, tmp_path: Path, conte
 def test_command_shows_renews_and_issues(folder: Path, tmp_path: Path) -> None:
     """An invalid address and a missing authority exit with 2."""
     root = ("--root", str(folder.parent))
-    shown = run_main(tls.main, *root, "show").stdout
+    shown = run_main(main, *root, "show").stdout
     assert [line.split()[0] for line in shown.splitlines()] == ["ca.pem", "edge.pem", "node.pem"]
     before = (folder / "edge.pem").read_bytes()
-    assert run_main(tls.main, *root, "renew").returncode == 0
+    assert run_main(main, *root, "renew").returncode == 0
     assert (folder / "edge.pem").read_bytes() != before
     node = ("node", "--name", "w", "--output", str(tmp_path / "w"), "--ip")
-    assert run_main(tls.main, *root, *node, "10.0.0.7").returncode == 0
+    assert run_main(main, *root, *node, "10.0.0.7").returncode == 0
     assert mutual(folder, tmp_path / "w") == "TLSv1.3"
-    wrong = run_main(tls.main, *root, *node, "ten")
+    wrong = run_main(main, *root, *node, "ten")
     assert (wrong.returncode, "address is invalid" in wrong.stderr) == (2, True)
-    missing = run_main(tls.main, "--root", str(tmp_path / "none"), "show")
+    missing = run_main(main, "--root", str(tmp_path / "none"), "show")
     assert (missing.returncode, "cluster.up" in missing.stderr) == (2, True)
 
 
@@ -210,7 +211,8 @@ def company(folder: Path) -> dict[str, bytes]:
     leaf = tls._leaf(
         key.public_key(),
         tls._Authority(certificate, key),
-        name="company.example",
+        common_name="company.example",
+        hosts=["company.example"],
         addresses=["127.0.0.1"],
         usages=usages,
     )
@@ -256,3 +258,15 @@ def test_interrupted_renewal_is_completed_by_the_next_start(folder: Path, tmp_pa
     (folder / "node.key").write_bytes((tmp_path / "w" / "node.key").read_bytes())
     ensure_tls(Layout(str(folder.parent)))
     assert mutual(folder, folder) == "TLSv1.3"
+
+
+def test_a_joined_node_makes_no_authority_of_its_own(tmp_path: Path) -> None:
+    """A new one would replace the head's certificate in ca.pem, and the node would trust no other node any more."""
+    places = Layout(str(tmp_path))
+    ensure_tls(places)
+    folder = tmp_path / "tls"
+    (folder / "ca.key").unlink()
+    authority = (folder / "ca.pem").read_bytes()
+    with pytest.raises(ConfigError, match=r"head's authority issued.*cluster\.leave"):
+        ensure_tls(places, renew=True)
+    assert (folder / "ca.pem").read_bytes() == authority
