@@ -54,7 +54,7 @@ def connect(url: str) -> sa.Engine:
     """Return an engine whose transactions work as `writing` needs them."""
     is_sqlite = url.startswith("sqlite")
     engine = sa.create_engine(
-        url, pool_pre_ping=not is_sqlite, connect_args={} if is_sqlite else _timeouts(url)
+        url, pool_pre_ping=not is_sqlite, connect_args={} if is_sqlite else timeouts(sa.engine.make_url(url))
     )
     if engine.dialect.name == "sqlite":
 
@@ -69,10 +69,14 @@ def connect(url: str) -> sa.Engine:
     return engine
 
 
-def _timeouts(url: str) -> dict[str, str]:
-    """Return the timeouts of a connection that the URL does not set itself."""
-    own = sa.engine.make_url(url).query
-    return {name: value for name, value in _TIMEOUTS.items() if name not in own}
+def timeouts(url: sa.engine.URL, **shorter: str) -> dict[str, str]:
+    """Return the timeouts of a connection that the URL does not set itself.
+
+    Args:
+        url: URL of the database.
+        shorter: Parameters of libpq that replace the defaults.
+    """
+    return {name: value for name, value in {**_TIMEOUTS, **shorter}.items() if name not in url.query}
 
 
 def require_tls(url: str) -> None:
