@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 import sqlalchemy as sa
 
 from cluster.errors import CommitConflict, RecordLogCorrupt
+from cluster.fsync import sync_folder
 from cluster.records.columns import SEGMENT, to_row
 from cluster.records.contents import (
     READERS,
@@ -47,6 +48,8 @@ from cluster.security.keys.store import KeyStore
 from cluster.storage import file_system, is_uri, read_bytes, remove, write_bytes
 
 LOCK = ".compaction"
+ADOPTED_FOLDER = "table.adopted"
+"""Folder of a local table whose files are in the shared table. It is being removed."""
 MAX_RECORDS, MAX_BYTES = 50_000, 32 * 2**20
 """Largest number of records, and of JSON bytes, in one file. Both limit the memory for writing and reading a file."""
 MAX_SEGMENTS = 500
@@ -91,17 +94,23 @@ def compact(log: AnyLog, *, store: KeyStore, files: ProtectedFiles) -> int:
 def adopt_local_table(location: LogLocation) -> None:
     """Move the table that an older release kept on this machine's disk into the shared one. It needs no key.
 
-    Files and segments are added in one transaction, so a second call after a kill adds nothing twice. Segments of the
-    log must be uploaded after this call only.
+    Files and segments are added in one transaction, so a second call after a kill adds nothing twice. Then the folder
+    is renamed before it is removed, because half of a table could not be opened. Segments of the log must be uploaded
+    after this call only.
 
     Raises:
         CommitConflict: A compaction of the log runs.
         RecordLogCorrupt: The table's history is lost.
     """
-    if location.shared is None or not (location.folder / FOLDER).exists():
+    folder, adopted = location.folder / FOLDER, location.folder / ADOPTED_FOLDER
+    if location.shared is None or not (folder.exists() or adopted.exists()):
         return
     with contextlib.ExitStack() as locks:
         lock = _CompactionLock(location, locks)
+        if adopted.exists():
+            shutil.rmtree(adopted)
+        if not folder.exists():
+            return
         local, shared = LogTable(location.folder), LogTable(location.root)
         segments = {name for file in local.files for name in _segments_of(f"{local.uri}/{file.path}")}
         if new := sorted(name for name in segments if not shared.has(name)):
@@ -110,7 +119,9 @@ def adopt_local_table(location: LogLocation) -> None:
                 write_bytes(f"{shared.uri}/{file.path}", read_bytes(f"{local.uri}/{file.path}"))
             lock.require()
             shared.commit(local.files, new)
-        shutil.rmtree(local.uri)
+        folder.rename(adopted)
+        sync_folder(location.folder)
+        shutil.rmtree(adopted)
 
 
 class _CompactionLock:
