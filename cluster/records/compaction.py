@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
+import json
 import os
 import shutil
 import time
@@ -40,14 +41,16 @@ from cluster.records.contents import (
     segment_class,
     segment_records,
 )
-from cluster.records.location import AnyLog, LogLocation, location_of
+from cluster.records.location import AnyLog, LogLocation, local_node, location_of
 from cluster.records.segments import UNFINISHED, list_segments
 from cluster.records.table import FOLDER, HISTORY, LogTable
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.store import KeyStore
-from cluster.storage import file_system, is_uri, read_bytes, remove, write_bytes
+from cluster.storage import file_system, is_uri, list_files, read_bytes, remove, write_bytes
 
 LOCK = ".compaction"
+ADOPTING = "_adopting"
+"""Folder in a shared table with one list for each node whose local table is being copied: the paths of its files."""
 ADOPTED_FOLDER = "table.adopted"
 """Folder of a local table whose files are in the shared table. It is being removed."""
 MAX_RECORDS, MAX_BYTES = 50_000, 32 * 2**20
@@ -112,13 +115,16 @@ def adopt_local_table(location: LogLocation) -> None:
         if not folder.exists():
             return
         local, shared = LogTable(location.folder), LogTable(location.root)
+        marker = f"{shared.uri}/{ADOPTING}/{local_node(str(location.folder.parents[1]))}.json"
         segments = {name for file in local.files for name in _segments_of(f"{local.uri}/{file.path}")}
         if new := sorted(name for name in segments if not shared.has(name)):
             shared.ensure()
+            write_bytes(marker, json.dumps([file.path for file in local.files]).encode())
             for file in local.files:
                 write_bytes(f"{shared.uri}/{file.path}", read_bytes(f"{local.uri}/{file.path}"))
             lock.require()
             shared.commit(local.files, new)
+        remove(marker)
         folder.rename(adopted)
         sync_folder(location.folder)
         shutil.rmtree(adopted)
@@ -225,10 +231,14 @@ def _remove_leftovers(location: LogLocation, table: LogTable) -> None:
     """Remove files that a killed compaction wrote but did not commit, and segments that a killed writer did not finish.
 
     This is safe: the caller holds the compaction's lock, and no reader opens such files. A remote file must be old too,
-    because a compaction that has lost its lock may still have to notice that.
+    because a compaction that has lost its lock may still have to notice that. Files of a node that was killed while it
+    copied its local table stay: only that node has their records elsewhere, and it will commit them.
     """
     leftovers = table.uncommitted_files()
-    if is_uri(table.uri):
+    if is_uri(table.uri) and leftovers:
+        lists = [json.loads(read_bytes(uri)) for uri in list_files(f"{table.uri}/{ADOPTING}", ".json")]
+        adopting = {f"{table.uri}/{path}" for paths in lists for path in paths}
+        leftovers = [uri for uri in leftovers if uri not in adopting]
         fs, _ = file_system(table.uri)
         leftovers = [uri for uri in leftovers if fs.modified(uri).timestamp() < time.time() - ABANDONED_S]
     if leftovers:

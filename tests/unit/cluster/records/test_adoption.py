@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from cluster.records import log_age
+from cluster.records import compaction, log_age
+from cluster.records.compaction import compact
 from cluster.records.progress import BEGINNING
 from cluster.records.table import LogTable
+from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.storage import list_files
 from tests.samples.record_log import fill, ids, run
 from tests.servers.shared_logs import Killed, Node, SharedLogs
@@ -48,6 +50,28 @@ def test_local_table_of_an_older_release_is_moved(
     assert [path.name for path in node.log.folder.glob("table*")] == []
     assert LogTable(other.log.root).records == 12
     assert list_files(f"{other.log.root}/table/_delta_log")
+
+
+def test_compaction_goes_on_after_a_killed_adoption(
+    logs: SharedLogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copied files have no commit, and their records are on the disk of the other node only."""
+    node, other = old_node(logs), logs.node("other")
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(LogTable, "commit", killed)
+    with pytest.raises(Killed):
+        node.uploader().run_once()
+    monkeypatch.undo()
+    monkeypatch.setattr(compaction, "ABANDONED_S", -3600.0)
+    other.write(12, 1)
+    other.uploader().run_once()
+    assert compact(other.log, store=logs.keyring, files=ProtectedFiles(logs.keyring)) == 1
+    assert node.uploader().run_once().failures == []
+    assert len(ids(other.log, logs.keyring)) == 13
+    assert list_files(f"{other.log.root}/table/_adopting") == []
 
 
 def test_age_says_that_the_local_table_is_not_read_yet(logs: SharedLogs) -> None:
