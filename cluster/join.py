@@ -53,6 +53,7 @@ from cluster.node.launch import (
     wait_until,
 )
 from cluster.node.locks import command_lock, is_watched_by
+from cluster.node.log_uploads import announce_node, upload_logs
 from cluster.node.parts import EDGE, RELAY, SUPERVISOR, UPLOADER, State, inspect_parts, states_by_name
 from cluster.node.scheduling import wait_for_turn
 from cluster.security.private_folder import ensure_private_folder, remove_access_of_others
@@ -179,15 +180,19 @@ def join(config: JoinConfig, own: list[str]) -> None:
         has_edge=config.edge,
     )
     record = replace(record, overrides=shared_overrides(node, record))
+    is_announced = False
     try:
         write_files(record, key, answer)
         # Written before anything runs: if this start is killed, the next command can end the processes that it left.
         write_record(replace(record, starting=True), node.storage)
         check_clock(ahead_s)
         check_shared_state(node, record)
+        is_announced = True  # its logs count from here on
         start_parts(node, record)
     except BaseException:
         end_all(record)
+        if is_announced:
+            upload_logs(node, record)
         leave_membership(record, node, reason="failed")
         remove_folders(record)
         raise
@@ -318,6 +323,7 @@ def start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
     Raises:
         StartFailed: a part did not start.
     """
+    announce_node(config, record)
     broker = start_process(config, record, RELAY, log=key_log(config))
     wait_until(broker, Path(record.key_socket).exists, name="key broker", log=key_log(config))
     start_ray_node(config, record)

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import sqlalchemy as sa
 
 from cluster.entrypoint import compose_platform, job
-from cluster.errors import ClusterNotRunning, ConfigError, FalajError, first_line
+from cluster.errors import ClusterNotRunning, ConfigError
 from cluster.host import processes
 from cluster.ledger import open_ledger
 from cluster.ledger.events import NodeLeft
@@ -25,8 +24,8 @@ from cluster.membership.head_client import HeadClient
 from cluster.membership.members import Member, current_members
 from cluster.node.launch import StartFailed, end_all, remove_folders, run_command
 from cluster.node.locks import command_lock
+from cluster.node.log_uploads import upload_logs
 from cluster.node.parts import Part, find_parts
-from cluster.records.upload import Uploader
 from cluster.security.tokens.principal import current_actor
 from cluster.session import ClusterRecord, find_record, require_recorded_cluster
 from cluster.settings import PlatformConfig
@@ -69,17 +68,6 @@ def main(config: LeaveConfig) -> None:
         leave_membership(record, node, reason="left")
         remove_folders(record)
     print(f"node {record.node_id} has left; ended {ended} processes")
-
-
-def upload_logs(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Upload the last segments of this node's logs. If that fails, a warning is printed and the segments stay."""
-    try:
-        Uploader(record.layout, open_ledger(config)).leave()
-    except (FalajError, OSError, sa.exc.SQLAlchemyError) as error:
-        print(
-            f"warning: some records stay on this machine only, below {record.local_root}. {first_line(error)}",
-            file=sys.stderr,
-        )
 
 
 def drain(config: PlatformConfig, record: ClusterRecord, *, deadline_s: int) -> None:

@@ -50,6 +50,7 @@ from cluster.node.launch import (
     wait_until,
 )
 from cluster.node.locks import command_lock, is_watched_by
+from cluster.node.log_uploads import announce_node
 from cluster.node.parts import (
     BROKER,
     EDGE,
@@ -224,6 +225,7 @@ def start(config: PlatformConfig) -> None:
 def _start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
     # The record is written before a process starts. If this command is killed, the next command can end its processes.
     write_record(replace(record, starting=True), config.storage)
+    announce_node(config, record)
     start_ray(config, record)
     broker = start_process(config, record, BROKER, log=key_log(config))
     nodes = start_process(config, record, NODES, log=nodes_log(config)) if record.has_nodes else None

@@ -16,6 +16,8 @@ from cluster.errors import ConfigError
 from cluster.ledger.chain import Entry
 
 _LOCK_KEY = 0x0FA1A7
+_LOCK_NOT_AVAILABLE = "55P03"
+"""PostgreSQL's error code of a lock timeout."""
 _TIMEOUTS = {
     "connect_timeout": "10",
     "tcp_user_timeout": "10000",
@@ -25,6 +27,17 @@ _TIMEOUTS = {
 }
 """Parameters of libpq that end a connection about 10 s after its network was cut. By default that takes 15 minutes or
 more, and a command or an edge would hang as long."""
+_SERVER_TIMEOUTS = {
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "10s",
+}
+"""Settings with which PostgreSQL ends the connection of a machine that died, and with it the locks of its transaction.
+They are set with a query, because PgBouncer refuses them in `options`. Through a pooler they apply to its connection to
+the server, where they do no harm."""
+_LIMITS = {"lock_timeout": "10s", "idle_in_transaction_session_timeout": "30s"}
+"""Settings of one transaction that writes: how long it waits for a lock, and how long it may hold one while idle."""
 
 METADATA = sa.MetaData()
 EVENTS = sa.Table(
@@ -54,7 +67,7 @@ def connect(url: str) -> sa.Engine:
     """Return an engine whose transactions work as `writing` needs them."""
     is_sqlite = url.startswith("sqlite")
     engine = sa.create_engine(
-        url, pool_pre_ping=not is_sqlite, connect_args={} if is_sqlite else _timeouts(url)
+        url, pool_pre_ping=not is_sqlite, connect_args={} if is_sqlite else timeouts(sa.engine.make_url(url))
     )
     if engine.dialect.name == "sqlite":
 
@@ -66,13 +79,37 @@ def connect(url: str) -> sa.Engine:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
 
+    else:
+
+        @sa.event.listens_for(engine, "connect")
+        def limit(connection: Any, _record: Any) -> None:
+            connection.autocommit = True  # so that the query leaves no open transaction
+            connection.execute(*_set(_SERVER_TIMEOUTS, is_local=False))
+            connection.autocommit = False
+
     return engine
 
 
-def _timeouts(url: str) -> dict[str, str]:
-    """Return the timeouts of a connection that the URL does not set itself."""
-    own = sa.engine.make_url(url).query
-    return {name: value for name, value in _TIMEOUTS.items() if name not in own}
+def timeouts(url: sa.engine.URL, **shorter: str) -> dict[str, str]:
+    """Return the timeouts of a connection that the URL does not set itself.
+
+    Args:
+        url: URL of the database.
+        shorter: Parameters of libpq that replace the defaults.
+    """
+    return {name: value for name, value in {**_TIMEOUTS, **shorter}.items() if name not in url.query}
+
+
+def _set(settings: dict[str, str], *, is_local: bool) -> tuple[str, list[Any]]:
+    """Return a query of PostgreSQL's driver that sets settings, and its parameters.
+
+    Args:
+        settings: Values by name.
+        is_local: Whether they end with the transaction.
+    """
+    calls = ", ".join(["set_config(%s, %s, %s)"] * len(settings))
+    parameters = [value for name, text in settings.items() for value in (name, text, is_local)]
+    return f"SELECT {calls}", parameters
 
 
 def require_tls(url: str) -> None:
@@ -95,14 +132,15 @@ def require_tls(url: str) -> None:
 
 @contextmanager
 def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """Open a transaction that holds the ledger's write lock. It commits at the end, except after an exception."""
-    with engine.connect() as connection:
-        if connection.dialect.name == "sqlite":
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-        else:
+    """Open a transaction that holds the ledger's write lock. It commits at the end, except after an exception.
+
+    Raises:
+        OperationalError: Another process holds the lock for longer than 10 s (SQLite: 30 s).
+    """
+    with updating(engine) as connection:
+        if connection.dialect.name == "postgresql":
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY)))
         yield connection
-        connection.commit()
 
 
 @contextmanager
@@ -111,12 +149,32 @@ def updating(engine: sa.Engine) -> Iterator[sa.Connection]:
 
     SQLite has one lock for all writers. On PostgreSQL the caller locks the rows that it selects `with_for_update`, so
     it does not wait for writers of the ledger.
+
+    Raises:
+        OperationalError: As for `writing`.
     """
-    with engine.connect() as connection:
+    with engine.connect() as connection, _explained_lock_timeout():
         if connection.dialect.name == "sqlite":
             connection.exec_driver_sql("BEGIN IMMEDIATE")
+        else:
+            query, parameters = _set(_LIMITS, is_local=True)
+            connection.exec_driver_sql(query, tuple(parameters))
         yield connection
         connection.commit()
+
+
+@contextmanager
+def _explained_lock_timeout() -> Iterator[None]:
+    """Add to the error of a lock timeout what the operator can do."""
+    try:
+        yield
+    except sa.exc.OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) == _LOCK_NOT_AVAILABLE:
+            error.add_detail(
+                f"Another process has held a lock of the ledger's database for {_LIMITS['lock_timeout']}, so nothing "
+                "was changed. Try again. The view pg_locks names the process that holds it."
+            )
+        raise
 
 
 @contextmanager

@@ -11,19 +11,28 @@ first, so no block can arrive after the upload has read them.
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import sqlalchemy as sa
 
 from cluster.errors import FalajError
-from cluster.ledger.database import updating
+from cluster.ledger.database import timeouts, updating
 from cluster.records.database import BLOCKS
 from cluster.records.location import LogLocation, local_node
 
-CONNECT_TIMEOUT_S = 3
-ANSWER_TIMEOUT_S = 5
+ANSWER_TIMEOUT_S = 5.0
 """Longest wait in seconds for an answer of the database. Then the requests that wait get 503."""
+_TIMEOUTS = {
+    "connect_timeout": "3",
+    "tcp_user_timeout": "5000",
+    "keepalives_idle": "2",
+    "keepalives_interval": "1",
+    "keepalives_count": "3",
+}
+"""Parameters of libpq that end a connection about 5 s after the database's host died or its network was cut."""
 SILENT_S = 300.0
 """Seconds after which another node uploads the segments of a node that reports nothing."""
 _FIRST = sa.text(
@@ -56,7 +65,10 @@ class Block(NamedTuple):
 
 
 class BlockWriter:
-    """Adds the blocks of one log. Used from one thread, with one connection that stays open."""
+    """Adds the blocks of one log, over one connection that stays open.
+
+    Only one thread may use it, but any thread may call `abandon`.
+    """
 
     def __init__(self, location: LogLocation) -> None:
         assert location.engine is not None, "Only a shared log has blocks."
@@ -65,9 +77,11 @@ class BlockWriter:
             location.engine.url,
             poolclass=sa.NullPool,
             isolation_level="AUTOCOMMIT",  # one statement for each block, so one round trip
-            connect_args={"connect_timeout": CONNECT_TIMEOUT_S, "tcp_user_timeout": ANSWER_TIMEOUT_S * 1000},
+            connect_args=timeouts(location.engine.url, **_TIMEOUTS),
         )
         self._connection: sa.Connection | None = None
+        self._socket: socket.socket | None = None
+        self._is_abandoned = False
 
     def add(self, blocks: Sequence[Block]) -> None:
         """Add blocks durably.
@@ -81,7 +95,7 @@ class BlockWriter:
             self._add(blocks)
         except sa.exc.DBAPIError as error:
             self.close()
-            if not is_reused or not error.connection_invalidated:
+            if not is_reused or not error.connection_invalidated or self._is_abandoned:
                 raise
             self._add(blocks)  # the database was restarted; adding a block twice changes nothing
         except BaseException:
@@ -89,14 +103,29 @@ class BlockWriter:
             raise
 
     def _add(self, blocks: Sequence[Block]) -> None:
-        if self._connection is None:
-            self._connection = self._engine.connect()
-            self._connection.exec_driver_sql(f"SET statement_timeout = {ANSWER_TIMEOUT_S * 1000}")
+        connection = self._connect()
         for block in blocks:
             values = {"log": self._log, "node": self._node, **block._asdict()}
-            added = self._connection.execute(_NEXT if block.start else _FIRST, values).rowcount
-            if added == 0 and not self._is_added(self._connection, block):
+            added = connection.execute(_NEXT if block.start else _FIRST, values).rowcount
+            if added == 0 and not self._is_added(connection, block):
                 raise SegmentSealed(f"Segment {block.segment} of {self._log} was sealed.")
+
+    def _connect(self) -> sa.Connection:
+        if self._connection is None:
+            self._connection = self._engine.connect()
+            driver = self._connection.connection.driver_connection
+            assert driver is not None, "An open connection has one of the driver."
+            self._socket = socket.socket(fileno=os.dup(driver.fileno()))
+            if self._is_abandoned:  # during the connection's start
+                self.abandon()
+        return self._connection
+
+    def abandon(self) -> None:
+        """End `add` in its thread, which waits for an answer. It fails at once, and must not be called again."""
+        self._is_abandoned = True
+        if (own := self._socket) is not None:
+            with contextlib.suppress(OSError):  # it was closed in the meantime
+                own.shutdown(socket.SHUT_RDWR)
 
     def _is_added(self, connection: sa.Connection, block: Block) -> bool:
         query = sa.select(BLOCKS.c.start).where(*_of(self._log, block.segment), BLOCKS.c.start == block.start)
@@ -105,6 +134,9 @@ class BlockWriter:
     def close(self) -> None:
         """Close the connection. The next `add` opens a new one."""
         connection, self._connection = self._connection, None
+        own, self._socket = self._socket, None
+        if own is not None:
+            own.close()
         if connection is not None:
             with contextlib.suppress(sa.exc.DBAPIError):
                 connection.close()

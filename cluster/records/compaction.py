@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
+import json
 import os
 import shutil
 import time
@@ -30,6 +31,7 @@ import pyarrow.parquet as pq
 import sqlalchemy as sa
 
 from cluster.errors import CommitConflict, RecordLogCorrupt
+from cluster.host.fsync import sync_folder
 from cluster.records.columns import SEGMENT, to_row
 from cluster.records.contents import (
     READERS,
@@ -39,14 +41,18 @@ from cluster.records.contents import (
     segment_class,
     segment_records,
 )
-from cluster.records.location import AnyLog, LogLocation, location_of
+from cluster.records.location import AnyLog, LogLocation, local_node, location_of
 from cluster.records.segments import UNFINISHED, list_segments
 from cluster.records.table import FOLDER, HISTORY, LogTable
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.store import KeyStore
-from cluster.storage import file_system, is_uri, read_bytes, remove, write_bytes
+from cluster.storage import file_system, is_uri, list_files, read_bytes, remove, write_bytes
 
 LOCK = ".compaction"
+ADOPTING = "_adopting"
+"""Folder in a shared table with one list for each node whose local table is being copied: the paths of its files."""
+ADOPTED_FOLDER = "table.adopted"
+"""Folder of a local table whose files are in the shared table. It is being removed."""
 MAX_RECORDS, MAX_BYTES = 50_000, 32 * 2**20
 """Largest number of records, and of JSON bytes, in one file. Both limit the memory for writing and reading a file."""
 MAX_SEGMENTS = 500
@@ -91,26 +97,37 @@ def compact(log: AnyLog, *, store: KeyStore, files: ProtectedFiles) -> int:
 def adopt_local_table(location: LogLocation) -> None:
     """Move the table that an older release kept on this machine's disk into the shared one. It needs no key.
 
-    Files and segments are added in one transaction, so a second call after a kill adds nothing twice. Segments of the
-    log must be uploaded after this call only.
+    Files and segments are added in one transaction, so a second call after a kill adds nothing twice. Then the folder
+    is renamed before it is removed, because half of a table could not be opened. Segments of the log must be uploaded
+    after this call only.
 
     Raises:
         CommitConflict: A compaction of the log runs.
         RecordLogCorrupt: The table's history is lost.
     """
-    if location.shared is None or not (location.folder / FOLDER).exists():
+    folder, adopted = location.folder / FOLDER, location.folder / ADOPTED_FOLDER
+    if location.shared is None or not (folder.exists() or adopted.exists()):
         return
     with contextlib.ExitStack() as locks:
         lock = _CompactionLock(location, locks)
+        if adopted.exists():
+            shutil.rmtree(adopted)
+        if not folder.exists():
+            return
         local, shared = LogTable(location.folder), LogTable(location.root)
+        marker = f"{shared.uri}/{ADOPTING}/{local_node(str(location.folder.parents[1]))}.json"
         segments = {name for file in local.files for name in _segments_of(f"{local.uri}/{file.path}")}
         if new := sorted(name for name in segments if not shared.has(name)):
             shared.ensure()
+            write_bytes(marker, json.dumps([file.path for file in local.files]).encode())
             for file in local.files:
                 write_bytes(f"{shared.uri}/{file.path}", read_bytes(f"{local.uri}/{file.path}"))
             lock.require()
             shared.commit(local.files, new)
-        shutil.rmtree(local.uri)
+        remove(marker)
+        folder.rename(adopted)
+        sync_folder(location.folder)
+        shutil.rmtree(adopted)
 
 
 class _CompactionLock:
@@ -214,10 +231,14 @@ def _remove_leftovers(location: LogLocation, table: LogTable) -> None:
     """Remove files that a killed compaction wrote but did not commit, and segments that a killed writer did not finish.
 
     This is safe: the caller holds the compaction's lock, and no reader opens such files. A remote file must be old too,
-    because a compaction that has lost its lock may still have to notice that.
+    because a compaction that has lost its lock may still have to notice that. Files of a node that was killed while it
+    copied its local table stay: only that node has their records elsewhere, and it will commit them.
     """
     leftovers = table.uncommitted_files()
-    if is_uri(table.uri):
+    if is_uri(table.uri) and leftovers:
+        lists = [json.loads(read_bytes(uri)) for uri in list_files(f"{table.uri}/{ADOPTING}", ".json")]
+        adopting = {f"{table.uri}/{path}" for paths in lists for path in paths}
+        leftovers = [uri for uri in leftovers if uri not in adopting]
         fs, _ = file_system(table.uri)
         leftovers = [uri for uri in leftovers if fs.modified(uri).timestamp() < time.time() - ABANDONED_S]
     if leftovers:

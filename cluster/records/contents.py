@@ -63,6 +63,8 @@ class SegmentListing:
     """Oldest first."""
     block_bytes: dict[str, int]
     """Size of the blocks of each segment that has any."""
+    uploaded: frozenset[str] = frozenset()
+    """Names of the uploaded segments."""
 
     def find(self, name: str) -> StoredSegment | None:
         """Return a listed segment where it is now; None if it is only in the table, or was moved during this call.
@@ -71,17 +73,27 @@ class SegmentListing:
         """
         location = self.location
         path = location.folder / f"{name}{SUFFIX}"
-        in_database = self.block_bytes.get(name, 0)
         size = path.stat().st_size if path.exists() else None
-        if size is not None and size >= in_database:
-            return StoredSegment(log=location.name, name=name, uri=str(path))
-        uri = shared_uri(location, name)
-        if size is None and uri is not None:
-            with contextlib.suppress(FileNotFoundError):
-                return StoredSegment(log=location.name, name=name, uri=uri, content=read_bytes(uri))
+        on_disk = None if size is None else StoredSegment(log=location.name, name=name, uri=str(path))
+        if size is not None and size >= self.block_bytes.get(name, 0) and name not in self.uploaded:
+            return on_disk
+        if size is None or name in self.uploaded:
+            shared = self._shared(name)
+            if shared is not None and shared.content is not None:
+                # After a power cut the file can be shorter than what another node uploaded from the database.
+                return on_disk if size is not None and size > len(shared.content) else shared
         # Only the database has it, or after a power cut more lines of it than the file.
         if location.engine is not None and (content := read_blocks(location.engine, location.name, name)):
-            return StoredSegment(log=location.name, name=name, uri=uri or str(path), content=content)
+            uri = shared_uri(location, name) or str(path)
+            return StoredSegment(log=location.name, name=name, uri=uri, content=content)
+        return self._shared(name) or on_disk  # an upload may have removed the blocks during this call
+
+    def _shared(self, name: str) -> StoredSegment | None:
+        """Return an uploaded segment with its lines; None if it is not uploaded, or in the table already."""
+        if (uri := shared_uri(self.location, name)) is None:
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            return StoredSegment(log=self.location.name, name=name, uri=uri, content=read_bytes(uri))
         return None
 
     def find_all(self, names: Sequence[str]) -> Generator[StoredSegment | None]:
@@ -118,8 +130,11 @@ def list_all(location: LogLocation) -> SegmentListing:
     if location.engine is not None:
         block_bytes = segment_sizes(location.engine, location.name)
     # A segment moves in this order, so it is in at least one of the listings.
-    names |= block_bytes.keys() | {segment.name for segment in list_shared(location)}
-    return SegmentListing(location=location, names=tuple(sorted(names)), block_bytes=block_bytes)
+    uploaded = frozenset(segment.name for segment in list_shared(location))
+    names |= block_bytes.keys() | uploaded
+    return SegmentListing(
+        location=location, names=tuple(sorted(names)), block_bytes=block_bytes, uploaded=uploaded
+    )
 
 
 def list_shared(location: LogLocation) -> list[StoredSegment]:

@@ -17,8 +17,11 @@ import sqlalchemy as sa
 from cluster.ledger.database import updating
 from cluster.records.database import PROGRESS
 from cluster.records.location import AnyLog, local_node, location_of
+from cluster.records.table import FOLDER
 
 _REPORT_LOCK = 0x0FA1A8
+BEGINNING = dt.datetime.fromtimestamp(0, dt.UTC)
+"""Until then a log is complete that has records on a disk which cannot be shared yet."""
 ALL_LOGS = ""
 """Stands for all logs of a node that have no row of their own: the node has no record of them that is not shared."""
 
@@ -63,13 +66,16 @@ def log_age(log: AnyLog) -> LogAge:
         for node, _, time in connection.execute(query.order_by(PROGRESS.c.node, PROGRESS.c.log)):
             until[node] = dt.datetime.fromisoformat(time)
     this_node = local_node(str(location.folder.parents[1]))
-    others = {node: time for node, time in until.items() if node != this_node}
-    last = min(others, key=others.__getitem__, default="")
+    # What this machine has, it reads from its disk; but a table of an older release only after its adoption.
+    counted = {node: time for node, time in until.items() if node != this_node}
+    if (location.folder / FOLDER).exists():
+        counted[this_node] = until.get(this_node, BEGINNING)
+    last = min(counted, key=counted.__getitem__, default="")
     return LogAge(
         kind=location.kind,
-        until=min(now, *others.values()) if others else now,  # what this machine has, it reads from its disk
+        until=min([now, *counted.values()]),
         nodes=tuple(sorted({this_node, *until})),
-        last=last,
+        last="" if last == this_node else last,
     )
 
 

@@ -38,7 +38,7 @@ from cluster.records.compaction import adopt_local_table, remove_unfinished
 from cluster.records.contents import shared_uri
 from cluster.records.database import ensure_tables
 from cluster.records.location import KINDS, LogLocation, local_node, location_at
-from cluster.records.progress import forget, report
+from cluster.records.progress import BEGINNING, forget, read_progress, report
 from cluster.records.segments import SUFFIX, list_segments
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, create_bytes, layout, read_bytes
@@ -46,7 +46,6 @@ from cluster.storage import Layout, create_bytes, layout, read_bytes
 EVERY_S = 5.0
 LOG = logging.getLogger("falaj.uploader")
 _NAME_TIME = "%Y%m%dT%H%M%S"
-_BEGINNING = dt.datetime.fromtimestamp(0, dt.UTC)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,6 +73,21 @@ class Uploader:
         self.node = local_node(places.disk)
         ensure_tables(ledger)
 
+    def announce(self) -> None:
+        """Report for the first time, before a replica of this node writes a record.
+
+        Otherwise the logs would count as complete without this node, until its first round. An earlier report stays,
+        because the disk may have records since then.
+
+        Raises:
+            DBAPIError: The ledger's database does not answer.
+        """
+        if any(progress.node == self.node for progress in read_progress(self._engine)):
+            return
+        now = dt.datetime.now(dt.UTC)
+        behind = {log.name: BEGINNING for log in self._logs() if next(log.folder.iterdir(), None) is not None}
+        report(self._engine, self.node, until=now, logs=behind)
+
     def run_once(self) -> UploadRound:
         """Upload every closed segment, and report the progress.
 
@@ -84,7 +98,7 @@ class Uploader:
         started_at = dt.datetime.now(dt.UTC)
         for location in self._logs():
             if not self._adopt(location, done):
-                done.behind[location.name] = _BEGINNING
+                done.behind[location.name] = BEGINNING
             elif (oldest := self._upload_log(location, done)) is not None:
                 done.behind[location.name] = min(oldest, started_at)
         for log, name in abandoned_segments(self._engine, node=self.node, silent_s=self._silent_s):
@@ -244,7 +258,7 @@ def _started_at(path: Path) -> dt.datetime:
     try:
         return dt.datetime.strptime(path.stem.partition("-")[0], _NAME_TIME).replace(tzinfo=dt.UTC)
     except ValueError:
-        return _BEGINNING
+        return BEGINNING
 
 
 def _path(location: LogLocation, name: str) -> Path:

@@ -7,8 +7,8 @@ that moment get 503, and the next records are written to a new segment. The kern
 write, so a successful second `fdatasync` would prove nothing.
 
 With `durability=shared`, an answer waits until its record is in the ledger's database. One transaction adds the records
-of all requests that arrived since the previous transaction started. If it fails, these requests get 503, and the next
-records are written to a new segment.
+of all requests that arrived since the previous transaction started. If it fails, or takes longer than
+`ANSWER_TIMEOUT_S`, these requests get 503, and the next records are written to a new segment.
 
 A replica without requests releases its segment when the segment is old, so that the segment can be compacted.
 """
@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from cluster.records import Record, SegmentWriter
-from cluster.records.blocks import BlockWriter
+from cluster.records.blocks import ANSWER_TIMEOUT_S, Block, BlockWriter
 from cluster.records.location import MAX_AGE_S, AnyLog, location_of
 from cluster.security.keys.store import KeyStore
 from cluster.settings import Durability
@@ -54,6 +56,7 @@ class RecordLog:
         max_age_s: float = MAX_AGE_S,
     ) -> None:
         location = location_of(log)
+        self._location = location
         self._on_disk = durability is Durability.disk
         self._blocks = BlockWriter(location) if durability is Durability.shared else None
         self._max_age_s = max_age_s
@@ -71,7 +74,7 @@ class RecordLog:
             raise _unavailable(error) from error
         self._waiting: list[asyncio.Future[None]] = []
         self._syncing: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "records")
+        self._thread = _new_thread()
 
     def append(self, *records: Record) -> None:
         """Write all of the records, or none of them.
@@ -114,18 +117,28 @@ class RecordLog:
 
     async def _sync(self) -> None:
         """Make all records durable that were appended before this call."""
-        loop = asyncio.get_running_loop()
         if self._blocks is None:
-            await loop.run_in_executor(self._thread, self._writer.sync)
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._writer.sync)
             return
         taken = self._writer.take_blocks()
         try:
-            await loop.run_in_executor(self._thread, self._blocks.add, taken.blocks)
+            await self._add(self._blocks, taken.blocks)
         except Exception:
             self._writer.drop_blocks()
             raise
         finally:
             taken.close()
+
+    async def _add(self, writer: BlockWriter, blocks: Sequence[Block]) -> None:
+        """Add blocks in the thread. If the database does not answer, later blocks get a new connection and thread."""
+        adding = asyncio.get_running_loop().run_in_executor(self._thread, writer.add, blocks)
+        try:
+            await asyncio.wait_for(adding, ANSWER_TIMEOUT_S)
+        except TimeoutError as error:
+            writer.abandon()
+            self._thread.shutdown(wait=False)
+            self._thread, self._blocks = _new_thread(), BlockWriter(self._location)
+            raise OSError(errno.ETIMEDOUT, "the ledger's database does not answer") from error
 
     async def _sync_groups(self) -> None:
         while self._waiting:
@@ -154,6 +167,10 @@ class RecordLog:
         self._writer.close()
         if self._blocks is not None:
             self._blocks.close()
+
+
+def _new_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "records")
 
 
 def _unavailable(error: Exception) -> Unavailable:

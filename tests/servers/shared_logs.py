@@ -16,6 +16,10 @@ from cluster.storage import Layout
 from tests.samples.record_log import PERSONAL, prediction
 
 
+class Killed(BaseException):
+    """Simulates the end of the process. No code catches it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Node:
     """A node with a disk of its own."""

@@ -25,7 +25,7 @@ from cluster.errors import FalajError
 from cluster.ledger import Ledger
 from cluster.storage import write_bytes
 from serve_apps.edge.control.certificate import Certificate
-from serve_apps.edge.control.edge_state import EdgeState, write_state
+from serve_apps.edge.control.edge_state import EdgeState, read_state, write_state
 from serve_apps.edge.control.followed_ledger import FollowedLedger
 from serve_apps.edge.control.haproxy_process import ConfigRefused, HAProxy
 from serve_apps.edge.control.last_answers import LastState
@@ -114,7 +114,12 @@ class Controller:
         self._haproxy = haproxy
         self._settings = settings
         self._state_file = state_file
-        self._reporter = EdgeReporter(ledger, edge=edge_id(state_file.parent), address=address)
+        self._reporter = EdgeReporter(
+            ledger,
+            edge=edge_id(state_file.parent),
+            address=address,
+            count_file=state_file.with_name("edge.count"),
+        )
         self._metrics = metrics or EdgeMetrics(CollectorRegistry())
         self._followed = FollowedLedger(ledger)
         self._ledger_state = self._followed.value
@@ -189,6 +194,8 @@ class Controller:
         for source in (self._targets, self._keys):
             source.poll(wait_s=FIRST_ANSWER_S if self._is_first else 0.0)
         wanted = routes(self._ledger_state.states, self._targets.value)
+        if self._is_first:
+            self._report_first()
         self._update_maps(wanted)
         if self._loaded is not None:
             self._write_state()
@@ -207,13 +214,21 @@ class Controller:
 
         Raises:
             FalajError: this release is too old for the newest events.
+            RuntimeError: the ledger's thread has ended. The supervisor must start the controller again.
         """
         self._followed.start()
+        if self._followed.has_ended:
+            raise RuntimeError("The thread that reads the ledger has ended.") from self._followed.error
         if not self._followed.is_read:
             self._followed.wait_for_first(FIRST_ANSWER_S if self._is_first else 0.0)
         if self._followed.error is not None:
             raise self._followed.error
         self._ledger_state = self._followed.value
+
+    def _report_first(self) -> None:
+        """Report what the earlier controller has applied, so that the first limits are this edge's share."""
+        self._reporter.report(read_state(self._state_file))
+        self._reporter.wait_for_first(FIRST_ANSWER_S)
 
     def _update_maps(self, wanted: Routes) -> None:
         self._splits.update(wanted.entries)

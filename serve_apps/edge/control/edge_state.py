@@ -28,6 +28,14 @@ def state_file(config: PlatformConfig) -> Path:
     return local(layout(config.storage).edge) / "state.json"
 
 
+def read_state(path: Path) -> EdgeState:
+    """Return the stored state; without a valid file, that of an edge that has applied nothing."""
+    try:
+        return EdgeState(**json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return EdgeState(applied_seq=0, backends=[], pid=None)
+
+
 def write_state(path: Path, state: EdgeState) -> None:
     """Replace the state file."""
     replace_file(path, json.dumps(asdict(state)).encode())

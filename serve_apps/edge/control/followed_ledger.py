@@ -42,6 +42,8 @@ class FollowedLedger:
         """Whether the ledger was read at least once."""
         self.error: Exception | None = None
         """Why the newest events cannot be applied: this release is too old for them, or the thread has failed."""
+        self.has_ended = False
+        """Whether the thread has failed."""
         self._is_failing = False
         self._ledger = ledger
         self._announcements = Announcements(ledger.engine)
@@ -77,7 +79,7 @@ class FollowedLedger:
                 self._tried.set()
                 self._announcements.wait(self._stopped)
         except Exception as error:  # noqa: BLE001 (the edge raises it in its own thread)
-            self.error = error
+            self.error, self.has_ended = error, True
         finally:
             self._tried.set()
             self._changed.set()

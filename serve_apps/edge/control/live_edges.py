@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import secrets
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +55,10 @@ _NUM_OTHERS = (
     .where(sa.extract("epoch", _NOW - _OTHER.c.reported_at) < LIVE_S)
     .scalar_subquery()
 )
+
+_NO_FLUSH = sa.func.set_config("synchronous_commit", "off", True)
+"""Lets the statement's own transaction commit without waiting for the disk: a lost report is repeated. It is no `SET`,
+which a pooler would pass on to the next user of the connection, for example to an append to the ledger."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +130,14 @@ def edge_id(folder: Path) -> str:
     return new
 
 
+def _read_count(file: Path) -> int:
+    """Return the number of edges that an earlier controller stored; 1 if there is none."""
+    try:
+        return max(1, int(file.read_text()))
+    except (FileNotFoundError, ValueError):
+        return 1
+
+
 class EdgeReporter:
     """Reports one edge's state in a thread, so that the edge never waits for the database.
 
@@ -131,11 +145,15 @@ class EdgeReporter:
         ledger: the ledger with the table.
         edge: id of the edge.
         address: its URL and host name.
+        count_file: file with the number of live edges, for the next controller of this edge.
     """
 
-    def __init__(self, ledger: Ledger, *, edge: str, address: str) -> None:
-        self.num_edges = 1
-        """Number of live edges, this one included, when it last reported."""
+    def __init__(self, ledger: Ledger, *, edge: str, address: str, count_file: Path) -> None:
+        self.num_edges = _read_count(count_file)
+        """Number of live edges, this one included. After an outage it does not fall before `LIVE_S`."""
+        self._count_file = count_file
+        self._reported_at = self._reporting_since = -math.inf
+        self._tried = threading.Event()
         self._ledger = ledger
         self._edge = edge
         self._address = address
@@ -157,6 +175,11 @@ class EdgeReporter:
         if self._thread.ident is None:
             self._thread.start()
 
+    def wait_for_first(self, timeout_s: float) -> None:
+        """Wait until the first report was written, or could not be written."""
+        if self._thread.ident is not None:
+            self._tried.wait(timeout_s)
+
     def stop(self, *, remove: bool) -> None:
         """End the reports.
 
@@ -175,6 +198,7 @@ class EdgeReporter:
             self._due.clear()
             if self._state is not None and not self._stopped.is_set():
                 self._try_report(self._state)
+                self._tried.set()
         if self._remove:
             self._try_remove()
         self._close()
@@ -183,7 +207,7 @@ class EdgeReporter:
         """Write a report; if the database fails, the next one is tried after a heartbeat."""
         try:
             self._write(state)
-        except sa.exc.SQLAlchemyError as error:
+        except Exception as error:  # noqa: BLE001 (without this thread, no command would wait for the edge again)
             self._close()
             if not self._is_failing:
                 LOG.warning(
@@ -208,11 +232,29 @@ class EdgeReporter:
             insert(EDGES)
             .values(values)
             .on_conflict_do_update(index_elements=[EDGES.c.id], set_=changes)
-            .returning(_NUM_OTHERS)
+            .returning(_NUM_OTHERS, _NO_FLUSH)
         )
-        others = self._connect().execute(statement, {"own_id": self._edge}).scalar_one()
+        others = self._connect().execute(statement, {"own_id": self._edge}).one()[0]
         self._written_backends = list(state.backends)
-        self.num_edges = 1 + int(others)
+        self._update_count(1 + int(others))
+
+    def _update_count(self, num_edges: int) -> None:
+        """Use a smaller count only when all others had the time to report since this edge's last outage.
+
+        After an outage of the database no edge counts as live, and the first one to report would take all of a limit.
+        """
+        now = time.monotonic()
+        if self._is_failing or now - self._reported_at > LIVE_S:
+            self._reporting_since = now
+        self._reported_at = now
+        if num_edges > self.num_edges or (
+            num_edges < self.num_edges and now - self._reporting_since >= LIVE_S
+        ):
+            self.num_edges = num_edges
+            with contextlib.suppress(
+                OSError
+            ):  # the disk is full; then the next controller starts with the old count
+                replace_file(self._count_file, str(num_edges).encode())
 
     def _try_remove(self) -> None:
         try:
@@ -223,12 +265,10 @@ class EdgeReporter:
             )
 
     def _connect(self) -> sa.Connection:
-        """Return this thread's own connection, which does not wait for the disk: a lost report is repeated."""
+        """Return this thread's own connection."""
         if self._connection is None:
             ensure_table(self._ledger)
             connection = self._ledger.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            connection.detach()  # from the pool, because its setting must not reach an append to the ledger
-            connection.exec_driver_sql("SET synchronous_commit TO off")
             self._connection, self._written_backends = connection, None
         return self._connection
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.security.keys.keyring import Keyring
 from tests.samples.record_log import new_keyring
+from tests.servers.object_store import object_store_environment
+from tests.servers.postgresql import new_database, running_server
+from tests.servers.shared_logs import SharedLogs
 
 
 @pytest.fixture
@@ -23,3 +28,22 @@ def log(tmp_path: Path) -> Path:
 @pytest.fixture
 def outcomes(tmp_path: Path) -> Path:
     return tmp_path / "outcomes" / "m"
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[tuple[str, str]]:
+    """Bucket of the object store, and address of the database server."""
+    with object_store_environment() as bucket, running_server() as address:
+        yield bucket, address
+
+
+@pytest.fixture
+def logs(servers: tuple[str, str], tmp_path: Path, keyring: Keyring) -> SharedLogs:
+    """Nodes with one storage root and one ledger."""
+    bucket, address = servers
+    return SharedLogs(
+        folder=tmp_path,
+        bucket=bucket,
+        address=new_database(address, f"d{uuid.uuid4().hex}"),
+        keyring=keyring,
+    )

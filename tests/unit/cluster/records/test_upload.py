@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import shutil
-import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,37 +19,12 @@ from cluster.records.contents import list_shared
 from cluster.records.nodes import describe, require_silent
 from cluster.records.progress import forget, read_progress
 from cluster.records.segments import list_segments
-from cluster.records.table import LogTable
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.keyring import Keyring
-from cluster.storage import create_bytes, list_files, read_bytes, write_bytes
-from tests.samples.record_log import fill, ids, prediction, run
-from tests.servers.object_store import object_store_environment
-from tests.servers.postgresql import new_database, running_server
-from tests.servers.shared_logs import Node, SharedLogs, SharedWriter
+from cluster.storage import create_bytes, read_bytes, write_bytes
+from tests.samples.record_log import ids, prediction
+from tests.servers.shared_logs import Killed, Node, SharedLogs, SharedWriter
 from tests.servers.small_disk import fill_disk, mounted_small_disk
-
-
-class Killed(BaseException):
-    """Simulates the end of the process. No code catches it."""
-
-
-@pytest.fixture(scope="module")
-def servers() -> Iterator[tuple[str, str]]:
-    """Bucket of the object store, and address of the database server."""
-    with object_store_environment() as bucket, running_server() as address:
-        yield bucket, address
-
-
-@pytest.fixture
-def logs(servers: tuple[str, str], tmp_path: Path, keyring: Keyring) -> SharedLogs:
-    bucket, address = servers
-    return SharedLogs(
-        folder=tmp_path,
-        bucket=bucket,
-        address=new_database(address, f"d{uuid.uuid4().hex}"),
-        keyring=keyring,
-    )
 
 
 def names(*numbers: int) -> list[str]:
@@ -276,28 +249,6 @@ def test_second_compaction_on_another_node_is_refused(logs: SharedLogs) -> None:
     assert refused == [True]
     assert compacted(other) == 0
     assert (other.log.folder / LOCK).exists()
-
-
-def test_local_table_of_an_older_release_is_moved(logs: SharedLogs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after a kill. The table is encrypted, and the uploader has no key."""
-    node, other = logs.node("node"), logs.node("other")
-    fill(node.log.folder, logs.keyring)
-    run(node.log.folder, logs.keyring)
-    node.write(12, 1)
-    assert (node.log.folder / "table").exists()
-
-    def killed(*_: Any, **__: Any) -> None:
-        raise Killed
-
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(Killed):
-        node.uploader().run_once()
-    monkeypatch.undo()
-    assert node.uploader().run_once().failures == []
-    assert ids(other.log, logs.keyring) == names(*range(13))
-    assert not (node.log.folder / "table").exists()
-    assert LogTable(other.log.root).records == 12
-    assert list_files(f"{other.log.root}/table/_delta_log")
 
 
 def test_age_is_the_start_of_the_oldest_segment_that_is_not_shared(logs: SharedLogs) -> None:

@@ -91,6 +91,11 @@ class Database:
             raise OSError("the database does not answer")
         self.added.append(blocks)
 
+    def abandon(self) -> None:
+        """Let the call of `add` that waits fail."""
+        self.failures += 1
+        self.may_return.release()
+
     def close(self) -> None:
         """Do nothing."""
 
@@ -155,6 +160,24 @@ def test_failed_transaction_fails_all_waiting_requests_and_starts_a_segment(
     [(block,)] = database.added
     assert block.start == 0
     assert len(list((tmp_path / "predictions" / "m").iterdir())) == 2
+    log.close()
+
+
+def test_database_that_never_answers_gives_503(
+    log: RecordLog, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its host died without ending the connection. The next record goes into a new segment, over a new connection."""
+    monkeypatch.setattr("serve_apps.replica.record_log.ANSWER_TIMEOUT_S", 0.2)
+
+    async def run() -> int:
+        with pytest.raises(Unavailable, match="database does not answer"):
+            await ask(log, 0)
+        database.may_return.release()
+        return await ask(log, 1)
+
+    assert asyncio.run(run()) == 1
+    [(block,)] = database.added
+    assert block.start == 0
     log.close()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -69,8 +69,12 @@ def default_limit(edge: Running) -> str:
     return next((line.split()[2] for line in shown.splitlines() if " * " in line), "")
 
 
-def reporter(ledger: Ledger, name: str) -> EdgeReporter:
-    return EdgeReporter(ledger, edge=name, address=f"https://{name}")
+@pytest.fixture
+def reporter(ledger: Ledger, tmp_path: Path) -> Callable[[str], EdgeReporter]:
+    """Returns the reporter of an edge with a name."""
+    return lambda name: EdgeReporter(
+        ledger, edge=name, address=f"https://{name}", count_file=tmp_path / f"{name}.count"
+    )
 
 
 def test_command_ends_when_every_edge_has_applied_its_change(
@@ -142,10 +146,13 @@ def test_edge_keeps_its_place_when_its_controller_is_replaced(
 
 
 def test_silent_edge_is_not_waited_for_but_named(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ledger: Ledger,
+    reporter: Callable[[str], EdgeReporter],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It may still serve an earlier state, if only its network to the database is cut."""
-    killed, running = reporter(ledger, "killed"), reporter(ledger, "running")
+    killed, running = reporter("killed"), reporter("running")
     killed.report(STATE)
     wait_until(lambda: live(ledger) == ["https://killed"])
     killed.stop(remove=False)
@@ -161,9 +168,9 @@ def test_silent_edge_is_not_waited_for_but_named(
     assert "warning: edge https://killed has not reported for 7 s" in capsys.readouterr().err
 
 
-def test_report_survives_a_broken_connection(ledger: Ledger) -> None:
+def test_report_survives_a_broken_connection(ledger: Ledger, reporter: Callable[[str], EdgeReporter]) -> None:
     """The next report uses a new connection, and the number of live edges is right again."""
-    one, two = reporter(ledger, "one"), reporter(ledger, "two")
+    one, two = reporter("one"), reporter("two")
     for each in (one, two):
         each.report(STATE)
     wait_until(lambda: (one.num_edges, two.num_edges) == (2, 2))
@@ -174,6 +181,51 @@ def test_report_survives_a_broken_connection(ledger: Ledger) -> None:
     for each in (one, two):
         each.stop(remove=True)
     assert live(ledger) == []
+
+
+def test_count_of_edges_falls_only_after_uninterrupted_reports(
+    ledger: Ledger, reporter: Callable[[str], EdgeReporter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an outage, and after a restart, the others need some time until they have reported again."""
+    now = 100.0
+    monkeypatch.setattr("serve_apps.edge.control.live_edges.time.monotonic", lambda: now)
+    one = reporter("one")
+    one._update_count(3)
+    again = reporter("one")
+    assert again.num_edges == 3
+    counts = []
+    for now, count in ((100.0, 1), (104.0, 1), (106.0, 2), (113.0, 1), (117.0, 1), (119.0, 1)):  # noqa: B007
+        again._update_count(count)
+        counts.append(again.num_edges)
+    assert counts == [3, 3, 2, 2, 2, 1]
+
+
+def test_reporter_survives_any_error(
+    ledger: Ledger, reporter: Callable[[str], EdgeReporter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise commands would never wait for the edge again."""
+    one = reporter("one")
+    with monkeypatch.context() as patch:
+
+        def failing(*_: object) -> None:
+            raise KeyError("a mistake")
+
+        patch.setattr(one, "_write", failing)
+        one.report(STATE)
+        one.wait_for_first(10)
+    wait_until(lambda: live(ledger) == ["https://one"])
+    one.stop(remove=True)
+
+
+def test_report_changes_no_setting_of_the_connection(
+    ledger: Ledger, reporter: Callable[[str], EdgeReporter]
+) -> None:
+    """A pooler gives the connection to other users, and an append to the ledger must reach the disk."""
+    one = reporter("one")
+    one._write(STATE)
+    assert one._connection is not None
+    assert one._connection.exec_driver_sql("SHOW synchronous_commit").scalar_one() == "on"
+    one._close()
 
 
 def test_edge_has_one_id(tmp_path: Path) -> None:

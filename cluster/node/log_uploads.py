@@ -1,0 +1,30 @@
+"""The beginning and the end of a node's part in logs below a remote storage root."""
+
+from __future__ import annotations
+
+import sys
+
+import sqlalchemy as sa
+
+from cluster.errors import FalajError
+from cluster.ledger import open_ledger
+from cluster.records.upload import Uploader
+from cluster.session import ClusterRecord
+from cluster.settings import PlatformConfig
+
+
+def announce_node(config: PlatformConfig, record: ClusterRecord) -> None:
+    """Let readers of logs wait for this node's records. Call it before Ray starts. Local logs need no announcement."""
+    if record.layout.shared is not None:
+        Uploader(record.layout, open_ledger(config)).announce()
+
+
+def upload_logs(config: PlatformConfig, record: ClusterRecord) -> None:
+    """Upload the last segments of this node's logs. If that fails, a warning is printed and the segments stay."""
+    try:
+        Uploader(record.layout, open_ledger(config)).leave()
+    except (FalajError, OSError, sa.exc.SQLAlchemyError) as error:
+        print(
+            f"warning: some records stay on this machine only, below {record.local_root}. {error}",
+            file=sys.stderr,
+        )
