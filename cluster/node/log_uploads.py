@@ -6,7 +6,7 @@ import sys
 
 import sqlalchemy as sa
 
-from cluster.errors import FalajError
+from cluster.errors import FalajError, first_line
 from cluster.ledger import open_ledger
 from cluster.records.upload import Uploader
 from cluster.session import ClusterRecord
@@ -25,6 +25,6 @@ def upload_logs(config: PlatformConfig, record: ClusterRecord) -> None:
         Uploader(record.layout, open_ledger(config)).leave()
     except (FalajError, OSError, sa.exc.SQLAlchemyError) as error:
         print(
-            f"warning: some records stay on this machine only, below {record.local_root}. {error}",
+            f"warning: some records stay on this machine only, below {record.local_root}. {first_line(error)}",
             file=sys.stderr,
         )

@@ -2,9 +2,8 @@
 
 The cryptography is real: Transit is AES-256-GCM, the PKI signs real certificates, JWT logins verify real signatures.
 Paths, status codes and error texts are Vault's. Like Vault, it is tolerant: `v0` decrypts as `v1`, base64 may have
-unused bits set, encrypting with a missing key creates the key, and rewrap has no associated data.
-
-It has no HCL policies (a token has a list of denied paths), leases, namespaces or high availability.
+unused bits set, encrypting with a missing key creates the key, and rewrap has no associated data. It has no
+HCL policies (a token has a list of denied paths), leases or namespaces.
 """
 
 from __future__ import annotations
