@@ -254,3 +254,20 @@ def test_first_configuration_must_load(tmp_path: Path) -> None:
         Path(edge.settings.certificate).unlink()
         with pytest.raises(Exception, match="HAProxy refuses"):
             edge.controller.run(edge.stopped)
+
+
+def test_controller_ends_if_its_ledger_thread_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The supervisor starts it again. Otherwise it would run for ever without any change of the ledger."""
+    with new_controller(tmp_path) as edge:
+        followed = edge.controller._followed
+
+        def failing(*_: object) -> None:
+            raise OSError("no more sockets")
+
+        monkeypatch.setattr(followed._announcements, "wait", failing)
+        followed.start()
+        wait_until(lambda: followed.has_ended)
+        with pytest.raises(RuntimeError, match="has ended"):
+            edge.controller.step()
