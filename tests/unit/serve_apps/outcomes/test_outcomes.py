@@ -57,12 +57,15 @@ def test_outcome_is_stored_as_its_class(replica: Replica) -> None:
         assert known.sort("row")["outcome"].to_list() == expected
 
 
-def test_outcome_may_be_of_any_version(replica: Replica) -> None:
+def test_outcome_may_be_of_any_version(tmp_path: Path) -> None:
     """Of a version registered since, and of the old one, whose predictions still get outcomes."""
-    assert post(replica, "low")[0] == 400
-    replica.register(WORDS)
-    assert post(replica, "low", True)[0] == 200
-    assert "'high', 'low', 'mid' or one of the model's classes False, True" in post(replica, "x")[1]["error"]
+    with running_replica(tmp_path, FLAGS) as running:
+        replica = running.at_outcomes
+        assert post(replica, "low")[0] == 400
+        replica.register(WORDS)
+        assert post(replica, "low", True)[0] == 200
+        expected = "'high', 'low', 'mid' or one of the model's classes False, True"
+        assert expected in post(replica, "x")[1]["error"]
 
 
 def test_outcomes_of_an_unknown_model_are_404(replica: Replica) -> None:
