@@ -144,15 +144,19 @@ def main() -> None:
     storage = StorageConfig(root=arguments.root)
     try:
         record = find_own_record(storage)
-        if record is not None and record.has_nodes:
-            require_shared_state(compose_platform(record.overrides or ()))
+        if record is None or not record.has_nodes:
+            raise ConfigError(
+                f"No cluster that other machines can join is up for {arguments.root}. Run `python -m cluster.up "
+                "cluster.address=…` first, and give --root if its storage.local is another folder."
+            )
+        require_shared_state(compose_platform(record.overrides or ()))
         token = mint(layout(storage), ttl_s=arguments.ttl_s)
         write(token, arguments.output)
     except RefusedError as error:
         refuse(error)
     except OSError as error:
         refuse(ConfigError(f"{arguments.output} cannot be written: {error.strerror}."))
-    head = f"{record.address}:{record.ports['nodes']}" if record is not None else "<address>:<port>"
+    head = f"{record.address}:{record.ports['nodes']}"
     print(
         f"On the new node: python -m cluster.join head={head} token_file={arguments.output}", file=sys.stderr
     )

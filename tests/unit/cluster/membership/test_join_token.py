@@ -46,3 +46,16 @@ def test_a_token_that_is_valid_too_long_is_refused(head: Head) -> None:
     far = join_token.mint(places, now=4_000_000_000).text
     with pytest.raises(Unauthenticated, match="valid for too long"):
         join_token.check(places, far)
+
+
+def test_token_needs_a_cluster_that_machines_can_join(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without one, the command says how to start one, and writes nothing."""
+    output = tmp_path / "node.join"
+    monkeypatch.setattr("sys.argv", ["join_token", "--output", str(output), "--root", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        join_token.main()
+    assert ended.value.code == 2
+    assert "No cluster that other machines can join is up" in capsys.readouterr().err
+    assert not output.exists()
