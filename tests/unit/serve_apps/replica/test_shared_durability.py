@@ -81,20 +81,22 @@ class Database:
     def __init__(self) -> None:
         self.added: list[Sequence[Block]] = []
         self.entered, self.may_return = threading.Semaphore(0), threading.Semaphore(0)
-        self.failures = 0
+        self.failures, self.failed = 0, threading.Semaphore(0)
 
     def add(self, blocks: Sequence[Block]) -> None:
         self.entered.release()
         assert self.may_return.acquire(timeout=10)
         if self.failures:
             self.failures -= 1
+            self.failed.release()
             raise OSError("the database does not answer")
         self.added.append(blocks)
 
     def abandon(self) -> None:
-        """Let the call of `add` that waits fail."""
+        """Let the call of `add` that waits fail, and not a later call."""
         self.failures += 1
         self.may_return.release()
+        assert self.failed.acquire(timeout=10)
 
     def close(self) -> None:
         """Do nothing."""
