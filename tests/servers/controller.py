@@ -9,6 +9,7 @@ import socket
 import ssl
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -181,11 +182,19 @@ class Running:
         masters = sorted(Path(self.settings.admin_socket).parent.glob("master-*.sock"))
         assert len(masters) > 1
         for master in masters:
-            rows = [row.split() for row in self.ask("show proc", str(master)).splitlines()]
+            rows = [row.split() for row in self._processes_of(master).splitlines()]
             for worker in (row[0] for row in rows if len(row) > 1 and row[1] == "worker"):
                 with contextlib.suppress(ConnectionError):  # the worker has just ended
                     said.append(self.ask(f"@!{worker} {command}", str(master)))
         return said
+
+    def _processes_of(self, master: Path) -> str:
+        """Return the list of a master's processes. A master that reloads refuses or resets connections for a moment."""
+        for _ in range(100):
+            with contextlib.suppress(ConnectionError):
+                return self.ask("show proc", str(master))
+            time.sleep(0.05)
+        return self.ask("show proc", str(master))
 
     def close(self) -> None:
         self.serve.answering.set()
