@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import socket
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -147,28 +147,7 @@ def join(config: JoinConfig, own: list[str]) -> None:
     """Ask the head, then start this machine's parts. If that fails, everything is undone."""
     started = time.perf_counter()
     check(config)
-    token = join_token.read(Path(resolve(config.token_file)))
-    name = config.name or socket.gethostname()
-    key, signing_request = new_key_and_request(name)
-    application = Application(
-        token=token.text,
-        release=release(),
-        name=name,
-        address=config.cluster.address,
-        region=config.cluster.region,
-        num_cpus=config.cluster.num_cpus,
-        num_gpus=config.cluster.num_gpus,
-        edge=config.edge,
-        signing_request=signing_request,
-    )
-    tls = local(layout(config.storage).tls)
-    has_certificate = is_foreign_authority(tls / CA_NAME)
-    answer = first_request(
-        config.head,
-        node_context(tls) if has_certificate else client_context(authority=token.authority),
-        {"op": "join", **application.plain()},
-        own_address=config.cluster.address,
-    )
+    key, answer = ask_head(config)
     ahead_s = time.time() - float(answer["time"])
     node = compose_node(answer, own, disk=layout(config.storage).disk)
     record = describe_machine(
@@ -197,7 +176,43 @@ def join(config: JoinConfig, own: list[str]) -> None:
         remove_folders(record)
         raise
     HeadClient.of(record).request("report", parts=states_by_name(inspect_parts(record)))
-    print(f"joined as node {record.node_id} ({name}) after {time.perf_counter() - started:.0f} s")
+    print(f"joined as node {record.node_id} ({own_name(config)}) after {time.perf_counter() - started:.0f} s")
+
+
+def own_name(config: JoinConfig) -> str:
+    """Return this machine's name in the cluster."""
+    return config.name or socket.gethostname()
+
+
+def ask_head(config: JoinConfig) -> tuple[bytes, dict[str, Any]]:
+    """Return this machine's new private key as PEM, and the head's answer to the request to join.
+
+    Raises:
+        ConfigError: the token cannot be read, or nothing answers at the address.
+        FalajError: the head's refusal.
+    """
+    token = join_token.read(Path(resolve(config.token_file)))
+    key, signing_request = new_key_and_request(own_name(config))
+    application = Application(
+        token=token.text,
+        release=release(),
+        name=own_name(config),
+        address=config.cluster.address,
+        region=config.cluster.region,
+        num_cpus=config.cluster.num_cpus,
+        num_gpus=config.cluster.num_gpus,
+        edge=config.edge,
+        signing_request=signing_request,
+    )
+    tls = local(layout(config.storage).tls)
+    has_certificate = is_foreign_authority(tls / CA_NAME)
+    answer = first_request(
+        config.head,
+        node_context(tls) if has_certificate else client_context(authority=token.authority),
+        {"op": "join", **asdict(application)},
+        own_address=config.cluster.address,
+    )
+    return key, answer
 
 
 def check(config: JoinConfig) -> None:

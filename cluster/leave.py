@@ -12,8 +12,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from cluster.entrypoint import compose_platform, job
 from cluster.errors import ClusterNotRunning, ConfigError
 from cluster.host import processes
@@ -25,7 +23,7 @@ from cluster.membership.members import Member, current_members
 from cluster.node.launch import StartFailed, end_all, remove_folders, run_command
 from cluster.node.locks import command_lock
 from cluster.node.log_uploads import upload_logs
-from cluster.node.parts import Part, find_parts
+from cluster.node.parts import Part, State, find_parts, state_of
 from cluster.security.tokens.principal import current_actor
 from cluster.session import ClusterRecord, find_record, require_recorded_cluster
 from cluster.settings import PlatformConfig
@@ -94,13 +92,10 @@ def drain(config: PlatformConfig, record: ClusterRecord, *, deadline_s: int) -> 
         return
     print(f"draining; at most {deadline_s} s", flush=True)
     deadline = time.monotonic() + deadline_s
-    while time.monotonic() < deadline and is_busy(record, raylet):
+    while (
+        time.monotonic() < deadline and state_of(raylet) is not State.dead
+    ):  # without work, a raylet ends by itself
         time.sleep(POLL_S)
-
-
-def is_busy(record: ClusterRecord, raylet: psutil.Process) -> bool:
-    """Return whether Ray still runs work on this node. A raylet without work ends by itself."""
-    return bool(raylet.is_running() and raylet.status() != psutil.STATUS_ZOMBIE)
 
 
 def remove_dead(config: PlatformConfig, wanted: str) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from cluster.ledger.database import is_shared
+
 CHANNEL = "falaj_ledger"
 POLL_S = 0.03
 """Interval of the polls of a follower that does not listen."""
@@ -27,7 +29,7 @@ LOG = logging.getLogger("falaj.ledger")
 
 def announce(connection: sa.Connection) -> None:
     """Announce events of this transaction when it commits; on SQLite this does nothing."""
-    if connection.dialect.name == "postgresql":
+    if is_shared(connection):
         connection.execute(_NOTIFY)
 
 
@@ -40,7 +42,7 @@ class Announcements:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
-        self._can_listen = engine.dialect.name == "postgresql"
+        self._can_listen = is_shared(engine)
         self._connection: Any = None
         self._connect_at = 0.0
         self._is_failing = False

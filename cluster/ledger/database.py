@@ -90,6 +90,11 @@ def connect(url: str) -> sa.Engine:
     return engine
 
 
+def is_shared(engine: sa.Engine | sa.Connection) -> bool:
+    """Return whether other machines can reach the database: PostgreSQL, in contrast to SQLite."""
+    return engine.dialect.name == "postgresql"
+
+
 def timeouts(url: sa.engine.URL, **shorter: str) -> dict[str, str]:
     """Return the timeouts of a connection that the URL does not set itself.
 
@@ -138,7 +143,7 @@ def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
         OperationalError: Another process holds the lock for longer than 10 s (SQLite: 30 s).
     """
     with updating(engine) as connection:
-        if connection.dialect.name == "postgresql":
+        if is_shared(connection):
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK_KEY)))
         yield connection
 
@@ -154,11 +159,11 @@ def updating(engine: sa.Engine) -> Iterator[sa.Connection]:
         OperationalError: As for `writing`.
     """
     with engine.connect() as connection, _explained_lock_timeout():
-        if connection.dialect.name == "sqlite":
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-        else:
+        if is_shared(connection):
             query, parameters = _set(_LIMITS, is_local=True)
             connection.exec_driver_sql(query, tuple(parameters))
+        else:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
         yield connection
         connection.commit()
 
@@ -181,17 +186,17 @@ def _explained_lock_timeout() -> Iterator[None]:
 def snapshot(engine: sa.Engine) -> Iterator[sa.Connection]:
     """Open a transaction that reads one state of the database, whatever others write meanwhile."""
     with engine.connect() as connection:
-        if connection.dialect.name == "sqlite":
-            connection.exec_driver_sql("BEGIN")
-        else:
+        if is_shared(connection):
             connection.execution_options(isolation_level="REPEATABLE READ")
+        else:
+            connection.exec_driver_sql("BEGIN")
         yield connection
 
 
 def create_tables(connection: sa.Connection) -> None:
     """Create the tables and indexes that do not exist, also in a database of an older release."""
     METADATA.create_all(connection)
-    if connection.dialect.name == "postgresql":
+    if is_shared(connection):
         _TYPE_AND_SEQ.create(connection, checkfirst=True)
 
 

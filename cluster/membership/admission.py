@@ -52,10 +52,6 @@ class Application:
     signing_request: str
     """Certificate signing request, as PEM. The machine keeps the key."""
 
-    def plain(self) -> dict[str, object]:
-        """Return the fields of a message."""
-        return {field: getattr(self, field) for field in self.__slots__}
-
     @classmethod
     def from_plain(cls, message: dict[str, object]) -> Application:
         """Read a message.
@@ -108,25 +104,10 @@ def admit(
         ConfigError: another release, state that is not shared, or another node has the address.
         InvalidRequest: the request is damaged.
     """
-    places = record.layout
-    join_token.check(places, application.token)
-    if application.release != own_release:
-        raise ConfigError(
-            f"This machine has another release than the head. Here: {application.release}. Head: {own_release}. "
-            "Install the head's release here."
-        )
-    require_shared_state(config)
-    if application.address != peer.address:
-        raise ConfigError(
-            f"cluster.address={application.address} is not the address that the head sees ({peer.address}). Set "
-            "cluster.address to it; nodes behind address translation cannot join."
-        )
-    if not _REGION.fullmatch(application.region):
-        raise InvalidRequest("A region has at most 63 letters, digits, '.', '_' and '-'. Set cluster.region.")
     members = current_members(ledger, record.cluster_id).values()
-    _check_name(application, members)
+    _check(application, peer, config=config, record=record, members=members, own_release=own_release)
     certificate, shown = _certificate(
-        application, peer, tls=local(places.tls), edge_names=config.cluster.edge_names
+        application, peer, tls=local(record.layout.tls), edge_names=config.cluster.edge_names
     )
     replaced = [member for member in members if member.address == application.address]
     if application.address == record.address or any(member.node_id in alive for member in replaced):
@@ -150,14 +131,49 @@ def admit(
         certificate=shown,
     )
     ledger.append(event, actor=ACTOR)
+    return _answer(record, node_id, certificate)
+
+
+def _check(
+    application: Application,
+    peer: Peer,
+    *,
+    config: PlatformConfig,
+    record: ClusterRecord,
+    members: Iterable[Member],
+    own_release: str,
+) -> None:
+    """Require a valid token first, then everything else that a node of this cluster needs.
+
+    Raises:
+        Unauthenticated, ConfigError, InvalidRequest: as for `admit`.
+    """
+    join_token.check(record.layout, application.token)
+    if application.release != own_release:
+        raise ConfigError(
+            f"This machine has another release than the head. Here: {application.release}. Head: {own_release}. "
+            "Install the head's release here."
+        )
+    require_shared_state(config)
+    if application.address != peer.address:
+        raise ConfigError(
+            f"cluster.address={application.address} is not the address that the head sees ({peer.address}). Set "
+            "cluster.address to it; nodes behind address translation cannot join."
+        )
+    if not _REGION.fullmatch(application.region):
+        raise InvalidRequest("A region has at most 63 letters, digits, '.', '_' and '-'. Set cluster.region.")
+    _check_name(application, members)
+
+
+def _answer(record: ClusterRecord, node_id: str, certificate: str | None) -> dict[str, object]:
+    """Return what a new node needs."""
+    tls, keys = local(record.layout.tls), local(record.layout.keys)
     return {
         "node_id": node_id,
         "cluster_id": record.cluster_id,
         "certificate": certificate,
-        "authority": (local(places.tls) / CA_NAME).read_text(),
-        "files": {
-            name: text for name in SHARED_FILES if (text := _text(local(places.keys) / name)) is not None
-        },
+        "authority": (tls / CA_NAME).read_text(),
+        "files": {name: text for name in SHARED_FILES if (text := _text(keys / name)) is not None},
         "overrides": list(record.overrides or ()),
         "ray_address": record.ray_address,
         "ports": record.ports,

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from cluster.errors import ConfigError
@@ -19,43 +20,31 @@ from cluster.settings import StorageConfig
 COMMAND_LOCK, SUPERVISOR_LOCK, CONTAINER_LOCK = "cluster.lock", "supervisor.lock", "container.lock"
 
 
-@contextlib.contextmanager
-def command_lock(storage: StorageConfig) -> Iterator[None]:
+def command_lock(storage: StorageConfig) -> AbstractContextManager[None]:
     """Hold the lock for starting, repairing or ending a storage root's cluster.
 
     Raises:
         ConfigError: Another command holds the lock.
     """
-    path = _path(storage, COMMAND_LOCK)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(path) as acquired:
-        if not acquired:
-            raise ConfigError(
-                f"Another `cluster.up` or `cluster.down` (pid {_holder(path)}) is running for {path.parent}. Wait "
-                "until it has ended."
-            )
-        yield
+    return _hold(
+        _path(storage, COMMAND_LOCK),
+        "Another `cluster.up` or `cluster.down` (pid {pid}) is running for {folder}. Wait until it has ended.",
+    )
 
 
-@contextlib.contextmanager
-def supervisor_lock(storage: StorageConfig) -> Iterator[None]:
+def supervisor_lock(storage: StorageConfig) -> AbstractContextManager[None]:
     """Hold the lock of the supervisor of a storage root's cluster.
 
     Raises:
         ConfigError: Another supervisor holds the lock.
     """
-    path = _path(storage, SUPERVISOR_LOCK)
-    with _locked(path) as acquired:
-        if not acquired:
-            raise ConfigError(
-                f"Another supervisor (pid {_holder(path)}) already watches the cluster of {path.parent}. "
-                "`python -m cluster.status` shows it."
-            )
-        yield
+    return _hold(
+        _path(storage, SUPERVISOR_LOCK),
+        "Another supervisor (pid {pid}) already watches the cluster of {folder}. `python -m cluster.status` shows it.",
+    )
 
 
-@contextlib.contextmanager
-def container_lock(storage: StorageConfig) -> Iterator[None]:
+def container_lock(storage: StorageConfig) -> AbstractContextManager[None]:
     """Hold the lock of the container that runs a storage root's cluster.
 
     A second container sees no processes of the first one. It would take the first cluster for a dead one.
@@ -63,19 +52,24 @@ def container_lock(storage: StorageConfig) -> Iterator[None]:
     Raises:
         ConfigError: Another container holds the lock.
     """
-    path = _path(storage, CONTAINER_LOCK)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(path) as acquired:
-        if not acquired:
-            raise ConfigError(
-                f"Another container runs the cluster of {path.parent}. Stop it first, or give this one its own volume."
-            )
-        yield
+    return _hold(
+        _path(storage, CONTAINER_LOCK),
+        "Another container runs the cluster of {folder}. Stop it first, or give this one its own volume.",
+    )
 
 
 def is_watched_by(storage: StorageConfig, pid: int) -> bool:
     """Return whether a process holds the supervisor's lock."""
     return _holder(_path(storage, SUPERVISOR_LOCK)) == str(pid)
+
+
+@contextlib.contextmanager
+def _hold(path: Path, refusal: str) -> Iterator[None]:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _locked(path) as acquired:
+        if not acquired:
+            raise ConfigError(refusal.format(pid=_holder(path), folder=path.parent))
+        yield
 
 
 @contextlib.contextmanager

@@ -4,8 +4,8 @@ With `replica.durability=shared`, a replica adds each group of records as one bl
 range of bytes of the segment's file, so it is encrypted as the file is. All blocks of a segment in order are the file
 or its beginning, and any node can upload a segment whose node is lost.
 
-Sealing ends a segment: its writer gets `SegmentSealed` and starts another one. Whoever uploads a segment seals it
-first, so no block can arrive after the upload has read them.
+To seal a segment is to end it: its writer gets `SegmentSealed` and starts another segment. An uploader first seals the
+segment and then reads its blocks, so no block can arrive later.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import sqlalchemy as sa
 
 from cluster.errors import FalajError
-from cluster.ledger.database import timeouts, updating
+from cluster.ledger.database import is_shared, timeouts, updating
 from cluster.records.database import BLOCKS
 from cluster.records.location import LogLocation, local_node
 
@@ -144,7 +144,7 @@ class BlockWriter:
 
 def segment_sizes(engine: sa.Engine, log: str) -> dict[str, int]:
     """Return the segments of a log that have blocks, with the size of all their blocks in bytes."""
-    if not _holds_blocks(engine):
+    if not is_shared(engine):
         return {}
     size = sa.func.sum(sa.func.length(BLOCKS.c.content))
     query = sa.select(BLOCKS.c.segment, size).where(BLOCKS.c.log == log).group_by(BLOCKS.c.segment)
@@ -154,7 +154,7 @@ def segment_sizes(engine: sa.Engine, log: str) -> dict[str, int]:
 
 def read_blocks(engine: sa.Engine, log: str, segment: str) -> bytes:
     """Return the content of a segment's blocks; empty if it has none."""
-    if not _holds_blocks(engine):
+    if not is_shared(engine):
         return b""
     with engine.connect() as connection:
         return _content(connection, log, segment)
@@ -162,7 +162,7 @@ def read_blocks(engine: sa.Engine, log: str, segment: str) -> bytes:
 
 def seal(engine: sa.Engine, log: str, segment: str) -> bytes:
     """Let a segment get no more blocks, and return the content of its blocks; empty if it has none."""
-    if not _holds_blocks(engine):
+    if not is_shared(engine):
         return b""
     with updating(engine) as connection:
         connection.execute(BLOCKS.update().where(*_of(log, segment), BLOCKS.c.start == 0).values(sealed=True))
@@ -171,7 +171,7 @@ def seal(engine: sa.Engine, log: str, segment: str) -> bytes:
 
 def remove_blocks(engine: sa.Engine, log: str, segment: str) -> None:
     """Remove the blocks of a segment, after its upload."""
-    if _holds_blocks(engine):
+    if is_shared(engine):
         with updating(engine) as connection:
             connection.execute(BLOCKS.delete().where(*_of(log, segment)))
 
@@ -181,16 +181,11 @@ def abandoned_segments(engine: sa.Engine, *, node: str, silent_s: float = SILENT
 
     This node's own segments are closed and uploaded long before. Those that it still has on its disk must be left out.
     """
-    if not _holds_blocks(engine):
+    if not is_shared(engine):
         return []
     with engine.connect() as connection:
         rows = connection.execute(_ABANDONED, {"node": node, "silent_s": silent_s}).all()
     return [(row.log, row.segment) for row in rows]
-
-
-def _holds_blocks(engine: sa.Engine) -> bool:
-    """Return whether segments can have blocks: only PostgreSQL is off the node."""
-    return engine.dialect.name == "postgresql"
 
 
 def _of(log: str, segment: str) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:

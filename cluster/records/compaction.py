@@ -32,6 +32,7 @@ import sqlalchemy as sa
 
 from cluster.errors import CommitConflict, RecordLogCorrupt
 from cluster.host.fsync import sync_folder
+from cluster.ledger.database import is_shared
 from cluster.records.columns import SEGMENT, to_row
 from cluster.records.contents import (
     READERS,
@@ -142,7 +143,7 @@ class _CompactionLock:
         self._name, self._database = location.name, None
         location.folder.mkdir(parents=True, exist_ok=True)
         taken = _locked(location.folder / LOCK, locks, flags=os.O_CREAT | os.O_RDWR)
-        if taken and location.engine is not None and location.engine.dialect.name == "postgresql":
+        if taken and location.engine is not None and is_shared(location.engine):
             self._database = locks.enter_context(location.engine.connect())
             key = sa.func.hashtextextended(f"falaj compaction {location.root}", 0)
             taken = bool(self._database.execute(sa.select(sa.func.pg_try_advisory_xact_lock(key))).scalar())

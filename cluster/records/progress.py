@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from cluster.ledger.database import updating
+from cluster.ledger.database import is_shared, updating
 from cluster.records.database import PROGRESS
 from cluster.records.location import AnyLog, local_node, location_of
 from cluster.records.table import FOLDER
@@ -90,7 +90,7 @@ def report(
         until: Time until which all records of all other logs are shared.
         logs: Time by log, for logs with records on the node's disk that are not shared.
     """
-    if engine.dialect.name != "postgresql":  # there is no other node that reads it
+    if not is_shared(engine):  # there is no other node that reads it
         return
     rows = {ALL_LOGS: until} | dict(logs or {})
     with updating(engine) as connection:
@@ -119,7 +119,7 @@ class NodeProgress:
 
 def read_progress(engine: sa.Engine) -> list[NodeProgress]:
     """Return what all nodes reported, sorted by node."""
-    if engine.dialect.name != "postgresql":
+    if not is_shared(engine):
         return []
     seconds = sa.extract("epoch", sa.func.now() - PROGRESS.c.reported_at)
     by_node: dict[str, NodeProgress] = {}

@@ -123,7 +123,7 @@ class OutcomeTypes:
         """
         try:
             self._load_new_versions(model)
-        except sa.exc.OperationalError as error:  # for example, a full disk: use the versions known so far
+        except sa.exc.DBAPIError as error:  # for example, a full disk: use the versions known so far
             LOG.warning("the registry cannot be read: %s", error)
         by_version = self._by_model.get(model)
         if not by_version:

@@ -60,7 +60,7 @@ def merged_key(existing: KeyInfo, wanted: KeyInfo) -> KeyInfo:
     """Return the description of a key that other versions already use, with only the purposes that both allow.
 
     Raises:
-        RefusedError: the two descriptions have no common purpose, so nobody could read the records.
+        RefusedError: the two descriptions have no purpose in common, so no reader could get the key.
     """
     if not existing.purposes:
         return wanted

@@ -296,6 +296,8 @@ def test_killed_raylet_of_a_node_comes_back(world: World) -> None:
     [raylet] = [each for each in processes.find(world.node.record.instance) if each.name() == "raylet"]
     raylet.kill()
     wait_for(lambda: world.node.run("cluster.status", check=False).returncode == 0, timeout_s=90)
+    running = [each.pid for each in processes.find(world.node.record.instance) if each.name() == "raylet"]
+    assert set(running) - {raylet.pid}
 
 
 def test_node_leaves(world: World) -> None:

@@ -13,7 +13,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 
 
 def start_as_nobody(program: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start a Python program as the user nobody, with pipes. Skip the test if that user cannot run any Python."""
+    """Start a Python program as the user `nobody`, with pipes. Skip the test if this user can run no Python."""
     python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
     if python is None:
         pytest.skip("no python3 that every user may run")

@@ -25,7 +25,7 @@ from sqlalchemy.exc import DBAPIError
 
 from cluster.errors import ArtifactTampered, FalajError, InvalidRequest, RecordLogCorrupt
 from cluster.ledger import Ledger
-from cluster.ledger.database import snapshot, updating
+from cluster.ledger.database import is_shared, snapshot, updating
 from cluster.security.encryption.envelope import ValueCipher, value_aad
 from cluster.security.keys.store import KeyStore
 from feature_jobs.store.catalog.protection import push_key
@@ -132,20 +132,7 @@ class PushLog:
                     f"The push log of view '{self._view}' is full. Run `python -m feature_jobs.stream source=push "
                     f"view={self._view}`, which frees it."
                 )
-            sealed = key.cipher.encrypt(content, self._aad(log.next))
-            of_name = sa.and_(KEYS.c.view == self._view, KEYS.c.name == key.name)
-            if connection.execute(sa.select(KEYS.c.name).where(of_name)).first() is None:
-                connection.execute(KEYS.insert().values(view=self._view, name=key.name, wrapped=key.wrapped))
-            connection.execute(
-                RECORDS.insert().values(
-                    view=self._view,
-                    first=log.next,
-                    rows=record.rows,
-                    key=key.name,
-                    bytes=len(sealed),
-                    sealed=sealed,
-                )
-            )
+            self._insert_record(connection, log, key, record.rows, content)
             connection.execute(
                 ANSWERS.insert().values(
                     view=self._view,
@@ -156,8 +143,22 @@ class PushLog:
                     time=time.time(),
                 )
             )
-            self._update(connection, next=log.next + record.rows, bytes=log.bytes + len(sealed))
         return Appended(first=log.next, answer=answer, repeated=False)
+
+    def _insert_record(
+        self, connection: sa.Connection, log: sa.Row[Any], key: _DataKey, rows: int, content: bytes
+    ) -> None:
+        """Encrypt and insert a record under the log's next number, with its data key."""
+        sealed = key.cipher.encrypt(content, self._aad(log.next))
+        of_name = sa.and_(KEYS.c.view == self._view, KEYS.c.name == key.name)
+        if connection.execute(sa.select(KEYS.c.name).where(of_name)).first() is None:
+            connection.execute(KEYS.insert().values(view=self._view, name=key.name, wrapped=key.wrapped))
+        connection.execute(
+            RECORDS.insert().values(
+                view=self._view, first=log.next, rows=rows, key=key.name, bytes=len(sealed), sealed=sealed
+            )
+        )
+        self._update(connection, next=log.next + rows, bytes=log.bytes + len(sealed))
 
     def contains(self, first: int) -> bool:
         """Return whether the push with this number is still in the log; a stream removes it when it is in the table.
@@ -283,7 +284,7 @@ class PushLog:
 def _create_log(connection: sa.Connection, view: str) -> sa.Insert:
     """Return the statement that creates a view's log. Another process may create it at the same time."""
     values = {"view": view, "next": 0, "bytes": 0, "imported": False}
-    if connection.dialect.name == "sqlite":
+    if not is_shared(connection):
         return LOGS.insert().values(values)  # this transaction holds the lock of all writers
     from sqlalchemy.dialects.postgresql import insert
 

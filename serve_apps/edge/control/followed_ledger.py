@@ -117,7 +117,7 @@ class FollowedLedger:
         """
         try:
             states, own_limits = read_states(self._ledger), read_own_limits(self._ledger)
-        except sa.exc.OperationalError as error:
+        except sa.exc.DBAPIError as error:
             LOG.warning("the ledger cannot be written, so all its events are read: %s", error)
             return LedgerState()
         return LedgerState(states=states, own_limits=own_limits, seq=head)

@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 
 from cluster.ledger import Ledger
+from cluster.ledger.database import is_shared
 from serve_apps.edge.control.edge_state import EdgeState
 from serve_apps.edge.control.files import replace_file
 
@@ -79,11 +80,6 @@ class ReportedEdge:
     def is_live(self) -> bool:
         """Whether the edge reported within `LIVE_S`."""
         return self.age_s < LIVE_S
-
-
-def uses_table(ledger: Ledger) -> bool:
-    """Return whether edges report in the ledger's database."""
-    return ledger.engine.dialect.name == "postgresql"
 
 
 def read_edges(connection: sa.Connection, *, app: str | None = None) -> list[ReportedEdge]:
@@ -168,7 +164,7 @@ class EdgeReporter:
 
     def report(self, state: EdgeState) -> None:
         """Report a state soon, in place of any that was not reported yet."""
-        if not uses_table(self._ledger):
+        if not is_shared(self._ledger.engine):
             return
         self._state = state
         self._due.set()
@@ -251,9 +247,8 @@ class EdgeReporter:
             num_edges < self.num_edges and now - self._reporting_since >= LIVE_S
         ):
             self.num_edges = num_edges
-            with contextlib.suppress(
-                OSError
-            ):  # the disk is full; then the next controller starts with the old count
+            # If the disk is full, the next controller starts with the old count.
+            with contextlib.suppress(OSError):
                 replace_file(self._count_file, str(num_edges).encode())
 
     def _try_remove(self) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from cluster.errors import FalajError
 from cluster.ledger import Ledger
+from cluster.ledger.database import is_shared
 from cluster.settings import PlatformConfig
 from serve_apps.edge.control.edge_state import EdgeState, state_file
-from serve_apps.edge.control.live_edges import LIVE_S, ReportedEdge, ensure_table, read_edges, uses_table
+from serve_apps.edge.control.live_edges import LIVE_S, ReportedEdge, ensure_table, read_edges
 
 POLL_S = 0.005
 DEADLINE_S = 30.0
@@ -29,7 +30,7 @@ def wait_until_applied(config: PlatformConfig, ledger: Ledger, seq: int, *, app:
     Raises:
         EdgeTimeout: after 30 s; the message names the edges that did not apply the event.
     """
-    if uses_table(ledger):
+    if is_shared(ledger.engine):
         _wait_for_table(ledger, seq, app)
     else:
         _wait_for_file(state_file(config), seq, app)

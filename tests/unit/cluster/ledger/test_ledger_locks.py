@@ -29,7 +29,7 @@ def shown(connection: sa.Connection, *names: str) -> list[str]:
 
 
 def test_server_ends_the_connection_of_a_machine_that_died(ledger: Ledger) -> None:
-    """Its TCP probes find within seconds that nobody answers; PostgreSQL's default is two hours."""
+    """The server finds a dead client within seconds. With PostgreSQL's default, this takes two hours."""
     with ledger.engine.connect() as connection:
         assert shown(connection, *TCP) == ["5", "2", "3", "10000"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -70,7 +70,7 @@ class Head:
     def ask(self, application: Application, *, own_address: str = NODE_ADDRESS) -> dict[str, object]:
         """Send a request to join."""
         authority = join_token.mint(self.record.layout).authority
-        message = {"op": "join", **application.plain()}
+        message = {"op": "join", **asdict(application)}
         return first_request(self.url, client_context(authority=authority), message, own_address=own_address)
 
     def join(self) -> tuple[str, HeadClient]:

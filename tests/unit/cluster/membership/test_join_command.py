@@ -107,7 +107,9 @@ def test_what_a_dead_node_left_does_not_stop_a_new_join(config: JoinConfig) -> N
     """After a reboot, for example. Nothing of it runs any more."""
     record = describe_machine(config, cluster_id="abc", node_id="n", head="10.0.0.1:8403")
     write_record(record, config.storage)
+    Path(record.runtime_folder).mkdir(parents=True, exist_ok=True)
     join.end_earlier_node(config)
+    assert not Path(record.runtime_folder).exists()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_nothing_is_sent_to_a_head_of_another_authority(head: Head, tmp_path: Pa
     ensure_tls(Layout(str(tmp_path / "other")))
     other = (tmp_path / "other" / "tls" / "ca.pem").read_text()
     _, application = head.application()
-    message = {"op": "join", **application.plain()}
+    message = {"op": "join", **asdict(application)}
     with pytest.raises(ConfigError, match="not one of this cluster's head"):
         first_request(head.url, client_context(authority=other), message, own_address=NODE_ADDRESS)
 
@@ -126,7 +127,7 @@ def test_address_where_nothing_listens_is_named(head: Head) -> None:
     context = client_context(authority=join_token.mint(head.record.layout).authority)
     address = f"127.0.0.1:{free_port()}"
     with pytest.raises(ConfigError, match=f"No head answers at {address} .*refused"):
-        first_request(address, context, {"op": "join", **application.plain()}, own_address=NODE_ADDRESS)
+        first_request(address, context, {"op": "join", **asdict(application)}, own_address=NODE_ADDRESS)
 
 
 def test_with_a_companys_authority_the_machine_shows_its_own_certificate(
@@ -143,7 +144,7 @@ def test_with_a_companys_authority_the_machine_shows_its_own_certificate(
     answer = first_request(
         head.url,
         node_context(tls),
-        {"op": "join", **application.plain()},
+        {"op": "join", **asdict(application)},
         own_address=NODE_ADDRESS,
     )
     assert answer["certificate"] is None

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import uuid
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_a_client_without_certificate_has_one_request(head: Head) -> None:
     authority = (Path(head.record.layout.tls) / "ca.pem").read_text()
     context = client_context(authority=authority)
     with connect(head.url, context, own_address=NODE_ADDRESS) as connection:
-        send(connection, {"op": "join", **application.plain()}, timeout_s=5)
+        send(connection, {"op": "join", **asdict(application)}, timeout_s=5)
         assert receive(connection, idle_s=5, read_s=5) is not None
         assert connection.recv(1) == b""
 
