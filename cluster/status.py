@@ -22,8 +22,7 @@ import psutil
 from cluster.entrypoint import job
 from cluster.host import processes
 from cluster.host.port_owner import open_own
-from cluster.node.other_nodes import NodeStatus, node_statuses
-from cluster.node.parts import Part, PartStatus, State, inspect_parts, not_running
+from cluster.node.parts import NodeStatus, Part, PartStatus, State, inspect_parts, not_running
 from cluster.node.permissions import permission_problems
 from cluster.session import ClusterRecord, addresses, require_recorded_cluster, require_running_cluster
 from cluster.settings import PlatformConfig
@@ -67,11 +66,17 @@ class Health:
 
 def health(record: ClusterRecord) -> Health:
     """Check every part and the permissions of every path."""
+    nodes: list[NodeStatus] = []
+    if record.has_nodes:
+        # Imported here, because it imports the ledger and certificates, which one machine's state does not need.
+        from cluster.node.other_nodes import node_statuses
+
+        nodes = node_statuses(record)
     return Health(
         parts=inspect_parts(record),
         problems=permission_problems(record),
         restoring=restore_is_due(record),
-        nodes=node_statuses(record) if record.has_nodes else [],
+        nodes=nodes,
     )
 
 

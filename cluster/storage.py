@@ -2,6 +2,8 @@
 
 Every path is an fsspec URI or a local path. Writes are atomic. On a disk, a file gets a temporary name in the same
 folder, is flushed, and is then renamed. In an object store, one request writes the whole file or nothing.
+
+Functions for Parquet import Arrow when they are called, because most processes of a cluster never call them.
 """
 
 from __future__ import annotations
@@ -12,27 +14,26 @@ import json
 import math
 import os
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 import fsspec
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from cluster.errors import ConfigError
 from cluster.host.this_node import this_node
 from cluster.settings import Durability, PlatformConfig, StorageConfig
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
 ROOT_VARIABLE = "FALAJ_PROJECT_ROOT"
 RECORD_NAME = "cluster.json"
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "az")
 """Schemes of stores in which one request writes a whole file."""
-WRITE_CHECKS = 4
 
 
 def project_root() -> Path:
@@ -228,7 +229,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 def create_bytes(uri: str, data: bytes) -> bool:
     """Create a remote file in one request; return False if it exists already."""
     fs, path = file_system(uri)
-    return _created(fs, path, data)
+    return created(fs, path, data)
 
 
 def remove(uri: str) -> None:
@@ -241,37 +242,8 @@ def remove(uri: str) -> None:
         fs.rm_file(path)
 
 
-def require_exclusive_writes(root: str) -> None:
-    """Check that if two writers create the same file at the same time, one of them fails. Delta's commits need this.
-
-    Raises:
-        ConfigError: Both writers succeeded, or the store cannot be reached.
-    """
-    if urlsplit(root).scheme not in OBJECT_STORES:
-        return
-    fs, path = file_system(f"{root}/.falaj-write-check/{uuid.uuid4().hex}")
-    try:
-        num_created = max(_race(fs, f"{path}-{attempt}") for attempt in range(WRITE_CHECKS))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"storage.root {root} cannot be used: {error}. Check bucket and credentials."
-        ) from error
-    if num_created > 1:
-        raise ConfigError(
-            f"storage.root {root}: the store let two writers create the same file (it ignores If-None-Match), so "
-            "commits could be lost. Use a store that supports conditional writes."
-        )
-
-
-def _race(fs: fsspec.AbstractFileSystem, path: str) -> int:
-    """Create a file from two threads, and return how many threads succeeded."""
-    with ThreadPoolExecutor(2) as writers:
-        num_created = sum(writers.map(lambda data: _created(fs, path, data), (b"a", b"b")))
-    fs.rm_file(path)
-    return num_created
-
-
-def _created(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> bool:
+def created(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> bool:
+    """Create a file in one request; return False if it exists already."""
     try:
         fs.pipe_file(path, data, mode="create")
     except FileExistsError:
@@ -339,6 +311,9 @@ def sha256(uri: str) -> str:
 
 def write_parquet(table: pa.Table, uri: str) -> int:
     """Write a table as one Parquet file, atomically, and return the file's size in bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", use_dictionary=dictionary_columns(table.schema))
     data = sink.getvalue()
@@ -352,6 +327,8 @@ def dictionary_columns(schema: pa.Schema) -> list[str]:
     Columns of floats or timestamps get none. Their values rarely repeat, and most of the writing time would be spent on
     a dictionary that Parquet then discards.
     """
+    import pyarrow as pa
+
     return [
         field.name
         for field in schema
@@ -364,6 +341,8 @@ def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
 
     INT96 timestamps become nanoseconds if all values of the column fit into 64 bits, else microseconds.
     """
+    import pyarrow.parquet as pq
+
     fs, path = file_system(uri)
     with fs.open(path, "rb") as file:
         # `pq.read_table` would import Arrow's dataset layer, and with it pandas.
@@ -389,6 +368,9 @@ def int96_columns(file: pq.ParquetFile) -> list[str]:
 
 def _fits_nanoseconds(times: pa.ChunkedArray) -> bool:
     """Return whether all times, in microseconds, fit into 64 bits as nanoseconds: the years 1677 to 2262."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     limit = (2**63 - 1) // 1000 - 1
     numbers = times.cast(pa.int64())
     return bool(

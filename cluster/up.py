@@ -31,6 +31,7 @@ from cluster.node.checks import (
 )
 from cluster.node.description import all_ports, describe_machine
 from cluster.node.edge_address import edge_hosts, edge_names
+from cluster.node.exclusive_writes import require_exclusive_writes
 from cluster.node.launch import (
     StartFailed,
     answers_http,
@@ -83,7 +84,7 @@ from cluster.session import (
     write_record,
 )
 from cluster.settings import PlatformConfig, PortsConfig, SecretsKind
-from cluster.storage import check_durability, layout, local, require_exclusive_writes, resolve
+from cluster.storage import check_durability, layout, local, resolve
 from cluster.supervisor.daemons import save_commands
 from cluster.supervisor.head import restore_is_due
 

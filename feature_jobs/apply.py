@@ -23,7 +23,6 @@ from feature_jobs.store.catalog.protection import service_keys, view_keys
 from feature_jobs.store.catalog.recorded import read_recorded
 from feature_jobs.store.catalog.specifications import Definitions, apply, load_definitions
 from feature_jobs.store.definitions.views import Sensitivity
-from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.types.key_types import require_declared_types
 
 
@@ -75,7 +74,12 @@ def require_stored_key_types(definitions: Definitions, paths: Layout) -> None:
         DefinitionError: A stored type is not the declared type. The message names the view, the key and both types.
     """
     for name, view in definitions.views.items():
-        table = offline.open_table(paths.features(name)) if view.key_types else None
+        if not view.key_types:
+            continue
+        # Imported here, because it imports Polars and delta-rs.
+        from feature_jobs.store.offline import tables as offline
+
+        table = offline.open_table(paths.features(name))
         require_declared_types(name, view.key_types, offline.stored_key_types(table, view.join_keys))
 
 

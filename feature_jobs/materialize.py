@@ -36,7 +36,8 @@ from feature_jobs.store.online.frames import online_rows
 from feature_jobs.store.online.reader import open_online_store
 from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.online.store import OnlineStore
-from feature_jobs.store.online.window_states import state_rows, stored_view
+from feature_jobs.store.online.window_rows import state_rows
+from feature_jobs.store.online.window_states import stored_view
 from feature_jobs.store.streaming.micro_batches import table_horizon
 from feature_jobs.view_tables import view_snapshot
 

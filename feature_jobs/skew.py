@@ -24,8 +24,9 @@ from cluster.entrypoint import job
 from cluster.errors import RefusedError, SkewFound
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import SkewChecked, ViewMaterialized
-from cluster.records import log_age, prediction_log, read_records
-from cluster.records.progress import ages_as_json
+from cluster.records.location import prediction_log
+from cluster.records.progress import ages_as_json, log_age
+from cluster.records.reading import read_records
 from cluster.registry import Registry
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action

@@ -16,7 +16,6 @@ from cluster.settings import PlatformConfig
 from cluster.settings_conversion import to_plain
 from cluster.storage import check_durability, layout
 from serve_apps.deployed_settings import store_settings
-from serve_apps.predictor.predictor import Predictor
 from serve_apps.replica.scaling import replica_options
 
 GRACE_S = 5.0
@@ -63,6 +62,9 @@ def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -
     check_durability(config)
     name = app_name(version)
     if not is_running(name):
+        # Imported here, because commands that find the application running, or remove it, need no replica's code.
+        from serve_apps.predictor.predictor import Predictor
+
         Registry(open_ledger(config), layout(config.storage)).check_files(version, actor=actor)
         options = OPTIONS | replica_options(config.replica)
         options["ray_actor_options"] |= placement.options(placement.find_nodes(config.placement))

@@ -27,11 +27,9 @@ from cluster.settings_conversion import to_plain
 from cluster.storage import layout, local, write_json
 from serve_apps.apps import OPTIONS, DeployFailed, is_running, run
 from serve_apps.edge.haproxy.split import FEATURES_APP, OUTCOMES_APP
-from serve_apps.features.features import Features
-from serve_apps.outcomes.outcomes import Outcomes
 
 _CLUSTER = "cluster_id"
-APPLICATIONS: dict[str, Any] = {OUTCOMES_APP: Outcomes, FEATURES_APP: Features}
+APPLICATIONS = (OUTCOMES_APP, FEATURES_APP)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,13 +154,18 @@ def run_shared_apps(config: PlatformConfig, record: ClusterRecord, settings: Set
     Raises:
         DeployFailed: an application did not start; the message names it.
     """
+    # Imported here, because a deployment mostly finds both running, and they import Polars and delta-rs.
+    from serve_apps.features.features import Features
+    from serve_apps.outcomes.outcomes import Outcomes
+
+    classes: dict[str, Any] = {OUTCOMES_APP: Outcomes, FEATURES_APP: Features}
     actor_options = {"num_cpus": 0.1, **options(find_nodes(config.placement))}
     plain = to_plain(settings.apply_to(config))
     deployments = {
         name: serve.deployment(
             kind, name=name, ray_actor_options=actor_options, max_surge_percent=100, **OPTIONS
         )
-        for name, kind in APPLICATIONS.items()
+        for name, kind in classes.items()
     }
     run({name: deployment.bind(plain) for name, deployment in deployments.items()})  # type: ignore[attr-defined]
     write_json(str(_path(config)), {_CLUSTER: record.cluster_id, **asdict(settings)})

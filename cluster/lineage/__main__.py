@@ -8,13 +8,8 @@ import logging
 import sys
 from pathlib import Path
 
-from openlineage.client import OpenLineageClient
-from openlineage.client.serde import Serde
-from openlineage.client.transport.console import ConsoleTransport
-
 from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, RefusedError
-from cluster.lineage.openlineage import run_events
 from cluster.lineage.trace import ModelTrace, as_json, describe, read_entries, trace_model
 from cluster.registry import LATEST
 from cluster.security.ledger_reader import add_ledger_flags, open_reader
@@ -63,6 +58,12 @@ def _emit(trace: ModelTrace, namespace: str) -> None:
     Raises:
         ConfigError: No transport is configured. OpenLineage would then only write the events to a log.
     """
+    # Imported here and below, because the other formats do not need it. It imports requests.
+    from openlineage.client import OpenLineageClient
+    from openlineage.client.transport.console import ConsoleTransport
+
+    from cluster.lineage.openlineage import run_events
+
     # The client would warn that it prints the events. The ConfigError below replaces this warning.
     logging.getLogger("openlineage.client.client").addFilter(_is_no_missing_transport)
     client = OpenLineageClient()
@@ -85,6 +86,10 @@ def _formatted(trace: ModelTrace, output_format: str, namespace: str) -> str:
         case "json":
             return json.dumps(as_json(trace), indent=1)
         case "openlineage":
+            from openlineage.client.serde import Serde
+
+            from cluster.lineage.openlineage import run_events
+
             return "\n".join(Serde.to_json(event) for event in run_events(trace, namespace=namespace))
         case _:
             return describe(trace)

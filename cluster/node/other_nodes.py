@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,21 +12,8 @@ from cluster.errors import FalajError
 from cluster.ledger import open_ledger
 from cluster.membership.head_client import HeadClient
 from cluster.membership.members import HEAD, current_members
-from cluster.node.parts import Part, State
+from cluster.node.parts import NodeStatus, Part, State
 from cluster.session import ClusterRecord
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NodeStatus:
-    """State of another node."""
-
-    node_id: str
-    name: str
-    address: str
-    region: str
-    state: State
-    text: str
-    """The state in words, with the parts that do not run."""
 
 
 def node_statuses(record: ClusterRecord) -> list[NodeStatus]:

@@ -92,6 +92,19 @@ def expected_parts(record: ClusterRecord) -> list[Part]:
     return [part for part in Part if part not in left_out]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeStatus:
+    """State of another node."""
+
+    node_id: str
+    name: str
+    address: str
+    region: str
+    state: State
+    text: str
+    """The state in words, with the parts that do not run."""
+
+
 def inspect_parts(record: ClusterRecord) -> list[PartStatus]:
     """Return the current status of every part on this machine."""
     running = find_parts(record)

@@ -14,9 +14,9 @@ from cluster.errors import ModelNotFound, did_you_mean
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import OutcomesCompacted, PredictionsCompacted
 from cluster.ledger.table_versions import unrecorded
-from cluster.records import log_age, outcome_log, prediction_log
 from cluster.records.compaction import compact
-from cluster.records.location import AnyLog, location_of
+from cluster.records.location import AnyLog, location_of, outcome_log, prediction_log
+from cluster.records.progress import log_age
 from cluster.records.table import LogTable
 from cluster.registry import Registry
 from cluster.security.acting import Actor, create_actor

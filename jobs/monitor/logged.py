@@ -10,20 +10,11 @@ import polars as pl
 
 from cluster.errors import RefusedError
 from cluster.ledger import Ledger
-from cluster.records import (
-    Log,
-    LogAge,
-    MatchedAnswers,
-    TypedRows,
-    iter_outcomes,
-    log_age,
-    match_outcomes,
-    outcome_log,
-    prediction_log,
-    read_log,
-    to_typed_rows,
-)
-from cluster.records.reading import INVALID_OUTCOME, OUTCOME, exact_column
+from cluster.records.location import outcome_log, prediction_log
+from cluster.records.matching import MatchedAnswers, match_outcomes
+from cluster.records.progress import LogAge, log_age
+from cluster.records.reading import INVALID_OUTCOME, OUTCOME, Log, exact_column, iter_outcomes, read_log
+from cluster.records.signature_types import TypedRows, to_typed_rows
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import OutcomeParser
 from cluster.runtime.loader import load_signature

@@ -12,7 +12,8 @@ import polars as pl
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.chain import verify_chain
 from cluster.ledger.events import BatchIngested, TrainingSetBuilt
-from cluster.records import Log, prediction_log, read_log
+from cluster.records.location import prediction_log
+from cluster.records.reading import Log, read_log
 from cluster.registry import Registry
 from cluster.security.acting import create_actor
 from cluster.security.keys.access import key_store

@@ -33,7 +33,6 @@ from jobs.train.data import Dataset, read_training_set
 from jobs.train.describe import prepare_and_describe, print_warnings
 from jobs.train.families import FitContext, ResolvedFamily, resolve_family
 from jobs.train.lineage import build_lineage, to_json_values
-from jobs.train.quantise import quantisation_cost, quantise
 from jobs.train.split import resolve_split
 
 
@@ -179,6 +178,8 @@ def evaluate_held_out(folder: Path, dataset: Dataset, precision: Precision) -> H
     warnings = ["the model gives all held-out rows the same score: it learned nothing"] if is_constant else []
     if precision is Precision.float32:
         return HeldOutResult(metrics, warnings)
+    from jobs.train.quantise import quantisation_cost, quantise  # imports ONNX and ONNX Runtime
+
     quantise(folder)
     int8 = predict_held_out(folder, dataset, replace(dataset.signature, precision=precision))
     cost = quantisation_cost(float32, int8, metrics)

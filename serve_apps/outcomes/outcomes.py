@@ -17,8 +17,8 @@ from starlette.responses import Response
 from cluster.errors import InvalidRequest, ModelNotFound, RefusedError
 from cluster.ledger import open_ledger
 from cluster.ledger.chain import canonical
-from cluster.records import OutcomeRecord, outcome_log
-from cluster.records.location import max_age_s
+from cluster.records.location import max_age_s, outcome_log
+from cluster.records.schema import OutcomeRecord
 from cluster.registry import Registry
 from cluster.runtime import OutcomeParser
 from cluster.runtime.loader import load_signature

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.ledger import Ledger, open_ledger
-from cluster.records import prediction_log
-from cluster.records.location import max_age_s
+from cluster.records.location import max_age_s, prediction_log
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import InputSpec, Model, ModelSignature
 from cluster.runtime.device_choice import find_hardware

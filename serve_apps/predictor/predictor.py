@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.errors import InvalidRequest, ModelFailed, RefusedError
-from cluster.records import PredictionRecord
+from cluster.records.schema import PredictionRecord
 from cluster.settings_conversion import from_plain
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.batching import batches

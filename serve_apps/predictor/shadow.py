@@ -30,7 +30,7 @@ from starlette.responses import Response
 
 from cluster.ledger import Entry, Ledger
 from cluster.ledger.events import LedgerEvent, ShadowStarted, ShadowStopped, Subject
-from cluster.records import SHADOW
+from cluster.records.schema import SHADOW
 from serve_apps.predictor.inference_protocol import JSON_LENGTH
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.shadow_replicas import Connections, FetchSchedule

@@ -22,9 +22,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from cluster.records import Record, SegmentWriter
 from cluster.records.blocks import ANSWER_TIMEOUT_S, Block, BlockWriter
 from cluster.records.location import MAX_AGE_S, AnyLog, location_of
+from cluster.records.schema import Record
+from cluster.records.segments import SegmentWriter
 from cluster.security.keys.store import KeyStore
 from cluster.settings import Durability
 from serve_apps.replica.http import LOG, Unavailable

@@ -20,7 +20,7 @@ from cluster.ledger.events import (
     ShadowStarted,
     ShadowStopped,
 )
-from cluster.records import SHADOW
+from cluster.records.schema import SHADOW
 from cluster.registry import CHAMPION, LATEST, ModelVersion, Registry
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
@@ -29,8 +29,6 @@ from cluster.storage import json_text, layout, resolve, write_json
 from serve_apps.edge.control.waiting import wait_until_applied
 from serve_apps.rollout.assignment import mixes_arms
 from serve_apps.rollout.config import OWN_OPTIONS, USED, RolloutAction, RolloutConfig
-from serve_apps.rollout.evaluation import describe_metrics, evaluate, judge_before_promotion
-from serve_apps.rollout.guardrail import Verdict
 from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
 
 
@@ -198,6 +196,9 @@ def promote(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollou
                 f"Rollout {rollout.id} of '{config.name}' tries version {version}, not version {requested}. Only the "
                 "version that was tried can be promoted. Leave `version` out, or start a rollout of the other one."
             )
+    # Only this action and `check` read logs, so only they import Polars and delta-rs.
+    from serve_apps.rollout.evaluation import judge_before_promotion
+
     judgement = judge_before_promotion(config, ledger, actor, rollout)
     reason = f"rollout {rollout.id} promoted {config.reason}; {judgement}"
     Registry(ledger, layout(config.storage)).move_alias(
@@ -221,6 +222,9 @@ def roll_back(
 
 def check(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> dict[str, Any]:
     """Apply the guardrail to the rollout's outcomes, and roll the rollout back on a breach."""
+    from serve_apps.rollout.evaluation import describe_metrics, evaluate
+    from serve_apps.rollout.guardrail import Verdict
+
     require_permission(config, ledger, actor, Action.rollback, rollout.treatment_version)
     finding = evaluate(config, ledger, actor, rollout)
     result: dict[str, Any] = asdict(finding)

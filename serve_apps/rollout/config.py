@@ -6,7 +6,7 @@ import enum
 import math
 from dataclasses import dataclass
 
-from cluster.records import SHADOW
+from cluster.records.schema import SHADOW
 from cluster.settings import PlatformConfig
 from serve_apps.rollout.assignment import CHAMPION_VARIANT, require_percent, require_variant
 

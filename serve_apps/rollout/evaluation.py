@@ -8,8 +8,10 @@ import polars as pl
 
 from cluster.errors import ArtifactTampered, RecordLogCorrupt, RefusedError, RolloutError
 from cluster.ledger import Ledger
-from cluster.records import iter_outcomes, log_age, match_outcomes, outcome_log, prediction_log, read_log
-from cluster.records.progress import ages_as_json
+from cluster.records.location import outcome_log, prediction_log
+from cluster.records.matching import match_outcomes
+from cluster.records.progress import ages_as_json, log_age
+from cluster.records.reading import iter_outcomes, read_log
 from cluster.registry import Registry
 from cluster.runtime import OutcomeParser
 from cluster.runtime.loader import load_signature

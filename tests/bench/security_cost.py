@@ -31,7 +31,8 @@ import orjson
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from cluster.records import PredictionRecord, SegmentWriter
+from cluster.records.schema import PredictionRecord
+from cluster.records.segments import SegmentWriter
 from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.envelope import Identity, open_bytes, seal_bytes
 from cluster.security.encryption.parquet import Protection

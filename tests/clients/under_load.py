@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from cluster.records import read_predictions
+from cluster.records.reading import read_predictions
 from cluster.security.keys.access import key_store
 from tests.clients.load import Answer, Load, percentile
 from tests.integration.conftest import Project

@@ -16,7 +16,7 @@ import pytest
 
 from cluster.errors import AccessDenied, Unauthenticated
 from cluster.ledger.events import AccessDecided, ModelRegistered
-from cluster.records import count_records, read_outcomes, read_predictions, read_records
+from cluster.records.reading import count_records, read_outcomes, read_predictions, read_records
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.scan import scan

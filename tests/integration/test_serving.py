@@ -18,7 +18,9 @@ import pytest
 
 from cluster.host import processes
 from cluster.ledger.events import SkewChecked
-from cluster.records import PredictionRecord, SegmentWriter, count_records, read_predictions
+from cluster.records.reading import count_records, read_predictions
+from cluster.records.schema import PredictionRecord
+from cluster.records.segments import SegmentWriter
 from cluster.security.keys.access import key_store
 from tests.projects import loan
 from tests.projects.loan import Shop

@@ -12,7 +12,7 @@ import time
 import polars as pl
 
 from cluster.ledger.events import ArtifactRefused
-from cluster.records import read_predictions, read_shadow_predictions
+from cluster.records.reading import read_predictions, read_shadow_predictions
 from cluster.security.keys.access import key_store
 from tests.projects import loan
 from tests.projects.loan import Shop

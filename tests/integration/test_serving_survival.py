@@ -14,7 +14,7 @@ from polars.testing import assert_frame_equal
 from cluster.host import processes
 from cluster.ledger.chain import verify_chain
 from cluster.ledger.events import PredictionsCompacted
-from cluster.records import count_records, read_outcomes, read_predictions
+from cluster.records.reading import count_records, read_outcomes, read_predictions
 from cluster.security.keys.access import key_store
 from tests.projects import loan
 from tests.projects.loan import Shop

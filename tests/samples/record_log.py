@@ -6,8 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from cluster.records import OutcomeRecord, PredictionRecord, SegmentWriter, read_records
 from cluster.records.compaction import compact
+from cluster.records.reading import read_records
+from cluster.records.schema import OutcomeRecord, PredictionRecord
+from cluster.records.segments import SegmentWriter
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.keyring import Keyring

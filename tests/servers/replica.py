@@ -22,7 +22,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.ledger import Ledger, open_ledger
-from cluster.records import prediction_log, read_predictions
+from cluster.records.location import prediction_log
+from cluster.records.reading import read_predictions
 from cluster.registry import Lineage, ModelVersion, Registry
 from cluster.runtime.signature import ONNX_FILE, ONNX_INPUT, ONNX_OUTPUT, SIGNATURE_FILE, ModelSignature, Task
 from cluster.security.keys.access import KeyAccess, key_store

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,11 +23,17 @@ from hvac import exceptions as vault_errors
 
 from cluster.errors import AccessDenied, ConfigError, InvalidRequest, Unauthenticated
 from cluster.security.keys.store import KeyNotFound, KeyStoreUnavailable
+from cluster.security.private_file import read_secret_file
+from cluster.settings import VaultAuth, VaultConfig
+from cluster.storage import resolve
 
 KUBERNETES_TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 MIN_LEASE_S = 60
 """A shorter lease, in seconds, means that the token reaches its maximum lifetime. Then the client logs in again."""
 RETRY_S = 5.0
+RELOGIN_S = 30.0
+"""Time after a refused login, until the next one."""
+LOG = logging.getLogger("falaj.keys")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -276,3 +283,50 @@ def _log_in(client: hvac.Client, auth: Auth) -> Any:
             return client.auth.kubernetes.login(
                 role=auth.role, jwt=jwt, use_token=False, mount_point=auth.mount
             )
+
+
+def connect_to_vault(vault: VaultConfig) -> hvac.Client:
+    """Log in to the configured Vault, and return the client.
+
+    Raises:
+        ConfigError, Unauthenticated, KeyStoreUnavailable: see `open_store`.
+    """
+    return login(
+        vault.address,
+        vault_auth(vault),
+        ca=Path(resolve(vault.ca_file)) if vault.ca_file else None,
+        namespace=vault.namespace,
+    )
+
+
+def vault_auth(vault: VaultConfig) -> Auth:
+    """Return the login method. It reads the secret's file for each login, so the file can be replaced at any time."""
+    mount = vault.auth_mount or vault.auth.value
+    file = Path(resolve(vault.secret_file)) if vault.secret_file else KUBERNETES_TOKEN
+    match vault.auth:
+        case VaultAuth.approle:
+            return AppRole(role_id=vault.role, secret_id=lambda: _read_vault_secret(file), mount=mount)
+        case VaultAuth.jwt:
+            return Jwt(role=vault.role, token=lambda: _read_vault_secret(file), mount=mount)
+        case VaultAuth.kubernetes:
+            return Kubernetes(role=vault.role, token_path=file, mount=mount)
+
+
+def _read_vault_secret(file: Path) -> str:
+    return read_secret_file(file, what="the secret that opens Vault")
+
+
+def stay_logged_in(client: hvac.Client, auth: Auth, stopped: threading.Event) -> None:
+    """Renew the login until `stopped` is set.
+
+    After a refused login, it tries again, because the operator may replace the secret.
+    """
+    while not stopped.is_set():
+        try:
+            keep_renewed(client, auth, stopped=stopped)
+            return
+        except (Unauthenticated, ConfigError) as error:
+            LOG.error(
+                "Keys become unusable when Vault's token expires, because it could not be renewed: %s", error
+            )
+            stopped.wait(RELOGIN_S)

@@ -8,8 +8,7 @@ the token.
 from __future__ import annotations
 
 from cluster.errors import ConfigError
-from cluster.security.keys.configured import connect_to_vault
-from cluster.security.keys.vault_session import read_secret
+from cluster.security.keys.vault_session import connect_to_vault, read_secret
 from cluster.security.tokens.intent import VAULT_SCHEME
 from cluster.settings import VaultConfig
 

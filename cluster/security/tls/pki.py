@@ -11,8 +11,6 @@ from cryptography import x509
 
 from cluster.errors import ConfigError
 from cluster.host.names import is_address
-from cluster.security.keys.configured import connect_to_vault
-from cluster.security.keys.vault_session import issue_certificate
 from cluster.security.tls.certificates import (
     CA_NAME,
     EDGE_NAME,
@@ -54,6 +52,9 @@ def fetch_certificates(
     has_names = certificate_names(folder / EDGE_NAME).issuperset(others)
     if all_exist and has_names and not _is_due(folder / EDGE_NAME, at):
         return
+    # Imported here, because an installation with its own certificates needs neither hvac nor requests.
+    from cluster.security.keys.vault_session import connect_to_vault, issue_certificate
+
     issued = issue_certificate(
         connect_to_vault(vault),
         role=vault.pki_role,

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Self
 
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -81,6 +80,8 @@ class Unique(Check):
         Args:
             rows: the good rows of a batch in the order of the source, with the columns in `of`.
         """
+        import polars as pl  # a command that only reads definitions does not need it
+
         frame = pl.DataFrame(pl.from_arrow(rows.select(list(self.of))))
         has_no_null = ~pl.any_horizontal(pl.col(name).is_null() for name in self.of)
         # Counting over groups takes a third of the time of `is_duplicated` on a struct.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import TrainingSetError
 from cluster.ledger import Ledger
@@ -17,8 +17,10 @@ from cluster.ledger.events import TrainingSetBuilt, TrainingSetNotReproducible
 from cluster.storage import exists, read_bytes, resolve
 from feature_jobs.store.catalog.specifications import OnDemandSpec, ServiceSpec, ViewSpec
 from feature_jobs.store.definitions.missing import view_of
-from feature_jobs.store.offline.tables import Snapshot
-from feature_jobs.store.offline.training_set import BuiltTrainingSet
+
+if TYPE_CHECKING:  # training reads manifests, and does not need Polars and delta-rs
+    from feature_jobs.store.offline.tables import Snapshot
+    from feature_jobs.store.offline.training_set import BuiltTrainingSet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

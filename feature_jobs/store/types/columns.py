@@ -1,7 +1,7 @@
 """Convert Arrow columns to NumPy arrays, and append or replace columns of Arrow tables.
 
-The conversion to NumPy uses Polars. Arrow's own `to_numpy` and `fill_null` import pandas, which takes longer than a
-small join.
+The conversion to NumPy uses Polars, and imports it when it is called. Arrow's own `to_numpy` and `fill_null` import
+pandas, which takes longer than a small join.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy.typing as npt
-import polars as pl
 import pyarrow as pa
 
 
@@ -21,6 +20,8 @@ def to_numpy(column: pa.ChunkedArray | pa.Array, *, null: int | bool = 0) -> npt
         column: A column of a type that NumPy has too.
         null: The value that replaces nulls. It must be of the column's type, so that the type does not change.
     """
+    import polars as pl
+
     return pl.Series(pl.from_arrow(column)).fill_null(null).to_numpy()
 
 

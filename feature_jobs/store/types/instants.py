@@ -17,15 +17,17 @@ import enum
 import re
 import zoneinfo
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import DefinitionError
 from feature_jobs.store.types.columns import replace_columns
+
+if TYPE_CHECKING:
+    import polars as pl
 
 TIME = pa.timestamp("us", "UTC")
 _EPOCH = dt.datetime(1970, 1, 1)
@@ -61,6 +63,8 @@ def validate_zone(zone: str | None, owner: str) -> None:
     """
     if zone is None:
         return
+    import polars as pl
+
     try:
         zoneinfo.ZoneInfo(zone)
         _utc(pl.Series([_EPOCH]), zone)
@@ -112,6 +116,8 @@ def column_to_utc(column: pa.ChunkedArray, zone: str | None) -> pa.ChunkedArray:
     utc = pa.timestamp(column.type.unit, "UTC")
     if column.type.tz is not None or zone is None:
         return column.cast(utc)
+    import polars as pl
+
     local = pl.Series(pl.from_arrow(to_micros(column, Rounding.down)))
     convertible = pl.select(pl.when(local.is_between(*_CONVERTIBLE)).then(local)).to_series()
     shift_us = pl.Series(_utc(convertible, zone).dt.epoch("us") - convertible.dt.epoch("us"))
@@ -195,6 +201,8 @@ def _utc(local: pl.Series, zone: str) -> pl.Series:
     non_existent = np.flatnonzero((utc.is_null() & local.is_not_null()).to_numpy())
     if non_existent.size == 0:
         return utc
+    import polars as pl
+
     local_times = local.gather(non_existent).to_list()
     instants = {time: utc_instant(time, zone) for time in set(local_times)}
     return utc.scatter(non_existent, pl.Series([instants[time] for time in local_times], dtype=utc.dtype))

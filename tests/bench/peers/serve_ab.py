@@ -29,7 +29,8 @@ from starlette.responses import Response
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from cluster.ledger import open_ledger
-from cluster.records import PredictionRecord, SegmentWriter
+from cluster.records.schema import PredictionRecord
+from cluster.records.segments import SegmentWriter
 from cluster.registry import Registry
 from cluster.runtime.loader import load_model
 from cluster.runtime.signature import LIGHTGBM_FILE

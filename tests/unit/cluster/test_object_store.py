@@ -10,6 +10,7 @@ import pytest
 
 from cluster import storage
 from cluster.errors import ConfigError
+from cluster.node.exclusive_writes import require_exclusive_writes
 from cluster.settings import StorageConfig
 from tests.servers.object_store import object_store_environment
 
@@ -49,7 +50,7 @@ def test_write_leaves_no_temporary_file(bucket: str) -> None:
 
 
 def test_store_with_exclusive_writes_is_accepted(bucket: str) -> None:
-    storage.require_exclusive_writes(f"{bucket}/project")
+    require_exclusive_writes(f"{bucket}/project")
     assert storage.list_files(f"{bucket}/project/.falaj-write-check") == []
 
 
@@ -59,12 +60,12 @@ def test_store_without_exclusive_writes_is_refused(bucket: str, monkeypatch: pyt
     plain = fs.pipe_file
     monkeypatch.setattr(fs, "pipe_file", lambda path, data, mode="": plain(path, data))
     with pytest.raises(ConfigError, match="let two writers create the same file"):
-        storage.require_exclusive_writes(f"{bucket}/project")
+        require_exclusive_writes(f"{bucket}/project")
 
 
 def test_unreachable_store_is_refused(bucket: str) -> None:
     with pytest.raises(ConfigError, match="Check bucket and credentials"):
-        storage.require_exclusive_writes("s3://no-such-bucket/project")
+        require_exclusive_writes("s3://no-such-bucket/project")
 
 
 def test_state_of_this_machine_stays_on_its_disk() -> None:

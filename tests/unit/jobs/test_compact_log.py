@@ -11,7 +11,9 @@ import pytest
 from cluster.errors import AccessDenied
 from cluster.ledger import open_ledger
 from cluster.ledger.events import OutcomesCompacted, PredictionsCompacted
-from cluster.records import OutcomeRecord, SegmentWriter, count_records
+from cluster.records.reading import count_records
+from cluster.records.schema import OutcomeRecord
+from cluster.records.segments import SegmentWriter
 from cluster.registry import Registry
 from cluster.security.acting import Actor
 from cluster.security.authorization.audit import DecisionRecorder

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import polars as pl
 
-from cluster.records import SHADOW, SegmentWriter, read_log
+from cluster.records.reading import read_log
+from cluster.records.schema import SHADOW
+from cluster.records.segments import SegmentWriter
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 from jobs.pipeline.summary import count_logged, select_versions

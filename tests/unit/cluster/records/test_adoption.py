@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cluster.records import compaction, log_age
+from cluster.records import compaction
 from cluster.records.compaction import compact
-from cluster.records.progress import BEGINNING
+from cluster.records.progress import BEGINNING, log_age
 from cluster.records.table import LogTable
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.storage import list_files

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 
-from cluster.records import log_age
-from cluster.records.progress import BEGINNING
+from cluster.records.progress import BEGINNING, log_age
 from tests.samples.record_log import prediction
 from tests.servers.shared_logs import SharedLogs
 

@@ -14,9 +14,9 @@ import pytest
 from deltalake import DeltaTable
 from polars.testing import assert_frame_equal
 
-from cluster.records import SegmentWriter, count_records, read_predictions, read_records
 from cluster.records import reading as reading_module
-from cluster.records.segments import list_segments
+from cluster.records.reading import count_records, read_predictions, read_records
+from cluster.records.segments import SegmentWriter, list_segments
 from cluster.records.table import LogTable
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.keyring import Keyring

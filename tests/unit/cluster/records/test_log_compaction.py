@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from cluster.errors import CommitConflict, RecordLogCorrupt
-from cluster.records import SegmentWriter, count_records, read_outcomes, read_predictions, read_records
 from cluster.records.columns import to_record, to_row
 from cluster.records.compaction import LOCK
-from cluster.records.segments import list_segments
+from cluster.records.reading import count_records, read_outcomes, read_predictions, read_records
+from cluster.records.segments import SegmentWriter, list_segments
 from cluster.records.table import LogTable
 from cluster.security.encryption.parquet import ProtectedFileCorrupt, ProtectedFiles
 from cluster.security.keys.keyring import Keyring

@@ -18,7 +18,8 @@ import polars as pl
 import pytest
 
 from cluster.errors import RecordLogCorrupt
-from cluster.records import SegmentWriter, count_records, read_predictions, read_records
+from cluster.records.reading import count_records, read_predictions, read_records
+from cluster.records.segments import SegmentWriter
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 from tests.samples.record_log import PERSONAL, prediction
@@ -52,7 +53,8 @@ def test_incomplete_line_is_skipped(log: Path, keyring: Keyring, writer: Segment
 def test_kill_9_after_append_loses_nothing(tmp_path: Path, log: Path, keyring: Keyring) -> None:
     """A process that is killed right after its fifth append leaves five records."""
     program = (
-        "import sys; from pathlib import Path; from cluster.records import OutcomeRecord, SegmentWriter\n"
+        "import sys; from pathlib import Path; from cluster.records.schema import OutcomeRecord\n"
+        "from cluster.records.segments import SegmentWriter\n"
         "from cluster.security.keys.keyring import Keyring\n"
         f"keyring = Keyring(Path({str(tmp_path / 'keyring.json')!r}), bytes(32))\n"
         f"writer = SegmentWriter(Path({str(log)!r}), store=keyring, key={PERSONAL!r})\n"

@@ -8,17 +8,11 @@ from typing import Any
 
 import pytest
 
-from cluster.records import (
-    SegmentWriter,
-    iter_outcomes,
-    match_outcomes,
-    read_log,
-    read_outcomes,
-    read_predictions,
-    to_typed_rows,
-)
 from cluster.records.compaction import compact
-from cluster.records.reading import INVALID_OUTCOME
+from cluster.records.matching import match_outcomes
+from cluster.records.reading import INVALID_OUTCOME, iter_outcomes, read_log, read_outcomes, read_predictions
+from cluster.records.segments import SegmentWriter
+from cluster.records.signature_types import to_typed_rows
 from cluster.runtime import InputSpec, OutcomeParser, Task
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.keyring import Keyring

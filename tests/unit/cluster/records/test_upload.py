@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from cluster.errors import CommitConflict, ConfigError, Inconsistent
-from cluster.records import count_records, log_age, read_records, upload
+from cluster.records import upload
 from cluster.records.blocks import Block, BlockWriter, SegmentSealed, segment_sizes
 from cluster.records.compaction import LOCK, compact
 from cluster.records.contents import list_shared
 from cluster.records.nodes import describe, require_silent
-from cluster.records.progress import forget, read_progress
+from cluster.records.progress import forget, log_age, read_progress
+from cluster.records.reading import count_records, read_records
 from cluster.records.segments import list_segments
 from cluster.security.encryption.parquet import ProtectedFiles
 from cluster.security.keys.keyring import Keyring

@@ -24,7 +24,8 @@ from feature_jobs.store.online.events import assign_sequence_online, merge_funct
 from feature_jobs.store.online.reader import FeatureReader
 from feature_jobs.store.online.rows import Horizon, OnlineRow
 from feature_jobs.store.online.store import OnlineStore
-from feature_jobs.store.online.window_states import entity_states, stored_view
+from feature_jobs.store.online.window_rows import entity_states
+from feature_jobs.store.online.window_states import stored_view
 from feature_jobs.store.types.schema import PROVISIONAL
 from tests.projects.online import online_keys, open_store
 from tests.unit.feature_jobs.aggregation.event_frames import KEYS, SPEC, START, event_frames

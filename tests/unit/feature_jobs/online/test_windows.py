@@ -15,7 +15,8 @@ from feature_jobs.store.catalog.specifications import ViewSpec, aggregated_field
 from feature_jobs.store.definitions.aggregations import Aggregation, WindowSpec, window_spec
 from feature_jobs.store.offline.window_values import aggregate
 from feature_jobs.store.online.reader import FeatureReader, OnlineStore
-from feature_jobs.store.online.window_states import entity_states, stored_view
+from feature_jobs.store.online.window_rows import entity_states
+from feature_jobs.store.online.window_states import stored_view
 from tests.projects.online import online_keys, open_store, reader_of
 from tests.projects.views import make_spec, service_of
 from tests.unit.feature_jobs.aggregation.event_frames import (

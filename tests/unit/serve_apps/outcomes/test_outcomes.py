@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.records import count_records, read_outcomes
+from cluster.records.reading import count_records, read_outcomes
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from tests.servers.replica import MODEL, Replica, running_replica

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.ledger import open_ledger
-from cluster.records import read_records
+from cluster.records.reading import read_records
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.tokens.issuer import mint_token

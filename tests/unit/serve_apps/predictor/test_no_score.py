@@ -15,7 +15,7 @@ import pytest
 from onnx import helper
 
 from cluster.errors import ModelFailed, RefusedError
-from cluster.records import read_log
+from cluster.records.reading import read_log
 from cluster.runtime import InputSpec, ModelSignature, Predictions, Task
 from cluster.runtime.model import Model
 from cluster.runtime.signature import ONNX_FILE

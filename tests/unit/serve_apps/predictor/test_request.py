@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cluster.errors import InvalidRequest
-from cluster.records import SegmentWriter, read_outcomes
+from cluster.records.reading import read_outcomes
+from cluster.records.segments import SegmentWriter
 from cluster.runtime import InputSpec
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo

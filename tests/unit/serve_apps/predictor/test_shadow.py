@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ShadowStarted, ShadowStopped
-from cluster.records import read_shadow_predictions
+from cluster.records.reading import read_shadow_predictions
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from cluster.records import OutcomeRecord, count_records, read_outcomes
+from cluster.records.reading import count_records, read_outcomes
+from cluster.records.schema import OutcomeRecord
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.security.keys.keyring import Keyring

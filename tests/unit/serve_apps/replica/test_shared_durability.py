@@ -15,8 +15,9 @@ import pytest
 import sqlalchemy as sa
 
 from cluster.errors import ConfigError
-from cluster.records import LogLocation, count_records, prediction_log, read_predictions
 from cluster.records.blocks import Block, BlockWriter, segment_sizes
+from cluster.records.location import LogLocation, prediction_log
+from cluster.records.reading import count_records, read_predictions
 from cluster.records.upload import Uploader
 from cluster.security.keys.access import key_store
 from cluster.settings import Durability, LedgerConfig, PlatformConfig, ReplicaConfig, StorageConfig

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.ledger import open_ledger
-from cluster.records import SegmentWriter
+from cluster.records.segments import SegmentWriter
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import StorageConfig
