@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray import serve
@@ -20,6 +21,8 @@ from serve_apps.replica.scaling import replica_options
 
 GRACE_S = 5.0
 HEALTH_PERIOD_S = 2.0
+POLL_S = 0.05
+"""Pause between two looks at starting applications. Serve's own wait looks once a second."""
 LOGGING = {"enable_access_log": False}
 """Serve's own access log is not needed, because the edge's access log has every answer. In throughput mode, Serve's log
 buffers a thousand lines and then writes them in the event loop. Every thousandth request waited 20 ms for this."""
@@ -94,7 +97,9 @@ def run(apps: Mapping[str, serve.Application]) -> None:
     """
     running_before = {name for name in apps if is_running(name)}
     try:
-        serve.run_many([serve.RunTarget(app, name, f"/{name}") for name, app in apps.items()])
+        targets = [serve.RunTarget(app, name, f"/{name}") for name, app in apps.items()]
+        serve.run_many(targets, wait_for_applications_running=False)
+        _wait_until_running(apps)
     except RuntimeError as error:
         failed = [name for name in apps if not is_running(name)]
         messages = {name: _failure_message(name) or str(error) for name in failed}
@@ -107,6 +112,27 @@ def run(apps: Mapping[str, serve.Application]) -> None:
                 f"The replica of {', '.join(failed)} refused its files. See the ledger's ArtifactRefused."
             ) from error
         raise DeployFailed(reasons) from error
+
+
+def _wait_until_running(names: Iterable[str]) -> None:
+    """Wait until all applications are healthy. The controller itself ends a start that takes too long.
+
+    Raises:
+        RuntimeError: an application did not start, or was removed meanwhile.
+    """
+    waiting = set(names)
+    while waiting:
+        applications = serve.status().applications
+        for name in sorted(waiting):
+            app = applications.get(name)
+            if app is None:
+                raise RuntimeError(f"application {name} was removed while it started")
+            if app.status is ApplicationStatus.DEPLOY_FAILED:
+                raise RuntimeError(f"application {name} failed: {app.message}")
+            if app.status is ApplicationStatus.RUNNING:
+                waiting.discard(name)
+        if waiting:
+            time.sleep(POLL_S)
 
 
 def _failure_message(name: str) -> str:
