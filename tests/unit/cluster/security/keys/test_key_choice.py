@@ -18,7 +18,7 @@ from cluster import up
 from cluster.errors import AccessDenied, ConfigError, Unauthenticated
 from cluster.node.launch import overrides as overrides_of
 from cluster.security.authorization.policy import Decision, Policy, Resource
-from cluster.security.keys import configured
+from cluster.security.keys import vault_session
 from cluster.security.keys.__main__ import ACTIONS
 from cluster.security.keys.broker import Broker
 from cluster.security.keys.client import BrokerKeyStore
@@ -196,13 +196,13 @@ def test_replaced_secret_restores_the_login_without_a_restart(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The old secret and token are withdrawn. The log reports it until the new secret is there."""
-    monkeypatch.setattr(configured, "RETRY_S", 0.02)
+    monkeypatch.setattr(vault_session, "RELOGIN_S", 0.02)
     vault = in_vault.secrets.vault
-    client = configured.connect_to_vault(vault)
+    client = vault_session.connect_to_vault(vault)
     double.state.approles["falaj"] = "secret-of-tomorrow"
     double.state.tokens.clear()
     thread = threading.Thread(
-        target=configured._stay_logged_in, args=(client, configured.vault_auth(vault), stopped)
+        target=vault_session.stay_logged_in, args=(client, vault_session.vault_auth(vault), stopped)
     )
     thread.start()
     until(lambda: "Keys become unusable" in caplog.text)
