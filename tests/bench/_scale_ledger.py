@@ -129,8 +129,12 @@ def state() -> Iterator[LedgerEvent]:
     yield EdgeLimitSet(limited="tenant", name="bank", requests_per_s=100, concurrent=None)
 
 
-def history() -> Iterator[LedgerEvent]:
-    """Yield more events of the same views and models. The iterator never ends."""
+def history(*, views: tuple[str, str] = ("clicks", "income"), model: str = "loan") -> Iterator[LedgerEvent]:
+    """Yield more events: batches of the first view, materialisations of the second, and events of a model in a rollout.
+
+    The iterator never ends.
+    """
+    ingested, materialized = views
     denied = AccessDecided(
         allowed=False,
         role="service",
@@ -139,22 +143,22 @@ def history() -> Iterator[LedgerEvent]:
         entrypoint="",
         action="predict",
         kind="model",
-        resource="loan",
+        resource=model,
         column_class="",
         policies=[],
     )
     for number in itertools.count(1):
-        yield batch("clicks", number)
-        yield OutcomesReceived(model="loan", accepted=10, digest=f"{number:064}")
+        yield batch(ingested, number)
+        yield OutcomesReceived(model=model, accepted=10, digest=f"{number:064}")
         yield ViewMaterialized(
-            view="income", view_version="1", table_version=number, as_of=HOUR, entities=1000
+            view=materialized, view_version="1", table_version=number, as_of=HOUR, entities=1000
         )
-        yield OutcomesReceived(model="loan", accepted=10, digest=f"{number:064}")
-        yield PredictionsCompacted(model="loan", table_version=number, segments=1, records=100)
+        yield OutcomesReceived(model=model, accepted=10, digest=f"{number:064}")
+        yield PredictionsCompacted(model=model, table_version=number, segments=1, records=100)
         yield denied
         if number % 20 == 0:
-            yield RolloutWeightChanged(model="loan", rollout="r", weight=5 + number % 40)
-            yield AliasMoved(name="loan", alias="challenger", version=2, previous=2, reason="again")
+            yield RolloutWeightChanged(model=model, rollout="r", weight=5 + number % 40)
+            yield AliasMoved(name=model, alias="challenger", version=2, previous=2, reason="again")
 
 
 def reads(ledger: Ledger, folder: Path, count: int) -> dict[str, Callable[[], object]]:

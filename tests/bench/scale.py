@@ -1,7 +1,8 @@
 """`make bench BENCH=scale`: costs that grow with the number of models, and with the number of ledger events.
 
 `python tests/bench/scale.py ledger` measures only the ledger. `... edge` measures only the edge: one HAProxy with 1, 20
-and 200 models, each with two versions. `_scale_ledger.py` describes the figures of the ledger.
+and 200 models, each with two versions. `_scale_ledger.py` describes the figures of the ledger. `... commands` measures
+whole commands with a long ledger (`_scale_commands.py`).
 
 Ray and replicas are not used. The server of every version is another HAProxy, which answers at once. Figures of the
 edge: `render` (convert routes to text), `start` (check the configuration and start), `reload` (add one replica and wait
@@ -34,7 +35,7 @@ from serve_apps.edge.control.running_map import RunningMap
 from serve_apps.edge.haproxy.config import render
 from serve_apps.edge.haproxy.routes import Routes, routes
 from serve_apps.rollout.serving_state import ModelState, Rollout
-from tests.bench import _scale_ledger
+from tests.bench import _scale_commands, _scale_ledger
 from tests.servers.edge import Edge, running_edge
 from tests.servers.ports import free_port
 
@@ -172,9 +173,15 @@ def ledger() -> list[dict[str, Any]]:
         return list(_scale_ledger.measure(Path(folder)))
 
 
+def commands() -> list[dict[str, Any]]:
+    """Measure whole commands."""
+    with tempfile.TemporaryDirectory(prefix="falaj-") as folder:
+        return list(_scale_commands.measure(Path(folder)))
+
+
 def main() -> None:
     """Measure the named parts, or all parts. Print and write the results."""
-    parts = {"edge": edge, "ledger": ledger}
+    parts = {"edge": edge, "ledger": ledger, "commands": commands}
     rows = [row for name in sys.argv[1:] or parts for row in parts[name]()]
     target = Path(".falaj/bench/scale.json")
     write_bytes(str(target.absolute()), json.dumps(rows, indent=1).encode())

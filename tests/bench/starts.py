@@ -29,7 +29,9 @@ from tests.projects import loan
 TURNS = 5
 APPLY = ("feature_jobs.apply", "definitions=loans")
 DEPLOY = ("serve_apps.deploy", "name=loan", "version=1")
-ATTACH = "from cluster.entrypoint import compose_platform as c; from cluster.session import attach; attach(c(()))"
+ATTACH = (
+    "from cluster.entrypoint import compose_platform as c; from cluster.session import attach; attach(c(()))"
+)
 
 
 def seconds(work: Callable[[], object]) -> float:
