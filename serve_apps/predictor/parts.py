@@ -10,6 +10,7 @@ from cluster.records.location import max_age_s, prediction_log
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import InputSpec, Model, ModelSignature
 from cluster.runtime.device_choice import find_hardware
+from cluster.runtime.hidden_packages import UNUSED_BY_ENGINES, hidden
 from cluster.runtime.loader import load_model
 from cluster.security.authorization.policy import Resource
 from cluster.security.keys.access import KeyAccess, key_store, service_access
@@ -81,7 +82,8 @@ class Parts:
         """Load the model."""
         replica = self.platform.replica
         hardware = find_hardware(num_cpus=replica.num_cpus, num_gpus=replica.num_gpus)
-        return load_model(self.version, self.store, hardware=hardware)
+        with hidden(*UNUSED_BY_ENGINES):
+            return load_model(self.version, self.store, hardware=hardware)
 
     def access_check(self) -> AccessCheck:
         """Build the check of tokens and permissions for this version."""

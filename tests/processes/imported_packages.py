@@ -11,6 +11,7 @@ import json
 import os
 import sys
 
+
 def packages(module: str) -> list[str]:
     """Import a module in a forked process, and return the names of all top-level packages that are loaded then."""
     reader, writer = os.pipe()
