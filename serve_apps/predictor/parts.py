@@ -26,6 +26,7 @@ from serve_apps.predictor.on_demand_inputs import on_demand_inputs
 from serve_apps.predictor.shadow import Shadowing
 from serve_apps.replica.access import AccessCheck
 from serve_apps.replica.edge_headers import edge_proof
+from serve_apps.replica.process import is_replica
 from serve_apps.replica.record_log import RecordLog
 from serve_apps.replica.targets import serve_targets
 
@@ -82,7 +83,7 @@ class Parts:
         """Load the model."""
         replica = self.platform.replica
         hardware = find_hardware(num_cpus=replica.num_cpus, num_gpus=replica.num_gpus)
-        with hidden(*UNUSED_BY_ENGINES):
+        with hidden(*UNUSED_BY_ENGINES if is_replica() else ()):
             return load_model(self.version, self.store, hardware=hardware)
 
     def access_check(self) -> AccessCheck:

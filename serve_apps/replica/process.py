@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
 from cluster.node.scheduling import interrupt_others
 from serve_apps.replica.direct import Application, answer_directly
 from serve_apps.replica.listening import listen_on_own_address
 from serve_apps.replica.one_write import answer_in_one_write
 from serve_apps.replica.parsing import parse_heads_only
+
+
+def is_replica() -> bool:
+    """Return whether this is the process of a replica. Tests make applications in other processes."""
+    try:
+        serve.get_replica_context()
+    except RayServeException:
+        return False
+    return True
 
 
 def prepare_replica(answer: Application, *, max_concurrent: int) -> None:
