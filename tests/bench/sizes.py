@@ -2,7 +2,7 @@
 
 Together with the CPU times of the other benchmarks, these sizes say what a number of predictions a day needs
 (`docs/performance.md`). Cases: `record` (a prediction record with 16 float features: one line of a segment, and one row
-of the compacted table), `online` (one entity with 10 float64 features, in LMDB and in Redis), and `ledger` (one event).
+of the compacted table, and the CPU time to compact it), `online` (one entity with 10 float64 features, in LMDB and in Redis), and `ledger` (one event).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import random
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ INPUTS = 16
 
 
 def record_sizes(folder: Path) -> Iterator[tuple[str, float]]:
-    """Yield the bytes of a record in a segment and in the table."""
+    """Yield the bytes of a record in a segment and in the table, and the CPU time of its compaction in µs."""
     keyring, draw = new_keyring(folder), random.Random(0)
     log = folder / "predictions" / "m"
     writer = SegmentWriter(log, store=keyring, key=PERSONAL)
@@ -55,7 +56,9 @@ def record_sizes(folder: Path) -> Iterator[tuple[str, float]]:
         )
     writer.close()
     yield "segment", size_of(log, "*.records") / RECORDS
-    assert run(log, keyring) == 1
+    started = time.process_time()
+    assert run(log, keyring)
+    yield "compaction", (time.process_time() - started) / RECORDS * 1e6
     yield "table", size_of(log, "*.parquet") / RECORDS
 
 
@@ -97,10 +100,9 @@ def main() -> None:
     for case, sizes in (("record", record_sizes), ("online", online_sizes), ("ledger", ledger_sizes)):
         with tempfile.TemporaryDirectory() as folder:
             for metric, value in sizes(Path(folder)):
-                rows.append(
-                    {"system": "falaj", "case": case, "metric": metric, "value": value, "unit": "bytes"}
-                )
-                print(f"{case:8} {metric:8} {value:8.0f} bytes", flush=True)
+                unit = "us" if metric == "compaction" else "bytes"
+                rows.append({"system": "falaj", "case": case, "metric": metric, "value": value, "unit": unit})
+                print(f"{case:8} {metric:10} {value:8.0f} {unit}", flush=True)
     target = Path(".falaj/bench/sizes.json")
     write_bytes(str(target.absolute()), json.dumps(rows, indent=1).encode())
 
