@@ -1,8 +1,9 @@
 """`make bench BENCH=sizes`: bytes that are stored for one prediction, one entity and one event.
 
 Together with the CPU times of the other benchmarks, these sizes say what a number of predictions a day needs
-(`docs/performance.md`). Cases: `record` (a prediction record with 16 float features: one line of a segment, and one row
-of the compacted table, and the CPU time to compact it), `online` (one entity with 10 float64 features, in LMDB and in Redis), and `ledger` (one event).
+(`docs/performance.md`). Cases: `record` (a prediction record with 16 float features: one line of a segment, the CPU
+time to compact it, and one row of the compacted table), `online` (one entity with 10 float64 features, in LMDB and in
+Redis), and `ledger` (one event).
 """
 
 from __future__ import annotations
