@@ -7,6 +7,7 @@ from cluster.storage import Layout
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
+from feature_jobs.store.offline.buckets import buckets_for as buckets_for
 from feature_jobs.store.offline.tables import Snapshot, Target, num_buckets, open_table, snapshot
 
 
@@ -26,6 +27,11 @@ def view_snapshot(
         access=access,
         version=version,
     )
+
+
+def stored_columns(view: ViewSpec) -> int:
+    """Return the number of columns of a view's table: join keys, fields, three times and `ingest_seq`."""
+    return len(view.join_keys) + len(view.stored) + 4
 
 
 def view_target(view: ViewSpec, places: Layout, access: KeyAccess, *, new_buckets: int) -> Target:

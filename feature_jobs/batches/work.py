@@ -7,7 +7,8 @@ process imports Ray and connects to it only when necessary. The steps are the sa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -53,6 +54,35 @@ class Work:
         if not self.in_tasks:
             return step(*arguments)
         return _task(step, num_cpus).options(**options(self.selector)).remote(*arguments)
+
+    def run_all(self, step: Callable[..., Any], calls: Iterable[Sequence[Any]]) -> list[Any]:
+        """Run a step that needs much memory once for each list of arguments, and return the results in order.
+
+        Not more tasks run at the same time than the nodes have cores. Ray's own number of CPUs may be larger.
+
+        Raises:
+            RefusedError: a step raised it, in this process or in a task.
+        """
+        if not self.in_tasks:
+            return [step(*arguments) for arguments in calls]
+        import ray
+
+        limit, results, running = self._num_cores(), list[Any](), list[Any]()
+        for arguments in calls:
+            if len(running) == limit:
+                done, running = ray.wait(running)
+                self.get(done)
+            running.append(self.run(step, *arguments))
+            results.append(running[-1])
+        return self.get(results)
+
+    def _num_cores(self) -> int:
+        """Return the number of cores of the nodes where tasks may run, if they are like this one."""
+        import ray
+
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        fit = [node for node in nodes if node["Alive"] and self.selector.items() <= node["Labels"].items()]
+        return len(fit) * (os.cpu_count() or 1)
 
     def get(self, results: Sequence[Block]) -> list[Any]:
         """Return the results of steps.
