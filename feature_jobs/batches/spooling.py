@@ -310,10 +310,10 @@ class _PartWriter:
         )
 
     def _flush(self) -> None:
+        if not any(table.num_rows for table in self._pending):
+            return
         rows = pa.concat_tables(self._pending)
         self._pending.clear()
-        if not rows.num_rows:
-            return
         name = f"{self._name}-{len(self._parts)}"
         self._parts += write_parts(rows, self._command.target, name=name)
 
