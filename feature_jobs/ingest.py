@@ -45,7 +45,7 @@ from feature_jobs.batches.reading import (
     open_batch,
     prepare_source,
     read_checked_rows,
-    select_range,
+    select_batch,
 )
 from feature_jobs.batches.records import ingested_event, load_history
 from feature_jobs.batches.rules import (
@@ -58,7 +58,7 @@ from feature_jobs.batches.rules import (
     require_no_findings,
 )
 from feature_jobs.batches.spooling import SpooledBatch, spooled, store_spooled
-from feature_jobs.batches.storing import StoredBatch, empty_batch, store
+from feature_jobs.batches.storing import StoredBatch, empty_batch, find_committed, store
 from feature_jobs.batches.work import Work
 from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_retired
 from feature_jobs.store.catalog.protection import view_resources
@@ -70,8 +70,9 @@ from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.ranges import TimeRange, parse_range, parse_span
 from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.offline.buckets import buckets_for
 from feature_jobs.store.types.batch_profile import Profile
-from feature_jobs.view_tables import buckets_for, stored_columns, view_quarantine, view_target
+from feature_jobs.view_tables import crowded, stored_columns, view_quarantine, view_target
 
 
 class BatchRules(enum.Enum):
@@ -135,6 +136,7 @@ class Run:
     ledger: Ledger
     actor: Actor
     view: FeatureView
+    spec: ViewSpec
     source: OpenedSource
     work: Work
     key_types: dict[str, str]
@@ -203,6 +205,7 @@ def open_run(config: IngestConfig, ledger: Ledger, actor: Actor, view: FeatureVi
         ledger=ledger,
         actor=actor,
         view=view,
+        spec=spec,
         source=opened,
         work=work,
         key_types=key_types,
@@ -221,7 +224,7 @@ def ingest_missing(run: Run, missing: Sequence[PlannedBatch]) -> None:
         RefusedError: a batch was refused; an event for the refusal was appended.
     """
     committed = {
-        plan.ingest_id: earlier for plan in missing if (earlier := find_committed(run, plan)) is not None
+        plan.ingest_id: earlier for plan in missing if (earlier := find_committed(run.target, plan.ingest_id))
     }
     new = [plan for plan in missing if plan.ingest_id not in committed]
     with ExitStack() as stack:
@@ -229,6 +232,9 @@ def ingest_missing(run: Run, missing: Sequence[PlannedBatch]) -> None:
         for plan in missing:
             stored = committed.get(plan.ingest_id) or store_batch(run, rows[plan.ingest_id], plan)
             record_batch(run, plan, stored)
+    if offline.open_table(run.target.uri) is not None:
+        advice = crowded(run.spec, layout(run.config.storage), run.actor.access)
+        print(advice, end="\n" if advice else "", flush=True)
 
 
 def record_batch(run: Run, plan: PlannedBatch, stored: StoredBatch) -> None:
@@ -265,22 +271,7 @@ def read_batches(
             rows = spooled(source, run.view, plans, target=run.target, baseline=run.baseline, work=run.work)
             return stack.enter_context(rows)
         whole = read_checked_rows(source, run.view, run.work)
-    return {plan.ingest_id: select_batch(run, whole, plan) for plan in plans}
-
-
-def select_batch(run: Run, rows: CheckedSource, plan: PlannedBatch) -> CheckedSource:
-    """Return the rows of one batch."""
-    if plan.event_range is None:
-        return rows
-    blocks = [run.work.run(select_range, block, plan.event_range, num_cpus=0.1) for block in rows.blocks]
-    return CheckedSource(blocks=blocks, columns=rows.columns)
-
-
-def find_committed(run: Run, plan: PlannedBatch) -> StoredBatch | None:
-    """Return the planned batch if an earlier command committed it but was killed before it appended the event."""
-    table = offline.open_table(run.target.uri)
-    committed = None if table is None else offline.find_committed_batch(table, plan.ingest_id)
-    return None if committed is None else StoredBatch(*committed)
+    return {plan.ingest_id: select_batch(whole, plan.event_range, run.work) for plan in plans}
 
 
 def store_batch(run: Run, rows: CheckedSource | SpooledBatch, plan: PlannedBatch) -> StoredBatch:

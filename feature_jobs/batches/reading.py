@@ -284,6 +284,14 @@ def _checked_heads(
     return first_rows
 
 
+def select_batch(rows: CheckedSource, event_range: TimeRange | None, work: Work) -> CheckedSource:
+    """Return the rows whose event time is in a range; None is all rows."""
+    if event_range is None:
+        return rows
+    blocks = [work.run(select_range, block, event_range, num_cpus=0.1) for block in rows.blocks]
+    return CheckedSource(blocks=blocks, columns=rows.columns)
+
+
 def select_range(block: pa.Table, event_range: TimeRange) -> pa.Table:
     """Return the rows of a checked block whose event time is in a range. Rows without an event time are left out."""
     return block.filter(in_range(block[EVENT], event_range))

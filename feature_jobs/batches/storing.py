@@ -142,6 +142,13 @@ def open_or_create(target: offline.Target, schema: pa.Schema, *, view: str) -> D
     return DeltaTable(target.uri)
 
 
+def find_committed(target: offline.Target, ingest_id: str) -> StoredBatch | None:
+    """Return a planned batch if an earlier command committed it but was killed before it appended the event."""
+    table = offline.open_table(target.uri)
+    committed = None if table is None else offline.find_committed_batch(table, ingest_id)
+    return None if committed is None else StoredBatch(*committed)
+
+
 def empty_batch(ingest_id: str, columns: list[str]) -> offline.Batch:
     """Return the batch for a source or chunk that has no rows."""
     return offline.Batch(
