@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -58,7 +60,8 @@ class Work:
     def run_all(self, step: Callable[..., Any], calls: Iterable[Sequence[Any]]) -> list[Any]:
         """Run a step that needs much memory once for each list of arguments, and return the results in order.
 
-        Not more tasks run at the same time than the nodes have cores. Ray's own number of CPUs may be larger.
+        A Ray Data pipeline runs the steps of a large batch. Not more of them run at the same time than the nodes have
+        cores, because Ray's own number of CPUs may be larger. An argument may be a block; results must be small.
 
         Raises:
             RefusedError: a step raised it, in this process or in a task.
@@ -66,15 +69,24 @@ class Work:
         if not self.in_tasks:
             return [step(*arguments) for arguments in calls]
         import ray
+        from ray.exceptions import RayError
 
-        limit, results, running = self._num_cores(), list[Any](), list[Any]()
-        for arguments in calls:
-            if len(running) == limit:
-                done, running = ray.wait(running)
-                self.get(done)
-            running.append(self.run(step, *arguments))
-            results.append(running[-1])
-        return self.get(results)
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.execution_options.label_selector = self.selector or None
+        context.enable_progress_bars = False
+        # Without this, Ray wraps a refusal in its own error, without the cause.
+        context.raise_original_map_exception = True
+        steps = _Steps(step, list(calls))
+        if not steps.calls:
+            return []
+        count = len(steps.calls)
+        numbers = ray.data.from_items(list(range(count)), override_num_blocks=count)
+        try:
+            results = numbers.map_batches(steps.run, batch_size=1, concurrency=min(self._num_cores(), count))
+            return [pickle.loads(row["result"]) for row in results.take_all()]  # noqa: S301 (from our own task)
+        except RayError as error:
+            raise refusal_behind(error) from error
 
     def _num_cores(self) -> int:
         """Return the number of cores of the nodes where tasks may run, if they are like this one."""
@@ -99,6 +111,23 @@ class Work:
             return ray.get(list(results))
         except RayError as error:
             raise refusal_behind(error) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """The function that Ray Data's tasks call: it runs the step with the arguments of a number."""
+
+    step: Callable[..., Any]
+    calls: list[Sequence[Any]]
+
+    def run(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        import ray
+
+        [number] = batch["item"]
+        arguments = [
+            ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in self.calls[int(number)]
+        ]
+        return {"result": [pickle.dumps(self.step(*arguments))]}
 
 
 @functools.cache

@@ -1,8 +1,15 @@
-"""Time and memory of ingestion, materialisation and a training set, for tables of different sizes.
+"""Time and memory of ingestion, materialisation and training sets, by rows, by entities and by views.
 
-Each size has its own cluster in a temporary folder (`BENCH_FOLDER` is its parent). The source is one Parquet file with
-ten rows of eight float64 per entity, in random order of time. Memory is the sum of PSS of the cluster's processes and
-of the command, sampled every half second, minus the cluster's memory before the command.
+A feature row has eight float64 and a random time. The source is one Parquet file, and a training set has a row for each
+entity, at most a million. Memory is the sum of the proportional set sizes (PSS) of the cluster's processes and of the
+command, every half second, minus that sum of the idle cluster before the first command. Data and clusters are in
+temporary folders; `BENCH_FOLDER` names another folder for them.
+
+- `rows`: tables of `ROWS` rows (default 1M), ten for each entity; each size has its own cluster.
+- `entities`: tables of a million rows with `ENTITIES` entities (default 10k,100k,1M).
+- `views`: `VIEWS` views (default 1,5,20) of 100,000 rows each, in one command and in one service.
+
+`ROWS=1M,10M,100M` needs 30 GB of disk and about an hour.
 """
 
 from __future__ import annotations
@@ -13,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,27 +36,46 @@ from cluster.session import find_record
 from cluster.settings import PortsConfig, StorageConfig
 from tests.servers.ports import free_port
 
-ROWS_PER_ENTITY, FEATURES = 10, 8
+ROWS_PER_ENTITY, FEATURES, ENTITY_ROWS = 10, 8, 1_000_000
 GROUP_ROWS, SAMPLE_S = 1_000_000, 0.5
 START_US, DAY_US = 1_767_225_600_000_000, 86_400_000_000
 TIME = pa.timestamp("us", "UTC")
+UNITS = {"seconds": "s", "peak_gib": "GiB", "us_per_row": "µs"}
 DEFINITIONS = """
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource
 
-entity = Entity("thing", join_keys=["thing_id"])
-views = [
-    FeatureView(
-        f"v{number}",
-        entities=[entity],
-        source=FileSource("source.parquet", event_timestamp="at"),
-        schema=[Field(f"f{column}", "float64") for column in range(%d)],
+views = {{
+    name: FeatureView(
+        name,
+        entities=[Entity("thing", join_keys=["thing_id"])],
+        source=FileSource(source + ".parquet", event_timestamp="at"),
+        schema=[Field(f"f{{column}}", "float64") for column in range({features})],
     )
-    for number in range(%d)
-]
-service = FeatureService("all", views=views)
-for view in views:
-    globals()[view.name] = view
+    for name, source in {sources}.items()
+}}
+globals().update(views)
+services = [FeatureService(name, views=[views[view] for view in members]) for name, members in {services}.items()]
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One size: a service of some views, each with the same source."""
+
+    name: str
+    rows: int
+    entities: int
+    views: int = 1
+
+    @property
+    def source(self) -> str:
+        """Name of the source file without its suffix, and of the service."""
+        return f"s{self.rows}_{self.entities}_{self.views}"
+
+    @property
+    def members(self) -> list[str]:
+        """Names of the views."""
+        return [f"{self.source}_v{number}" for number in range(self.views)]
 
 
 @dataclass(kw_only=True)
@@ -59,7 +85,7 @@ class Memory:
     cluster_id: str
     command: int | None = None
     peak: int = 0
-    _ended: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
 
     def now(self) -> int:
         """Return the memory in bytes."""
@@ -73,8 +99,8 @@ class Memory:
         return sum(_pss(process.pid) for process in found.values())
 
     def watch(self) -> None:
-        """Sample until `_ended` is set."""
-        while not self._ended.wait(SAMPLE_S):
+        """Sample until `ended` is set."""
+        while not self.ended.wait(SAMPLE_S):
             self.peak = max(self.peak, self.now())
 
 
@@ -86,28 +112,30 @@ def _pss(pid: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:"))
 
 
-def write_source(folder: Path, rows: int) -> None:
-    """Write the source, and entity rows for a tenth of the entities."""
-    draw, entities = np.random.default_rng(7), max(rows // ROWS_PER_ENTITY, 1)
+def write_source(folder: Path, case: Case) -> None:
+    """Write the source `<source>.parquet`, and the entity rows `<source>_entities.parquet`."""
+    draw = np.random.default_rng(7)
     writer: pq.ParquetWriter | None = None
-    for first in range(0, rows, GROUP_ROWS):
-        count = min(GROUP_ROWS, rows - first)
-        at = START_US + draw.integers(0, 90 * DAY_US, count)
+    for first in range(0, case.rows, GROUP_ROWS):
+        count = min(GROUP_ROWS, case.rows - first)
         columns = {
-            "thing_id": draw.integers(0, entities, count),
-            "at": pa.array(at, pa.int64()).cast(TIME),
+            "thing_id": draw.integers(0, case.entities, count),
+            "at": _times(draw, count),
             **{f"f{column}": draw.standard_normal(count) for column in range(FEATURES)},
         }
         table = pa.table(columns)
         if writer is None:
-            writer = pq.ParquetWriter(folder / "source.parquet", table.schema, use_dictionary=False)
+            writer = pq.ParquetWriter(folder / f"{case.source}.parquet", table.schema, use_dictionary=False)
         writer.write_table(table)
     assert writer is not None
     writer.close()
-    asked = min(entities, 1_000_000)
-    times = pa.array(START_US + draw.integers(0, 90 * DAY_US, asked), pa.int64()).cast(TIME)
-    people = pa.table({"thing_id": draw.permutation(entities)[:asked], "event_timestamp": times})
-    pq.write_table(people, folder / "entities.parquet")
+    asked = draw.permutation(case.entities)[:ENTITY_ROWS]
+    people = pa.table({"thing_id": asked, "event_timestamp": _times(draw, len(asked))})
+    pq.write_table(people, folder / f"{case.source}_entities.parquet")
+
+
+def _times(draw: np.random.Generator, count: int) -> pa.Array:
+    return pa.array(START_US + draw.integers(0, 90 * DAY_US, count), pa.int64()).cast(TIME)
 
 
 class Cluster:
@@ -115,6 +143,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._idle: int | None = None
         root = str(Path(__file__).resolve().parents[2])
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "FALAJ_"))}
         self._env = clean | {"PYTHONPATH": f"{root}:{folder}"}
@@ -128,8 +157,10 @@ class Cluster:
         record = find_record(StorageConfig(root=str(self.folder / ".falaj")))
         assert record is not None
         memory = Memory(cluster_id=record.cluster_id)
-        idle, began = memory.now(), time.perf_counter()
-        arguments = [sys.executable, "-m", module, *words]
+        if self._idle is None:
+            self._idle = memory.now()
+        began = time.perf_counter()
+        arguments = [sys.executable, "-m", module, "definitions=things", *words]
         command = subprocess.Popen(arguments, cwd=self.folder, env=self._env)
         memory.command = command.pid
         watcher = threading.Thread(target=memory.watch)
@@ -137,60 +168,88 @@ class Cluster:
         try:
             code = command.wait()
         finally:
-            memory._ended.set()
+            memory.ended.set()
             watcher.join()
         assert code == 0, f"{module} ended with {code}"
-        return {"seconds": time.perf_counter() - began, "peak_gib": max(memory.peak - idle, 0) / 2**30}
+        seconds, peak = time.perf_counter() - began, max(memory.peak - self._idle, 0)
+        return {"seconds": seconds, "peak_gib": peak / 2**30}
 
 
 @contextmanager
-def running_cluster(folder: Path, definitions: str) -> Iterator[Cluster]:
-    """Start a cluster with these definitions on free ports, and stop it at the end."""
-    cluster = Cluster(folder)
-    (folder / "things.py").write_text(definitions)
-    ports = [f"cluster.ports.{name}={free_port()}" for name in PortsConfig.__dataclass_fields__]
-    try:
-        cluster.run("cluster.up", *ports)
-        cluster.run("feature_jobs.apply", "definitions=things")
-        yield cluster
-    finally:
-        cluster.run("cluster.down")
-
-
-def measure(rows: int) -> Iterator[dict[str, Any]]:
-    """Yield the figures for a table with this many rows."""
-    case = f"{rows:,} rows"
+def running_cluster(cases: Sequence[Case]) -> Iterator[Cluster]:
+    """Write the cases' sources, and start a cluster with their definitions on free ports. Stop it at the end."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_FOLDER")) as name:
         folder = Path(name)
-        write_source(folder, rows)
-        with running_cluster(folder, DEFINITIONS % (FEATURES, 1)) as cluster:
-            for step, words in (
-                ("ingest", ("feature_jobs.ingest", "view=v0")),
-                ("materialise", ("feature_jobs.materialize", "view=v0")),
-                (
-                    "training_set",
-                    (
-                        "feature_jobs.training_set",
-                        "service=all",
-                        "entities=entities.parquet",
-                        "output=t.parquet",
-                    ),
-                ),
-            ):
-                module, *options = words
-                figures = cluster.measure(module, "definitions=things", *options)
-                figures["us_per_row"] = figures["seconds"] * 1e6 / rows
-                for metric, value in figures.items():
-                    unit = {"seconds": "s", "peak_gib": "GiB", "us_per_row": "µs"}[metric]
-                    yield {
-                        "system": "falaj",
-                        "case": f"{step}, {case}",
-                        "metric": metric,
-                        "value": value,
-                        "unit": unit,
-                    }
-                print(
-                    f"{case:>18} {step:13} {figures['seconds']:8.1f} s {figures['peak_gib']:6.2f} GiB above idle "
-                    f"{figures['us_per_row']:7.2f} µs a row",
-                    flush=True,
-                )
+        for case in cases:
+            write_source(folder, case)
+        sources = {view: case.source for case in cases for view in case.members}
+        services = {case.source: case.members for case in cases}
+        definitions = DEFINITIONS.format(features=FEATURES, sources=sources, services=services)
+        (folder / "things.py").write_text(definitions)
+        cluster = Cluster(folder)
+        ports = [f"cluster.ports.{name}={free_port()}" for name in PortsConfig.__dataclass_fields__]
+        try:
+            cluster.run("cluster.up", *ports)
+            cluster.run("feature_jobs.apply", "definitions=things")
+            yield cluster
+        finally:
+            cluster.run("cluster.down")
+
+
+def measure(cluster: Cluster, case: Case) -> Iterator[dict[str, Any]]:
+    """Yield the figures of each step."""
+    members, files = f"view=[{','.join(case.members)}]", case.source
+    steps = {
+        "ingest": ("feature_jobs.ingest", members),
+        "materialise": ("feature_jobs.materialize", members),
+        "training_set": (
+            "feature_jobs.training_set",
+            f"service={files}",
+            f"entities={files}_entities.parquet",
+            f"output={files}_training.parquet",
+        ),
+    }
+    for step, words in steps.items():
+        figures = cluster.measure(*words)
+        figures["us_per_row"] = figures["seconds"] * 1e6 / (case.rows * case.views)
+        for metric, value in figures.items():
+            result = {"case": f"{step}, {case.name}", "metric": metric, "value": value, "unit": UNITS[metric]}
+            yield {"system": "falaj", **result}
+        print(
+            f"{case.name:>18} {step:13} {figures['seconds']:8.1f} s {figures['peak_gib']:6.2f} GiB above idle "
+            f"{figures['us_per_row']:7.2f} µs a row",
+            flush=True,
+        )
+
+
+def sizes(variable: str, default: str) -> list[int]:
+    """Return the sizes in an environment variable, such as `10k,1M`."""
+    units = {"k": 10**3, "M": 10**6}
+    words = os.environ.get(variable, default).split(",")
+    return [int(word.rstrip("kM")) * units.get(word[-1], 1) for word in words]
+
+
+def by_rows() -> Iterator[dict[str, Any]]:
+    """Yield the figures of tables of different sizes."""
+    for rows in sizes("ROWS", "1M"):
+        case = Case(name=f"{rows:,} rows", rows=rows, entities=max(rows // ROWS_PER_ENTITY, 1))
+        with running_cluster([case]) as cluster:
+            yield from measure(cluster, case)
+
+
+def by_entities() -> Iterator[dict[str, Any]]:
+    """Yield the figures of tables with different numbers of entities."""
+    numbers = sizes("ENTITIES", "10k,100k,1M")
+    cases = [Case(name=f"{number:,} entities", rows=10**6, entities=number) for number in numbers]
+    with running_cluster(cases) as cluster:
+        for case in cases:
+            yield from measure(cluster, case)
+
+
+def by_views() -> Iterator[dict[str, Any]]:
+    """Yield the figures of services with different numbers of views."""
+    numbers = sizes("VIEWS", "1,5,20")
+    cases = [Case(name=f"{number} views", rows=10**5, entities=10**4, views=number) for number in numbers]
+    with running_cluster(cases) as cluster:
+        for case in cases:
+            yield from measure(cluster, case)
