@@ -53,8 +53,10 @@ views = {{
     )
     for name, source in {sources}.items()
 }}
-globals().update(views)
-services = [FeatureService(name, views=[views[view] for view in members]) for name, members in {services}.items()]
+services = {{
+    name: FeatureService(name, views=[views[view] for view in members]) for name, members in {services}.items()
+}}
+globals().update(views | services)
 """
 
 
