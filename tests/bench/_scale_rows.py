@@ -14,6 +14,8 @@ temporary folders; `BENCH_FOLDER` names another folder for them.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -37,7 +39,7 @@ from cluster.settings import PortsConfig, StorageConfig
 from tests.servers.ports import free_port
 
 ROWS_PER_ENTITY, FEATURES, ENTITY_ROWS = 10, 8, 1_000_000
-GROUP_ROWS, SAMPLE_S = 1_000_000, 0.5
+GROUP_ROWS, SAMPLE_S, FIND_EVERY = 1_000_000, 0.5, 4
 START_US, DAY_US = 1_767_225_600_000_000, 86_400_000_000
 TIME = pa.timestamp("us", "UTC")
 UNITS = {"seconds": "s", "peak_gib": "GiB", "us_per_row": "µs"}
@@ -87,23 +89,25 @@ class Memory:
     cluster_id: str
     command: int | None = None
     peak: int = 0
+    pids: set[int] = field(default_factory=set)
     ended: threading.Event = field(default_factory=threading.Event)
 
-    def now(self) -> int:
-        """Return the memory in bytes."""
-        found = {process.pid: process for process in processes.find(self.cluster_id)}
-        if self.command is not None:
-            try:
-                one = psutil.Process(self.command)
-                found |= {process.pid: process for process in (one, *one.children(recursive=True))}
-            except psutil.NoSuchProcess:
-                pass
-        return sum(_pss(process.pid) for process in found.values())
+    def now(self, *, refresh: bool = True) -> int:
+        """Return the memory in bytes. Finding the processes takes longer than reading their memory."""
+        if refresh:
+            self.pids = {process.pid for process in processes.find(self.cluster_id)}
+            if self.command is not None and psutil.pid_exists(self.command):
+                children = psutil.Process(self.command).children(recursive=True)
+                self.pids |= {self.command, *(child.pid for child in children)}
+        return sum(map(_pss, self.pids))
 
     def watch(self) -> None:
         """Sample until `ended` is set."""
-        while not self.ended.wait(SAMPLE_S):
-            self.peak = max(self.peak, self.now())
+        for number in itertools.count():
+            if self.ended.wait(SAMPLE_S):
+                return
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.peak = max(self.peak, self.now(refresh=number % FIND_EVERY == 0))
 
 
 def _pss(pid: int) -> int:
