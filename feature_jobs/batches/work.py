@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cluster.errors import RefusedError
 from cluster.placement import Selector, options
 from cluster.session import refusal_behind
 
@@ -75,16 +76,15 @@ class Work:
         context.execution_options.preserve_order = True
         context.execution_options.label_selector = self.selector or None
         context.enable_progress_bars = False
-        # Without this, Ray wraps a refusal in its own error, without the cause.
-        context.raise_original_map_exception = True
         steps = _Steps(step, list(calls))
         if not steps.calls:
             return []
         count = len(steps.calls)
         numbers = ray.data.from_items(list(range(count)), override_num_blocks=count)
         try:
-            results = numbers.map_batches(steps.run, batch_size=1, concurrency=min(self._num_cores(), count))
-            return [pickle.loads(row["result"]) for row in results.take_all()]  # noqa: S301 (from our own task)
+            pool = ray.data.TaskPoolStrategy(size=min(self._num_cores(), count))
+            rows = numbers.map_batches(steps.run, batch_size=1, compute=pool).iter_rows()
+            return [_result_of(row["result"]) for row in rows]
         except RayError as error:
             raise refusal_behind(error) from error
 
@@ -127,7 +127,18 @@ class _Steps:
         arguments = [
             ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in self.calls[int(number)]
         ]
-        return {"result": [pickle.dumps(self.step(*arguments))]}
+        try:
+            return {"result": [pickle.dumps(self.step(*arguments))]}
+        except RefusedError as error:  # Ray Data would log it, and change its message
+            return {"result": [pickle.dumps(error)]}
+
+
+def _result_of(packed: bytes) -> Any:
+    """Return a step's result, or raise its refusal."""
+    result = pickle.loads(packed)  # noqa: S301 (from our own task)
+    if isinstance(result, RefusedError):
+        raise result
+    return result
 
 
 @functools.cache
