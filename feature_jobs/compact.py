@@ -67,9 +67,12 @@ def record_rewrites(ledger: Ledger, view: str, uri: str, *, actor: str) -> int:
     rewrites = past_rewrites(DeltaTable(uri))
     new = unrecorded(ledger, FeatureTableRewritten, rewrites, view=view)
     for version in new:
-        event = FeatureTableRewritten(view=view, table_version=version, files_replaced=rewrites[version])
+        rewrite = rewrites[version]
+        event = FeatureTableRewritten(
+            view=view, table_version=version, files_replaced=rewrite.files, num_buckets=rewrite.buckets
+        )
         ledger.append(event, actor=actor)
-    return sum(rewrites[version] for version in new)
+    return sum(rewrites[version].files for version in new)
 
 
 if __name__ == "__main__":

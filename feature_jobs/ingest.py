@@ -1,7 +1,7 @@
 """`python -m feature_jobs.ingest definitions=m view=v [source.path=…]`: ingest a batch into a feature table.
 
 Rows are read, transformed and checked. Then the batch as a whole is checked. Then the buckets' files are written and
-committed. A small batch is processed in this process, a large one with Ray Data and Ray tasks. If the command is
+committed. A small batch is processed in this process, a large one in Ray tasks. If the command is
 killed, run it again. It ignores files that were not committed. If a batch was committed without its event, the command
 finds the commit by the batch's id and appends the event.
 
@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ import pyarrow as pa
 from cluster.entrypoint import job
 from cluster.errors import ConfigError, RefusedError, SourceError
 from cluster.ledger import Ledger, open_ledger
-from cluster.ledger.events import BatchIngested, BatchMended, BatchRefused, FeatureViewApplied
+from cluster.ledger.events import BatchMended, BatchRefused
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.session import require_running_cluster
@@ -40,10 +41,13 @@ from feature_jobs.batches.multiple_views import for_each, resolve_views, validat
 from feature_jobs.batches.reading import (
     CheckedSource,
     OpenedSource,
+    ReadableSource,
     open_batch,
+    prepare_source,
     read_checked_rows,
-    select_range,
+    select_batch,
 )
+from feature_jobs.batches.records import ingested_event, load_history
 from feature_jobs.batches.rules import (
     CheckedBatch,
     check_batch,
@@ -53,12 +57,12 @@ from feature_jobs.batches.rules import (
     require_few_bad_rows,
     require_no_findings,
 )
-from feature_jobs.batches.storing import StoredBatch, empty_batch, store
+from feature_jobs.batches.spooling import SpooledBatch, spooled, store_spooled
+from feature_jobs.batches.storing import StoredBatch, empty_batch, find_committed, store
 from feature_jobs.batches.work import Work
 from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_retired
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ViewSpec
-from feature_jobs.store.definitions.batch_checks import Finding
 from feature_jobs.store.definitions.limits import validate_num_buckets
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.ingestion.batch_history import BatchHistory, PlannedBatch
@@ -66,8 +70,9 @@ from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.ranges import TimeRange, parse_range, parse_span
 from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.offline.buckets import buckets_for
 from feature_jobs.store.types.batch_profile import Profile
-from feature_jobs.view_tables import view_quarantine, view_target
+from feature_jobs.view_tables import crowded, stored_columns, view_quarantine, view_target
 
 
 class BatchRules(enum.Enum):
@@ -99,8 +104,8 @@ class IngestConfig(PlatformConfig):
     max_bad_share: float = 0.05
     """Maximum share of bad rows; a batch with more is refused."""
     batch_rules: BatchRules = BatchRules.enforce
-    num_buckets: int = 8
-    """Number of buckets of a new table. The number of an existing table does not change."""
+    num_buckets: int | None = None
+    """Number of buckets of a new table; null chooses it by the source's size. `feature_jobs.rebucket` changes it."""
     task_values: int = 5_000_000
     """Number of values (rows times columns) above which Ray tasks read, check and write the batch."""
     start: str | None = None
@@ -119,7 +124,8 @@ class IngestConfig(PlatformConfig):
             raise ValueError("again mends whole batches. Leave out start and end.")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be between 0 and 1, got {self.max_bad_share}.")
-        validate_num_buckets(self.num_buckets)
+        if self.num_buckets is not None:
+            validate_num_buckets(self.num_buckets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +136,7 @@ class Run:
     ledger: Ledger
     actor: Actor
     view: FeatureView
+    spec: ViewSpec
     source: OpenedSource
     work: Work
     key_types: dict[str, str]
@@ -162,7 +169,7 @@ def ingest(config: IngestConfig, ledger: Ledger, actor: Actor, name: str) -> Non
     actor.check(Action.write_features, *view_resources(spec, region=config.cluster.region))
     event_range, span = parse_range(config.start, config.end), parse_span(config.chunk)
     run = open_run(config, ledger, actor, view, spec)
-    history = load_history(run)
+    history = load_history(run.view, run.source, ledger)
     can_mend = history.has_moved_rows and not history.has_partial_batch
     if history.stored and (config.again or can_mend):
         mend_stored(run, history, event_range)
@@ -187,16 +194,19 @@ def open_run(config: IngestConfig, ledger: Ledger, actor: Actor, view: FeatureVi
     """
     places = layout(config.storage)
     quarantine = view_quarantine(view.name, places, actor.access)
-    target = view_target(spec, places, actor.access, new_buckets=config.num_buckets)
-    key_types = offline.stored_key_types(offline.open_table(target.uri), view.join_keys)
+    key_types = offline.stored_key_types(offline.open_table(places.features(view.name)), view.join_keys)
     source = batch_source(view, config.source.path)
     work = Work(config.task_values, lambda: attach_for_tasks(config, source))
+    opened = open_batch(view, source, places, key_types, work)
+    new_buckets = config.num_buckets or buckets_for(opened.rows * stored_columns(spec))
+    target = view_target(spec, places, actor.access, new_buckets=new_buckets)
     return Run(
         config=config,
         ledger=ledger,
         actor=actor,
         view=view,
-        source=open_batch(view, source, places, key_types, work),
+        spec=spec,
+        source=opened,
         work=work,
         key_types=key_types,
         baseline=load_baseline(ledger, view, quarantine),
@@ -214,47 +224,72 @@ def ingest_missing(run: Run, missing: Sequence[PlannedBatch]) -> None:
         RefusedError: a batch was refused; an event for the refusal was appended.
     """
     committed = {
-        plan.ingest_id: earlier for plan in missing if (earlier := find_committed(run, plan)) is not None
+        plan.ingest_id: earlier for plan in missing if (earlier := find_committed(run.target, plan.ingest_id))
     }
-    name = run.view.name
-    rows = read_or_refuse(run) if len(committed) < len(missing) else CheckedSource(blocks=[], columns=[])
-    for plan in missing:
-        stored = committed.get(plan.ingest_id) or store_batch(run, rows, plan)
-        batch = stored.batch
-        new = new_columns(run.ledger, name, batch.columns)
-        run.ledger.append(ingested_event(run, plan, stored, new), actor=run.actor.name)
-        if new:
-            print(f"view {name}: new in the source: {', '.join(new)}{describe_ignored(run.view, new)}")
-        print(
-            f"view {name}: {batch.rows_in} rows in = {batch.rows_stored} stored + "
-            f"{batch.rows_quarantined} quarantined, table version {stored.table_version}"
-            + (f", {plan.event_range}" if plan.event_range else ""),
-            flush=True,
-        )
+    new = [plan for plan in missing if plan.ingest_id not in committed]
+    with ExitStack() as stack:
+        rows = read_batches(run, new, stack) if new else {}
+        for plan in missing:
+            stored = committed.get(plan.ingest_id) or store_batch(run, rows[plan.ingest_id], plan)
+            record_batch(run, plan, stored)
+    if offline.open_table(run.target.uri) is not None:
+        advice = crowded(run.spec, layout(run.config.storage), run.actor.access)
+        print(advice, end="\n" if advice else "", flush=True)
 
 
-def find_committed(run: Run, plan: PlannedBatch) -> StoredBatch | None:
-    """Return the planned batch if an earlier command committed it but was killed before it appended the event."""
-    table = offline.open_table(run.target.uri)
-    committed = None if table is None else offline.find_committed_batch(table, plan.ingest_id)
-    return None if committed is None else StoredBatch(*committed)
+def record_batch(run: Run, plan: PlannedBatch, stored: StoredBatch) -> None:
+    """Append the event of a stored batch, and print its rows."""
+    batch, name = stored.batch, run.view.name
+    new = new_columns(run.ledger, name, batch.columns)
+    run.ledger.append(ingested_event(run.view, run.source, plan, stored, new), actor=run.actor.name)
+    if new:
+        print(f"view {name}: new in the source: {', '.join(new)}{describe_ignored(run.view, new)}")
+    print(
+        f"view {name}: {batch.rows_in} rows in = {batch.rows_stored} stored + "
+        f"{batch.rows_quarantined} quarantined, table version {stored.table_version}"
+        + (f", {plan.event_range}" if plan.event_range else ""),
+        flush=True,
+    )
 
 
-def store_batch(run: Run, rows: CheckedSource, plan: PlannedBatch) -> StoredBatch:
+def read_batches(
+    run: Run, plans: Sequence[PlannedBatch], stack: ExitStack
+) -> Mapping[str, CheckedSource | SpooledBatch]:
+    """Read the source, and return the rows of each batch by id: as blocks if the source is small, else in part files.
+
+    Args:
+        run: the state of the command.
+        plans: the batches to store.
+        stack: removes the part files at the end.
+
+    Raises:
+        RefusedError: columns do not fit the view; an event for the refusal was appended.
+    """
+    source = prepare_or_refuse(run)
+    with refusals_recorded(run):
+        if run.work.in_tasks and source.rows:
+            rows = spooled(source, run.view, plans, target=run.target, baseline=run.baseline, work=run.work)
+            return stack.enter_context(rows)
+        whole = read_checked_rows(source, run.view, run.work)
+    return {plan.ingest_id: select_batch(whole, plan.event_range, run.work) for plan in plans}
+
+
+def store_batch(run: Run, rows: CheckedSource | SpooledBatch, plan: PlannedBatch) -> StoredBatch:
     """Check and store one batch.
 
     Raises:
         RefusedError: the batch was refused; an event for the refusal was appended.
     """
-    if plan.event_range is not None:
-        blocks = [run.work.run(select_range, block, plan.event_range, num_cpus=0.1) for block in rows.blocks]
-        rows = CheckedSource(blocks=blocks, columns=rows.columns)
-    checked = check_or_refuse(run, rows)
+    checked = rows if isinstance(rows, SpooledBatch) else check_batch(rows, run.view, run.baseline, run.work)
+    require_good_batch(run, checked)
     if checked.rows == 0:
         table = offline.open_table(run.target.uri)
         version = -1 if table is None else int(table.version())
         return StoredBatch(empty_batch(plan.ingest_id, checked.columns), version)
-    return store(checked, plan.ingest_id, target=run.target, quarantine=run.quarantine, work=run.work)
+    places: dict[str, Any] = {"target": run.target, "quarantine": run.quarantine, "work": run.work}
+    if isinstance(checked, SpooledBatch):
+        return store_spooled(checked, plan.ingest_id, **places)
+    return store(checked, plan.ingest_id, **places)
 
 
 def mend_stored(run: Run, history: BatchHistory, event_range: TimeRange | None) -> None:
@@ -268,7 +303,11 @@ def mend_stored(run: Run, history: BatchHistory, event_range: TimeRange | None) 
             f"View '{run.view.name}' has rows of this content under other times, of an earlier definition. Run the "
             "command once without start and end, which mends them."
         )
-    checked = check_or_refuse(run, read_or_refuse(run))
+    source = prepare_or_refuse(run)
+    with refusals_recorded(run):
+        rows = read_checked_rows(source, run.view, run.work)
+    checked = check_batch(rows, run.view, run.baseline, run.work)
+    require_good_batch(run, checked)
     template = BatchMended(
         view=run.view.name,
         view_version=run.view.version,
@@ -288,29 +327,14 @@ def mend_stored(run: Run, history: BatchHistory, event_range: TimeRange | None) 
         print(report(event))
 
 
-def load_history(run: Run) -> BatchHistory:
-    """Return the view's batches that contain the source's content."""
-    content: dict[str, Any] = {"view": run.view.name, "source_digest": run.source.digest}
-    entries = [*run.ledger.find(BatchIngested, **content), *run.ledger.find(BatchMended, **content)]
-    return BatchHistory(
-        run.view.definition(),
-        run.source.digest,
-        batches=[entry.payload for entry in sorted(entries, key=lambda entry: entry.seq)],
-        definitions={
-            (run.view.name, entry.payload["version"]): entry.payload["definition"]
-            for entry in run.ledger.find(FeatureViewApplied, view=run.view.name)
-        },
-    )
-
-
-def read_or_refuse(run: Run) -> CheckedSource:
-    """Return all rows, transformed and checked one by one.
+def prepare_or_refuse(run: Run) -> ReadableSource:
+    """Check the first rows of the source.
 
     Raises:
         RefusedError: columns do not fit the view; an event for the refusal was appended.
     """
-    try:
-        rows = read_checked_rows(
+    with refusals_recorded(run):
+        source = prepare_source(
             run.source,
             run.view,
             run.key_types,
@@ -319,80 +343,53 @@ def read_or_refuse(run: Run) -> CheckedSource:
             now=dt.datetime.now(dt.UTC),
             ahead=FutureLimit.of(run.config.features.max_ahead_s),
         )
-    except RefusedError as error:
-        record_refusal(run, error, rows_in=run.source.rows)
-        raise
-    for name in rows.zoneless:
+    for name in source.zoneless:
         print(
             f"view {run.view.name}: times in '{name}' have no zone and are taken as UTC; if they are local times, "
             "declare the zone"
         )
-    return rows
+    return source
 
 
-def check_or_refuse(run: Run, rows: CheckedSource) -> CheckedBatch:
-    """Return the checked batch if it may be stored. Otherwise append an event for the refusal and raise.
+@contextmanager
+def refusals_recorded(run: Run) -> Iterator[None]:
+    """Append an event if the source is refused while it is read."""
+    try:
+        yield
+    except RefusedError as error:
+        record_refusal(run, error)
+        raise
+
+
+def require_good_batch(run: Run, checked: CheckedBatch | SpooledBatch) -> None:
+    """Refuse a batch that may not be stored, and append an event for the refusal.
 
     Raises:
         RefusedError: the batch has too many bad rows, or fails a batch rule.
     """
-    checked = check_batch(rows.blocks, run.view, run.baseline, run.work, columns=rows.columns)
     if checked.rows == 0 and run.source.rows:  # a chunk without rows
-        return checked
+        return
     try:
         require_few_bad_rows(run.view, checked.rows, checked.reasons, max_bad_share=run.config.max_bad_share)
         if run.config.batch_rules is BatchRules.enforce:
             require_no_findings(run.view, checked.result)
-        return checked
     except RefusedError as error:
-        record_refusal(
-            run,
-            error,
-            rows_in=checked.rows,
-            rows_bad=checked.rows_bad,
-            findings=checked.result.findings,
-        )
+        record_refusal(run, error, checked)
         raise
 
 
-def record_refusal(
-    run: Run, error: RefusedError, *, rows_in: int, rows_bad: int = 0, findings: Sequence[Finding] = ()
-) -> None:
-    """Append an event for a refused batch."""
+def record_refusal(run: Run, error: RefusedError, checked: CheckedBatch | SpooledBatch | None = None) -> None:
+    """Append an event for a refused batch, or for a source that could not be read as rows of the view."""
     event = BatchRefused(
         view=run.view.name,
         source=run.config.source.path or run.view.source.path,
         source_digest=run.source.digest,
         reason=str(error),
-        rows_in=rows_in,
-        rows_bad=rows_bad,
-        findings=[asdict(finding) for finding in findings],
+        rows_in=run.source.rows if checked is None else checked.rows,
+        rows_bad=0 if checked is None else checked.rows_bad,
+        findings=[] if checked is None else [asdict(finding) for finding in checked.result.findings],
     )
     run.ledger.append(event, actor=run.actor.name)
-
-
-def ingested_event(run: Run, plan: PlannedBatch, stored: StoredBatch, new: list[str]) -> BatchIngested:
-    """Return the event for a stored batch."""
-    batch, event_range = stored.batch, plan.event_range
-    return BatchIngested(
-        view=run.view.name,
-        view_version=run.view.version,
-        ingest_id=batch.ingest_id,
-        source=run.source.names,
-        source_digest=run.source.digest,
-        start=event_range.start.isoformat() if event_range else None,
-        end=event_range.end.isoformat() if event_range else None,
-        rows_in=batch.rows_in,
-        rows_stored=batch.rows_stored,
-        rows_quarantined=batch.rows_quarantined,
-        table_version=stored.table_version,
-        reasons=batch.reasons,
-        quarantine=batch.quarantine,
-        profile=batch.profile,
-        findings=batch.findings,
-        source_columns=batch.columns,
-        new_columns=new,
-    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -162,6 +162,7 @@ def commit(batch_replay: BatchReplay, good: pa.Table, record: offline.Batch, *, 
     """Store good rows as the newest rows of the table, and return the table's version."""
     target, schema, view = batch_replay.target, stored_schema(good.schema), batch_replay.view.name
     table = open_or_create(target, schema, view=view)
+    target = replace(target, buckets=offline.num_buckets(table))
     seq = offline.last_seq(table)
     num_rows = good.num_rows
     rows = good.append_column(INGESTED, pa.repeat(pa.scalar(now, offline.TIMESTAMP), num_rows))

@@ -7,7 +7,11 @@ from cluster.storage import Layout
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
+from feature_jobs.store.offline.buckets import buckets_for
 from feature_jobs.store.offline.tables import Snapshot, Target, num_buckets, open_table, snapshot
+
+CROWDED = 4
+"""A table should be bucketed anew if a new table of its size would get this many times its buckets."""
 
 
 def view_snapshot(
@@ -28,6 +32,11 @@ def view_snapshot(
     )
 
 
+def stored_columns(view: ViewSpec) -> int:
+    """Return the number of columns of a view's table: join keys, fields, three times and `ingest_seq`."""
+    return len(view.join_keys) + len(view.stored) + 4
+
+
 def view_target(view: ViewSpec, places: Layout, access: KeyAccess, *, new_buckets: int) -> Target:
     """Return a view's table as a target for new rows.
 
@@ -45,6 +54,18 @@ def view_target(view: ViewSpec, places: Layout, access: KeyAccess, *, new_bucket
         buckets=new_buckets if table is None else num_buckets(table),
         protection=view_protection(view),
         access=access,
+    )
+
+
+def crowded(view: ViewSpec, places: Layout, access: KeyAccess) -> str:
+    """Return a line that advises to bucket the view's table anew; empty if its buckets are small enough."""
+    table = view_snapshot(view, places, access)
+    buckets = buckets_for(table.rows * stored_columns(view))
+    if buckets < CROWDED * table.num_buckets:
+        return ""
+    return (
+        f"view {view.name}: {table.rows} rows in {table.num_buckets} buckets need much memory per bucket; run `python "
+        f"-m feature_jobs.rebucket view={view.name}`, which makes {buckets} buckets"
     )
 
 

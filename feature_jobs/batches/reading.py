@@ -1,17 +1,16 @@
-"""Read, transform and check the rows of a view's source: few rows in this process, many rows with Ray Data."""
+"""Read, transform and check the rows of a view's source: few rows in this process, many rows in Ray tasks."""
 
 from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.errors import Inconsistent, SourceError
-from cluster.session import refusal_behind
+from cluster.errors import Inconsistent
 from cluster.storage import Layout
 from feature_jobs.batches.work import Block, Work
 from feature_jobs.store.definitions.sources import BatchSource, SqlSource
@@ -27,23 +26,21 @@ from feature_jobs.store.ingestion.files import SourceFiles, open_source, size_by
 from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.ingestion.ranges import TimeRange
 from feature_jobs.store.ingestion.source_blocks import (
-    BATCH_ROWS,
     HEAD_ROWS,
+    PIECE_VALUES,
     BlockReader,
+    Piece,
     block_reader,
     checked_blocks,
     empty_part,
-    group_files,
     native_key_types,
+    split_source,
 )
 from feature_jobs.store.ingestion.sql import RowDigest, read_chunks
 from feature_jobs.store.ingestion.validation import BATCH_LIMIT, prepare_part
 from feature_jobs.store.types.batch_profile import Profile
 from feature_jobs.store.types.key_types import require_stored_types
 from feature_jobs.store.types.schema import EVENT
-
-if TYPE_CHECKING:
-    import ray
 
 MAX_BYTES_HERE = 256 * 2**20
 """Most bytes of a source that this process handles itself: the size of its files, or of a database's rows in memory.
@@ -78,8 +75,6 @@ class CheckedSource:
     blocks: list[Block]
     columns: list[str]
     """Columns of the source."""
-    zoneless: Sequence[str] = ()
-    """Columns of event or created times without a time zone, if the source declares no zone."""
 
 
 def open_batch(
@@ -137,7 +132,47 @@ def _read_database(
     )
 
 
-def read_checked_rows(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckedReader:
+    """Reads, transforms and checks rows, in this process or in a task."""
+
+    reader: BlockReader | None
+    """Reads the files; None for a database, whose rows were read when the source was opened."""
+    check: Check
+
+    def blocks(self, piece: Piece | None, tables: Sequence[pa.Table] = ()) -> Iterator[pa.Table]:
+        """Yield checked blocks: the rows of a piece of the files, or the given typed tables of a database."""
+        if piece is None or self.reader is None:
+            yield from map(self.check, tables)
+        else:
+            yield from checked_blocks(piece, self.reader, self.check)
+
+
+class TaskInput(NamedTuple):
+    """The part of a source that one task reads."""
+
+    piece: Piece | None
+    """The part of the files; None for a database."""
+    tables: tuple[Block, ...] = ()
+    """The typed tables of a database."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadableSource:
+    """A source whose first rows fit the view."""
+
+    reader: CheckedReader
+    inputs: list[TaskInput]
+    """The parts of the source, in order."""
+    rows: int
+    """Number of rows of the source."""
+    columns: list[str]
+    """Columns of the source."""
+    zoneless: Sequence[str]
+    """Columns of event or created times without a time zone, if the source declares no zone."""
+
+
+def prepare_source(
     opened: OpenedSource,
     view: FeatureView,
     key_types: Mapping[str, str],
@@ -146,8 +181,8 @@ def read_checked_rows(
     *,
     now: dt.datetime,
     ahead: FutureLimit = BATCH_LIMIT,
-) -> CheckedSource:
-    """Read, transform and check all rows, in this process or with Ray Data.
+) -> ReadableSource:
+    """Check the first rows of a source, and decide whether this process or Ray tasks read it.
 
     Args:
         opened: the source.
@@ -160,7 +195,6 @@ def read_checked_rows(
 
     Raises:
         RefusedError: columns do not fit the view.
-        Inconsistent: the number of rows read differs from the source's number of rows.
     """
 
     def check(block: pa.Table) -> pa.Table:
@@ -169,56 +203,59 @@ def read_checked_rows(
     source = opened if isinstance(opened, SourceRows) else block_reader(opened, view, key_types)
     first_rows = _checked_heads(source, view, key_types, check, now=now)
     columns = list(dict.fromkeys(name for first in first_rows for name in first.column_names))
-    if opened.rows == 0:
-        return CheckedSource(blocks=[work.put(empty_part(view, columns, now=now))], columns=columns)
-    if isinstance(opened, SourceFiles):
+    if isinstance(opened, SourceFiles) and opened.rows:
         work.expect(opened.rows * len(columns), is_large=size_bytes(opened.paths) > MAX_BYTES_HERE)
-    blocks = _blocks_in_tasks(source, view, check, work) if work.in_tasks else _blocks_here(source, check)
-    rows = sum(work.get([work.run(_num_rows, block, num_cpus=0.1) for block in blocks]))
-    if rows != opened.rows:
-        raise Inconsistent(f"View '{view.name}': the source has {opened.rows} rows, {rows} were read.")
-    return CheckedSource(blocks=blocks, columns=columns, zoneless=source.zoneless)
-
-
-def _blocks_here(source: BlockReader | SourceRows, check: Check) -> list[Block]:
-    if isinstance(source, SourceRows):
-        return [check(block) for block in source.blocks]
-    return list(checked_blocks(source.files.paths, source, check))
-
-
-def _blocks_in_tasks(
-    source: BlockReader | SourceRows, view: FeatureView, check: Check, work: Work
-) -> list[Block]:
-    import ray
-    from ray.exceptions import RayError
-
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.execution_options.label_selector = work.selector or None
-    context.enable_progress_bars = False
-    # Without this, Ray wraps a refusal in its own error, without the cause.
-    context.raise_original_map_exception = True
-    if isinstance(source, SourceRows):
-        checked = _map_checked(ray.data.from_arrow_refs(source.blocks), check)
+    if opened.rows == 0:
+        empty = empty_part(view, columns, now=now)
+        reader, inputs = CheckedReader(reader=None, check=lambda _: empty), [TaskInput(None, (empty,))]
+    elif isinstance(source, SourceRows):
+        reader, inputs = CheckedReader(reader=None, check=check), _group_tables(source, len(columns))
     else:
-        groups = group_files(source.files, view)
-        tasks = _ReadTasks(reader=source, groups=groups, check=check)
-        numbers = ray.data.from_items(list(range(len(groups))), override_num_blocks=len(groups))
-        if len(source.files.paths) > 1:
-            checked = numbers.map_batches(tasks.checked, batch_size=1)
-        else:
-            # One task reads the file, several tasks check its rows. With equal CPUs, Ray would merge both steps.
-            checked = _map_checked(numbers.map_batches(tasks.typed, batch_size=1, num_cpus=0.5), check)
-    try:
-        blocks: list[Block] = checked.to_arrow_refs()
-    except RayError as error:
-        opened = source if isinstance(source, SourceRows) else source.files
-        raise _as_refusal(refusal_behind(error), opened) from error
-    return blocks
+        reader = CheckedReader(reader=source, check=check)
+        inputs = [TaskInput(piece) for piece in split_source(source.files, view, num_columns=len(columns))]
+    return ReadableSource(
+        reader=reader, inputs=inputs, rows=opened.rows, columns=columns, zoneless=source.zoneless
+    )
 
 
-def _map_checked(rows: ray.data.Dataset, check: Check) -> ray.data.Dataset:
-    return rows.map_batches(check, batch_format="pyarrow", batch_size=BATCH_ROWS, zero_copy_batch=True)
+def read_checked_rows(source: ReadableSource, view: FeatureView, work: Work) -> CheckedSource:
+    """Read, transform and check all rows, in this process or in Ray tasks.
+
+    Raises:
+        RefusedError: columns do not fit the view.
+        Inconsistent: the number of rows read differs from the source's number of rows.
+    """
+    if work.in_tasks:
+        blocks = [work.run(_checked, source.reader, part.piece, *part.tables) for part in source.inputs]
+    else:
+        blocks = [block for part in source.inputs for block in source.reader.blocks(*part)]
+    rows = sum(work.get([work.run(_num_rows, block, num_cpus=0.1) for block in blocks]))
+    require_all_rows(view, source, rows)
+    return CheckedSource(blocks=blocks, columns=source.columns)
+
+
+def require_all_rows(view: FeatureView, source: ReadableSource, rows: int) -> None:
+    """Require that all rows of a source were read.
+
+    Raises:
+        Inconsistent: the number of rows read differs from the source's number of rows.
+    """
+    if rows != source.rows:
+        raise Inconsistent(f"View '{view.name}': the source has {source.rows} rows, {rows} were read.")
+
+
+def _group_tables(source: SourceRows, num_columns: int) -> list[TaskInput]:
+    """Return one input per task for the tables of a database."""
+    values = source.rows * num_columns // len(source.blocks)
+    size = max(PIECE_VALUES // max(values, 1), 1)
+    return [
+        TaskInput(None, tuple(source.blocks[first : first + size]))
+        for first in range(0, len(source.blocks), size)
+    ]
+
+
+def _checked(reader: CheckedReader, piece: Piece | None, *tables: pa.Table) -> pa.Table:
+    return pa.concat_tables(reader.blocks(piece, tables))
 
 
 def _checked_heads(
@@ -247,32 +284,12 @@ def _checked_heads(
     return first_rows
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _ReadTasks:
-    """Functions that Ray tasks run to read groups of files."""
-
-    reader: BlockReader
-    groups: list[list[str]]
-    check: Check
-
-    def typed(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
-        for number in batch["item"]:
-            for path in self.groups[int(number)]:
-                yield from self.reader.read_typed(path)
-
-    def checked(self, batch: Mapping[str, Any]) -> Iterator[pa.Table]:
-        for number in batch["item"]:
-            yield from checked_blocks(self.groups[int(number)], self.reader, self.check)
-
-
-def _as_refusal(error: BaseException, opened: OpenedSource) -> BaseException:
-    """Turn an I/O error of a task into a SourceError that names the source; return any other error unchanged."""
-    from ray.exceptions import RayTaskError
-
-    if not isinstance(error, RayTaskError) or not isinstance(error.cause, OSError | pa.ArrowException):
-        return error
-    name = ", ".join(opened.paths) if isinstance(opened, SourceFiles) else opened.names
-    return SourceError(f"Source {name} cannot be read: {str(error.cause).splitlines()[0]}")
+def select_batch(rows: CheckedSource, event_range: TimeRange | None, work: Work) -> CheckedSource:
+    """Return the rows whose event time is in a range; None is all rows."""
+    if event_range is None:
+        return rows
+    blocks = [work.run(select_range, block, event_range, num_cpus=0.1) for block in rows.blocks]
+    return CheckedSource(blocks=blocks, columns=rows.columns)
 
 
 def select_range(block: pa.Table, event_range: TimeRange) -> pa.Table:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from cluster.errors import BatchRejected
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchIngested
+from feature_jobs.batches.reading import CheckedSource
 from feature_jobs.batches.work import Block, Work
 from feature_jobs.store.definitions.batch_checks import (
     Drift,
@@ -66,20 +67,17 @@ class CheckedBatch:
         return sum(self.reasons.values())
 
 
-def check_batch(
-    blocks: list[Block], view: FeatureView, baseline: Profile | None, work: Work, *, columns: list[str]
-) -> CheckedBatch:
+def check_batch(rows: CheckedSource, view: FeatureView, baseline: Profile | None, work: Work) -> CheckedBatch:
     """Count the rows of a batch, and apply the rules for whole batches.
 
     Args:
-        blocks: validated blocks.
+        rows: the rows of the batch.
         view: the batch's view.
         baseline: profile of the last good batch, if there is one.
         work: runs the steps.
-        columns: columns of the source.
     """
-    blocks = reject_repeated_rows(blocks, view, work)
-    counts: list[_BlockCounts] = work.get([work.run(_count_rows, block, num_cpus=0.1) for block in blocks])
+    blocks = reject_repeated_rows(rows.blocks, view, work)
+    counts: list[BlockCounts] = work.get([work.run(count_rows, block, num_cpus=0.1) for block in blocks])
     reasons: Counter[str] = Counter()
     for block in counts:
         reasons.update(block.reasons)
@@ -88,7 +86,7 @@ def check_batch(
         sizes=[block.rows for block in counts],
         reasons=dict(reasons),
         result=apply_batch_rules(blocks, view, baseline, work, now=dt.datetime.now(dt.UTC)),
-        columns=columns,
+        columns=rows.columns,
     )
 
 
@@ -119,16 +117,34 @@ def apply_batch_rules(
         now: the time of ingestion.
     """
     previous = {} if baseline is None else baseline.distributions
-    first_pass: list[_FirstPass] = work.get(
-        [work.run(_sketch, block, view.schema, previous) for block in blocks]
+    passes: list[FirstPass] = work.get(
+        [work.run(first_pass, block, view.schema, previous) for block in blocks]
     )
-    sketches = [block.sketch for block in first_pass]
-    chosen = profiling.choose_bins(sketches)
+    chosen = profiling.choose_bins([block.sketch for block in passes])
     counted = work.get([work.run(_count, block, chosen) for block in blocks])
-    measured = profiling.profile(sketches, chosen, counted)
-    counts = profiling.add_counts(block.counts for block in first_pass)
-    facts = Facts(batch=measured, baseline=baseline, counts=counts, now=now)
-    return BatchResult(profile=measured, findings=collect_findings(view.checks, facts))
+    measured = profiling.profile([block.sketch for block in passes], chosen, counted)
+    return BatchResult(profile=measured, findings=find_failures(passes, measured, view, baseline, now=now))
+
+
+def find_failures(
+    passes: Sequence[FirstPass],
+    measured: Profile,
+    view: FeatureView,
+    baseline: Profile | None,
+    *,
+    now: dt.datetime,
+) -> list[Finding]:
+    """Return the view's batch rules that a batch fails. The profile's distributions are not needed.
+
+    Args:
+        passes: results of the first pass over each block.
+        measured: the batch's profile.
+        view: the batch's view.
+        baseline: profile of the last good batch, if there is one.
+        now: the time of ingestion.
+    """
+    counts = profiling.add_counts(block.counts for block in passes)
+    return collect_findings(view.checks, Facts(batch=measured, baseline=baseline, counts=counts, now=now))
 
 
 def require_few_bad_rows(
@@ -206,18 +222,23 @@ def new_columns(ledger: Ledger, view: str, columns: list[str]) -> list[str]:
     return [name for name in columns if name not in before]
 
 
-class _BlockCounts(NamedTuple):
+class BlockCounts(NamedTuple):
+    """The rows of one block."""
+
     rows: int
     reasons: dict[str, int]
     """Number of bad rows by reason."""
 
 
-def _count_rows(block: pa.Table) -> _BlockCounts:
+def count_rows(block: pa.Table) -> BlockCounts:
+    """Count the rows of a validated block."""
     reasons = pc.value_counts(block[REASON].drop_null()).to_pylist()
-    return _BlockCounts(block.num_rows, {reason["values"]: reason["counts"] for reason in reasons})
+    return BlockCounts(block.num_rows, {reason["values"]: reason["counts"] for reason in reasons})
 
 
-class _FirstPass(NamedTuple):
+class FirstPass(NamedTuple):
+    """The result of the first pass over one block."""
+
     sketch: Sketch
     counts: dict[str, list[int]]
     """By feature: how many values of the block are in each bin of the last good batch."""
@@ -236,9 +257,10 @@ def _reject(block: pa.Table, failing: list[pa.Array], number: int, reason: str, 
     return block.drop_columns([SOURCE]) if is_last else block
 
 
-def _sketch(block: pa.Table, fields: Sequence[Field], previous: Mapping[str, Distribution]) -> _FirstPass:
+def first_pass(block: pa.Table, fields: Sequence[Field], previous: Mapping[str, Distribution]) -> FirstPass:
+    """Run the first pass over a validated block. `previous` has the distributions of the last good batch."""
     good = block.filter(pc.is_null(block[REASON]))
-    return _FirstPass(profiling.sketch(block, good, fields), profiling.count(good, previous))
+    return FirstPass(profiling.sketch(block, good, fields), profiling.count(good, previous))
 
 
 def _count(block: pa.Table, chosen: Mapping[str, Distribution]) -> dict[str, list[int]]:

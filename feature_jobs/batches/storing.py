@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
-from dataclasses import asdict
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
 
 from cluster.errors import Inconsistent
-from feature_jobs.batches.rules import CheckedBatch
+from feature_jobs.batches.rules import BatchResult, CheckedBatch
 from feature_jobs.batches.work import Work
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.validation import RAW, REASON
 from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.types.batch_profile import Profile
 from feature_jobs.store.types.schema import INGESTED, SEQ
 
 
@@ -40,10 +43,10 @@ def store(
     Raises:
         Inconsistent: the stored and quarantined rows do not add up to the batch's rows; nothing was committed.
     """
-    view = quarantine.view
     [validated] = work.get([work.run(_schema, checked.blocks[0], num_cpus=0.1)])
     schema = stored_schema(validated)
-    table = open_or_create(target, schema, view=view)
+    table = open_or_create(target, schema, view=quarantine.view)
+    target = replace(target, buckets=offline.num_buckets(table))
     seq = offline.last_seq(table)
     parts = []
     for block, size in zip(checked.blocks, checked.sizes, strict=True):
@@ -51,8 +54,58 @@ def store(
         parts.append(work.run(_write, block, seq + 1, target, name))
         seq += size
     written: list[_WrittenBlock] = work.get(parts)
-    files = [file for block in written for file in block.files]
-    bad = pa.concat_tables([block.bad for block in written])
+    return commit_batch(
+        checked,
+        ingest_id,
+        table=table,
+        files=[file for block in written for file in block.files],
+        bad=pa.concat_tables([block.bad for block in written]),
+        profile=checked.result.profile,
+        schema=schema,
+        quarantine=quarantine,
+    )
+
+
+class Judged(Protocol):
+    """A batch whose rows and batch rules were checked."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def reasons(self) -> dict[str, int]: ...
+    @property
+    def result(self) -> BatchResult: ...
+    @property
+    def columns(self) -> list[str]: ...
+
+
+def commit_batch(
+    checked: Judged,
+    ingest_id: str,
+    *,
+    table: DeltaTable,
+    files: Sequence[offline.BucketFile],
+    bad: pa.Table,
+    profile: Profile,
+    schema: pa.Schema,
+    quarantine: QuarantineFiles,
+) -> StoredBatch:
+    """Write the bad rows and the profile to quarantine, then add the written files to the table.
+
+    Args:
+        checked: the batch.
+        ingest_id: id of the batch.
+        table: the version from which the sequence numbers were taken.
+        files: files of the good rows.
+        bad: rows for the quarantine.
+        profile: the batch's complete profile.
+        schema: schema of the good rows.
+        quarantine: the view's quarantine.
+
+    Raises:
+        Inconsistent: the stored and quarantined rows do not add up to the batch's rows; nothing was committed.
+        CommitConflict: another job committed at the same time. Nothing was stored.
+    """
     batch = offline.Batch(
         ingest_id=ingest_id,
         rows_in=checked.rows,
@@ -60,18 +113,19 @@ def store(
         rows_quarantined=bad.num_rows,
         reasons=checked.reasons,
         quarantine=f"{ingest_id}.parquet" if bad.num_rows else None,
-        profile=checked.result.profile.summary(),
+        profile=profile.summary(),
         findings=[asdict(finding) for finding in checked.result.findings],
         columns=checked.columns,
     )
     if batch.rows_stored + batch.rows_quarantined != batch.rows_in:
         raise Inconsistent(
-            f"View '{view}': {batch.rows_in} rows in are not {batch.rows_stored} stored + "
+            f"View '{quarantine.view}': {batch.rows_in} rows in are not {batch.rows_stored} stored + "
             f"{batch.rows_quarantined} quarantined. Nothing was committed."
         )
     if bad.num_rows:
         quarantine.write(ingest_id, bad)
-    quarantine.write_profile(ingest_id, checked.result.profile)
+    quarantine.write_profile(ingest_id, profile)
+    seq = offline.last_seq(table) + checked.rows
     return StoredBatch(batch, offline.commit(table, schema, files, batch, seq=seq))
 
 
@@ -86,6 +140,13 @@ def open_or_create(target: offline.Target, schema: pa.Schema, *, view: str) -> D
         table = offline.create_table(target.uri, schema, num_buckets=target.buckets)
     offline.evolve_schema(table, schema, view=view)
     return DeltaTable(target.uri)
+
+
+def find_committed(target: offline.Target, ingest_id: str) -> StoredBatch | None:
+    """Return a planned batch if an earlier command committed it but was killed before it appended the event."""
+    table = offline.open_table(target.uri)
+    committed = None if table is None else offline.find_committed_batch(table, ingest_id)
+    return None if committed is None else StoredBatch(*committed)
 
 
 def empty_batch(ingest_id: str, columns: list[str]) -> offline.Batch:
@@ -118,11 +179,26 @@ def _schema(block: pa.Table) -> pa.Schema:
 
 
 def _write(block: pa.Table, first_seq: int, target: offline.Target, name: str) -> _WrittenBlock:
-    now = pa.scalar(dt.datetime.now(dt.UTC), offline.TIMESTAMP)
-    num_rows = block.num_rows
-    block = block.append_column(INGESTED, pa.repeat(now, num_rows))
-    block = block.append_column(SEQ, pa.array(range(first_seq, first_seq + num_rows), pa.int64()))
+    good, bad = split_rows(block, first_seq)
+    files = offline.write_files(with_time(good), target, name=name) if good.num_rows else []
+    return _WrittenBlock(files, with_time(bad))
+
+
+def split_rows(block: pa.Table, first_seq: int) -> tuple[pa.Table, pa.Table]:
+    """Return the good rows, and the bad rows in the form of a quarantine file, both with their `ingest_seq`.
+
+    Args:
+        block: a validated block.
+        first_seq: the `ingest_seq` of its first row.
+    """
+    numbers = pa.array(np.arange(first_seq, first_seq + block.num_rows, dtype=np.int64))
+    block = block.append_column(SEQ, numbers)
     good = block.filter(pc.is_null(block[REASON])).drop_columns([REASON, RAW])
-    bad = block.filter(pc.is_valid(block[REASON])).select([REASON, RAW, INGESTED, SEQ])
-    files = offline.write_files(good, target, name=name) if good.num_rows else []
-    return _WrittenBlock(files, bad.rename_columns(["reason", "raw", INGESTED, SEQ]))
+    bad = block.filter(pc.is_valid(block[REASON])).select([REASON, RAW, SEQ])
+    return good, bad.rename_columns(["reason", "raw", SEQ])
+
+
+def with_time(rows: pa.Table) -> pa.Table:
+    """Return rows with the time of their storing, as the column before `ingest_seq`, which is the last one."""
+    now = pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), offline.TIMESTAMP), rows.num_rows)
+    return rows.add_column(rows.num_columns - 1, INGESTED, now)

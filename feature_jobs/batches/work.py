@@ -7,11 +7,15 @@ process imports Ray and connects to it only when necessary. The steps are the sa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import os
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from cluster.errors import RefusedError
 from cluster.placement import Selector, options
 from cluster.session import refusal_behind
 
@@ -54,6 +58,44 @@ class Work:
             return step(*arguments)
         return _task(step, num_cpus).options(**options(self.selector)).remote(*arguments)
 
+    def run_all(self, step: Callable[..., Any], calls: Iterable[Sequence[Any]]) -> list[Any]:
+        """Run a step that needs much memory once for each list of arguments, and return the results in order.
+
+        A Ray Data pipeline runs the steps of a large batch. Not more of them run at the same time than the nodes have
+        cores, because Ray's own number of CPUs may be larger. An argument may be a block; results must be small.
+
+        Raises:
+            RefusedError: a step raised it, in this process or in a task.
+        """
+        if not self.in_tasks:
+            return [step(*arguments) for arguments in calls]
+        import ray
+        from ray.exceptions import RayError
+
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.execution_options.label_selector = self.selector or None
+        context.enable_progress_bars = False
+        steps = _Steps(step, list(calls))
+        if not steps.calls:
+            return []
+        count = len(steps.calls)
+        numbers = ray.data.from_items(list(range(count)), override_num_blocks=count)
+        try:
+            pool = ray.data.TaskPoolStrategy(size=min(self._num_cores(), count))
+            rows = numbers.map_batches(steps.run, batch_size=1, compute=pool).iter_rows()
+            return [_result_of(row["result"]) for row in rows]
+        except RayError as error:
+            raise refusal_behind(error) from error
+
+    def _num_cores(self) -> int:
+        """Return the number of cores of the nodes where tasks may run, if they are like this one."""
+        import ray
+
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        fit = [node for node in nodes if node["Alive"] and self.selector.items() <= node["Labels"].items()]
+        return len(fit) * (os.cpu_count() or 1)
+
     def get(self, results: Sequence[Block]) -> list[Any]:
         """Return the results of steps.
 
@@ -69,6 +111,34 @@ class Work:
             return ray.get(list(results))
         except RayError as error:
             raise refusal_behind(error) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """The function that Ray Data's tasks call: it runs the step with the arguments of a number."""
+
+    step: Callable[..., Any]
+    calls: list[Sequence[Any]]
+
+    def run(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        import ray
+
+        [number] = batch["item"]
+        arguments = [
+            ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in self.calls[int(number)]
+        ]
+        try:
+            return {"result": [pickle.dumps(self.step(*arguments))]}
+        except RefusedError as error:  # Ray Data would log it, and change its message
+            return {"result": [pickle.dumps(error)]}
+
+
+def _result_of(packed: bytes) -> Any:
+    """Return a step's result, or raise its refusal."""
+    result = pickle.loads(packed)  # noqa: S301 (from our own task)
+    if isinstance(result, RefusedError):
+        raise result
+    return result
 
 
 @functools.cache

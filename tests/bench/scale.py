@@ -1,14 +1,14 @@
-"""`make bench BENCH=scale`: costs that grow with the number of models, and with the number of ledger events.
+"""`make bench BENCH=scale`: costs that grow with the number of models, ledger events, feature rows, entities and views.
 
-`python tests/bench/scale.py ledger` measures only the ledger. `... edge` measures only the edge: one HAProxy with 1, 20
-and 200 models, each with two versions. `_scale_ledger.py` describes the figures of the ledger. `... commands` measures
-whole commands with a long ledger (`_scale_commands.py`).
+`python tests/bench/scale.py ledger` measures only the ledger; `commands`, `rows`, `entities` and `views` measure only
+these. `_scale_ledger.py`, `_scale_commands.py` (whole commands with a long ledger) and `_scale_rows.py` describe these
+figures. `... edge` measures only the edge: one HAProxy with 1, 20 and 200 models, each with two versions.
 
-Ray and replicas are not used. The server of every version is another HAProxy, which answers at once. Figures of the
-edge: `render` (convert routes to text), `start` (check the configuration and start), `reload` (add one replica and wait
-until the new worker serves), `change` (change one split like a rollback: running map and file), `request` (one
-connection, the last model, a token whose signature was checked before), and `idle_cpu` (cores that HAProxy uses for
-health checks while there are no requests).
+The edge is measured without Ray and replicas. The server of every version is another HAProxy, which answers at once.
+Figures of the edge: `render` (convert routes to text), `start` (check the configuration and start), `reload` (add one
+replica and wait until the new worker serves), `change` (change one split like a rollback: running map and file),
+`request` (one connection, the last model, a token whose signature was checked before), and `idle_cpu` (cores that
+HAProxy uses for health checks while there are no requests).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from serve_apps.edge.control.running_map import RunningMap
 from serve_apps.edge.haproxy.config import render
 from serve_apps.edge.haproxy.routes import Routes, routes
 from serve_apps.rollout.serving_state import ModelState, Rollout
-from tests.bench import _scale_commands, _scale_ledger
+from tests.bench import _scale_commands, _scale_ledger, _scale_rows
 from tests.servers.edge import Edge, running_edge
 from tests.servers.ports import free_port
 
@@ -181,7 +181,14 @@ def commands() -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure the named parts, or all parts. Print and write the results."""
-    parts = {"edge": edge, "ledger": ledger, "commands": commands}
+    parts: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+        "edge": edge,
+        "ledger": ledger,
+        "commands": commands,
+        "rows": _scale_rows.by_rows,
+        "entities": _scale_rows.by_entities,
+        "views": _scale_rows.by_views,
+    }
     rows = [row for name in sys.argv[1:] or parts for row in parts[name]()]
     target = Path(".falaj/bench/scale.json")
     write_bytes(str(target.absolute()), json.dumps(rows, indent=1).encode())

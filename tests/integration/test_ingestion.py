@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 from deltalake import DeltaTable
 
-from cluster.ledger.events import BatchIngested, BatchRefused, QuarantineReplayed
+from cluster.ledger.events import BatchIngested, BatchRefused, FeatureTableRewritten, QuarantineReplayed
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project
@@ -246,3 +246,18 @@ def test_quarantined_rows_are_replayed_after_a_fix(project: Project) -> None:
         1,
         1,
     )
+
+
+def test_table_is_bucketed_anew_in_tasks(project: Project) -> None:
+    """The table keeps its rows, the ledger has an event, and the next batch goes to the new buckets."""
+    before = stored(project)["ingest_seq"].sort()
+    done = project.run("feature_jobs.rebucket", "view=reading", "buckets=16", IN_TASKS, check=True)
+    assert "16 buckets instead of 8" in done.stdout
+    assert stored(project)["ingest_seq"].sort().equals(before)
+    *_, event = project.ledger().entries(FeatureTableRewritten)
+    assert (event.payload["view"], event.payload["num_buckets"]) == ("reading", 16)
+    source = write(project.root, "after.parquet", [5.0] * 200)
+    project.run("feature_jobs.ingest", *INGEST, source, IN_TASKS, check=True)
+    paths = DeltaTable(str(project.storage_root / "features" / "reading")).file_uris()
+    assert max(int(path.split("bucket=")[1].split("/")[0]) for path in paths) == 15
+    assert stored(project).height == before.len() + 200

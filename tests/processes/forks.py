@@ -12,6 +12,7 @@ _TARGETS = (
     "tests.unit.cluster.ledger.test_ledger_time",
     "tests.unit.cluster.ledger.test_version_numbers",
     "tests.unit.cluster.records.test_compaction_kills",
+    "tests.unit.feature_jobs.offline.test_rebucketing",
     "tests.unit.feature_jobs.online.test_materialize_kill",
 )
 """Modules with the functions that run in such processes."""

@@ -181,11 +181,14 @@ class SkewChecked(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureTableRewritten(LedgerEvent):
-    """The table's rows were written to new files, to compact them or to encrypt them with newer keys."""
+    """The table's rows were written to new files: to compact them, to encrypt them with newer keys, or to change the
+    number of buckets."""
 
     view: str
     table_version: int
     files_replaced: int
+    num_buckets: int | None = None
+    """The new number of buckets; None if it stayed the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

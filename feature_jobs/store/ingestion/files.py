@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -103,10 +103,13 @@ def head(path: str, rows: int, source: FileSource) -> pa.Table:
     return next(tables(path, rows, source)).slice(0, rows)
 
 
-def tables(path: str, rows: int, source: FileSource) -> Iterator[pa.Table]:
+def tables(
+    path: str, rows: int, source: FileSource, *, row_groups: Sequence[int] | None = None
+) -> Iterator[pa.Table]:
     """Yield a file in one or more parts: 16 MiB each for CSV, at most `rows` rows each for other formats.
 
-    All columns of a CSV file are text. The lines of a JSON lines file are in one column, `text`.
+    All columns of a CSV file are text. The lines of a JSON lines file are in one column, `text`. With `row_groups`,
+    only these row groups of a Parquet file are read.
 
     Raises:
         SourceError: the rows cannot be read.
@@ -131,12 +134,15 @@ def tables(path: str, rows: int, source: FileSource) -> Iterator[pa.Table]:
                 while part := list(islice(lines, rows)):
                     yield pa.table({"text": pa.array(part, pa.string())})
             case FileFormat.parquet:
-                yield from _parquet_tables(path, file, rows, source)
+                yield from _parquet_tables(path, file, rows, source, row_groups)
 
 
-def _parquet_tables(path: str, file: IO[bytes], rows: int, source: FileSource) -> Iterator[pa.Table]:
+def _parquet_tables(
+    path: str, file: IO[bytes], rows: int, source: FileSource, row_groups: Sequence[int] | None
+) -> Iterator[pa.Table]:
     coarse = pq.ParquetFile(file, coerce_int96_timestamp_unit="us")
-    parts = (pa.Table.from_batches([batch]) for batch in coarse.iter_batches(batch_size=rows))
+    batches = coarse.iter_batches(batch_size=rows, row_groups=row_groups)
+    parts = (pa.Table.from_batches([batch]) for batch in batches)
     if not coarse.metadata.num_rows:
         yield coarse.schema_arrow.empty_table()
     elif not (int96_names := int96_columns(coarse)):
@@ -144,7 +150,9 @@ def _parquet_tables(path: str, file: IO[bytes], rows: int, source: FileSource) -
     else:
         rounded_up = {source.event_timestamp, source.created_timestamp or source.event_timestamp}
         with _open(path, source) as second_file:
-            fine = pq.ParquetFile(second_file).iter_batches(batch_size=rows, columns=int96_names)
+            fine = pq.ParquetFile(second_file).iter_batches(
+                batch_size=rows, columns=int96_names, row_groups=row_groups
+            )
             for part, times in zip(parts, fine, strict=True):
                 yield exact_times(part, pa.Table.from_batches([times]), rounded_up)
 
@@ -157,6 +165,17 @@ def parquet_schema(path: str, source: FileSource) -> pa.Schema:
     """
     with _open(path, source) as file:
         return pq.ParquetFile(file, coerce_int96_timestamp_unit="us").schema_arrow.remove_metadata()
+
+
+def row_group_sizes(path: str, source: FileSource) -> list[int]:
+    """Return the number of rows of each row group of a Parquet file.
+
+    Raises:
+        SourceError: the file cannot be read.
+    """
+    with _open(path, source) as file:
+        metadata = pq.ParquetFile(file).metadata
+        return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
 
 
 def size_bytes(paths: list[str]) -> int:

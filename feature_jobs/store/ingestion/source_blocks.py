@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.errors import SchemaMismatch, SourceError
-from feature_jobs.store.definitions.sources import DTYPES, FileFormat
+from feature_jobs.store.definitions.sources import DTYPES, FileFormat, FileSource
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.ingestion.declared_types import (
     Roles,
@@ -32,6 +32,7 @@ from feature_jobs.store.ingestion.files import (
     header,
     parquet_schema,
     parse_json_lines,
+    row_group_sizes,
     tables,
 )
 from feature_jobs.store.ingestion.partitions import partitions_of, with_partitions
@@ -44,6 +45,10 @@ HEAD_ROWS = 1000
 """Number of first rows that types are derived from."""
 BATCH_ROWS = 131_072
 """Target number of rows of a block."""
+BLOCK_VALUES = 8_000_000
+"""Target number of values (rows times columns) of a block of a file with many columns."""
+PIECE_VALUES = 16_000_000
+"""Target number of values that one task reads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,16 +71,18 @@ class BlockReader:
     """Dtype of each column that comes from partition folders."""
     schema: pa.Schema | None = None
     """The columns of all files, with their types. None for a single file, because its blocks have its own schema."""
+    num_columns: int = 1
+    """Number of columns of the first file."""
 
-    def read_typed(self, path: str) -> Iterator[pa.Table]:
-        """Yield a file's rows in typed blocks.
+    def read_typed(self, path: str, row_groups: Sequence[int] | None = None) -> Iterator[pa.Table]:
+        """Yield a file's rows in typed blocks. With `row_groups`, only those of a Parquet file.
 
         Raises:
             SourceError, SchemaMismatch: the file cannot be read or cast. With several files, the message names it.
         """
         roles, first_number = Roles.of(self.view), 1
         with self.naming_file(path):
-            for block in tables(path, BATCH_ROWS, self.files.source):
+            for block in tables(path, self._block_rows(), self.files.source, row_groups=row_groups):
                 yield with_partitions(self._typed(block, roles, first_number), path, self.folders, roles)
                 first_number += block.num_rows
 
@@ -85,6 +92,10 @@ class BlockReader:
             roles = Roles.of(self.view)
             block = self._typed(head(path, HEAD_ROWS, self.files.source), roles, 1)
             return with_partitions(block, path, self.folders, roles)
+
+    def _block_rows(self) -> int:
+        """Return the number of rows of a block, which is smaller for a file with many columns."""
+        return min(BATCH_ROWS, max(BLOCK_VALUES // max(self.num_columns, 1), 1))
 
     @contextmanager
     def naming_file(self, path: str) -> Iterator[None]:
@@ -163,7 +174,8 @@ def _reader_of_files(files: SourceFiles, view: FeatureView, key_types: Mapping[s
     first = head(next(with_rows, files.paths[0]), HEAD_ROWS, files.source)
     roles = Roles.of(view)
     if files.source.kind is FileFormat.parquet:
-        return _parquet_reader(files, view, find_zoneless(first, roles))
+        zoneless = find_zoneless(first, roles)
+        return replace(_parquet_reader(files, view, zoneless), num_columns=first.num_columns)
     if files.source.kind is FileFormat.json:
         rows = parse_json_lines(first["text"].to_pylist())
         natural_types = native_key_types(rows[0] if rows else {}, view)
@@ -180,24 +192,33 @@ def _reader_of_files(files: SourceFiles, view: FeatureView, key_types: Mapping[s
         names=first.column_names,
         zoneless=find_zoneless(first, roles),
         schema=schema,
+        num_columns=first.num_columns,
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """The part of a source that one task reads: some files, or some row groups of one Parquet file."""
+
+    paths: Sequence[str]
+    row_groups: Sequence[int] | None = None
+
+
 def checked_blocks(
-    paths: Sequence[str], reader: BlockReader, check: Callable[[pa.Table], pa.Table]
+    piece: Piece, reader: BlockReader, check: Callable[[pa.Table], pa.Table]
 ) -> Iterator[pa.Table]:
-    """Yield files' rows in blocks, transformed and checked.
+    """Yield the rows of a piece in blocks, transformed and checked.
 
     Args:
-        paths: files of the source.
+        piece: part of the source.
         reader: reader of the source.
         check: `prepare_part`, or a function that calls it.
 
     Raises:
         The errors of `BlockReader.read_typed` and of `check`.
     """
-    for path in paths:
-        for block in reader.read_typed(path):
+    for path in piece.paths:
+        for block in reader.read_typed(path, piece.row_groups):
             with reader.naming_file(path):
                 part = check(block)
             if reader.schema is not None:
@@ -218,23 +239,38 @@ def empty_part(view: FeatureView, names: Sequence[str], *, now: dt.datetime) -> 
     return prepare_part(pa.table({name: pa.nulls(0) for name in names}), view, now=now)
 
 
-def group_files(files: SourceFiles, view: FeatureView) -> list[list[str]]:
-    """Split the files into one group per task, in order. Small files share a task. Files without rows are left out.
+def split_source(files: SourceFiles, view: FeatureView, *, num_columns: int) -> list[Piece]:
+    """Split a source into one piece per task, in order. Small files share a piece. Files without rows are left out.
 
-    Files are not grouped if a rule needs the source rows themselves, because their types may differ between files.
+    Files do not share a piece if a rule needs the source rows themselves, because their types may differ between files.
     """
-    one_per_group = bool(unique_rules(view))
-    groups: list[list[str]] = []
+    limit = max(PIECE_VALUES // max(num_columns, 1), 1)
+    pieces: list[Piece] = []
+    paths: list[str] = []
     rows = 0
     for path, size in zip(files.paths, files.sizes, strict=True):
-        if not size:
-            continue
-        if one_per_group or not groups or rows + size > BATCH_ROWS:
-            groups.append([])
-            rows = 0
-        groups[-1].append(path)
+        if paths and size and (unique_rules(view) or rows + size > limit):
+            pieces.append(Piece(paths=paths))
+            paths, rows = [], 0
+        if size > limit and files.source.kind is FileFormat.parquet:
+            pieces += _split_row_groups(path, files.source, limit)
+        elif size:
+            paths.append(path)
+            rows += size
+    return [*pieces, Piece(paths=paths)] if paths else pieces
+
+
+def _split_row_groups(path: str, source: FileSource, limit: int) -> Iterator[Piece]:
+    """Yield pieces of a Parquet file with at most `limit` rows, or with one larger row group."""
+    groups: list[int] = []
+    rows = 0
+    for number, size in enumerate(row_group_sizes(path, source)):
+        if groups and rows + size > limit:
+            yield Piece(paths=[path], row_groups=groups)
+            groups, rows = [], 0
+        groups.append(number)
         rows += size
-    return groups
+    yield Piece(paths=[path], row_groups=groups)
 
 
 def native_key_types(row: Mapping[str, Any], view: FeatureView) -> dict[str, str]:

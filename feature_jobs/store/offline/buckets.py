@@ -6,17 +6,23 @@ implemented here (SplitMix64 for integers, xxHash64 for strings). A library coul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
 from feature_jobs.store.types.columns import to_numpy
+from feature_jobs.store.types.schema import BUCKET
 
 Hashes = npt.NDArray[np.uint64]
+BUCKET_VALUES = 16_000_000
+"""Largest number of values (rows times columns) for which a bucket is made, about 128 MiB. The commands that work
+bucket by bucket need a few times this memory."""
+MIN_BUCKETS, MAX_CHOSEN_BUCKETS = 8, 4096
 _NULL = np.uint64(0x9AE16A3B2F90404F)
 
 
@@ -26,12 +32,28 @@ def bucket_of(table: pa.Table, keys: Sequence[str], *, num_buckets: int) -> npt.
     Args:
         table: rows with the join keys as int64 or string columns.
         keys: join keys in the view's order.
-        num_buckets: the table's number of buckets, which is fixed when the table is created.
+        num_buckets: the table's number of buckets.
     """
     combined: Hashes = np.zeros(table.num_rows, dtype=np.uint64)
     for key in keys:
         combined = _mix(combined ^ _hash(table[key]))
     return (combined % np.uint64(num_buckets)).astype(np.int32)
+
+
+def buckets_for(values: int) -> int:
+    """Return the number of buckets for a table of this many values. It is a power of two."""
+    needed = -(-values // BUCKET_VALUES)
+    return min(max(1 << max(needed - 1, 0).bit_length(), MIN_BUCKETS), MAX_CHOSEN_BUCKETS)
+
+
+def split_by_bucket(
+    rows: pa.Table, keys: Sequence[str], *, num_buckets: int
+) -> Iterator[tuple[int, pl.DataFrame]]:
+    """Yield each bucket that has rows, and its rows in their order. For the arguments see `bucket_of`."""
+    numbers = pl.Series(BUCKET, bucket_of(rows, keys, num_buckets=num_buckets))
+    frame = pl.DataFrame(pl.from_arrow(rows)).with_columns(numbers)
+    for part in frame.partition_by(BUCKET, maintain_order=True):
+        yield int(part[BUCKET][0]), part.drop(BUCKET)
 
 
 def _hash(column: pa.ChunkedArray) -> Hashes:

@@ -11,10 +11,11 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import polars as pl
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, Schema
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, RemoveAction
 
@@ -59,14 +60,29 @@ def rewrite(pinned: Snapshot, target: Target, buckets: Iterable[int]) -> tuple[i
         raise Inconsistent(
             f"{pinned.uri}: the rewritten files have another number of rows than the old ones. Nothing was committed."
         )
-    metadata = {_KEY: json.dumps({"files": len(old)})}
-    return replace_files(pinned.uri, old, new, metadata=metadata), len(old)
+    return replace_files(pinned, old, new, metadata=Rewrite(len(old)).metadata), len(old)
 
 
-def past_rewrites(table: DeltaTable) -> dict[int, int]:
-    """Return the number of replaced files by table version, for every rewrite in the table's history."""
+class Rewrite(NamedTuple):
+    """A past rewrite of a table, as its commit records it."""
+
+    files: int
+    """Number of replaced files."""
+    buckets: int | None = None
+    """The new number of buckets; None if it stayed the same."""
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The custom metadata of the commit."""
+        return {
+            _KEY: json.dumps({name: value for name, value in self._asdict().items() if value is not None})
+        }
+
+
+def past_rewrites(table: DeltaTable) -> dict[int, Rewrite]:
+    """Return every rewrite in the table's history by table version."""
     return {
-        int(entry["version"]): int(json.loads(entry[_KEY])["files"])
+        int(entry["version"]): Rewrite(**json.loads(entry[_KEY]))
         for entry in table.history()
         if _KEY in entry
     }
@@ -80,44 +96,65 @@ def _merged(pinned: Snapshot, target: Target, bucket: int, name: str) -> BucketF
 
 
 def replace_files(
-    uri: str, old: Sequence[BucketFile], new: Sequence[BucketFile], *, metadata: Mapping[str, str]
+    pinned: Snapshot, old: Sequence[BucketFile], new: Sequence[BucketFile], *, metadata: Mapping[str, str]
 ) -> int:
     """Replace files of a table in one transaction and return the new table version.
 
     A concurrent ingestion only adds files. After such a commit the replacement is tried again on the newer version.
 
     Args:
-        uri: URI of the table.
-        old: files of the newest version, which are removed from it.
+        pinned: the version for which the new files were made.
+        old: files of this version, which are removed from the table.
         new: files that workers have written, which are added.
         metadata: custom metadata of the commit.
 
     Raises:
-        SourceError: another job replaced the same files, or other writers committed too often.
+        SourceError: another job replaced the same files or bucketed the table anew, or other writers committed too
+            often.
+    """
+    for _ in range(MAX_COMMITS):
+        table = DeltaTable(pinned.uri)
+        present = set(pa.table(table.get_add_actions())["path"].to_pylist())
+        is_rebucketed = offline.num_buckets(table) != pinned.num_buckets
+        if is_rebucketed or not present.issuperset(file.path for file in old):
+            raise SourceError(
+                f"Another job rewrote files of {pinned.uri} at the same time. Nothing was changed. Run it again."
+            )
+        try:
+            commit_replacement(table, old, new, metadata=metadata)
+        except CommitFailedError:
+            continue
+        return int(DeltaTable(pinned.uri).version())
+    raise SourceError(
+        f"Other jobs committed to {pinned.uri} {MAX_COMMITS} times in a row. Nothing was changed. Run it again."
+    )
+
+
+def commit_replacement(
+    table: DeltaTable,
+    old: Sequence[BucketFile],
+    new: Sequence[BucketFile],
+    *,
+    metadata: Mapping[str, str],
+    transactions: Sequence[Transaction] = (),
+) -> None:
+    """Replace files in one transaction, if this is still the table's newest version.
+
+    Raises:
+        CommitFailedError: another job has committed in the meantime.
     """
     now = int(time.time() * 1000)
     removals: list[AddAction | RemoveAction] = [
         RemoveAction(file.path, False, now, file.size_bytes, {BUCKET: str(file.bucket)}) for file in old
     ]
-    actions = [*removals, *(offline.add_action(file, new_rows=False) for file in new)]
-    properties = CommitProperties(custom_metadata=dict(metadata), max_commit_retries=0)
-    for _ in range(MAX_COMMITS):
-        table = DeltaTable(uri)
-        present = set(pa.table(table.get_add_actions())["path"].to_pylist())
-        if not present.issuperset(file.path for file in old):
-            raise SourceError(
-                f"Another job rewrote files of {uri} at the same time. Nothing was changed. Run it again."
-            )
-        schema = Schema.from_arrow(pa.schema(table.schema().to_arrow()))
-        try:
-            table.create_write_transaction(
-                actions, mode="append", schema=schema, partition_by=[BUCKET], commit_properties=properties
-            )
-        except CommitFailedError:
-            continue
-        return int(DeltaTable(uri).version())
-    raise SourceError(
-        f"Other jobs committed to {uri} {MAX_COMMITS} times in a row. Nothing was changed. Run it again."
+    table.create_write_transaction(
+        [*removals, *(offline.add_action(file, new_rows=False) for file in new)],
+        mode="append",
+        schema=Schema.from_arrow(pa.schema(table.schema().to_arrow())),
+        partition_by=[BUCKET],
+        commit_properties=CommitProperties(
+            custom_metadata=dict(metadata), max_commit_retries=0, app_transactions=list(transactions)
+        ),
     )
 
 

@@ -211,8 +211,9 @@ def _rewrite(place: BatchLocation, difference: Difference, event: BatchMended) -
         rows = difference.put.drop_columns([SEQ]).append_column(INGESTED, now)
         rows = rows.append_column(SEQ, difference.put[SEQ])
         offline.evolve_schema(DeltaTable(pinned.uri), rows.schema, view=place.view)
-        new += offline.write_files(rows, place.target, name=f"mended-{run}")
-    replace_files(pinned.uri, old, new, metadata={_KEY: json.dumps(asdict(event))})
+        target = replace(place.target, buckets=pinned.num_buckets)
+        new += offline.write_files(rows, target, name=f"mended-{run}")
+    replace_files(pinned, old, new, metadata={_KEY: json.dumps(asdict(event))})
 
 
 def _has_rows(pinned: Snapshot, file: BucketFile, numbers: frozenset[int]) -> bool:

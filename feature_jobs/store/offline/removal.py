@@ -103,7 +103,7 @@ def _rewrite_without(
         "rows_after": pinned.rows - removed,
         "files": len(old),
     }
-    replace_files(pinned.uri, old, new, metadata={_KEY: json.dumps(content)})
+    replace_files(pinned, old, new, metadata={_KEY: json.dumps(content)})
     return removed
 
 
@@ -161,10 +161,10 @@ def _record_removals(uri: str, ledger: Ledger, *, view: str, actor: str) -> None
 
 
 def _files_on_disk(pinned: Snapshot) -> Iterator[str]:
-    """Yield the paths of all Parquet files, relative to the table."""
-    for bucket in range(pinned.num_buckets):
-        for path in list_files(f"{pinned.uri}/{BUCKET}={bucket}", ".parquet"):
-            yield f"{BUCKET}={bucket}/{path.rsplit('/', 1)[-1]}"
+    """Yield the paths of all Parquet files, relative to the table. The table may have had more buckets before."""
+    fs, root = file_system(pinned.uri)
+    for path in sorted(fs.glob(f"{root}/{BUCKET}=*/*.parquet")):
+        yield "/".join(str(path).rsplit("/", 2)[1:])
 
 
 def _ever_added(uri: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Feature tables: Delta tables with a fixed number of buckets by entity hash, each file sorted by availability.
+"""Feature tables: Delta tables with buckets by entity hash, each file sorted by availability.
 
 Workers write the Parquet files; the driver commits them in one Delta transaction. The commit stores the batch's id and
 the last `ingest_seq` as application transactions. So no batch can be committed twice, and two concurrent ingestions
@@ -24,14 +24,17 @@ from cluster.errors import CommitConflict, SchemaMismatch, TrainingSetError
 from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess
-from feature_jobs.store.offline.buckets import bucket_of
+from feature_jobs.store.offline.buckets import split_by_bucket
 from feature_jobs.store.offline.point_in_time import AVAILABLE
 from feature_jobs.store.types.casting import same_type
+from feature_jobs.store.types.columns import select_or_null as select_or_null
 from feature_jobs.store.types.schema import BUCKET, CREATED, DELETED, EVENT, SEQ
 
 TIMESTAMP = pa.timestamp("us", "UTC")
 _SEQ_APP, _BATCH_APP = "falaj.seq", "falaj.batch."
 _BUCKETS_KEY, _BATCH_KEY = "falaj.buckets", "falaj.batch"
+BUCKETS_APP = "falaj.buckets"
+"""Application id whose number is the number of buckets since the last rebucketing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,8 +202,9 @@ def evolve_schema(table: DeltaTable, schema: pa.Schema, *, view: str) -> None:
 
 
 def num_buckets(table: DeltaTable) -> int:
-    """Return the number of buckets that the table was created with."""
-    return int(table.metadata().configuration[_BUCKETS_KEY])
+    """Return the number of buckets of a table version: that of its last rebucketing, or of the table's creation."""
+    number = table.transaction_version(BUCKETS_APP)
+    return int(table.metadata().configuration[_BUCKETS_KEY] if number is None else number)
 
 
 def last_seq(table: DeltaTable) -> int:
@@ -224,12 +228,9 @@ class Target:
 
 def write_files(rows: pa.Table, target: Target, *, name: str) -> list[BucketFile]:
     """Write rows to their buckets, one file for each bucket, sorted by availability."""
-    frame = pl.DataFrame(pl.from_arrow(rows)).with_columns(
-        pl.Series(BUCKET, bucket_of(rows, target.keys, num_buckets=target.buckets))
-    )
     return [
-        write_bucket(part.drop(BUCKET), rows.schema, target, bucket=int(part[BUCKET][0]), name=name)
-        for part in frame.partition_by(BUCKET, maintain_order=True)
+        write_bucket(part, rows.schema, target, bucket=bucket, name=name)
+        for bucket, part in split_by_bucket(rows, target.keys, num_buckets=target.buckets)
     ]
 
 
@@ -237,10 +238,19 @@ def write_bucket(
     rows: pl.DataFrame, schema: pa.Schema, target: Target, *, bucket: int, name: str
 ) -> BucketFile:
     """Write rows of one bucket as one file, sorted by availability."""
+    return write_file(rows.sort(AVAILABLE, EVENT, CREATED, SEQ), schema, target, bucket=bucket, name=name)
+
+
+def write_file(
+    rows: pl.DataFrame, schema: pa.Schema, target: Target, *, bucket: int, name: str
+) -> BucketFile:
+    """Write rows of one bucket as one file, in their order. Only a sorted file may be added to the table."""
     path = f"{BUCKET}={bucket}/{name}.parquet"
-    content = rows.sort(AVAILABLE, EVENT, CREATED, SEQ).to_arrow().cast(schema)
     size = protected_files(target.access).write(
-        content, f"{target.uri}/{path}", target.protection, place=file_aad(target.uri, path)
+        rows.to_arrow().cast(schema),
+        f"{target.uri}/{path}",
+        target.protection,
+        place=file_aad(target.uri, path),
     )
     return BucketFile(path=path, bucket=bucket, rows=rows.height, size_bytes=size)
 
@@ -387,12 +397,3 @@ def _files_of(table: DeltaTable) -> tuple[BucketFile, ...]:
         )
         for row in sorted(rows, key=lambda row: str(row["path"]))
     )
-
-
-def select_or_null(table: pa.Table, names: Sequence[str]) -> pa.Table:
-    """Select columns in the given order; a column that an older file lacks is null."""
-    present = set(table.column_names)
-    if present.issuperset(names):
-        return table.select(list(names))
-    nulls = pa.nulls(table.num_rows)
-    return pa.table([table[name] if name in present else nulls for name in names], names=list(names))

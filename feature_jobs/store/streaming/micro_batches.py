@@ -11,7 +11,7 @@ import datetime as dt
 import uuid
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -120,6 +120,7 @@ def store_batch(
             f"Another job streamed into {target.uri} at the same time. Nothing was stored. Run it again."
         )
     name = f"{rows.ingest_id}-{uuid.uuid4().hex[:8]}"
+    target = replace(target, buckets=offline.num_buckets(table))
     files = offline.write_files(good, target, name=name) if good.num_rows else []
     batch = Batch(
         ingest_id=rows.ingest_id,

@@ -6,7 +6,7 @@ pandas, which takes longer than a small join.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -43,3 +43,12 @@ def replace_columns(table: pa.Table, columns: Mapping[str, pa.ChunkedArray]) -> 
     )
     stored_columns = zip(table.column_names, table.columns, strict=True)
     return pa.Table.from_arrays([columns.get(name, column) for name, column in stored_columns], schema=schema)
+
+
+def select_or_null(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    """Select columns in the given order; a column that an older file lacks is null."""
+    present = set(table.column_names)
+    if present.issuperset(names):
+        return table.select(list(names))
+    nulls = pa.nulls(table.num_rows)
+    return pa.table([table[name] if name in present else nulls for name in names], names=list(names))

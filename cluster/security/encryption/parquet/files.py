@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -123,24 +124,19 @@ class ProtectedFiles:
             OSError: an error of the file system.
         """
         self._expire()
-        fs, path = file_system(uri)
-        try:
-            with fs.open(path, "rb") as source:
-                if protection is not None:
-                    read_footer(source).check(protection, place, columns, unplaced=unplaced)
-                return self._read(source, columns)
-        except ProtectedFileCorrupt as error:
-            raise ProtectedFileCorrupt(
-                f"{uri} is not the expected file: {error}. Restore it from a backup. If the protection of the table "
-                "was changed since, write the file again."
-            ) from error
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise ProtectedFileCorrupt(
-                f"{uri} was truncated or altered, or is not a Parquet file: {str(error)[:200]}. "
-                "Restore it from a backup."
-            ) from error
+        with _opened(uri) as source:
+            if protection is not None:
+                read_footer(source).check(protection, place, columns, unplaced=unplaced)
+            return self._read(source, columns)
+
+    def read_groups(self, uri: str, *, protection: Protection, place: str) -> Iterator[pa.Table]:
+        """Yield all columns of a file, one row group after the other. For arguments and errors see `read`."""
+        self._expire()
+        with _opened(uri) as source:
+            read_footer(source).check(protection, place)
+            file = _parquet_file(source, self._decryption())
+            for number in range(file.num_row_groups):
+                yield _without_place(file.read_row_group(number))
 
     def keys(self, uri: str) -> FileKeys:
         """Return the keys that a file names. No key is needed, and nothing is verified.
@@ -195,16 +191,18 @@ class ProtectedFiles:
         return self.write(table, target, protection, place=place)
 
     def _read(self, source: BinaryIO, columns: Sequence[str] | None) -> pa.Table:
-        properties = self._factory.file_decryption_properties(
-            self._connection, pe.DecryptionConfiguration(cache_lifetime=self._cache_s)
-        )
         try:
-            return _open(source, columns, properties)
+            return _open(source, columns, self._decryption())
         except _KEY_DENIED:
             keys = read_footer(source).columns
             if any(keys[name] is not None for name in (keys if columns is None else columns) if name in keys):
                 raise
             return _open(source, columns, None)
+
+    def _decryption(self) -> pe.FileDecryptionProperties:
+        return self._factory.file_decryption_properties(
+            self._connection, pe.DecryptionConfiguration(cache_lifetime=self._cache_s)
+        )
 
     def _expire(self) -> None:
         if time.monotonic() - self._cached_since >= self._cache_s:
@@ -226,13 +224,41 @@ class ProtectedFiles:
         )
 
 
+@contextmanager
+def _opened(uri: str) -> Iterator[BinaryIO]:
+    """Open a file. Errors of its content become `ProtectedFileCorrupt`, and name the file."""
+    fs, path = file_system(uri)
+    try:
+        with fs.open(path, "rb") as source:
+            yield source
+    except ProtectedFileCorrupt as error:
+        raise ProtectedFileCorrupt(
+            f"{uri} is not the expected file: {error}. Restore it from a backup. If the protection of the table "
+            "was changed since, write the file again."
+        ) from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ProtectedFileCorrupt(
+            f"{uri} was truncated or altered, or is not a Parquet file: {str(error)[:200]}. "
+            "Restore it from a backup."
+        ) from error
+
+
 def _open(
     source: BinaryIO, columns: Sequence[str] | None, properties: pe.FileDecryptionProperties | None
 ) -> pa.Table:
-    source.seek(0)
-    file = pq.ParquetFile(source, decryption_properties=properties, page_checksum_verification=True)
+    file = _parquet_file(source, properties)
     names = file.schema_arrow.names
-    table = file.read(names if columns is None else [name for name in columns if name in names])
+    return _without_place(file.read(names if columns is None else [name for name in columns if name in names]))
+
+
+def _parquet_file(source: BinaryIO, properties: pe.FileDecryptionProperties | None) -> pq.ParquetFile:
+    source.seek(0)
+    return pq.ParquetFile(source, decryption_properties=properties, page_checksum_verification=True)
+
+
+def _without_place(table: pa.Table) -> pa.Table:
     metadata = dict(table.schema.metadata or {})
     metadata.pop(PLACE, None)
     return table.replace_schema_metadata(metadata or None)

@@ -18,7 +18,7 @@ from cluster.storage import Layout, read_parquet
 from feature_jobs.store import FeatureView, Field, FileSource
 from feature_jobs.store.ingestion.files import open_source
 from feature_jobs.store.ingestion.quarantine import source_rows, source_schema
-from feature_jobs.store.ingestion.source_blocks import block_reader, checked_blocks, empty_part, group_files
+from feature_jobs.store.ingestion.source_blocks import block_reader, checked_blocks, empty_part, split_source
 from feature_jobs.store.ingestion.validation import RAW, REASON, prepare_part
 from tests.projects.views import make_view
 
@@ -51,7 +51,8 @@ def read(declared: FeatureView) -> pa.Table:
     files = open_source(declared.source, Layout(""))  # type: ignore[arg-type]
     reader = block_reader(files, declared, {})
     check = partial(prepare_part, view=declared, now=NOW)
-    parts = [part for paths in group_files(files, declared) for part in checked_blocks(paths, reader, check)]
+    pieces = split_source(files, declared, num_columns=4)
+    parts = [part for piece in pieces for part in checked_blocks(piece, reader, check)]
     assert sum(part.num_rows for part in parts) == files.rows
     return pa.concat_tables(parts)
 

@@ -18,7 +18,13 @@ from cluster.security.keys.access import KeyAccess, key_store
 from feature_jobs.compact import record_rewrites
 from feature_jobs.store.offline import compaction
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.compaction import current_target, fragmented_buckets, past_rewrites, rewrite
+from feature_jobs.store.offline.compaction import (
+    Rewrite,
+    current_target,
+    fragmented_buckets,
+    past_rewrites,
+    rewrite,
+)
 from feature_jobs.store.offline.row_hash import row_hash
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.training_set import build, join_in_process
@@ -140,11 +146,12 @@ def test_kill_before_the_commit_leaves_the_table_unchanged(
 def test_next_run_records_the_event_of_a_killed_run(uri: str, access: KeyAccess, ledger: Ledger) -> None:
     """The event is appended once."""
     version = compact(uri, access)
-    assert past_rewrites(DeltaTable(uri)) == {version: 2 * BATCHES}
+    assert past_rewrites(DeltaTable(uri)) == {version: Rewrite(2 * BATCHES)}
     assert record_rewrites(ledger, "income", uri, actor="test") == 2 * BATCHES
     assert record_rewrites(ledger, "income", uri, actor="test") == 0
     (event,) = ledger.entries(FeatureTableRewritten)
-    assert event.payload == {"view": "income", "table_version": version, "files_replaced": 2 * BATCHES}
+    expected = {"view": "income", "table_version": version, "files_replaced": 2 * BATCHES}
+    assert event.payload == expected | {"num_buckets": None}
 
 
 def test_rewrite_after_a_key_rotation_uses_the_newest_keys(uri: str, access: KeyAccess) -> None:

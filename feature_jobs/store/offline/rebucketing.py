@@ -1,0 +1,151 @@
+"""Bucket a table anew: distribute its rows over another number of buckets.
+
+All files are written again, and one transaction replaces the old files and the number of buckets. So a reader sees
+either the old layout or the new one, and a job that is killed before the transaction changes nothing. The old files
+stay, and each older table version still has its own number of buckets, so training sets that pin it can be built again.
+
+The rows go through part files (`parts.py`), so the job needs memory for one row group, and then for one new bucket,
+however large the old buckets are. If other jobs add files in the meantime, only these files are distributed in another
+round. Rows keep their `ingest_seq` and all other values.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import polars as pl
+import pyarrow as pa
+from deltalake import DeltaTable, Transaction
+from deltalake.exceptions import CommitFailedError
+
+from cluster.errors import Inconsistent, SourceError
+from cluster.security.encryption.access import protected_files
+from feature_jobs.store.offline import tables as offline
+from feature_jobs.store.offline.buckets import BUCKET_VALUES
+from feature_jobs.store.offline.compaction import MAX_COMMITS, Rewrite, commit_replacement, current_target
+from feature_jobs.store.offline.parts import part_names, read_parts, write_parts
+from feature_jobs.store.offline.tables import BUCKETS_APP, BucketFile, Snapshot, Target, file_aad
+
+RunAll = Callable[[Callable[..., Any], Iterable[Sequence[Any]]], list[Any]]
+"""Runs a function once for each list of arguments, in this process or in tasks, and returns the results in order."""
+
+
+class Rebucketed(NamedTuple):
+    """The result of a rebucketing."""
+
+    version: int
+    """The new table version."""
+    files: int
+    """Number of replaced files."""
+
+
+def rebucket(
+    newest: Callable[[], Snapshot], num_buckets: int, *, num_columns: int, run_all: RunAll
+) -> Rebucketed:
+    """Distribute the rows of a table over another number of buckets.
+
+    Args:
+        newest: returns the newest version of the table, with its current protection.
+        num_buckets: the new number of buckets.
+        num_columns: number of the table's columns.
+        run_all: runs the steps.
+
+    Raises:
+        SourceError: another job replaced files at the same time, or other writers committed too often.
+        Inconsistent: the new files would have another number of rows. Nothing was committed.
+    """
+    done: dict[str, BucketFile] = {}
+    new: list[BucketFile] = []
+    for _ in range(MAX_COMMITS):
+        pinned = newest()
+        present = {file.path: file for file in pinned.files}
+        if not present.keys() >= done.keys():
+            raise SourceError(
+                f"Another job rewrote files of {pinned.uri} at the same time. Nothing was changed. Run it again."
+            )
+        added = [file for path, file in present.items() if path not in done]
+        new += _distribute(pinned, added, num_buckets, num_columns=num_columns, run_all=run_all)
+        done = present
+        if sum(file.rows for file in new) != pinned.rows:
+            raise Inconsistent(
+                f"{pinned.uri}: the new buckets have another number of rows than the old ones. Nothing was committed."
+            )
+        try:
+            commit_replacement(
+                DeltaTable(pinned.uri, version=pinned.version),
+                list(done.values()),
+                new,
+                metadata=Rewrite(len(done), num_buckets).metadata,
+                transactions=[Transaction(BUCKETS_APP, num_buckets)],
+            )
+        except CommitFailedError:
+            continue
+        return Rebucketed(int(DeltaTable(pinned.uri).version()), len(done))
+    raise SourceError(
+        f"Other jobs committed to {newest().uri} {MAX_COMMITS} times in a row. Nothing was changed. Run it again."
+    )
+
+
+def _distribute(
+    pinned: Snapshot, files: Sequence[BucketFile], num_buckets: int, *, num_columns: int, run_all: RunAll
+) -> list[BucketFile]:
+    """Write the rows of some files as one file per new bucket."""
+    target = replace(current_target(pinned), buckets=num_buckets)
+    limit = max(BUCKET_VALUES // num_columns, 1)
+    with part_names(pinned.uri) as name:
+        groups = enumerate(_groups(files, limit))
+        parts = run_all(_split, ((group, target, limit, f"{name}-{number}") for number, group in groups))
+        by_bucket: dict[int, list[str]] = {}
+        for part in (part for of_group in parts for part in of_group):
+            by_bucket.setdefault(part.bucket, []).append(part.path)
+        merged_name = f"rebucketed-{uuid.uuid4().hex}"
+        calls = ((paths, target, bucket, merged_name) for bucket, paths in sorted(by_bucket.items()))
+        merged: list[BucketFile] = run_all(_merge, calls)
+        return merged
+
+
+def _groups(files: Sequence[BucketFile], limit: int) -> Iterator[list[BucketFile]]:
+    """Yield groups of files with at most `limit` rows, or one file with more."""
+    group: list[BucketFile] = []
+    rows = 0
+    for file in files:
+        if group and rows + file.rows > limit:
+            yield group
+            group, rows = [], 0
+        group.append(file)
+        rows += file.rows
+    if group:
+        yield group
+
+
+def _split(files: Sequence[BucketFile], target: Target, limit: int, name: str) -> list[BucketFile]:
+    """Write the rows of files as part files of their new buckets."""
+    parts: list[BucketFile] = []
+    pending: list[pa.Table] = []
+
+    def flush() -> None:
+        rows = pa.concat_tables(pending, promote_options="permissive")
+        parts.extend(write_parts(rows, target, name=f"{name}-{len(parts)}"))
+        pending.clear()
+
+    reader = protected_files(target.access)
+    for file in files:
+        place = file_aad(target.uri, file.path)
+        for rows in reader.read_groups(
+            f"{target.uri}/{file.path}", protection=target.protection, place=place
+        ):
+            pending.append(rows)
+            if sum(table.num_rows for table in pending) >= limit:
+                flush()
+    if pending:
+        flush()
+    return parts
+
+
+def _merge(paths: Sequence[str], target: Target, bucket: int, name: str) -> BucketFile:
+    rows = pa.concat_tables(read_parts(paths, target), promote_options="permissive")
+    frame = pl.DataFrame(pl.from_arrow(rows))
+    return offline.write_bucket(frame, rows.schema, target, bucket=bucket, name=name)
