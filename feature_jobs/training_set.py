@@ -30,6 +30,7 @@ from cluster.storage import Layout, exists, layout, read_parquet, resolve, write
 from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_retired
 from feature_jobs.store.catalog.protection import training_set_protection, view_resources
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec, service_spec
+from feature_jobs.store.offline.bucket_join import JoinedBucket, join_bucket
 from feature_jobs.store.offline.manifest import (
     Manifest,
     manifest_content,
@@ -40,14 +41,7 @@ from feature_jobs.store.offline.manifest import (
 from feature_jobs.store.offline.row_hash import has_row_hash, row_hash
 from feature_jobs.store.offline.stored_training_set import training_set_aad
 from feature_jobs.store.offline.tables import Snapshot
-from feature_jobs.store.offline.training_set import (
-    JoinedBucket,
-    JoinParts,
-    Part,
-    assemble,
-    join_bucket,
-    join_in_process,
-)
+from feature_jobs.store.offline.training_set import JoinParts, Part, assemble, join_in_process
 from feature_jobs.store.types.schema import EVENT
 from feature_jobs.view_tables import view_snapshot
 
@@ -314,7 +308,7 @@ def join_in_tasks(
     import ray  # imported only for large work
 
     task = ray.remote(join_bucket).options(**options(selector))
-    return ray.get([task.remote(pinned, view, part, cutoff) for part in parts])
+    return ray.get([task.remote(pinned, view, *part, cutoff) for part in parts])
 
 
 if __name__ == "__main__":
