@@ -41,7 +41,13 @@ from feature_jobs.store.offline.manifest import (
 from feature_jobs.store.offline.row_hash import has_row_hash, row_hash
 from feature_jobs.store.offline.stored_training_set import training_set_aad
 from feature_jobs.store.offline.tables import Snapshot
-from feature_jobs.store.offline.training_set import JoinParts, Part, assemble, join_in_process
+from feature_jobs.store.offline.training_set import (
+    THREADS,
+    JoinParts,
+    Part,
+    assemble,
+    join_in_process,
+)
 from feature_jobs.store.types.schema import EVENT
 from feature_jobs.view_tables import view_snapshot
 
@@ -62,7 +68,8 @@ class TrainingSetConfig(PlatformConfig):
     output: str = "???"
     """Parquet file to write. The manifest is written beside it."""
     task_rows: int = 3_000_000
-    """If the entity rows and the rows of the largest view are more than this, each bucket is joined in a Ray task."""
+    """If the entity rows and the rows of the largest view are more than this, each bucket is joined in a Ray task. A
+    cluster with at most four cores uses no tasks, because the threads of the command use as many."""
     cutoff: bool = True
     """Leave out values that were created after an entity row's time; false uses only the event time. With a manifest,
     the cutoff in the manifest is used."""
@@ -219,12 +226,22 @@ def pinned_tables(request: Request, places: Layout, access: KeyAccess) -> dict[s
 
 
 def choose_join(config: TrainingSetConfig, entities: pa.Table, snapshots: dict[str, Snapshot]) -> JoinParts:
-    """Return the join function: `join_in_process` for few rows, `join_in_tasks` for many rows."""
+    """Return the join function: `join_in_tasks` for many rows, if tasks may use more cores than this process uses."""
     largest = entities.num_rows + max(pinned.rows for pinned in snapshots.values())
     if largest <= config.task_rows:
         return join_in_process
     attach(config)
-    return functools.partial(join_in_tasks, selector=find_nodes(config.placement))
+    selector = find_nodes(config.placement)
+    if not selector and num_cores() <= THREADS:
+        return join_in_process
+    return functools.partial(join_in_tasks, selector=selector)
+
+
+def num_cores() -> float:
+    """Return the number of cores of the cluster. This process must be attached to it."""
+    import ray  # imported only for large work
+
+    return float(ray.cluster_resources().get("CPU", 0))
 
 
 def require_same_rows(original: Manifest, table: pa.Table) -> None:

@@ -1,7 +1,7 @@
 """Build a training set: the point-in-time join over all views of a service, bucket by bucket.
 
 Only the entity rows are hashed, because each view's rows are already in the bucket of their keys. Few rows are joined
-in this process, many rows in one Ray task per bucket. A task needs memory for only one bucket.
+in this process, many rows in one Ray task per bucket. `bucket_join.py` describes how much memory a bucket needs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from feature_jobs.store.types.key_types import describe_key_type, out_of_range
 from feature_jobs.store.types.schema import EVENT
 
 THREADS = min(4, os.cpu_count() or 1)
-"""Number of buckets that a process joins at the same time. It needs memory for this many buckets."""
+"""Number of buckets that a process joins at the same time."""
 Part = tuple[int, EntityRows]
 """A bucket number, and the entity rows in that bucket."""
 
