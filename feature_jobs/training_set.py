@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,7 @@ from feature_jobs.store.offline.row_hash import has_row_hash, row_hash
 from feature_jobs.store.offline.stored_training_set import training_set_aad
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.training_set import (
+    REMOTE_THREADS,
     THREADS,
     JoinParts,
     Part,
@@ -216,10 +218,14 @@ def pinned_tables(request: Request, places: Layout, access: KeyAccess) -> dict[s
     Raises:
         TrainingSetError: a view has no rows, or files of the requested version were removed.
     """
-    snapshots = {
-        view.name: view_snapshot(view, places, access, version=request.versions.get(view.name))
-        for view in request.spec.views
-    }
+    views = request.spec.views
+
+    def pin(view: ViewSpec) -> Snapshot:
+        return view_snapshot(view, places, access, version=request.versions.get(view.name))
+
+    # Reading a table's log from an object store is a sequence of short requests.
+    with ThreadPoolExecutor(REMOTE_THREADS) as threads:
+        snapshots = dict(zip((view.name for view in views), threads.map(pin, views), strict=True))
     for name in request.versions:
         require_files(snapshots[name], name)
     return snapshots

@@ -146,30 +146,39 @@ def falaj(
     folder: Path, output: Path, uri: str | None = None, *, tables: str = "plain", tasks: bool = False
 ) -> Timed:
     """Run the feature store's join on its own tables, and compute the hashes for the manifest."""
+    from concurrent.futures import ThreadPoolExecutor
+
     import polars  # noqa: F401 (import time is not measured, as for the others)
 
+    if uri is not None:
+        import s3fs  # noqa: F401
+
     from cluster.storage import read_parquet, write_parquet
+    from feature_jobs.store.catalog.specifications import ViewSpec
     from feature_jobs.store.offline.row_hash import row_hash
-    from feature_jobs.store.offline.tables import snapshot
-    from feature_jobs.store.offline.training_set import assemble, join_in_process
+    from feature_jobs.store.offline.tables import Snapshot, snapshot
+    from feature_jobs.store.offline.training_set import REMOTE_THREADS, assemble, join_in_process
     from tests.bench._pit_tables import access_of, service
 
     spec, protections = service(protected=tables == "protected")
     access = access_of(folder)
     join_parts = _ray_tasks() if tasks else join_in_process
 
+    def pin(view: ViewSpec) -> Snapshot:
+        return snapshot(
+            f"{uri or folder}/{tables}/{view.name}",
+            view=view.name,
+            keys=view.join_keys,
+            protection=protections[view.name],
+            access=access,
+        )
+
     def run() -> dict[str, float]:
         entities = read_parquet(f"{uri or folder}/entities.parquet")
-        snapshots = {
-            view.name: snapshot(
-                f"{uri or folder}/{tables}/{view.name}",
-                view=view.name,
-                keys=view.join_keys,
-                protection=protections[view.name],
-                access=access,
+        with ThreadPoolExecutor(REMOTE_THREADS) as threads:
+            snapshots = dict(
+                zip([view.name for view in spec.views], threads.map(pin, spec.views), strict=True)
             )
-            for view in spec.views
-        }
         built = assemble(spec, snapshots, entities, join_parts=join_parts)
         started = time.perf_counter()
         row_hash(entities)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import TrainingSetError
+from cluster.storage import is_uri
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions.missing import fill_offline
 from feature_jobs.store.definitions.views import DTYPES
@@ -33,6 +34,8 @@ from feature_jobs.store.types.schema import EVENT
 
 THREADS = min(4, os.cpu_count() or 1)
 """Number of buckets that a process joins at the same time."""
+REMOTE_THREADS = 4
+"""The same for a table in an object store, where threads wait for the network."""
 Part = tuple[int, EntityRows]
 """A bucket number, and the entity rows in that bucket."""
 
@@ -180,7 +183,7 @@ def join_in_process(
     snapshot: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool
 ) -> list[JoinedBucket]:
     """Join the buckets in this process, in threads: reads, joins and decryption release the interpreter lock."""
-    with ThreadPoolExecutor(THREADS) as threads:
+    with ThreadPoolExecutor(REMOTE_THREADS if is_uri(snapshot.uri) else THREADS) as threads:
         return list(threads.map(lambda part: join_bucket(snapshot, view, part[0], part[1], cutoff), parts))
 
 

@@ -252,7 +252,8 @@ def _open_source(uri: str, size_bytes: int | None) -> Iterator[BinaryIO]:
         with pa.OSFile(path) as file:
             yield file
     elif size_bytes is not None and size_bytes <= WHOLE_FILE_BYTES:
-        with pa.BufferReader(fs.cat_file(path)) as file:
+        # With an end, s3fs asks for no size first.
+        with pa.BufferReader(fs.cat_file(path, start=0, end=size_bytes)) as file:
             yield file
     else:
         with fs.open(path, "rb") as file:
