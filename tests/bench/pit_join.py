@@ -36,6 +36,7 @@ import polars as pl
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cluster.storage import file_system
 from tests.bench._pit_data import CASES, TINY, VIEWS, Case, feature_names, write_plain
+from tests.bench._pit_large import write_large
 from tests.bench._pit_tables import KEYS, keep_access, write_tables
 from tests.servers.key_broker import running_broker
 from tests.servers.object_store import object_store_environment
@@ -192,6 +193,34 @@ def measure(case: Case, systems: list[str], turns: int, *, from_s3: bool = False
     ]
 
 
+def measure_large(rows: int) -> list[dict[str, object]]:
+    """Measure a training set of a million rows from one large table. `_pit_large.py` describes it."""
+    folder = BUILD / "pit_join" / f"large{rows}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_large(folder, rows)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(Path(__file__).with_name("_pit_large.py")),
+            str(folder),
+            f"{folder}/out.parquet",
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    shutil.rmtree(folder)
+    values: Run = json.loads(done.stdout)
+    print(f"{rows:,} rows: " + ", ".join(f"{name} {value:,.1f}" for name, value in values.items()))
+    return [
+        {"system": "falaj", "case": f"{rows} rows", "metric": metric, "value": value,
+         "unit": "MiB" if metric.endswith("mib") else "s"}
+        for metric, value in values.items()
+    ]  # fmt: skip
+
+
 def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -199,15 +228,24 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--systems", default=",".join((*OURS, *PEERS)))
     parser.add_argument("--s3", action="store_true", help="read from an object store; only Polars and Falaj")
+    parser.add_argument(
+        "--large", help="only tables of these sizes, for example 10M,100M (100M: 9 GB of disk)"
+    )
     given = parser.parse_args()
     systems = given.systems.split(",")
+    if given.large:
+        systems = []
     if given.s3:
         systems = [system for system in systems if system in FROM_S3]
     if "feast_duckdb" in systems and not install_feast():
         systems.remove("feast_duckdb")
     results = []
+    if given.large:
+        for size in given.large.split(","):
+            results += measure_large(int(size.replace("M", "000000")))
+        given.case = []
     for case in (*CASES, TINY):
-        if case.name in (given.case or [known.name for known in CASES]):
+        if case.name in (given.case if given.case is not None else [known.name for known in CASES]):
             results += measure(case, systems, given.turns, from_s3=given.s3)
     output = Path(".falaj/bench/pit_join.json")
     output.parent.mkdir(parents=True, exist_ok=True)
