@@ -53,6 +53,8 @@ from feature_jobs.store.offline.training_set import (
 from feature_jobs.store.types.schema import EVENT
 from feature_jobs.view_tables import view_snapshot
 
+TASK_ROWS = 3_000_000
+
 
 @dataclass(kw_only=True, slots=True)
 class TrainingSetConfig(PlatformConfig):
@@ -69,9 +71,10 @@ class TrainingSetConfig(PlatformConfig):
     manifest, the default is the path in the manifest."""
     output: str = "???"
     """Parquet file to write. The manifest is written beside it."""
-    task_rows: int = 3_000_000
-    """If the entity rows and the rows of the largest view are more than this, each bucket is joined in a Ray task. A
-    cluster with at most four cores uses no tasks, because the threads of the command use as many."""
+    task_rows: int | None = None
+    """If the entity rows and the rows of the largest view are more than this, each bucket is joined in a Ray task. The
+    default is 3 million if the cluster has more than four cores. On a smaller one the command's threads use them all,
+    so there are no tasks."""
     cutoff: bool = True
     """Leave out values that were created after an entity row's time; false uses only the event time. With a manifest,
     the cutoff in the manifest is used."""
@@ -232,13 +235,14 @@ def pinned_tables(request: Request, places: Layout, access: KeyAccess) -> dict[s
 
 
 def choose_join(config: TrainingSetConfig, entities: pa.Table, snapshots: dict[str, Snapshot]) -> JoinParts:
-    """Return the join function: `join_in_tasks` for many rows, if tasks may use more cores than this process uses."""
+    """Return the join function: `join_in_process` for few rows or few cores, else `join_in_tasks`."""
     largest = entities.num_rows + max(pinned.rows for pinned in snapshots.values())
-    if largest <= config.task_rows:
+    limit = TASK_ROWS if config.task_rows is None else config.task_rows
+    if largest <= limit:
         return join_in_process
     attach(config)
     selector = find_nodes(config.placement)
-    if not selector and num_cores() <= THREADS:
+    if config.task_rows is None and not selector and num_cores() <= THREADS:
         return join_in_process
     return functools.partial(join_in_tasks, selector=selector)
 
