@@ -251,7 +251,7 @@ def num_cores() -> float:
     """Return the number of cores of the cluster. This process must be attached to it."""
     import ray  # imported only for large work
 
-    return float(ray.cluster_resources().get("CPU", 0))
+    return float(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
 
 
 def require_same_rows(original: Manifest, table: pa.Table) -> None:
