@@ -71,18 +71,23 @@ def duckdb(folder: Path, output: Path) -> Timed:
 
     joins, columns = [], ["e.*"]
     for view in range(VIEWS):
+        # The window sorts only the columns that it needs. This is faster than sorting the features too.
+        rows = f"read_parquet('{folder}/t{view}.parquet', file_row_number = true)"
         joins.append(f"""
             ASOF LEFT JOIN (
-                SELECT *, greatest(event_timestamp, created_timestamp) AS v FROM '{folder}/t{view}.parquet'
+                SELECT entity_id, event_timestamp, file_row_number,
+                    greatest(event_timestamp, created_timestamp) AS v
+                FROM {rows}
                 QUALIFY event_timestamp >= max(event_timestamp) OVER (
                     PARTITION BY entity_id
                     ORDER BY greatest(event_timestamp, created_timestamp), event_timestamp, created_timestamp
                     ROWS UNBOUNDED PRECEDING
                 )
             ) AS k{view} ON k{view}.entity_id = e.entity_id AND k{view}.v <= e.event_timestamp
+            LEFT JOIN {rows} AS x{view} ON x{view}.file_row_number = k{view}.file_row_number
         """)
         fresh = f"k{view}.event_timestamp >= e.event_timestamp - INTERVAL {TTL_DAYS} DAY"
-        columns += [f"CASE WHEN {fresh} THEN k{view}.{name} END AS {name}" for name in feature_names(view)]
+        columns += [f"CASE WHEN {fresh} THEN x{view}.{name} END AS {name}" for name in feature_names(view)]
     query = f"SELECT {', '.join(columns)} FROM '{folder}/entities.parquet' AS e {' '.join(joins)} ORDER BY e.row_id"
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")
