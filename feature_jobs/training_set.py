@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ from cluster.storage import Layout, exists, layout, read_parquet, resolve, write
 from feature_jobs.store.catalog.lifecycle import read_lifecycles, require_not_retired
 from feature_jobs.store.catalog.protection import training_set_protection, view_resources
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec, service_spec
+from feature_jobs.store.offline.bucket_join import JoinedBucket, join_bucket
 from feature_jobs.store.offline.manifest import (
     Manifest,
     manifest_content,
@@ -41,15 +43,17 @@ from feature_jobs.store.offline.row_hash import has_row_hash, row_hash
 from feature_jobs.store.offline.stored_training_set import training_set_aad
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.training_set import (
-    JoinedBucket,
+    REMOTE_THREADS,
+    THREADS,
     JoinParts,
     Part,
     assemble,
-    join_bucket,
     join_in_process,
 )
 from feature_jobs.store.types.schema import EVENT
 from feature_jobs.view_tables import view_snapshot
+
+TASK_ROWS = 3_000_000
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,8 +71,10 @@ class TrainingSetConfig(PlatformConfig):
     manifest, the default is the path in the manifest."""
     output: str = "???"
     """Parquet file to write. The manifest is written beside it."""
-    task_rows: int = 3_000_000
-    """If the entity rows and the rows of the largest view are more than this, each bucket is joined in a Ray task."""
+    task_rows: int | None = None
+    """If the entity rows and the rows of the largest view are more than this, each bucket is joined in a Ray task. The
+    default is 3 million if the cluster has more than four cores. On a smaller one the command's threads use them all,
+    so there are no tasks."""
     cutoff: bool = True
     """Leave out values that were created after an entity row's time; false uses only the event time. With a manifest,
     the cutoff in the manifest is used."""
@@ -215,22 +221,37 @@ def pinned_tables(request: Request, places: Layout, access: KeyAccess) -> dict[s
     Raises:
         TrainingSetError: a view has no rows, or files of the requested version were removed.
     """
-    snapshots = {
-        view.name: view_snapshot(view, places, access, version=request.versions.get(view.name))
-        for view in request.spec.views
-    }
+    views = request.spec.views
+
+    def pin(view: ViewSpec) -> Snapshot:
+        return view_snapshot(view, places, access, version=request.versions.get(view.name))
+
+    # Reading a table's log from an object store is a sequence of short requests.
+    with ThreadPoolExecutor(REMOTE_THREADS) as threads:
+        snapshots = dict(zip((view.name for view in views), threads.map(pin, views), strict=True))
     for name in request.versions:
         require_files(snapshots[name], name)
     return snapshots
 
 
 def choose_join(config: TrainingSetConfig, entities: pa.Table, snapshots: dict[str, Snapshot]) -> JoinParts:
-    """Return the join function: `join_in_process` for few rows, `join_in_tasks` for many rows."""
+    """Return the join function: `join_in_process` for few rows or few cores, else `join_in_tasks`."""
     largest = entities.num_rows + max(pinned.rows for pinned in snapshots.values())
-    if largest <= config.task_rows:
+    limit = TASK_ROWS if config.task_rows is None else config.task_rows
+    if largest <= limit:
         return join_in_process
     attach(config)
-    return functools.partial(join_in_tasks, selector=find_nodes(config.placement))
+    selector = find_nodes(config.placement)
+    if config.task_rows is None and not selector and num_cores() <= THREADS:
+        return join_in_process
+    return functools.partial(join_in_tasks, selector=selector)
+
+
+def num_cores() -> float:
+    """Return the number of cores of the cluster. This process must be attached to it."""
+    import ray  # imported only for large work
+
+    return float(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
 
 
 def require_same_rows(original: Manifest, table: pa.Table) -> None:
@@ -314,7 +335,7 @@ def join_in_tasks(
     import ray  # imported only for large work
 
     task = ray.remote(join_bucket).options(**options(selector))
-    return ray.get([task.remote(pinned, view, part, cutoff) for part in parts])
+    return ray.get([task.remote(pinned, view, *part, cutoff) for part in parts])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The systems of `pit_join`. Each reads Parquet from disk and writes Parquet to disk, in its own process.
 
-Run this file by its path: `_pit_systems.py SYSTEM FOLDER OUTPUT`. Feast's own Python runs this file too, so each
-function imports its packages itself. The file prints one JSON object: seconds without imports, and the peak memory of
-this process.
+Run this file by its path: `_pit_systems.py SYSTEM FOLDER OUTPUT [URI]`. With a URI, Polars and Falaj read all inputs
+from that folder of an object store, and Polars reads the files of Falaj's plaintext tables. Feast's own Python runs
+this file too, so each function imports its packages itself. The file prints one JSON object: seconds without imports,
+and the peak memory of this process.
 
 The queries for DuckDB and Polars are written by hand and give the same result as the feature store. They return the row
 with the greatest (event, created) that was available at the entity row's time, and nulls if that row is older than the
@@ -29,15 +30,21 @@ ALL = [name for view in range(VIEWS) for name in feature_names(view)]
 Timed = Callable[[], dict[str, float]]
 
 
-def polars(folder: Path, output: Path) -> Timed:
+def polars(folder: Path, output: Path, uri: str | None = None) -> Timed:
     """Run the join with plain Polars and lazy frames."""
     import polars as pl
 
+    def table(view: int) -> pl.LazyFrame:
+        if uri is None:
+            return pl.scan_parquet(folder / f"t{view}.parquet")
+        names = ["entity_id", "event_timestamp", "created_timestamp", *feature_names(view)]
+        return pl.scan_parquet(f"{uri}/plain/t{view}/*/*.parquet", hive_partitioning=False).select(names)
+
     def run() -> dict[str, float]:
-        asked = pl.scan_parquet(folder / "entities.parquet").sort("event_timestamp")
+        asked = pl.scan_parquet(f"{uri or folder}/entities.parquet").sort("event_timestamp")
         for view in range(VIEWS):
             known = (
-                pl.scan_parquet(folder / f"t{view}.parquet")
+                table(view)
                 .with_columns(pl.max_horizontal("event_timestamp", "created_timestamp").alias("v"))
                 .sort("v", "event_timestamp", "created_timestamp")
                 .filter(pl.col("event_timestamp") >= pl.col("event_timestamp").cum_max().over("entity_id"))
@@ -64,18 +71,23 @@ def duckdb(folder: Path, output: Path) -> Timed:
 
     joins, columns = [], ["e.*"]
     for view in range(VIEWS):
+        # The window sorts only the columns that it needs. This is faster than sorting the features too.
+        rows = f"read_parquet('{folder}/t{view}.parquet', file_row_number = true)"
         joins.append(f"""
             ASOF LEFT JOIN (
-                SELECT *, greatest(event_timestamp, created_timestamp) AS v FROM '{folder}/t{view}.parquet'
+                SELECT entity_id, event_timestamp, file_row_number,
+                    greatest(event_timestamp, created_timestamp) AS v
+                FROM {rows}
                 QUALIFY event_timestamp >= max(event_timestamp) OVER (
                     PARTITION BY entity_id
                     ORDER BY greatest(event_timestamp, created_timestamp), event_timestamp, created_timestamp
                     ROWS UNBOUNDED PRECEDING
                 )
             ) AS k{view} ON k{view}.entity_id = e.entity_id AND k{view}.v <= e.event_timestamp
+            LEFT JOIN {rows} AS x{view} ON x{view}.file_row_number = k{view}.file_row_number
         """)
         fresh = f"k{view}.event_timestamp >= e.event_timestamp - INTERVAL {TTL_DAYS} DAY"
-        columns += [f"CASE WHEN {fresh} THEN k{view}.{name} END AS {name}" for name in feature_names(view)]
+        columns += [f"CASE WHEN {fresh} THEN x{view}.{name} END AS {name}" for name in feature_names(view)]
     query = f"SELECT {', '.join(columns)} FROM '{folder}/entities.parquet' AS e {' '.join(joins)} ORDER BY e.row_id"
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")
@@ -135,32 +147,43 @@ def feast_duckdb(folder: Path, output: Path) -> Timed:
     return run
 
 
-def falaj(folder: Path, output: Path, *, tables: str = "plain", tasks: bool = False) -> Timed:
+def falaj(
+    folder: Path, output: Path, uri: str | None = None, *, tables: str = "plain", tasks: bool = False
+) -> Timed:
     """Run the feature store's join on its own tables, and compute the hashes for the manifest."""
+    from concurrent.futures import ThreadPoolExecutor
+
     import polars  # noqa: F401 (import time is not measured, as for the others)
 
+    if uri is not None:
+        import s3fs  # noqa: F401
+
     from cluster.storage import read_parquet, write_parquet
+    from feature_jobs.store.catalog.specifications import ViewSpec
     from feature_jobs.store.offline.row_hash import row_hash
-    from feature_jobs.store.offline.tables import snapshot
-    from feature_jobs.store.offline.training_set import assemble, join_in_process
+    from feature_jobs.store.offline.tables import Snapshot, snapshot
+    from feature_jobs.store.offline.training_set import REMOTE_THREADS, assemble, join_in_process
     from tests.bench._pit_tables import access_of, service
 
     spec, protections = service(protected=tables == "protected")
     access = access_of(folder)
     join_parts = _ray_tasks() if tasks else join_in_process
 
+    def pin(view: ViewSpec) -> Snapshot:
+        return snapshot(
+            f"{uri or folder}/{tables}/{view.name}",
+            view=view.name,
+            keys=view.join_keys,
+            protection=protections[view.name],
+            access=access,
+        )
+
     def run() -> dict[str, float]:
-        entities = read_parquet(str(folder / "entities.parquet"))
-        snapshots = {
-            view.name: snapshot(
-                f"{folder}/{tables}/{view.name}",
-                view=view.name,
-                keys=view.join_keys,
-                protection=protections[view.name],
-                access=access,
+        entities = read_parquet(f"{uri or folder}/entities.parquet")
+        with ThreadPoolExecutor(REMOTE_THREADS) as threads:
+            snapshots = dict(
+                zip([view.name for view in spec.views], threads.map(pin, spec.views), strict=True)
             )
-            for view in spec.views
-        }
         built = assemble(spec, snapshots, entities, join_parts=join_parts)
         started = time.perf_counter()
         row_hash(entities)
@@ -188,10 +211,10 @@ def _ray_tasks() -> Any:
     return functools.partial(join_in_tasks, selector={})
 
 
-SYSTEMS: dict[str, Callable[[Path, Path], Timed]] = {
+SYSTEMS: dict[str, Callable[..., Timed]] = {
     "falaj": falaj,
-    "falaj_protected": lambda folder, output: falaj(folder, output, tables="protected"),
-    "falaj_ray": lambda folder, output: falaj(folder, output, tasks=True),
+    "falaj_protected": functools.partial(falaj, tables="protected"),
+    "falaj_ray": functools.partial(falaj, tasks=True),
     "polars": polars,
     "duckdb": duckdb,
     "feast_duckdb": feast_duckdb,
@@ -212,7 +235,7 @@ def peak_kib() -> int:
 def main() -> None:
     """Run one system once."""
     system, folder, output = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    run = SYSTEMS[system](folder, output)
+    run = SYSTEMS[system](folder, output, *sys.argv[4:])
     started = time.perf_counter()
     more = run()
     seconds = time.perf_counter() - started

@@ -7,8 +7,8 @@ on created time would be wrong: a row that arrives late must not be seen early, 
 The algorithm:
 
 1. Sort the rows by (v, event, created, seq).
-2. Drop a row if an earlier row of its entity in this order has a greater event time: it can never be the result.
-3. Do one as-of join on v.
+2. A row is beaten if an earlier row of its entity in this order has a greater event time: it can never be the result.
+3. Find the entity's last row with v <= t that is not beaten (`newest_rows.py`).
 4. Apply the TTL: an expired row is no result, and no older row replaces it. A tombstone is joined like any other
    row; if it is the result, the entity row has no values.
 
@@ -24,13 +24,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+import numpy as np
 import polars as pl
 
+from feature_jobs.store.offline.newest_rows import Bools, Ints, NewestRows, sort_entities
 from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, SEQ
 
 AVAILABLE = pl.max_horizontal(EVENT, CREATED)
-_V, _T, _ROW, _POSITION, _ABSENT = "__available", "__at", "__row", "__position", "__none"
-_LATE = pl.col(CREATED) > pl.col(EVENT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,22 +69,36 @@ def join_features(
         ordered: whether `features` is already sorted by (available, event, created, seq). Then `ingest_seq` is
             optional.
     """
-    rows = features if ordered else features.sort(AVAILABLE, EVENT, CREATED, SEQ)
-    if not cutoff:
-        rows = rows.sort(EVENT, maintain_order=True)
-    rows = rows.with_columns((AVAILABLE if cutoff else pl.col(EVENT)).alias(_V)).with_row_index(_ROW)
-    candidates = _unbeaten(rows, keys) if cutoff else rows
-    requests = entities.select(*keys, pl.col(EVENT).alias(_T)).with_row_index(_POSITION).sort(_T)
-    deleted = [DELETED] if DELETED in features.columns else []
-    joined = _as_of(requests, candidates, keys=keys, on=_V)
-    joined = joined.hstack(rows.select(EVENT, *deleted, *columns)[joined[_ROW]])
-    joined = joined.with_columns((~_is_valid(deleted, ttl)).alias(_ABSENT))
-    hidden = _count_hidden(joined.filter(_ABSENT), rows, keys=keys, deleted=deleted, ttl=ttl) if cutoff else 0
-    results = joined.with_columns(
-        pl.when(~pl.col(_ABSENT)).then(pl.col(name)).alias(name) for name in columns
+    by_entity = sort_entities(entities.select(*keys, EVENT), keys)
+    search = NewestRows(by_entity, ttl_us=microseconds(ttl), cutoff=cutoff)
+    search.add(features, order=None if ordered else order_of(features))
+    found = search.found()
+    rows, absent = np.empty_like(found.row), np.empty_like(found.absent)
+    rows[by_entity.order], absent[by_entity.order] = found.row, found.absent
+    return JoinResult(
+        columns=take_or_null(features.select(columns), rows, absent),
+        hidden=found.hidden,
+        absent=pl.Series(absent),
     )
-    results = results.sort(_POSITION)
-    return JoinResult(columns=results.select(columns), hidden=hidden, absent=results[_ABSENT])
+
+
+def order_of(rows: pl.DataFrame) -> Ints:
+    """Return the positions of the rows in order of (available, event, created, seq)."""
+    order = rows.select(pl.arg_sort_by(AVAILABLE, EVENT, CREATED, SEQ)).to_series()
+    return order.to_numpy().astype(np.int64)
+
+
+def take_or_null(rows: pl.DataFrame, positions: Ints, absent: Bools) -> pl.DataFrame:
+    """Return the rows at some positions, and nulls where a row is absent."""
+    index = pl.DataFrame({"at": positions, "absent": absent}).select(
+        pl.when(~pl.col("absent")).then(pl.col("at"))
+    )
+    return rows.select(pl.all().gather(index.to_series()))
+
+
+def microseconds(duration: timedelta | None) -> int | None:
+    """Return a duration as whole microseconds."""
+    return None if duration is None else duration // timedelta(microseconds=1)
 
 
 def latest_rows(
@@ -106,63 +120,3 @@ def latest_rows(
     if tombstones or DELETED not in features.columns:
         return newest
     return newest.filter(~pl.col(DELETED))
-
-
-def _unbeaten(rows: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
-    """Return the rows whose event time is not less than that of any earlier row of their entity.
-
-    Only a row that was created after its event can be dropped. So if there is no such row, all rows stay.
-    """
-    if not rows.select(_LATE.any()).item():
-        return rows
-    return rows.select(*keys, _V, _ROW, EVENT).filter(
-        pl.col(EVENT) >= pl.col(EVENT).cum_max().over(list(keys))
-    )
-
-
-def _as_of(requests: pl.DataFrame, rows: pl.DataFrame, *, keys: Sequence[str], on: str) -> pl.DataFrame:
-    """Add the number of the last row at or before each entity row's time; null if there is no such row."""
-    # Both frames are sorted as a whole, so they are sorted within each key too.
-    return requests.join_asof(
-        rows.select(*keys, on, _ROW), left_on=_T, right_on=on, by=list(keys), check_sortedness=False
-    )
-
-
-def _is_valid(deleted: Sequence[str], ttl: timedelta | None) -> pl.Expr:
-    """Return whether a joined row exists, is not expired, and is not a tombstone."""
-    fresh = pl.col(EVENT).is_not_null() if ttl is None else pl.col(EVENT) >= pl.col(_T) - ttl
-    return pl.all_horizontal(fresh, *(~pl.col(name) for name in deleted)).fill_null(False)
-
-
-def _count_hidden(
-    unanswered: pl.DataFrame,
-    rows: pl.DataFrame,
-    *,
-    keys: Sequence[str],
-    deleted: Sequence[str],
-    ttl: timedelta | None,
-) -> int:
-    """Count the entity rows that have no result only because of the cutoff.
-
-    The cutoff hides only rows that were created after their event. So without the cutoff, the result is one of two
-    rows: the joined row, or the greatest row that was created after its event. The greater of the two is used.
-    """
-    late = (
-        rows.lazy()
-        .filter(_LATE)
-        .select(*keys, EVENT, _ROW)
-        .join(unanswered.lazy().select(keys), on=list(keys), how="semi", maintain_order="left")
-        .sort(EVENT, maintain_order=True)
-        .collect()
-    )
-    if late.is_empty():
-        return 0
-    requests = unanswered.select(*keys, _T, pl.col(EVENT).alias("__event"), pl.col(_ROW).alias("__found"))
-    joined = _as_of(requests, late, keys=keys, on=EVENT)
-    joined = joined.drop(EVENT, strict=False).hstack(rows.select(EVENT, *deleted)[joined[_ROW]])
-    is_newer = pl.any_horizontal(
-        pl.col("__event").is_null(),
-        pl.col(EVENT) > pl.col("__event"),
-        (pl.col(EVENT) == pl.col("__event")) & (pl.col(_ROW) > pl.col("__found")),
-    )
-    return joined.filter(is_newer.fill_null(False) & _is_valid(deleted, ttl)).height

@@ -134,12 +134,12 @@ def _split(files: Sequence[BucketFile], target: Target, limit: int, name: str) -
     reader = protected_files(target.access)
     for file in files:
         place = file_aad(target.uri, file.path)
-        for rows in reader.read_groups(
-            f"{target.uri}/{file.path}", protection=target.protection, place=place
-        ):
-            pending.append(rows)
-            if sum(table.num_rows for table in pending) >= limit:
-                flush()
+        uri = f"{target.uri}/{file.path}"
+        with reader.open(uri, protection=target.protection, place=place) as source:
+            for number in range(source.num_row_groups):
+                pending.append(source.read(row_group=number))
+                if sum(table.num_rows for table in pending) >= limit:
+                    flush()
     if pending:
         flush()
     return parts

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from cluster.errors import CommitConflict, SchemaMismatch, TrainingSetError
 from cluster.security.encryption.access import protected_files
-from cluster.security.encryption.parquet import Protection
+from cluster.security.encryption.parquet import ProtectedFile, Protection
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.store.offline.buckets import split_by_bucket
 from feature_jobs.store.offline.point_in_time import AVAILABLE
@@ -88,11 +89,7 @@ class Snapshot:
         """Number of rows in all buckets."""
         return sum(file.rows for file in self.files)
 
-    def is_ordered(self, bucket: int) -> bool:
-        """Return whether a bucket has at most one file, so that its rows are in order of availability."""
-        return sum(file.bucket == bucket for file in self.files) <= 1
-
-    def read(self, bucket: int, columns: Sequence[str], *, sequence: bool = True) -> pl.DataFrame:
+    def read(self, bucket: int, columns: Sequence[str]) -> pl.DataFrame:
         """Read the rows of a bucket: join keys, event time, created time, `ingest_seq`, and the given features.
 
         The result also has `deleted`, never null, if the table can have tombstones.
@@ -100,14 +97,13 @@ class Snapshot:
         Args:
             bucket: number of the bucket.
             columns: feature columns to read.
-            sequence: whether to read `ingest_seq`. False saves time if only the order of the rows matters.
 
         Raises:
             ProtectedFileCorrupt: a file was altered, or was not written for this table and bucket.
             AccessDenied, KeyRevoked: the key store refuses a key.
         """
         deleted = [DELETED] if self.tombstones else []
-        names = [*self.key_types, EVENT, CREATED, *([SEQ] if sequence else []), *deleted, *columns]
+        names = [*self.key_types, EVENT, CREATED, SEQ, *deleted, *columns]
         tables = [select_or_null(table, names) for table in self.tables(bucket, names)]
         if not tables:
             return pl.DataFrame()
@@ -116,15 +112,19 @@ class Snapshot:
 
     def tables(self, bucket: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield the content of each file of a bucket, by default with all columns. For errors see `read`."""
-        reader = protected_files(self.access)
         for file in self.files:
             if file.bucket == bucket:
-                yield reader.read(
-                    f"{self.uri}/{file.path}",
-                    columns,
-                    protection=self.protection,
-                    place=file_aad(self.uri, file.path),
-                )
+                with self.open(file) as opened:
+                    yield opened.read(columns)
+
+    def open(self, file: BucketFile, *, whole: bool = True) -> AbstractContextManager[ProtectedFile]:
+        """Open a file. `whole`: whether most of it will be read. For errors see `read`."""
+        return protected_files(self.access).open(
+            f"{self.uri}/{file.path}",
+            protection=self.protection,
+            place=file_aad(self.uri, file.path),
+            size_bytes=file.size_bytes if whole else None,
+        )
 
 
 def file_aad(uri: str, path: str) -> str:

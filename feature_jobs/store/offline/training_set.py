@@ -1,14 +1,13 @@
 """Build a training set: the point-in-time join over all views of a service, bucket by bucket.
 
 Only the entity rows are hashed, because each view's rows are already in the bucket of their keys. Few rows are joined
-in this process, many rows in one Ray task per bucket. A task needs memory for only one bucket.
+in this process, many rows in one Ray task per bucket. `bucket_join.py` describes how much memory a bucket needs.
 """
 
 from __future__ import annotations
 
-import datetime as dt
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,13 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import TrainingSetError
+from cluster.storage import is_uri
 from feature_jobs.store.catalog.specifications import ServiceSpec, ViewSpec
 from feature_jobs.store.definitions.missing import fill_offline
 from feature_jobs.store.definitions.views import DTYPES
+from feature_jobs.store.offline.bucket_join import ABSENT, JoinedBucket, join_bucket
 from feature_jobs.store.offline.buckets import bucket_of
-from feature_jobs.store.offline.point_in_time import join_features
+from feature_jobs.store.offline.newest_rows import EntityRows, Ints, sort_entities
 from feature_jobs.store.offline.tables import Snapshot
-from feature_jobs.store.offline.window_values import aggregate
 from feature_jobs.store.on_demand import append_on_demand
 from feature_jobs.store.types.casting import cast_time, is_text
 from feature_jobs.store.types.columns import append_columns
@@ -32,21 +32,12 @@ from feature_jobs.store.types.instants import Rounding
 from feature_jobs.store.types.key_types import describe_key_type, out_of_range
 from feature_jobs.store.types.schema import EVENT
 
-POSITION, ABSENT = "__position", "__absent"
 THREADS = min(4, os.cpu_count() or 1)
-"""Number of buckets that a process joins at the same time. It needs memory for this many buckets."""
-Part = tuple[int, pl.DataFrame]
+"""Number of buckets that a process joins at the same time."""
+REMOTE_THREADS = 4
+"""The same for a table in an object store, where threads wait for the network."""
+Part = tuple[int, EntityRows]
 """A bucket number, and the entity rows in that bucket."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JoinedBucket:
-    """The result of a join of one bucket."""
-
-    frame: pl.DataFrame
-    """The features, `POSITION` of the entity row, and `ABSENT`, which is true where the entity row has no result."""
-    hidden: int
-    """As in `point_in_time.JoinResult`."""
 
 
 JoinParts = Callable[[Snapshot, ViewSpec, list[Part], bool], list[JoinedBucket]]
@@ -110,12 +101,22 @@ def assemble(
             raise TrainingSetError(
                 f"The entity rows have a column '{name}' already, the name of a feature. Rename it."
             )
-    output, features = entities, {}
+    output, features, splits = entities, {}, {}
     for view in spec.views:
         snapshot = snapshots[view.name]
-        keys = {key: key_column(key, kind, view, spec, output) for key, kind in snapshot.key_types.items()}
-        requests = pa.table({**keys, EVENT: times})
-        features[view.name] = join_view(view, snapshot, requests, join_parts, cutoff=cutoff)
+        # Views with the same keys use the same split.
+        same = (
+            (*snapshot.key_types.items(), snapshot.num_buckets)
+            if present >= set(snapshot.key_types)
+            else view.name
+        )
+        if same not in splits:
+            keys = {
+                key: key_column(key, kind, view, spec, output) for key, kind in snapshot.key_types.items()
+            }
+            requests = pa.table({**keys, EVENT: times})
+            splits[same] = split_by_bucket(requests, list(keys), num_buckets=snapshot.num_buckets)
+        features[view.name] = join_view(view, snapshot, splits[same], join_parts, cutoff=cutoff)
         columns = zip(view.columns, features[view.name].table.columns, strict=True)
         output = append_columns(output, dict(columns))
     output = fill_offline(spec.missing, output, {name: part.absent for name, part in features.items()})
@@ -127,17 +128,20 @@ def assemble(
 
 
 def join_view(
-    view: ViewSpec, snapshot: Snapshot, requests: pa.Table, join_parts: JoinParts, *, cutoff: bool = True
+    view: ViewSpec,
+    snapshot: Snapshot,
+    requests: EntityBuckets,
+    join_parts: JoinParts,
+    *,
+    cutoff: bool = True,
 ) -> ViewFeatures:
-    """Join the features of one view with a table of join keys and times."""
-    buckets = bucket_of(requests, list(snapshot.key_types), num_buckets=snapshot.num_buckets)
-    frame = pl.DataFrame(pl.from_arrow(requests)).with_row_index(POSITION)
-    parts = [(int(bucket), frame.filter(pl.Series(buckets == bucket))) for bucket in np.unique(buckets)]
-    joined = join_parts(snapshot, view, parts, cutoff)
+    """Join the features of one view with entity rows."""
+    joined = join_parts(snapshot, view, requests.parts, cutoff)
     schema = pa.schema([pa.field(field.name, DTYPES[field.dtype]) for field in view.fields])
     if not joined:
         return ViewFeatures(table=schema.empty_table(), hidden=0, absent=pa.array([], pa.bool_()))
-    rows = pl.concat([part.frame for part in joined], how="vertical_relaxed").sort(POSITION)
+    rows = pl.concat([part.frame for part in joined], how="vertical_relaxed", rechunk=True)
+    rows = rows[requests.positions]
     return ViewFeatures(
         table=rows.select(schema.names).to_arrow().cast(schema),
         hidden=sum(part.hidden for part in joined),
@@ -145,34 +149,42 @@ def join_view(
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EntityBuckets:
+    """Entity rows by bucket."""
+
+    parts: list[Part]
+    positions: Ints
+    """Position of each entity row among the rows of all parts, one part after another."""
+
+
+def split_by_bucket(requests: pa.Table, keys: Sequence[str], *, num_buckets: int) -> EntityBuckets:
+    """Split entity rows by bucket, and sort each bucket's rows by entity and time."""
+    buckets = bucket_of(requests, keys, num_buckets=num_buckets)
+    order = np.argsort(buckets, kind="stable")
+    frame = pl.DataFrame(pl.from_arrow(requests))[order]
+    numbers, starts = np.unique(buckets[order], return_index=True)
+    ends = np.append(starts, buckets.size)[1:]
+    with ThreadPoolExecutor(THREADS) as threads:
+        rows = list(
+            threads.map(
+                lambda start, end: sort_entities(frame[start:end], keys), starts.tolist(), ends.tolist()
+            )
+        )
+    positions = np.empty(buckets.size, dtype=np.int64)
+    for start, part in zip(starts, rows, strict=True):
+        positions[order[start + part.order]] = np.arange(start, start + part.order.size)
+    return EntityBuckets(
+        parts=[(int(bucket), part) for bucket, part in zip(numbers, rows, strict=True)], positions=positions
+    )
+
+
 def join_in_process(
     snapshot: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool
 ) -> list[JoinedBucket]:
     """Join the buckets in this process, in threads: reads, joins and decryption release the interpreter lock."""
-    with ThreadPoolExecutor(THREADS) as threads:
-        return list(threads.map(lambda part: join_bucket(snapshot, view, part, cutoff), parts))
-
-
-def join_bucket(snapshot: Snapshot, view: ViewSpec, part: Part, cutoff: bool) -> JoinedBucket:
-    """Join the entity rows of one bucket with their features."""
-    bucket, requests = part
-    keys = list(snapshot.key_types)
-    if view.windows is not None:
-        events = snapshot.read(bucket, view.windows.table_columns)
-        answers = aggregate(requests, events, keys=keys, windows=view.windows, cutoff=cutoff)
-    else:
-        names = [field.name for field in view.fields]
-        ordered = snapshot.is_ordered(bucket)
-        features = snapshot.read(bucket, names, sequence=not ordered)
-        if features.is_empty():
-            nulls = [pl.lit(None).alias(name) for name in names]
-            return JoinedBucket(frame=requests.select(*nulls, POSITION, pl.lit(True).alias(ABSENT)), hidden=0)
-        ttl = None if view.ttl_s is None else dt.timedelta(seconds=view.ttl_s)
-        answers = join_features(
-            requests, features, keys=keys, columns=names, ttl=ttl, cutoff=cutoff, ordered=ordered
-        )
-    frame = answers.columns.with_columns(requests[POSITION], answers.absent.alias(ABSENT))
-    return JoinedBucket(frame=frame, hidden=answers.hidden)
+    with ThreadPoolExecutor(REMOTE_THREADS if is_uri(snapshot.uri) else THREADS) as threads:
+        return list(threads.map(lambda part: join_bucket(snapshot, view, part[0], part[1], cutoff), parts))
 
 
 def event_times(entities: pa.Table) -> pa.ChunkedArray:

@@ -18,11 +18,13 @@ column. But access to that column's metadata ends the process, and a filter on t
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import errno
+import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,9 +34,11 @@ from cluster.errors import AccessDenied, SchemaMismatch
 from cluster.security.encryption.parquet.footer import PLACE, FileKeys, ProtectedFileCorrupt, read_footer
 from cluster.security.encryption.parquet.protection import Protection
 from cluster.security.keys.store import KeyNotFound, KeyRevoked, KeyStore, KeyStoreUnavailable
-from cluster.storage import dictionary_columns, file_system, write_bytes
+from cluster.storage import dictionary_columns, file_system, is_uri, write_bytes
 
 CACHE_S = 60.0
+WHOLE_FILE_BYTES = 64 * 2**20
+"""A remote file of a known size up to this is read with one request."""
 _KEY_DENIED = (AccessDenied, KeyRevoked, KeyNotFound)
 
 
@@ -123,20 +127,48 @@ class ProtectedFiles:
             ProtectedFileCorrupt: the file is truncated, altered, or not the expected one.
             OSError: an error of the file system.
         """
-        self._expire()
-        with _opened(uri) as source:
-            if protection is not None:
-                read_footer(source).check(protection, place, columns, unplaced=unplaced)
-            return self._read(source, columns)
+        with self.open(uri, protection=protection, place=place, unplaced=unplaced) as file:
+            return file.read(columns)
 
-    def read_groups(self, uri: str, *, protection: Protection, place: str) -> Iterator[pa.Table]:
-        """Yield all columns of a file, one row group after the other. For arguments and errors see `read`."""
+    @contextlib.contextmanager
+    def open(
+        self,
+        uri: str,
+        *,
+        protection: Protection | None = None,
+        place: str | None = None,
+        unplaced: bool = False,
+        size_bytes: int | None = None,
+    ) -> Iterator[ProtectedFile]:
+        """Open a file, to read it in parts. For arguments and errors see `read`.
+
+        Args:
+            uri: path or URL of the file.
+            protection: expected keys.
+            place: expected place.
+            unplaced: also accept a file without a stored place.
+            size_bytes: size of the file, if it is known. A small remote file is then read with one request.
+        """
         self._expire()
-        with _opened(uri) as source:
-            read_footer(source).check(protection, place)
-            file = _parquet_file(source, self._decryption())
-            for number in range(file.num_row_groups):
-                yield _without_place(file.read_row_group(number))
+        try:
+            with _open_source(uri, size_bytes) as source:
+                properties = self._factory.file_decryption_properties(
+                    self._connection, pe.DecryptionConfiguration(cache_lifetime=self._cache_s)
+                )
+                expected = None if protection is None else _Expected(protection, place, unplaced)
+                yield ProtectedFile(source, properties, expected)
+        except ProtectedFileCorrupt as error:
+            raise ProtectedFileCorrupt(
+                f"{uri} is not the expected file: {error}. Restore it from a backup. If the protection of the table "
+                "was changed since, write the file again."
+            ) from error
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ProtectedFileCorrupt(
+                f"{uri} was truncated or altered, or is not a Parquet file: {str(error)[:200]}. "
+                "Restore it from a backup."
+            ) from error
 
     def keys(self, uri: str) -> FileKeys:
         """Return the keys that a file names. No key is needed, and nothing is verified.
@@ -190,20 +222,6 @@ class ProtectedFiles:
         self.forget()
         return self.write(table, target, protection, place=place)
 
-    def _read(self, source: BinaryIO, columns: Sequence[str] | None) -> pa.Table:
-        try:
-            return _open(source, columns, self._decryption())
-        except _KEY_DENIED:
-            keys = read_footer(source).columns
-            if any(keys[name] is not None for name in (keys if columns is None else columns) if name in keys):
-                raise
-            return _open(source, columns, None)
-
-    def _decryption(self) -> pe.FileDecryptionProperties:
-        return self._factory.file_decryption_properties(
-            self._connection, pe.DecryptionConfiguration(cache_lifetime=self._cache_s)
-        )
-
     def _expire(self) -> None:
         if time.monotonic() - self._cached_since >= self._cache_s:
             self.forget()
@@ -224,41 +242,71 @@ class ProtectedFiles:
         )
 
 
-@contextmanager
-def _opened(uri: str) -> Iterator[BinaryIO]:
-    """Open a file. Errors of its content become `ProtectedFileCorrupt`, and name the file."""
+@contextlib.contextmanager
+def _open_source(uri: str, size_bytes: int | None) -> Iterator[BinaryIO]:
     fs, path = file_system(uri)
-    try:
-        with fs.open(path, "rb") as source:
-            yield source
-    except ProtectedFileCorrupt as error:
-        raise ProtectedFileCorrupt(
-            f"{uri} is not the expected file: {error}. Restore it from a backup. If the protection of the table "
-            "was changed since, write the file again."
-        ) from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ProtectedFileCorrupt(
-            f"{uri} was truncated or altered, or is not a Parquet file: {str(error)[:200]}. "
-            "Restore it from a backup."
-        ) from error
+    if not is_uri(uri):
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        # Arrow reads a local file without Python's interpreter lock.
+        with pa.OSFile(path) as file:
+            yield file
+    elif size_bytes is not None and size_bytes <= WHOLE_FILE_BYTES:
+        # With an end, s3fs asks for no size first.
+        with pa.BufferReader(fs.cat_file(path, start=0, end=size_bytes)) as file:
+            yield file
+    else:
+        with fs.open(path, "rb") as file:
+            yield file
 
 
-def _open(
-    source: BinaryIO, columns: Sequence[str] | None, properties: pe.FileDecryptionProperties | None
-) -> pa.Table:
-    file = _parquet_file(source, properties)
-    names = file.schema_arrow.names
-    return _without_place(file.read(names if columns is None else [name for name in columns if name in names]))
+class _Expected(NamedTuple):
+    """What a file is compared with before its columns are read. For the fields see `ProtectedFiles.read`."""
+
+    protection: Protection
+    place: str | None
+    unplaced: bool
 
 
-def _parquet_file(source: BinaryIO, properties: pe.FileDecryptionProperties | None) -> pq.ParquetFile:
-    source.seek(0)
-    return pq.ParquetFile(source, decryption_properties=properties, page_checksum_verification=True)
+class ProtectedFile:
+    """An open file. `ProtectedFiles.open` creates it."""
+
+    def __init__(
+        self, source: BinaryIO, properties: pe.FileDecryptionProperties, expected: _Expected | None
+    ) -> None:
+        self._source, self._properties, self._expected = source, properties, expected
+        self._keys = None if expected is None else read_footer(source)
+        self._file: pq.ParquetFile | None = None
+
+    @property
+    def num_row_groups(self) -> int:
+        """Number of row groups. No key is needed."""
+        return int(self._open(None).num_row_groups)
+
+    def read(self, columns: Sequence[str] | None = None, *, row_group: int | None = None) -> pa.Table:
+        """Return some columns, by default all, of one row group or of all. For errors see `ProtectedFiles.read`."""
+        if self._keys is not None and self._expected is not None:
+            protection, place, unplaced = self._expected
+            self._keys.check(protection, place, columns, unplaced=unplaced)
+        try:
+            if self._file is None:
+                self._file = self._open(self._properties)
+            return _read(self._file, columns, row_group)
+        except _KEY_DENIED:
+            keys = (self._keys or read_footer(self._source)).columns
+            if any(keys[name] is not None for name in (keys if columns is None else columns) if name in keys):
+                raise
+            return _read(self._open(None), columns, row_group)
+
+    def _open(self, properties: pe.FileDecryptionProperties | None) -> pq.ParquetFile:
+        self._source.seek(0)
+        return pq.ParquetFile(self._source, decryption_properties=properties, page_checksum_verification=True)
 
 
-def _without_place(table: pa.Table) -> pa.Table:
+def _read(file: pq.ParquetFile, columns: Sequence[str] | None, row_group: int | None) -> pa.Table:
+    present = file.schema_arrow.names
+    names = present if columns is None else [name for name in columns if name in present]
+    table = file.read(names) if row_group is None else file.read_row_group(row_group, names)
     metadata = dict(table.schema.metadata or {})
     metadata.pop(PLACE, None)
     return table.replace_schema_metadata(metadata or None)

@@ -7,13 +7,14 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import duckdb
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from feature_jobs.store.offline.point_in_time import join_features, latest_rows
-from tests.samples.pit_oracle import START, TIME, expected, hidden
+from tests.samples.pit_oracle import START, TIME, TIMES, expected, hidden, random_entities, random_features
 
 KEYS = {"person": pl.Int64, "place": pl.String}
 FEATURES = KEYS | {
@@ -65,6 +66,30 @@ def test_join_agrees_with_the_definition_in_sql(
         assert [row[:2] for row in rows] == actual.columns.rows()
         assert count == actual.hidden
         assert [not row[2] for row in rows] == actual.absent.to_list()
+
+
+@pytest.mark.parametrize("spread", [1, 2**55], ids=["small keys", "keys of all sizes"])
+@pytest.mark.parametrize("hour", [timedelta(hours=1), timedelta(days=40000)], ids=["hours", "centuries"])
+def test_join_agrees_with_sql_for_whole_numbers_as_keys(
+    oracle: duckdb.DuckDBPyConnection, spread: int, hour: timedelta
+) -> None:
+    """The join packs keys and times into 64 bits. The result is the same if they are too large for that."""
+    draw = np.random.default_rng(5)
+    persons = [spread * number for number in range(-100, 100)]
+    features = random_features(draw, 3000, {"person": persons, "amount": [None, 1.0, 2.0]})
+    entities = random_entities(draw, 400, {"person": [*persons, 2**62]})
+    times = [name for name in TIMES if name.endswith("timestamp")]
+    later = {name: START + (pl.col(name) - START) * (hour // timedelta(hours=1)) for name in times}
+    features = features.with_columns(**later)
+    entities = entities.with_columns(event_timestamp=later["event_timestamp"])
+    ttl = 3 * hour
+    known, all_of_it = expected(
+        oracle, entities, features, keys=["person"], columns=["amount", "ingest_seq"], ttl=ttl
+    )
+    columns = ["amount", "ingest_seq"]
+    joined = join_features(entities, features, keys=["person"], columns=columns, ttl=ttl)
+    assert [row[:2] for row in known] == joined.columns.rows()
+    assert hidden(known, all_of_it) == joined.hidden > 0
 
 
 @settings(max_examples=2 * settings.default.max_examples, deadline=None)

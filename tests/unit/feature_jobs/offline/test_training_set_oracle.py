@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,10 +19,11 @@ from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess
 from cluster.security.tokens.source import TokenSource
 from feature_jobs.store.catalog.specifications import ViewSpec
+from feature_jobs.store.offline.bucket_join import JoinedBucket, join_bucket
 from feature_jobs.store.offline.buckets import bucket_of
 from feature_jobs.store.offline.point_in_time import AVAILABLE
 from feature_jobs.store.offline.tables import BucketFile, Snapshot
-from feature_jobs.store.offline.training_set import assemble, join_in_process
+from feature_jobs.store.offline.training_set import Part, assemble
 from tests.projects.views import make_spec, service_of
 from tests.samples.pit_oracle import expected, hidden, random_entities, random_features
 
@@ -43,13 +45,24 @@ class Batches(Snapshot):
 
     tables_by_path: dict[str, pa.Table]
 
-    def tables(self, bucket: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        for file in self.files:
-            if file.bucket == bucket:
-                table = self.tables_by_path[file.path]
-                yield table.select(
-                    [name for name in columns or table.column_names if name in table.column_names]
-                )
+    @contextlib.contextmanager
+    def open(self, file: BucketFile, *, whole: bool = True) -> Iterator[Any]:
+        yield FileInMemory(self.tables_by_path[file.path])
+
+
+@dataclass(frozen=True)
+class FileInMemory:
+    """A file with row groups of two rows."""
+
+    table: pa.Table
+
+    @property
+    def num_row_groups(self) -> int:
+        return -(-self.table.num_rows // 2)
+
+    def read(self, columns: Sequence[str], *, row_group: int | None = None) -> pa.Table:
+        table = self.table.select([name for name in columns if name in self.table.column_names])
+        return table if row_group is None else table.slice(2 * row_group, 2)
 
 
 def stored(name: str, frame: pl.DataFrame, *, batches: int, tombstones: bool) -> Batches:
@@ -121,7 +134,7 @@ def definition(
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_training_set_equals_the_definition_in_sql(oracle: duckdb.DuckDBPyConnection, seed: int) -> None:
-    """Ties, nulls, duplicates, tombstones, late corrections, expiry and several keys, in one or several batches."""
+    """Ties, nulls, duplicates, tombstones, late corrections, expiry, several keys, batches, and pieces of batches."""
     draw = np.random.default_rng(seed)
     ttls = [None if draw.random() < 0.3 else timedelta(hours=int(draw.integers(1, 13))) for _ in VALUES]
     views = [view(name, ttl) for name, ttl in zip(VALUES, ttls, strict=True)]
@@ -140,9 +153,14 @@ def test_training_set_equals_the_definition_in_sql(oracle: duckdb.DuckDBPyConnec
         name: stored(name, frame, batches=int(draw.integers(1, 4)), tombstones=tombstones[name])
         for name, frame in tables.items()
     }
+    piece_rows = int(draw.choice([1, 3, 100]))
+
+    def join_parts(snapshot: Snapshot, view: ViewSpec, parts: list[Part], cutoff: bool) -> list[JoinedBucket]:
+        return [join_bucket(snapshot, view, *part, cutoff, piece_rows=piece_rows) for part in parts]
+
     for cutoff in (True, False):
         built = assemble(
-            service_of(*views), snapshots, entities.to_arrow(), join_parts=join_in_process, cutoff=cutoff
+            service_of(*views), snapshots, entities.to_arrow(), join_parts=join_parts, cutoff=cutoff
         )
         columns, counts = definition(oracle, views, ttls, entities, tables, cutoff=cutoff)
         assert columns == {name: built.table[name].to_pylist() for name in columns}
