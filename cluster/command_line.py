@@ -55,12 +55,13 @@ def refuse_unused(unused: Collection[str], *, by: str) -> None:
 
 def given_options() -> set[str]:
     """Return the top-level names of the options on this process's command line; empty outside a command."""
-    if not HydraConfig.initialized():
-        return set()
+    return option_sections(HydraConfig.get().overrides.task) if HydraConfig.initialized() else set()
+
+
+def option_sections(arguments: Iterable[str]) -> set[str]:
+    """Return the top-level names of the options among arguments."""
     return {
-        match["key"].split(".")[0]
-        for argument in HydraConfig.get().overrides.task
-        if (match := _ARGUMENT.match(argument))
+        match["key"].split(".")[0] for argument in arguments if (match := _ARGUMENT.match(argument))
     }
 
 

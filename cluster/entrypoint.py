@@ -23,8 +23,9 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cluster.command_line import option_names, quote_texts
+from cluster.command_line import given_options, option_names, quote_texts
 from cluster.errors import ConfigError, RefusedError, did_you_mean, refusal_behind, suggest_name
+from cluster.security.recorded_settings import use_recorded_places
 from cluster.settings import PlatformConfig
 from cluster.settings_conversion import load
 
@@ -51,7 +52,10 @@ def job(
             started = time.perf_counter()
             try:
                 refuse_shadowed_packages()
-                function(load(config, schema))
+                loaded = load(config, schema)
+                if isinstance(loaded, PlatformConfig):
+                    use_recorded_places(loaded, given=given_options())
+                function(loaded)
                 if timed:
                     print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
             except Exception as error:
