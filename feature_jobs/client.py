@@ -28,8 +28,7 @@ from cluster.ledger import Ledger, open_ledger
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
-from cluster.security.recorded_settings import use_recorded_places
-from cluster.session import require_running_cluster
+from cluster.session import require_running_cluster, use_recorded_places
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, resolve, write_bytes
 from feature_jobs.materialize import parse_as_of

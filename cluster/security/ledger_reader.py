@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.errors import ConfigError
 from cluster.ledger.store import Ledger, open_ledger
 from cluster.security.acting import check_reader
-from cluster.security.recorded_settings import use_recorded_places
+from cluster.session import use_recorded_places
 from cluster.settings import LedgerConfig, PlatformConfig, StorageConfig
 from cluster.storage import layout
 

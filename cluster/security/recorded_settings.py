@@ -1,38 +1,20 @@
-"""Settings of the running cluster that a command takes from the cluster's record.
+"""Settings of the running cluster that a command line cannot override.
 
 Environment, region, issuer and tier decide what the policies allow and which tokens are valid. `cluster.up` records
 these settings, and every process that attaches to the cluster uses the recorded values. A default is replaced by the
 recorded value, a stricter environment is accepted, and a value that contradicts the recorded value is refused.
-
-`storage`, `ledger` and `online` say where the state is. Without them, a command uses the places of the running cluster,
-so they are given to `cluster.up` only. A place on the command line wins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any
-
-from omegaconf import OmegaConf
+from typing import TYPE_CHECKING
 
 from cluster.errors import ConfigError
-from cluster.settings import (
-    ClusterConfig,
-    IdentityConfig,
-    IssuerConfig,
-    LedgerConfig,
-    OnlineConfig,
-    PlatformConfig,
-    StorageConfig,
-    Tier,
-)
-from cluster.settings_conversion import load
+from cluster.settings import ClusterConfig, IdentityConfig, IssuerConfig, PlatformConfig, Tier
 
 if TYPE_CHECKING:
     from cluster.session import ClusterRecord
 
-PLACES: dict[str, type[Any]] = {"storage": StorageConfig, "ledger": LedgerConfig, "online": OnlineConfig}
-"""Sections that say where the state is."""
 OUTSIDE_PRODUCTION = ("local", "test", "staging")
 """Environments that are not production, from the least to the most strict. Every other name is production."""
 
@@ -62,38 +44,6 @@ def apply_cluster_record(record: ClusterRecord, config: PlatformConfig) -> None:
                 "Start the cluster with identity.issuer.url=https://… of your OIDC issuer."
             )
         config.tier = Tier.enterprise_gpu
-
-
-def use_recorded_places(config: PlatformConfig, *, given: Collection[str]) -> None:
-    """Set storage, ledger and online store of a configuration from the cluster's record, in place.
-
-    Nothing changes if there is no record, or if the configuration names another storage root.
-
-    Args:
-        config: The command's configuration.
-        given: Sections that the command line sets. They stay as they are.
-    """
-    from cluster.session import find_record
-    from cluster.storage import layout
-
-    record = find_record(config.storage)
-    if record is None or record.overrides is None:
-        return
-    free = [name for name, kind in PLACES.items() if name not in given and getattr(config, name) == kind()]
-    if "storage" not in free and layout(config.storage).root != record.storage_root:
-        return
-    for name in free:
-        setattr(config, name, _recorded_section(name, record.overrides))
-
-
-def _recorded_section(name: str, overrides: Iterable[str]) -> Any:
-    """Return a section of the recorded configuration."""
-    prefix = f"++{name}."
-    mine = (override.removeprefix(prefix) for override in overrides if override.startswith(prefix))
-    # `cluster/node/launch.py` writes each value as a quoted text. Hydra's parser would take as long as a short command.
-    pairs = (text.partition("=") for text in mine)
-    values = {key: value[1:-1].replace("\\'", "'") for key, _, value in pairs}
-    return load(OmegaConf.create(values), PLACES[name])
 
 
 def _environment(recorded: str, requested: str) -> str:

@@ -13,8 +13,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import ClusterStopped
 from cluster.node.launch import shared_overrides
 from cluster.security.ledger_reader import add_ledger_flags, open_reader
-from cluster.security.recorded_settings import use_recorded_places
-from cluster.session import RECORD_VARIABLE, write_record
+from cluster.session import RECORD_VARIABLE, use_recorded_places, write_record
 from cluster.settings import LedgerConfig, OnlineConfig, OnlineKind, PlatformConfig, StorageConfig
 from cluster.storage import ROOT_VARIABLE
 from tests.servers import replica
