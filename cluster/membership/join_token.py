@@ -158,7 +158,9 @@ def main() -> None:
         refuse(ConfigError(f"{arguments.output} cannot be written: {error.strerror}."))
     head = f"{record.address}:{record.ports['nodes']}"
     print(
-        f"On the new node: python -m cluster.join head={head} token_file={arguments.output}", file=sys.stderr
+        f"On the new machine, with this file there: python -m cluster.join head={head} "
+        f"token_file={arguments.output.name} cluster.address=<address of the new machine>",
+        file=sys.stderr,
     )
 
 
