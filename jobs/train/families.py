@@ -68,15 +68,9 @@ class ResolvedFamily(NamedTuple):
     module: Family
     parameters: Any
     """Instance of the module's `Parameters`."""
-
-    @property
-    def runs_anywhere(self) -> bool:
-        """Whether another node than the command's can fit it.
-
-        LightGBM's task returns its trees. The network's checkpoints are in `context.runs`, wherever that is. A user's
-        own family may write to this node's disk.
-        """
-        return self.module.__name__ in BUILT_IN.values()
+    runs_anywhere: bool
+    """Whether another node than the command's can fit it: LightGBM's task returns its trees, and the network's
+    checkpoints are in `context.runs`, wherever that is. A user's own family may write to this node's disk."""
 
 
 def resolve_family(model: dict[str, Any]) -> ResolvedFamily:
@@ -101,7 +95,8 @@ def resolve_family(model: dict[str, Any]) -> ResolvedFamily:
                 f"Unknown model family '{name}'. Known: lightgbm, tabular_network. For your own family set "
                 "model.module."
             )
-    return ResolvedFamily(name, module, load(OmegaConf.create(settings), module.Parameters))
+    parameters = load(OmegaConf.create(settings), module.Parameters)
+    return ResolvedFamily(name, module, parameters, runs_anywhere=module_name is None)
 
 
 def _import(name: str) -> Any:
