@@ -63,6 +63,11 @@ def is_given(option: str) -> bool:
     return any((match := _ARGUMENT.match(argument)) and match["key"] == option for argument in _arguments())
 
 
+def given_for(names: Collection[str]) -> list[str]:
+    """Return the arguments of this process's command line that set one of these top-level options."""
+    return [argument for argument in _arguments() if not option_sections([argument]).isdisjoint(names)]
+
+
 def option_sections(arguments: Iterable[str]) -> set[str]:
     """Return the top-level names of the options among arguments."""
     return {match["key"].split(".")[0] for argument in arguments if (match := _ARGUMENT.match(argument))}

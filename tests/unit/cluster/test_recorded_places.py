@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.command_line import given_for
+from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import Ledger
 from cluster.ledger.events import ClusterStopped
@@ -16,6 +18,7 @@ from cluster.security.ledger_reader import add_ledger_flags, open_reader
 from cluster.session import RECORD_VARIABLE, use_recorded_places, write_record
 from cluster.settings import LedgerConfig, OnlineConfig, OnlineKind, PlatformConfig, StorageConfig
 from cluster.storage import ROOT_VARIABLE
+from tests.processes.commands import run_main
 from tests.servers import replica
 
 PLACES = PlatformConfig(
@@ -91,3 +94,15 @@ def test_ledger_tool_reads_the_ledger_of_the_cluster(shell: Path) -> None:
         open_reader(flags)
     record_cluster(shell, replace(PLACES, ledger=LedgerConfig(url=url)))
     assert open_reader(flags).head() == 1
+
+
+@job("platform", PlatformConfig)
+def print_given(config: PlatformConfig) -> None:
+    """Print the arguments for storage and tier."""
+    print(given_for({"storage", "tier"}))
+
+
+def test_a_command_can_pass_its_places_on() -> None:
+    """The demo starts a cluster with the settings that it was given."""
+    arguments = ["storage=s3", "storage.root='s3://b/p'", "ledger.checkpoint_every=9", "tier=smb_cpu"]
+    assert run_main(print_given, *arguments).stdout == f"{[arguments[0], arguments[1], arguments[3]]}\n"
