@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 # This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cluster.errors import Inconsistent
@@ -58,4 +60,8 @@ def check(summary: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except pytest.skip.Exception as reason:
+        print(reason, file=sys.stderr)
+        sys.exit(2)
