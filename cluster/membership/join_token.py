@@ -105,7 +105,10 @@ def read(path: Path) -> JoinToken:
     try:
         text, _, authority = read_secret_file(path, what="a join token").partition("\n")
     except OSError as error:
-        raise ConfigError(f"The join token at {path} cannot be read: {error.strerror}.") from None
+        raise ConfigError(
+            f"The join token at {path} cannot be read: {error.strerror}. Make one on the head with `python -m "
+            "cluster.membership.join_token --output node.join`, and copy the file to this machine."
+        ) from None
     if not text.startswith(f"{_PREFIX}.") or "BEGIN CERTIFICATE" not in authority:
         raise ConfigError(
             f"{path} has no join token. Make one on the head: `python -m cluster.membership.join_token`."
