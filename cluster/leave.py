@@ -131,7 +131,9 @@ def find_member(members: list[Member], wanted: str) -> Member:
     ]
     if len(found) == 1:
         return found[0]
-    known = ", ".join(f"{member.node_id} ({member.name}, {member.address})" for member in members) or "none"
+    if not members:
+        raise ConfigError("No other machine is a node of the cluster, so none can be removed.")
+    known = ", ".join(f"{member.node_id} ({member.name}, {member.address})" for member in members)
     problem = "Several nodes are named" if found else "No node is named"
     raise ConfigError(f"{problem} '{wanted}'. Nodes: {known}. Give the id.")
 

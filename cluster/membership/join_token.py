@@ -152,6 +152,10 @@ def main() -> None:
                 f"No cluster that other machines can join is up for {arguments.root}. Run `python -m cluster.up "
                 "cluster.address=…` first, and give --root if its storage.local is another folder."
             )
+        if record.node_id is not None:
+            raise ConfigError(
+                f"Join tokens are made on the head. This machine is a node of the head at {record.head}."
+            )
         require_shared_state(compose_platform(record.overrides or ()))
         token = mint(layout(storage), ttl_s=arguments.ttl_s)
         write(token, arguments.output)
