@@ -26,9 +26,10 @@ import pytest
 # This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cluster.ledger import Ledger
+from cluster.ledger.database import is_shared
 from cluster.ledger.events import RolloutWeightChanged
 from cluster.settings import PlatformConfig, StorageConfig
-from serve_apps.edge.control.live_edges import ensure_table, read_edges, uses_table
+from serve_apps.edge.control.live_edges import ensure_table, read_edges
 from serve_apps.edge.control.waiting import wait_until_applied
 from tests.samples.rollouts import DEPLOYED, STARTED
 from tests.servers.controller import new_controller
@@ -47,7 +48,7 @@ def run_edge(root: str, url: str, stopped: Event) -> None:
 def wait_for_edges(ledger: Ledger, config: PlatformConfig, num_edges: int) -> None:
     """Wait until all edges are live and serve."""
     deadline = time.monotonic() + START_S
-    while uses_table(ledger) and time.monotonic() < deadline:
+    while is_shared(ledger.engine) and time.monotonic() < deadline:
         ensure_table(ledger)
         with ledger.engine.connect() as connection:
             if sum(edge.is_live for edge in read_edges(connection)) == num_edges:
