@@ -5,7 +5,8 @@ edges with PostgreSQL, which run in processes of their own with a real HAProxy e
 case runs. There is no peer: Ray Serve has no weights.
 
 `NODES=3` measures a whole cluster of three nodes instead, in network namespaces, with PostgreSQL, Redis and a double of
-S3; and the time from `deploy` until both versions of a model answer at each of the three edges. It needs root.
+S3: the time until it runs, the time from `deploy` until both versions of a model answer at each of the three edges, and
+all this for a node with a slow link (`LINK=2mbit`). It needs root.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def describe(case: str, seconds: list[float]) -> list[dict[str, object]]:
     """Print the percentiles of a case, and return them as results."""
     taken_ms = 1000 * np.array(seconds)
     p50, p99 = np.percentile(taken_ms, (50, 99))
-    print(f"{case:13} p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {taken_ms.max():.1f} ms")
+    print(f"{case:25} p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {taken_ms.max():.1f} ms")
     return [result(case, "p50_ms", float(p50)), result(case, "p99_ms", float(p99))]
 
 
@@ -134,11 +135,10 @@ def main() -> None:
         if os.environ.get("NODES") == "3":
             from tests.bench._three_nodes import measure_three_nodes
 
-            changes, seconds = measure_three_nodes(folder)
-            results = describe("three_nodes", changes)
-            for metric, value in seconds.items():
-                print(f"{metric} {value:.1f}")
-                results.append(result("three_nodes", metric, value))
+            figures = measure_three_nodes(folder)
+            for case, seconds in figures.many.items():
+                results += describe(f"three_nodes_{case}", seconds)
+            results += [result("three_nodes", metric, value) for metric, value in figures.once.items()]
         else:
             for case, changes in measure_processes(folder, stack).items():
                 results += describe(case, changes)
