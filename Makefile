@@ -8,10 +8,11 @@ STAMP := $(VENV)/.installed$(if $(filter gpu,$(TORCH)),-gpu)
 PACKAGES := cluster feature_jobs jobs serve_apps
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo down test integration image image-test unit unit-ground unit-features unit-engines unit-serving chaos soak lint format bench lock audit coverage clean
+.PHONY: help install demo demo-nodes down test integration image image-test unit unit-ground unit-features unit-engines unit-serving chaos soak lint format bench lock audit coverage clean
 
 help:
 	@echo "make demo    install, start a local cluster, run the whole loop, write .falaj/demo/report.html"
+	@echo "make demo-nodes    the same on three nodes in network namespaces, with PostgreSQL, Redis and a double of S3; needs root"
 	@echo "make test    all tests; they start and stop their own clusters"
 	@echo "make down    stop what make demo started"
 	@echo "make install install only; TORCH=gpu installs PyTorch for GPUs, the default is the CPU build"
@@ -41,6 +42,10 @@ $(STAMP): requirements.lock requirements-$(TORCH).lock pyproject.toml
 
 demo: $(STAMP)
 	@$(BIN)/python -m jobs.pipeline
+
+# Not a part of `make test`: it takes minutes, and needs root for network namespaces.
+demo-nodes: $(STAMP)
+	@$(BIN)/python tests/nodes/demo.py
 
 down: $(STAMP)
 	@$(BIN)/python -m cluster.down

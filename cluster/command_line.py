@@ -55,13 +55,26 @@ def refuse_unused(unused: Collection[str], *, by: str) -> None:
 
 def given_options() -> set[str]:
     """Return the top-level names of the options on this process's command line; empty outside a command."""
-    if not HydraConfig.initialized():
-        return set()
-    return {
-        match["key"].split(".")[0]
-        for argument in HydraConfig.get().overrides.task
-        if (match := _ARGUMENT.match(argument))
-    }
+    return option_sections(_arguments())
+
+
+def is_given(option: str) -> bool:
+    """Return whether this process's command line sets an option, such as `storage.local`."""
+    return any((match := _ARGUMENT.match(argument)) and match["key"] == option for argument in _arguments())
+
+
+def given_for(names: Collection[str]) -> list[str]:
+    """Return the arguments of this process's command line that set one of these top-level options."""
+    return [argument for argument in _arguments() if not option_sections([argument]).isdisjoint(names)]
+
+
+def option_sections(arguments: Iterable[str]) -> set[str]:
+    """Return the top-level names of the options among arguments."""
+    return {match["key"].split(".")[0] for argument in arguments if (match := _ARGUMENT.match(argument))}
+
+
+def _arguments() -> Sequence[str]:
+    return HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
 
 
 def option_names(schema: type[Any]) -> list[str]:

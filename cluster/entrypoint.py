@@ -23,10 +23,13 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cluster.command_line import option_names, quote_texts
+from cluster.command_line import given_options, is_given, option_names, quote_texts
 from cluster.errors import ConfigError, RefusedError, did_you_mean, refusal_behind, suggest_name
+from cluster.host.this_node import forget_node
+from cluster.session import use_recorded_places
 from cluster.settings import PlatformConfig
 from cluster.settings_conversion import load
+from cluster.storage import resolve
 
 C = TypeVar("C")
 
@@ -51,7 +54,10 @@ def job(
             started = time.perf_counter()
             try:
                 refuse_shadowed_packages()
-                function(load(config, schema))
+                loaded = load(config, schema)
+                if isinstance(loaded, PlatformConfig):
+                    use_places(loaded)
+                function(loaded)
                 if timed:
                     print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
             except Exception as error:
@@ -82,6 +88,13 @@ def job(
         return main
 
     return decorate
+
+
+def use_places(config: PlatformConfig) -> None:
+    """Let a command use the places of state that its command line names, and the cluster's places for the rest."""
+    if config.storage.local is not None and is_given("storage.local"):
+        forget_node(unless_at=resolve(config.storage.local))
+    use_recorded_places(config, given=given_options())
 
 
 def compose_platform(overrides: Sequence[str]) -> PlatformConfig:

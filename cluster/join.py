@@ -229,8 +229,8 @@ def check(config: JoinConfig) -> None:
     split_address(config.head)
     if is_loopback(config.cluster.address):
         raise ConfigError(
-            "cluster.address is loopback, and the head could not reach this machine. Set it to this machine's "
-            "address in the network of the head."
+            "cluster.address is loopback, where the head cannot reach this machine. Add "
+            f"cluster.address={address_towards(config.head)}."
         )
     require_own_address("cluster.address", config.cluster.address)
     if config.edge:
@@ -243,6 +243,16 @@ def check(config: JoinConfig) -> None:
     needed = NEEDED_PORTS + (EDGE_PORTS if config.edge else ())
     ports = {name: port for name, port in all_ports(config).items() if name in needed}
     require_free_ports(ports, config.cluster)
+
+
+def address_towards(head: str) -> str:
+    """Return the address with which this machine reaches the head, or a description of it. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(split_address(head))
+        except OSError:
+            return "<address of this machine in the network of the head>"
+        return str(probe.getsockname()[0])
 
 
 def compose_node(answer: dict[str, Any], own: list[str], *, disk: str) -> PlatformConfig:

@@ -25,7 +25,7 @@ from cluster.node.locks import command_lock
 from cluster.node.log_uploads import upload_logs
 from cluster.node.parts import Part, State, find_parts, state_of
 from cluster.security.tokens.principal import current_actor
-from cluster.session import ClusterRecord, find_record, require_recorded_cluster
+from cluster.session import ClusterRecord, find_record, is_up, require_recorded_cluster
 from cluster.settings import PlatformConfig
 
 DRAIN_COMMAND_S = 60.0
@@ -73,6 +73,9 @@ def drain(config: PlatformConfig, record: ClusterRecord, *, deadline_s: int) -> 
     parts = find_parts(record)
     if (supervisor := parts.get(Part.supervisor)) is not None:
         processes.end_process(supervisor, grace_s=5.0)  # it would start Ray again
+    if not is_up(record):
+        print("warning: the head does not answer, so running work is ended without a drain", file=sys.stderr)
+        return
     raylet = parts.get(Part.raylet)
     if raylet is None or not (match := _NODE_ID.search(" ".join(raylet.cmdline()))):
         return
@@ -88,7 +91,8 @@ def drain(config: PlatformConfig, record: ClusterRecord, *, deadline_s: int) -> 
     try:
         run_command(command, config, record, failure="Ray did not drain", timeout_s=DRAIN_COMMAND_S)
     except StartFailed as error:
-        print(f"warning: running work is ended without a drain. {error}", file=sys.stderr)
+        reason = str(error).strip().rpartition("\n")[2]  # of Ray's output, the last line says what happened
+        print(f"warning: running work is ended without a drain: {reason}", file=sys.stderr)
         return
     print(f"draining; at most {deadline_s} s", flush=True)
     deadline = time.monotonic() + deadline_s
@@ -131,7 +135,9 @@ def find_member(members: list[Member], wanted: str) -> Member:
     ]
     if len(found) == 1:
         return found[0]
-    known = ", ".join(f"{member.node_id} ({member.name}, {member.address})" for member in members) or "none"
+    if not members:
+        raise ConfigError("No other machine is a node of the cluster, so none can be removed.")
+    known = ", ".join(f"{member.node_id} ({member.name}, {member.address})" for member in members)
     problem = "Several nodes are named" if found else "No node is named"
     raise ConfigError(f"{problem} '{wanted}'. Nodes: {known}. Give the id.")
 

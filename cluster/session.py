@@ -6,17 +6,21 @@ import ipaddress
 import json
 import logging
 import os
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from omegaconf import OmegaConf
 
 from cluster.errors import ClusterNotRunning, ConfigError
 from cluster.errors import refusal_behind as refusal_behind
 from cluster.host.port_owner import PortState, listener_uid
 from cluster.host.processes import cluster_of_listener, port_answers
 from cluster.host.this_node import LOOPBACK_ADDRESS, RECORD_VARIABLE, is_loopback
-from cluster.settings import PlatformConfig, StorageConfig
+from cluster.settings import LedgerConfig, OnlineConfig, PlatformConfig, StorageConfig
+from cluster.settings_conversion import load
 from cluster.storage import RECORD_NAME, ROOT_VARIABLE, Layout, layout, write_bytes
 
 NAMESPACE = "falaj"
@@ -31,6 +35,8 @@ RAY_LOG_LEVELS = {
     "ray.data._internal.progress": logging.ERROR,
 }
 """Log levels of Ray's libraries in a command. They log problems, but no progress."""
+PLACES: dict[str, type[Any]] = {"storage": StorageConfig, "ledger": LedgerConfig, "online": OnlineConfig}
+"""Sections that say where the state is."""
 METRICS_PORTS = ("supervisor_metrics", "broker_metrics", "edge_controller_metrics")
 """Names of the ports where Falaj's own processes serve metrics."""
 
@@ -272,6 +278,35 @@ def require_running_cluster(config: PlatformConfig) -> ClusterRecord:
             "`python -m cluster.up` to start the missing parts, or `python -m cluster.down` to end the rest."
         )
     return record
+
+
+def use_recorded_places(config: PlatformConfig, *, given: Collection[str]) -> None:
+    """Set storage, ledger and online store of a configuration from the cluster's record, in place.
+
+    Nothing changes if there is no record, or if the configuration names another storage root.
+
+    Args:
+        config: The command's configuration.
+        given: Sections that the command line sets. They stay as they are.
+    """
+    record = find_record(config.storage)
+    if record is None or record.overrides is None:
+        return
+    free = [name for name, kind in PLACES.items() if name not in given and getattr(config, name) == kind()]
+    if "storage" not in free and layout(config.storage).root != record.storage_root:
+        return
+    for name in free:
+        setattr(config, name, _recorded_section(name, record.overrides))
+
+
+def _recorded_section(name: str, overrides: Iterable[str]) -> Any:
+    """Return a section of the recorded configuration."""
+    prefix = f"++{name}."
+    mine = (override.removeprefix(prefix) for override in overrides if override.startswith(prefix))
+    # `cluster/node/launch.py` writes each value as a quoted text. Hydra's parser would take as long as a short command.
+    pairs = (text.partition("=") for text in mine)
+    values = {key: value[1:-1].replace("\\'", "'") for key, _, value in pairs}
+    return load(OmegaConf.create(values), PLACES[name])
 
 
 def attach(config: PlatformConfig) -> ClusterRecord:

@@ -23,6 +23,7 @@ from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
 from cluster.ledger.events import ClusterStarted, ClusterStopped
 from cluster.membership.join_token import ensure_join_key
+from cluster.membership.shared_state import require_shared_state
 from cluster.node.checks import (
     refuse_variables,
     require_compiler,
@@ -202,6 +203,8 @@ def start(config: PlatformConfig) -> None:
     record = describe(config)
     prepare(config, record)
     warn_of_spilling(config, record)
+    if record.has_nodes:
+        warn_of_local_state(config)
     try:
         _start_parts(config, record)
     except BaseException:
@@ -350,6 +353,14 @@ def warn_of_spilling(config: PlatformConfig, record: ClusterRecord) -> None:
             "nor on an encrypted device. Set cluster.spill_folder=… to a folder in memory or on an encrypted device.",
             flush=True,
         )
+
+
+def warn_of_local_state(config: PlatformConfig) -> None:
+    """Print a warning if no other machine can join, because it would not reach all state."""
+    try:
+        require_shared_state(config)
+    except ConfigError as error:
+        print(f"warning: {error}", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import pyarrow as pa
 
+from cluster.command_line import option_sections
 from cluster.entrypoint import compose_platform
 from cluster.errors import InvalidRequest, TrainingSetError
 from cluster.ledger import Ledger, open_ledger
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.keys.access import key_store
-from cluster.session import require_running_cluster
+from cluster.session import require_running_cluster, use_recorded_places
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, resolve, write_bytes
 from feature_jobs.materialize import parse_as_of
@@ -148,6 +149,7 @@ class FeatureStore:
         identity.role = identity.role if role is None else role
         identity.token_file = identity.token_file if token_file is None else token_file
         config.storage.root = config.storage.root if storage_root is None else storage_root
+        use_recorded_places(config, given=option_sections(overrides))
         record = require_running_cluster(config)
         ledger = open_ledger(config)
         return cls(config, ledger, create_actor(config, record, ledger, entrypoint=ENTRYPOINT))

@@ -2,7 +2,8 @@
 
 Jobs send their configuration and paths to processes on other nodes. There, the folder of the node's own state and the
 key broker's socket are different ones. Every process of a cluster has the path of its node's record in its environment
-(`FALAJ_CLUSTER_RECORD`). On a cluster with one node nothing is replaced.
+(`FALAJ_CLUSTER_RECORD`). On a cluster with one node nothing is replaced. In a command's own process, `storage.local` on
+the command line wins.
 """
 
 from __future__ import annotations
@@ -56,13 +57,18 @@ def this_node(*, cluster_id: str = "", storage_root: str = "") -> ThisNode | Non
     return node if matches else None
 
 
-def forget_node() -> None:
+def forget_node(*, unless_at: str | None = None) -> None:
     """Remove the record of a running node from this process's environment.
 
-    `cluster.up` and `cluster.join` do this first. Otherwise that node's folders would replace those of the new one, if
-    both have the same `storage.root`.
+    `cluster.up` and `cluster.join` do this first, and every command whose command line names another `storage.local`.
+    Otherwise that node's folders would replace the given ones, if both have the same `storage.root`.
+
+    Args:
+        unless_at: keep the record of a node whose own folder is this one.
     """
-    os.environ.pop(RECORD_VARIABLE, None)
+    node = this_node()
+    if unless_at is None or (node is not None and node.local_root != unless_at):
+        os.environ.pop(RECORD_VARIABLE, None)
 
 
 def is_loopback(address: str) -> bool:

@@ -105,7 +105,10 @@ def read(path: Path) -> JoinToken:
     try:
         text, _, authority = read_secret_file(path, what="a join token").partition("\n")
     except OSError as error:
-        raise ConfigError(f"The join token at {path} cannot be read: {error.strerror}.") from None
+        raise ConfigError(
+            f"The join token at {path} cannot be read: {error.strerror}. Make one on the head with `python -m "
+            "cluster.membership.join_token --output node.join`, and copy the file to this machine."
+        ) from None
     if not text.startswith(f"{_PREFIX}.") or "BEGIN CERTIFICATE" not in authority:
         raise ConfigError(
             f"{path} has no join token. Make one on the head: `python -m cluster.membership.join_token`."
@@ -149,6 +152,10 @@ def main() -> None:
                 f"No cluster that other machines can join is up for {arguments.root}. Run `python -m cluster.up "
                 "cluster.address=…` first, and give --root if its storage.local is another folder."
             )
+        if record.node_id is not None:
+            raise ConfigError(
+                f"Join tokens are made on the head. This machine is a node of the head at {record.head}."
+            )
         require_shared_state(compose_platform(record.overrides or ()))
         token = mint(layout(storage), ttl_s=arguments.ttl_s)
         write(token, arguments.output)
@@ -158,7 +165,9 @@ def main() -> None:
         refuse(ConfigError(f"{arguments.output} cannot be written: {error.strerror}."))
     head = f"{record.address}:{record.ports['nodes']}"
     print(
-        f"On the new node: python -m cluster.join head={head} token_file={arguments.output}", file=sys.stderr
+        f"On the new machine, with this file there: python -m cluster.join head={head} "
+        f"token_file={arguments.output.name} cluster.address=<address of the new machine>",
+        file=sys.stderr,
     )
 
 

@@ -12,6 +12,8 @@ from cluster.host.this_node import is_loopback
 from cluster.settings import OnlineKind, PlatformConfig
 from cluster.storage import is_uri
 
+REACHABLE = "(an address that every node reaches)"
+
 
 def require_shared_state(config: PlatformConfig) -> None:
     """Require that all state that several nodes use is where every node reaches it.
@@ -19,21 +21,33 @@ def require_shared_state(config: PlatformConfig) -> None:
     Raises:
         ConfigError: the ledger, the storage root or the online store is on the head only.
     """
+    problems = _problems(config)
+    if not problems:
+        return
+    reasons, remedies = [problem for problem, _ in problems], [remedy for _, remedy in problems]
+    raise ConfigError(
+        f"A second node cannot join, because {', and '.join(reasons)}. Run `python -m cluster.down` on the head, then "
+        f"`python -m cluster.up` with {', '.join(remedies)}."
+    )
+
+
+def _problems(config: PlatformConfig) -> list[tuple[str, str]]:
+    """Return what other nodes do not reach, each with the options that mend it."""
+    problems = []
     url = sa.engine.make_url(config.ledger.url or "sqlite://")
     if url.get_backend_name() == "sqlite":
-        raise _not_shared("the ledger is SQLite", "ledger.url=postgresql+psycopg://…")
+        problems.append(("the ledger is SQLite", "ledger.url=postgresql+psycopg://…"))
+    elif _is_local(url.host or "localhost"):
+        problems.append((f"ledger.url names {url.host or 'localhost'}", f"ledger.url=… {REACHABLE}"))
     if not is_uri(config.storage.root):
-        raise _not_shared("storage.root is a folder of the head", "storage=s3 storage.root=s3://…")
+        problems.append(("storage.root is a folder of the head", "storage=s3 storage.root=s3://…"))
+    host = urlsplit(config.online.url).hostname or ""
     if config.online.kind is not OnlineKind.redis:
-        raise _not_shared("the online store is LMDB", "online=redis online.url=…")
-    hosts = {"ledger.url": url.host or "localhost", "online.url": urlsplit(config.online.url).hostname or ""}
-    for option, host in hosts.items():
-        if host == "localhost" or (re.fullmatch(r"[\d.]+", host) and is_loopback(host)):
-            raise _not_shared(f"{option} names {host}", f"{option}=… with an address that every node reaches")
+        problems.append(("the online store is LMDB", "online=redis online.url=…"))
+    elif _is_local(host):
+        problems.append((f"online.url names {host}", f"online.url=… {REACHABLE}"))
+    return problems
 
 
-def _not_shared(problem: str, remedy: str) -> ConfigError:
-    return ConfigError(
-        f"A second node cannot join, because {problem}. Run `python -m cluster.down` on the head, then "
-        f"`python -m cluster.up` with {remedy}."
-    )
+def _is_local(host: str) -> bool:
+    return host == "localhost" or (re.fullmatch(r"[\d.]+", host) is not None and is_loopback(host))

@@ -65,7 +65,13 @@ def is_watched_by(storage: StorageConfig, pid: int) -> bool:
 
 @contextlib.contextmanager
 def _hold(path: Path, refusal: str) -> Iterator[None]:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"The folder {path.parent} cannot be created: {error.strerror}. Set storage.local to a folder on this "
+            "machine's disk."
+        ) from None
     with _locked(path) as acquired:
         if not acquired:
             raise ConfigError(refusal.format(pid=_holder(path), folder=path.parent))

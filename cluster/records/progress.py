@@ -116,6 +116,10 @@ class NodeProgress:
     silent_s: float
     """Seconds since the report."""
 
+    def is_complete(self, until: dt.datetime) -> bool:
+        """Return whether the node has shared all records that were written before a time."""
+        return all(dt.datetime.fromisoformat(time) >= until for time in self.until.values())
+
 
 def read_progress(engine: sa.Engine) -> list[NodeProgress]:
     """Return what all nodes reported, sorted by node."""

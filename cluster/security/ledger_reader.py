@@ -8,6 +8,7 @@ from pathlib import Path
 from cluster.errors import ConfigError
 from cluster.ledger.store import Ledger, open_ledger
 from cluster.security.acting import check_reader
+from cluster.session import use_recorded_places
 from cluster.settings import LedgerConfig, PlatformConfig, StorageConfig
 from cluster.storage import layout
 
@@ -32,14 +33,17 @@ def open_reader(arguments: argparse.Namespace) -> Ledger:
         ConfigError: the ledger does not exist, or the URL contains a password.
         Unauthenticated, AccessDenied: the token is invalid, or its holder may not read the ledger.
     """
-    storage = StorageConfig(root=arguments.root)
-    if arguments.url is None and not Path(layout(storage).ledger_path).exists():
-        raise ConfigError(f"No ledger at {layout(storage).ledger_path}. Give --root or --url.")
     try:
-        ledger_config = LedgerConfig(url=arguments.url)
+        config = PlatformConfig(
+            storage=StorageConfig(root=arguments.root), ledger=LedgerConfig(url=arguments.url)
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    ledger = open_ledger(PlatformConfig(storage=storage, ledger=ledger_config))
+    use_recorded_places(config, given=())
+    places = layout(config.storage)
+    if config.ledger.url is None and not Path(places.ledger_path).exists():
+        raise ConfigError(f"No ledger at {places.ledger_path}. Give --root or --url.")
+    ledger = open_ledger(config)
     if arguments.token is not None:
-        check_reader(ledger, layout(storage), arguments.token)
+        check_reader(ledger, places, arguments.token)
     return ledger

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 
+from cluster.command_line import given_for
 from cluster.entrypoint import job
 from cluster.session import find_running_record
+from cluster.settings import PlatformConfig
 from cluster.storage import layout, local
 from jobs.pipeline.config import PipelineConfig
 from jobs.pipeline.report import write_report
@@ -38,11 +41,15 @@ def main(config: PipelineConfig) -> None:
 
 
 def ensure_cluster(config: PipelineConfig, runner: Runner) -> None:
-    """Start a cluster if none is up. If the deployment stage is finished, restore the deployment on the new cluster."""
+    """Start a cluster if none is up, with this command's settings of the platform.
+
+    If the deployment stage is finished, restore the deployment on the new cluster.
+    """
     if find_running_record(config.storage) is not None:
         print("The cluster is up.", flush=True)
         return
-    runner.execute((("cluster.up",),), name="cluster")
+    settings = given_for({field.name for field in fields(PlatformConfig)})
+    runner.execute((("cluster.up", *settings),), name="cluster")
     if "deploy" in runner.finished:
         runner.execute((("serve_apps.deploy", "action=restore"),), name="cluster")
 

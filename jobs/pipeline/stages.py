@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.storage import resolve
+from cluster.storage import layout, resolve
 from jobs.pipeline.config import PipelineConfig
 
 Results = dict[str, Any]
@@ -18,6 +18,8 @@ ParallelCommands = tuple[Command, ...]
 """Commands that do not depend on each other and run in parallel."""
 VIEWS = ("person", "cohort")
 """Feature views of the demo."""
+LOG_WAIT_S = 300
+"""Longest wait for the records of other nodes, in seconds. A segment is open for `storage.upload_after_s`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +42,9 @@ def plan(config: PipelineConfig, demo: Path) -> list[Stage]:
         _deployment_stage(config, commands),
         *(stage for year in config.years for stage in _year_stages(config, commands, year)),
         _fixed_stage(
-            "monitor", "Estimate and realise performance, look for drift (NannyML)", (commands.monitor(),)
+            "monitor",
+            "Estimate and realise performance, look for drift (NannyML)",
+            *commands.read_log(commands.monitor()),
         ),
         *_broken_version_stages(config, commands),
     ]
@@ -116,6 +120,11 @@ class Commands:
             (("jobs.pipeline.traffic", self._name, people, answers, *options),),
             (("jobs.pipeline.outcomes", self._name, people, answers, observed_at),),
         ]
+
+    def read_log(self, command: Command) -> list[ParallelCommands]:
+        """Return a command that reads the log. With several nodes, it first waits for their records."""
+        wait = ("cluster.records.nodes", f"wait_s={LOG_WAIT_S}")
+        return [(wait,), (command,)] if layout(self._config.storage).shared else [(command,)]
 
     def monitor(self) -> Command:
         reference, output = f"reference={self._demo}/train.parquet", f"output={self._demo}/monitor.json"
@@ -215,7 +224,9 @@ def _broken_version_stages(config: PipelineConfig, commands: Commands) -> list[S
             ],
         ),
         _fixed_stage(
-            "rollback", "The rule compares realised performance and rolls back", (commands.check_rollout(),)
+            "rollback",
+            "The rule compares realised performance and rolls back",
+            *commands.read_log(commands.check_rollout()),
         ),
     ]
 

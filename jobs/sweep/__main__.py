@@ -24,15 +24,16 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
+from cluster.host.this_node import this_node
 from cluster.ledger import open_ledger
 from cluster.ledger.events import SweepFinished
 from cluster.placement import find_nodes, here
 from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.encryption.access import protected_files
-from cluster.security.encryption.scratch import scratch_directory
+from cluster.security.encryption.run_files import RunFolder, run_folder
 from cluster.session import attach, require_running_cluster
-from cluster.storage import layout, local, replace_non_finite, resolve, write_json
+from cluster.storage import layout, replace_non_finite, resolve, write_json
 from jobs.sweep.config import SweepConfig
 from jobs.sweep.results import Trial, best_trial, trial_from_result
 from jobs.train.data import Dataset, read_training_set
@@ -106,28 +107,31 @@ def run_trials(config: SweepConfig, dataset: Dataset, parameters: Parameters) ->
     # line per trial instead.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with scratch_directory(local(layout(config.storage).runs)) as folder:
-        grid = build_tuner(config, dataset, parameters, folder=folder, concurrent=concurrent).fit()
+    with run_folder(layout(config.storage), for_all_nodes=this_node() is not None) as runs:
+        grid = build_tuner(config, dataset, parameters, runs=runs, concurrent=concurrent).fit()
     deadline_s = config.sweep.trial_deadline_s
     return [trial_from_result(grid[number], deadline_s=deadline_s) for number in range(len(grid))]
 
 
 def build_tuner(
-    config: SweepConfig, dataset: Dataset, parameters: Parameters, *, folder: Path, concurrent: int
+    config: SweepConfig, dataset: Dataset, parameters: Parameters, *, runs: RunFolder, concurrent: int
 ) -> tune.Tuner:
-    """Return the tuner of a sweep with `concurrent` parallel trials. `folder` is for temporary files."""
+    """Return the tuner of a sweep with `concurrent` parallel trials. `runs` is for temporary files."""
     sweep = config.sweep
+    # Tune knows no labels, so the trials of a region run on this node.
+    is_here = runs.file_system is None or config.placement.region is not None
     context = FitContext(
-        folder=folder,
-        runs=str(folder),
+        folder=Path(),
+        runs=runs.path,
+        file_system=runs.file_system,
         seed=config.seed,
         scaling=config.scaling,
         deepspeed=config.deepspeed,
         run_name="",
-        selector=find_nodes(config.placement, on_this_node="its checkpoints are on this node's disk"),
+        selector=find_nodes(config.placement, on_this_node="Ray Tune knows no regions" if is_here else None),
     )
     return tune.Tuner(
-        tune.with_resources(run_trial, {"CPU": trial_cpus(config), **here()}),
+        tune.with_resources(run_trial, {"CPU": trial_cpus(config), **(here() if is_here else {})}),
         param_space={
             "learning_rate": tune.loguniform(*sweep.learning_rate),
             "width": tune.choice(list(sweep.width)),
@@ -148,7 +152,8 @@ def build_tuner(
         ),
         run_config=tune.RunConfig(
             name="sweep",
-            storage_path=str(folder),
+            storage_path=runs.path,
+            storage_filesystem=runs.file_system,
             verbose=0,
             callbacks=[TrialPrinter(num_trials=sweep.trials)],
         ),

@@ -13,6 +13,7 @@ import numpy as np
 from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
+from cluster.host.this_node import this_node
 from cluster.ledger import Ledger, open_ledger
 from cluster.placement import find_nodes
 from cluster.registry import Lineage, ModelVersion, Registry
@@ -23,6 +24,7 @@ from cluster.runtime.signature import SIGNATURE_FILE
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.encryption.access import protected_files
+from cluster.security.encryption.run_files import RunFolder, run_folder
 from cluster.security.encryption.scratch import memory_folder, scratch_directory
 from cluster.security.keys.access import key_store
 from cluster.session import attach, require_running_cluster
@@ -53,10 +55,13 @@ def main(config: TrainConfig) -> None:
     config = replace(config, split=resolve_split(config.split, source))
     dataset, data_warnings = prepare_and_describe(config, source, threshold=config.threshold)
     attach(config)
-    runs = local(layout(config.storage).runs)
-    # Checkpoints may have to be on a disk that several machines share. The model folder is in memory if there is room,
-    # because the model's files are not encrypted before the model is registered.
-    with scratch_directory(runs) as checkpoints, scratch_directory(memory_folder(otherwise=runs)) as folder:
+    places = layout(config.storage)
+    # The model folder is in memory if there is room, because the model's files are not encrypted before the model is
+    # registered.
+    with (
+        run_folder(places, for_all_nodes=family.runs_anywhere and this_node() is not None) as checkpoints,
+        scratch_directory(memory_folder(otherwise=local(places.runs))) as folder,
+    ):
         fit(config, family, dataset, folder=folder, checkpoints=checkpoints)
         lineage = build_lineage(config, source, family.parameters)
         result = evaluate_held_out(folder, dataset, requested_precision(family.parameters))
@@ -78,20 +83,20 @@ def main(config: TrainConfig) -> None:
 
 
 def fit(
-    config: TrainConfig, family: ResolvedFamily, dataset: Dataset, *, folder: Path, checkpoints: Path
+    config: TrainConfig, family: ResolvedFamily, dataset: Dataset, *, folder: Path, checkpoints: RunFolder
 ) -> None:
     """Fit the model and write its files into `folder`."""
     context = FitContext(
         folder=folder,
-        runs=str(checkpoints),
+        runs=checkpoints.path,
+        file_system=checkpoints.file_system,
         seed=config.seed,
         scaling=config.scaling,
         deepspeed=config.deepspeed,
         run_name=f"{config.name}-{family.name}-{int(time.time())}",
         selector=find_nodes(
             config.placement,
-            # LightGBM's task returns its trees.
-            on_this_node=None if family.name == "lightgbm" else "its checkpoints are on this node's disk",
+            on_this_node=None if family.runs_anywhere else "its checkpoints are on this node's disk",
         ),
     )
     fitted = permute_labels(dataset, seed=config.seed) if config.label_permutation else dataset

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from omegaconf import OmegaConf
+from pyarrow.fs import FileSystem
 
 from cluster.errors import ConfigError
 from cluster.placement import Selector
@@ -25,6 +26,9 @@ from cluster.settings import ScalingConfig
 from cluster.settings_conversion import load
 from jobs.train.config import DeepSpeedConfig
 from jobs.train.data import Dataset
+
+BUILT_IN = {"lightgbm": "jobs.train.lightgbm", "tabular_network": "jobs.train.tabular_network.family"}
+"""Module of each family of Falaj."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +47,8 @@ class FitContext:
     """Name of the Ray Train run."""
     selector: Selector = field(default_factory=dict)
     """Labels of the nodes where the fit may run."""
+    file_system: FileSystem | None = None
+    """File system of `runs`. None is this node's disk; then the selector names this node."""
 
 
 class Family(Protocol):
@@ -62,6 +68,9 @@ class ResolvedFamily(NamedTuple):
     module: Family
     parameters: Any
     """Instance of the module's `Parameters`."""
+    runs_anywhere: bool
+    """Whether another node than the command's can fit it: LightGBM's task returns its trees, and the network's
+    checkpoints are in `context.runs`, wherever that is. A user's own family may write to this node's disk."""
 
 
 def resolve_family(model: dict[str, Any]) -> ResolvedFamily:
@@ -79,16 +88,15 @@ def resolve_family(model: dict[str, Any]) -> ResolvedFamily:
     match name:
         case _ if module_name is not None:
             module = _import(module_name)
-        case "lightgbm":
-            module = _import("jobs.train.lightgbm")
-        case "tabular_network":
-            module = _import("jobs.train.tabular_network.family")
+        case _ if name in BUILT_IN:
+            module = _import(BUILT_IN[name])
         case _:
             raise ConfigError(
                 f"Unknown model family '{name}'. Known: lightgbm, tabular_network. For your own family set "
                 "model.module."
             )
-    return ResolvedFamily(name, module, load(OmegaConf.create(settings), module.Parameters))
+    parameters = load(OmegaConf.create(settings), module.Parameters)
+    return ResolvedFamily(name, module, parameters, runs_anywhere=module_name is None)
 
 
 def _import(name: str) -> Any:

@@ -3,12 +3,17 @@
 It is what a command waits for: 200 changes, each after the one before. Cases: one edge with SQLite, and one and three
 edges with PostgreSQL, which run in processes of their own with a real HAProxy each. Without PostgreSQL only the first
 case runs. There is no peer: Ray Serve has no weights.
+
+`NODES=3` measures a whole cluster of three nodes instead, in network namespaces, with PostgreSQL, Redis and a double of
+S3: the time until it runs, the time from `deploy` until both versions of a model answer at each of the three edges, and
+all this for a node with a slow link (`LINK=2mbit`). It needs root.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -17,13 +22,15 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 # This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cluster.ledger import Ledger
+from cluster.ledger.database import is_shared
 from cluster.ledger.events import RolloutWeightChanged
 from cluster.settings import PlatformConfig, StorageConfig
-from serve_apps.edge.control.live_edges import ensure_table, read_edges, uses_table
+from serve_apps.edge.control.live_edges import ensure_table, read_edges
 from serve_apps.edge.control.waiting import wait_until_applied
 from tests.samples.rollouts import DEPLOYED, STARTED
 from tests.servers.controller import new_controller
@@ -42,7 +49,7 @@ def run_edge(root: str, url: str, stopped: Event) -> None:
 def wait_for_edges(ledger: Ledger, config: PlatformConfig, num_edges: int) -> None:
     """Wait until all edges are live and serve."""
     deadline = time.monotonic() + START_S
-    while uses_table(ledger) and time.monotonic() < deadline:
+    while is_shared(ledger.engine) and time.monotonic() < deadline:
         ensure_table(ledger)
         with ledger.engine.connect() as connection:
             if sum(edge.is_live for edge in read_edges(connection)) == num_edges:
@@ -65,7 +72,8 @@ def measure(folder: Path, url: str, *, num_edges: int) -> list[float]:
         edge.start()
     try:
         wait_for_edges(ledger, config, num_edges)
-        return [change_weight(config, ledger, weight=1 + number % 40) for number in range(CHANGES)]
+        names = {"model": STARTED.model, "rollout": STARTED.rollout}
+        return [change_weight(config, ledger, weight=1 + number % 40, **names) for number in range(CHANGES)]
     finally:
         stopped.set()
         for edge in edges:
@@ -73,14 +81,50 @@ def measure(folder: Path, url: str, *, num_edges: int) -> list[float]:
         ledger.close()
 
 
-def change_weight(config: PlatformConfig, ledger: Ledger, *, weight: float) -> float:
+def change_weight(
+    config: PlatformConfig, ledger: Ledger, *, weight: float, model: str, rollout: str
+) -> float:
     """Change the weight, and return the seconds until every edge has applied it."""
     began = time.perf_counter()
-    event = RolloutWeightChanged(model="m", rollout="r", weight=weight)
+    event = RolloutWeightChanged(model=model, rollout=rollout, weight=weight)
     wait_until_applied(config, ledger, ledger.append(event, actor="bench").seq)
     taken = time.perf_counter() - began
     time.sleep(PAUSE_S)
     return taken
+
+
+def measure_processes(folder: Path, stack: ExitStack) -> dict[str, list[float]]:
+    """Return the seconds of each change by case, with edges that are processes of this machine."""
+    cases = {"sqlite_1": (f"sqlite:///{folder}/ledger.db", 1)}
+    if is_installed():
+        for num_edges in (1, 3):
+            cases[f"postgresql_{num_edges}"] = (stack.enter_context(running_server()), num_edges)
+    else:
+        print("PostgreSQL is not installed, so several edges are not measured")
+    measured = {}
+    for case, (url, num_edges) in cases.items():
+        (folder / case).mkdir()
+        measured[case] = measure(folder / case, url, num_edges=num_edges)
+    return measured
+
+
+def describe(case: str, seconds: list[float]) -> list[dict[str, object]]:
+    """Print the percentiles of a case, and return them as results."""
+    taken_ms = 1000 * np.array(seconds)
+    p50, p99 = np.percentile(taken_ms, (50, 99))
+    print(f"{case:25} p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {taken_ms.max():.1f} ms")
+    return [result(case, "p50_ms", float(p50)), result(case, "p99_ms", float(p99))]
+
+
+def result(case: str, metric: str, value: float) -> dict[str, object]:
+    """Return one result; its metric ends with its unit."""
+    return {
+        "system": "falaj",
+        "case": case,
+        "metric": metric,
+        "value": value,
+        "unit": metric.rpartition("_")[2],
+    }
 
 
 def main() -> None:
@@ -88,25 +132,24 @@ def main() -> None:
     results = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        cases = {"sqlite_1": (f"sqlite:///{folder}/ledger.db", 1)}
-        if is_installed():
-            for num_edges in (1, 3):
-                cases[f"postgresql_{num_edges}"] = (stack.enter_context(running_server()), num_edges)
+        if os.environ.get("NODES") == "3":
+            from tests.bench._three_nodes import measure_three_nodes
+
+            figures = measure_three_nodes(folder)
+            for case, seconds in figures.many.items():
+                results += describe(f"three_nodes_{case}", seconds)
+            results += [result("three_nodes", metric, value) for metric, value in figures.once.items()]
         else:
-            print("PostgreSQL is not installed, so several edges are not measured")
-        for case, (url, num_edges) in cases.items():
-            (folder / case).mkdir()
-            taken_ms = 1000 * np.array(measure(folder / case, url, num_edges=num_edges))
-            p50, p99 = np.percentile(taken_ms, (50, 99))
-            results += [
-                {"system": "falaj", "case": case, "metric": metric, "value": float(value), "unit": "ms"}
-                for metric, value in (("p50_ms", p50), ("p99_ms", p99))
-            ]
-            print(f"{case:13} p50 {p50:.1f} ms, p99 {p99:.1f} ms, longest {taken_ms.max():.1f} ms")
+            for case, changes in measure_processes(folder, stack).items():
+                results += describe(case, changes)
     output = Path(".falaj/bench/rollout.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except pytest.skip.Exception as reason:  # from the servers of the tests
+        print(reason, file=sys.stderr)
+        sys.exit(2)

@@ -33,7 +33,7 @@ from cluster.settings import StorageConfig
 from cluster.storage import Layout
 from tests.integration.conftest import refusal
 from tests.integration.test_object_store import ROWS, write_rows
-from tests.servers.namespaces import Machine, network
+from tests.nodes.namespaces import Machine, network
 from tests.servers.object_store import BUCKET, object_store
 from tests.servers.postgresql import running_server
 from tests.servers.redis_server import running_redis
@@ -221,12 +221,15 @@ def test_work_in_another_region_runs_on_the_node_that_joined(world: World) -> No
 
 
 def test_replica_runs_on_the_node_that_joined(world: World) -> None:
-    """It gets its token from the head, loads the encrypted model from the object store, and reads Redis."""
+    """It gets its token from the head, loads the encrypted model from the object store, and reads Redis.
+
+    The commands find ledger, storage root and online store in the record of the cluster.
+    """
     head = world.head
-    head.run("feature_jobs.materialize", "definitions=shop", "view=income", *head.shared)
+    head.run("feature_jobs.materialize", "definitions=shop", "view=income")
     train = ("model=lightgbm", "name=loan", "training_set=here.parquet", "label=repaid")
-    head.run("jobs.train", *train, *head.shared)
-    head.run("serve_apps.deploy", "name=loan", "version=1", f"placement.region={SECOND}", *head.shared)
+    head.run("jobs.train", *train)
+    head.run("serve_apps.deploy", "name=loan", "version=1", f"placement.region={SECOND}")
     replicas = [
         process
         for process in processes.find(world.node.record.instance)

@@ -132,11 +132,14 @@ def build_trainer(
             num_workers=num_workers,
             use_gpu=scaling.gpus_per_worker > 0,
             resources_per_worker=resources,
+            # All on one node, because they exchange gradients over connections that are not encrypted.
+            placement_strategy="STRICT_PACK",
             **options(context.selector),  # type: ignore[arg-type]
         ),
         run_config=RunConfig(
             name=context.run_name,
             storage_path=context.runs,
+            storage_filesystem=context.file_system,
             failure_config=FailureConfig(max_failures=1),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute=METRIC, checkpoint_score_order="min"

@@ -196,6 +196,16 @@ def test_spilling_to_an_unencrypted_disk_prints_a_warning(
     assert ("/spill" in message and "cluster.spill_folder=" in message) == warns
 
 
+def test_start_warns_if_no_other_machine_can_join(
+    config: PlatformConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The operator learns it before the first join, because a change needs a new start."""
+    up.warn_of_local_state(config)
+    assert capsys.readouterr().out.startswith(
+        "warning: A second node cannot join, because the ledger is SQLite"
+    )
+
+
 def test_start_is_refused_while_the_recorded_head_answers(
     config: PlatformConfig, written: ClusterRecord, listener: Callable[..., None]
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.host.this_node import RECORD_VARIABLE, forget_node, is_loopback, this_node
 from cluster.node.description import describe_machine
@@ -20,6 +21,7 @@ from cluster.security.tokens.source import TokenSource
 from cluster.session import ClusterRecord, find_record
 from cluster.settings import ClusterConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout, layout
+from tests.processes.commands import run_main
 
 ROOT = "s3://bucket/falaj"
 SENT = Layout(ROOT, "/head/.falaj")
@@ -169,3 +171,22 @@ def test_a_new_cluster_does_not_take_the_folders_of_a_running_node(
     monkeypatch.setenv(RECORD_VARIABLE, str(tmp_path / "other" / "cluster.json"))
     forget_node()
     assert RECORD_VARIABLE not in os.environ
+
+
+@job("platform", PlatformConfig)
+def print_disk(config: PlatformConfig) -> None:
+    """Print the folder of this machine's own state."""
+    print(layout(config.storage).disk)
+
+
+def test_folder_on_the_command_line_wins_over_the_nodes(
+    record: ClusterRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example, to look at a second node of the same machine. Workers still take their own node's folder."""
+    run_as_part_of(record, tmp_path, monkeypatch)
+    root = f"storage.root={ROOT}"
+    assert run_main(print_disk, root, "storage.local=/other").stdout == "/other\n"
+    run_as_part_of(record, tmp_path, monkeypatch)
+    assert run_main(print_disk, root, f"storage.local={tmp_path}").stdout == f"{tmp_path}\n"
+    assert run_main(print_disk, root).stdout == f"{tmp_path}\n"
+    assert arrived(SENT) == Layout(ROOT, str(tmp_path))

@@ -149,6 +149,17 @@ def test_node_leaves_without_the_head(head: Head, record: ClusterRecord) -> None
     assert (left.payload["node_id"], left.payload["reason"]) == (record.node_id, "down")
 
 
+def test_node_does_not_wait_for_a_drain_without_the_head(
+    head: Head, record: ClusterRecord, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray's command would wait a minute, and print a traceback."""
+    lost = replace(record, ray_address=f"127.0.0.1:{free_port()}")
+    leave.drain(head.config, lost, deadline_s=60)
+    assert capsys.readouterr().err == (
+        "warning: the head does not answer, so running work is ended without a drain\n"
+    )
+
+
 def test_node_learns_that_its_cluster_was_stopped(head: Head, record: ClusterRecord) -> None:
     """The event of another cluster in the same ledger does not count."""
     head.ledger.append(ClusterStopped(cluster_id="another"), actor="user:a")
@@ -202,3 +213,5 @@ def test_node_is_found_by_id_name_or_address() -> None:
         leave.find_member(members, "worker")
     with pytest.raises(ConfigError, match="No node is named 'x'"):
         leave.find_member(members, "x")
+    with pytest.raises(ConfigError, match="No other machine is a node"):
+        leave.find_member([], "x")

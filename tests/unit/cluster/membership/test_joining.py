@@ -178,6 +178,17 @@ def test_state_on_one_machine_is_refused(section: str, value: object, message: s
         require_shared_state(PlatformConfig(**{**SHARED, section: value}))  # type: ignore[arg-type]
 
 
+def test_all_state_on_one_machine_is_named_at_once() -> None:
+    """Each change needs a new start of the head."""
+    with pytest.raises(ConfigError) as refusal:
+        require_shared_state(PlatformConfig())
+    assert str(refusal.value) == (
+        "A second node cannot join, because the ledger is SQLite, and storage.root is a folder of the head, and the "
+        "online store is LMDB. Run `python -m cluster.down` on the head, then `python -m cluster.up` with "
+        "ledger.url=postgresql+psycopg://…, storage=s3 storage.root=s3://…, online=redis online.url=…."
+    )
+
+
 def test_token_file_is_private_and_masked(head: Head, tmp_path: Path) -> None:
     """Other users must not read it, and no message shows it."""
     token = join_token.mint(head.record.layout)

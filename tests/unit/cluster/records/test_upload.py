@@ -16,7 +16,7 @@ from cluster.records import upload
 from cluster.records.blocks import Block, BlockWriter, SegmentSealed, segment_sizes
 from cluster.records.compaction import LOCK, compact
 from cluster.records.contents import list_shared
-from cluster.records.nodes import describe, require_silent
+from cluster.records.nodes import describe, require_silent, wait_until_complete
 from cluster.records.progress import forget, log_age, read_progress
 from cluster.records.reading import count_records, read_records
 from cluster.records.segments import list_segments
@@ -332,3 +332,22 @@ def test_nodes_are_shown_and_a_lost_one_is_forgotten(logs: SharedLogs) -> None:
         require_silent("x", reports)
     require_silent(node.uploader().node, [replace(one, silent_s=1000) for one in reports])
     writer.close()
+
+
+def test_command_waits_until_all_nodes_have_shared_their_records(logs: SharedLogs) -> None:
+    """Before that, monitoring on one node would miss the newest records of another one."""
+    node, other = logs.node("node"), logs.node("other")
+    writer = node.writer()
+    writer.append(prediction(0))
+    for one in (node, other):
+        one.uploader().run_once()
+    with pytest.raises(Inconsistent, match=rf"had not shared all records.*{node.uploader().node}"):
+        wait_until_complete(other.ledger.engine, timeout_s=0)
+    writer.close()
+    with ThreadPoolExecutor(1) as command:
+        waiting = command.submit(wait_until_complete, other.ledger.engine, timeout_s=30)
+        while not waiting.done():
+            for one in (node, other):
+                one.uploader().run_once()
+        assert len(waiting.result()) == 2
+    assert ids(other.log, logs.keyring) == names(0)

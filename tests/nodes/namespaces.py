@@ -39,6 +39,13 @@ class Machine:
         """Join the cable again."""
         _run("link", "set", self.link, "up")
 
+    def limit_rate(self, rate: str | None) -> None:
+        """Let the cable carry only this much in each direction, such as `2mbit`. None removes the limit."""
+        change = ("del",) if rate is None else ("replace",)
+        limit = () if rate is None else ("tbf", "rate", rate, "burst", "16kb", "latency", "100ms")
+        for inside, device in (((), self.link), (("-n", self.namespace), "eth0")):
+            _run(*inside, "qdisc", *change, "dev", device, "root", *limit, command="tc")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
@@ -107,9 +114,9 @@ def _why_not() -> str:
     return ""
 
 
-def _ip() -> str:
-    return shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or "ip"
+def _ip(command: str = "ip") -> str:
+    return shutil.which(command, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or command
 
 
-def _run(*arguments: str, check: bool = True) -> int:
-    return subprocess.run([_ip(), *arguments], check=check, capture_output=True).returncode
+def _run(*arguments: str, check: bool = True, command: str = "ip") -> int:
+    return subprocess.run([_ip(command), *arguments], check=check, capture_output=True).returncode

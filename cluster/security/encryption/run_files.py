@@ -1,0 +1,148 @@
+"""Files of one run in the object store, so that a process on any node finds them. Each file is encrypted.
+
+Ray Train writes its checkpoints there. A checkpoint has traces of the training data. The key is random, exists only in
+the processes of the run, and ends with them: nobody can read what a killed run leaves in the object store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from fsspec import AbstractFileSystem
+from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
+
+from cluster.security.encryption.envelope import NONCE_BYTES, Identity, open_chunks, seal
+from cluster.security.encryption.scratch import scratch_directory
+from cluster.storage import Layout, file_system, local
+
+KEEP_S = 30 * 86_400
+"""What killed runs left is removed when it is this old."""
+_KEY, _ARTIFACT = "run", "run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """Where the processes of a run write files for each other."""
+
+    path: str
+    file_system: FileSystem | None = None
+    """File system of the path. None is this machine's disk, which other nodes do not see."""
+
+
+@contextlib.contextmanager
+def run_folder(places: Layout, *, for_all_nodes: bool) -> Iterator[RunFolder]:
+    """Yield a new folder, and remove it at the end.
+
+    Args:
+        places: The installation's folders.
+        for_all_nodes: Whether processes on other nodes need the files. They are then in the object store, if there is
+            one.
+    """
+    if places.shared is None or not for_all_nodes:
+        with scratch_directory(local(places.runs)) as folder:
+            yield RunFolder(path=str(folder))
+        return
+    base, parent = file_system(f"{places.shared}/runs")
+    _remove_old(base, parent)
+    path = f"{parent}/{int(time.time())}-{secrets.token_hex(8)}"
+    sealed = SealedFiles(places.shared, AESGCM.generate_key(256))
+    try:
+        yield RunFolder(path=path, file_system=PyFileSystem(FSSpecHandler(sealed)))
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            base.rm(path, recursive=True)
+
+
+def _remove_old(base: AbstractFileSystem, parent: str) -> None:
+    """Remove the folders that killed runs left. Their names begin with the time of the start."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in base.ls(parent, detail=False):
+            started = str(path).rstrip("/").rpartition("/")[2].partition("-")[0]
+            if started.isdigit() and int(started) < time.time() - KEEP_S:
+                base.rm(path, recursive=True)
+
+
+class _RunKey:
+    """The part of a key store that envelopes need, for one key."""
+
+    def __init__(self, key: bytes) -> None:
+        self._cipher = AESGCM(key)
+
+    def wrap(self, name: str, secret: bytes) -> str:
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        return (nonce + self._cipher.encrypt(nonce, secret, name.encode())).hex()
+
+    def unwrap(self, name: str, wrapped: str) -> bytes:
+        data = bytes.fromhex(wrapped)
+        return self._cipher.decrypt(data[:NONCE_BYTES], data[NONCE_BYTES:], name.encode())
+
+
+class SealedFiles(AbstractFileSystem):  # type: ignore[misc]
+    """A file system that encrypts each file under its path. A file is in memory while it is written or read.
+
+    Other processes receive it pickled. There it uses the object store with their own credentials.
+
+    Args:
+        root: URI of the object store.
+        key: AES key of 32 bytes.
+    """
+
+    protocol = "sealed"
+    cachable = False
+
+    def __init__(self, root: str, key: bytes, **options: Any) -> None:
+        super().__init__(root=root, key=key, **options)
+        self._base, self._store = file_system(root)[0], _RunKey(key)
+
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BytesIO:
+        envelope: dict[str, Any] = {
+            "store": self._store,
+            "key": _KEY,
+            "identity": Identity(artifact=_ARTIFACT, version=0, part=path),
+        }
+        if mode == "rb":
+            with self._base.open(path, "rb") as source:
+                return io.BytesIO(b"".join(open_chunks(source, **envelope)))
+        if mode != "wb":
+            raise ValueError(f"A sealed file is read or written as a whole, not opened with mode '{mode}'.")
+        return _Unsealed(lambda data: self._write(path, data, envelope))
+
+    def _write(self, path: str, data: io.BytesIO, envelope: dict[str, Any]) -> None:
+        data.seek(0)
+        with self._base.open(path, "wb") as target:
+            seal(data, target, **envelope)
+
+    def ls(self, path: str, detail: bool = True, **options: Any) -> Any:
+        return self._base.ls(path, detail=detail, **options)
+
+    def info(self, path: str, **options: Any) -> Any:
+        return self._base.info(path, **options)
+
+    def mkdir(self, path: str, create_parents: bool = True, **options: Any) -> None:
+        self._base.makedirs(path, exist_ok=True)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self._base.makedirs(path, exist_ok=exist_ok)
+
+    def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:
+        self._base.rm(path, recursive=recursive, maxdepth=maxdepth)
+
+
+class _Unsealed(io.BytesIO):
+    """The content of a file until it is closed and written."""
+
+    def __init__(self, write: Any) -> None:
+        super().__init__()
+        self._write_out = write
+
+    def close(self) -> None:
+        if not self.closed:
+            self._write_out(self)
+        super().close()

@@ -1,0 +1,93 @@
+"""Tests of a run's files in the object store: a double of S3, and Arrow's copies as Ray Train makes them."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.fs as arrow
+import pytest
+
+from cluster.errors import ArtifactTampered
+from cluster.security.encryption.envelope import is_sealed
+from cluster.security.encryption.run_files import KEEP_S, run_folder
+from cluster.storage import Layout, exists, file_system
+from tests.servers.object_store import object_store_environment
+
+SECRET = b"weights of the network " * 100_000
+"""More than one chunk of an envelope."""
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with object_store_environment() as uri:
+        yield uri
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Return a folder with two files, one in a folder of its own."""
+    folder = tmp_path / "checkpoint"
+    (folder / "rank0").mkdir(parents=True)
+    (folder / "weights").write_bytes(SECRET)
+    (folder / "rank0" / "state").write_bytes(b"")
+    return folder
+
+
+def test_files_are_encrypted_in_the_store_and_readable_on_other_nodes(
+    bucket: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """The file system arrives pickled. At the end of the run nothing is left."""
+    base = file_system(bucket)[0]
+    with run_folder(Layout(bucket, str(tmp_path)), for_all_nodes=True) as runs:
+        store = runs.file_system
+        assert store is not None
+        path = f"{runs.path}/epoch0"
+        arrow.copy_files(str(checkpoint), path, destination_filesystem=store)
+        stored = base.cat_file(f"{path}/weights")
+        assert is_sealed(stored)
+        assert b"weights of" not in stored
+        elsewhere = pickle.loads(pickle.dumps(store))  # noqa: S301 (own data)
+        arrow.copy_files(path, str(tmp_path / "copy"), source_filesystem=elsewhere)
+        assert (tmp_path / "copy" / "weights").read_bytes() == SECRET
+        assert (tmp_path / "copy" / "rank0" / "state").read_bytes() == b""
+        store.delete_dir(path)
+        assert store.get_file_info(path).type is arrow.FileType.NotFound
+    assert not exists(f"{bucket}/runs")
+
+
+def test_an_altered_or_moved_file_is_refused(bucket: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Whoever can write to the bucket cannot give a training another checkpoint."""
+    base = file_system(bucket)[0]
+    with run_folder(Layout(bucket, str(tmp_path)), for_all_nodes=True) as runs:
+        store = runs.file_system
+        assert store is not None
+        arrow.copy_files(str(checkpoint), runs.path, destination_filesystem=store)
+        stored = base.cat_file(f"{runs.path}/weights")
+        base.pipe_file(f"{runs.path}/moved", stored)
+        base.pipe_file(f"{runs.path}/weights", stored[:-1])
+        for name in ("moved", "weights"):
+            with pytest.raises(ArtifactTampered):
+                store.open_input_stream(f"{runs.path}/{name}")
+
+
+def test_what_killed_runs_left_is_removed_later(bucket: str, tmp_path: Path) -> None:
+    """A run that could still be alive keeps its files."""
+    base, parent = file_system(f"{bucket}/runs")
+    now = 2_000_000_000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cluster.security.encryption.run_files.time.time", lambda: now)
+        for started in (now - KEEP_S - 1, now - KEEP_S + 60):
+            base.pipe_file(f"{parent}/{started}-x/file", b"")
+        with run_folder(Layout(bucket, str(tmp_path)), for_all_nodes=True):
+            names = [path.rpartition("/")[2] for path in base.ls(parent, detail=False)]
+    assert names == [f"{now - KEEP_S + 60}-x"]
+
+
+def test_on_one_machine_the_files_are_on_its_disk(bucket: str, tmp_path: Path) -> None:
+    """No other node needs them."""
+    for places in (Layout(bucket, str(tmp_path)), Layout(str(tmp_path))):
+        with run_folder(places, for_all_nodes=places.shared is None) as runs:
+            assert runs.file_system is None
+            assert Path(runs.path).is_relative_to(tmp_path / "runs")
