@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.servers.namespaces import Machine
+from tests.nodes.namespaces import Machine
 
 USER_ID = 1000
 NAME = "falaj.example"

@@ -20,8 +20,8 @@ import pytest
 
 from tests.image.build import PIP_FOLDER
 from tests.image.container import NAME, PORT, STOP_S, USER_ID, Container, create, image_config, mounted
+from tests.nodes.namespaces import Machine, network
 from tests.projects import loan
-from tests.servers.namespaces import Machine, network
 
 START_S = 600.0
 NETWORK = (

@@ -33,7 +33,7 @@ from cluster.settings import StorageConfig
 from cluster.storage import Layout
 from tests.integration.conftest import refusal
 from tests.integration.test_object_store import ROWS, write_rows
-from tests.servers.namespaces import Machine, network
+from tests.nodes.namespaces import Machine, network
 from tests.servers.object_store import BUCKET, object_store
 from tests.servers.postgresql import running_server
 from tests.servers.redis_server import running_redis

@@ -10,8 +10,10 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 import sqlalchemy as sa
 
@@ -37,17 +39,49 @@ def _as_postgres(*command: str) -> list[str]:
     return [runuser, "-u", "postgres", "--", *command] if os.geteuid() == 0 else list(command)
 
 
+@dataclass(kw_only=True)
+class Server:
+    """A PostgreSQL server that can be killed and started again with its data."""
+
+    command: list[str]
+    folder: Path
+    address: str
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def start(self) -> None:
+        """Start the server, and wait until it answers."""
+        self.process = subprocess.Popen(
+            self.command, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        _wait(self.address)
+
+    def kill(self) -> None:
+        """Kill all processes of the server, as `kill -9` does."""
+        members = psutil.Process(self.process.pid).children(recursive=True)
+        for member in (*members, self.process):
+            member.kill()
+        psutil.wait_procs(members)
+        self.process.wait()
+
+
 @contextmanager
 def running_server(
     *settings: str, certificates: Path | None = None, subnet: str | None = None
 ) -> Iterator[str]:
-    """Start a new server and yield its address. If PostgreSQL is not installed, skip the test.
+    """Start a new server and yield its address; see `server`."""
+    with server(*settings, certificates=certificates, subnet=subnet) as started:
+        yield started.address
+
+
+@contextmanager
+def server(*settings: str, certificates: Path | None = None, subnet: str | None = None) -> Iterator[Server]:
+    """Start a new server and yield it. If PostgreSQL is not installed, skip the test.
 
     If `certificates` is a folder with a node's certificate and key, the server uses TLS. With a subnet, it also listens
     on all addresses and accepts clients of the subnet.
     """
-    initdb, server = _binary("initdb"), _binary("postgres")
-    if initdb is None or server is None:
+    initdb, program = _binary("initdb"), _binary("postgres")
+    if initdb is None or program is None:
         pytest.skip("PostgreSQL is not installed: `apt-get install postgresql` to run this test")
     folder = Path(tempfile.mkdtemp(prefix="falaj-pg-"))
     if certificates is not None:
@@ -75,19 +109,17 @@ def running_server(
             rules.write(f"host all all {subnet} trust\n")
         settings = (*settings, "listen_addresses=*")
     options = [option for setting in ("listen_addresses=127.0.0.1", *settings) for option in ("-c", setting)]
-    process = subprocess.Popen(
-        _as_postgres(server, "-D", data, "-p", str(port), "-k", str(folder), *options),
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    started = Server(
+        command=_as_postgres(program, "-D", data, "-p", str(port), "-k", str(folder), *options),
+        folder=folder,
+        address=f"postgresql+psycopg://falaj@127.0.0.1:{port}/postgres",
     )
-    address = f"postgresql+psycopg://falaj@127.0.0.1:{port}/postgres"
     try:
-        _wait(address)
-        yield address
+        started.start()
+        yield started
     finally:
-        process.terminate()
-        process.wait()
+        started.process.terminate()
+        started.process.wait()
         shutil.rmtree(folder)
 
 
