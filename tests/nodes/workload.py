@@ -6,7 +6,11 @@ Predictions read 16 features by `account_id`. Pushes write the number of the pus
 from __future__ import annotations
 
 import hashlib
+import json
+import ssl
 import subprocess
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,3 +117,23 @@ def stored_pushes(cluster: ThreeNodes) -> set[str]:
 def key_hash(idempotency_key: str) -> str:
     """Return the hash under which the push log stores an idempotency key."""
     return hashlib.blake2b(idempotency_key.encode(), digest_size=16).hexdigest()
+
+
+def numbers_of(content: dict[str, Any]) -> list[int | None]:
+    """Return the pushed number of each account in an answer of `features:read`."""
+    numbers: list[int | None] = content["features"][f"{VIEW}__number"]
+    return numbers
+
+
+def post(url: str, body: dict[str, Any], *, token: str, authority: str) -> tuple[int, dict[str, Any]]:
+    """Send one request. Return its status and JSON; the status is 0 if no answer came."""
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", "X-Unit-ID": "1"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    try:
+        context = ssl.create_default_context(cafile=authority)
+        with urllib.request.urlopen(request, timeout=10, context=context) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, {}
+    except (OSError, ValueError):
+        return 0, {}
