@@ -160,14 +160,15 @@ def run_shared_apps(config: PlatformConfig, record: ClusterRecord, settings: Set
         DeployFailed: an application did not start; the message names it.
     """
     actor_options = {"num_cpus": 0.1, **options(find_nodes(config.placement))}
-    replicas = one_replica_per_node() if record.has_nodes and not config.placement.region else {}
+    # With several nodes, a node has room for one replica, so an old one ends before the new one starts.
+    one_per_node = record.has_nodes and config.placement.region is None
+    replicas = one_replica_per_node() if one_per_node else {"max_surge_percent": 100}
     plain = to_plain(settings.apply_to(config))
     deployments = {
         name: serve.deployment(
             kind,
             name=name,
             ray_actor_options=actor_options,
-            max_surge_percent=100,
             **OPTIONS,
             **replicas,
         )

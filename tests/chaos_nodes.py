@@ -41,7 +41,7 @@ def falaj(folder: Path) -> Iterator[Falaj]:
     """Run Falaj on three nodes, with the workload."""
     with three_computers(folder, small_disk_of=VICTIM) as cluster:
         with_movable_clock(cluster.computers[VICTIM])
-        cluster.up()
+        cluster.up(workload.DURABILITY)
         for node in cluster.nodes:
             cluster.join(node)
         workload.prepare(cluster, versions=3)

@@ -25,7 +25,8 @@ DEPLOY = ("serve_apps.deploy", f"name={scoring.MODEL}", "version=3", "replica.nu
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Falaj]:
     """Run three nodes with an edge on each, and serve two versions with three replicas each."""
-    with three_nodes(tmp_path_factory.mktemp("three"), small_disk_of=VICTIM) as cluster:
+    folder = tmp_path_factory.mktemp("three")
+    with three_nodes(folder, workload.DURABILITY, small_disk_of=VICTIM) as cluster:
         workload.prepare(cluster, versions=3)
         yield Falaj(cluster=cluster, predict_per_s=PREDICT_PER_S, push_per_s=PUSH_PER_S)
 

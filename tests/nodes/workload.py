@@ -37,7 +37,8 @@ DEFINITIONS = f"""{scoring.DEFINITIONS}
 {RECENT} = FeatureService("{RECENT}", views=[{VIEW}])
 """
 PUSH, READ = "/v1/features:push", "/v1/features:read"
-REPLICAS = ("replica.num_replicas=3", "replica.durability=shared")
+DURABILITY = "replica.durability=shared"
+REPLICAS = ("replica.num_replicas=3", DURABILITY)
 
 
 @dataclass(frozen=True, kw_only=True)
