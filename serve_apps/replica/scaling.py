@@ -114,4 +114,4 @@ def num_usable_nodes(context: AutoscalingContext) -> tuple[float, dict[str, Any]
             nodes = ray.nodes()  # type: ignore[no-untyped-call]
             alive = [node["NodeID"] for node in nodes if node["Alive"]]
             state["nodes"] = float(sum(node not in draining for node in alive))
-    return max(1.0, state["nodes"]), state
+    return min(max(1.0, state["nodes"]), context.config.max_replicas), state  # type: ignore[union-attr]
