@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -26,7 +27,7 @@ from tests.nodes import ray_serve, workload
 from tests.nodes.failures import FAILURES, VICTIM, Failure, with_movable_clock
 from tests.nodes.falaj import Falaj
 from tests.nodes.report import table, write_report
-from tests.nodes.three_nodes import three_computers
+from tests.nodes.three_nodes import ThreeNodes, three_computers
 from tests.nodes.trial import BEFORE_S, run_trial
 from tests.projects import scoring
 
@@ -84,6 +85,15 @@ def measure(system: Falaj | ray_serve.RayServe, failure: Failure) -> dict[str, A
     return {**asdict(trial.outcome), "repair_s": trial.repair_s, **asdict(lost), **deployed}
 
 
+def keep_logs(cluster: ThreeNodes, folder: Path) -> None:
+    """Copy the logs of all computers to a folder, because their own folders are removed at the end."""
+    for computer in cluster.computers.values():
+        for path in (*computer.root.glob(".falaj/*/*.log"), *computer.root.glob("*.log")):
+            target = folder / computer.name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+
+
 def main() -> int:
     """Run the failures on each system, and write the report."""
     failures = chosen()
@@ -99,7 +109,8 @@ def main() -> int:
                     results[name][failure.name] = measure(system, failure)
                 except Exception:  # noqa: BLE001 (what was measured so far is still written)
                     traceback.print_exc()
-                    break
+                    keep_logs(system.cluster, Path(".falaj/bench/chaos_nodes") / name / failure.name)
+                    continue
                 print(json.dumps(results[name][failure.name]), flush=True)
             if os.environ.get("HOLD"):
                 input("the cluster is up; press Enter to end it\n")
