@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,13 @@ from cluster.ledger import Ledger
 from cluster.records.blocks import Block, BlockWriter, read_blocks
 from cluster.records.database import ensure_tables
 from cluster.records.location import LogLocation
+from cluster.settings import Durability
 from serve_apps.replica import outages
 from serve_apps.replica.outages import outlast
 from tests.servers import postgresql
+from tests.servers.object_store import object_store_environment
+from tests.servers.replica import SharedState, running_replica
+from tests.unit.serve_apps.replica.test_durability import BODY, PREDICT, VALUE
 
 
 class Calls:
@@ -75,3 +81,23 @@ def test_blocks_are_added_after_a_restart_of_the_database(tmp_path: Path) -> Non
         writer.close()
         assert read_blocks(ledger.engine, "predictions/m", "s") == b"first\nsecond\n"
         ledger.engine.dispose()
+
+
+def test_predictions_outlast_a_restart_of_postgresql(tmp_path: Path) -> None:
+    """Requests of eight clients wait while the database is killed and started again. Each answer is in the log once."""
+    with object_store_environment() as bucket, postgresql.server() as server:
+        shared = SharedState(f"{bucket}/outage", server.address)
+        with (
+            running_replica(tmp_path, VALUE, durability=Durability.shared, shared=shared) as replica,
+            ThreadPoolExecutor(8) as clients,
+        ):
+            answers = [replica.json(PREDICT, BODY)]
+            server.kill()
+            waiting = [clients.submit(replica.json, PREDICT, BODY) for _ in range(16)]
+            time.sleep(1.0)
+            assert not any(one.done() for one in waiting)
+            server.start()
+            answers += [one.result() for one in waiting]
+            assert {status for status, _ in answers} == {200}
+            ids = [content["prediction_id"] for _, content in answers]
+            assert sorted(replica.log()["prediction_id"]) == sorted(ids)
