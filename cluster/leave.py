@@ -20,6 +20,7 @@ from cluster.ledger.events import NodeLeft
 from cluster.membership.departure import leave_membership
 from cluster.membership.head_client import HeadClient
 from cluster.membership.members import Member, current_members
+from cluster.node.edge_leaving import announce_end_of_edge
 from cluster.node.launch import StartFailed, end_all, remove_folders, run_command
 from cluster.node.locks import command_lock
 from cluster.node.log_uploads import upload_logs
@@ -61,6 +62,7 @@ def main(config: LeaveConfig) -> None:
     node = compose_platform(record.overrides or ())
     with command_lock(record.storage):
         drain(node, record, deadline_s=config.deadline_s)
+        announce_end_of_edge(record)
         ended = end_all(record)
         upload_logs(node, record)
         leave_membership(record, node, reason="left")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,8 +24,10 @@ from cluster.ledger.database import is_shared, timeouts, updating
 from cluster.records.database import BLOCKS
 from cluster.records.location import LogLocation, local_node
 
-ANSWER_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 6.0
 """Longest wait in seconds for an answer of the database. Then the requests that wait get 503."""
+PAUSE_S = 0.2
+"""Pause in seconds before another try."""
 _TIMEOUTS = {
     "connect_timeout": "3",
     "tcp_user_timeout": "5000",
@@ -84,23 +87,28 @@ class BlockWriter:
         self._is_abandoned = False
 
     def add(self, blocks: Sequence[Block]) -> None:
-        """Add blocks durably.
+        """Add blocks durably. If the connection breaks, or cannot be opened, try again: the database may be restarting.
+
+        Adding a block twice changes nothing.
 
         Raises:
             SegmentSealed: A block's segment was sealed.
             DBAPIError: The database does not answer. The blocks may have been added or not.
         """
-        is_reused = self._connection is not None
-        try:
-            self._add(blocks)
-        except sa.exc.DBAPIError as error:
-            self.close()
-            if not is_reused or not error.connection_invalidated or self._is_abandoned:
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S - PAUSE_S
+        while True:
+            try:
+                self._add(blocks)
+                return
+            except sa.exc.DBAPIError as error:
+                is_outage = self._connection is None or error.connection_invalidated
+                self.close()
+                if not is_outage or self._is_abandoned or time.monotonic() + PAUSE_S > deadline:
+                    raise
+            except BaseException:
+                self.close()
                 raise
-            self._add(blocks)  # the database was restarted; adding a block twice changes nothing
-        except BaseException:
-            self.close()
-            raise
+            time.sleep(PAUSE_S)
 
     def _add(self, blocks: Sequence[Block]) -> None:
         connection = self._connect()

@@ -47,7 +47,8 @@ from feature_jobs.store.streaming.pusher import Pusher, open_push_log
 from feature_jobs.store.types.dtypes import to_json
 from serve_apps.features.request import Push, parse_push, parse_read
 from serve_apps.replica.access import AccessCheck
-from serve_apps.replica.http import Unavailable, answer, read_json, refusal
+from serve_apps.replica.http import OutageOfDatabase, Unavailable, answer, read_json, refusal
+from serve_apps.replica.outages import outlast
 from serve_apps.replica.process import prepare_replica
 
 LOG = logging.getLogger("falaj.features")
@@ -98,16 +99,23 @@ class Features:
             authorization = request.headers.get("authorization")
             match request.method, path:
                 case "POST", "/v1/features:read":
-                    principal = self._access(authorization, Action.read_online)
-                    return answer(self._read(principal, await read_json(request)))
+                    principal, body = (
+                        self._access(authorization, Action.read_online),
+                        await read_json(request),
+                    )
+                    return answer(await outlast(functools.partial(self._read_async, principal, body)))
                 case "POST", "/v1/features:push":
                     principal = self._access(authorization, Action.push_features)
                     push = parse_push(await read_json(request))
-                    return answer(await asyncio.to_thread(self._push, principal, push))
+                    pushing = functools.partial(asyncio.to_thread, self._push, principal, push)
+                    return answer(await outlast(pushing))
                 case _:
                     raise ModelNotFound(f"{request.method} {path} is not served here.")
         except Exception as error:  # noqa: BLE001 (every error becomes a JSON answer; unknown ones are logged)
             return refusal(error)
+
+    async def _read_async(self, principal: Principal, body: dict[str, Any]) -> dict[str, Any]:
+        return self._read(principal, body)
 
     def _read(self, principal: Principal, body: dict[str, Any]) -> dict[str, Any]:
         request = parse_read(body, now=dt.datetime.now(dt.UTC))
@@ -143,7 +151,9 @@ class Features:
                 digest=push.digest,
                 now=dt.datetime.now(dt.UTC),
             )
-        except (PushLogFull, PushLogUnavailable, Inconsistent, KeyStoreUnavailable) as error:
+        except PushLogUnavailable as error:  # a repeated push is stored once
+            raise OutageOfDatabase(str(error)) from error
+        except (PushLogFull, Inconsistent, KeyStoreUnavailable) as error:
             raise Unavailable(str(error)) from error
 
     def _read_view(self, name: str, period: int) -> PushedView:

@@ -19,7 +19,7 @@ from cluster.records.schema import PredictionRecord
 from cluster.settings_conversion import from_plain
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.batching import batches
-from serve_apps.predictor.inputs import model_inputs
+from serve_apps.predictor.inputs import ModelInputs, model_inputs
 from serve_apps.predictor.metrics import PredictionMetrics
 from serve_apps.predictor.parts import Parts
 from serve_apps.predictor.paths import Operation
@@ -29,6 +29,7 @@ from serve_apps.replica.edge_headers import EdgeHeaderReader, EdgeHeaders, edge_
 from serve_apps.replica.http import LOG, answer, parse_json, read_body, refusal
 from serve_apps.replica.http_contract import PREDICTION_ID_HEADER
 from serve_apps.replica.ongoing import OngoingRequests
+from serve_apps.replica.outages import outlast
 from serve_apps.replica.process import prepare_replica
 from serve_apps.replica.scaling import ONGOING
 
@@ -146,7 +147,7 @@ class Predictor:
         now = dt.datetime.now(dt.UTC)
         request = parse_predict(body, self._allowed_inputs, now=now)
         overrides = request.overrides
-        inputs = model_inputs(self._reader, self._inputs.keys(), request.entities, overrides, request.as_of)
+        inputs = await self._read_inputs(request.entities, overrides, request.as_of)
         rows, fault = await self._rows(inputs.columns)
         request_values = {name: overrides[name] for name in self._request_inputs if name in overrides}
         prediction_id = self._log_prediction(
@@ -173,6 +174,16 @@ class Predictor:
         if inputs.defaults:
             content["features_defaults"] = inputs.defaults
         return answer(content, headers={PREDICTION_ID_HEADER: prediction_id})
+
+    async def _read_inputs(
+        self, entities: list[dict[str, Any]], overrides: dict[str, Any], as_of: dt.datetime
+    ) -> ModelInputs:
+        """Read the features. While the online store does not answer, wait for it."""
+
+        async def read() -> ModelInputs:
+            return model_inputs(self._reader, self._inputs.keys(), entities, overrides, as_of)
+
+        return await outlast(read)
 
     async def _infer(self, edge: EdgeHeaders, body: bytes, length: list[str]) -> Response:
         content, raw = inference_protocol.split_body(body, length)

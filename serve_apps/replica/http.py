@@ -26,7 +26,7 @@ from cluster.errors import (
     OnlineStoreUnavailable,
     Unauthenticated,
 )
-from serve_apps.replica.http_contract import MAX_BODY_BYTES
+from serve_apps.replica.http_contract import MAX_BODY_BYTES, TRY_ANOTHER
 from serve_apps.replica.timeouts import with_timeout
 
 LOG = logging.getLogger("falaj.serve")
@@ -58,6 +58,14 @@ class EncodingNotSupported(FalajError):
 
 class Unavailable(FalajError):
     """HTTP 503. Nothing is lost, and the client can try again."""
+
+
+class ReplicaUnavailable(Unavailable):
+    """This replica cannot answer, for example because its node's disk is full. Another one may; see `TRY_ANOTHER`."""
+
+
+class OutageOfDatabase(Unavailable):
+    """A database that all replicas use does not answer now."""
 
 
 NUMPY = orjson.OPT_SERIALIZE_NUMPY
@@ -100,6 +108,8 @@ def refusal(error: Exception) -> Response:
             status, message, headers = 415, str(error), {"accept-encoding": "identity"}
         case ModelFailed():  # no retry-after, because the same request would fail again
             status, message = 503, str(error)
+        case ReplicaUnavailable():
+            status, message, headers = TRY_ANOTHER, str(error), {"retry-after": "1"}
         case Unavailable() | OnlineStoreUnavailable():
             status, message, headers = 503, str(error), {"retry-after": "1"}
         case DBAPIError() | DatabaseTimeout():
@@ -110,7 +120,8 @@ def refusal(error: Exception) -> Response:
             status, message = 500, "The request failed inside the service; its log has the reason."
     if len(message) > MAX_MESSAGE:
         message = f"{message[:MAX_MESSAGE]}…"
-    return answer({"error": message, "code": status, **details}, status=status, headers=headers)
+    code = 503 if status == TRY_ANOTHER else status  # clients get 503; see the edge's rules
+    return answer({"error": message, "code": code, **details}, status=status, headers=headers)
 
 
 async def read_body(request: Request) -> bytes:

@@ -1,5 +1,8 @@
 """The log of a replica. A request is answered only after its record was written. If writing fails, the answer is 503.
 
+If this node's disk is full, the edge sends the request to another replica. If the database is restarted, requests wait
+for it, up to `ANSWER_TIMEOUT_S`.
+
 With `durability=disk`, an answer waits until its record is on the disk. One `fdatasync`, in a thread, is enough for all
 requests that arrived since the previous `fdatasync` started (group commit). So a request waits for at most two calls
 of `fdatasync`, however many requests there are at the same time. If an `fdatasync` fails, all requests that wait at
@@ -22,13 +25,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from cluster.records.blocks import ANSWER_TIMEOUT_S, Block, BlockWriter
+from cluster.records.blocks import ANSWER_TIMEOUT_S, Block, BlockWriter, SegmentSealed
 from cluster.records.location import MAX_AGE_S, AnyLog, location_of
 from cluster.records.schema import Record
 from cluster.records.segments import SegmentWriter
 from cluster.security.keys.store import KeyStore
 from cluster.settings import Durability
-from serve_apps.replica.http import LOG, Unavailable
+from serve_apps.replica.http import LOG, ReplicaUnavailable, Unavailable
 
 T = TypeVar("T")
 
@@ -86,7 +89,7 @@ class RecordLog:
         try:
             self._writer.append(*records)
         except OSError as error:
-            raise _unavailable(error) from error
+            raise ReplicaUnavailable(str(_unavailable(error))) from error
 
     def _schedule_release(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self._max_age_s, self._release_if_old)
@@ -149,6 +152,8 @@ class RecordLog:
             except Exception as error:  # noqa: BLE001 (every waiting request must get the error)
                 LOG.error("records could not be made durable", exc_info=error)
                 failed = _unavailable(error)
+                if isinstance(error, SegmentSealed):  # another node ended it, because this one was silent
+                    failed = ReplicaUnavailable(str(failed))
                 # Requests that arrived meanwhile may have records in the same file, so these requests fail, too.
                 group, self._waiting = [*group, *self._waiting], []
                 for synced in group:

@@ -26,10 +26,12 @@ from tests.nodes.computers import Computer, end_clusters, running
 from tests.nodes.namespaces import Machine, Network, network
 from tests.servers import postgresql, redis_server
 from tests.servers.object_store import BUCKET, object_store
+from tests.servers.small_disk import mounted_small_disk
 
 NAMES = ("head", "second", "third")
 SMALL = ("cluster.num_cpus=4", "cluster.object_store_mib=128")
 """Options of each node: logical CPUs, and little memory."""
+SMALL_DISK_MIB = 64
 
 
 @dataclass(kw_only=True)
@@ -105,7 +107,9 @@ class ThreeNodes:
 
 
 @contextlib.contextmanager
-def three_computers(folder: Path, *, root: str = "nodes") -> Iterator[ThreeNodes]:
+def three_computers(
+    folder: Path, *, root: str = "nodes", small_disk_of: str | None = None
+) -> Iterator[ThreeNodes]:
     """Switch on three computers and start the shared state. No cluster runs yet.
 
     While this runs, the test's own process has the environment variables of the object store. At the end, every cluster
@@ -114,6 +118,7 @@ def three_computers(folder: Path, *, root: str = "nodes") -> Iterator[ThreeNodes
     Args:
         folder: parent of the computers' folders.
         root: folder of the cluster in the object store.
+        small_disk_of: name of a computer whose own state is on a small disk, which a test can fill.
     """
     with contextlib.ExitStack() as stack:
         net = stack.enter_context(network(*NAMES))
@@ -122,13 +127,17 @@ def three_computers(folder: Path, *, root: str = "nodes") -> Iterator[ThreeNodes
         redis = stack.enter_context(redis_server.server(*stored, host=net.address))
         variables = stack.enter_context(object_store(net.address))
         previous = dict(os.environ)
-        stack.callback(lambda: (os.environ.clear(), os.environ.update(previous)))
+        stack.callback(os.environ.update, previous)
+        stack.callback(os.environ.clear)
         os.environ.update(variables)
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "FALAJ_"))}
         computers = {
             name: _computer(name, folder, machine=machine, env=clean)
             for name, machine in net.machines.items()
         }
+        if small_disk_of is not None:
+            disk = mounted_small_disk(computers[small_disk_of].storage_root, size_mib=SMALL_DISK_MIB)
+            stack.enter_context(disk)
         shared = (
             "storage=s3",
             f"storage.root=s3://{BUCKET}/{root}",
@@ -142,14 +151,15 @@ def three_computers(folder: Path, *, root: str = "nodes") -> Iterator[ThreeNodes
 
 
 @contextlib.contextmanager
-def three_nodes(folder: Path, *options: str) -> Iterator[ThreeNodes]:
+def three_nodes(folder: Path, *options: str, small_disk_of: str | None = None) -> Iterator[ThreeNodes]:
     """Run a cluster of three nodes.
 
     Args:
         folder: parent of the computers' folders.
         options: more options of `cluster.up`.
+        small_disk_of: see `three_computers`.
     """
-    with three_computers(folder) as cluster:
+    with three_computers(folder, small_disk_of=small_disk_of) as cluster:
         cluster.up(*options)
         for node in cluster.nodes:
             cluster.join(node)

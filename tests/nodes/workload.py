@@ -6,14 +6,19 @@ Predictions read 16 features by `account_id`. Pushes write the number of the pus
 from __future__ import annotations
 
 import hashlib
+import json
+import ssl
 import subprocess
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 import sqlalchemy as sa
 
-from cluster.records import prediction_log, read_predictions
+from cluster.records.location import prediction_log
+from cluster.records.reading import read_predictions
 from cluster.security.keys.access import key_store
 from cluster.session import ClusterRecord
 from cluster.settings import PlatformConfig
@@ -33,7 +38,8 @@ DEFINITIONS = f"""{scoring.DEFINITIONS}
 {RECENT} = FeatureService("{RECENT}", views=[{VIEW}])
 """
 PUSH, READ = "/v1/features:push", "/v1/features:read"
-REPLICAS = ("replica.num_replicas=3", "replica.durability=shared")
+DURABILITY = "replica.durability=shared"
+REPLICAS = ("replica.num_replicas=3", DURABILITY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,3 +119,23 @@ def stored_pushes(cluster: ThreeNodes) -> set[str]:
 def key_hash(idempotency_key: str) -> str:
     """Return the hash under which the push log stores an idempotency key."""
     return hashlib.blake2b(idempotency_key.encode(), digest_size=16).hexdigest()
+
+
+def numbers_of(content: dict[str, Any]) -> list[int | None]:
+    """Return the pushed number of each account in an answer of `features:read`."""
+    numbers: list[int | None] = content["features"][f"{VIEW}__number"]
+    return numbers
+
+
+def post(url: str, body: dict[str, Any], *, token: str, authority: str) -> tuple[int, dict[str, Any]]:
+    """Send one request. Return its status and JSON; the status is 0 if no answer came."""
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", "X-Unit-ID": "1"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    try:
+        context = ssl.create_default_context(cafile=authority)
+        with urllib.request.urlopen(request, timeout=10, context=context) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, {}
+    except (OSError, ValueError):
+        return 0, {}

@@ -75,10 +75,10 @@ class Echo(http.server.BaseHTTPRequestHandler):
 
 
 class Mirror(http.server.ThreadingHTTPServer):
-    """An echo server on loopback that runs during a `with` block."""
+    """An echo server, by default on loopback, that runs during a `with` block."""
 
-    def __init__(self, handler: type[Echo] = Echo, *, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), handler)
+    def __init__(self, handler: type[Echo] = Echo, *, host: str = "127.0.0.1", port: int = 0) -> None:
+        super().__init__((host, port), handler)
 
     def start(self) -> Self:
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()

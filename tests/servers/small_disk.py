@@ -11,10 +11,11 @@ import pytest
 
 
 @contextlib.contextmanager
-def mounted_small_disk(folder: Path) -> Iterator[Path]:
-    """Mount a file system of 8 MiB at a new folder. The test is skipped if the machine cannot mount one."""
+def mounted_small_disk(folder: Path, *, size_mib: int = 8) -> Iterator[Path]:
+    """Mount a small file system at a new folder. The test is skipped if the machine cannot mount one."""
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
+    options = ["-t", "tmpfs", "-o", f"size={size_mib}m,mode=700"]
+    mounted = subprocess.run(["mount", *options, "tmpfs", folder], capture_output=True)
     if mounted.returncode:
         pytest.skip("a file system of its own needs root")
     try:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 
 from serve_apps.edge.haproxy.answers import NO_ANSWER, answer_json, error_body, refuse
 from serve_apps.edge.haproxy.routes import Backend, Routes
+from serve_apps.replica.http_contract import TRY_ANOTHER
 from serve_apps.replica.targets import uses_tls
 
 HEALTH_CHECK = """    option httpchk GET /-/healthz
@@ -30,6 +31,15 @@ WAITING_SERVER = "starting"
 """Name of the server that holds requests until a replica is up."""
 _READY = '{"ready":true}'
 _CHECK_INTERVALS = "inter 500ms fastinter 200ms fall 2 rise 1"
+_CHECK_MS = 1000
+"""Timeout of a health check if there are other replicas. A single replica has longer, because it may be busy."""
+_SILENT_MS = 1500
+"""A replica's node that acknowledges no packet for this long is cut off. Its requests are sent to another replica."""
+UNREACHABLE = """    option srvtcpka
+    srvtcpka-idle 1s
+    srvtcpka-intvl 1s
+    srvtcpka-cnt 2"""
+"""A request that waits for its answer has nothing to acknowledge. These probes do, and end its connection as well."""
 
 
 def backend(application: Backend, *, serve_proxy: str, wake_timeout_s: float) -> str:
@@ -47,6 +57,8 @@ def backend(application: Backend, *, serve_proxy: str, wake_timeout_s: float) ->
     lines = [
         f"backend {application.name}",
         "    balance leastconn",
+        *network_rules(application.servers),
+        *([f"    timeout check {_CHECK_MS}ms"] if len(application.servers) > 1 else []),
         HEALTH_CHECK,
         f"    default-server {_CHECK_INTERVALS} on-error fastinter observe layer4",
         *(waiting_rules if serve_proxy else []),
@@ -100,15 +112,20 @@ def server_lines(addresses: Iterable[str]) -> list[str]:
     return [f"    server {server_name(address)} {address} check{_tls(address)}" for address in addresses]
 
 
+def network_rules(addresses: Iterable[str]) -> list[str]:
+    """Return rules that end connections to nodes that are cut off; none if all servers are on loopback."""
+    return [UNREACHABLE] if any(map(uses_tls, addresses)) else []
+
+
 def _tls(address: str) -> str:
-    """Return the options of a server that speaks TLS, with a leading space; empty for one on loopback.
+    """Return the options of a server on another machine, with a leading space; empty for one on loopback.
 
     HAProxy compares the name with the certificate's DNS names and its common name, not with its IP addresses. So a
     node's certificate has its address as a DNS name, too.
     """
     if not uses_tls(address):
         return ""
-    return f" ssl verify required ca-file {AUTHORITY_FILE} verifyhost {address.rpartition(':')[0]}"
+    return f" tcp-ut {_SILENT_MS} ssl verify required ca-file {AUTHORITY_FILE} verifyhost {address.rpartition(':')[0]}"
 
 
 def server_name(address: str) -> str:
@@ -117,8 +134,13 @@ def server_name(address: str) -> str:
 
 
 def json_errors_only() -> str:
-    """Return a rule that replaces error pages that are not JSON, such as those of Serve's proxy, by a JSON error."""
+    """Return rules for errors: those that are not JSON, such as those of Serve's proxy, are replaced by a JSON error.
+
+    If no replica could write its record, the client gets 503.
+    """
     return (
+        f"    http-response set-status 503 if {{ status {TRY_ANOTHER} }} "
+        "{ res.hdr(content-type) -m beg application/json }\n"
         "    http-response return status 503 content-type application/json "
         f"string '{error_body(503, NO_ANSWER)}' if {{ status 404 500 502 503 504 }} !dashboard "
         "!{ res.hdr(content-type) -m beg application/json }"

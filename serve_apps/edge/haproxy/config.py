@@ -30,7 +30,7 @@ from serve_apps.edge.haproxy.split import FEATURES_APP, OUTCOMES_APP
 from serve_apps.edge.haproxy.token_checks import VERIFIED_TOKENS, token_checks
 from serve_apps.edge.openapi.document import document
 from serve_apps.replica.edge_headers import PREFIX
-from serve_apps.replica.http_contract import PREDICTION_ID_HEADER
+from serve_apps.replica.http_contract import PREDICTION_ID_HEADER, TRY_ANOTHER
 
 _LIVE = '{"live":true}'
 _SERVER = json.dumps(
@@ -41,6 +41,8 @@ ANSWER_MS = 30_000
 _MAX_SUBJECT_BYTES = 4 * MAX_TEXT
 MODEL_NAME = "[A-Za-z0-9._-]{1,200}"
 _IS_READY = "{ path /v2/health/ready }"
+LEAVING = "proc.leaving"
+"""Variable that `cluster.leave` sets before it ends an edge (`cluster/node/edge_leaving.py`)."""
 
 
 def edge_roles() -> Mapping[Action, frozenset[Role]]:
@@ -130,6 +132,7 @@ def _global(settings: EdgeSettings) -> str:
     ssl-default-bind-options ssl-min-ver TLSv1.3
     ssl-default-server-options ssl-min-ver TLSv1.3
     ca-base {settings.authority_folder}
+    set-var {LEAVING} bool(false)
     tune.ssl.default-dh-param 2048
 """
 
@@ -155,7 +158,7 @@ defaults
     option idle-close-on-response
     option redispatch 1
     retries 3
-    retry-on conn-failure empty-response response-timeout
+    retry-on conn-failure empty-response response-timeout {TRY_ANOTHER}
 """
 
 
@@ -198,6 +201,7 @@ def _health() -> str:
     """Health paths, which need no token."""
     return f"""    {refuse(405, "This path takes GET.")} hdr allow GET if {{ path_beg /v2/health/ }} !METH_GET
     {answer_json(_LIVE)} if {{ path /v2/health/live }}
+    {refuse(503, "This edge is leaving.")} if {_IS_READY} {{ var({LEAVING}) -m bool }}
     http-request allow if {_IS_READY}"""
 
 

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 from serve_apps.edge.haproxy import connections
 from serve_apps.edge.haproxy.answers import NO_HEALTHY_REPLICA, refuse
-from serve_apps.edge.haproxy.backends import HEALTH_CHECK, acl_any_up, server_lines
+from serve_apps.edge.haproxy.backends import HEALTH_CHECK, acl_any_up, network_rules, server_lines
 from serve_apps.edge.haproxy.routes import Backend
 from serve_apps.replica.edge_headers import VARIANT
+from serve_apps.replica.http_contract import TRY_ANOTHER
 from serve_apps.rollout.assignment import CHAMPION_VARIANT
 
 SUFFIX = ":treated"
@@ -73,8 +74,10 @@ def treated_backend(
     """
     name = f"{backend.name}{SUFFIX}"
     answer_ms = champion_ms if champion_scaled_to_zero else hang_ms * _ANSWER_TIMEOUT_IN_HANGS
-    retried = "conn-failure empty-response" + ("" if champion_scaled_to_zero else " response-timeout")
-    some_up = "\n".join(acl_any_up("some_up", name, backend.servers))
+    retried = f"conn-failure empty-response {TRY_ANOTHER}" + (
+        "" if champion_scaled_to_zero else " response-timeout"
+    )
+    some_up = "\n".join([*network_rules(backend.servers), *acl_any_up("some_up", name, backend.servers)])
     servers = "\n".join(server_lines(backend.servers))
     every = f"inter {_CHECK_EVERY_MS}ms fastinter {_CHECK_EVERY_MS // 2}ms downinter {_CHECK_EVERY_MS}ms"
     on_error = "observe layer4 error-limit 1 on-error mark-down"

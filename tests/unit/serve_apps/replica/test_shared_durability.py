@@ -23,6 +23,7 @@ from cluster.security.keys.access import key_store
 from cluster.settings import Durability, LedgerConfig, PlatformConfig, ReplicaConfig, StorageConfig
 from cluster.storage import Layout, check_durability
 from serve_apps.replica.http import Unavailable
+from serve_apps.replica.http_contract import TRY_ANOTHER
 from serve_apps.replica.record_log import RecordLog
 from tests.samples.record_log import PERSONAL, new_keyring, prediction
 from tests.servers.object_store import object_store_environment
@@ -72,7 +73,7 @@ def test_deleted_node_has_all_its_answers_in_the_log(shared: SharedState, tmp_pa
         assert Uploader(other, replica.ledger, silent_s=0).run_once().failures == []
         assert segment_sizes(replica.ledger.engine, log.name) == {}
         assert set(read_predictions(log, store)["prediction_id"]) == ids
-        assert predict(0)[0] == 503  # its segment was ended elsewhere
+        assert predict(0)[0] == TRY_ANOTHER  # its segment was ended elsewhere
         assert predict(0)[0] == 200
 
 

@@ -1,0 +1,69 @@
+"""Tests of failures under load, on one cluster of three nodes. `make chaos-nodes` has more of them.
+
+Each test happens to the same cluster, and leaves it whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.nodes import workload
+from tests.nodes.failures import FAILURES, VICTIM
+from tests.nodes.falaj import Falaj, Lost
+from tests.nodes.three_nodes import three_nodes
+from tests.nodes.trial import Trial, run_trial
+from tests.projects import scoring
+
+PREDICT_PER_S, PUSH_PER_S = 10.0, 2.0
+FAILURE = {failure.name: failure for failure in FAILURES}
+NOTHING = Lost(records=0, pushes=0)
+DEPLOY = ("serve_apps.deploy", f"name={scoring.MODEL}", "version=3", "replica.num_replicas=1")
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Falaj]:
+    """Run three nodes with an edge on each, and serve two versions with three replicas each."""
+    folder = tmp_path_factory.mktemp("three")
+    with three_nodes(folder, workload.DURABILITY, small_disk_of=VICTIM) as cluster:
+        workload.prepare(cluster, versions=3)
+        yield Falaj(cluster=cluster, predict_per_s=PREDICT_PER_S, push_per_s=PUSH_PER_S)
+
+
+def fail(system: Falaj, name: str) -> Trial:
+    """Let a failure happen under load, and require that nothing that was answered is lost."""
+    trial = run_trial(system, FAILURE[name], system.load(), per_s=system.per_s)
+    print(trial.outcome)
+    assert system.lost(trial.sent) == NOTHING
+    return trial
+
+
+def test_killed_replica_costs_no_request(system: Falaj) -> None:
+    """Other replicas answer its requests, those in progress too."""
+    assert fail(system, "replica").outcome.reasons == {}
+
+
+def test_cut_node_costs_no_request_at_other_edges(system: Falaj) -> None:
+    """Requests at the other edges that were sent to its replicas are sent to others. Pushes are taken, too."""
+    assert fail(system, "cut").outcome.failed_later == 0
+
+
+def test_full_disk_of_a_node_costs_no_request(system: Falaj) -> None:
+    """Its replicas cannot write records. Replicas on other nodes answer instead."""
+    assert fail(system, "full_disk").outcome.reasons == {}
+
+
+def test_killed_postgresql_costs_no_request(system: Falaj) -> None:
+    """Requests wait until the database is back, seconds later."""
+    assert fail(system, "postgresql").outcome.reasons == {}
+
+
+def test_dead_head_costs_no_request_at_other_edges(system: Falaj) -> None:
+    """`cluster.up` continues the cluster: the other nodes and their replicas stay. Then a model can be deployed."""
+    before = {node.record.node_id for node in system.cluster.nodes}
+    raylets = {one.pid for node in system.cluster.nodes for one in node.titled("raylet/raylet")}
+    assert fail(system, "head").outcome.failed_elsewhere == 0
+    assert {node.record.node_id for node in system.cluster.nodes} == before
+    assert {one.pid for node in system.cluster.nodes for one in node.titled("raylet/raylet")} == raylets
+    workload.head_of(system.cluster).run(*DEPLOY, check=True)

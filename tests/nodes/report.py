@@ -1,0 +1,78 @@
+"""`docs/reliability.md` from the figures of `make chaos-nodes`."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.nodes.failures import FAILURES, HEAD_DOWN_S
+from tests.nodes.outcomes import SETTLED_S
+
+Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Figures by system and failure."""
+_COLUMNS = (
+    "failure",
+    "failed",
+    "failed at other edges",
+    "of these sent later",
+    "recovery",
+    "longest good answer",
+    "lost records",
+    "lost pushes",
+    "Ray Serve: failed",
+    "Ray Serve: recovery",
+)
+_TEMPLATE = Path(__file__).with_name("reliability.template.md")
+
+
+def row(text: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Return the row of one failure."""
+    cells = [
+        text,
+        *(str(ours.get(name, "-")) for name in ("failed", "failed_elsewhere", "failed_later")),
+        *(_seconds(ours.get(name)) for name in ("recovery_s", "longest_s")),
+        *(str(ours.get(name, "-")) for name in ("records", "pushes")),
+        str(theirs.get("failed", "-")),
+        _seconds(theirs.get("recovery_s")),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(results: Results) -> str:
+    """Return the figures of all failures as a table of Markdown."""
+    ours, theirs = results.get("falaj", {}), results.get("ray_serve", {})
+    rows = [
+        row(failure.text, ours.get(failure.name, {}), theirs.get(failure.name, {}))
+        for failure in FAILURES
+        if failure.name in {*ours, *theirs}
+    ]
+    deploy_s = ours.get("head", {}).get("deploy_s")
+    deployed = (
+        f"\n\nAfter the head was killed, `serve_apps.deploy` had worked again after {deploy_s:.0f} s."
+        if deploy_s
+        else ""
+    )
+    head = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+    return "\n".join([*head, *rows]) + deployed
+
+
+def write_report(results: Results, path: Path, *, rate: float) -> None:
+    """Write the page."""
+    path.write_text(
+        _TEMPLATE.read_text().format(
+            figures=table(results),
+            date=dt.datetime.now(dt.UTC).date().isoformat(),
+            falaj=importlib.metadata.version("falaj"),
+            ray=importlib.metadata.version("ray"),
+            rate=f"{rate:.0f}",
+            settled=SETTLED_S,
+            head=HEAD_DOWN_S,
+        )
+    )
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} s"
