@@ -1,7 +1,7 @@
 """`python -m jobs.import_model file=m-3.falaj`: register a version that another installation exported.
 
-The exporter's public key must be in this installation's folder `keys/trusted`, as `<name of the installation>.pem`. The
-features must be applied here with the same meaning.
+The exporter's public key must be in this installation's folder `keys/trusted`, as `<name of the installation>.pub.pem`.
+The features must be applied here with the same meaning.
 """
 
 from __future__ import annotations

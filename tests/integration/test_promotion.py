@@ -142,7 +142,7 @@ def test_an_exported_model_serves_the_same_answers_in_another_installation(
     assert "is not trusted" in refusal(production.run(*take))
     trusted = Path(production.places.keys, "trusted")
     trusted.mkdir()
-    shutil.copy(Path(staging.places.keys, "ledger.pub.pem"), trusted / "staging.pem")
+    shutil.copy(Path(staging.places.keys, "ledger.pub.pem"), trusted / "staging.pub.pem")
     altered = bytearray(file.read_bytes())
     altered[altered.index(b"tree_sizes=") + 12] ^= 1
     (production.root / "altered.falaj").write_bytes(altered)

@@ -62,7 +62,7 @@ class Installation:
         return folder
 
     def trust(self, other: Installation, name: str) -> None:
-        shutil.copy(Path(other.places.keys) / PUBLIC_NAME, self.trusted / f"{name}.pem")
+        shutil.copy(Path(other.places.keys) / PUBLIC_NAME, self.trusted / f"{name}.pub.pem")
 
     def actor(self, role: Role = Role.ml_engineer, *, purpose: str = "", subject: str = "eve") -> Actor:
         return Actor(

@@ -130,7 +130,7 @@ def test_an_unknown_exporter_is_refused_and_says_how_to_trust_it(
 ) -> None:
     (production.trusted / "staging.pem").unlink()
     with pytest.raises(
-        ConfigError, match=r"not trusted.*keys/ledger\.pub\.pem to .*/trusted/<its name>\.pem"
+        ConfigError, match=r"not trusted.*keys/ledger\.pub\.pem to .*/trusted/<its name>\.pub\.pem"
     ):
         production.take(bundle)
     production.trust(staging, "staging")
