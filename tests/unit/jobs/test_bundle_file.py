@@ -237,7 +237,7 @@ def test_a_trusted_exporter_cannot_claim_events_or_scores(world: World, tmp_path
         assert "Line 1 of events.jsonl" in refusal(world, tmp_path, resigned(world, tmp_path, events=data))
     other = re.sub(rb"(leaf_value=-?)\d", rb"\g<1>9", parts["model/model.txt"], count=1)
     assert "gives other scores here" in refusal(world, tmp_path, resigned(world, tmp_path, model=other))
-    assert "valid model" in refusal(world, tmp_path, resigned(world, tmp_path, model=b"x"))
+    assert "not a LightGBM text model" in refusal(world, tmp_path, resigned(world, tmp_path, model=b"x"))
     assert "reference.safetensors" in refusal(world, tmp_path, resigned(world, tmp_path, reference=b"x"))
     assert "definitions.json" in refusal(world, tmp_path, resigned(world, tmp_path, definitions=b"[]"))
 

@@ -128,14 +128,14 @@ def test_a_second_import_and_the_exporters_own_are_refused(
 def test_an_unknown_exporter_is_refused_and_says_how_to_trust_it(
     production: Installation, bundle: Path, staging: Installation
 ) -> None:
-    (production.trusted / "staging.pem").unlink()
+    (production.trusted / "staging.pub.pem").unlink()
     with pytest.raises(
         ConfigError, match=r"not trusted.*keys/ledger\.pub\.pem to .*/trusted/<its name>\.pub\.pem"
     ):
         production.take(bundle)
     production.trust(staging, "staging")
-    (production.trusted / "staging.pem").chmod(0o666)
-    with pytest.raises(ConfigError, match=r"Another user can change .*staging\.pem"):
+    (production.trusted / "staging.pub.pem").chmod(0o666)
+    with pytest.raises(ConfigError, match=r"Another user can change .*staging\.pub\.pem"):
         production.take(bundle)
     assert_nothing_registered(production)
 
