@@ -13,6 +13,7 @@ _TARGETS = (
     "tests.unit.cluster.ledger.test_version_numbers",
     "tests.unit.cluster.records.test_compaction_kills",
     "tests.unit.feature_jobs.online.test_materialize_kill",
+    "tests.unit.jobs.test_promotion_kills",
 )
 """Modules with the functions that run in such processes."""
 

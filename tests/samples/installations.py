@@ -44,7 +44,8 @@ class Installation:
         keys = Path(self.places.keys)
         signer = ensure_signer(keys)
         self.ledger = Ledger(f"sqlite:///{self.places.ledger_path}", signer=signer, checkpoint_every=5)
-        self.keyring = Keyring.create(keys / "ring.json", b"k" * 32)
+        ring = keys / "ring.json"
+        self.keyring = Keyring(ring, b"k" * 32) if ring.exists() else Keyring.create(ring, b"k" * 32)
 
     @property
     def places(self) -> Layout:

@@ -267,23 +267,6 @@ def test_another_import_at_the_same_time_is_refused(production: Installation, bu
     production.take(bundle)
 
 
-def test_an_import_killed_before_its_event_leaves_no_version(
-    production: Installation, bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The next import of the same file succeeds, under the next number."""
-
-    def kill(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(production.ledger, "append", kill)
-    with pytest.raises(KeyboardInterrupt):
-        production.take(bundle)
-    monkeypatch.undo()
-    assert production.registry.names() == []
-    production.take(bundle)
-    assert production.registry.versions("m") == [2]
-
-
 def test_an_imported_version_can_be_exported_again(
     tmp_path: Path, production: Installation, bundle: Path
 ) -> None:
