@@ -42,11 +42,20 @@ class DefinitionsDiffer(RefusedError):
 
 
 def definition_entries(ledger: Ledger, lineage: Lineage) -> list[Entry]:
-    """Return the entries that applied a version's service and views; none without a service."""
+    """Return the entries that applied a version's service and views; none without a service.
+
+    Raises:
+        DefinitionsDiffer: The service was never applied here, because the training set is from another installation.
+    """
     if not lineage.service:
         return []
     found = ledger.find(FeatureServiceApplied, service=lineage.service, newest_first=True)
-    service = next(entry for entry in found if entry.payload["version"] == lineage.service_version)
+    service = next((entry for entry in found if entry.payload["version"] == lineage.service_version), None)
+    if service is None:
+        raise DefinitionsDiffer(
+            f"The model was trained with version {lineage.service_version} of the feature service '{lineage.service}', "
+            "which was never applied here. Train it on a training set of this installation."
+        )
     views = []
     for view, version in service.payload["views"].items():
         applied = ledger.find(FeatureViewApplied, view=view, newest_first=True)

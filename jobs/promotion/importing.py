@@ -30,7 +30,7 @@ from cluster.runtime.signature import NETWORK_FILE, ONNX_FILE, SIGNATURE_FILE, W
 from cluster.security.keys.store import KeyStore
 from cluster.settings import Tier
 from jobs.promotion.archive import read_archive
-from jobs.promotion.definitions import Definitions
+from jobs.promotion.definitions import Definitions, from_entries
 from jobs.promotion.exporting import TWO_THREADS, write_int8
 from jobs.promotion.history import read_events, require_registration
 from jobs.promotion.reference import parity, read_reference, require_same_scores
@@ -101,18 +101,23 @@ def read_bundle(path: Path, trusted: dict[str, TrustedKey], *, advice: str) -> B
         registered=require_registration(
             entries, statement.entry_hash, name=statement.name, version=statement.version
         ),
-        definitions=_definitions(parts[DEFINITIONS]),
+        definitions=_definitions(parts[DEFINITIONS], entries),
     )
 
 
-def _definitions(data: bytes) -> Definitions:
+def _definitions(data: bytes, entries: list[Entry]) -> Definitions:
+    """Return the definitions of the events, and require that `definitions.json` has the same.
+
+    Raises:
+        ArtifactTampered: It has others.
+    """
+    definitions = from_entries(entries)
     try:
-        content = json.loads(data)
-        definitions = Definitions(service=content["service"], views=content["views"])
-        for view in (definitions.service or {"views": {}})["views"]:
-            definitions.views[view]["definition"]["schema"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ArtifactTampered(f"{DEFINITIONS} has no feature definitions: {error!r}.") from error
+        is_same = json.loads(data) == definitions.to_json()
+    except (ValueError, RecursionError):
+        is_same = False
+    if not is_same:
+        raise ArtifactTampered(f"{DEFINITIONS} has other definitions than the events in {EVENTS}.")
     return definitions
 
 

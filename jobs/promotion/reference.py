@@ -41,7 +41,9 @@ def reference_rows(signature: ModelSignature, folder: Path) -> Matrix:
     ranges = dict(_known_ranges(folder))
     columns = []
     for place, spec in enumerate(signature.matrix_columns):
-        if spec.categories is not None:
+        if spec.categories is not None and not spec.categories:
+            columns.append(np.full(NUM_ROWS, np.nan, dtype=np.float32))
+        elif spec.categories is not None:
             columns.append(draw.integers(0, len(spec.categories), NUM_ROWS).astype(np.float32))
         elif place in ranges:
             columns.append(draw.uniform(*ranges[place], NUM_ROWS).astype(np.float32))

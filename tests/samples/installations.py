@@ -75,10 +75,15 @@ class Installation:
         )
 
     def register(
-        self, folder: Path, *, service: FeatureService | None = None, name: str = "m"
+        self,
+        folder: Path,
+        *,
+        service: FeatureService | None = None,
+        name: str = "m",
+        lineage: Lineage | None = None,
     ) -> ModelVersion:
         """Register a folder of model files, after its training set if a service is given."""
-        lineage = Lineage(training_set_hash="t1", seed=7)
+        lineage = lineage or Lineage(training_set_hash="t1", seed=7)
         if service is not None:
             spec = apply_service(self.ledger, service)
             self.ledger.append(training_set(spec.name, spec.version, service), actor="sam")

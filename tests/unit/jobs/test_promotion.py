@@ -18,6 +18,8 @@ import pytest
 from cluster.errors import AccessDenied, ConfigError, RefusedError
 from cluster.ledger.chain import verify_chain
 from cluster.ledger.events import ModelExported, ModelRegistered
+from cluster.lineage.trace import describe, read_entries, trace_model
+from cluster.registry import Lineage
 from cluster.runtime import InputSpec, Precision, load_model
 from cluster.security.tokens.roles import Role
 from cluster.settings import Tier
@@ -94,6 +96,17 @@ def test_an_imported_version_gives_the_same_scores_and_names_its_origin(
     assert here.lineage.service_version != there.lineage.service_version == here.origin["service_version"]
     with pytest.raises(RefusedError):
         load_model(here, staging.keyring)
+    trace = trace_model(read_entries(production.ledger, "m", 1), "m", 1)
+    assert "imported: version 1 of 'staging', registered there by sam" in describe(trace)
+
+
+def test_a_model_without_its_definitions_in_the_ledger_is_not_exported(tmp_path: Path) -> None:
+    """Its training set came from another installation, so nothing here says what its features mean."""
+    source = Installation(root=tmp_path / "a")
+    write_trees(tmp_path / "trees", signed_for(SIGNATURE, service()))
+    source.register(tmp_path / "trees", lineage=Lineage(training_set_hash="t", service="credit"))
+    with pytest.raises(DefinitionsDiffer, match="'credit', which was never applied here"):
+        source.export(tmp_path / "m.falaj")
 
 
 def test_an_export_is_an_event_and_a_private_file_that_tar_can_read(
