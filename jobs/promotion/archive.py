@@ -45,6 +45,8 @@ def new_archive(path: Path, envelope: bytes, parts: Mapping[str, bytes]) -> Iter
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
+        if os.path.lexists(path):
+            raise FileExistsError
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -52,13 +54,25 @@ def new_archive(path: Path, envelope: bytes, parts: Mapping[str, bytes]) -> Iter
                 file.flush()
                 os.fsync(file.fileno())
             yield
-            os.link(temporary, path)  # unlike a rename, this never replaces a file
+            _name(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     except FileExistsError:
         raise ConfigError(f"{path} exists. Remove it, or choose another output.") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}. Choose another output.") from error
+
+
+def _name(temporary: Path, path: Path) -> None:
+    """Give a file its name. A link never replaces another file; a file system without links, such as FAT, renames."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        if os.path.lexists(path):
+            raise FileExistsError from None
+        temporary.rename(path)
 
 
 def _write(file: BinaryIO, parts: Mapping[str, bytes]) -> None:

@@ -23,6 +23,7 @@ from tests.processes.other_user import NOBODY, needs_root
 from tests.samples.installations import Installation
 from tests.samples.signatures import of_each_task
 from tests.samples.trees import write_trees
+from tests.servers.small_disk import fill_disk, mounted_small_disk
 from tests.unit.jobs.test_promotion import INPUTS
 
 PARTS = (
@@ -276,6 +277,30 @@ def test_an_export_replaces_no_file_and_leaves_no_part(world: World, tmp_path: P
     with pytest.raises(KeyboardInterrupt), new_archive(tmp_path / "m.falaj", b"{}", {}):
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_disk_without_links_gets_the_file_too(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A memory stick has FAT, which refuses links."""
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    world[0].export(tmp_path / "m.falaj")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.falaj"]
+
+
+def test_a_full_disk_leaves_no_file_and_no_event(world: World, tmp_path: Path) -> None:
+    """The message says that the disk is full."""
+    head = world[0].ledger.head()
+    with mounted_small_disk(tmp_path / "disk") as disk:
+        fill_disk(disk / "filler")
+        with pytest.raises(ConfigError, match="No space left"):
+            world[0].export(disk / "m.falaj")
+        assert [path.name for path in disk.iterdir()] == ["filler"]
+    assert world[0].ledger.head() == head
 
 
 def test_a_damaged_version_is_not_exported(tmp_path: Path) -> None:
