@@ -72,7 +72,15 @@ from cluster.storage import exists, file_system, layout, local, resolve
 from cluster.supervisor.daemons import save_commands
 
 OWN_SETTINGS = ("cluster.", "storage.local=")
-NEEDED_PORTS = ("ray_metrics", "dashboard", "serve_http", "replicas", "supervisor_metrics", "broker_metrics")
+NEEDED_PORTS = (
+    "ray_metrics",
+    "dashboard",
+    "serve_http",
+    "replicas",
+    "supervisor_metrics",
+    "broker_metrics",
+    "uploader_metrics",
+)
 EDGE_PORTS = ("edge", "edge_metrics", "edge_controller_metrics")
 CONNECT_S = 5.0
 MAX_CLOCK_S = 30

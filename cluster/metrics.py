@@ -12,11 +12,22 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable, Collection
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    make_wsgi_app,
+)
+
+from cluster.errors import AccessDenied, Unauthenticated
 
 BIND_TIMEOUT_S, BIND_RETRY_S = 30.0, 0.2
 MAX_CONNECTIONS = 8
@@ -24,6 +35,76 @@ MAX_CONNECTIONS = 8
 IDLE_S = 5.0
 """Timeout in seconds for a read. Every connection is closed after twice this time at the latest."""
 LOG = logging.getLogger(__name__)
+_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0)
+_REFUSALS = frozenset({AccessDenied.__name__, Unauthenticated.__name__})
+_OTHER = "other"
+
+Request = dict[str, object]
+
+
+def new_registry() -> CollectorRegistry:
+    """Return a registry with the standard metrics of this process: start time, CPU, memory, file descriptors."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter, which few use
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    return registry
+
+
+class RequestMetrics:
+    """Requests to a process by operation and result, their durations, open and refused connections, last success.
+
+    Args:
+        registry: Where the metrics are registered.
+        prefix: First part of the metrics' names, such as `falaj_broker`.
+        process: Name of the process, for descriptions.
+        operations: Names of the known operations. All others count as one, because clients choose them.
+    """
+
+    def __init__(
+        self, registry: CollectorRegistry, *, prefix: str, process: str, operations: Collection[str]
+    ) -> None:
+        self._operations = frozenset(operations)
+        self._requests = Counter(
+            f"{prefix}_requests",
+            f"Requests to the {process}; result is ok, refused (identity or policy) or failed.",
+            ["operation", "result"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            f"{prefix}_request_seconds",
+            f"How long the {process} took for a request.",
+            ["operation"],
+            buckets=_BUCKETS_S,
+            registry=registry,
+        )
+        self._last_success = Gauge(
+            f"{prefix}_last_success_timestamp_seconds",
+            f"Unix time of the last request that the {process} answered with ok; 0 if there was none.",
+            registry=registry,
+        )
+        self.refused_connections = Counter(
+            f"{prefix}_connections_refused",
+            f"Connections that the {process} did not serve: not permitted, or too many at a time.",
+            registry=registry,
+        )
+        self.connections = Gauge(
+            f"{prefix}_connections", f"Open connections of the {process}.", registry=registry
+        )
+
+    def measure(self, request: Request, answer: Callable[[Request], Request]) -> Request:
+        """Return the answer to a request, and record its result and duration."""
+        operation = str(request.get("op"))
+        label = operation if operation in self._operations else _OTHER
+        started = time.perf_counter()
+        response = answer(request)
+        self._seconds.labels(label).observe(time.perf_counter() - started)
+        if response.get("ok") is True:
+            self._last_success.set_to_current_time()
+            result = "ok"
+        else:
+            result = "refused" if response.get("error") in _REFUSALS else "failed"
+        self._requests.labels(label, result).inc()
+        return response
 
 
 def serve_metrics(registry: CollectorRegistry, *, port: int | None) -> None:

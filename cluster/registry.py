@@ -85,6 +85,8 @@ class ModelVersion:
     metrics: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     """Warnings of the training job. Versions of older releases have none."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Where an imported version comes from; empty if it was trained here."""
     registered_by: str = ""
     """Subject that registered the version."""
 
@@ -113,6 +115,7 @@ class Registry:
         lineage: Lineage,
         metrics: Mapping[str, Any],
         warnings: Sequence[str] = (),
+        origin: Mapping[str, Any] | None = None,
         store: KeyStore,
         actor: str,
     ) -> ModelVersion:
@@ -123,7 +126,7 @@ class Registry:
         Args:
             source: Folder with the model files.
             name: Name of the model.
-            family, task, lineage, metrics, warnings: Recorded with the version.
+            family, task, lineage, metrics, warnings, origin: Recorded with the version.
             store: Key store of the model's key. The key is created if it does not exist.
             actor: Subject of the event.
 
@@ -147,6 +150,7 @@ class Registry:
             lineage=asdict(lineage),
             metrics=replace_non_finite(dict(metrics)),
             warnings=list(warnings),
+            origin=dict(origin or {}),
         )
         self._ledger.append(event, actor=actor)
         return self.get(name, version)

@@ -37,7 +37,13 @@ RAY_LOG_LEVELS = {
 """Log levels of Ray's libraries in a command. They log problems, but no progress."""
 PLACES: dict[str, type[Any]] = {"storage": StorageConfig, "ledger": LedgerConfig, "online": OnlineConfig}
 """Sections that say where the state is."""
-METRICS_PORTS = ("supervisor_metrics", "broker_metrics", "edge_controller_metrics")
+METRICS_PORTS = (
+    "supervisor_metrics",
+    "broker_metrics",
+    "edge_controller_metrics",
+    "nodes_metrics",
+    "uploader_metrics",
+)
 """Names of the ports where Falaj's own processes serve metrics."""
 
 
@@ -164,9 +170,12 @@ class ClusterRecord:
 
 def metrics_urls(record: ClusterRecord) -> list[str]:
     """Return the URLs where Prometheus finds the metrics of the edge, of Ray and of Falaj's own processes."""
-    names = [name for name in METRICS_PORTS if name in record.ports]
-    if not record.has_edge:
-        names.remove("edge_controller_metrics")
+    runs_here = {
+        "edge_controller_metrics": record.has_edge,
+        "nodes_metrics": record.has_nodes and record.node_id is None,
+        "uploader_metrics": record.layout.shared is not None,
+    }
+    names = [name for name in METRICS_PORTS if name in record.ports and runs_here.get(name, True)]
     own = [f"http://127.0.0.1:{record.ports[name]}/metrics" for name in names]
     return [*([record.metrics_url] if record.has_edge else []), record.ray_metrics_url, *own]
 

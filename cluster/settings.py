@@ -255,6 +255,8 @@ class PortsConfig:
     supervisor_metrics: int = 8405
     broker_metrics: int = 8406
     edge_controller_metrics: int = 8407
+    nodes_metrics: int = 8409
+    uploader_metrics: int = 8410
 
 
 @dataclass(kw_only=True, slots=True)

@@ -38,6 +38,8 @@ GUARDED_BY = {
     "supervisor_metrics": "open to read",
     "broker_metrics": "open to read",
     "edge_controller_metrics": "open to read",
+    "nodes_metrics": "open to read",
+    "uploader_metrics": "open to read",
 }
 _SERVER_DOWN = re.compile(
     r'^haproxy_server_status\{proxy="([^"]+)",server="([^"]+)_(\d+)",state="DOWN"\} 1$', re.MULTILINE

@@ -108,14 +108,19 @@ def verify_chain(entries: Iterable[Entry]) -> Iterator[Entry]:
             raise LedgerCorrupt(
                 f"Event {entry.seq} does not follow event {entry.seq - 1}: prev_hash differs.", seq=entry.seq
             )
-        body = asdict(entry)
-        del body["hash"]
-        if hashlib.sha256(canonical(body)).hexdigest() != entry.hash:
+        if not has_own_hash(entry):
             raise LedgerCorrupt(
                 f"Event {entry.seq} was changed: its hash does not match its content.", seq=entry.seq
             )
         prev_hash = entry.hash
         yield entry
+
+
+def has_own_hash(entry: Entry) -> bool:
+    """Return whether an entry's hash is the hash of its other fields."""
+    body = asdict(entry)
+    del body["hash"]
+    return hashlib.sha256(canonical(body)).hexdigest() == entry.hash
 
 
 def read_lines(lines: Iterable[str]) -> Iterator[Entry]:

@@ -29,7 +29,8 @@ class Signer:
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
-        self.key_id = key_id(key.public_key())
+        self.public_key = key.public_key()
+        self.key_id = key_id(self.public_key)
 
     def sign(self, message: bytes) -> str:
         """Return the signature in base64."""

@@ -191,16 +191,22 @@ def source_name(definition: dict[str, Any]) -> str:
 def describe(trace: ModelTrace) -> str:
     """Return the lineage as text."""
     lines = [f"model {trace.model} version {trace.version}, registered by {trace.registered.actor}"]
-    if trace.training_set is None:
+    origin = trace.registered.payload.get("origin", {})
+    if origin:
         lines.append(
-            "  its training set was not built by this platform: the lineage of its columns is unknown"
+            f"imported: version {origin['version']} of '{origin['installation']}', registered there by "
+            f"{origin['registered_by']} at {origin['registered_at']} (event {origin['entry_hash'][:16]})"
         )
-    else:
+    if trace.training_set is not None:
         built = trace.training_set.payload
         lines.append(
             f"training set {built['output']}, service {built['service']}, rows {built['row_hash'][:16]}"
         )
         lines += [f"  {_describe_column(column)}" for column in trace.columns]
+    elif not origin:
+        lines.append(
+            "  its training set was not built by this platform: the lineage of its columns is unknown"
+        )
     lines += [
         f"batch {batch['ingest_id']} of view {batch['view']}: {batch['source']}, "
         f"{batch['rows_stored']} rows, SHA-256 {batch['source_digest'][:16]}"
@@ -219,6 +225,7 @@ def as_json(trace: ModelTrace) -> dict[str, Any]:
         "model": trace.model,
         "version": trace.version,
         "registered": trace.registered.seq,
+        "origin": trace.registered.payload.get("origin", {}),
         "training_set": trace.training_set.payload if trace.training_set else None,
         "columns": [asdict(column) for column in trace.columns],
         "batches": _payloads(trace.batches),

@@ -14,8 +14,6 @@ import socket
 import threading
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry
-
 from cluster.entrypoint import job
 from cluster.errors import AccessDenied, FalajError
 from cluster.host.port_owner import PortState, client_uid
@@ -23,7 +21,7 @@ from cluster.host.signals import set_on_signal
 from cluster.membership.head_client import ANSWER_S, HeadClient
 from cluster.membership.service import DASHBOARD
 from cluster.membership.splice import splice
-from cluster.metrics import serve_metrics
+from cluster.metrics import new_registry, serve_metrics
 from cluster.security.keys.broker import Broker
 from cluster.security.keys.gate import Operation
 from cluster.security.keys.metrics import BrokerMetrics
@@ -127,7 +125,7 @@ def main(config: PlatformConfig) -> None:
     """Serve until SIGTERM."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     record: ClusterRecord = require_recorded_cluster(config)
-    head, stopped, registry = HeadClient.of(record), threading.Event(), CollectorRegistry()
+    head, stopped, registry = HeadClient.of(record), threading.Event(), new_registry()
     serve_metrics(registry, port=record.ports.get("broker_metrics"))
     set_on_signal([signal.SIGTERM], stopped)
     if config.identity.issuer.url is None:

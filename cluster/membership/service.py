@@ -8,6 +8,7 @@ node gets tokens of replicas, and the intents of jobs whose random names its wor
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 import socket
@@ -20,12 +21,15 @@ from pathlib import Path
 from socket import AF_UNIX, SOCK_STREAM
 from urllib.parse import urlsplit
 
+from prometheus_client import CollectorRegistry
+
 from cluster.errors import AccessDenied, ConfigError, FalajError, InvalidRequest, Unauthenticated
 from cluster.host.port_owner import require_own_peer
 from cluster.ledger import Ledger
 from cluster.ledger.events import NodeLeft
 from cluster.membership.admission import Application, admit, fingerprint
 from cluster.membership.members import Member, Members
+from cluster.membership.metrics import NodeMetrics
 from cluster.membership.release import release
 from cluster.membership.splice import splice
 from cluster.membership.transport import Peer
@@ -74,6 +78,7 @@ class NodeService:
         record: the head's record.
         ledger: where joining and leaving is recorded.
         members: the nodes.
+        metrics: counts requests; not exported by default.
         clock: returns monotonic seconds.
     """
 
@@ -81,6 +86,7 @@ class NodeService:
     record: ClusterRecord
     ledger: Ledger
     members: Members
+    metrics: NodeMetrics = field(default_factory=lambda: NodeMetrics(CollectorRegistry()))
     clock: Callable[[], float] = time.monotonic
     release: str = field(default_factory=release)
     """Release of the running cluster. The files on the disk may be another one later."""
@@ -92,6 +98,7 @@ class NodeService:
 
     def __post_init__(self) -> None:
         self._started_at = self.clock()
+        self.metrics.count_nodes(alive=lambda: len(self._alive()), members=lambda: len(self.members.all()))
 
     def serve(self, connection: ssl.SSLSocket, peer: Peer) -> None:
         """Answer the requests of one connection until it is closed. Without a certificate, it has one short request."""
@@ -101,7 +108,8 @@ class NodeService:
                 if request.get("op") == DASHBOARD:
                     self._connect_to_dashboard(connection, peer)
                     return
-                send(connection, self.answer(request, peer), timeout_s=READ_S)
+                answer = self.metrics.measure(request, functools.partial(self.answer, peer=peer))
+                send(connection, answer, timeout_s=READ_S)
                 if peer.certificate is None:
                     return
         except InvalidRequest as error:

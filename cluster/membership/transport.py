@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
+from prometheus_client import CollectorRegistry
 
 from cluster.errors import ConfigError
+from cluster.membership.metrics import NodeMetrics
 from cluster.security.tls.certificates import CA_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME
 
 MAX_CONNECTIONS = 512
@@ -53,12 +55,16 @@ class Server:
         address: `host` and `port` to listen on.
         tls: folder with the certificates. They are read for each connection, so renewed ones are used at once.
         serve: serves one connection until it returns. OSErrors end the connection.
+        metrics: counts connections; not exported by default.
     """
 
-    def __init__(self, address: tuple[str, int], *, tls: Path, serve: Serve) -> None:
+    def __init__(
+        self, address: tuple[str, int], *, tls: Path, serve: Serve, metrics: NodeMetrics | None = None
+    ) -> None:
         self._address = address
         self._tls = tls
         self._serve = serve
+        self._metrics = metrics or NodeMetrics(CollectorRegistry())
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._unknown: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -86,9 +92,11 @@ class Server:
 
     def _admit(self, connection: socket.socket, address: str) -> None:
         if not self._slots.acquire(blocking=False):
+            self._metrics.refused_connections.inc()
             connection.close()
             return
         if not self._count_unknown(address):
+            self._metrics.refused_connections.inc()
             connection.close()
             self._slots.release()
             return
@@ -117,7 +125,7 @@ class Server:
     def _run(self, connection: socket.socket, address: str) -> None:
         is_unknown = True
         try:
-            with connection, contextlib.suppress(OSError):
+            with self._metrics.connections.track_inprogress(), connection, contextlib.suppress(OSError):
                 connection.settimeout(HANDSHAKE_S)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 with self._context().wrap_socket(connection, server_side=True) as secured:

@@ -33,13 +33,16 @@ from cluster.entrypoint import job
 from cluster.errors import ConfigError, Inconsistent, RecordLogCorrupt
 from cluster.host.signals import set_on_signal
 from cluster.ledger import Ledger, open_ledger
+from cluster.metrics import new_registry, serve_metrics
 from cluster.records.blocks import SILENT_S, abandoned_segments, remove_blocks, seal, segment_sizes
 from cluster.records.compaction import adopt_local_table, remove_unfinished
 from cluster.records.contents import shared_uri
 from cluster.records.database import ensure_tables
 from cluster.records.location import KINDS, LogLocation, local_node, location_at
+from cluster.records.metrics import UploadMetrics
 from cluster.records.progress import BEGINNING, forget, read_progress, report
 from cluster.records.segments import SUFFIX, list_segments
+from cluster.session import find_record
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, create_bytes, layout, read_bytes
 
@@ -277,10 +280,16 @@ def main(config: PlatformConfig) -> None:
     set_on_signal([signal.SIGTERM], stopped)
     uploader = Uploader(places, open_ledger(config))
     LOG.info("node %s uploads its logs to %s", uploader.node, places.shared)
+    registry, record = new_registry(), find_record(config.storage)
+    metrics = UploadMetrics(registry)
+    serve_metrics(registry, port=None if record is None else record.ports.get("uploader_metrics"))
     while True:
         try:
-            uploader.run_once()
+            with metrics.seconds.time():
+                done = uploader.run_once()
+            metrics.count(uploaded=done.uploaded, failed=len(done.failures), behind=done.behind.values())
         except Exception as error:  # noqa: BLE001 (the database or the disk; the next round tries again)
+            metrics.failed_rounds.inc()
             LOG.warning("the logs were not uploaded: %s", error)
         if stopped.wait(EVERY_S):
             return

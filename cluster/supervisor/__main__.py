@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import sqlalchemy as sa
-from prometheus_client import CollectorRegistry
 
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
@@ -27,7 +26,7 @@ from cluster.host.signals import set_on_signal
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ProcessRestarted
 from cluster.membership.departure import has_ended, remove_membership
-from cluster.metrics import serve_metrics
+from cluster.metrics import new_registry, serve_metrics
 from cluster.node.launch import remove_folders
 from cluster.node.locks import supervisor_lock
 from cluster.node.parts import expected_parts
@@ -51,7 +50,7 @@ def main(config: PlatformConfig) -> None:
     """Watch the cluster until SIGTERM, or until the storage root's record names another cluster or no cluster."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     wait_for_turn()
-    record, stopped, registry = require_recorded_cluster(config), threading.Event(), CollectorRegistry()
+    record, stopped, registry = require_recorded_cluster(config), threading.Event(), new_registry()
     folder = ensure_private_folder(Path(record.runtime_folder))
     machine = ThisMachine(config, record) if record.node_id is None else JoinedNode(config, record)
     supervisor = Supervisor(

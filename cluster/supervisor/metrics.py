@@ -19,6 +19,11 @@ class SupervisorMetrics:
         self.failures = Counter(
             "falaj_supervisor_failures", "Parts that could not be started.", ["part"], registry=registry
         )
+        self.last_success = Gauge(
+            "falaj_supervisor_last_success_timestamp_seconds",
+            "Unix time of the last check of all parts; 0 if there was none.",
+            registry=registry,
+        )
         self.recovery = Histogram(
             "falaj_supervisor_recovery_seconds",
             "Seconds from the loss of the Ray head until its applications were restored.",

@@ -122,6 +122,7 @@ class Supervisor:
                 self._restart_if_needed(part, states[part])
         if self.rebuilding is None or not self.rebuilding.is_alive():
             self._check_head(states)
+        self._metrics.last_success.set_to_current_time()
 
     def _check_head(self, states: dict[Part, State]) -> None:
         """Check Ray's parts. A dead raylet, or a GCS that dies again and again, needs a new head."""

@@ -10,7 +10,7 @@ from cluster.runtime import Task
 from cluster.settings import PlatformConfig
 
 AUTO = "auto"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -79,7 +79,7 @@ class LearningConfig(PlatformConfig):
     """Seed of all random draws, 0 to 2^31 - 1."""
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
+        if not MODEL_NAME.fullmatch(self.name):
             raise ValueError(f"name must be letters, digits, '_' and '-', at most 64, got '{self.name}'.")
         if not 0.0 < self.validation_share < 0.9:
             raise ValueError(f"validation_share must be between 0 and 0.9, got {self.validation_share}.")

@@ -16,13 +16,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
-from prometheus_client import CollectorRegistry
 
 from cluster.entrypoint import job
 from cluster.host.processes import ID_VARIABLE
 from cluster.host.signals import set_on_signal
 from cluster.ledger import Ledger, open_ledger
-from cluster.metrics import serve_metrics
+from cluster.metrics import new_registry, serve_metrics
 from cluster.node.edge_address import edge_hosts
 from cluster.node.scheduling import wait_for_turn
 from cluster.security.recorded_settings import apply_cluster_record
@@ -161,7 +160,7 @@ def main(config: EdgeConfig) -> None:
     set_on_signal([signal.SIGTERM], stopped)
     set_on_signal([SIGNAL], handed_over, stopped)
     with sole_controller(edge / "controller.lock"):
-        registry = CollectorRegistry()
+        registry = new_registry()
         serve_metrics(registry, port=record.ports.get("edge_controller_metrics"))
         ledger = wait_for_ledger(config, haproxy, stopped, handed_over)
         trust = Trust.of(config.identity.issuer, places, keys_max_age_s=KEYS_MAX_AGE_S)

@@ -371,5 +371,7 @@ def test_our_own_processes_publish_their_metrics(falaj_cluster: Project) -> None
         'falaj_part_up{part="key broker"} 1.0',
         "falaj_broker_connections",
         "falaj_edge_applied_seq",
+        "falaj_supervisor_last_success_timestamp_seconds",
+        "falaj_edge_last_success_timestamp_seconds",
     ):
         assert name in whole

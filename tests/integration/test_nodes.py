@@ -28,7 +28,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import NodeJoined, NodeLeft
 from cluster.security.tokens.issuer import mint_token
 from cluster.security.tokens.roles import Role
-from cluster.session import ClusterRecord, find_own_record
+from cluster.session import ClusterRecord, find_own_record, metrics_urls
 from cluster.settings import StorageConfig
 from cluster.storage import Layout
 from tests.integration.conftest import refusal
@@ -160,6 +160,17 @@ def wait_for(condition: Any, *, timeout_s: float = ENDED_S) -> None:
         time.sleep(0.5)
 
 
+def scraped(computer: Computer, port: str) -> str:
+    """Return the metrics of a port. It is on the machine's loopback, and `cluster.status` prints its URL."""
+    url = f"http://127.0.0.1:{computer.record.ports[port]}/metrics"
+    assert url in metrics_urls(computer.record)
+    program = f"import urllib.request as r; print(r.urlopen({url!r}, timeout=10).read().decode())"
+    read = subprocess.run(
+        computer.machine.command(sys.executable, "-c", program), capture_output=True, text=True, check=True
+    )
+    return read.stdout
+
+
 def test_machine_is_refused_in_one_line(world: World, tmp_path: Path) -> None:
     """Each message says what, which and what to do. Nothing runs or is recorded afterwards."""
     wrong = tmp_path / "wrong.join"
@@ -191,6 +202,9 @@ def test_work_in_another_region_runs_on_the_node_that_joined(world: World) -> No
         "running",
     )
     assert [node["name"] for node in world.node.nodes()] == ["head"]
+    assert "falaj_nodes_alive 1.0" in scraped(world.head, "nodes_metrics")
+    for computer in (world.head, world.node):
+        assert "falaj_uploader_round_seconds_count" in scraped(computer, "uploader_metrics")
     head, definitions = world.head, "definitions=shop"
     head.run("feature_jobs.apply", definitions, *head.shared)
     head.run("feature_jobs.ingest", definitions, "view=income", *head.shared)

@@ -31,6 +31,27 @@ class ModelRegistered(LedgerEvent):
     metrics: dict[str, Json]
     warnings: list[str] = field(default_factory=list)
     """Warnings of the training job, such as an input that reveals the label."""
+    origin: dict[str, Json] = field(default_factory=dict)
+    """Where an imported version comes from: installation, name, version, ledger and parity. Empty if trained here."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelExported(LedgerEvent):
+    """A version was written to a file for another installation. The file may be missing if the export was killed."""
+
+    name: str
+    version: int
+    bundle: str
+    """SHA-256 of the signed statement about the file's parts."""
+    key_id: str
+    """Id of the key that signed it."""
+    parts: dict[str, str]
+    """Maps each part to its SHA-256 in hex."""
+    column_classes: list[str]
+    """Classes of the columns that the version's features come from."""
+    ledger_size: int
+    """Number of events in the Merkle tree that the file's proofs refer to."""
+    ledger_root: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,10 +5,10 @@ The edge's rules are compiled from the same policies (`Policy.roles_for`), so ed
 Rights of each role, within the boundaries below:
 
     data_engineer    writes, pushes features, applies definitions, reads public and internal columns, wraps their keys
-    data_scientist   reads columns of every class, builds training sets, trains and registers models, predicts
-    ml_engineer      registers models, deploys them outside production, rolls out and back, predicts, writes outcomes,
-                     compacts logs
-    approver         approves models, deploys, rolls out and back, in every environment
+    data_scientist   reads columns of every class, builds training sets, trains, registers and exports models, predicts
+    ml_engineer      registers, exports and imports models, deploys them outside production, rolls out and back,
+                     predicts, writes outcomes, compacts logs
+    approver         approves and exports models, deploys, rolls out and back, in every environment
     auditor          reads the ledger
     service          predicts, writes outcomes, reads features online by key, pushes features
     admin            everything
@@ -68,6 +68,8 @@ class Action(enum.StrEnum):
     build_training_set = "build_training_set"
     train_model = "train_model"
     register_model = "register_model"
+    export_model = "export_model"
+    import_model = "import_model"
     approve_model = "approve_model"
     deploy = "deploy"
     rollout = "rollout"

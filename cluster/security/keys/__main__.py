@@ -11,13 +11,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry
-
 from cluster.entrypoint import job
 from cluster.host.signals import set_on_signal
 from cluster.ledger import open_ledger
 from cluster.ledger.events import KeyRelabelled
-from cluster.metrics import serve_metrics
+from cluster.metrics import new_registry, serve_metrics
 from cluster.security.authorization.audit import DecisionRecorder, start_flushing
 from cluster.security.authorization.policy import Action, Decision, Policy, Resource
 from cluster.security.keys.broker import Broker
@@ -89,7 +87,7 @@ def main(config: PlatformConfig) -> None:
         event = KeyRelabelled(name=new.name, was=old.plain(), becomes=new.plain())
         ledger.append(event, actor=principal.subject)
 
-    stopped, registry = threading.Event(), CollectorRegistry()
+    stopped, registry = threading.Event(), new_registry()
     serve_metrics(registry, port=record.ports.get("broker_metrics"))
     gate = Gate(
         open_store(config, stopped=stopped),

@@ -180,6 +180,7 @@ class Controller:
                 raise
             LOG.error("a change cannot be applied, so the edge stays as it is: %s", error)
             return False
+        self._metrics.last_success.set_to_current_time()
         return True
 
     def step(self) -> None:

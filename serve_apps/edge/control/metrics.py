@@ -17,6 +17,11 @@ class EdgeMetrics:
             "Unix time of the controller's last step.",
             registry=registry,
         )
+        self.last_success = Gauge(
+            "falaj_edge_last_success_timestamp_seconds",
+            "Unix time of the controller's last step without an error; 0 if there was none.",
+            registry=registry,
+        )
         self.step_seconds = Histogram(
             "falaj_edge_step_seconds",
             "Duration of a step: reading the ledger and Serve, and applying what changed.",

@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 from cluster.settings import PlatformConfig
 from jobs.compact_log.__main__ import CompactLogConfig
 from jobs.evaluate.config import EvaluateConfig
+from jobs.export_model import ExportModelConfig
+from jobs.import_model import ImportModelConfig
 from jobs.monitor.config import MonitorConfig
 from jobs.pipeline.config import PipelineConfig
 from jobs.pipeline.outcomes import OutcomesConfig
@@ -43,6 +45,8 @@ def defaults(schema: type[Any]) -> dict[str, Any]:
         ("evaluate", EvaluateConfig),
         ("monitor", MonitorConfig),
         ("compact_log", CompactLogConfig),
+        ("export_model", ExportModelConfig),
+        ("import_model", ImportModelConfig),
         ("pipeline", PipelineConfig),
         ("traffic", TrafficConfig),
         ("outcomes", OutcomesConfig),

@@ -33,6 +33,8 @@ TABLE: dict[Action, frozenset[Role]] = {
     Action.build_training_set: frozenset({DS, AD}),
     Action.train_model: frozenset({DS, AD}),
     Action.register_model: frozenset({DS, ML, AD}),
+    Action.export_model: frozenset({DS, ML, AP, AD}),
+    Action.import_model: frozenset({ML, AD}),
     Action.approve_model: frozenset({AP, AD}),
     Action.deploy: frozenset({ML, AP, AD}),
     Action.rollout: frozenset({ML, AP, AD}),
@@ -53,7 +55,7 @@ READS: dict[str, frozenset[Role]] = {
     "sensitive": frozenset({DS, AD}),
 }
 USES_DATA = {Action.read_columns, Action.read_online, Action.build_training_set, Action.predict}
-USES_DATA |= {Action.unwrap_key}
+USES_DATA |= {Action.unwrap_key, Action.export_model, Action.import_model}
 UNWRAPS: dict[str, dict[str, frozenset[Role]]] = {
     "features": READS | {"public": frozenset({DS, AD})},
     "training_sets": dict.fromkeys(COLUMN_CLASSES, frozenset({DS, AD})),
