@@ -27,7 +27,7 @@ from datetime import datetime, timedelta
 import numpy as np
 import polars as pl
 
-from feature_jobs.store.offline.newest_rows import Bools, Ints, NewestRows, sort_entities
+from feature_jobs.store.offline.newest_rows import Bools, Ints
 from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, SEQ
 
 AVAILABLE = pl.max_horizontal(EVENT, CREATED)
@@ -43,43 +43,6 @@ class JoinResult:
     """Number of entity rows that have no result only because of the cutoff; 0 if the cutoff is off."""
     absent: pl.Series
     """Which entity rows have no result. The others may still have nulls that come from the source."""
-
-
-def join_features(
-    entities: pl.DataFrame,
-    features: pl.DataFrame,
-    *,
-    keys: Sequence[str],
-    columns: Sequence[str],
-    ttl: timedelta | None,
-    cutoff: bool = True,
-    ordered: bool = False,
-) -> JoinResult:
-    """Join each entity row with the features that were known at its time.
-
-    Args:
-        entities: join keys and `event_timestamp`, in any order, repetitions allowed; same dtypes as in `features`.
-        features: join keys, `event_timestamp`, `created_timestamp`, `ingest_seq` (unique) and the feature columns;
-            also `deleted` if there may be tombstones.
-        keys: join keys. A null key matches nothing.
-        columns: feature columns to return.
-        ttl: greatest age at which a value is valid. An older value is expired.
-        cutoff: whether to hide rows that were created after the entity row's time. If false, only event times are
-            compared.
-        ordered: whether `features` is already sorted by (available, event, created, seq). Then `ingest_seq` is
-            optional.
-    """
-    by_entity = sort_entities(entities.select(*keys, EVENT), keys)
-    search = NewestRows(by_entity, ttl_us=microseconds(ttl), cutoff=cutoff)
-    search.add(features, order=None if ordered else order_of(features))
-    found = search.found()
-    rows, absent = np.empty_like(found.row), np.empty_like(found.absent)
-    rows[by_entity.order], absent[by_entity.order] = found.row, found.absent
-    return JoinResult(
-        columns=take_or_null(features.select(columns), rows, absent),
-        hidden=found.hidden,
-        absent=pl.Series(absent),
-    )
 
 
 def order_of(rows: pl.DataFrame) -> Ints:
@@ -107,7 +70,8 @@ def latest_rows(
     """For each entity, return the row that a join at `as_of` would return. The TTL is not applied.
 
     Args:
-        features: as in `join_features`.
+        features: join keys, `event_timestamp`, `created_timestamp`, `ingest_seq` (unique) and any other columns; also
+            `deleted` if there may be tombstones.
         keys: join keys.
         as_of: the time of the join.
         tombstones: whether to return tombstones of deleted entities. Their times say when the values were deleted.

@@ -23,10 +23,10 @@ from feature_jobs.store.ingestion.validation import prepare
 from feature_jobs.store.offline import mending
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.mending import BatchLocation, mend
-from feature_jobs.store.offline.point_in_time import join_features
 from feature_jobs.store.offline.removal import RemovalReason, remove_rows
 from tests.projects.features import INCOME, START, FeatureProject
 from tests.projects.tables import TIME, TIMES, batch_of
+from tests.samples.frame_join import join_features
 
 Row = tuple[int | None, float, timedelta]
 """Person, amount, and time after the start."""

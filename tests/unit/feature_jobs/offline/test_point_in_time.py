@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from feature_jobs.store.offline.point_in_time import join_features, latest_rows
+from feature_jobs.store.offline.point_in_time import latest_rows
+from tests.samples.frame_join import join_features
 from tests.samples.pit_oracle import START, TIME, TIMES, expected, hidden, random_entities, random_features
 
 KEYS = {"person": pl.Int64, "place": pl.String}

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import AccessDenied
-from cluster.security.encryption.parquet import ProtectedFiles, Protection
+from cluster.security.encryption.parquet import ProtectedFileCorrupt, ProtectedFiles, Protection
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyRevoked, KeyStoreUnavailable
 
@@ -81,6 +81,28 @@ def test_read_with_the_keys_returns_all_columns(keyring: Counted, path: str) -> 
     files = ProtectedFiles(keyring)
     assert files.read(path).equals(TABLE)
     assert files.read(path, ["illness", "id", "newer"]).equals(TABLE.select(["illness", "id"]))
+
+
+def test_open_file_is_read_by_row_group(keyring: Counted, tmp_path: Path) -> None:
+    """A file with more than a million rows has two row groups, counted without a key. Keys are checked at each read."""
+    path, rows = str(tmp_path / "many.parquet"), 2**20 + 5
+    numbers = pa.array(range(rows), pa.int64())
+    many = pa.table({"illness": numbers, "year": numbers.cast(pa.int32())})
+    ProtectedFiles(keyring).write(many, path, PROTECTION, place="here")
+    keyring.denied.add(SENSITIVE)
+    with ProtectedFiles(keyring).open(path, protection=PROTECTION, place="here") as file:
+        assert file.num_row_groups == 2
+        assert file.read(["year"], row_group=1).equals(many.select(["year"]).slice(2**20))
+        with pytest.raises(AccessDenied):
+            file.read(["illness"], row_group=1)
+    keyring.denied.clear()
+    with ProtectedFiles(keyring).open(path, protection=PROTECTION, place="here") as file:
+        assert file.read(["illness"], row_group=1).equals(many.select(["illness"]).slice(2**20))
+    with (
+        pytest.raises(ProtectedFileCorrupt, match="belongs at"),
+        ProtectedFiles(keyring).open(path, protection=PROTECTION, place="there") as file,
+    ):
+        file.read(["year"], row_group=0)
 
 
 def test_other_tools_read_only_the_public_columns(path: str) -> None:
