@@ -32,6 +32,7 @@ from cluster.storage import Layout, layout, local
 
 TTL_S, MAX_TTL_S = 3600, 7 * 86_400
 KEY_NAME = "join.key"
+COMMAND = "`python -m cluster.membership.join_token --output node.join`"
 _PREFIX = "falaj-join"
 _KEY = re.compile(r"[0-9a-f]{64}")
 
@@ -75,20 +76,16 @@ def check(places: Layout, token: str, *, now: float | None = None) -> None:
     """
     body, _, signature = token.rpartition(".")
     if not hmac.compare_digest(signature.encode(), _signature(places, body).encode()):
-        raise Unauthenticated(
-            "The join token is wrong. Make a new one on the head: `python -m cluster.membership.join_token`."
-        )
+        raise Unauthenticated(f"The join token is wrong. Make a new one on the head: {COMMAND}.")
     at = time.time() if now is None else now
     expires_at = int(body.split(".")[1])
     if expires_at > at + MAX_TTL_S:
         raise Unauthenticated(
             "The join token is valid for too long. Check the head's clock, and make a new one there: "
-            "`python -m cluster.membership.join_token`."
+            f"{COMMAND}."
         )
     if expires_at < at:
-        raise Unauthenticated(
-            "The join token has expired. Make a new one on the head: `python -m cluster.membership.join_token`."
-        )
+        raise Unauthenticated(f"The join token has expired. Make a new one on the head: {COMMAND}.")
 
 
 def write(token: JoinToken, path: Path) -> None:
@@ -106,13 +103,11 @@ def read(path: Path) -> JoinToken:
         text, _, authority = read_secret_file(path, what="a join token").partition("\n")
     except OSError as error:
         raise ConfigError(
-            f"The join token at {path} cannot be read: {error.strerror}. Make one on the head with `python -m "
-            "cluster.membership.join_token --output node.join`, and copy the file to this machine."
+            f"The join token at {path} cannot be read: {error.strerror}. Make one on the head: {COMMAND}. Then "
+            "copy the file to this machine."
         ) from None
     if not text.startswith(f"{_PREFIX}.") or "BEGIN CERTIFICATE" not in authority:
-        raise ConfigError(
-            f"{path} has no join token. Make one on the head: `python -m cluster.membership.join_token`."
-        )
+        raise ConfigError(f"{path} has no join token. Make one on the head: {COMMAND}.")
     return JoinToken(text, f"{authority.strip()}\n")
 
 
