@@ -23,6 +23,7 @@ from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
 from cluster.ledger.events import ClusterStarted, ClusterStopped
 from cluster.membership.join_token import ensure_join_key
+from cluster.membership.members import current_members
 from cluster.node.checks import (
     refuse_variables,
     require_compiler,
@@ -108,9 +109,9 @@ def main(config: PlatformConfig) -> None:
 
 
 def running_record(config: PlatformConfig) -> ClusterRecord | None:
-    """Return the record of the cluster if any of its parts still runs, else None.
+    """Return the record of the cluster if any of its parts still runs or other nodes belong to it, else None.
 
-    If no part runs (for example after a reboot) or the last start was killed, first end the remaining processes and
+    Otherwise (for example after a reboot, or if the last start was killed), first end the remaining processes and
     remove the cluster's folders.
     """
     record = find_own_record(config.storage)
@@ -123,10 +124,31 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
             f"This machine was node {record.node_id} of the cluster at {record.head}, and nothing of it runs. Run "
             "`python -m cluster.join` to join again, or `python -m cluster.leave`."
         )
+    if not record.starting and has_other_nodes(record):
+        print(f"cluster {record.cluster_id} has lost its head; the other nodes stay in it", flush=True)
+        return record
     end_all(record)
     record_end(config, record)
     remove_folders(record)
     return None
+
+
+def has_other_nodes(record: ClusterRecord) -> bool:
+    """Return whether other nodes belong to a head's cluster according to the ledger.
+
+    Raises:
+        ConfigError: The ledger's database does not answer.
+    """
+    if not record.has_nodes:
+        return False
+    config = compose_platform(record.overrides or ())
+    try:
+        return bool(current_members(open_ledger(config), record.cluster_id))
+    except sa.exc.SQLAlchemyError as error:
+        raise ConfigError(
+            f"The ledger's database does not answer, so it is not known whether other nodes belong to this cluster: "
+            f"{first_line(error.__cause__ or error)}. Start it first."
+        ) from None
 
 
 def record_end(config: PlatformConfig, record: ClusterRecord) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ray import serve
@@ -30,6 +31,8 @@ OPTIONS: dict[str, Any] = {
     "logging_config": LOGGING,
 }
 """Options of every deployment."""
+RECOVERY_S = 60.0
+_RECOVERING = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING, ApplicationStatus.UNHEALTHY)
 
 
 class DeployFailed(FalajError):
@@ -45,6 +48,20 @@ def is_running(name: str) -> bool:
     """Return whether an application is healthy."""
     app = serve.status().applications.get(name)
     return app is not None and app.status == ApplicationStatus.RUNNING
+
+
+def wait_for_recovery(names: Collection[str], *, timeout_s: float = RECOVERY_S) -> None:
+    """Wait until applications that Serve knows are healthy again, but not longer than some seconds.
+
+    After the head was replaced, Serve starts the replicas that were lost with it. If the applications were started anew
+    meanwhile, their other replicas would be replaced, too.
+    """
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        known = serve.status().applications
+        if not any(name in known and known[name].status in _RECOVERING for name in names):
+            return
+        time.sleep(0.5)
 
 
 def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -> str:

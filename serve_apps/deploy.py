@@ -28,13 +28,13 @@ from cluster.session import attach
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
 from cluster.supervisor.head import mark_restored
-from serve_apps.apps import DeployFailed, app_name, ensure_model
+from serve_apps.apps import DeployFailed, app_name, ensure_model, wait_for_recovery
 from serve_apps.deployed_settings import with_deployed_settings
 from serve_apps.edge.control.waiting import wait_until_applied
 from serve_apps.predictor.log_keys import log_keys, merged_key
 from serve_apps.rollout.assignment import require_variant
 from serve_apps.rollout.serving_state import ModelState, States, read_states
-from serve_apps.shared_apps import ensure_shared_apps, restore_shared_apps
+from serve_apps.shared_apps import APPLICATIONS, ensure_shared_apps, restore_shared_apps
 from serve_apps.undeploy import remove, require_number
 
 
@@ -174,6 +174,7 @@ def restore(config: DeployConfig, ledger: Ledger, registry: Registry, actor: Act
     whole = Resource(kind="cluster", name="serving", region=region, serves=True)
     models = (replace(version.resource(region=region), serves=True) for version in versions)
     actor.check(Action.restart_serving, whole, *models)
+    wait_for_recovery([*map(app_name, versions), *APPLICATIONS])
     restored_apps: list[str] = []
     failed: list[str] = []
     for version in versions:

@@ -25,10 +25,11 @@ from cluster.session import ClusterRecord, attach, require_recorded_cluster
 from cluster.settings import Durability, FeaturesConfig, OnlineConfig, OnlineKind, PlatformConfig
 from cluster.settings_conversion import to_plain
 from cluster.storage import layout, local, write_json
-from serve_apps.apps import OPTIONS, DeployFailed, is_running, run
+from serve_apps.apps import OPTIONS, DeployFailed, is_running, run, wait_for_recovery
 from serve_apps.edge.haproxy.split import FEATURES_APP, OUTCOMES_APP
 from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
+from serve_apps.replica.scaling import one_replica_per_node
 
 _CLUSTER = "cluster_id"
 APPLICATIONS: dict[str, Any] = {OUTCOMES_APP: Outcomes, FEATURES_APP: Features}
@@ -92,8 +93,10 @@ def main(config: PlatformConfig) -> None:
             "features and outcomes start with the first deployment, which must give identity.service_token_file=…"
         )
         return
+    wait_for_recovery(APPLICATIONS)
     try:
-        run_shared_apps(config, record, settings)
+        if not all(map(is_running, APPLICATIONS)):
+            run_shared_apps(config, record, settings)
     except DeployFailed as error:  # for example, Redis is down: the rest of the cluster must still start
         print(
             f"warning: {error} Start it with `python -m serve_apps.deploy action=restore`.", file=sys.stderr
@@ -157,10 +160,16 @@ def run_shared_apps(config: PlatformConfig, record: ClusterRecord, settings: Set
         DeployFailed: an application did not start; the message names it.
     """
     actor_options = {"num_cpus": 0.1, **options(find_nodes(config.placement))}
+    replicas = one_replica_per_node() if record.has_nodes and not config.placement.region else {}
     plain = to_plain(settings.apply_to(config))
     deployments = {
         name: serve.deployment(
-            kind, name=name, ray_actor_options=actor_options, max_surge_percent=100, **OPTIONS
+            kind,
+            name=name,
+            ray_actor_options=actor_options,
+            max_surge_percent=100,
+            **OPTIONS,
+            **replicas,
         )
         for name, kind in APPLICATIONS.items()
     }

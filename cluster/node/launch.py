@@ -28,6 +28,8 @@ START_DEADLINE_S = 60.0
 RAY_START_S = 180.0
 SUPERVISOR_GRACE_S = 5.0
 NUM_REPLICA_PORTS = 1000
+HEADLESS_S = 3600
+"""Seconds for which Ray's processes on other nodes wait for a lost head. By default, they end after one minute."""
 USER_FIELDS = ("token_file", "role", "purpose")
 """Fields of the identity that describe the user of one command. The cluster's processes do not get them."""
 LOG_TAIL_CHARACTERS = 3000
@@ -67,6 +69,7 @@ def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]
         # core, such as the dashboard, would get 28 times the CPU time of a replica.
         "RAY_worker_niceness": "0",
         **_gcs_environment(record),
+        **({"RAY_gcs_rpc_server_reconnect_timeout_s": str(HEADLESS_S)} if record.has_nodes else {}),
         "RAY_TRAIN_V2_ENABLED": "1",
         "NML_DISABLE_USAGE_LOGGING": "1",
         **({} if config.cluster.num_gpus else {"DS_ACCELERATOR": "cpu"}),

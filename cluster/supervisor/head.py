@@ -1,4 +1,9 @@
-"""Replace a lost Ray head, and restore the applications that should serve according to the ledger."""
+"""Replace a lost Ray head, and restore the applications that should serve according to the ledger.
+
+If other nodes have joined, the new head first continues with the state of Ray's GCS on the disk. So the other nodes and
+their replicas stay, and clients of their edges notice nothing. If Ray does not start with it, the next try starts with
+an empty state, and the other nodes start Ray again.
+"""
 
 from __future__ import annotations
 
@@ -59,12 +64,17 @@ def replace_head(config: PlatformConfig, record: ClusterRecord) -> None:
     request_restore(record)
     remove_commands(record)
     processes.end(record.instance, owner=record.owner, only=belongs_to_ray, grace_s=GRACE_S)
-    shutil.rmtree(gcs_folder(record), ignore_errors=True)
+    tried = _resumption_marker(record)
+    if record.has_nodes and gcs_folder(record).exists() and not tried.exists():
+        tried.touch()
+    else:
+        shutil.rmtree(gcs_folder(record), ignore_errors=True)
     start_ray(config, record)
     try:
         start_serve(config, record)
     finally:  # if Serve did not start, the head stays, and `restore` tries again
         save_commands(record)
+    tried.unlink(missing_ok=True)
 
 
 def restore(config: PlatformConfig, record: ClusterRecord) -> None:
@@ -115,3 +125,8 @@ def belongs_to_ray(process: psutil.Process) -> bool:
 
 def _marker(record: ClusterRecord) -> Path:
     return Path(record.runtime_folder) / "restore-due"
+
+
+def _resumption_marker(record: ClusterRecord) -> Path:
+    """Return the file that exists while a new head starts with the state of the lost one."""
+    return Path(record.runtime_folder) / "resuming"

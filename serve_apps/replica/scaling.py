@@ -23,6 +23,8 @@ ONGOING = "falaj_ongoing_requests"
 REPORT_INTERVAL_S = 2.0
 """Seconds between two reports that a replica or Serve's proxy sends to Serve's controller. If a request arrives just
 when the last replica stops, the request waits for the next report before a replica is started."""
+MAX_SPREAD = 3
+"""Largest number of nodes on which an application of no model has a replica."""
 MAX_STARTS = 3
 """After this many failed starts of a replica, its version counts as failed. More tries would fail in the same way."""
 
@@ -72,3 +74,44 @@ def wanted_replicas(context: AutoscalingContext) -> tuple[float, dict[str, Any]]
     if len(reported) < context.current_num_replicas or not context.current_num_replicas:
         wanted = max(wanted, context.target_num_replicas)
     return wanted, {}
+
+
+def one_replica_per_node() -> dict[str, Any]:
+    """Return options for `serve.deployment`: a replica on each of up to `MAX_SPREAD` nodes.
+
+    So requests are answered while a node is lost. Nodes join and leave while the application runs. With a fixed number
+    of replicas, an application would wait for nodes that do not exist.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        autoscaling = AutoscalingConfig(
+            min_replicas=1,
+            initial_replicas=1,
+            max_replicas=MAX_SPREAD,
+            upscale_delay_s=0.0,
+            downscale_delay_s=0.0,
+            metrics_interval_s=REPORT_INTERVAL_S,
+            policy=AutoscalingPolicy(policy_function=num_usable_nodes),  # type: ignore[no-untyped-call]
+        )
+    return {"autoscaling_config": autoscaling, "max_replicas_per_node": 1}
+
+
+def num_usable_nodes(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+    """Return the number of nodes that take work. The state is its time and value, because GCS is asked only sometimes.
+
+    Serve's controller unpickles this function, so it imports what it uses.
+    """
+    import contextlib
+    import time
+
+    import ray
+
+    now, state = time.monotonic(), dict(context.policy_state or {})
+    if now >= state.get("asked_at", -1e9) + 2.0:
+        state = {"asked_at": now, "nodes": state.get("nodes", context.target_num_replicas)}
+        with contextlib.suppress(Exception):  # the GCS may be starting again
+            draining = ray._private.state.state.get_draining_nodes()
+            nodes = ray.nodes()  # type: ignore[no-untyped-call]
+            alive = [node["NodeID"] for node in nodes if node["Alive"]]
+            state["nodes"] = float(sum(node not in draining for node in alive))
+    return max(1.0, state["nodes"]), state

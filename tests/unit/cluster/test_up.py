@@ -20,7 +20,7 @@ from cluster import up
 from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
 from cluster.host import processes
 from cluster.ledger import open_ledger
-from cluster.ledger.events import ClusterStopped
+from cluster.ledger.events import ClusterStopped, NodeJoined, NodeLeft
 from cluster.node import checks
 from cluster.node.launch import StartFailed, remove_folders
 from cluster.node.parts import BROKER, Part, PartStatus, State
@@ -231,6 +231,30 @@ def test_the_end_of_a_dead_cluster_is_recorded_once(config: PlatformConfig, writ
         assert up.running_record(config) is None
     [stopped] = open_ledger(config).entries(ClusterStopped)
     assert stopped.payload == {"cluster_id": written.cluster_id}
+
+
+def test_a_cluster_with_other_nodes_goes_on_after_its_head_died(
+    config: PlatformConfig, record: ClusterRecord
+) -> None:
+    """The head is repaired, and the nodes are not ended. After the last node has left, a new cluster starts."""
+    head = replace(record, address="10.9.9.9", overrides=[f"storage.root={config.storage.root}"])
+    write_record(head, config.storage)
+    ledger = open_ledger(config)
+    joined = NodeJoined(
+        cluster_id=head.cluster_id,
+        node_id="n",
+        name="second",
+        address="10.9.9.8",
+        region="local",
+        num_cpus=1,
+        num_gpus=0,
+        certificate="c",
+    )
+    ledger.append(joined, actor="system")
+    assert up.running_record(config) == head
+    assert not list(ledger.entries(ClusterStopped))
+    ledger.append(NodeLeft(cluster_id=head.cluster_id, node_id="n", reason="left"), actor="system")
+    assert up.running_record(config) is None
 
 
 def test_a_failed_start_ends_the_nodes_that_had_joined(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import ConfigError, Unauthenticated
+from cluster.node.launch import StartFailed, gcs_folder
 from cluster.node.parts import Part
 from cluster.security.tokens.intent import read_intent
 from cluster.security.tokens.issuer import ensure_issuer
@@ -94,3 +95,54 @@ def test_restore_is_due_until_marked_as_restored(cluster: ClusterRecord) -> None
     assert head.restore_is_due(cluster)
     head.mark_restored(cluster)
     assert not head.restore_is_due(cluster)
+
+
+class Ray:
+    """Records whether Ray finds the state of a lost head when it starts. A start fails on command."""
+
+    def __init__(self) -> None:
+        self.starts: list[bool] = []
+        self.fails = False
+
+    def start(self, config: PlatformConfig, record: ClusterRecord) -> None:
+        """Start with the state of the GCS, or with none."""
+        self.starts.append(gcs_folder(record).exists())
+        if self.fails:
+            raise StartFailed("Ray did not start")
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
+    ray = Ray()
+    monkeypatch.setattr(head, "start_ray", ray.start)
+    monkeypatch.setattr(head, "start_serve", lambda *_: None)
+    monkeypatch.setattr(head, "save_commands", lambda _: None)
+    monkeypatch.setattr(head.processes, "end", lambda *_, **__: 0)
+    return ray
+
+
+def test_new_head_of_several_nodes_continues_with_the_state_of_the_lost_one(
+    config: PlatformConfig, cluster: ClusterRecord, ray: Ray, tmp_path: Path
+) -> None:
+    """If Ray does not start with it, the next try starts with none. A later loss is another one."""
+    cluster = replace(cluster, address="10.9.9.9", gcs_dir=str(tmp_path / "run" / "gcs"))
+    gcs_folder(cluster).mkdir()
+    head.replace_head(config, cluster)
+    ray.fails = True
+    with pytest.raises(StartFailed):
+        head.replace_head(config, cluster)
+    ray.fails = False
+    head.replace_head(config, cluster)
+    gcs_folder(cluster).mkdir()
+    head.replace_head(config, cluster)
+    assert ray.starts == [True, True, False, True]
+
+
+def test_new_head_of_one_node_starts_with_no_state(
+    config: PlatformConfig, cluster: ClusterRecord, ray: Ray, tmp_path: Path
+) -> None:
+    """All replicas were lost with the head, so there is nothing to continue."""
+    cluster = replace(cluster, gcs_dir=str(tmp_path / "run" / "gcs"))
+    gcs_folder(cluster).mkdir()
+    head.replace_head(config, cluster)
+    assert ray.starts == [False]
