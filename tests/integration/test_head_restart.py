@@ -89,6 +89,8 @@ def test_nodes_and_applications_outlive_the_head(world: World) -> None:
     head.run("serve_apps.deploy", "name=loan", "version=1", placed, *head.shared)
     before, answers = replicas(node), Answers(world)
     assert before
+    status, content = predict(world, node)  # the replica gets its keys from the head's key broker
+    assert status == 200, content
 
     with answers:
         kill_everything(head)
