@@ -1,8 +1,9 @@
 """`python -m cluster.join head=10.0.0.1:8403 token_file=node.join cluster.address=10.0.0.2`: join a cluster.
 
 This machine becomes a node of the cluster: it runs Ray tasks and replicas, with its own certificate. The head gives it
-the cluster's settings. Only settings of the machine itself can be given here: `cluster.…` and `storage.local`. Files
-that a setting names, such as a password file, must be at the same path on every node.
+the cluster's settings. Only settings of the machine itself can be given here: `cluster.…`, `storage.local`, and with
+`vault=true` the login to Vault. Files that a setting names, such as a password file, must be at the same path on every
+node.
 """
 
 from __future__ import annotations
@@ -13,21 +14,17 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import sqlalchemy as sa
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING
 
 from cluster.entrypoint import compose_platform, job
-from cluster.errors import ClusterAlreadyUp, ConfigError, first_line
+from cluster.errors import ClusterAlreadyUp, ConfigError
 from cluster.host.this_node import forget_node, is_loopback
-from cluster.ledger import open_ledger
 from cluster.membership import join_token
-from cluster.membership.admission import Application, new_key_and_request, proof_path
+from cluster.membership.admission import Application, new_key_and_request
 from cluster.membership.departure import leave_membership
 from cluster.membership.head_client import HeadClient, first_request
-from cluster.membership.members import current_members
 from cluster.membership.release import release
 from cluster.membership.transport import client_context, node_context, split_address
 from cluster.node.checks import (
@@ -38,6 +35,7 @@ from cluster.node.checks import (
 )
 from cluster.node.description import all_ports, describe_machine
 from cluster.node.edge_address import edge_hosts
+from cluster.node.join_checks import check_clock, check_own_vault, check_shared_state
 from cluster.node.launch import (
     answers_http,
     edge_log,
@@ -68,7 +66,7 @@ from cluster.security.tls.certificates import (
 from cluster.security.tokens.issuer import PRIVATE_NAME, replace_private_file
 from cluster.session import ClusterRecord, find_own_record, write_record
 from cluster.settings import PlatformConfig
-from cluster.storage import exists, file_system, layout, local, resolve
+from cluster.storage import layout, local, resolve
 from cluster.supervisor.daemons import save_commands
 
 OWN_SETTINGS = ("cluster.", "storage.local=")
@@ -81,9 +79,11 @@ NEEDED_PORTS = (
     "broker_metrics",
     "uploader_metrics",
 )
+OWN_LOGIN = tuple(
+    f"secrets.vault.{name}=" for name in ("auth", "role", "secret_file", "auth_mount", "ca_file")
+)
+"""Settings of a node's own login to Vault. The others say which keys these are, so they are the head's."""
 EDGE_PORTS = ("edge", "edge_metrics", "edge_controller_metrics")
-CONNECT_S = 5.0
-MAX_CLOCK_S = 30
 _FROM_HEAD = re.compile(r"\+\+(cluster\.(?!ports\.|tls=)|storage\.local=|identity\.supervisor_token_file=)")
 """Settings of the head that are its own. Ports are taken over, because Serve needs the same ones on all nodes."""
 _ARGUMENT = re.compile(r"\+{0,2}(?P<option>[A-Za-z_][\w.]*)=")
@@ -97,6 +97,7 @@ class JoinConfig(PlatformConfig):
     token_file: str = MISSING
     name: str | None = None
     edge: bool = False
+    vault: bool = False
 
 
 @job("join", JoinConfig)
@@ -104,14 +105,18 @@ def main(config: JoinConfig) -> None:
     """Join, or refuse in one line."""
     forget_node()
     wait_for_turn()
-    own = own_settings(HydraConfig.get().overrides.task)
+    own = own_settings(HydraConfig.get().overrides.task, vault=config.vault)
     with command_lock(config.storage):
         end_earlier_node(config)
         join(config, own)
 
 
-def own_settings(arguments: list[str]) -> list[str]:
+def own_settings(arguments: list[str], *, vault: bool = False) -> list[str]:
     """Return the options of the command line that are settings of this machine.
+
+    Args:
+        arguments: the command line.
+        vault: whether this machine has its own login to Vault.
 
     Raises:
         ConfigError: another option is given. The head decides it for all nodes.
@@ -119,9 +124,13 @@ def own_settings(arguments: list[str]) -> list[str]:
     own = []
     for argument in arguments:
         option = match["option"] if (match := _ARGUMENT.match(argument)) else argument
-        if argument.lstrip("+").startswith(OWN_SETTINGS):
+        if argument.lstrip("+").startswith(OWN_SETTINGS + (OWN_LOGIN if vault else ())):
             own.append(f"++{argument.lstrip('+')}")
-        elif option not in ("head", "token_file", "name", "edge"):
+        elif argument.lstrip("+").startswith(OWN_LOGIN):
+            raise ConfigError(
+                f"Option {option} needs vault=true: without it, the node gets keys from the head."
+            )
+        elif option not in ("head", "token_file", "name", "edge", "vault"):
             raise ConfigError(
                 f"Option {option} is a setting of the whole cluster: the head decides it. Leave it out here."
             )
@@ -165,6 +174,7 @@ def join(config: JoinConfig, own: list[str]) -> None:
         node_id=answer["node_id"],
         head=config.head,
         has_edge=config.edge,
+        own_vault=config.vault,
     )
     record = replace(record, overrides=shared_overrides(node, record))
     is_announced = False
@@ -174,6 +184,8 @@ def join(config: JoinConfig, own: list[str]) -> None:
         write_record(replace(record, starting=True), node.storage)
         check_clock(ahead_s)
         check_shared_state(node, record)
+        if config.vault:
+            check_own_vault(node)
         is_announced = True  # its logs count from here on
         start_parts(node, record)
     except BaseException:
@@ -293,61 +305,6 @@ def write_files(record: ClusterRecord, key: bytes, answer: dict[str, Any]) -> No
     for name, text in answer["files"].items():
         public = name.endswith((".json", ".pub.pem"))
         replace_private_file(keys / name, text.encode(), mode=0o644 if public else 0o600)
-
-
-def check_clock(ahead_s: float) -> None:
-    """Require that this machine's clock agrees with the head's. Tokens and the ages of records depend on it.
-
-    Raises:
-        ConfigError: they differ by more than `MAX_CLOCK_S`.
-    """
-    if abs(ahead_s) > MAX_CLOCK_S:
-        direction = "ahead of" if ahead_s > 0 else "behind"
-        raise ConfigError(
-            f"This machine's clock is {abs(ahead_s):.0f} s {direction} the head's; at most {MAX_CLOCK_S} s are "
-            "allowed. Set the clocks of both with NTP, then join again."
-        )
-
-
-def check_shared_state(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Require that this machine reaches the same ledger, storage root and online store as the head.
-
-    Raises:
-        ConfigError: one of them is not reachable, or is another one.
-    """
-    try:
-        members = current_members(open_ledger(config), record.cluster_id)
-    except sa.exc.SQLAlchemyError as error:
-        cause = first_line(error.__cause__ or error)
-        raise ConfigError(
-            f"The ledger {config.ledger.url} cannot be used from this machine: {cause}."
-        ) from None
-    if record.node_id not in members:
-        raise ConfigError(
-            f"The ledger {config.ledger.url} is another database here than on the head: it lacks this node's event."
-        )
-    proof = proof_path(record, str(record.node_id))
-    try:
-        is_same = exists(proof)
-        if is_same:
-            fs, path = file_system(proof)
-            fs.rm_file(path)
-    except Exception as error:  # noqa: BLE001 (each file system has its own errors)
-        raise ConfigError(
-            f"storage.root {record.storage_root} cannot be read here: {first_line(error)}."
-        ) from None
-    if not is_same:
-        raise ConfigError(
-            f"storage.root {record.storage_root} is another place here than on the head: a file that the head wrote "
-            "there is missing. Every node needs the same store, with the same endpoint and credentials."
-        )
-    online = urlsplit(config.online.url)
-    try:
-        socket.create_connection((online.hostname or "", online.port or 6379), CONNECT_S).close()
-    except OSError as error:
-        raise ConfigError(
-            f"The online store {config.online.url} does not answer this machine ({error.strerror or error})."
-        ) from None
 
 
 def start_parts(config: PlatformConfig, record: ClusterRecord) -> None:

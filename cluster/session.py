@@ -119,6 +119,8 @@ class ClusterRecord:
     """`host:port` where a node reaches the head's service for nodes; null on the head."""
     has_edge: bool = True
     """Whether this machine has an edge."""
+    own_vault: bool = False
+    """Whether a node that joined gets keys from Vault with its own login."""
 
     @property
     def instance(self) -> str:

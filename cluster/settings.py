@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
-from cluster.host.names import require_edge_names
+from cluster.host.gcs import GcsConfig
+from cluster.host.names import require_edge_names, require_redis_url
 from cluster.host.this_node import LOOPBACK_ADDRESS, is_loopback
 from cluster.placement import PlacementConfig
 
@@ -89,13 +90,7 @@ class OnlineConfig:
     def __post_init__(self) -> None:
         if not 0 < self.map_size_gib <= 65_536:
             raise ValueError(f"online.map_size_gib must be above 0, at most 65536, got {self.map_size_gib}.")
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("redis", "rediss"):
-            raise ValueError("online.url must begin with redis:// or rediss://.")
-        if parts.password:
-            raise ValueError(
-                "online.url holds a password. Put it in a file that only you can read, and set online.password_file."
-            )
+        require_redis_url("online", self.url)
         if "{" in self.prefix or "}" in self.prefix:
             raise ValueError(f"online.prefix must be without braces, got '{self.prefix}'.")
 
@@ -280,6 +275,7 @@ class ClusterConfig:
     """Folder where Ray spills objects when memory is short; null is Ray's temporary folder."""
     object_store_mib: int = 1024
     """Size of Ray's object store in MiB."""
+    gcs: GcsConfig = field(default_factory=GcsConfig)
     ports: PortsConfig = field(default_factory=PortsConfig)
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ import psutil
 from cluster.entrypoint import job
 from cluster.host import processes
 from cluster.host.port_owner import open_own
+from cluster.node.certificates import describe_certificate
 from cluster.node.parts import NodeStatus, Part, PartStatus, State, inspect_parts, not_running
 from cluster.node.permissions import permission_problems
 from cluster.session import ClusterRecord, addresses, require_recorded_cluster, require_running_cluster
@@ -187,6 +188,7 @@ def _show_text(record: ClusterRecord, cluster_health: Health) -> None:
     print(f"state          {record.storage_root}")
     print(addresses(record))
     print(f"key broker     {record.key_socket}")
+    print(f"certificate    {describe_certificate(record, ray_started_at=_raylet_started_at(cluster_health))}")
     print("Serve applications")
     silent = silent_replicas(record)
     for name, status in applications(record).items() or {"none": ""}.items():
@@ -200,6 +202,14 @@ def _show_text(record: ClusterRecord, cluster_health: Health) -> None:
         guard = GUARDED_BY.get(port_names.get(port, ""), "Ray's token")
         print(f"  {address:23} {port_names.get(port, names[0]):26} {reach}, {guard}")
     _show_health(cluster_health)
+
+
+def _raylet_started_at(cluster_health: Health) -> float | None:
+    raylet = next((each.process for each in cluster_health.parts if each.part is Part.raylet), None)
+    try:
+        return None if raylet is None else float(raylet.create_time())
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _reach(address: str) -> str:

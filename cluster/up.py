@@ -25,6 +25,7 @@ from cluster.ledger.events import ClusterStarted, ClusterStopped
 from cluster.membership.join_token import ensure_join_key
 from cluster.membership.members import current_members
 from cluster.membership.shared_state import require_shared_state
+from cluster.node.certificates import ensure_certificates
 from cluster.node.checks import (
     refuse_variables,
     require_compiler,
@@ -32,8 +33,9 @@ from cluster.node.checks import (
     require_own_address,
 )
 from cluster.node.description import all_ports, describe_machine
-from cluster.node.edge_address import edge_hosts, edge_names
+from cluster.node.edge_address import edge_hosts
 from cluster.node.exclusive_writes import require_exclusive_writes
+from cluster.node.gcs_store import has_state, remove_state, require_redis
 from cluster.node.launch import (
     StartFailed,
     answers_http,
@@ -72,8 +74,6 @@ from cluster.security.encryption.scratch import memory_folder, remove_abandoned
 from cluster.security.keys.keyring import check_keyring
 from cluster.security.private_folder import ensure_private_folder, remove_access_of_others
 from cluster.security.recorded_settings import apply_cluster_record
-from cluster.security.tls.certificates import ensure_tls
-from cluster.security.tls.pki import fetch_certificates
 from cluster.security.tokens.issuer import ensure_issuer, ensure_secret
 from cluster.security.tokens.principal import current_actor
 from cluster.session import (
@@ -85,7 +85,7 @@ from cluster.session import (
     record_path,
     write_record,
 )
-from cluster.settings import PlatformConfig, PortsConfig, SecretsKind
+from cluster.settings import PlatformConfig, PortsConfig
 from cluster.storage import check_durability, layout, local, resolve
 from cluster.supervisor.daemons import save_commands
 from cluster.supervisor.head import restore_is_due
@@ -115,6 +115,10 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
 
     Otherwise (for example after a reboot, or if the last start was killed), first end the remaining processes and
     remove the cluster's folders.
+
+    Raises:
+        ConfigError: This machine was a node that joined, or the ledger, or the Redis with the state of Ray's GCS, does
+            not answer.
     """
     record = find_own_record(config.storage)
     if record is None:
@@ -126,13 +130,30 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
             f"This machine was node {record.node_id} of the cluster at {record.head}, and nothing of it runs. Run "
             "`python -m cluster.join` to join again, or `python -m cluster.leave`."
         )
-    if not record.starting and has_other_nodes(record):
+    if not record.starting and (has_saved_state(record) or has_other_nodes(record)):
         print(f"cluster {record.cluster_id} has lost its head; the other nodes stay in it", flush=True)
         return record
     end_all(record)
     record_end(config, record)
     remove_folders(record)
     return None
+
+
+def has_saved_state(record: ClusterRecord) -> bool:
+    """Return whether Redis has the state of a cluster whose head has ended without `cluster.down`.
+
+    Raises:
+        ConfigError: Redis does not answer, so nobody knows.
+    """
+    if record.overrides is None:
+        return False
+    try:
+        return has_state(compose_platform(record.overrides).cluster.gcs, record)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} Cluster {record.cluster_id} can go on only with its state. To start another cluster instead, run "
+            "`python -m cluster.down` first."
+        ) from None
 
 
 def has_other_nodes(record: ClusterRecord) -> bool:
@@ -233,6 +254,7 @@ def start(config: PlatformConfig) -> None:
         end_all(record)
         if record.has_nodes:  # one could have joined already
             record_end(config, record)
+        remove_state(config.cluster.gcs, record)
         remove_folders(record)
         Path(record_path(config.storage)).unlink(missing_ok=True)
         raise
@@ -309,6 +331,7 @@ def check(config: PlatformConfig) -> None:
     require_compiler()
     check_keyring(config.secrets, tier=config.tier)
     check_durability(config)
+    require_redis(config.cluster.gcs)
     require_own_address("cluster.address", config.cluster.address)
     require_own_address("cluster.edge_host", edge_hosts(config.cluster)[0])
     require_free_ports(all_ports(config), config.cluster)
@@ -353,11 +376,7 @@ def prepare(config: PlatformConfig, record: ClusterRecord) -> None:
         ensure_join_key(storage)
     if config.identity.issuer.url is None:
         ensure_issuer(storage, tier=config.tier)
-    vault = config.secrets.vault
-    if config.secrets.kind is SecretsKind.vault and vault.pki_role is not None:
-        fetch_certificates(storage, vault, names=(record.address, *edge_names(config.cluster)))
-    else:
-        ensure_tls(storage, addresses=(record.address,), edge_names=edge_names(config.cluster))
+    ensure_certificates(config, record)
     ensure_secret(Path(record.token_path))
     for scratch_folder in (Path(storage.runs), memory_folder(otherwise=Path(storage.runs))):
         remove_abandoned(scratch_folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable
+from urllib.parse import urlsplit
 
 _HOST_NAME = re.compile(r"(\*\.)?[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?")
 
@@ -31,3 +32,18 @@ def require_edge_names(host: str | None, names: Iterable[str]) -> None:
             raise ValueError(
                 f"cluster.edge_names takes host names and addresses such as [api.example.com], got '{name}'."
             )
+
+
+def require_redis_url(section: str, url: str) -> None:
+    """Require that `<section>.url` is a URL of Redis without a password.
+
+    Raises:
+        ValueError: It is not.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("redis", "rediss"):
+        raise ValueError(f"{section}.url must begin with redis:// or rediss://.")
+    if parts.password:
+        raise ValueError(
+            f"{section}.url holds a password. Put it in a file that only you can read, and set {section}.password_file."
+        )

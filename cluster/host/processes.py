@@ -11,7 +11,10 @@ ignored, even if they have the id in their environment.
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
+import random
 import signal
 import socket
 from collections.abc import Callable
@@ -19,6 +22,7 @@ from collections.abc import Callable
 import psutil
 
 ID_VARIABLE = "FALAJ_CLUSTER_ID"
+_UNASSIGNED = range(20_000, 30_000)
 
 
 def find(cluster_id: str, *, owner: int | None = None) -> list[psutil.Process]:
@@ -130,6 +134,21 @@ def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
         except OSError:
             return False
     return True
+
+
+def free_ports(count: int, host: str) -> list[int]:
+    """Return TCP ports that nothing uses, below those that the kernel gives to clients.
+
+    Raises:
+        OSError: there are not enough.
+    """
+    candidates = (port for port in random.sample(_UNASSIGNED, len(_UNASSIGNED)) if port_is_free(port, host))
+    found = list(itertools.islice(candidates, count))
+    if len(found) < count:
+        raise OSError(
+            errno.EADDRINUSE, f"no {count} free ports from {_UNASSIGNED.start} to {_UNASSIGNED.stop}"
+        )
+    return found
 
 
 def port_answers(port: int, host: str = "127.0.0.1") -> bool:

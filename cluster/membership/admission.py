@@ -70,12 +70,17 @@ class Application:
 def new_key_and_request(name: str) -> tuple[bytes, str]:
     """Return a new private key and a signing request for it, both as PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    return private, request.public_bytes(serialization.Encoding.PEM).decode()
+    return private, signing_request(key, name)
+
+
+def signing_request(key: ec.EllipticCurvePrivateKey, name: str) -> str:
+    """Return a signing request for a key, as PEM."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    return request.public_bytes(serialization.Encoding.PEM).decode()
 
 
 def admit(
@@ -221,7 +226,7 @@ def _certificate(
             )
         return None, peer.certificate
     certificate = sign_node_key(
-        _requested_key(application.signing_request),
+        requested_key(application.signing_request),
         authority=tls,
         name=application.name,
         addresses=[application.address],
@@ -241,7 +246,13 @@ def fingerprint(certificate: bytes) -> str:
     return hashlib.sha256(der).hexdigest()
 
 
-def _requested_key(signing_request: str) -> ec.EllipticCurvePublicKey:
+def requested_key(signing_request: str) -> ec.EllipticCurvePublicKey:
+    """Return the public key in a signing request.
+
+    Raises:
+        InvalidRequest: the request is damaged.
+        Unauthenticated: it is not signed with its own key.
+    """
     try:
         request = x509.load_pem_x509_csr(signing_request.encode())
     except ValueError:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
 from cluster.errors import first_line
 from cluster.ledger import Ledger
-from cluster.ledger.events import NodeJoined, NodeLeft
+from cluster.ledger.events import NodeCertificateRenewed, NodeJoined, NodeLeft
 
 HEAD = "head"
 """Name of the head in the list of nodes. No other node may have it."""
@@ -29,18 +29,30 @@ class Member:
     certificate: str
     """SHA-256 of its certificate, in hex."""
     joined_at: str
+    earlier: tuple[str, ...] = ()
+    """Its earlier certificates. They stay valid until they expire: the node may not have got the answer to its request
+    for a new one, and its open connections have the one that they began with."""
 
 
 def current_members(ledger: Ledger, cluster_id: str) -> dict[str, Member]:
     """Return the nodes of a cluster besides its head, by id, in the order in which they joined."""
     members: dict[str, Member] = {}
-    entries = [entry for kind in (NodeJoined, NodeLeft) for entry in ledger.entries(kind)]
+    kinds = (NodeJoined, NodeCertificateRenewed, NodeLeft)
+    entries = [entry for kind in kinds for entry in ledger.entries(kind)]
     for entry in sorted(entries, key=lambda entry: entry.seq):
         payload = entry.payload
         if payload["cluster_id"] != cluster_id:
             continue
         if entry.type == NodeLeft.__name__:
             members.pop(payload["node_id"], None)
+            continue
+        if entry.type == NodeCertificateRenewed.__name__:
+            if (member := members.get(payload["node_id"])) is not None:
+                members[member.node_id] = replace(
+                    member,
+                    certificate=payload["certificate"],
+                    earlier=(*member.earlier, member.certificate),
+                )
             continue
         members[payload["node_id"]] = Member(
             node_id=payload["node_id"],
@@ -92,4 +104,6 @@ class Members:
 
     def _find(self, fingerprint: str) -> Member | None:
         members = self._members.values()
-        return next((member for member in members if member.certificate == fingerprint), None)
+        return next(
+            (each for each in members if fingerprint == each.certificate or fingerprint in each.earlier), None
+        )

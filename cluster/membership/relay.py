@@ -1,29 +1,34 @@
-"""`python -m cluster.membership.relay`: the key broker of a node that joined. It passes requests to the head.
+"""`python -m cluster.membership.relay`: the key broker of a node that joined.
 
-The node has no key store. Its processes use the same socket as on the head, with their own tokens, and the head's key
-broker decides. The relay also makes Ray's dashboard reachable on the node's loopback address, and keeps the dev
-issuer's public keys of the node up to date.
+Its processes use the same socket as on the head, with their own tokens. By default the node has no key store: the relay
+passes requests for keys to the head, whose key broker decides. A node with its own login to Vault (`cluster.join
+vault=true`) decides itself, by the same policies, and needs no head for keys. The relay also makes Ray's dashboard
+reachable on the node's loopback address, and keeps the dev issuer's public keys of the node up to date.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import socket
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from cluster.entrypoint import job
 from cluster.errors import AccessDenied, FalajError
 from cluster.host.port_owner import PortState, client_uid
 from cluster.host.signals import set_on_signal
+from cluster.ledger import open_ledger
 from cluster.membership.head_client import ANSWER_S, HeadClient
 from cluster.membership.service import DASHBOARD
 from cluster.membership.splice import splice
 from cluster.metrics import new_registry, serve_metrics
-from cluster.security.keys.broker import Broker
+from cluster.security.keys.broker import Answering, Broker
 from cluster.security.keys.gate import Operation
+from cluster.security.keys.guarded import guarded_store
 from cluster.security.keys.metrics import BrokerMetrics
 from cluster.security.keys.wire import error_to_plain, receive, send
 from cluster.security.tokens.issuer import JWKS_NAME, replace_private_file
@@ -41,17 +46,25 @@ LOG = logging.getLogger("falaj.nodes")
 
 
 class Relay:
-    """Passes the requests of the node's processes to the head."""
+    """Passes the requests of the node's processes to the head.
 
-    def __init__(self, head: HeadClient) -> None:
+    Args:
+        head: the connection to the head.
+        keys: answers requests for keys, if this node has its own key store; by default the head does.
+    """
+
+    def __init__(self, head: HeadClient, *, keys: Answering | None = None) -> None:
         self._head = head
+        self._keys = keys
 
     def answer(self, request: dict[str, object]) -> dict[str, object]:
-        """Return the head's answer, or the error that it did not answer."""
+        """Return the answer, or the error that the head did not answer."""
         operation = request.get("op")
         try:
             if operation in FOR_THE_HEAD:
                 return self._head.exchange(request)
+            if self._keys is not None:
+                return self._keys.answer(request)
             repeatable = operation not in (Operation.rotate, Operation.revoke)
             return self._head.exchange({"op": "key", "request": request}, repeatable=repeatable)
         except FalajError as error:
@@ -133,7 +146,17 @@ def main(config: PlatformConfig) -> None:
         threading.Thread(target=follow_issuer, args=(head, jwks, stopped), name="issuer", daemon=True).start()
     dashboard = (head, record.ports["dashboard"], stopped)
     threading.Thread(target=serve_dashboard, args=dashboard, name="dashboard", daemon=True).start()
-    Broker(Relay(head), Path(record.key_socket), metrics=BrokerMetrics(registry)).run(stopped)
+    with own_keys(config, record, stopped=stopped) as keys:
+        Broker(Relay(head, keys=keys), Path(record.key_socket), metrics=BrokerMetrics(registry)).run(stopped)
+
+
+def own_keys(
+    config: PlatformConfig, record: ClusterRecord, *, stopped: threading.Event
+) -> AbstractContextManager[Answering | None]:
+    """Return the key store of a node with its own login to Vault; None on other nodes."""
+    if not record.own_vault:
+        return contextlib.nullcontext()
+    return guarded_store(config, open_ledger(config), stopped=stopped)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from cluster.errors import AccessDenied, ConfigError, FalajError, InvalidRequest
 from cluster.host.port_owner import require_own_peer
 from cluster.ledger import Ledger
 from cluster.ledger.events import NodeLeft
+from cluster.membership import renewal
 from cluster.membership.admission import Application, admit, fingerprint
 from cluster.membership.members import Member, Members
 from cluster.membership.metrics import NodeMetrics
@@ -166,6 +167,10 @@ class NodeService:
                 return None
             case "nodes":
                 return self._nodes()
+            case renewal.RENEW:
+                certificate = renewal.renew(request, peer, node, record=self.record, ledger=self.ledger)
+                self.members.refresh()
+                return certificate
             case "intent":
                 return read_token_file(self._intent_path(request))
             case "deposit":

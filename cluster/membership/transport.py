@@ -43,6 +43,8 @@ class Peer:
     address: str
     certificate: str | None
     """SHA-256 of the certificate that it showed, in hex; None if it showed none."""
+    shown: bytes | None = None
+    """That certificate itself (DER)."""
 
 
 Serve = Callable[[ssl.SSLSocket, Peer], None]
@@ -134,7 +136,7 @@ class Server:
                     if shown:
                         self._forget_unknown(address)
                         is_unknown = False
-                    self._serve(secured, Peer(address=address, certificate=fingerprint))
+                    self._serve(secured, Peer(address=address, certificate=fingerprint, shown=shown))
         finally:
             if is_unknown:
                 self._forget_unknown(address)

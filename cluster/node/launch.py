@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from cluster.errors import FalajError
 from cluster.host import processes
 from cluster.host.this_node import RECORD_VARIABLE
+from cluster.node import gcs_store
 from cluster.node.parts import Part, find_parts
 from cluster.security.encryption.scratch import memory_folder
 from cluster.session import ClusterRecord, network_environment, record_path, tls_environment
@@ -29,9 +30,11 @@ RAY_START_S = 180.0
 SUPERVISOR_GRACE_S = 5.0
 NUM_REPLICA_PORTS = 1000
 HEADLESS_S = 3600
-"""Seconds for which Ray's processes on other nodes wait for a lost head. By default, they end after one minute."""
+"""Seconds for which Ray's processes on other nodes wait for a lost head, and those on a head for Redis. By default,
+they end after one minute."""
 USER_FIELDS = ("token_file", "role", "purpose")
 """Fields of the identity that describe the user of one command. The cluster's processes do not get them."""
+START_RAY = (sys.executable, "-m", "cluster.node.ray_start", "start")
 LOG_TAIL_CHARACTERS = 3000
 """Largest number of characters of a log or an output that an error message quotes."""
 
@@ -68,19 +71,24 @@ def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]
         # By default, Ray starts its workers with niceness 15, and replicas are workers. Any other process on the same
         # core, such as the dashboard, would get 28 times the CPU time of a replica.
         "RAY_worker_niceness": "0",
-        **_gcs_environment(record),
-        **({"RAY_gcs_rpc_server_reconnect_timeout_s": str(HEADLESS_S)} if record.has_nodes else {}),
+        **_gcs_environment(config, record),
         "RAY_TRAIN_V2_ENABLED": "1",
         "NML_DISABLE_USAGE_LOGGING": "1",
         **({} if config.cluster.num_gpus else {"DS_ACCELERATOR": "cpu"}),
     }
 
 
-def _gcs_environment(record: ClusterRecord) -> dict[str, str]:
-    """Let the head's GCS keep its state on disk, so that it can be restarted while everything else keeps running."""
+def _gcs_environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]:
+    """Let the head's GCS keep its state, so that it can be restarted while everything else keeps running."""
+    in_redis = config.cluster.gcs.url is not None
+    patience = (
+        {"RAY_gcs_rpc_server_reconnect_timeout_s": str(HEADLESS_S)} if record.has_nodes or in_redis else {}
+    )
     if record.node_id is not None:
-        return {}
-    return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(gcs_folder(record))}
+        return patience
+    if in_redis:
+        return {"RAY_gcs_storage": "redis", **patience}
+    return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(gcs_folder(record)), **patience}
 
 
 def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
@@ -93,8 +101,7 @@ def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
     ports = record.ports
     Path(record.temp_dir).mkdir(mode=0o700, exist_ok=True)
     command = [
-        str(Path(sys.executable).parent / "ray"),
-        "start",
+        *START_RAY,
         "--head",
         "--dashboard-host=127.0.0.1",
         "--include-dashboard=true",
@@ -104,7 +111,10 @@ def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:
         f"--metrics-export-port={ports['ray_metrics']}",
         *_ray_options(config, record),
     ]
-    run_command(command, config, record, failure="Ray did not start", timeout_s=RAY_START_S)
+    gcs = config.cluster.gcs
+    variables = {} if gcs.url is None else gcs_store.ray_environment(gcs, record)
+    failure = "Ray did not start"
+    run_command(command, config, record, failure=failure, timeout_s=RAY_START_S, variables=variables)
 
 
 def start_ray_node(config: PlatformConfig, record: ClusterRecord) -> None:
@@ -116,8 +126,7 @@ def start_ray_node(config: PlatformConfig, record: ClusterRecord) -> None:
     print("starting Ray", flush=True)
     Path(record.temp_dir).mkdir(mode=0o700, exist_ok=True)
     command = [
-        str(Path(sys.executable).parent / "ray"),
-        "start",
+        *START_RAY,
         f"--address={record.ray_address}",
         f"--metrics-export-port={record.ports['ray_metrics']}",
         *_ray_options(config, record),
@@ -126,11 +135,17 @@ def start_ray_node(config: PlatformConfig, record: ClusterRecord) -> None:
 
 
 def _ray_options(config: PlatformConfig, record: ClusterRecord) -> list[str]:
-    """Return the options of `ray start` on every node."""
+    """Return the options of `ray start` on every node.
+
+    The raylet need not wait for its agents if it knows their ports (`cluster/node/ray_start.py`).
+    """
+    listen, grpc, runtime_env = processes.free_ports(3, record.address)
     options = [
         "--disable-usage-stats",
         f"--node-ip-address={record.address}",
-        "--dashboard-agent-listen-port=0",
+        f"--dashboard-agent-listen-port={listen}",
+        f"--dashboard-agent-grpc-port={grpc}",
+        f"--runtime-env-agent-port={runtime_env}",
         "--min-worker-port=0",
         "--max-worker-port=0",
         f"--num-cpus={config.cluster.num_cpus}",
@@ -159,7 +174,13 @@ def start_serve(config: PlatformConfig, record: ClusterRecord) -> None:
 
 
 def run_command(
-    command: list[str], config: PlatformConfig, record: ClusterRecord, *, failure: str, timeout_s: float
+    command: list[str],
+    config: PlatformConfig,
+    record: ClusterRecord,
+    *,
+    failure: str,
+    timeout_s: float,
+    variables: Mapping[str, str] | None = None,
 ) -> str:
     """Run a command in the cluster's environment, wait until it ends, and return its output.
 
@@ -168,6 +189,7 @@ def run_command(
         config, record: Cluster whose environment the command gets.
         failure: Beginning of the error message, such as "Ray did not start".
         timeout_s: Timeout in seconds.
+        variables: Further environment variables.
 
     Raises:
         StartFailed: The command failed or timed out.
@@ -175,7 +197,7 @@ def run_command(
     try:
         result = subprocess.run(
             command,
-            env=environment(config, record),
+            env=environment(config, record) | dict(variables or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -37,6 +37,7 @@ from cluster.settings import PlatformConfig
 from cluster.supervisor import head
 from cluster.supervisor.machine import JoinedNode, Reporter, ThisMachine
 from cluster.supervisor.metrics import SupervisorMetrics
+from cluster.supervisor.renewal import Renewal
 from cluster.supervisor.watch import Supervisor
 
 EVERY_S = 1.0
@@ -69,6 +70,7 @@ def main(config: PlatformConfig) -> None:
     signal.signal(signal.SIGHUP, lambda *_: supervisor.retry_now())
     with supervisor_lock(config.storage), protected_from_cleanup(folder):
         serve_metrics(registry, port=record.ports.get("supervisor_metrics"))
+        Renewal(machine.renew_certificates, stopped=stopped).start()
         while not stopped.wait(EVERY_S):
             try:
                 if not is_recorded(config, record):

@@ -1,7 +1,7 @@
 """Restart Ray's daemons, each with the command line that `ray start` gave it.
 
-Ray has no command for this. A restarted GCS loads its state from its folder (`gcs_folder`). If the GCS runs again
-within a minute, the raylet, the replicas and all other processes reconnect and lose nothing.
+Ray has no command for this. A restarted GCS loads its state from its folder (`gcs_folder`) or from Redis. If it runs
+again within a minute, the raylet, the replicas and all other processes reconnect and lose nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,8 +54,14 @@ def remove_commands(record: ClusterRecord) -> None:
     _file(record).unlink(missing_ok=True)
 
 
-def restart_daemon(record: ClusterRecord, part: Part, environment: dict[str, str], *, log: Path) -> bool:
+def restart_daemon(record: ClusterRecord, part: Part, environment: Mapping[str, str], *, log: Path) -> bool:
     """Start a daemon with its saved command, or return False if no command is saved.
+
+    Args:
+        record: The cluster.
+        part: The daemon.
+        environment: The cluster's environment variables, and the daemon's secrets, which are never saved.
+        log: File for its output.
 
     Raises:
         ConfigError: Another user could have changed the command or the GCS's state.
@@ -72,7 +79,7 @@ def restart_daemon(record: ClusterRecord, part: Part, environment: dict[str, str
     with log.open("ab") as sink:
         subprocess.Popen(
             command.argv,
-            env=environment | command.variables,
+            env=dict(environment) | command.variables,
             cwd=command.cwd,
             stdin=subprocess.DEVNULL,
             stdout=sink,

@@ -49,7 +49,7 @@ def mark_restored(record: ClusterRecord) -> None:
 
 
 def replace_head(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Start a new head in place of a lost head.
+    """Start a new head in place of a lost head. If the GCS's state is in Redis, the nodes and their replicas stay.
 
     It first writes a marker file. So `restore_is_due` is true until all applications are restored, even if this process
     is killed.
@@ -65,8 +65,11 @@ def replace_head(config: PlatformConfig, record: ClusterRecord) -> None:
     remove_commands(record)
     processes.end(record.instance, owner=record.owner, only=belongs_to_ray, grace_s=GRACE_S)
     tried = _resumption_marker(record)
-    if record.has_nodes and gcs_folder(record).exists() and not tried.exists():
+    if config.cluster.gcs.url is not None:
+        _remove_traces(Path(record.temp_dir))
+    elif record.has_nodes and gcs_folder(record).exists() and not tried.exists():
         tried.touch()
+        _remove_traces(Path(record.temp_dir))
     else:
         shutil.rmtree(gcs_folder(record), ignore_errors=True)
     start_ray(config, record)
@@ -75,6 +78,12 @@ def replace_head(config: PlatformConfig, record: ClusterRecord) -> None:
     finally:  # if Serve did not start, the head stays, and `restore` tries again
         save_commands(record)
     tried.unlink(missing_ok=True)
+
+
+def _remove_traces(temp_dir: Path) -> None:
+    """Remove what keeps Ray from starting again in the session of a lost head: its address and its sockets."""
+    (temp_dir / "ray_current_cluster").unlink(missing_ok=True)
+    shutil.rmtree(temp_dir / "session_latest" / "sockets", ignore_errors=True)
 
 
 def restore(config: PlatformConfig, record: ClusterRecord) -> None:

@@ -12,7 +12,12 @@ import psutil
 
 from cluster.errors import FalajError
 from cluster.host import processes
+from cluster.ledger import open_ledger
 from cluster.membership.head_client import HeadClient
+from cluster.membership.members import HEAD
+from cluster.membership.renewal import renew_from_head, renewal_event
+from cluster.node.certificates import ensure_certificates
+from cluster.node.gcs_store import secret_environment
 from cluster.node.launch import (
     edge_log,
     environment,
@@ -36,8 +41,10 @@ from cluster.node.parts import (
     probe_state,
 )
 from cluster.security.private_folder import ensure_private_folder
+from cluster.security.tls.certificates import EDGE_NAME, NODE_CERTIFICATE_NAME, require_authority
 from cluster.session import ClusterRecord
 from cluster.settings import PlatformConfig
+from cluster.storage import local
 from cluster.supervisor import daemons, head
 
 
@@ -69,9 +76,10 @@ class ThisMachine:
         elif part is Part.edge:
             start_process(config, record, EDGE, log=edge_log(config))
         elif part in RAY_PARTS:
-            return daemons.restart_daemon(
-                record, part, environment(config, record), log=supervisor_log(config)
-            )
+            variables = environment(config, record)
+            if part is Part.gcs:
+                variables |= secret_environment(config.cluster.gcs)
+            return daemons.restart_daemon(record, part, variables, log=supervisor_log(config))
         return part is not Part.haproxy  # its controller restarts it
 
     def kill(self, process: psutil.Process) -> None:
@@ -91,6 +99,24 @@ class ThisMachine:
 
     def restore(self) -> None:
         head.restore(self._config, self._record)
+
+    def renew_certificates(self) -> bool:
+        """Renew the certificates that are due, and return whether there are new ones. The ledger has the event.
+
+        Raises:
+            FalajError: the authority is missing, does not answer, or refuses.
+            SQLAlchemyError: the ledger does not answer.
+            OSError: a file cannot be read or written.
+        """
+        tls = local(self._record.layout.tls)
+        require_authority(tls)
+        before = tls_state(tls)
+        ensure_certificates(self._config, self._record)
+        if tls_state(tls) == before:
+            return False
+        event = renewal_event(self._record, HEAD, (tls / NODE_CERTIFICATE_NAME).read_bytes())
+        open_ledger(self._config).append(event, actor=head.ACTOR)
+        return True
 
 
 class JoinedNode(ThisMachine):
@@ -130,11 +156,19 @@ class JoinedNode(ThisMachine):
         start_ray_node(self._config, record)
         daemons.save_commands(record)
 
+    def renew_certificates(self) -> bool:
+        return renew_from_head(local(self._record.layout.tls), self._head)
+
     def _own_session(self) -> str:
         try:
             return Path(f"{self._record.temp_dir}/session_latest").readlink().name
         except OSError:
             return ""
+
+
+def tls_state(tls: Path) -> list[bytes]:
+    """Return the certificates of a head."""
+    return [(tls / name).read_bytes() for name in (NODE_CERTIFICATE_NAME, EDGE_NAME)]
 
 
 class Reporter(threading.Thread):

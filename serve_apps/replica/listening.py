@@ -6,16 +6,21 @@ the server listens on loopback, other machines cannot reach it at all, with or w
 
 For HTTP, Serve has one host and one certificate for all nodes: those of the head, where Serve's proxy runs. A replica
 on another node needs its own node's. Ray has no setting for either, so this module replaces the functions that open the
-ports in a replica.
+ports in a replica. A server also takes a renewed certificate, for its new connections.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
+import ssl
 import sys
+from pathlib import Path
 from typing import Any
 
 import ray
+import uvicorn
 from ray._common.tls_utils import add_port_to_grpc_server
 from ray.serve._private import http_util
 from ray.serve.config import HTTPOptions
@@ -24,8 +29,10 @@ from cluster.errors import ConfigError
 from cluster.host.this_node import LOOPBACK_ADDRESS, RECORD_VARIABLE, this_node
 from serve_apps.replica.targets import is_loopback
 
-_REPLICA = "ray.serve._private.replica"
+_REPLICA, _PROXY = "ray.serve._private.replica", "ray.serve._private.proxy"
 _EVERYWHERE = "[::]"
+FOLLOW_EVERY_S = 10.0
+LOG = logging.getLogger("falaj.replica")
 _start_server = http_util.start_asgi_http_server
 
 
@@ -40,14 +47,15 @@ def listen_on_own_address() -> None:
 
 
 def answer_on_own_address() -> None:
-    """Bind this replica's HTTP server to its node's address; call it before the server starts.
+    """Bind this replica's HTTP server to its node's address, and let it follow the node's certificate.
 
-    Outside a replica this does nothing. Without it, a replica on another node than the head would not start, because
-    the head's address is not its own.
+    Call it before the server starts, in a replica or in Serve's proxy. Elsewhere this does nothing. Without it, a
+    replica on another node than the head would not start, because the head's address is not its own.
     """
-    replica = sys.modules.get(_REPLICA)
-    if replica is not None:
-        vars(replica)["start_asgi_http_server"] = _start_on_own_address
+    for name in (_REPLICA, _PROXY):
+        module = sys.modules.get(name)
+        if module is not None:
+            vars(module)["start_asgi_http_server"] = _start_on_own_address
 
 
 def own_address() -> str:
@@ -76,7 +84,38 @@ def own_options(options: HTTPOptions, *, address: str) -> HTTPOptions:
 
 
 async def _start_on_own_address(app: Any, http_options: HTTPOptions, **arguments: Any) -> Any:
-    return await _start_server(app, own_options(http_options, address=own_address()), **arguments)
+    options = own_options(http_options, address=own_address())
+    task, server = await _start_server(app, options, **arguments)
+    if options.ssl_certfile and options.ssl_keyfile:
+        following = asyncio.get_running_loop().create_task(
+            follow_certificate(server.config, Path(options.ssl_certfile), Path(options.ssl_keyfile))
+        )
+        task.add_done_callback(lambda _: following.cancel())
+    return task, server
+
+
+async def follow_certificate(
+    config: uvicorn.Config, certificate: Path, key: Path, *, every_s: float = FOLLOW_EVERY_S
+) -> None:
+    """Use a renewed certificate for new connections of a server. Files that do not fit are not used."""
+    seen = _version(certificate)
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            if config.ssl is None or (version := _version(certificate)) == seen:
+                continue
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+            config.ssl.load_cert_chain(certificate, key)
+            seen = version
+        except OSError as error:  # SSLError is a subclass
+            LOG.warning(
+                "the certificate %s cannot be used, so the previous one stays: %s", certificate, error
+            )
+
+
+def _version(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_ino
 
 
 def _on_own_address(server: object, address: str) -> int:

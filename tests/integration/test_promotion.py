@@ -26,8 +26,8 @@ from cluster.session import ClusterRecord, find_own_record
 from cluster.settings import StorageConfig
 from cluster.storage import Layout
 from tests.integration.conftest import refusal
+from tests.nodes.namespaces import Machine, network
 from tests.projects import loan
-from tests.servers.namespaces import Machine, network
 
 COMMAND_TIMEOUT_S = 300.0
 CUSTOMERS = range(0, 40, 3)

@@ -38,6 +38,19 @@ class NodeJoined(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NodeCertificateRenewed(LedgerEvent):
+    """The head or a node has a new certificate, before the old one expired."""
+
+    cluster_id: str
+    node_id: str
+    """Id of the node; `head` is the head."""
+    certificate: str
+    """SHA-256 of the new certificate (DER), in hex."""
+    expires_at: str
+    """ISO 8601, UTC."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class NodeLeft(LedgerEvent):
     """A node ended, or was declared dead. Its certificate gives it no keys any more."""
 

@@ -1,7 +1,8 @@
 """Certificates of the local authority, the edge and Ray's nodes.
 
-`cluster.up` creates the certificates of authority, edge and head at first use. It renews the certificates of
-edge and head when less than a third of their lifetime is left. It never replaces the authority, nor a certificate that
+`cluster.up` creates the certificates of authority, edge and head at first use. It and the supervisor renew the
+certificates of edge and head when less than a third of their lifetime is left. A renewed certificate of a node has the
+same key, so only one file changes. Nothing replaces the authority, nor a certificate that
 another authority issued. In production the authority is a PKI, such as Vault's (`keys/vault_session.py`). The edge
 needs one PEM file with certificate and key. Ray needs one file each for certificate, key and authority.
 """
@@ -29,6 +30,8 @@ from cluster.storage import Layout, local
 CA_DAYS = 3650
 LEAF_DAYS = 397
 """Lifetime of the edge's and the nodes' certificates, in days. Browsers reject longer lifetimes."""
+CLOCK_SKEW = dt.timedelta(minutes=5)
+"""A new certificate is valid this long already, for machines whose clocks are slow."""
 CA_NAME, CA_KEY_NAME = "ca.pem", "ca.key"
 EDGE_NAME = "edge.pem"
 NODE_CERTIFICATE_NAME, NODE_KEY_NAME = "node.pem", "node.key"
@@ -85,7 +88,9 @@ def ensure_tls(
     present = certificate_addresses(folder / NODE_CERTIFICATE_NAME)
     if renew or node_is_due or not present.issuperset(addresses):
         all_addresses = sorted(present.union(addresses).difference(LOOPBACK))
-        write_node_certificate(folder, authority=folder, name=socket.gethostname(), addresses=all_addresses)
+        write_node_certificate(
+            folder, authority=folder, name=socket.gethostname(), addresses=all_addresses, keep_key=not renew
+        )
 
 
 def _write_edge_certificate(folder: Path, authority: _Authority, *, names: Collection[str]) -> None:
@@ -113,9 +118,16 @@ def certificate_addresses(path: Path) -> set[str]:
 
 def _alternative_names(path: Path) -> list[x509.GeneralName]:
     try:
-        extensions = x509.load_pem_x509_certificate(path.read_bytes()).extensions
-        return list(extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
-    except (FileNotFoundError, ValueError, x509.ExtensionNotFound):
+        return alternative_names(x509.load_pem_x509_certificate(path.read_bytes()))
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+def alternative_names(certificate: x509.Certificate) -> list[x509.GeneralName]:
+    """Return the names and addresses in a certificate."""
+    try:
+        return list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+    except x509.ExtensionNotFound:
         return []
 
 
@@ -146,6 +158,19 @@ def is_foreign_authority(authority: Path) -> bool:
     return not certificate.subject == certificate.issuer == AUTHORITY_SUBJECT
 
 
+def require_authority(folder: Path) -> None:
+    """Require that a running cluster's authority is there. A new one would issue what no node trusts.
+
+    Raises:
+        ConfigError: the local authority's key or certificate is missing.
+    """
+    if is_foreign_authority(folder / CA_NAME):
+        return
+    missing = [name for name in (CA_NAME, CA_KEY_NAME) if not (folder / name).exists()]
+    if missing:
+        raise ConfigError(f"{folder} lacks {', '.join(missing)} of the authority. Put it back from a backup.")
+
+
 def _require_foreign_files(folder: Path, *, renew: bool) -> None:
     """Require that the folder has all files of another authority, and that `renew` is not set."""
     names = (EDGE_NAME, NODE_CERTIFICATE_NAME, NODE_KEY_NAME)
@@ -158,7 +183,9 @@ def _require_foreign_files(folder: Path, *, renew: bool) -> None:
         )
 
 
-def write_node_certificate(folder: Path, *, authority: Path, name: str, addresses: Iterable[str]) -> None:
+def write_node_certificate(
+    folder: Path, *, authority: Path, name: str, addresses: Iterable[str], keep_key: bool = False
+) -> None:
     """Write a node's certificate and key, and the authority's certificate, to a folder.
 
     Args:
@@ -166,11 +193,14 @@ def write_node_certificate(folder: Path, *, authority: Path, name: str, addresse
         authority: folder of the authority's certificate and key.
         name: host name of the machine.
         addresses: addresses under which other nodes reach the machine. If one is missing, Ray waits without an error.
+        keep_key: use the key in the folder, if there is one. Then processes that read both files never see two that do
+            not fit.
 
     Raises:
         ConfigError: there is no local authority, or an address is invalid.
     """
-    key = ec.generate_private_key(ec.SECP256R1())
+    present = private_key(folder / NODE_KEY_NAME) if keep_key else None
+    key = present or ec.generate_private_key(ec.SECP256R1())
     certificate = sign_node_key(
         key.public_key(), authority=authority, name=name, addresses=addresses, other_names=(name,)
     )
@@ -268,11 +298,17 @@ def in_last_third(certificate: x509.Certificate, at: dt.datetime) -> bool:
 
 def _has_key(certificate: x509.Certificate, key: Path) -> bool:
     """Return whether a key fits a certificate. If a process was killed between writing both, it does not fit."""
+    present = private_key(key)
+    return present is not None and present.public_key() == certificate.public_key()
+
+
+def private_key(path: Path) -> ec.EllipticCurvePrivateKey | None:
+    """Return the key in a file; None if the file is missing or damaged, or has a key of another kind."""
     try:
-        private_key = serialization.load_pem_private_key(key.read_bytes(), password=None)
-    except (ValueError, TypeError):
-        return False
-    return private_key.public_key() == certificate.public_key()
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return key if isinstance(key, ec.EllipticCurvePrivateKey) else None
 
 
 def _self_signed(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
@@ -341,7 +377,7 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(minutes=5))
+        .not_valid_before(now - CLOCK_SKEW)
         .not_valid_after(now + dt.timedelta(days=days))
     )
 

@@ -79,3 +79,12 @@ def test_job_finds_its_parents_but_does_not_end_them(started: ExitStack) -> None
         check=True,
     )
     assert result.stdout.split() == ["True", "0"]
+
+
+def test_free_ports_differ_and_can_be_bound() -> None:
+    """They are below those of the replicas, and below those that the kernel gives to clients."""
+    ports = processes.free_ports(3, "127.0.0.1")
+    assert len(set(ports)) == 3
+    assert all(processes.port_is_free(port) and 20_000 <= port < 30_000 for port in ports)
+    with pytest.raises(OSError, match="no 20000 free ports"):
+        processes.free_ports(20_000, "127.0.0.1")

@@ -15,6 +15,7 @@ from cluster.ledger.events import ClusterStarted, ClusterStopped, NodeJoined, No
 from cluster.membership.departure import has_ended, leave_membership
 from cluster.membership.members import Member
 from cluster.node.description import describe_machine
+from cluster.node.join_checks import check_own_vault
 from cluster.node.launch import remove_folders, shared_overrides
 from cluster.session import ClusterRecord, write_record
 from cluster.settings import (
@@ -23,7 +24,11 @@ from cluster.settings import (
     OnlineKind,
     PlatformConfig,
     PortsConfig,
+    SecretsConfig,
+    SecretsKind,
     StorageConfig,
+    VaultAuth,
+    VaultConfig,
 )
 from tests.servers.ports import free_port
 from tests.unit.cluster.membership.conftest import Head
@@ -35,6 +40,12 @@ HEAD = PlatformConfig(
         address="10.0.0.1", region="eu-1", num_cpus=64, ports=PortsConfig(serve_http=8123, edge=9443)
     ),
 )
+
+
+def vault_at(address: str) -> SecretsConfig:
+    """Return the settings of a cluster with its keys in Vault."""
+    vault = VaultConfig(address=address, auth=VaultAuth.kubernetes, secret_file="/dev/null")
+    return SecretsConfig(kind=SecretsKind.vault, vault=vault)
 
 
 def overrides() -> list[str]:
@@ -62,6 +73,34 @@ def test_node_takes_the_clusters_settings_and_keeps_its_own() -> None:
 def test_settings_of_the_whole_cluster_are_refused_on_a_node(argument: str) -> None:
     with pytest.raises(ConfigError, match="setting of the whole cluster"):
         own_settings([argument])
+
+
+def test_login_to_vault_is_a_nodes_own_only_with_its_own_key_store() -> None:
+    """Which Vault and which keys stays the head's setting, because two nodes must never use different keys."""
+    login = ["secrets.vault.role=node-2", "secrets.vault.secret_file=/run/secret"]
+    assert own_settings([*login, "vault=true"], vault=True) == [f"++{text}" for text in login]
+    head = replace(HEAD, secrets=vault_at("https://vault:8200"))
+    shared = shared_overrides(head, describe_machine(head, cluster_id="abc"))
+    vault = compose_node({"overrides": shared}, own_settings(login, vault=True), disk="/d").secrets.vault
+    assert (vault.address, vault.role, vault.secret_file) == ("https://vault:8200", "node-2", "/run/secret")
+    with pytest.raises(ConfigError, match="needs vault=true"):
+        own_settings(login)
+    with pytest.raises(ConfigError, match="setting of the whole cluster"):
+        own_settings(["secrets.vault.address=https://other:8200", "vault=true"], vault=True)
+
+
+@pytest.mark.parametrize(
+    ("secrets", "message"),
+    [
+        (SecretsConfig(), "needs a cluster with secrets=vault; this one has keyring"),
+        (vault_at("https://127.0.0.1:8200"), "is loopback, which is another machine here"),
+        (vault_at("https://vault.invalid:8200"), r"no answer.*secrets\.vault\.…"),
+    ],
+)
+def test_own_login_to_vault_is_tried_before_anything_starts(secrets: SecretsConfig, message: str) -> None:
+    """One line says what is wrong with it."""
+    with pytest.raises(ConfigError, match=message):
+        check_own_vault(PlatformConfig(secrets=secrets))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from cluster.membership.transport import MAX_UNKNOWN_PER_ADDRESS, client_context
 from cluster.node.other_nodes import status_of
 from cluster.node.parts import State
 from cluster.security.authorization.policy import Action, Policy, Resource
-from cluster.security.keys.__main__ import decide_by_all
+from cluster.security.keys.guarded import decide_by_all
 from cluster.security.keys.wire import receive, send
 from cluster.security.tokens.intent import remove_expired
 from cluster.security.tokens.principal import Principal

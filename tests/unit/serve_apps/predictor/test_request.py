@@ -14,7 +14,7 @@ from cluster.records.reading import read_outcomes
 from cluster.records.segments import SegmentWriter
 from cluster.runtime import InputSpec
 from cluster.security.keys.keyring import Keyring
-from cluster.security.keys.store import KeyInfo
+from cluster.security.keys.store import KeyInfo, KeyStoreUnavailable
 from feature_jobs.store.catalog.specifications import FieldSpec
 from serve_apps.outcomes.outcomes import parse_outcomes
 from serve_apps.predictor.request import parse_predict
@@ -78,6 +78,13 @@ def test_message_quotes_only_the_beginning_of_a_value() -> None:
         with pytest.raises(InvalidRequest) as refused:
             parse_predict(body, INPUTS, now=NOW)
         assert len(json.loads(refusal(refused.value).body)["error"]) <= MAX_MESSAGE + 1
+
+
+def test_request_can_be_repeated_when_the_key_store_is_down() -> None:
+    """The message says nothing of the installation."""
+    answer = refusal(KeyStoreUnavailable("No key broker answers at /run/falaj"))
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert json.loads(answer.body)["error"] == "The key store cannot be used now."
 
 
 def test_wrong_outcome_is_refused_by_position() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from ray.serve._private import http_util
 from ray.serve._private import replica as serve_replica
 from ray.serve.config import HTTPOptions
@@ -180,6 +181,52 @@ def test_server_of_serve_listens_on_its_nodes_address(node: Layout, host: str) -
     bound, answer = asyncio.run(answer_of_server())
     assert bound == host
     assert answer.startswith(b"HTTP/1.1 200 OK")
+
+
+def test_server_takes_a_renewed_certificate(node: Layout, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New connections get it, an open one goes on, and files that do not fit each other are not used."""
+    listening.answer_on_own_address()
+    monkeypatch.setattr(listening.follow_certificate, "__kwdefaults__", {"every_s": 0.02})
+    options = HTTPOptions(host="10.9.9.9", port=0, middlewares=[])
+    context = ssl.create_default_context(cafile=f"{node.tls}/ca.pem")
+
+    async def serial_number(port: int) -> int:
+        _, writer = await asyncio.open_connection(host, port, ssl=context)
+        shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        writer.close()
+        return x509.load_der_x509_certificate(shown).serial_number
+
+    def stored() -> int:
+        return x509.load_pem_x509_certificate(Path(f"{node.tls}/node.pem").read_bytes()).serial_number
+
+    async def wait_for(number: int, port: int) -> None:
+        async with asyncio.timeout(10):
+            while await serial_number(port) != number:
+                await asyncio.sleep(0.01)
+
+    async def renewed() -> None:
+        task, server = await serve_replica.start_asgi_http_server(
+            Application(), options, event_loop=asyncio.get_running_loop()
+        )
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection(host, port, ssl=context)
+        first = stored()
+        await wait_for(first, port)
+        ensure_tls(node, addresses=[host], renew=True)
+        second = stored()
+        assert second != first
+        await wait_for(second, port)
+        Path(f"{node.tls}/node.pem").write_text("half a file")
+        await asyncio.sleep(0.1)
+        assert await serial_number(port) == second
+        writer.write(b"GET /x HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 200 OK")
+        server.should_exit = True
+        await task
+
+    asyncio.run(renewed())
 
 
 def test_without_its_record_a_node_serves_nothing(node: Layout, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,11 +19,11 @@ from cluster.errors import AccessDenied, ConfigError, Unauthenticated
 from cluster.node.launch import overrides as overrides_of
 from cluster.security.authorization.policy import Decision, Policy, Resource
 from cluster.security.keys import vault_session
-from cluster.security.keys.__main__ import ACTIONS
 from cluster.security.keys.broker import Broker
 from cluster.security.keys.client import BrokerKeyStore
 from cluster.security.keys.configured import open_store
 from cluster.security.keys.gate import Gate, Operation
+from cluster.security.keys.guarded import ACTIONS
 from cluster.security.keys.kek import SALT_BYTES, Derivation
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyEncryptionKeyWrong, KeyInfo

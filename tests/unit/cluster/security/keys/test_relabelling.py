@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.security.authorization.policy import Action, Decision, Policy, Resource
-from cluster.security.keys.__main__ import ACTIONS
 from cluster.security.keys.gate import Gate, Operation, widens
+from cluster.security.keys.guarded import ACTIONS
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import COLUMN_CLASSES, KeyInfo
 from cluster.security.tokens.principal import Principal

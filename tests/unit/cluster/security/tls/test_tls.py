@@ -166,7 +166,7 @@ def test_certificate_is_renewed_in_its_last_third(folder: Path, share: float, re
     later = dt.datetime.now(dt.UTC) + dt.timedelta(days=tls.LEAF_DAYS * share)
     ensure_tls(Layout(str(folder.parent)), now=later)
     changed = {path.name for path in folder.iterdir() if path.read_bytes() != before[path.name]}
-    assert changed == ({"edge.pem", "node.pem", "node.key"} if renewed else set())
+    assert changed == ({"edge.pem", "node.pem"} if renewed else set())
 
 
 @pytest.mark.parametrize("content", ["a company's", "no certificate"])
