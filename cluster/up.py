@@ -13,17 +13,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import sqlalchemy as sa
-
 from cluster.entrypoint import compose_platform, job
-from cluster.errors import ClusterAlreadyUp, ConfigError, FalajError, first_line
+from cluster.errors import ClusterAlreadyUp, ConfigError
 from cluster.host import processes
 from cluster.host.this_node import forget_node
 from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
-from cluster.ledger.events import ClusterStarted, ClusterStopped
+from cluster.ledger.events import ClusterStarted
 from cluster.membership.join_token import ensure_join_key
-from cluster.membership.members import current_members
+from cluster.membership.lost_head import has_other_nodes, has_saved_state, record_end
 from cluster.membership.shared_state import require_shared_state
 from cluster.node.certificates import ensure_certificates
 from cluster.node.checks import (
@@ -35,7 +33,7 @@ from cluster.node.checks import (
 from cluster.node.description import all_ports, describe_machine
 from cluster.node.edge_address import edge_hosts
 from cluster.node.exclusive_writes import require_exclusive_writes
-from cluster.node.gcs_store import has_state, remove_state, require_redis
+from cluster.node.gcs_store import remove_state, require_redis
 from cluster.node.launch import (
     StartFailed,
     answers_http,
@@ -137,58 +135,6 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
     record_end(config, record)
     remove_folders(record)
     return None
-
-
-def has_saved_state(record: ClusterRecord) -> bool:
-    """Return whether Redis has the state of a cluster whose head has ended without `cluster.down`.
-
-    Raises:
-        ConfigError: Redis does not answer, so nobody knows.
-    """
-    if record.overrides is None:
-        return False
-    try:
-        return has_state(compose_platform(record.overrides).cluster.gcs, record)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error} Cluster {record.cluster_id} can go on only with its state. To start another cluster instead, run "
-            "`python -m cluster.down` first."
-        ) from None
-
-
-def has_other_nodes(record: ClusterRecord) -> bool:
-    """Return whether other nodes belong to a head's cluster according to the ledger.
-
-    Raises:
-        ConfigError: The ledger's database does not answer.
-    """
-    if not record.has_nodes:
-        return False
-    config = compose_platform(record.overrides or ())
-    try:
-        return bool(current_members(open_ledger(config), record.cluster_id))
-    except sa.exc.SQLAlchemyError as error:
-        raise ConfigError(
-            f"The ledger's database does not answer, so it is not known whether other nodes belong to this cluster: "
-            f"{first_line(error.__cause__ or error)}. Start it first."
-        ) from None
-
-
-def record_end(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Append the event that a cluster has ended, unless it is there. Its nodes read it, and end their processes.
-
-    If the ledger does not answer, a warning is printed: a start needs the ledger, and its event also ends the nodes.
-    """
-    try:
-        ledger = open_ledger(compose_platform(record.overrides) if record.overrides else config)
-        last = ledger.last(ClusterStopped)
-        if last is None or last.payload["cluster_id"] != record.cluster_id:
-            ledger.append(ClusterStopped(cluster_id=record.cluster_id), actor=current_actor())
-    except (sa.exc.SQLAlchemyError, FalajError, OSError) as error:
-        print(
-            f"warning: the end of cluster {record.cluster_id} is not recorded: {first_line(error)}",
-            flush=True,
-        )
 
 
 def repair(config: PlatformConfig, record: ClusterRecord) -> None:

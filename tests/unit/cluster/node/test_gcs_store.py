@@ -20,6 +20,7 @@ from cluster.errors import ConfigError
 from cluster.host.gcs import GcsConfig
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ClusterStopped
+from cluster.membership.lost_head import has_saved_state
 from cluster.node import gcs_store, ray_start
 from cluster.node.description import describe_machine
 from cluster.node.launch import shared_overrides
@@ -154,7 +155,7 @@ def test_cluster_with_state_in_redis_goes_on(
     """Its head has crashed. Without state there, or after a start that was killed, a new cluster begins."""
     client = redis.Redis.from_url(server, password=PASSWORD)
     client.hset("RAYother@NODE", "a", "b")
-    assert not up.has_saved_state(record)
+    assert not has_saved_state(record)
     client.hset("RAYabc@NODE", "a", "b")
     assert up.running_record(config) == record
     assert open_ledger(config).last(ClusterStopped) is None
@@ -189,8 +190,8 @@ def test_password_reaches_the_gcs_in_its_environment_only(
     monkeypatch.setattr(sys, "argv", ["ray", "start", "--dashboard-agent-listen-port=20123"])
 
     def ray() -> int:
-        services.start_ray_process(gcs, "gcs_server", fate_share=True)  # type: ignore[no-untyped-call]
-        services.start_ray_process(raylet, "raylet", fate_share=True)  # type: ignore[no-untyped-call]
+        services.start_ray_process(gcs, "gcs_server", fate_share=True)
+        services.start_ray_process(raylet, "raylet", fate_share=True)
         vars(node)["get_session_key_from_storage"]("host", 6379, "", "", False, b"{}", b"session_name")
         return 0
 
