@@ -40,7 +40,7 @@ $(STAMP): requirements.lock requirements-$(TORCH).lock pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/python -m jobs.pipeline
+	@$(BIN)/python -m jobs.pipeline.census
 
 down: $(STAMP)
 	@$(BIN)/python -m cluster.down

@@ -50,6 +50,13 @@ from cluster.ledger.events.models import (
     ShadowStopped,
     SweepFinished,
 )
+from cluster.ledger.events.pipelines import (
+    PipelineCancelled,
+    PipelineFinished,
+    PipelineStarted,
+    StageFinished,
+    StageStarted,
+)
 from cluster.ledger.events.platform import (
     AccessDecided,
     CheckpointSigned,
@@ -108,6 +115,11 @@ __all__ = [
     "ShadowStarted",
     "ShadowStopped",
     "SweepFinished",
+    "PipelineCancelled",
+    "PipelineFinished",
+    "PipelineStarted",
+    "StageFinished",
+    "StageStarted",
     "AccessDecided",
     "CheckpointSigned",
     "ClusterStarted",

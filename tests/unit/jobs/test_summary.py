@@ -10,7 +10,7 @@ import polars as pl
 from cluster.records import SHADOW, SegmentWriter, read_log
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
-from jobs.pipeline.summary import count_logged, select_versions
+from jobs.pipeline.census.summary import count_logged, select_versions
 from tests.samples.record_log import prediction
 
 
