@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cluster.command_line import refuse_unused
 from cluster.errors import ConfigError, RefusedError, did_you_mean
@@ -39,6 +40,8 @@ _UNUSED = {
     PipelineAction.cancel: ("output",),
 }
 _CANCEL_WAIT_S = 30.0
+_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of a shell."""
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -72,6 +75,11 @@ class Pipeline:
                 "FOLDER` for FOLDER/pipeline/<name>.yaml."
             )
         refuse_unused(_UNUSED[config.action], by=f"action={config.action.value}")
+        if config.ledger.url is not None and urlsplit(config.ledger.url).password:
+            raise ConfigError(
+                "ledger.url has a password, and the Ray dashboard shows the command lines of stages. Put the password "
+                "into ~/.pgpass or the file of PGPASSFILE."
+            )
         record, ledger = require_running_cluster(config), open_ledger(config)
         actor = create_actor(config, record, ledger, entrypoint="jobs.pipeline")
         caller = Caller(
@@ -127,7 +135,14 @@ class Pipeline:
                 return
             print(f"pipeline {self.name}, run {run_id}", flush=True)
             started = time.monotonic()
-            run.execute(max_parallel=self.spec.max_parallel or len(os.sched_getaffinity(0)))
+            try:
+                run.execute(max_parallel=self.spec.max_parallel or len(os.sched_getaffinity(0)))
+            except KeyboardInterrupt:
+                print(
+                    f"The jobs of run {run_id} go on. `action=run` waits for them, `action=cancel` ends them.",
+                    file=sys.stderr,
+                )
+                raise SystemExit(_INTERRUPTED) from None
             print(
                 f"pipeline {self.name}, run {run_id}: done in {time.monotonic() - started:.0f} s", flush=True
             )

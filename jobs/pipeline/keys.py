@@ -27,6 +27,8 @@ class Prepared:
     planned: PlannedStage
     command: tuple[str, ...]
     """Module and arguments."""
+    options: tuple[str, ...]
+    """Arguments that the command takes over from the pipeline's command line. They are not part of the key."""
     key: str
     inputs: dict[str, str]
     """Maps input to the hash of its content."""
@@ -83,7 +85,8 @@ class StageKeys:
             options = (*folder, *self._options)
         return Prepared(
             planned=planned,
-            command=(planned.stage.command, *options, *own),
+            command=(planned.stage.command, *own),
+            options=options,
             key=digest_json([self._pipeline, planned.stage.command, own, inputs, code]),
             inputs=inputs,
         )

@@ -26,11 +26,13 @@ from jobs.pipeline.keys import Prepared, StageKeys, StageRefused
 from jobs.pipeline.plan import Plan
 from jobs.pipeline.stage import outputs
 from jobs.pipeline.stage.content import ABSENT, Platform, digest_path, flatten
-from jobs.pipeline.stage.ray_jobs import Jobs, JobStatus
+from jobs.pipeline.stage.ray_jobs import Jobs, JobStatus, JobsUnavailable
 from jobs.pipeline.stage.requirements import unmet
 from jobs.pipeline.state import State, is_cancelled, read_run, record_graph, seconds_since
 
-POLL_S = 0.2
+POLL_S = 0.3
+PATIENCE_S = 120.0
+"""How long a run waits for Ray's job API, for example while the supervisor restarts Ray's head."""
 HEARTBEAT_S = 15.0
 """While a stage runs, the last line of its log is printed every this many seconds."""
 TAIL_LINES = 25
@@ -100,6 +102,7 @@ class Run:
         self._done: dict[str, StageFinished] = {}
         self._running: dict[str, Attempt] = {}
         self._fault: RefusedError | FalajError | None = None
+        self._unknown_since: float | None = None
         self._number = {name: number for number, name in enumerate(plan.stages, start=1)}
 
     def is_done(self) -> bool:
@@ -229,7 +232,8 @@ class Run:
         result = self._result_file(job)
         result.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         metadata = {"pipeline": self._pipeline, "run": self._run, "stage": name}
-        self._context.jobs.submit(job, prepared.command, result=result, metadata=metadata)
+        module, *own = prepared.command
+        self._context.jobs.submit(job, [module, *prepared.options, *own], result=result, metadata=metadata)
         self._running[name] = Attempt(
             prepared=prepared, job=job, started_at=entry.time, told_at=time.monotonic()
         )
@@ -243,7 +247,7 @@ class Run:
                 self._context.jobs.stop(attempt.job)
         done = []
         for name, attempt in list(self._running.items()):
-            status = self._context.jobs.status(attempt.job) or JobStatus(is_over=True)
+            status = self._status(attempt.job)
             if not status.is_over:
                 self._show_last_line(name, attempt)
                 continue
@@ -251,6 +255,18 @@ class Run:
             if self._conclude(name, attempt, status):
                 done.append(name)
         return done
+
+    def _status(self, job: str) -> JobStatus:
+        """Return the status of a job. While Ray is restarted, it is not known, and the job counts as running."""
+        try:
+            status = self._context.jobs.status(job)
+        except JobsUnavailable:
+            self._unknown_since = self._unknown_since or time.monotonic()
+            if time.monotonic() - self._unknown_since > PATIENCE_S:
+                raise
+            return JobStatus(is_over=False)
+        self._unknown_since = None
+        return status or JobStatus(is_over=True)
 
     def _conclude(self, name: str, attempt: Attempt, status: JobStatus) -> bool:
         """Record how a stage ended, and return whether it is done. If not, its outputs are restored."""

@@ -73,8 +73,8 @@ class RayJobs:
     def status(self, job: str) -> JobStatus | None:
         try:
             details = self._connect().get_job_info(job)
-        except RuntimeError as error:
-            if "404" in str(error) or "does not exist" in str(error):
+        except (RuntimeError, OSError) as error:
+            if "status code 404" in str(error):
                 return None
             raise JobsUnavailable(f"Ray's job API does not answer: {error}") from error
         code = details.driver_exit_code
@@ -87,7 +87,7 @@ class RayJobs:
     def log(self, job: str) -> str:
         try:
             return str(self._connect().get_job_logs(job))
-        except RuntimeError:  # the log is gone with its node
+        except (RuntimeError, OSError):  # the log is gone with its node
             return ""
 
     def stop(self, job: str) -> None:
@@ -101,7 +101,7 @@ class RayJobs:
 
             try:
                 self._client = JobSubmissionClient(self._record.dashboard_url)
-            except ConnectionError as error:
+            except OSError as error:  # ConnectionError, or that of `requests`
                 raise JobsUnavailable(
                     f"Ray's job API does not answer at {self._record.dashboard_url}. `python -m cluster.status` shows "
                     "whether the dashboard is dead."
