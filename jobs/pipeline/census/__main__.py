@@ -16,7 +16,7 @@ from jobs.pipeline.census.table import print_summary
 from jobs.pipeline.config import PipelineConfig
 from jobs.pipeline.control import Pipeline
 from jobs.pipeline.run import StageFailed
-from jobs.pipeline.state import newest_run, read_run
+from jobs.pipeline.state import State, newest_run, read_run
 
 NAME = "census"
 
@@ -33,7 +33,8 @@ def main(config: PipelineConfig) -> None:
     adopt_earlier_state(pipeline, demo)
     newest = newest_run(ledger, NAME)
     known = None if newest is None else read_run(ledger, NAME, newest)
-    if is_new and known is not None and known.stages["deploy"].finished_at:
+    deployed = None if known is None else known.stages.get("deploy")
+    if is_new and deployed is not None and deployed.state is State.done:
         run_command("serve_apps.deploy", "action=restore")
     try:
         pipeline.run()

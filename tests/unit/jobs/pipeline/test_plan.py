@@ -67,6 +67,17 @@ def test_the_demo_has_no_faults(world: World) -> None:
     )
 
 
+def test_the_demos_durations_keep_their_names() -> None:
+    """`summary.json` has one for each stage or group, and demos of earlier releases have these names in their state."""
+    years = [name for year in (2016, 2017, 2018) for name in (f"ingest_{year}", f"serve_{year}")]
+    names = [
+        "source", "apply", "ingest_2015", "training_set", "train_lightgbm", "sweep", "train_network", "evaluate",
+        "deploy", *years, "monitor", "train_broken", "end_first_rollout", "serve_broken", "rollback",
+    ]  # fmt: skip
+    stages = composed("pipeline=census").stages
+    assert {stage.group or name for name, stage in stages.items()} == set(names)
+
+
 def test_a_stage_is_left_out_added_or_replaced_by_configuration_alone(world: World) -> None:
     """Stages after one that is left out wait for what it waits for."""
     spec = composed(
