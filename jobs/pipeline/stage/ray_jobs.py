@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from cluster.entrypoint import RESULT_VARIABLE
 from cluster.errors import FalajError
 from cluster.security.tokens.intent import FILE_VARIABLE
-from cluster.session import ClusterRecord
+from cluster.session import ClusterRecord, use_cluster
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -95,7 +95,7 @@ class RayJobs:
 
     def _connect(self) -> JobSubmissionClient:
         if self._client is None:
-            os.environ.update(self._record.environment())
+            use_cluster(self._record)
             # Ray's import takes more than a second, and a run that has nothing to do needs no job.
             from ray.job_submission import JobSubmissionClient
 
