@@ -22,6 +22,10 @@ _PASSED_ON = (FILE_VARIABLE, "PYTHONPATH")
 """Variables of the caller that a job gets. They are paths; the dashboard shows them."""
 
 
+_RAYS_OWN = ("Runtime env is setting up.", "Running entrypoint for job ")
+"""Texts of the lines with which Ray starts the log of a job."""
+
+
 class JobsUnavailable(FalajError):
     """Ray's job API does not answer."""
 
@@ -86,7 +90,8 @@ class RayJobs:
 
     def log(self, job: str) -> str:
         try:
-            return str(self._connect().get_job_logs(job))
+            lines = str(self._connect().get_job_logs(job)).splitlines()
+            return "\n".join(line for line in lines if not any(text in line for text in _RAYS_OWN))
         except (RuntimeError, OSError):  # the log is gone with its node
             return ""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,6 +17,7 @@ from cluster.ledger.events import (
     StageFinished,
     StageStarted,
 )
+from jobs.pipeline.census.earlier_state import EARLIER_RUN, adopt_earlier_state
 from jobs.pipeline.config import PipelineSpec
 from jobs.pipeline.keys import StageRefused
 from jobs.pipeline.run import EarlierStage, RunCancelled, StageFailed
@@ -250,3 +254,26 @@ def test_stages_of_an_earlier_release_are_taken_over(world: World) -> None:
     world.run(branches()).execute(max_parallel=1)
     assert world.calls() == ["left", "right", "join"]
     assert world.state().stages["first"].seconds == 3.0
+
+
+def test_a_demo_of_an_earlier_release_goes_on(world: World) -> None:
+    """Its `state.json` is read once. What the ledger has counts afterwards."""
+    demo = world.root / "demo"
+    demo.mkdir()
+    (world.root / "first.txt").write_text("10")
+    (demo / "state.json").write_text(json.dumps({"first": {"seconds": 4.0, "commands": []}}))
+
+    def adopt(run: str, earlier: Mapping[str, EarlierStage]) -> None:
+        world.run(branches(), run).adopt(earlier)
+
+    pipeline: Any = SimpleNamespace(name="p", ledger=world.ledger, adopt=adopt)
+    adopt_earlier_state(pipeline, demo)
+    head = world.ledger.head()
+    assert world.states(EARLIER_RUN) == {
+        "first": "done",
+        "left": "waiting",
+        "right": "waiting",
+        "join": "waiting",
+    }
+    adopt_earlier_state(pipeline, demo)
+    assert world.ledger.head() == head
