@@ -42,7 +42,7 @@ $(STAMP): requirements.lock requirements-$(TORCH).lock pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/python -m jobs.pipeline
+	@$(BIN)/python -m jobs.pipeline.census
 
 # Not a part of `make test`: it takes minutes, and needs root for network namespaces.
 demo-nodes: $(STAMP)

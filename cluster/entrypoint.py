@@ -7,18 +7,24 @@ this module reports them.
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,63 +35,115 @@ from cluster.host.this_node import forget_node
 from cluster.session import use_recorded_places
 from cluster.settings import PlatformConfig
 from cluster.settings_conversion import load
-from cluster.storage import resolve
+from cluster.storage import resolve, write_json
 
 C = TypeVar("C")
 
 PACKAGES = ("cluster", "feature_jobs", "jobs", "serve_apps", "configs")
 REFUSED = 2
+RESULT_VARIABLE = "FALAJ_RESULT"
+"""Environment variable with the file that a command writes its result to, as JSON. A pipeline sets it."""
 HELP = {"--help", "-h"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(Generic[C]):
+    """The options of a command: its configuration file, and the dataclass that validates it."""
+
+    config_name: str
+    schema: type[C]
+
+    def compose(self, arguments: Sequence[str], *, config_dir: str | None = None) -> C:
+        """Return the configuration that a command line gives, without running the command.
+
+        Args:
+            arguments: `key=value` arguments.
+            config_dir: The caller's own folder of configurations, as `--config-dir` gives it.
+
+        Raises:
+            ConfigError: An argument is invalid.
+        """
+        overrides = quote_texts(arguments, self.schema)
+        path = () if config_dir is None else (f"hydra.searchpath=['file://{config_dir}']",)
+        try:
+            # Composing takes a tenth of a second, setting values almost nothing.
+            return load(_set_values(_compose_once(self.config_name, path), overrides), self.schema)
+        except (HydraException, OmegaConfBaseException, ConfigError):
+            pass
+        try:
+            return load(_compose(self.config_name, [*overrides, *path]), self.schema)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise self.composition_error(error) from error
+
+    def composition_error(self, error: Exception) -> ConfigError:
+        """Return Hydra's error as a refusal of one line."""
+        if isinstance(error, OverrideParseException):
+            return ConfigError(
+                f"`{error.override}` is not a valid `key=value`. Put a value with special characters in "
+                "quotes: `key='value'`."
+            )
+        return ConfigError(_composition_message(error, self.schema))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Generic[C]):
+    """The main function of a command."""
+
+    options: Options[C]
+    function: Callable[[C], Mapping[str, Any] | None]
+    timed: bool
+
+    def __call__(self) -> None:
+        """Compose the configuration from the command line, and run the function."""
+        # With this variable, Hydra raises errors. Without it, Hydra prints them and exits with 1.
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        if HELP & set(sys.argv[1:]):
+            print(introduction(sys.modules[self.function.__module__].__doc__, self.options.config_name))
+        sys.argv[1:] = quote_texts(sys.argv[1:], self.options.schema)
+        try:
+            hydra.main(version_base=None, config_path="pkg://configs", config_name=self.options.config_name)(
+                self._run
+            )()
+        except (HydraException, OmegaConfBaseException) as error:
+            refuse(self.options.composition_error(error))
+
+    def _run(self, config: DictConfig) -> None:
+        started = time.perf_counter()
+        try:
+            refuse_shadowed_packages()
+            loaded = load(config, self.options.schema)
+            if isinstance(loaded, PlatformConfig):
+                use_places(loaded)
+            result = self.function(loaded)
+            if result is not None and (path := os.environ.get(RESULT_VARIABLE)):
+                write_json(path, dict(result))
+            if self.timed:
+                print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+        except Exception as error:
+            # Ray wraps a worker's refusal in its own error, whose message is a traceback.
+            refusal = refusal_behind(error)
+            if not isinstance(refusal, RefusedError):
+                raise
+            refuse(refusal)
+
+
 def job(
-    config_name: str, schema: type[C], *, timed: bool = False
-) -> Callable[[Callable[[C], None]], Callable[[], None]]:
+    config_name: str | None, schema: type[C], *, timed: bool = False
+) -> Callable[[Callable[[C], Mapping[str, Any] | None]], Command[C]]:
     """Turn `function(config)` into the main function of a command.
 
+    If the function returns a dict, it is the command's result: a pipeline reads it from the file in `FALAJ_RESULT`.
+
     Args:
-        config_name: Name of the configuration file, `configs/<config_name>.yaml`.
+        config_name: Name of the configuration file, `configs/<config_name>.yaml`. With None, there is no file: the
+            options are the fields of the schema. A user's own command needs no file.
         schema: Dataclass that validates the configuration.
         timed: Print the duration at the end, to standard error, because standard output has only the command's result.
     """
 
-    def decorate(function: Callable[[C], None]) -> Callable[[], None]:
-        def task(config: DictConfig) -> None:
-            started = time.perf_counter()
-            try:
-                refuse_shadowed_packages()
-                loaded = load(config, schema)
-                if isinstance(loaded, PlatformConfig):
-                    use_places(loaded)
-                function(loaded)
-                if timed:
-                    print(f"done in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
-            except Exception as error:
-                # Ray wraps a worker's refusal in its own error, whose message is a traceback.
-                refusal = refusal_behind(error)
-                if not isinstance(refusal, RefusedError):
-                    raise
-                refuse(refusal)
-
-        def main() -> None:
-            # With this variable, Hydra raises errors. Without it, Hydra prints them and exits with 1.
-            os.environ["HYDRA_FULL_ERROR"] = "1"
-            if HELP & set(sys.argv[1:]):
-                print(introduction(sys.modules[function.__module__].__doc__, config_name))
-            sys.argv[1:] = quote_texts(sys.argv[1:], schema)
-            try:
-                hydra.main(version_base=None, config_path="pkg://configs", config_name=config_name)(task)()
-            except OverrideParseException as error:
-                refuse(
-                    ConfigError(
-                        f"`{error.override}` is not a valid `key=value`. Put a value with special characters in "
-                        "quotes: `key='value'`."
-                    )
-                )
-            except (HydraException, OmegaConfBaseException) as error:
-                refuse(ConfigError(_composition_message(error, schema)))
-
-        return main
+    def decorate(function: Callable[[C], Mapping[str, Any] | None]) -> Command[C]:
+        name = config_name or store_schema(schema, name=f"{function.__module__}.{schema.__name__}")
+        return Command(options=Options(config_name=name, schema=schema), function=function, timed=timed)
 
     return decorate
 
@@ -97,19 +155,55 @@ def use_places(config: PlatformConfig) -> None:
     use_recorded_places(config, given=given_options())
 
 
+def store_schema(schema: type[Any], *, name: str) -> str:
+    """Register a schema as a Hydra configuration without a file, and return the configuration's name."""
+    options = OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)
+    assert isinstance(options, dict)
+    platform = {field.name for field in fields(PlatformConfig)}
+    own = {key: value for key, value in options.items() if key not in platform}
+    ConfigStore.instance().store(name=name, node={"defaults": ["platform", "_self_"], **own})
+    return name
+
+
 def compose_platform(overrides: Sequence[str]) -> PlatformConfig:
     """Compose the platform's configuration without changing the Hydra state of the calling application.
 
     Raises:
         ConfigError: An override is invalid.
     """
+    return load(_compose("platform", overrides), PlatformConfig)
+
+
+def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     callers_hydra = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_module("configs", version_base=None):
-            return load(hydra.compose("platform", overrides=list(overrides)), PlatformConfig)
+            return hydra.compose(config_name, overrides=list(overrides))
     finally:
         GlobalHydra.instance().hydra = callers_hydra
+
+
+@functools.lru_cache(maxsize=64)
+def _compose_once(config_name: str, overrides: tuple[str, ...]) -> DictConfig:
+    return _compose(config_name, overrides)
+
+
+def _set_values(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return the configuration with plain `key=value` overrides.
+
+    Raises:
+        ConfigError: An override does more than setting an option.
+    """
+    config = copy.deepcopy(config)
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        name = override.key_or_group
+        if override.type is not OverrideType.CHANGE or files("configs").joinpath(name).is_dir():
+            raise ConfigError(f"{override.input_line} selects a configuration.")
+        if override.package is not None or override.is_sweep_override():
+            raise ConfigError(f"{override.input_line} is no plain value.")
+        OmegaConf.update(config, name, override.value(), merge=True)
+    return config
 
 
 def introduction(description: str | None, config_name: str) -> str:
@@ -120,8 +214,10 @@ def introduction(description: str | None, config_name: str) -> str:
     file = (
         "platform.yaml" if config_name == "cluster" else f"{config_name}.yaml"
     )  # cluster.yaml has no own options
-    options = files("configs").joinpath(file).read_text(encoding="utf-8").strip()
     description = (description or "").strip()
+    if not files("configs").joinpath(file).is_file():  # a user's own command
+        return f"{description}\n\n== Hydra =="
+    options = files("configs").joinpath(file).read_text(encoding="utf-8").strip()
     return f"{description}\n\n== Options of this command (configs/{file}) ==\n{options}\n\n== Hydra =="
 
 

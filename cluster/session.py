@@ -320,6 +320,15 @@ def _recorded_section(name: str, overrides: Iterable[str]) -> Any:
     return load(OmegaConf.create(values), PLACES[name])
 
 
+def use_cluster(record: ClusterRecord) -> None:
+    """Set the variables with which Ray finds the cluster and its token. Ray reads them now."""
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
+    os.environ.update(record.environment())
+    # Ray reads its variables when it is imported. ray.init also uses this call to read them again.
+    Config.initialize("")
+
+
 def attach(config: PlatformConfig) -> ClusterRecord:
     """Attach this process to the running cluster, as a Ray driver.
 
@@ -329,15 +338,12 @@ def attach(config: PlatformConfig) -> ClusterRecord:
     # Ray is imported here, because the import takes longer than most commands that do not need Ray.
     import ray
     from ray._private import ray_constants
-    from ray._raylet import Config  # type: ignore[attr-defined]
 
     record = require_running_cluster(config)
-    os.environ.update(record.environment())
+    use_cluster(record)
     for name, level in RAY_LOG_LEVELS.items():
         logging.getLogger(name).setLevel(level)
     if not ray.is_initialized():
-        # Ray reads both variables only when it is imported. ray.init also uses this call to read the first one again.
-        Config.initialize("")
         ray_constants.ENABLE_RAY_CLUSTER = record.has_nodes
         ray.init(
             record.ray_address,

@@ -117,6 +117,10 @@ class Layout:
         return f"{self.disk}/demo"
 
     @property
+    def pipelines(self) -> str:
+        return f"{self.disk}/pipelines"
+
+    @property
     def runs(self) -> str:
         return f"{self.disk}/runs"
 

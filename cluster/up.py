@@ -21,7 +21,6 @@ from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
 from cluster.ledger.events import ClusterStarted
 from cluster.membership.join_token import ensure_join_key
-from cluster.membership.lost_head import has_other_nodes, has_saved_state, record_end
 from cluster.membership.shared_state import require_shared_state
 from cluster.node.certificates import ensure_certificates
 from cluster.node.checks import (
@@ -87,6 +86,7 @@ from cluster.settings import PlatformConfig, PortsConfig
 from cluster.storage import check_durability, layout, local, resolve
 from cluster.supervisor.daemons import save_commands
 from cluster.supervisor.head import restore_is_due
+from cluster.supervisor.lost_head import has_other_nodes, has_saved_state, record_end
 
 __all__ = ["environment", "shared_overrides"]
 

@@ -18,7 +18,6 @@ refused, the command prints why and continues with the others.
 from __future__ import annotations
 
 import datetime as dt
-import enum
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,7 +28,7 @@ import pyarrow as pa
 from cluster.entrypoint import job
 from cluster.errors import ConfigError, RefusedError, SourceError
 from cluster.ledger import Ledger, open_ledger
-from cluster.ledger.events import BatchMended, BatchRefused
+from cluster.ledger.events import BatchIngested, BatchMended, BatchRefused
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.session import require_running_cluster
@@ -49,6 +48,7 @@ from feature_jobs.batches.reading import (
 )
 from feature_jobs.batches.records import ingested_event, load_history
 from feature_jobs.batches.rules import (
+    BatchRules,
     CheckedBatch,
     check_batch,
     describe_ignored,
@@ -74,14 +74,7 @@ from feature_jobs.store.offline.buckets import buckets_for
 from feature_jobs.store.types.batch_profile import Profile
 from feature_jobs.view_tables import crowded, stored_columns, view_quarantine, view_target
 
-
-class BatchRules(enum.Enum):
-    """What happens to a batch that fails one of the view's batch rules."""
-
-    enforce = "enforce"
-    """The batch is refused."""
-    report = "report"
-    """The batch is stored, its event contains the findings, and the next batch is compared with it."""
+NUMBERS = ("rows_in", "rows_stored", "rows_quarantined")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -148,14 +141,17 @@ class Run:
 
 
 @job("ingest", IngestConfig, timed=True)
-def main(config: IngestConfig) -> None:
+def main(config: IngestConfig) -> dict[str, int]:
     """Ingest a batch, or the chunks of a range, for each view."""
     record, ledger = require_running_cluster(config), open_ledger(config)
     actor = create_actor(config, record, ledger, entrypoint="feature_jobs.ingest")
     views = resolve_views(config.view, views_with_batches(config.definitions, ledger))
     if len(views) > 1 and config.source.path is not None:
         raise ConfigError("source.path is the source of one view. Name only that view.")
+    before = ledger.head()
     for_each(views, lambda view: ingest(config, ledger, actor, view))
+    stored = [e.payload for e in ledger.entries(BatchIngested, after=before) if e.payload["view"] in views]
+    return {name: sum(batch[name] for batch in stored) for name in NUMBERS}
 
 
 def ingest(config: IngestConfig, ledger: Ledger, actor: Actor, name: str) -> None:

@@ -105,7 +105,7 @@ class Request:
 
 
 @job("training_set", TrainingSetConfig, timed=True)
-def main(config: TrainingSetConfig) -> None:
+def main(config: TrainingSetConfig) -> dict[str, Any]:
     """Build a training set and its manifest."""
     if config.manifest is not None:
         refuse_unused(("cutoff",), by="manifest=…")
@@ -126,6 +126,7 @@ def main(config: TrainingSetConfig) -> None:
         f"training set {manifest['service']}: {manifest['rows']} rows, {len(manifest['columns'])} features, "
         f"hash {manifest['row_hash'][:16]}"
     )
+    return {name: manifest[name] for name in ("service", "rows", "row_hash", "hidden_share")}
 
 
 def build_training_set(

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from cluster.ledger.chain import Entry
 from cluster.ledger.database import EVENTS, METADATA, POSITIONS
 
-NAME = "event_index_1"
+NAME = "event_index_2"
 """Name of the table and of its position. A release that changes `KEYS` must change the number in this name, because two
 releases can share one ledger."""
 
@@ -66,11 +66,16 @@ KEYS: dict[str, tuple[Key, ...]] = {
     "ModelDeployed": (Key(("name", "version")),),
     "ModelRegistered": (Key(("name",)),),
     "OutcomesCompacted": (Key(("model", "table_version")),),
+    "PipelineCancelled": (Key(("run",)),),
+    "PipelineFinished": (Key(("run",)),),
+    "PipelineStarted": (Key(("pipeline",)), Key(("run",))),
     "PredictionsCompacted": (Key(("model", "table_version")),),
     "QuarantineReplayed": (Key(("replay_id",)),),
     "RowsRemoved": (Key(("view", "table_version")),),
     "ShadowStarted": (Key(("model",)),),
     "ShadowStopped": (Key(("model",)),),
+    "StageFinished": (Key(("run",)), Key(("pipeline", "stage"))),
+    "StageStarted": (Key(("run",)),),
     "TrainingSetBuilt": (Key(("row_hash",)),),
     "TrainingSetNotReproducible": (Key(("training_set",)), Key(("training_set", "view"))),
     "ViewMaterialized": (Key(("view",)),),

@@ -26,7 +26,7 @@ def command_lock(storage: StorageConfig) -> AbstractContextManager[None]:
     Raises:
         ConfigError: Another command holds the lock.
     """
-    return _hold(
+    return hold_lock(
         _path(storage, COMMAND_LOCK),
         "Another `cluster.up` or `cluster.down` (pid {pid}) is running for {folder}. Wait until it has ended.",
     )
@@ -38,7 +38,7 @@ def supervisor_lock(storage: StorageConfig) -> AbstractContextManager[None]:
     Raises:
         ConfigError: Another supervisor holds the lock.
     """
-    return _hold(
+    return hold_lock(
         _path(storage, SUPERVISOR_LOCK),
         "Another supervisor (pid {pid}) already watches the cluster of {folder}. `python -m cluster.status` shows it.",
     )
@@ -52,7 +52,7 @@ def container_lock(storage: StorageConfig) -> AbstractContextManager[None]:
     Raises:
         ConfigError: Another container holds the lock.
     """
-    return _hold(
+    return hold_lock(
         _path(storage, CONTAINER_LOCK),
         "Another container runs the cluster of {folder}. Stop it first, or give this one its own volume.",
     )
@@ -64,7 +64,16 @@ def is_watched_by(storage: StorageConfig, pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def _hold(path: Path, refusal: str) -> Iterator[None]:
+def hold_lock(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock of a file that only its owner may open. It is created if it does not exist.
+
+    Args:
+        path: The file.
+        refusal: Message if another process holds the lock. `{pid}` and `{folder}` are replaced.
+
+    Raises:
+        ConfigError: Another process holds the lock, or the folder cannot be created.
+    """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

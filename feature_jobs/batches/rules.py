@@ -7,6 +7,7 @@ The rules are pure functions: `validation` and `profiling` in `store/ingestion`,
 from __future__ import annotations
 
 import datetime as dt
+import enum
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,15 @@ from feature_jobs.store.ingestion.profiling import Sketch
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
 from feature_jobs.store.ingestion.validation import REASON, SOURCE, find_repeated_rows, reject, unique_rules
 from feature_jobs.store.types.batch_profile import Distribution, Profile
+
+
+class BatchRules(enum.Enum):
+    """What happens to a batch that fails one of the view's batch rules."""
+
+    enforce = "enforce"
+    """The batch is refused."""
+    report = "report"
+    """The batch is stored, its event contains the findings, and the next batch is compared with it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,7 +27,7 @@ from jobs.train.target import encode_target, label_column
 
 
 @job("evaluate", EvaluateConfig, timed=True)
-def main(config: EvaluateConfig) -> None:
+def main(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate one version and append the result to the ledger."""
     ledger = open_ledger(config)
     actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="jobs.evaluate")
@@ -58,16 +58,17 @@ def main(config: EvaluateConfig) -> None:
     ledger.append(event, actor=actor.name)
     metric = headline(signature.task, metrics)
     print(f"evaluated {version.name} version {version.version} on {table.num_rows} rows: {metric}")
+    output: dict[str, Any] = {
+        "name": version.name,
+        "version": version.version,
+        "family": version.family,
+        "metrics": metrics,
+        "slices": slices,
+        "smallest_slice": smallest_slice(slices),
+    }
     if config.output is not None:
-        output: dict[str, Any] = {
-            "name": version.name,
-            "version": version.version,
-            "family": version.family,
-            "metrics": metrics,
-            "slices": slices,
-            "smallest_slice": smallest_slice(slices),
-        }
         write_json(resolve(config.output), output)
+    return output
 
 
 def select_rows(config: EvaluateConfig, version: ModelVersion, source: TrainingSet) -> pa.Table:

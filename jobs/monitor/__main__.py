@@ -30,7 +30,7 @@ MAX_VARIANT_CHARS = 100
 
 
 @job("monitor", MonitorConfig, timed=True)
-def main(config: MonitorConfig) -> None:
+def main(config: MonitorConfig) -> dict[str, Any]:
     """Measure each version under each of its variants. Print and write the results, and append one event for each."""
     reference_uri = resolve(config.reference)
     if not exists(reference_uri):
@@ -48,8 +48,10 @@ def main(config: MonitorConfig) -> None:
     for served in logged.served:
         figures = run.monitor(served, left_out=logged.left_out(served))
         output.add(served, figures)
+    content = output.content() | {"logs": run.logs}
     if config.output is not None:
-        write_json(resolve(config.output), output.content() | {"logs": run.logs})
+        write_json(resolve(config.output), content)
+    return content
 
 
 @dataclass(frozen=True, slots=True)

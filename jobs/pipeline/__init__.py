@@ -1,1 +1,1 @@
-"""The demo: the whole loop from raw data to a report. Each stage is a command line that can be run again by hand."""
+"""Pipelines: stages that configuration declares, each one a command, run as Ray jobs in the order of their inputs."""

@@ -1,36 +1,84 @@
-"""Configuration of the demo."""
+"""Configuration of `jobs.pipeline`, and of the pipelines in `configs/pipeline/` and in users' own folders."""
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
 
 from cluster.settings import PlatformConfig
 
 
-@dataclass(kw_only=True, slots=True)
-class PipelineConfig(PlatformConfig):
-    """Configuration of the demo's size."""
+class PipelineAction(enum.Enum):
+    """What to do with the pipeline."""
 
-    name: str = "employment"
-    """Model name."""
-    label: str = "employed"
-    """Label column."""
-    reference_year: int = 2015
-    """Year of the training data."""
-    years: list[int] = field(default_factory=lambda: [2016, 2017, 2018])
-    """Later years. The people of these years are scored."""
-    requests_per_year: int = 4000
-    """Requests for each later year."""
-    challenger_weight: float = 20.0
-    """Percentage of units that the challenger answers."""
-    broken_weight: float = 10.0
-    """Percentage of units that the broken version answers."""
-    broken_requests: int = 4000
-    """Requests during the rollout of the broken version."""
+    plan = "plan"
+    """Check everything, and print which stages would run. Nothing is run."""
+    run = "run"
+    show = "show"
+    """Print the stages of a run with their states."""
+    cancel = "cancel"
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig:
+    """One stage: a command, and what it waits for."""
+
+    command: str = MISSING
+    """Module to run, as in `python -m <module>`: one of Falaj's commands, or the user's own."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Options of the command. `{stage.name}` in a text is a value of an earlier stage's result. `{outputs.name}` and
+    `{inputs.name}` are paths of this stage."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Files and folders that the command reads, by any name. Those of Falaj's commands are known without it."""
+    outputs: dict[str, str] = field(default_factory=dict)
+    """Files and folders that the command writes, by any name. `result` is a JSON file with the stage's result."""
+    after: list[str] = field(default_factory=list)
+    """Stages that must be done first. Stages whose files or results this stage uses need not be listed."""
+    require: dict[str, Any] = field(default_factory=dict)
+    """What the result must satisfy: `auc: 0.88` means at least 0.88, `rows: ">0"` compares, another text must be
+    equal."""
+    code: list[str] = field(default_factory=list)
+    """More modules whose change makes the stage run again. Modules that the command imports are known without it."""
+    enabled: bool = True
+    """Whether the stage is part of the pipeline. Stages after one that is not wait for what that one waits for."""
+    always: bool = False
+    """Run the stage in each run, for example because its source is a database."""
+    title: str = ""
+    """What the stage does, for readers."""
+    group: str = ""
+    """Name that stages share which belong together."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PipelineSpec:
+    """A pipeline, as declared in `configs/pipeline/<name>.yaml`."""
+
+    vars: dict[str, Any] = field(default_factory=dict)
+    """Values for the stages, as `${pipeline.vars.<name>}`."""
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    """The stages by name."""
+    max_parallel: int | None = None
+    """How many stages run at the same time at most. Null is the number of this machine's CPUs."""
 
     def __post_init__(self) -> None:
-        if not self.years:
-            raise ValueError("years must have at least one year.")
-        for name in ("challenger_weight", "broken_weight"):
-            if not 0 < getattr(self, name) <= 50:
-                raise ValueError(f"{name} must be above 0 and at most 50 percent, got {getattr(self, name)}.")
+        if self.max_parallel is not None and self.max_parallel < 1:
+            raise ValueError(f"pipeline.max_parallel must be at least 1, or null, got {self.max_parallel}.")
+
+
+@dataclass(kw_only=True, slots=True)
+class PipelineConfig(PlatformConfig):
+    """Configuration of `jobs.pipeline`."""
+
+    pipeline: PipelineSpec | None = None
+    """The pipeline: `pipeline=<name>` selects `configs/pipeline/<name>.yaml`."""
+    action: PipelineAction = PipelineAction.run
+    run: str | None = None
+    """Id of a run. With null, `run` continues the newest run if it is unfinished or failed, else it starts a new one.
+    The other actions use the newest run."""
+    reason: str = "by command"
+    """Why the run is cancelled."""
+    output: str | None = None
+    """HTML page to write with action=show."""

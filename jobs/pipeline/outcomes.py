@@ -13,7 +13,7 @@ from cluster.entrypoint import job
 from cluster.errors import Inconsistent, SourceError
 from cluster.settings import PlatformConfig
 from cluster.storage import exists, read_parquet, resolve
-from jobs.pipeline.client import edge_access
+from jobs.pipeline.census.client import edge_access
 
 BATCH_SIZE = 500
 """Outcomes per request."""

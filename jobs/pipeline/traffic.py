@@ -18,7 +18,7 @@ from cluster.entrypoint import job
 from cluster.errors import Inconsistent, SourceError
 from cluster.settings import PlatformConfig
 from cluster.storage import exists, read_parquet, resolve, write_parquet
-from jobs.pipeline.client import edge_access
+from jobs.pipeline.census.client import edge_access
 
 REQUEST_TIMEOUT_S = 60
 

@@ -54,7 +54,7 @@ TRIAL_CPUS = 0.5
 
 
 @job("sweep", SweepConfig, timed=True)
-def main(config: SweepConfig) -> None:
+def main(config: SweepConfig) -> dict[str, Any]:
     """Run the sweep, append its result to the ledger and write the best parameters."""
     family = resolve_family(config.model)
     if not isinstance(family.parameters, Parameters):
@@ -89,9 +89,10 @@ def main(config: SweepConfig) -> None:
     )
     ledger.append(event, actor=actor.name)
     print(f"best of {len(finished)} trials: {best.parameters}, {METRIC} {best.validation_loss:.4f}")
+    output = {"best": best.parameters, "metric": METRIC, "trials": results}
     if config.output is not None:
-        output = {"best": best.parameters, "metric": METRIC, "trials": results}
         write_json(resolve(config.output), output)
+    return output
 
 
 def run_trials(config: SweepConfig, dataset: Dataset, parameters: Parameters) -> list[Trial]:

@@ -39,7 +39,7 @@ from jobs.train.split import resolve_split
 
 
 @job("train", TrainConfig, timed=True)
-def main(config: TrainConfig) -> None:
+def main(config: TrainConfig) -> dict[str, Any]:
     """Train one version and register it."""
     family = resolve_family(model_with_best_parameters(config))
     if family.name == "lightgbm":
@@ -71,15 +71,16 @@ def main(config: TrainConfig) -> None:
         trained = TrainedModel(family.name, folder, lineage, result.metrics, warnings)
         version = register(config, trained, ledger, actor)
     print(f"registered {version.name} version {version.version} {headline(config.task, result.metrics)}")
+    output = {
+        "name": version.name,
+        "version": version.version,
+        "family": family.name,
+        "metrics": result.metrics,
+        "warnings": warnings,
+    }
     if config.output is not None:
-        output = {
-            "name": version.name,
-            "version": version.version,
-            "family": family.name,
-            "metrics": result.metrics,
-            "warnings": warnings,
-        }
         write_json(resolve(config.output), output)
+    return output
 
 
 def fit(

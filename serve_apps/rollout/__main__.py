@@ -33,7 +33,7 @@ from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
 
 
 @job("rollout", RolloutConfig)
-def main(config: RolloutConfig) -> None:
+def main(config: RolloutConfig) -> dict[str, Any]:
     """Run one action, and print its result as JSON."""
     refuse_unused(OWN_OPTIONS - USED[config.action], by=f"action={config.action.value}")
     if config.action is RolloutAction.weight and "weight" not in given_options():
@@ -64,6 +64,7 @@ def main(config: RolloutConfig) -> None:
     print(json_text(result))
     if config.output is not None:
         write_json(resolve(config.output), result)
+    return result
 
 
 def require_permission(

@@ -48,6 +48,20 @@ def doubled(batch: pa.Table) -> pa.Table:
 """
 
 
+def people_and_income() -> tuple[pa.Table, pa.Table]:
+    """Return people with a label, and the income of each."""
+    when = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    income = pa.table(
+        {
+            "person_id": pa.array(range(PEOPLE), pa.int64()),
+            "event_timestamp": pa.array([when] * PEOPLE, pa.timestamp("us", tz="UTC")),
+            "amount": pa.array([float(number) for number in range(PEOPLE)]),
+        }
+    )
+    label = pa.array([number // 40 % 2 for number in range(PEOPLE)], pa.int64())
+    return income.drop_columns("amount").append_column("y", label), income
+
+
 @pytest.fixture(scope="module")
 def workspace(falaj_cluster: Project, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with its own definitions.
@@ -57,17 +71,8 @@ def workspace(falaj_cluster: Project, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("workspace")
     (folder / "submitted.py").write_text(DEFINITIONS)
     (folder / "arithmetic.py").write_text(ARITHMETIC)
-    when = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-    table = pa.table(
-        {
-            "person_id": pa.array(range(PEOPLE), pa.int64()),
-            "event_timestamp": pa.array([when] * PEOPLE, pa.timestamp("us", tz="UTC")),
-            "amount": pa.array([float(number) for number in range(PEOPLE)]),
-        }
-    )
-    pq.write_table(table, falaj_cluster.root / "income.parquet")
-    label = pa.array([number // 40 % 2 for number in range(PEOPLE)], pa.int64())
-    people = table.drop_columns("amount").append_column("y", label)
+    people, income = people_and_income()
+    pq.write_table(income, falaj_cluster.root / "income.parquet")
     pq.write_table(people, falaj_cluster.root / "people.parquet")
     return folder
 

@@ -31,7 +31,8 @@ def main() -> None:
         head = cluster.head
         for node in cluster.nodes:
             print(f"node {node.name} joined at {node.address}", flush=True)
-        subprocess.run(head.command(sys.executable, "-m", "jobs.pipeline"), env=head.env, check=True)
+        demo = ("jobs.pipeline.census", "pipeline.vars.many_nodes=true")
+        subprocess.run(head.command(sys.executable, "-m", *demo), env=head.env, check=True)
         summary = json.loads((head.storage_root / "demo" / "summary.json").read_text())
         check(summary)
         print(f"three nodes: the training set has the rows of one machine ({ROW_HASH})")

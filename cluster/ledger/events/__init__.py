@@ -51,6 +51,13 @@ from cluster.ledger.events.models import (
     ShadowStopped,
     SweepFinished,
 )
+from cluster.ledger.events.pipelines import (
+    PipelineCancelled,
+    PipelineFinished,
+    PipelineStarted,
+    StageFinished,
+    StageStarted,
+)
 from cluster.ledger.events.platform import (
     AccessDecided,
     CheckpointSigned,
@@ -111,6 +118,11 @@ __all__ = [
     "ShadowStarted",
     "ShadowStopped",
     "SweepFinished",
+    "PipelineCancelled",
+    "PipelineFinished",
+    "PipelineStarted",
+    "StageFinished",
+    "StageStarted",
     "AccessDecided",
     "CheckpointSigned",
     "ClusterStarted",

@@ -245,6 +245,11 @@ def view_spec(ledger: Ledger, name: str) -> ViewSpec:
     return _view_spec(applied.payload["version"], applied.payload["definition"])
 
 
+def spec_of(view: FeatureView) -> ViewSpec:
+    """Return the specification that applying a view would record."""
+    return _view_spec(view.version, view.definition())
+
+
 def service_spec(ledger: Ledger, name: str, version: str | None = None) -> ServiceSpec:
     """Return a version of an applied service, by default the newest.
 

@@ -15,7 +15,7 @@ from ray.exceptions import RayTaskError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster.command_line import quote_texts
-from cluster.entrypoint import introduction, job
+from cluster.entrypoint import RESULT_VARIABLE, introduction, job
 from cluster.errors import SourceError
 from cluster.settings import PlatformConfig
 from tests.processes.commands import run_main
@@ -232,6 +232,32 @@ def test_refusal_in_a_worker_prints_one_line(where: str) -> None:
     """It has a refusal's exit code and no Ray traceback."""
     result = run_main(refused_in_worker, f"storage.root={where}")
     assert (result.returncode, result.stderr) == (2, "refused: Source 'a' is empty.\n")
+
+
+@dataclass(kw_only=True, slots=True)
+class OwnConfig(PlatformConfig):
+    """Options of a user's own command, which has no YAML file."""
+
+    path: str = "???"
+    rows: int = 3
+
+
+@job(None, OwnConfig)
+def own(config: OwnConfig) -> dict[str, int]:
+    """Return a result."""
+    return {"rows": config.rows}
+
+
+def test_command_without_a_file_has_the_options_of_its_schema(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its result goes to the file that a pipeline names. Outside of a pipeline, it goes nowhere."""
+    assert run_main(own, "path=x").returncode == 0
+    monkeypatch.setenv(RESULT_VARIABLE, str(tmp_path / "result.json"))
+    assert run_main(own, "path=x", "rows=5").returncode == 0
+    assert json.loads((tmp_path / "result.json").read_text()) == {"rows": 5}
+    assert "No option 'row'. Did you mean 'rows'?" in run_main(own, "row=5").stderr
+    assert own.options.compose(["path=a b"]) == OwnConfig(path="a b")
 
 
 def test_timed_command_prints_its_duration() -> None:

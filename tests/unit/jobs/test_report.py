@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.pipeline import formats
-from jobs.pipeline.charts import Dots, dot_chart, nice_ticks
-from jobs.pipeline.figures import drift_rows, share_rows, split_interval
-from jobs.pipeline.page import DemoReport, StageRun, render
+from jobs.pipeline.report import formats
+from jobs.pipeline.report.charts import Dots, dot_chart, nice_ticks
+from jobs.pipeline.report.figures import drift_rows, share_rows, split_interval
+from jobs.pipeline.report.page import DemoReport, StageRun, render
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 

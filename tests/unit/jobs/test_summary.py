@@ -12,7 +12,7 @@ from cluster.records.schema import SHADOW
 from cluster.records.segments import SegmentWriter
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
-from jobs.pipeline.summary import count_logged, select_versions
+from jobs.pipeline.census.summary import count_logged, select_versions
 from tests.samples.record_log import prediction
 
 

@@ -158,12 +158,12 @@ def _append_newer(ledger: Ledger, type_name: str, **content: Any) -> Entry:
 
 def test_unknown_event_is_stored_verified_and_ignored_by_readers(tmp_path: Path, ledger: Ledger) -> None:
     """Its content is kept, the chain covers it, and readers continue after it."""
-    _append_newer(ledger, "PipelineStarted", run="r1")
+    _append_newer(ledger, "ConsoleOpened", run="r1")
     moved = AliasMoved(name="m", alias="champion", version=2, previous=1, reason="test")
     ledger.append(moved, actor="user:b")
     unknown, known = [entry.event() for entry in verify_chain(ledger.entries())]
-    assert unknown == UnknownEvent(stored_type="PipelineStarted", content={"run": "r1"})
-    assert (unknown.type, unknown.payload()) == ("PipelineStarted", {"run": "r1"})
+    assert unknown == UnknownEvent(stored_type="ConsoleOpened", content={"run": "r1"})
+    assert (unknown.type, unknown.payload()) == ("ConsoleOpened", {"run": "r1"})
     assert known == moved
     assert read_states(ledger)["m"].champion_version == 2
     assert read_own_limits(ledger).set == {}

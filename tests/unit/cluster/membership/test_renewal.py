@@ -100,7 +100,7 @@ def test_node_that_did_not_renew_in_time_is_told_to_join_again(
     with pytest.raises(ConfigError, match=r"expired on .*cluster\.leave`, then join again"):
         renew_from_head(client._tls, client)
     # If the connection ends before the client reads the alert, OpenSSL reports the end of the file.
-    with pytest.raises(ssl.SSLError, match="certificate expired|EOF occurred"):
+    with pytest.raises(ssl.SSLError, match=r"certificate expired|EOF occurred"):
         _first_byte_of_answer(head, client._tls)
 
 

@@ -20,7 +20,6 @@ from cluster.errors import ConfigError
 from cluster.host.gcs import GcsConfig
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ClusterStopped
-from cluster.membership.lost_head import has_saved_state
 from cluster.node import gcs_store, ray_start
 from cluster.node.description import describe_machine
 from cluster.node.launch import shared_overrides
@@ -28,6 +27,7 @@ from cluster.security.tls.certificates import ensure_tls
 from cluster.session import ClusterRecord, write_record
 from cluster.settings import ClusterConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout
+from cluster.supervisor.lost_head import has_saved_state
 from tests.servers.ports import free_port
 from tests.servers.redis_server import running_redis
 

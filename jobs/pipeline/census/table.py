@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.session import ClusterRecord
-from jobs.pipeline.formats import score
-from jobs.pipeline.summary import Summary
+from jobs.pipeline.census.summary import Summary
+from jobs.pipeline.report.formats import score
 
 
 def print_summary(summary: Summary, record: ClusterRecord | None, *, seconds: float, demo: Path) -> None:

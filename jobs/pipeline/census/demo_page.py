@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,47 +10,41 @@ import polars as pl
 from cluster.ledger import open_ledger
 from cluster.session import ClusterRecord
 from cluster.storage import write_bytes
+from jobs.pipeline.census.summary import (
+    CANDIDATES,
+    Summary,
+    quarantine_reasons,
+    read_output,
+    select_versions,
+)
 from jobs.pipeline.config import PipelineConfig
-from jobs.pipeline.page import DemoReport, StageRun, render
-from jobs.pipeline.runner import Runner
-from jobs.pipeline.stages import plan
-from jobs.pipeline.summary import CANDIDATES, Summary, quarantine_reasons, select_versions
+from jobs.pipeline.report.page import DemoReport, render
+from jobs.pipeline.report.runs import stage_runs
+from jobs.pipeline.report.stage_graph import stage_graph
+from jobs.pipeline.state import RunState
 
 
 def write_report(
-    config: PipelineConfig, runner: Runner, summary: Summary, record: ClusterRecord | None, *, demo: Path
+    config: PipelineConfig, run: RunState, summary: Summary, record: ClusterRecord | None, *, demo: Path
 ) -> None:
     """Write `report.html` into the demo's folder."""
-    results = runner.results()
     report = DemoReport(
         summary=summary,
-        stages=_stages(config, runner, demo),
+        stages=list(stage_runs(run)),
+        graph=stage_graph(run),
         evaluations={
-            variant: results[f"evaluate_{output}"]
-            for variant, output in CANDIDATES.items()
-            if f"evaluate_{output}" in results
+            variant: evaluation
+            for variant, stage in CANDIDATES.items()
+            if (evaluation := read_output(demo, stage.replace("train_", "evaluate_")))
         },
-        monitor=select_versions(results["monitor"], summary["variants"]),
+        monitor=select_versions(read_output(demo, "monitor"), summary["variants"]),
         quarantine=quarantine_reasons(open_ledger(config)),
-        check=results["check"],
+        check=read_output(demo, "check"),
         split_requests=_split_requests(demo),
         urls=_urls(record),
         finished_at=f"{datetime.now(UTC):%-d %B %Y, %H:%M} UTC",
     )
     write_bytes(str(demo / "report.html"), render(report).encode())
-
-
-def _stages(config: PipelineConfig, runner: Runner, demo: Path) -> list[StageRun]:
-    return [
-        StageRun(
-            name=stage.name,
-            title=stage.title,
-            seconds=runner.finished[stage.name].seconds,
-            commands=[f"python -m {shlex.join(command)}" for command in runner.finished[stage.name].commands],
-        )
-        for stage in plan(config, demo)
-        if stage.name in runner.finished
-    ]
 
 
 def _split_requests(demo: Path) -> int:

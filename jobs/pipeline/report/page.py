@@ -1,4 +1,4 @@
-"""Render the demo's report: one HTML page that explains a run to readers without prior knowledge.
+"""Render the report of a run: one HTML page. That of the demo explains the loop to readers without prior knowledge.
 
 `render` is a pure function from a run's figures to HTML. Sections without figures are left out. Style and charts are
 inside the page, so the page is one file that can be mailed, printed and stored.
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from jobs.pipeline import figures, formats
-from jobs.pipeline.diagram import loop_diagram
+from jobs.pipeline.report import figures, formats
+from jobs.pipeline.report.diagram import loop_diagram
 
 Json = Mapping[str, Any]
 
@@ -53,12 +53,20 @@ class DemoReport:
     urls: Mapping[str, str] = field(default_factory=dict)
     """Addresses of the running cluster, by name."""
     finished_at: str = ""
-    """Time at which the run finished, as text."""
+    """Time of the run, as text."""
+    pipeline: str | None = None
+    """Name of the pipeline. None is the demo, whose page explains the loop."""
+    run: str = ""
+    """Id and state of the run."""
+    reason: str = ""
+    """Why the run is not done."""
+    graph: Markup = field(default_factory=Markup)
+    """Drawing of the stages."""
 
 
 def render(report: DemoReport) -> str:
     """Render the page as HTML."""
-    folder = resources.files("jobs.pipeline")
+    folder = resources.files("jobs.pipeline.report")
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -79,6 +87,10 @@ def _template_values(report: DemoReport) -> dict[str, Any]:
     monitored = summary.get("monitor", {})
     shares, num_requests = summary.get("shares", {}), _split_requests(report)
     return {
+        "pipeline": report.pipeline,
+        "run": report.run,
+        "reason": report.reason,
+        "graph": report.graph,
         "finished_at": report.finished_at,
         "headlines": _headlines(summary),
         "diagram": _diagram(summary),

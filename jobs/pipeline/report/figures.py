@@ -9,8 +9,16 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from jobs.pipeline.charts import Curve, Dots, Interval, calibration_plot, dot_chart, interval_chart, legend
-from jobs.pipeline.formats import points, score
+from jobs.pipeline.report.charts import (
+    Curve,
+    Dots,
+    Interval,
+    calibration_plot,
+    dot_chart,
+    interval_chart,
+    legend,
+)
+from jobs.pipeline.report.formats import points, score
 
 Json = Mapping[str, Any]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,24 +21,25 @@ from cluster.security.keys.access import key_store
 from cluster.session import require_running_cluster
 from cluster.storage import layout, write_json
 from jobs.pipeline.config import PipelineConfig
-from jobs.pipeline.runner import Runner
+from jobs.pipeline.report.runs import group_seconds
+from jobs.pipeline.state import RunState
 
 Summary = dict[str, Any]
-CANDIDATES = {"champion": "lightgbm", "challenger": "network", "broken": "broken"}
-"""For each variant, the output file of the training job, without suffix."""
+CANDIDATES = {"champion": "train_lightgbm", "challenger": "train_network", "broken": "train_broken"}
+"""For each variant, the stage that trained it."""
 UNIT_HASH_DIGITS = 16
 """The log contains this many hex digits of a unit's SHA-256. The edge writes them in upper case."""
 
 
-def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
-    """Build the summary and write it as `summary.json` into the demo's folder."""
+def summarise(config: PipelineConfig, run: RunState, demo: Path) -> Summary:
+    """Build the summary of a run and write it as `summary.json` into the demo's folder."""
     places = layout(config.storage)
     ledger = open_ledger(config)
-    results = runner.results()
+    name = variable(config, "name")
     answers = _answers(demo)
     actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="jobs.pipeline")
-    log = prediction_log(places, ledger, config.name)
-    variants = _variants(config, Registry(ledger, places), results)
+    log = prediction_log(places, ledger, name)
+    variants = _variants(name, Registry(ledger, places), run)
     summary = {
         "rows": _rows(ledger),
         "training_set": _training_set(ledger),
@@ -50,13 +52,33 @@ def summarise(config: PipelineConfig, runner: Runner, demo: Path) -> Summary:
         },
         "shares": _shares(config, answers.filter(pl.col("batch") != "broken")),
         **count_logged(read_log(log, key_store(actor.access)), answers),
-        "monitor": _monitor(select_versions(results["monitor"], variants)),
-        "rollback_ms": results["check"]["rollback_ms"],
+        "monitor": _monitor(select_versions(read_output(demo, "monitor"), variants)),
+        "rollback_ms": read_output(demo, "check")["rollback_ms"],
         "ledger": {"verified": True, "events": sum(1 for _ in verify_chain(ledger.entries()))},
-        "seconds": {name: round(stage.seconds, 1) for name, stage in runner.finished.items()},
+        "seconds": stage_seconds(run),
     }
     write_json(str(demo / "summary.json"), summary)
     return summary
+
+
+def variable(config: PipelineConfig, name: str) -> Any:
+    """Return one of the pipeline's values."""
+    assert config.pipeline is not None, "The demo has a pipeline."
+    return config.pipeline.vars[name]
+
+
+def read_output(demo: Path, name: str) -> dict[str, Any]:
+    """Return the JSON file that a stage wrote; empty if it does not exist."""
+    path = demo / f"{name}.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def stage_seconds(run: RunState) -> dict[str, float]:
+    """Return the duration of each stage, and of each group of stages."""
+    groups: dict[str, list[str]] = {}
+    for stage in run.graph.stages.values():
+        groups.setdefault(stage.group or stage.name, []).append(stage.name)
+    return {name: round(sum(group_seconds(run, stages)), 1) for name, stages in groups.items()}
 
 
 def count_logged(log: Log, answers: pl.DataFrame) -> dict[str, int]:
@@ -131,12 +153,10 @@ def _training_set(ledger: Ledger) -> dict[str, Any]:
     return {"rows": newest.payload["rows"], "hash": newest.payload["row_hash"]}
 
 
-def _variants(
-    config: PipelineConfig, registry: Registry, results: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
+def _variants(name: str, registry: Registry, run: RunState) -> dict[str, dict[str, Any]]:
     variants: dict[str, dict[str, Any]] = {}
-    for variant, output in CANDIDATES.items():
-        version = registry.get(config.name, results[output]["version"])
+    for variant, stage in CANDIDATES.items():
+        version = registry.get(name, run.stages[stage].result["version"])
         variants[variant] = {
             "family": version.family,
             "version": version.version,
@@ -155,7 +175,8 @@ def _answers(demo: Path) -> pl.DataFrame:
 
 
 def _shares(config: PipelineConfig, answers: pl.DataFrame) -> dict[str, dict[str, float]]:
-    weights = {"champion": 1 - config.challenger_weight / 100, "challenger": config.challenger_weight / 100}
+    weight = float(variable(config, "challenger_weight")) / 100
+    weights = {"champion": 1 - weight, "challenger": weight}
     return {
         variant: {
             "weight": weight,

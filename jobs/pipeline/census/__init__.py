@@ -1,0 +1,1 @@
+"""The demo: the pipeline `census`, then a summary and a report page of what it did."""

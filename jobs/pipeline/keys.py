@@ -1,0 +1,137 @@
+"""The key of a stage: a hash of its command, parameters, code and inputs. Events of finished stages have the key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.errors import RefusedError
+from cluster.ledger import Ledger
+from cluster.ledger.events import StageFinished
+from jobs.pipeline.graph import covers, is_path, substitute
+from jobs.pipeline.plan import Plan, PlannedStage, own_paths
+from jobs.pipeline.stage.arguments import arguments
+from jobs.pipeline.stage.content import CodeHashes, Platform, digest_json, digest_path
+from jobs.pipeline.stage.requirements import unmet
+from jobs.pipeline.state import last_done
+
+
+class StageRefused(RefusedError):
+    """A stage's command was refused, or its result does not meet a requirement."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A stage whose inputs and parameters are known."""
+
+    planned: PlannedStage
+    command: tuple[str, ...]
+    """Module and arguments."""
+    options: tuple[str, ...]
+    """Arguments that the command takes over from the pipeline's command line. They are not part of the key."""
+    key: str
+    inputs: dict[str, str]
+    """Maps input to the hash of its content."""
+
+
+class StageKeys:
+    """Computes the keys of a plan's stages, and finds the stages that are done already."""
+
+    def __init__(
+        self,
+        pipeline: str,
+        plan: Plan,
+        *,
+        ledger: Ledger,
+        platform: Platform,
+        options: tuple[str, ...] = (),
+        config_dir: str | None = None,
+    ) -> None:
+        self._pipeline = pipeline
+        self._plan = plan
+        self._ledger = ledger
+        self._platform = platform
+        self._options = options
+        self._config_dir = config_dir
+        self._code = CodeHashes()
+
+    def prepare(self, name: str, done: Mapping[str, StageFinished]) -> Prepared:
+        """Return the command line of a stage and its key.
+
+        Args:
+            name: The stage.
+            done: How the earlier stages were done.
+
+        Raises:
+            StageRefused: The result of an earlier stage has no value that this stage uses.
+        """
+        planned = self._plan.stages[name]
+        known = own_paths(planned.stage) | {
+            (earlier, key): value for earlier, event in done.items() for key, value in event.result.items()
+        }
+        try:
+            parameters = substitute(planned.stage.parameters, known)
+        except KeyError as error:
+            raise StageRefused(
+                f"Stage '{name}' uses {error.args[0]}, but the result of that stage has no value of this name."
+            ) from None
+        own = arguments(parameters)
+        ancestors = self._plan.graph.ancestors(name)
+        inputs = {part: self._input_hash(part, ancestors, done) for part in planned.reads}
+        code = self._code.digest(planned.modules)
+        options: tuple[str, ...] = ()
+        if planned.is_command:
+            folder = () if self._config_dir is None else ("--config-dir", self._config_dir)
+            options = (*folder, *self._options)
+        return Prepared(
+            planned=planned,
+            command=(planned.stage.command, *own),
+            options=options,
+            key=digest_json([self._pipeline, planned.stage.command, own, inputs, code]),
+            inputs=inputs,
+        )
+
+    def reusable(self, prepared: Prepared, run: str) -> StageFinished | None:
+        """Return how a stage was last done, if its key is the same now and its files are still there.
+
+        A stage that is always run is done only if this run did it.
+        """
+        stage = prepared.planned.stage
+        last = last_done(self._ledger, self._pipeline, stage.name)
+        if last is None or last.key != prepared.key:
+            return None
+        if stage.always and (last.run != run or last.reused_from):
+            return None
+        if any(is_path(path) and digest_path(path) != digest for path, digest in last.outputs.items()):
+            return None
+        return None if unmet(stage.require, last.result) else last
+
+    def _input_hash(self, part: str, ancestors: set[str], done: Mapping[str, StageFinished]) -> str:
+        """Return the hash of an input: as the last earlier stages left it that write it, or else as it is now.
+
+        Later stages may change the same view, so what it is now says nothing about an earlier stage's input.
+        """
+        stages, graph = self._plan.stages, self._plan.graph
+        writers = {
+            name for name in ancestors if any(_writes(written, part) for written in stages[name].writes)
+        }
+        last = [name for name in writers if not any(name in graph.ancestors(other) for other in writers)]
+        if not last:
+            return self._platform.digest(part)
+        hashes = {
+            f"{name}:{written}": digest
+            for name in last
+            for written, digest in done[name].outputs.items()
+            if _writes(written, part)
+        }
+        return digest_json(hashes)
+
+
+def _writes(written: str, part: str) -> bool:
+    """Return whether writing `written` changes `part`. `model:m` changes `model:m/3`, `view:v` changes `view:all`."""
+    if is_path(part) or is_path(written):
+        return is_path(part) and is_path(written) and covers(written, part)
+    kind, _, name = part.partition(":")
+    if kind == "view" and name == "all":
+        return written.startswith("view:")
+    return written in (part, f"{kind}:{name.partition('/')[0]}")

@@ -1,0 +1,1 @@
+"""What people see of a run: drawings of its stages, and the report page."""

@@ -1,0 +1,68 @@
+"""The command line of a stage, from its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from cluster.settings import PlatformConfig
+
+_PLATFORM = {section.name for section in fields(PlatformConfig)} - {"scaling", "replica"}
+"""Sections whose values a stage takes over from the command line of the pipeline."""
+
+
+def arguments(parameters: Mapping[str, Any]) -> list[str]:
+    """Return parameters as `key=value` arguments. Nested parameters become dotted options."""
+    return [f"{name}={_text(value)}" for name, value in _flat(parameters, "")]
+
+
+def callers_arguments() -> list[str]:
+    """Return this command line's options that all stages take over: the platform's sections, such as `identity`."""
+    if not HydraConfig.initialized():
+        return []
+    overrides: Sequence[str] = HydraConfig.get().overrides.task
+    return [text for text in overrides if text.lstrip("+").partition("=")[0].partition(".")[0] in _PLATFORM]
+
+
+def callers_config_dir() -> str | None:
+    """Return the folder of this command line's `--config-dir`."""
+    if not HydraConfig.initialized():
+        return None
+    sources = HydraConfig.get().runtime.config_sources
+    return next((source.path for source in sources if source.provider == "command-line"), None)
+
+
+def pipeline_name() -> str | None:
+    """Return the choice of this command line's `pipeline=<name>`."""
+    name = HydraConfig.get().runtime.choices.get("pipeline") if HydraConfig.initialized() else None
+    return None if name is None else str(name)
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case list() | tuple():
+            return f"[{','.join(_item(item) for item in value)}]"
+        case _:
+            return str(value)
+
+
+def _item(value: Any) -> str:
+    return (
+        QuotedString(text=value, quote=Quote.single).with_quotes() if isinstance(value, str) else _text(value)
+    )

@@ -1,0 +1,130 @@
+"""Run command lines as Ray jobs: submit, watch, stop. The dashboard shows each job with its log."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from cluster.entrypoint import RESULT_VARIABLE
+from cluster.errors import FalajError
+from cluster.security.tokens.intent import FILE_VARIABLE
+from cluster.session import ClusterRecord, use_cluster
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+_PASSED_ON = (FILE_VARIABLE, "PYTHONPATH")
+"""Variables of the caller that a job gets. They are paths; the dashboard shows them."""
+
+
+_RAYS_OWN = ("Runtime env is setting up.", "Running entrypoint for job ")
+"""Texts of the lines with which Ray starts the log of a job."""
+
+
+class JobsUnavailable(FalajError):
+    """Ray's job API does not answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobStatus:
+    """What is known of a job."""
+
+    is_over: bool
+    exit_code: int | None = None
+    """None while the job runs, and if its process was killed."""
+    message: str = ""
+
+
+class Jobs(Protocol):
+    """Runs command lines. `RayJobs` is the real one; tests have their own."""
+
+    def submit(self, job: str, command: Sequence[str], *, result: Path, metadata: Mapping[str, str]) -> None:
+        """Start `python -m <command>` under a submission id. A job with this id must not exist."""
+
+    def status(self, job: str) -> JobStatus | None:
+        """Return the status of a job, or None if no job has this id."""
+
+    def log(self, job: str) -> str:
+        """Return what the job has printed so far."""
+
+    def stop(self, job: str) -> None:
+        """End a job. It is over some seconds later."""
+
+
+class RayJobs:
+    """Jobs of the running cluster."""
+
+    def __init__(self, record: ClusterRecord) -> None:
+        self._record = record
+        self._client: JobSubmissionClient | None = None
+
+    def submit(self, job: str, command: Sequence[str], *, result: Path, metadata: Mapping[str, str]) -> None:
+        """Start a job in the current folder. On another machine than the head, the job gets a copy of the folder."""
+        folder = Path.cwd()
+        is_on_head = self._record.node_id is None
+        self._connect().submit_job(
+            submission_id=job,
+            entrypoint=entrypoint(command, folder=folder if is_on_head else None, result=result),
+            runtime_env=None if is_on_head else {"working_dir": str(folder)},
+            metadata=dict(metadata),
+        )
+
+    def status(self, job: str) -> JobStatus | None:
+        try:
+            details = self._connect().get_job_info(job)
+        except (RuntimeError, OSError) as error:
+            if "status code 404" in str(error):
+                return None
+            raise JobsUnavailable(f"Ray's job API does not answer: {error}") from error
+        code = details.driver_exit_code
+        return JobStatus(
+            is_over=details.status.is_terminal(),
+            exit_code=None if code is None else int(code),
+            message=details.message or "",
+        )
+
+    def log(self, job: str) -> str:
+        try:
+            lines = str(self._connect().get_job_logs(job)).splitlines()
+            return "\n".join(line for line in lines if not any(text in line for text in _RAYS_OWN))
+        except (RuntimeError, OSError):  # the log is gone with its node
+            return ""
+
+    def stop(self, job: str) -> None:
+        self._connect().stop_job(job)
+
+    def _connect(self) -> JobSubmissionClient:
+        if self._client is None:
+            use_cluster(self._record)
+            # Ray's import takes more than a second, and a run that has nothing to do needs no job.
+            from ray.job_submission import JobSubmissionClient
+
+            try:
+                self._client = JobSubmissionClient(self._record.dashboard_url)
+            except OSError as error:  # ConnectionError, or that of `requests`
+                raise JobsUnavailable(
+                    f"Ray's job API does not answer at {self._record.dashboard_url}. `python -m cluster.status` shows "
+                    "whether the dashboard is dead."
+                ) from error
+        return self._client
+
+
+def entrypoint(command: Sequence[str], *, folder: Path | None, result: Path) -> str:
+    """Return the shell command of a job.
+
+    Args:
+        command: Module and arguments.
+        folder: Folder to run in; None for the job's own.
+        result: File for the command's result.
+    """
+    variables = {RESULT_VARIABLE: str(result)} | {
+        name: os.environ[name] for name in _PASSED_ON if name in os.environ
+    }
+    assignments = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+    change = f"cd {shlex.quote(str(folder))} && " if folder is not None else ""
+    return f"{change}{assignments} exec {shlex.join([sys.executable, '-m', *command])}"
