@@ -250,7 +250,9 @@ def _open(
 ) -> pa.Table:
     file = _parquet_file(source, properties)
     names = file.schema_arrow.names
-    return _without_place(file.read(names if columns is None else [name for name in columns if name in names]))
+    return _without_place(
+        file.read(names if columns is None else [name for name in columns if name in names])
+    )
 
 
 def _parquet_file(source: BinaryIO, properties: pe.FileDecryptionProperties | None) -> pq.ParquetFile:
