@@ -25,7 +25,7 @@ from cluster.session import ClusterRecord, attach, require_recorded_cluster
 from cluster.settings import Durability, FeaturesConfig, OnlineConfig, OnlineKind, PlatformConfig
 from cluster.settings_conversion import to_plain
 from cluster.storage import layout, local, write_json
-from serve_apps.apps import OPTIONS, DeployFailed, is_running, run, wait_for_recovery
+from serve_apps.apps import OPTIONS, DeployFailed, is_running, run
 from serve_apps.edge.haproxy.split import FEATURES_APP, OUTCOMES_APP
 from serve_apps.replica.scaling import one_replica_per_node
 
@@ -91,10 +91,11 @@ def main(config: PlatformConfig) -> None:
             "features and outcomes start with the first deployment, which must give identity.service_token_file=…"
         )
         return
-    wait_for_recovery(APPLICATIONS)
+    known = serve.status().applications
+    if all(name in known for name in APPLICATIONS):
+        return  # a new head continued with the state of the lost one; the supervisor restores what does not recover
     try:
-        if not all(map(is_running, APPLICATIONS)):
-            run_shared_apps(config, record, settings)
+        run_shared_apps(config, record, settings)
     except DeployFailed as error:  # for example, Redis is down: the rest of the cluster must still start
         print(
             f"warning: {error} Start it with `python -m serve_apps.deploy action=restore`.", file=sys.stderr

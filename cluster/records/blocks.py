@@ -24,7 +24,7 @@ from cluster.ledger.database import is_shared, timeouts, updating
 from cluster.records.database import BLOCKS
 from cluster.records.location import LogLocation, local_node
 
-ANSWER_TIMEOUT_S = 6.0
+ANSWER_TIMEOUT_S = 9.0
 """Longest wait in seconds for an answer of the database. Then the requests that wait get 503."""
 PAUSE_S = 0.2
 """Pause in seconds before another try."""

@@ -17,8 +17,8 @@ from serve_apps.replica.http import OutageOfDatabase
 
 T = TypeVar("T")
 
-OUTAGE_S = 6.0
-"""How long a request waits for a database. It is shorter than the edge's timeout of a treatment's answer."""
+OUTAGE_S = 9.0
+"""How long a request waits for a database. Many clients wait ten seconds for an answer."""
 PAUSE_S = 0.2
 _OUTAGES = (OnlineStoreUnavailable, OutageOfDatabase, DBAPIError)
 

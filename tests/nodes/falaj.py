@@ -99,7 +99,8 @@ class Falaj:
         missing = {one for one in pushed if workload.key_hash(f"{self.run}-{one}") not in stored}
         self._pushed |= {one % scoring.ACCOUNTS: one for one in pushed}
         online = self.online([one % scoring.ACCOUNTS for one in pushed])
-        old = {one for one in pushed if (online[one % scoring.ACCOUNTS] or -1) < one}
+        newest = {account: -1 if number is None else number for account, number in online.items()}
+        old = {one for one in pushed if newest[one % scoring.ACCOUNTS] < one}
         return Lost(
             records=sum(rows.get(one, 0) != 1 for one in ids),
             pushes=len(missing | old),
