@@ -53,7 +53,7 @@ from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.parts import part_names, read_parts, write_parts
 from feature_jobs.store.offline.tables import BucketFile, Target
 from feature_jobs.store.types.batch_profile import Distribution, Profile
-from feature_jobs.store.types.schema import SEQ
+from feature_jobs.store.types.schema import EVENT, SEQ
 
 
 class SpooledPiece(NamedTuple):
@@ -154,7 +154,7 @@ def _spool(
 ) -> dict[str, SpooledBatch]:
     view = command.view
     rules = unique_rules(view)
-    failing = _find_repeated(source, rules, work) if rules else None
+    failing = _find_repeated(command, source, rules, work) if rules else None
     calls = (
         (command, number, part.piece, failing, *part.tables) for number, part in enumerate(source.inputs)
     )
@@ -255,30 +255,47 @@ def _spool_piece(
     command: _Spool,
     number: int,
     piece: Piece | None,
-    failing: list[list[pa.Array]] | None,
+    failing: _FailingRows | None,
     *tables: pa.Table,
 ) -> tuple[int, list[SpooledPiece]]:
     """Check a piece and write its part files. Return the number of its rows, and its rows by batch."""
     writers = [
-        _PartWriter(command, f"{command.name}-{number}-{index}") for index in range(len(command.plans))
+        _PartWriter(
+            command,
+            f"{command.name}-{number}-{index}",
+            unique_rules(command.view),
+            [] if failing is None else failing[index][number],
+        )
+        for index in range(len(command.plans))
     ]
-    rules, rows = unique_rules(command.view), 0
+    rows = 0
     for block in command.reader.blocks(piece, tables):
-        if failing is not None:
-            for rule, mask in zip(rules, failing[number], strict=True):
-                block = reject(block, mask[rows : rows + block.num_rows], rule.reason)
-            block = block.drop_columns([SOURCE])
         rows += block.num_rows
         for writer, plan in zip(writers, command.plans, strict=True):
-            writer.add(block if plan.event_range is None else select_range(block, plan.event_range))
+            writer.add(_in_batch(block, plan))
     return rows, [writer.finish() for writer in writers]
 
 
-class _PartWriter:
-    """Collects the rows of a piece for one batch, and writes part files whenever there are enough rows."""
+def _in_batch(block: pa.Table, plan: PlannedBatch) -> pa.Table:
+    """Return the rows of a checked block that belong to a batch."""
+    return block if plan.event_range is None else select_range(block, plan.event_range)
 
-    def __init__(self, command: _Spool, name: str) -> None:
+
+class _PartWriter:
+    """Collects the rows of a piece for one batch, and writes part files whenever there are enough rows.
+
+    Args:
+        command: how to write the files.
+        name: prefix of the files' names.
+        rules: the view's `Unique` rules.
+        failing: for each of these rules one bool per row of the piece and batch: true if the rule rejects the row.
+    """
+
+    def __init__(
+        self, command: _Spool, name: str, rules: Sequence[Unique], failing: Sequence[pa.Array]
+    ) -> None:
         self._command, self._name = command, name
+        self._rules, self._failing = rules, failing
         self._rows, self._reasons = 0, Counter[str]()
         self._passes: list[FirstPass] = []
         self._pending: list[pa.Table] = []
@@ -286,7 +303,11 @@ class _PartWriter:
         self._parts: list[BucketFile] = []
 
     def add(self, block: pa.Table) -> None:
-        """Add a checked block."""
+        """Add the batch's rows of a checked block."""
+        for rule, mask in zip(self._rules, self._failing, strict=True):
+            block = reject(block, mask[self._rows : self._rows + block.num_rows], rule.reason)
+        if self._rules:
+            block = block.drop_columns([SOURCE])
         self._reasons.update(count_rows(block).reasons)
         self._passes.append(first_pass(block, self._command.view.schema, self._command.previous))
         good, bad = split_rows(block, self._rows)
@@ -318,18 +339,26 @@ class _PartWriter:
         self._parts += write_parts(rows, self._command.target, name=name)
 
 
-def _find_repeated(source: ReadableSource, rules: Sequence[Unique], work: Work) -> Block:
-    """Find the rows that break each `Unique` rule, by piece. For this, the source is read once more."""
-    names = [*dict.fromkeys(name for rule in rules for name in rule.of), REASON]
+_FailingRows = list[list[list[pa.Array]]]
+"""By batch, piece and `Unique` rule: one bool per row of the piece and batch, true if the rule rejects the row."""
+
+
+def _find_repeated(command: _Spool, source: ReadableSource, rules: Sequence[Unique], work: Work) -> Block:
+    """Find the rows that break a `Unique` rule within their batch. For this, the source is read once more."""
+    names = [*dict.fromkeys([*(name for rule in rules for name in rule.of), EVENT]), REASON]
     keys = [work.run(_select, source.reader, part.piece, names, *part.tables) for part in source.inputs]
-    return work.run(_repeated, rules, *keys)
+    return work.run(_repeated, rules, command.plans, *keys)
 
 
 def _select(reader: CheckedReader, piece: Piece | None, names: Sequence[str], *tables: pa.Table) -> pa.Table:
     return pa.concat_tables(block.select(names) for block in reader.blocks(piece, tables))
 
 
-def _repeated(rules: Sequence[Unique], *parts: pa.Table) -> list[list[pa.Array]]:
+def _repeated(rules: Sequence[Unique], plans: Sequence[PlannedBatch], *pieces: pa.Table) -> _FailingRows:
+    return [_repeated_in_batch(rules, [_in_batch(piece, plan) for piece in pieces]) for plan in plans]
+
+
+def _repeated_in_batch(rules: Sequence[Unique], parts: Sequence[pa.Table]) -> list[list[pa.Array]]:
     """Return for each part one mask per rule. Rows that an earlier rule rejects are ignored by later rules."""
     masks: list[list[pa.Array]] = [[] for _ in parts]
     for rule in rules:

@@ -46,6 +46,7 @@ views = [
             Range("watts", minimum=0),
             Unique(["meter_id", "event_timestamp"], keep="first"),
             Unique(["watts", "event_timestamp"]),
+            Unique(["watts", "kind"], keep="first"),
             Drift("watts"),
         ],
     )
@@ -189,21 +190,22 @@ def test_large_batch_is_stored_like_a_small_one(
     assert parts(projects.large) == []
 
 
+@pytest.mark.parametrize("view", ["plain", "parquet"])
 def test_chunks_of_a_range_are_stored_like_small_ones(
-    projects: Projects, monkeypatch: pytest.MonkeyPatch
+    projects: Projects, monkeypatch: pytest.MonkeyPatch, view: str
 ) -> None:
-    """The source is read once. Each chunk is a batch with its own sequence numbers."""
+    """The source is read once. Each chunk is a batch with its own sequence numbers and its own `Unique` rules."""
     options: dict[str, Any] = {
         "start": "2024-01-02",
         "end": "2024-01-09",
         "chunk": "2d",
         "max_bad_share": 1.0,
     }
-    projects.small.ingest("plain", **options)
-    ingest_large(projects.large, monkeypatch, "plain", **options)
-    assert content(projects.large, "plain").equals(content(projects.small, "plain"))
-    assert events(projects.large, "plain") == events(projects.small, "plain")
-    assert len(events(projects.large, "plain")) == 4
+    projects.small.ingest(view, **options)
+    ingest_large(projects.large, monkeypatch, view, **options)
+    assert content(projects.large, view).equals(content(projects.small, view))
+    assert events(projects.large, view) == events(projects.small, view)
+    assert len(events(projects.large, view)) == 4
     assert parts(projects.large) == []
 
 
