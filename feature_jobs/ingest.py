@@ -264,7 +264,15 @@ def read_batches(
     source = prepare_or_refuse(run)
     with refusals_recorded(run):
         if run.work.in_tasks and source.rows:
-            rows = spooled(source, run.view, plans, target=run.target, baseline=run.baseline, work=run.work)
+            rows = spooled(
+                source,
+                run.view,
+                plans,
+                target=run.target,
+                baseline=run.baseline,
+                max_bad_share=run.config.max_bad_share,
+                work=run.work,
+            )
             return stack.enter_context(rows)
         whole = read_checked_rows(source, run.view, run.work)
     return {plan.ingest_id: select_batch(whole, plan.event_range, run.work) for plan in plans}
