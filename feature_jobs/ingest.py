@@ -72,7 +72,7 @@ from feature_jobs.store.ingestion.ranges import TimeRange, parse_range, parse_sp
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.buckets import buckets_for
 from feature_jobs.store.types.batch_profile import Profile
-from feature_jobs.view_tables import crowded, stored_columns, view_quarantine, view_target
+from feature_jobs.view_tables import rebucket_advice, stored_columns, view_quarantine, view_target
 
 NUMBERS = ("rows_in", "rows_stored", "rows_quarantined")
 
@@ -229,7 +229,7 @@ def ingest_missing(run: Run, missing: Sequence[PlannedBatch]) -> None:
             stored = committed.get(plan.ingest_id) or store_batch(run, rows[plan.ingest_id], plan)
             record_batch(run, plan, stored)
     if offline.open_table(run.target.uri) is not None:
-        advice = crowded(run.spec, layout(run.config.storage), run.actor.access)
+        advice = rebucket_advice(run.spec, layout(run.config.storage), run.actor.access)
         print(advice, end="\n" if advice else "", flush=True)
 
 
@@ -264,7 +264,15 @@ def read_batches(
     source = prepare_or_refuse(run)
     with refusals_recorded(run):
         if run.work.in_tasks and source.rows:
-            rows = spooled(source, run.view, plans, target=run.target, baseline=run.baseline, work=run.work)
+            rows = spooled(
+                source,
+                run.view,
+                plans,
+                target=run.target,
+                baseline=run.baseline,
+                max_bad_share=run.config.max_bad_share,
+                work=run.work,
+            )
             return stack.enter_context(rows)
         whole = read_checked_rows(source, run.view, run.work)
     return {plan.ingest_id: select_batch(whole, plan.event_range, run.work) for plan in plans}

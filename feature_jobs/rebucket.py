@@ -43,7 +43,7 @@ class RebucketConfig(PlatformConfig):
 
     def __post_init__(self) -> None:
         if self.buckets is not None:
-            validate_num_buckets(self.buckets)
+            validate_num_buckets(self.buckets, option="buckets")
 
 
 @job("rebucket", RebucketConfig, timed=True)

@@ -7,10 +7,10 @@ from cluster.storage import Layout
 from feature_jobs.store.catalog.protection import view_protection
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
-from feature_jobs.store.offline.buckets import buckets_for
+from feature_jobs.store.offline.buckets import BUCKET_VALUES, buckets_for
 from feature_jobs.store.offline.tables import Snapshot, Target, num_buckets, open_table, snapshot
 
-CROWDED = 4
+REBUCKET_FACTOR = 4
 """A table should be bucketed anew if a new table of its size would get this many times its buckets."""
 
 
@@ -57,11 +57,12 @@ def view_target(view: ViewSpec, places: Layout, access: KeyAccess, *, new_bucket
     )
 
 
-def crowded(view: ViewSpec, places: Layout, access: KeyAccess) -> str:
+def rebucket_advice(view: ViewSpec, places: Layout, access: KeyAccess) -> str:
     """Return a line that advises to bucket the view's table anew; empty if its buckets are small enough."""
     table = view_snapshot(view, places, access)
-    buckets = buckets_for(table.rows * stored_columns(view))
-    if buckets < CROWDED * table.num_buckets:
+    values = table.rows * stored_columns(view)
+    buckets = buckets_for(values)
+    if values <= BUCKET_VALUES * table.num_buckets or buckets < REBUCKET_FACTOR * table.num_buckets:
         return ""
     return (
         f"view {view.name}: {table.rows} rows in {table.num_buckets} buckets need much memory per bucket; run `python "

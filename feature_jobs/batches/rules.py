@@ -273,5 +273,15 @@ def first_pass(block: pa.Table, fields: Sequence[Field], previous: Mapping[str, 
     return FirstPass(profiling.sketch(block, good, fields), profiling.count(good, previous))
 
 
+def merge_passes(passes: Sequence[FirstPass]) -> FirstPass:
+    """Merge the results of the first pass over some blocks."""
+    if len(passes) == 1:
+        return passes[0]
+    return FirstPass(
+        profiling.merge([each.sketch for each in passes]),
+        profiling.add_counts(each.counts for each in passes),
+    )
+
+
 def _count(block: pa.Table, chosen: Mapping[str, Distribution]) -> dict[str, list[int]]:
     return profiling.count(block.filter(pc.is_null(block[REASON])), chosen)

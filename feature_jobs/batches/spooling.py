@@ -6,12 +6,13 @@ sorted file, and the driver commits these files. So no row passes through Ray's 
 a task needs memory for `PIECE_VALUES` or for one bucket. The price is that each row is written twice.
 
 The table does not refer to part files. They are removed at the end, also if the batch is refused. The parts of a killed
-command are removed by a later ingestion of the view.
+command are removed by a later large ingestion of the view, or by a rebucketing of its table.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import math
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,52 +25,40 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
 
-from cluster.errors import CommitConflict
-from feature_jobs.batches.reading import CheckedReader, ReadableSource, require_all_rows, select_range
-from feature_jobs.batches.rules import BatchResult, FirstPass, count_rows, find_failures, first_pass
+from cluster.errors import CommitConflict, Inconsistent
+from feature_jobs.batches.reading import ReadableSource, require_all_rows
+from feature_jobs.batches.rules import (
+    BatchResult,
+    find_failures,
+)
+from feature_jobs.batches.spooled_pieces import (
+    CheckedPiece,
+    CollectedPasses,
+    Spool,
+    SpooledPiece,
+    find_repeated,
+    spool_piece,
+)
 from feature_jobs.batches.storing import (
     StoredBatch,
     commit_batch,
     open_or_create,
-    split_rows,
-    stored_schema,
     with_time,
 )
-from feature_jobs.batches.work import Block, Work
-from feature_jobs.store.definitions.batch_checks import Unique
+from feature_jobs.batches.work import Work
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.ingestion import profiling
 from feature_jobs.store.ingestion.batch_history import PlannedBatch
+from feature_jobs.store.ingestion.profiling import Sketch
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
-from feature_jobs.store.ingestion.source_blocks import PIECE_VALUES, Piece
 from feature_jobs.store.ingestion.validation import (
-    REASON,
-    SOURCE,
-    find_repeated_rows,
-    reject,
     unique_rules,
 )
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.offline.parts import part_names, read_parts, write_parts
+from feature_jobs.store.offline.parts import part_names, read_parts, removed_after
 from feature_jobs.store.offline.tables import BucketFile, Target
 from feature_jobs.store.types.batch_profile import Distribution, Profile
 from feature_jobs.store.types.schema import SEQ
-
-
-class SpooledPiece(NamedTuple):
-    """The rows of one piece that belong to one batch."""
-
-    rows: int
-    reasons: Counter[str]
-    """Number of bad rows by reason."""
-    passes: list[FirstPass]
-    """Results of the first pass over each block."""
-    parts: list[BucketFile]
-    """Part files. Their `ingest_seq` is the row's position in the piece."""
-    bad: pa.Table
-    """Rows for the quarantine, with their positions in the piece."""
-    schema: pa.Schema
-    """Schema of the stored rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +67,8 @@ class SpooledBatch:
 
     pieces: list[SpooledPiece]
     """In the order of the source."""
+    sketches: list[Sketch]
+    """Sketches of groups of pieces."""
     result: BatchResult
     """The profile has no distributions yet."""
     columns: list[str]
@@ -97,20 +88,6 @@ class SpooledBatch:
         return sum(self.reasons.values())
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Spool:
-    """How a task checks a piece and writes its part files, as plain data."""
-
-    reader: CheckedReader
-    view: FeatureView
-    previous: Mapping[str, Distribution]
-    """Distributions of the last good batch."""
-    plans: Sequence[PlannedBatch]
-    target: Target
-    name: str
-    """Prefix of the part files of this command."""
-
-
 @contextmanager
 def spooled(
     source: ReadableSource,
@@ -119,6 +96,7 @@ def spooled(
     *,
     target: Target,
     baseline: Profile | None,
+    max_bad_share: float,
     work: Work,
 ) -> Iterator[dict[str, SpooledBatch]]:
     """Read and check all rows of a source, and write the good rows as part files. Yield the batches by id.
@@ -131,6 +109,7 @@ def spooled(
         plans: the batches to store.
         target: the view's table.
         baseline: profile of the last good batch.
+        max_bad_share: maximum share of bad rows of a batch that will be stored.
         work: runs the steps.
 
     Raises:
@@ -138,37 +117,61 @@ def spooled(
         Inconsistent: the number of rows read differs from the source's number of rows.
     """
     with part_names(target.uri) as name:
-        command = _Spool(
+        command = Spool(
             reader=source.reader,
             view=view,
             previous={} if baseline is None else baseline.distributions,
             plans=plans,
             target=target,
             name=name,
+            max_bad=math.ceil(max_bad_share * source.rows),
         )
         yield _spool(command, source, baseline, work)
 
 
 def _spool(
-    command: _Spool, source: ReadableSource, baseline: Profile | None, work: Work
+    command: Spool, source: ReadableSource, baseline: Profile | None, work: Work
 ) -> dict[str, SpooledBatch]:
     view = command.view
     rules = unique_rules(view)
-    failing = _find_repeated(source, rules, work) if rules else None
+    failing = find_repeated(command, source, rules, work) if rules else None
     calls = (
         (command, number, part.piece, failing, *part.tables) for number, part in enumerate(source.inputs)
     )
-    pieces: list[tuple[int, list[SpooledPiece]]] = work.run_all(_spool_piece, calls)
-    require_all_rows(view, source, sum(rows for rows, _ in pieces))
+    collected = [_CollectedBatch(command.max_bad) for _ in command.plans]
+    rows = 0
+    for rows_of_piece, by_plan in work.run_all(spool_piece, calls):
+        rows += rows_of_piece
+        for batch, checked in zip(collected, by_plan, strict=True):
+            batch.add(checked)
+    require_all_rows(view, source, rows)
     batches = {}
-    for number, plan in enumerate(command.plans):
-        of_plan = [by_plan[number] for _, by_plan in pieces]
-        passes = [block for piece in of_plan for block in piece.passes]
-        measured = profiling.profile([block.sketch for block in passes], {}, [])
+    for plan, batch in zip(command.plans, collected, strict=True):
+        passes = batch.passes.collected
+        sketches = [of_group.sketch for of_group in passes]
+        measured = profiling.profile(sketches, {}, [])
         findings = find_failures(passes, measured, view, baseline, now=dt.datetime.now(dt.UTC))
         result = BatchResult(profile=measured, findings=findings)
-        batches[plan.ingest_id] = SpooledBatch(pieces=of_plan, result=result, columns=source.columns)
+        batches[plan.ingest_id] = SpooledBatch(
+            pieces=batch.pieces, sketches=sketches, result=result, columns=source.columns
+        )
     return batches
+
+
+class _CollectedBatch:
+    """Collects the pieces of a batch, without its bad rows if there are more than `max_bad`."""
+
+    def __init__(self, max_bad: int) -> None:
+        self.pieces: list[SpooledPiece] = []
+        self.passes = CollectedPasses()
+        self._max_bad, self._num_bad = max_bad, 0
+
+    def add(self, checked: CheckedPiece) -> None:
+        self.passes.add(checked.first_pass)
+        self.pieces.append(checked.piece)
+        self._num_bad += checked.piece.reasons.total()
+        if self._num_bad > self._max_bad:
+            self.pieces = [each._replace(bad=None) for each in self.pieces]
 
 
 def store_spooled(
@@ -183,39 +186,42 @@ def store_spooled(
     schema = batch.pieces[0].schema
     table = open_or_create(target, schema, view=quarantine.view)
     _require_same_buckets(table, target)
-    sketches = [block.sketch for piece in batch.pieces for block in piece.passes]
-    chosen = profiling.choose_bins(sketches)
+    chosen = profiling.choose_bins(batch.sketches)
     by_bucket: dict[int, list[_Part]] = {}
     bad, first_seq = [], offline.last_seq(table) + 1
     for piece in batch.pieces:
         for file in piece.parts:
             by_bucket.setdefault(file.bucket, []).append(_Part(file.path, first_seq))
-        bad.append(_shift_sequence(piece.bad, first_seq))
+        if piece.bad is not None:
+            bad.append(_shift_sequence(piece.bad, first_seq))
         first_seq += piece.rows
-    name = f"{ingest_id}-{uuid.uuid4().hex[:8]}"
+    name = f"{ingest_id}-{uuid.uuid4().hex}"
     calls = ((parts, bucket, target, schema, chosen, name) for bucket, parts in sorted(by_bucket.items()))
-    merged: list[_MergedBucket] = work.run_all(_merge, calls)
-    return commit_batch(
-        batch,
-        ingest_id,
-        table=table,
-        files=[bucket.file for bucket in merged],
-        bad=with_time(pa.concat_tables(bad)),
-        profile=profiling.profile(sketches, chosen, [bucket.counts for bucket in merged]),
-        schema=schema,
-        quarantine=quarantine,
-    )
+    with removed_after(target.uri, name, BaseException):
+        merged: list[_MergedBucket] = list(work.run_all(_merge, calls))
+    with removed_after(target.uri, name, CommitConflict, Inconsistent):
+        return commit_batch(
+            batch,
+            ingest_id,
+            table=table,
+            files=[bucket.file for bucket in merged],
+            bad=with_time(pa.concat_tables(bad)),
+            profile=profiling.profile(batch.sketches, chosen, [bucket.counts for bucket in merged]),
+            schema=schema,
+            quarantine=quarantine,
+        )
 
 
 def _require_same_buckets(table: DeltaTable, target: Target) -> None:
-    """Require that the table was not bucketed anew since the part files were written.
+    """Require that the part files were written for the table's number of buckets.
 
     Raises:
         CommitConflict: the table has another number of buckets.
     """
     if offline.num_buckets(table) != target.buckets:
         raise CommitConflict(
-            f"{target.uri} was bucketed anew at the same time. Nothing of this batch was stored. Run it again."
+            f"{target.uri} was created or bucketed anew by another job at the same time. Nothing of this batch was "
+            "stored. Run it again."
         )
 
 
@@ -249,97 +255,3 @@ def _merge(
 def _shift_sequence(rows: pa.Table, first_seq: int) -> pa.Table:
     """Replace positions by `ingest_seq`."""
     return rows.set_column(rows.num_columns - 1, SEQ, pc.add(rows[SEQ], first_seq))
-
-
-def _spool_piece(
-    command: _Spool,
-    number: int,
-    piece: Piece | None,
-    failing: list[list[pa.Array]] | None,
-    *tables: pa.Table,
-) -> tuple[int, list[SpooledPiece]]:
-    """Check a piece and write its part files. Return the number of its rows, and its rows by batch."""
-    writers = [
-        _PartWriter(command, f"{command.name}-{number}-{index}") for index in range(len(command.plans))
-    ]
-    rules, rows = unique_rules(command.view), 0
-    for block in command.reader.blocks(piece, tables):
-        if failing is not None:
-            for rule, mask in zip(rules, failing[number], strict=True):
-                block = reject(block, mask[rows : rows + block.num_rows], rule.reason)
-            block = block.drop_columns([SOURCE])
-        rows += block.num_rows
-        for writer, plan in zip(writers, command.plans, strict=True):
-            writer.add(block if plan.event_range is None else select_range(block, plan.event_range))
-    return rows, [writer.finish() for writer in writers]
-
-
-class _PartWriter:
-    """Collects the rows of a piece for one batch, and writes part files whenever there are enough rows."""
-
-    def __init__(self, command: _Spool, name: str) -> None:
-        self._command, self._name = command, name
-        self._rows, self._reasons = 0, Counter[str]()
-        self._passes: list[FirstPass] = []
-        self._pending: list[pa.Table] = []
-        self._bad: list[pa.Table] = []
-        self._parts: list[BucketFile] = []
-
-    def add(self, block: pa.Table) -> None:
-        """Add a checked block."""
-        self._reasons.update(count_rows(block).reasons)
-        self._passes.append(first_pass(block, self._command.view.schema, self._command.previous))
-        good, bad = split_rows(block, self._rows)
-        self._schema = stored_schema(block.schema)
-        self._rows += block.num_rows
-        self._bad.append(bad)
-        self._pending.append(good)
-        if sum(table.num_rows for table in self._pending) * good.num_columns >= PIECE_VALUES:
-            self._flush()
-
-    def finish(self) -> SpooledPiece:
-        """Write the remaining rows, and return the result."""
-        self._flush()
-        return SpooledPiece(
-            rows=self._rows,
-            reasons=self._reasons,
-            passes=self._passes,
-            parts=self._parts,
-            bad=pa.concat_tables(self._bad),
-            schema=self._schema,
-        )
-
-    def _flush(self) -> None:
-        if not any(table.num_rows for table in self._pending):
-            return
-        rows = pa.concat_tables(self._pending)
-        self._pending.clear()
-        name = f"{self._name}-{len(self._parts)}"
-        self._parts += write_parts(rows, self._command.target, name=name)
-
-
-def _find_repeated(source: ReadableSource, rules: Sequence[Unique], work: Work) -> Block:
-    """Find the rows that break each `Unique` rule, by piece. For this, the source is read once more."""
-    names = [*dict.fromkeys(name for rule in rules for name in rule.of), REASON]
-    keys = [work.run(_select, source.reader, part.piece, names, *part.tables) for part in source.inputs]
-    return work.run(_repeated, rules, *keys)
-
-
-def _select(reader: CheckedReader, piece: Piece | None, names: Sequence[str], *tables: pa.Table) -> pa.Table:
-    return pa.concat_tables(block.select(names) for block in reader.blocks(piece, tables))
-
-
-def _repeated(rules: Sequence[Unique], *parts: pa.Table) -> list[list[pa.Array]]:
-    """Return for each part one mask per rule. Rows that an earlier rule rejects are ignored by later rules."""
-    masks: list[list[pa.Array]] = [[] for _ in parts]
-    for rule in rules:
-        failing = find_repeated_rows(parts, rule)
-        for of_part, mask in zip(masks, failing, strict=True):
-            of_part.append(mask)
-        parts = tuple(_with_reason(part, mask, rule) for part, mask in zip(parts, failing, strict=True))
-    return masks
-
-
-def _with_reason(part: pa.Table, failing: pa.Array, rule: Unique) -> pa.Table:
-    reasons = pc.coalesce(part[REASON], pc.if_else(failing, rule.reason, pa.scalar(None, pa.string())))
-    return part.set_column(part.num_columns - 1, REASON, reasons)

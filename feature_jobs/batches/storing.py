@@ -66,7 +66,7 @@ def store(
     )
 
 
-class Judged(Protocol):
+class BatchSummary(Protocol):
     """A batch whose rows and batch rules were checked."""
 
     @property
@@ -80,7 +80,7 @@ class Judged(Protocol):
 
 
 def commit_batch(
-    checked: Judged,
+    checked: BatchSummary,
     ingest_id: str,
     *,
     table: DeltaTable,

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import os
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -58,17 +58,19 @@ class Work:
             return step(*arguments)
         return _task(step, num_cpus).options(**options(self.selector)).remote(*arguments)
 
-    def run_all(self, step: Callable[..., Any], calls: Iterable[Sequence[Any]]) -> list[Any]:
-        """Run a step that needs much memory once for each list of arguments, and return the results in order.
+    def run_all(self, step: Callable[..., Any], calls: Iterable[Sequence[Any]]) -> Iterator[Any]:
+        """Run a step that needs much memory once for each list of arguments, and yield the results in order.
 
         A Ray Data pipeline runs the steps of a large batch. Not more of them run at the same time than the nodes have
         cores, because Ray's own number of CPUs may be larger. An argument may be a block; results must be small.
 
         Raises:
-            RefusedError: a step raised it, in this process or in a task.
+            RefusedError: a step raised it, in this process or in a task. The other tasks are told to stop, but one may
+                end later than this call.
         """
         if not self.in_tasks:
-            return [step(*arguments) for arguments in calls]
+            yield from (step(*arguments) for arguments in calls)
+            return
         import ray
         from ray.exceptions import RayError
 
@@ -76,17 +78,21 @@ class Work:
         context.execution_options.preserve_order = True
         context.execution_options.label_selector = self.selector or None
         context.enable_progress_bars = False
-        steps = _Steps(step, list(calls))
-        if not steps.calls:
-            return []
-        count = len(steps.calls)
-        numbers = ray.data.from_items(list(range(count)), override_num_blocks=count)
+        packed = pack_calls(calls)
+        if not packed.calls:
+            return
+        count = len(packed.calls)
+        rows = ray.data.from_items([{"call": call} for call in packed.calls], override_num_blocks=count)
+        pool = ray.data.TaskPoolStrategy(size=min(self._num_cores(), count))
+        run = _Step(step, packed.references).run
+        results = iter(rows.map_batches(run, batch_size=1, compute=pool).iter_rows())
         try:
-            pool = ray.data.TaskPoolStrategy(size=min(self._num_cores(), count))
-            rows = numbers.map_batches(steps.run, batch_size=1, compute=pool).iter_rows()
-            return [_result_of(row["result"]) for row in rows]
+            for row in results:
+                yield _result_of(row["result"])
         except RayError as error:
             raise refusal_behind(error) from error
+        finally:
+            results.close()  # stops the tasks now, and not when the error has been handled
 
     def _num_cores(self) -> int:
         """Return the number of cores of the nodes where tasks may run, if they are like this one."""
@@ -113,19 +119,54 @@ class Work:
             raise refusal_behind(error) from error
 
 
+class PackedCalls(NamedTuple):
+    """The arguments of some calls. Each call is a row of its own, so a task reads only its own arguments."""
+
+    calls: list[bytes]
+    references: list[Any]
+    """References to tables. Ray must see them, so they are not packed."""
+
+
+class _Reference(NamedTuple):
+    """Stands for a reference in packed arguments."""
+
+    number: int
+
+
+def pack_calls(calls: Iterable[Sequence[Any]]) -> PackedCalls:
+    """Pack the arguments of some calls."""
+    import ray
+    from ray import cloudpickle
+
+    references: dict[Any, int] = {}
+    packed = [
+        cloudpickle.dumps(
+            [
+                _Reference(references.setdefault(argument, len(references)))
+                if isinstance(argument, ray.ObjectRef)
+                else argument
+                for argument in arguments
+            ]
+        )
+        for arguments in calls
+    ]
+    return PackedCalls(packed, list(references))
+
+
 @dataclass(frozen=True, slots=True)
-class _Steps:
-    """The function that Ray Data's tasks call: it runs the step with the arguments of a number."""
+class _Step:
+    """The function that Ray Data's tasks call: it runs the step with the packed arguments of one row."""
 
     step: Callable[..., Any]
-    calls: list[Sequence[Any]]
+    references: list[Any]
 
     def run(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         import ray
 
-        [number] = batch["item"]
+        [call] = batch["call"]
         arguments = [
-            ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in self.calls[int(number)]
+            ray.get(self.references[value.number]) if isinstance(value, _Reference) else value
+            for value in pickle.loads(call)  # noqa: S301 (from our own driver)
         ]
         try:
             return {"result": [pickle.dumps(self.step(*arguments))]}

@@ -95,13 +95,19 @@ def fit(
         scaling=config.scaling,
         deepspeed=config.deepspeed,
         run_name=f"{config.name}-{family.name}-{int(time.time())}",
-        selector=find_nodes(
-            config.placement,
-            on_this_node=None if family.runs_anywhere else "its checkpoints are on this node's disk",
-        ),
+        selector=find_nodes(config.placement, on_this_node=why_on_this_node(family, checkpoints)),
     )
     fitted = permute_labels(dataset, seed=config.seed) if config.label_permutation else dataset
     family.module.fit(fitted, family.parameters, context)
+
+
+def why_on_this_node(family: ResolvedFamily, checkpoints: RunFolder) -> str | None:
+    """Return why only this node can fit the family; None if other nodes can."""
+    if not family.runs_anywhere:
+        return "a family of your own may use this node's disk"
+    if family.name != "lightgbm" and checkpoints.file_system is None:  # LightGBM writes no checkpoints
+        return "its checkpoints are on this node's disk"
+    return None
 
 
 class TrainedModel(NamedTuple):

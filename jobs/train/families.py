@@ -70,7 +70,7 @@ class ResolvedFamily(NamedTuple):
     """Instance of the module's `Parameters`."""
     runs_anywhere: bool
     """Whether another node than the command's can fit it: LightGBM's task returns its trees, and the network's
-    checkpoints are in `context.runs`, wherever that is. A user's own family may write to this node's disk."""
+    checkpoints may be in the object store. A user's own family may write to this node's disk."""
 
 
 def resolve_family(model: dict[str, Any]) -> ResolvedFamily:

@@ -1,7 +1,8 @@
 """Files of one run in the object store, so that a process on any node finds them. Each file is encrypted.
 
-Ray Train writes its checkpoints there. A checkpoint has traces of the training data. The key is random, exists only in
-the processes of the run, and ends with them: nobody can read what a killed run leaves in the object store.
+Ray Train writes its checkpoints there. A checkpoint has traces of the training data. The key is random and is stored
+nowhere in the object store. It is in the memory of the run's processes, and in what Ray passes between them. So nobody
+can read later what a killed run leaves in the object store.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import contextlib
 import io
 import secrets
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -23,7 +25,7 @@ from cluster.security.encryption.scratch import scratch_directory
 from cluster.storage import Layout, file_system, local
 
 KEEP_S = 30 * 86_400
-"""What killed runs left is removed when it is this old."""
+"""What killed runs left is removed by the next run when it is this old. A run must not last longer."""
 _KEY, _ARTIFACT = "run", "run"
 
 
@@ -52,7 +54,7 @@ def run_folder(places: Layout, *, for_all_nodes: bool) -> Iterator[RunFolder]:
     base, parent = file_system(f"{places.shared}/runs")
     _remove_old(base, parent)
     path = f"{parent}/{int(time.time())}-{secrets.token_hex(8)}"
-    sealed = SealedFiles(places.shared, AESGCM.generate_key(256))
+    sealed = SealedFiles(places.shared, RunKey(AESGCM.generate_key(256)))
     try:
         yield RunFolder(path=path, file_system=PyFileSystem(FSSpecHandler(sealed)))
     finally:
@@ -69,19 +71,20 @@ def _remove_old(base: AbstractFileSystem, parent: str) -> None:
                 base.rm(path, recursive=True)
 
 
-class _RunKey:
-    """The part of a key store that envelopes need, for one key."""
+@dataclass(frozen=True, slots=True)
+class RunKey:
+    """The part of a key store that envelopes need, for one key. Its text does not show the key."""
 
-    def __init__(self, key: bytes) -> None:
-        self._cipher = AESGCM(key)
+    secret: bytes = field(repr=False)
+    """AES key of 32 bytes."""
 
     def wrap(self, name: str, secret: bytes) -> str:
         nonce = secrets.token_bytes(NONCE_BYTES)
-        return (nonce + self._cipher.encrypt(nonce, secret, name.encode())).hex()
+        return (nonce + AESGCM(self.secret).encrypt(nonce, secret, name.encode())).hex()
 
     def unwrap(self, name: str, wrapped: str) -> bytes:
         data = bytes.fromhex(wrapped)
-        return self._cipher.decrypt(data[:NONCE_BYTES], data[NONCE_BYTES:], name.encode())
+        return AESGCM(self.secret).decrypt(data[:NONCE_BYTES], data[NONCE_BYTES:], name.encode())
 
 
 class SealedFiles(AbstractFileSystem):  # type: ignore[misc]
@@ -91,15 +94,15 @@ class SealedFiles(AbstractFileSystem):  # type: ignore[misc]
 
     Args:
         root: URI of the object store.
-        key: AES key of 32 bytes.
+        key: key of all files.
     """
 
     protocol = "sealed"
     cachable = False
 
-    def __init__(self, root: str, key: bytes, **options: Any) -> None:
+    def __init__(self, root: str, key: RunKey, **options: Any) -> None:
         super().__init__(root=root, key=key, **options)
-        self._base, self._store = file_system(root)[0], _RunKey(key)
+        self._base, self._store = file_system(root)[0], key
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BytesIO:
         envelope: dict[str, Any] = {
@@ -136,13 +139,34 @@ class SealedFiles(AbstractFileSystem):  # type: ignore[misc]
 
 
 class _Unsealed(io.BytesIO):
-    """The content of a file until it is closed and written."""
+    """The content of a file until it is closed and written.
 
-    def __init__(self, write: Any) -> None:
+    It is written only by `close`, and once. After an error, or if nobody closes the file, nothing is written, because
+    the content may be incomplete.
+    """
+
+    def __init__(self, write: Callable[[io.BytesIO], None]) -> None:
         super().__init__()
-        self._write_out = write
+        self._write: Callable[[io.BytesIO], None] | None = write
 
     def close(self) -> None:
-        if not self.closed:
-            self._write_out(self)
-        super().close()
+        write, self._write = self._write, None
+        try:
+            if write is not None:
+                write(self)
+        finally:
+            super().close()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._write = None
+        self.close()
+
+    def __del__(self) -> None:
+        self._write = None
+        self.close()

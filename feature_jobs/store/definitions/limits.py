@@ -64,14 +64,18 @@ def clamp_span_s(seconds: float | None) -> float | None:
     return None if seconds is None else min(seconds, LONGEST.total_seconds())
 
 
-def validate_num_buckets(num_buckets: int) -> None:
+def validate_num_buckets(num_buckets: int, *, option: str = "num_buckets") -> None:
     """Validate the number of buckets of a table.
+
+    Args:
+        num_buckets: The number.
+        option: Name of the command's option, for the message.
 
     Raises:
         ValueError: The number is not from 1 to `MAX_BUCKETS`.
     """
     if not 1 <= num_buckets <= MAX_BUCKETS:
-        raise ValueError(f"num_buckets must be between 1 and {MAX_BUCKETS}, got {num_buckets}.")
+        raise ValueError(f"{option} must be between 1 and {MAX_BUCKETS}, got {num_buckets}.")
 
 
 def subtract_span(moment: datetime, span: timedelta) -> datetime:

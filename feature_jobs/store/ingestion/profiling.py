@@ -29,10 +29,11 @@ Numbers = npt.NDArray[np.float64]
 
 NUM_BINS = 10
 SKETCH_POINTS = 257
-"""Number of order statistics in a block's sketch. A cut point's rank is wrong by at most 1/256 of the rows."""
+"""Number of order statistics in a sketch. A cut point's rank is wrong by at most 1/256 of the rows, and by 1/256 more
+for each time that sketches were merged."""
 MAX_CATEGORIES = 50
 MAX_COUNTED = 10_000
-"""Maximum number of distinct categories that one block reports."""
+"""Maximum number of distinct categories in a sketch."""
 
 
 class OrderStatistics(NamedTuple):
@@ -45,7 +46,7 @@ class OrderStatistics(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sketch:
-    """The result of the first pass over one block."""
+    """The result of the first pass over one block or several."""
 
     rows_in: int
     rows: int
@@ -75,6 +76,28 @@ def sketch(block: pa.Table, good: pa.Table, fields: Sequence[Field]) -> Sketch:
     )
 
 
+def merge(sketches: Sequence[Sketch]) -> Sketch:
+    """Merge the sketches of some blocks into one of the same size."""
+    nulls: Counter[str] = Counter()
+    for block in sketches:
+        nulls.update(block.nulls)
+    times = [block.newest_event_us for block in sketches if block.newest_event_us is not None]
+    return Sketch(
+        rows_in=sum(block.rows_in for block in sketches),
+        rows=sum(block.rows for block in sketches),
+        nulls=dict(nulls),
+        newest_event_us=max(times, default=None),
+        numbers={
+            name: _merge_order_statistics([block.numbers[name] for block in sketches])
+            for name in sketches[0].numbers
+        },
+        categories={
+            name: Counter(dict(_add_categories(sketches, name).most_common(MAX_COUNTED)))
+            for name in sketches[0].categories
+        },
+    )
+
+
 def choose_bins(sketches: Sequence[Sketch]) -> dict[str, Distribution]:
     """Choose cut points and categories for a batch from its sketches. The distributions' counts are still empty."""
     chosen: dict[str, Distribution] = {}
@@ -85,10 +108,7 @@ def choose_bins(sketches: Sequence[Sketch]) -> dict[str, Distribution]:
             quartiles = [float(value) for value in quantiles(np.array([0.25, 0.5, 0.75]))]
             chosen[name] = Distribution(counts=[], edges=np.unique(inner).tolist(), quartiles=quartiles)
     for name in sketches[0].categories if sketches else ():
-        total: Counter[Any] = Counter()
-        for block in sketches:
-            total.update(block.categories[name])
-        ranked = sorted(total.items(), key=lambda item: (-item[1], str(item[0])))
+        ranked = sorted(_add_categories(sketches, name).items(), key=lambda item: (-item[1], str(item[0])))
         if ranked:
             chosen[name] = Distribution(counts=[], categories=[value for value, _ in ranked[:MAX_CATEGORIES]])
     return chosen
@@ -160,6 +180,21 @@ def _order_statistics(values: Numbers) -> OrderStatistics:
     if len(ordered) > SKETCH_POINTS:
         ordered = ordered[np.linspace(0, len(ordered) - 1, SKETCH_POINTS).round().astype(np.int64)]
     return OrderStatistics(ordered, len(values))
+
+
+def _merge_order_statistics(parts: Sequence[OrderStatistics]) -> OrderStatistics:
+    num_values = sum(part.num_values for part in parts)
+    quantiles = _quantile_function(parts)
+    if quantiles is None or num_values <= SKETCH_POINTS:
+        return OrderStatistics(np.sort(np.concatenate([part.points for part in parts])), num_values)
+    return OrderStatistics(quantiles(np.linspace(0, 1, SKETCH_POINTS)), num_values)
+
+
+def _add_categories(sketches: Sequence[Sketch], name: str) -> Counter[Any]:
+    total: Counter[Any] = Counter()
+    for block in sketches:
+        total.update(block.categories[name])
+    return total
 
 
 def _quantile_function(parts: Sequence[OrderStatistics]) -> Callable[[Numbers], Numbers] | None:

@@ -265,6 +265,8 @@ def _split_row_groups(path: str, source: FileSource, limit: int) -> Iterator[Pie
     groups: list[int] = []
     rows = 0
     for number, size in enumerate(row_group_sizes(path, source)):
+        if not size:
+            continue
         if groups and rows + size > limit:
             yield Piece(paths=[path], row_groups=groups)
             groups, rows = [], 0

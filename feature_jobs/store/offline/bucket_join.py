@@ -2,7 +2,8 @@
 
 A piece is a few small files, one file, or one row group of a large file. First only the columns that decide which row
 is newest are read. Then the features are read, only from the pieces that have a result and a few columns at a time. So
-memory depends on the size of a piece and on the number of entity rows, but not on the size of the bucket.
+memory depends on the size of a piece and on the number of entity rows, but not on the size of the bucket. A bucket of
+one piece is fetched from an object store as a whole; its files have at most `_PIECE_BYTES`, or it is one file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from cluster.security.encryption.parquet import ProtectedFile
+from cluster.security.encryption.parquet import WHOLE_FILE_BYTES, ProtectedFile
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.offline.newest_rows import EntityRows, Found, NewestRows
 from feature_jobs.store.offline.point_in_time import microseconds, order_of, take_or_null
@@ -28,6 +29,8 @@ ABSENT = "__absent"
 PIECE_ROWS = 2**20
 _PIECE_FILES = 64
 """Greatest number of files of a piece. They are open at the same time."""
+_PIECE_BYTES = WHOLE_FILE_BYTES
+"""Greatest size of the files of a piece of several files."""
 _BATCH_VALUES = 2**23
 """About this many feature values are read at the same time."""
 
@@ -93,7 +96,7 @@ def join_bucket(
     deciding += [DELETED] if snapshot.tombstones else []
     features: pl.DataFrame | None = None
     for piece in pieces:
-        with _open(snapshot, piece) as opened:
+        with _open(snapshot, piece, whole=len(pieces) == 1) as opened:
             rows = opened.read(deciding)
             search.add(rows, order=None if piece.is_ordered else order_of(rows))
             if len(pieces) == 1:
@@ -114,7 +117,7 @@ def _from_pieces(
     for number, piece in enumerate(pieces):
         wanted = np.flatnonzero((found.piece == number) & ~found.absent)
         if wanted.size:
-            with _open(snapshot, piece) as opened:
+            with _open(snapshot, piece, whole=False) as opened:
                 parts.append(opened.take(names, found.row[wanted], np.zeros(wanted.size, dtype=np.bool_)))
             place[wanted] = np.arange(taken, taken + wanted.size)
             taken += wanted.size
@@ -133,8 +136,13 @@ def _pieces(snapshot: Snapshot, bucket: int, piece_rows: int) -> list[Piece]:
             with snapshot.open(file, whole=False) as opened:
                 pieces += [Piece((file,), group) for group in range(opened.num_row_groups)]
             continue
-        is_full = sum(other.rows for other in small) + file.rows > piece_rows
-        if small and (is_full or len(small) == _PIECE_FILES):
+        group = (*small, file)
+        is_full = (
+            sum(other.rows for other in group) > piece_rows
+            or sum(other.size_bytes for other in group) > _PIECE_BYTES
+            or len(group) > _PIECE_FILES
+        )
+        if small and is_full:
             pieces.append(Piece(tuple(small)))
             small = []
         small.append(file)
@@ -166,8 +174,7 @@ class _OpenPiece:
 
 
 @contextlib.contextmanager
-def _open(snapshot: Snapshot, piece: Piece) -> Iterator[_OpenPiece]:
+def _open(snapshot: Snapshot, piece: Piece, *, whole: bool) -> Iterator[_OpenPiece]:
     with contextlib.ExitStack() as stack:
-        whole = piece.row_group is None
         files = [stack.enter_context(snapshot.open(file, whole=whole)) for file in piece.files]
         yield _OpenPiece(piece, files)

@@ -6,8 +6,8 @@ at a time, and only the greatest row so far is kept for each entity row.
 
 Rows and entity rows become whole numbers, `entity << bits | position`, where a position counts rows in order of
 availability. After one sort of these numbers, the rows of an entity are neighbours, and a binary search finds the last
-row that is available at a time. This row may be beaten: an earlier row of the entity can have a greater event time. A
-running maximum of event times shows which rows are beaten, and which row is the result instead.
+row that is available at a time. This row may be outdated: an earlier row of the entity can have a greater event time. A
+running maximum of event times shows which rows are outdated, and which row is the result instead.
 
 A running minimum in the other direction shows whether a row that is not available yet has an event time in the past.
 Only then can the cutoff hide a row. This is rare, so these entities are searched again by event time.
@@ -293,8 +293,8 @@ class _Timeline:
         before = np.maximum(at - 1, 0)
         has_row = (at > 0) & (self.code[before] == codes)
         if self.combined is not None:
-            unbeaten = self.combined == np.maximum.accumulate(self.combined)
-            before = np.maximum.accumulate(np.where(unbeaten, np.arange(unbeaten.size), 0))[before]
+            up_to_date = self.combined == np.maximum.accumulate(self.combined)
+            before = np.maximum.accumulate(np.where(up_to_date, np.arange(up_to_date.size), 0))[before]
         return has_row, self.row[before]
 
     def may_be_hidden(self, at: Ints, codes: Ints, times: Ints) -> Bools:

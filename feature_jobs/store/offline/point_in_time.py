@@ -7,8 +7,8 @@ on created time would be wrong: a row that arrives late must not be seen early, 
 The algorithm:
 
 1. Sort the rows by (v, event, created, seq).
-2. A row is beaten if an earlier row of its entity in this order has a greater event time: it can never be the result.
-3. Find the entity's last row with v <= t that is not beaten (`newest_rows.py`).
+2. A row is outdated if an earlier row of its entity in this order has a greater event time: it can never be the result.
+3. Find the entity's last row with v <= t that is not outdated (`newest_rows.py`).
 4. Apply the TTL: an expired row is no result, and no older row replaces it. A tombstone is joined like any other
    row; if it is the result, the entity row has no values.
 

@@ -6,14 +6,14 @@ stay, and each older table version still has its own number of buckets, so train
 
 The rows go through part files (`parts.py`), so the job needs memory for one row group, and then for one new bucket,
 however large the old buckets are. If other jobs add files in the meantime, only these files are distributed in another
-round. Rows keep their `ingest_seq` and all other values.
+round. If nothing is committed, the new files are removed. Rows keep their `ingest_seq` and all other values.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -26,10 +26,10 @@ from cluster.security.encryption.access import protected_files
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.buckets import BUCKET_VALUES
 from feature_jobs.store.offline.compaction import MAX_COMMITS, Rewrite, commit_replacement, current_target
-from feature_jobs.store.offline.parts import part_names, read_parts, write_parts
+from feature_jobs.store.offline.parts import part_names, read_parts, removed_after, write_parts
 from feature_jobs.store.offline.tables import BUCKETS_APP, BucketFile, Snapshot, Target, file_aad
 
-RunAll = Callable[[Callable[..., Any], Iterable[Sequence[Any]]], list[Any]]
+RunAll = Callable[[Callable[..., Any], Iterable[Sequence[Any]]], Iterable[Any]]
 """Runs a function once for each list of arguments, in this process or in tasks, and returns the results in order."""
 
 
@@ -57,9 +57,17 @@ def rebucket(
         SourceError: another job replaced files at the same time, or other writers committed too often.
         Inconsistent: the new files would have another number of rows. Nothing was committed.
     """
+    uri, name = newest().uri, f"rebucketed-{uuid.uuid4().hex}"
+    with removed_after(uri, name, SourceError, Inconsistent):
+        return _rebucket(newest, num_buckets, name, num_columns=num_columns, run_all=run_all)
+
+
+def _rebucket(
+    newest: Callable[[], Snapshot], num_buckets: int, name: str, *, num_columns: int, run_all: RunAll
+) -> Rebucketed:
     done: dict[str, BucketFile] = {}
     new: list[BucketFile] = []
-    for _ in range(MAX_COMMITS):
+    for number in range(MAX_COMMITS):
         pinned = newest()
         present = {file.path: file for file in pinned.files}
         if not present.keys() >= done.keys():
@@ -67,7 +75,16 @@ def rebucket(
                 f"Another job rewrote files of {pinned.uri} at the same time. Nothing was changed. Run it again."
             )
         added = [file for path, file in present.items() if path not in done]
-        new += _distribute(pinned, added, num_buckets, num_columns=num_columns, run_all=run_all)
+        # A task starts too slowly for the few rows that a stream has added.
+        is_small = number > 0 and sum(file.rows for file in added) * num_columns <= BUCKET_VALUES
+        round_ = _Round(
+            target=replace(current_target(pinned), buckets=num_buckets),
+            limit=max(BUCKET_VALUES // num_columns, 1),
+            name=f"{name}-{number}",
+            run_all=_run_here if is_small else run_all,
+        )
+        with removed_after(pinned.uri, round_.name, BaseException):
+            new += round_.distribute(added)
         done = present
         if sum(file.rows for file in new) != pinned.rows:
             raise Inconsistent(
@@ -89,22 +106,31 @@ def rebucket(
     )
 
 
-def _distribute(
-    pinned: Snapshot, files: Sequence[BucketFile], num_buckets: int, *, num_columns: int, run_all: RunAll
-) -> list[BucketFile]:
-    """Write the rows of some files as one file per new bucket."""
-    target = replace(current_target(pinned), buckets=num_buckets)
-    limit = max(BUCKET_VALUES // num_columns, 1)
-    with part_names(pinned.uri) as name:
-        groups = enumerate(_groups(files, limit))
-        parts = run_all(_split, ((group, target, limit, f"{name}-{number}") for number, group in groups))
-        by_bucket: dict[int, list[str]] = {}
-        for part in (part for of_group in parts for part in of_group):
-            by_bucket.setdefault(part.bucket, []).append(part.path)
-        merged_name = f"rebucketed-{uuid.uuid4().hex}"
-        calls = ((paths, target, bucket, merged_name) for bucket, paths in sorted(by_bucket.items()))
-        merged: list[BucketFile] = run_all(_merge, calls)
-        return merged
+def _run_here(step: Callable[..., Any], calls: Iterable[Sequence[Any]]) -> list[Any]:
+    return [step(*arguments) for arguments in calls]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Round:
+    """How some files are distributed over new buckets."""
+
+    target: Target
+    limit: int
+    """Number of rows that are in memory at the same time."""
+    name: str
+    """Prefix of the new files."""
+    run_all: RunAll
+
+    def distribute(self, files: Sequence[BucketFile]) -> list[BucketFile]:
+        """Write the rows of some files as one file per new bucket."""
+        with part_names(self.target.uri) as name:
+            groups = enumerate(_groups(files, self.limit))
+            calls = ((group, self.target, self.limit, f"{name}-{number}") for number, group in groups)
+            by_bucket: dict[int, list[str]] = {}
+            for part in (part for of_group in self.run_all(_split, calls) for part in of_group):
+                by_bucket.setdefault(part.bucket, []).append(part.path)
+            merges = ((paths, self.target, bucket, self.name) for bucket, paths in sorted(by_bucket.items()))
+            return list(self.run_all(_merge, merges))
 
 
 def _groups(files: Sequence[BucketFile], limit: int) -> Iterator[list[BucketFile]]:

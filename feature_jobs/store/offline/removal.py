@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -24,11 +24,11 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import RowsRemoved, TrainingSetBuilt, TrainingSetNotReproducible
 from cluster.ledger.table_versions import unrecorded
 from cluster.security.encryption.access import protected_files
-from cluster.storage import file_system, list_files, read_bytes
+from cluster.storage import remove
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.compaction import current_target, replace_files
+from feature_jobs.store.offline.parts import bucket_files, ever_added, modified_at
 from feature_jobs.store.offline.tables import BucketFile, Snapshot, file_aad, select_or_null
-from feature_jobs.store.types.schema import BUCKET
 
 GRACE = timedelta(days=1)
 """A younger file that no table version refers to may belong to a running job, so it is not touched."""
@@ -63,9 +63,8 @@ def remove_rows(
     counts = count_matching_rows(pinned, where)
     removed = _rewrite_without(pinned, where, counts, reason)
     _record_lost_training_sets(pinned, counts, reason, ledger, view=view, actor=actor)
-    fs, root = file_system(pinned.uri)
     for path in counts:
-        fs.rm(f"{root}/{path}")
+        remove(f"{pinned.uri}/{path}")
     # A training set may have been built from the previous version in the meantime, so check again.
     _record_lost_training_sets(pinned, counts, reason, ledger, view=view, actor=actor)
     _record_removals(pinned.uri, ledger, view=view, actor=actor)
@@ -74,9 +73,9 @@ def remove_rows(
 
 def count_matching_rows(pinned: Snapshot, where: pl.Expr) -> dict[str, int]:
     """Return the number of matching rows by file, for every file on disk that has any, in a version or not."""
-    known = _ever_added(pinned.uri)
+    known = ever_added(pinned.uri)
     counts = {}
-    for path in _files_on_disk(pinned):
+    for path in bucket_files(pinned.uri):
         if path not in known and _is_young(f"{pinned.uri}/{path}"):
             continue
         count = int(_read(pinned, path, where.meta.root_names()).select(_is_true(where).sum()).item())
@@ -160,31 +159,14 @@ def _record_removals(uri: str, ledger: Ledger, *, view: str, actor: str) -> None
         ledger.append(RowsRemoved(view=view, table_version=version, **removals[version]), actor=actor)
 
 
-def _files_on_disk(pinned: Snapshot) -> Iterator[str]:
-    """Yield the paths of all Parquet files, relative to the table. The table may have had more buckets before."""
-    fs, root = file_system(pinned.uri)
-    for path in sorted(fs.glob(f"{root}/{BUCKET}=*/*.parquet")):
-        yield "/".join(str(path).rsplit("/", 2)[1:])
-
-
-def _ever_added(uri: str) -> set[str]:
-    """Return the files of all versions, from the log itself, because Delta forgets removed files after a time."""
-    actions = [
-        json.loads(line)
-        for name in list_files(f"{uri}/_delta_log", ".json")
-        for line in read_bytes(name).splitlines()
-    ]
-    return {action["add"]["path"] for action in actions if "add" in action}
-
-
 def _files_of(uri: str, version: int) -> set[str]:
     return set(pa.table(DeltaTable(uri, version=version).get_add_actions())["path"].to_pylist())
 
 
 def _is_young(uri: str) -> bool:
-    fs, path = file_system(uri)
-    modified: datetime = fs.modified(path)
-    return datetime.now(UTC) - modified < GRACE
+    """Return whether a file may belong to a running job. A job that has ended has removed its files."""
+    written = modified_at(uri)
+    return written is None or datetime.now(UTC) - written < GRACE
 
 
 def _read(pinned: Snapshot, path: str, columns: list[str]) -> pl.DataFrame:

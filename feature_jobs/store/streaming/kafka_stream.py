@@ -68,7 +68,7 @@ class Fenced(RefusedError):
     """A consumer that started later took over the view."""
 
 
-class _Judged(NamedTuple):
+class _LatenessChecked(NamedTuple):
     """Rows after the check for lateness."""
 
     rows: CheckedRows
@@ -175,7 +175,7 @@ class KafkaStream:
     def _commit(self, table: DeltaTable | None, messages: CheckedMessages) -> None:
         """Store messages, put their rows online, and append the ledger event."""
         first = 1 + (-1 if table is None else offline.last_seq(table))
-        judged = self._judge(messages, table)
+        judged = self._check_lateness(messages, table)
         offsets = {self._offset_app(number): offset for number, offset in messages.last_offsets.items()}
         batch = self._batch(
             judged.rows, offsets | judged.watermarks, first, len(messages), rows_late=judged.num_late
@@ -206,11 +206,11 @@ class KafkaStream:
             rows_late=rows_late,
         )
 
-    def _judge(self, messages: CheckedMessages, table: DeltaTable | None) -> _Judged:
+    def _check_lateness(self, messages: CheckedMessages, table: DeltaTable | None) -> _LatenessChecked:
         """Find late rows, and move them to the bad rows if the policy is to quarantine them."""
         good = messages.rows.good
         if not good.num_rows:
-            return _Judged(messages.rows, 0, {})
+            return _LatenessChecked(messages.rows, 0, {})
         partitions = messages.partitions[np.array(good[POSITION])]
         events = np.array(good[EVENT].cast(pa.int64()))
         late = np.zeros(good.num_rows, dtype=bool)
@@ -223,7 +223,7 @@ class KafkaStream:
             )
         num_late = int(late.sum())
         if not num_late or self.lateness.policy is LatePolicy.accept:
-            return _Judged(messages.rows, num_late, watermarks)
+            return _LatenessChecked(messages.rows, num_late, watermarks)
         positions = good[POSITION].filter(pa.array(late)).to_pylist()
         values = [messages.values[index].as_py() or b"" for index in positions]
         late_rows = pa.table(
@@ -234,7 +234,7 @@ class KafkaStream:
             }
         )
         bad = pa.concat_tables([messages.rows.bad, late_rows]).sort_by(POSITION)
-        return _Judged(CheckedRows(good=good.filter(pa.array(~late)), bad=bad), num_late, watermarks)
+        return _LatenessChecked(CheckedRows(good=good.filter(pa.array(~late)), bad=bad), num_late, watermarks)
 
     def _finish(self, table: DeltaTable) -> None:
         """Put the last batch online and append its ledger event, in case a crash prevented it."""

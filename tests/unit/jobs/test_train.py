@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pyarrow.fs import LocalFileSystem
 from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
@@ -21,11 +22,12 @@ from cluster.runtime import Task
 from cluster.runtime.onnx_engine import OnnxEngine
 from cluster.runtime.tabular_network import TabularNetwork
 from cluster.security.encryption.parquet import ProtectedFiles
+from cluster.security.encryption.run_files import RunFolder
 from cluster.security.keys.keyring import Keyring
 from cluster.storage import Layout
 from feature_jobs.store.types.dtypes import DTYPES
 from jobs.metrics import binary_metrics, roc_auc
-from jobs.train.__main__ import model_with_best_parameters
+from jobs.train.__main__ import model_with_best_parameters, why_on_this_node
 from jobs.train.config import LearningConfig, SplitConfig, TrainConfig
 from jobs.train.data import TrainingSet, prepare, read_training_set
 from jobs.train.families import resolve_family
@@ -264,3 +266,13 @@ def test_an_impossible_split_is_refused() -> None:
     """When the configuration is loaded, before data is read."""
     with pytest.raises(ValueError, match="remainder"):
         SplitConfig(modulo=4, remainder=4)
+
+
+def test_a_fit_stays_on_this_node_if_its_checkpoints_do() -> None:
+    """LightGBM writes none. Another node sees the network's checkpoints only in an object store."""
+    network, trees = (resolve_family({"family": name}) for name in ("tabular_network", "lightgbm"))
+    here, shared = RunFolder(path="/runs"), RunFolder(path="bucket/runs", file_system=LocalFileSystem())
+    assert "checkpoints" in str(why_on_this_node(network, here))
+    assert why_on_this_node(network, shared) is None
+    assert why_on_this_node(trees, here) is None
+    assert "of your own" in str(why_on_this_node(trees._replace(runs_anywhere=False), shared))

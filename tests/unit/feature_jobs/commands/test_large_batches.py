@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -15,8 +16,8 @@ from cluster.errors import BatchRejected, CommitConflict
 from cluster.ledger.events import BatchIngested, BatchRefused
 from cluster.security.encryption.access import protected_files
 from feature_jobs import ingest
-from feature_jobs.batches import spooling
-from feature_jobs.batches.work import Work
+from feature_jobs.batches import spooled_pieces, spooling
+from feature_jobs.batches.work import Work, _Step, pack_calls
 from feature_jobs.store.catalog.specifications import view_spec
 from feature_jobs.store.ingestion import source_blocks
 from feature_jobs.store.offline import tables as offline
@@ -46,6 +47,7 @@ views = [
             Range("watts", minimum=0),
             Unique(["meter_id", "event_timestamp"], keep="first"),
             Unique(["watts", "event_timestamp"]),
+            Unique(["watts", "kind"], keep="first"),
             Drift("watts"),
         ],
     )
@@ -125,7 +127,7 @@ def projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Projec
     write_rows(tmp_path)
     for name in ("small", "large"):
         (tmp_path / name).mkdir()
-    for module in (source_blocks, spooling):
+    for module in (source_blocks, spooled_pieces):
         monkeypatch.setattr(module, "PIECE_VALUES", 400)
     with running_broker(*keys_of(*VIEWS)) as access:
         opened = Projects(tmp_path, access)
@@ -169,6 +171,10 @@ def parts(project: BatchProject) -> list[Path]:
     return list(Path(project.storage.root).glob("features/*/bucket=*/part-*"))
 
 
+def files_on_disk(project: BatchProject) -> set[Path]:
+    return set(Path(project.storage.root).glob("features/*/bucket=*/*.parquet"))
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_large_batch_is_stored_like_a_small_one(
     projects: Projects, monkeypatch: pytest.MonkeyPatch, view: str
@@ -189,21 +195,22 @@ def test_large_batch_is_stored_like_a_small_one(
     assert parts(projects.large) == []
 
 
+@pytest.mark.parametrize("view", ["plain", "parquet"])
 def test_chunks_of_a_range_are_stored_like_small_ones(
-    projects: Projects, monkeypatch: pytest.MonkeyPatch
+    projects: Projects, monkeypatch: pytest.MonkeyPatch, view: str
 ) -> None:
-    """The source is read once. Each chunk is a batch with its own sequence numbers."""
+    """The source is read once. Each chunk is a batch with its own sequence numbers and its own `Unique` rules."""
     options: dict[str, Any] = {
         "start": "2024-01-02",
         "end": "2024-01-09",
         "chunk": "2d",
         "max_bad_share": 1.0,
     }
-    projects.small.ingest("plain", **options)
-    ingest_large(projects.large, monkeypatch, "plain", **options)
-    assert content(projects.large, "plain").equals(content(projects.small, "plain"))
-    assert events(projects.large, "plain") == events(projects.small, "plain")
-    assert len(events(projects.large, "plain")) == 4
+    projects.small.ingest(view, **options)
+    ingest_large(projects.large, monkeypatch, view, **options)
+    assert content(projects.large, view).equals(content(projects.small, view))
+    assert events(projects.large, view) == events(projects.small, view)
+    assert len(events(projects.large, view)) == 4
     assert parts(projects.large) == []
 
 
@@ -245,3 +252,93 @@ def test_batch_conflicts_with_a_rebucketing(projects: Projects, monkeypatch: pyt
     with pytest.raises(CommitConflict, match="bucketed anew"):
         ingest_large(projects.large, monkeypatch, "plain", max_bad_share=1.0)
     assert parts(projects.large) == []
+
+
+def test_bad_rows_of_a_refused_batch_are_only_counted(
+    projects: Projects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver keeps no bad rows of a batch that has too many. The refusal states all of them, as for a small one."""
+    kept: list[int] = []
+    real = spooling._CollectedBatch.add
+
+    def add(batch: Any, piece: Any) -> None:
+        real(batch, piece)
+        kept.append(sum(each.bad.num_rows for each in batch.pieces if each.bad is not None))
+
+    monkeypatch.setattr(spooling._CollectedBatch, "add", add)
+    with pytest.raises(BatchRejected, match="are bad"):
+        projects.small.ingest("parquet", max_bad_share=0.02)
+    with pytest.raises(BatchRejected, match="are bad"):
+        ingest_large(projects.large, monkeypatch, "parquet", max_bad_share=0.02)
+    refused = [
+        [entry.payload for entry in project.ledger.entries(BatchRefused)]
+        for project in (projects.small, projects.large)
+    ]
+    assert refused[0] == refused[1]
+    assert max(kept) <= 0.02 * ROWS
+    assert kept[-1] == 0
+
+
+def test_as_many_bad_rows_as_allowed_are_stored(projects: Projects, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.29 of 100 rows are 28.999999999999996 in floating point, but 29 bad rows are allowed."""
+    path = projects.large.root.parent / "hundred.parquet"
+    rows = pl.read_parquet(projects.large.root.parent / "rows0.parquet").head(100)
+    bad = pl.int_range(100) < 29
+    rows.with_columns(watts=pl.when(bad).then(-1.0).otherwise(1.0)).write_parquet(path, row_group_size=20)
+    ingest_large(projects.large, monkeypatch, "plain", source={"path": str(path)}, max_bad_share=0.29)
+    [event] = events(projects.large, "plain")
+    assert (event["rows_stored"], event["rows_quarantined"]) == (71, 29)
+
+
+def test_chunks_of_a_piece_share_the_memory(projects: Projects, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task writes part files when all its chunks together have enough rows."""
+    pending: list[int] = []
+    real = spooled_pieces.spool_piece
+
+    def spool_piece(*arguments: Any) -> Any:
+        pending.append(0)
+        return real(*arguments)
+
+    finish = spooled_pieces._PartWriter.finish
+
+    def counted(writer: Any) -> Any:
+        pending[-1] += writer.num_pending
+        return finish(writer)
+
+    monkeypatch.setattr(spooling, "spool_piece", spool_piece)
+    monkeypatch.setattr(spooled_pieces._PartWriter, "finish", counted)
+    options: dict[str, Any] = {
+        "start": "2024-01-01",
+        "end": "2024-01-20",
+        "chunk": "1d",
+        "max_bad_share": 1.0,
+    }
+    ingest_large(projects.large, monkeypatch, "csv", **options)
+    assert len(pending) == FILES
+    assert max(pending) < spooled_pieces.PIECE_VALUES
+
+
+def test_conflict_leaves_no_merged_file(projects: Projects, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another job commits while the buckets are merged. The files of the batch are removed, those of the table stay."""
+    ingest_large(projects.large, monkeypatch, "plain", max_bad_share=1.0)
+    before = files_on_disk(projects.large)
+
+    def conflict(*_: object, **__: object) -> int:
+        assert files_on_disk(projects.large) > before
+        raise CommitConflict("another job committed")
+
+    monkeypatch.setattr(offline, "commit", conflict)
+    source = {"path": str(projects.large.root.parent / "rows0.parquet")}
+    with pytest.raises(CommitConflict, match="another job"):
+        ingest_large(projects.large, monkeypatch, "plain", source=source, max_bad_share=1.0)
+    assert files_on_disk(projects.large) == before
+
+
+def test_a_task_receives_only_the_arguments_of_its_call() -> None:
+    """Arguments are packed by call, so a task's function does not grow with the number of calls."""
+    packed = pack_calls([number, "x" * 1_000] for number in range(50))
+    assert [pickle.loads(call)[0] for call in packed.calls] == list(range(50))  # noqa: S301 (own data)
+    step = _Step(len, packed.references)
+    assert len(pickle.dumps(step)) < 1_000
+    [result] = _Step(divmod, []).run({"call": [pack_calls([[7, 2]]).calls[0]]})["result"]
+    assert pickle.loads(result) == (3, 1)  # noqa: S301 (own data)

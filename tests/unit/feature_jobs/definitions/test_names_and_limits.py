@@ -13,6 +13,7 @@ import pytest
 from cluster.errors import ConfigError, DefinitionError
 from cluster.settings import FeaturesConfig, OnlineConfig
 from feature_jobs.ingest import IngestConfig
+from feature_jobs.rebucket import RebucketConfig
 from feature_jobs.retain import oldest_kept
 from feature_jobs.store import (
     Aggregation,
@@ -193,6 +194,7 @@ def test_the_longest_spans_work_from_definition_to_reading() -> None:
         (lambda: StreamConfig(interval_s=float("inf")), "interval_s"),
         (lambda: StreamConfig(num_buckets=10**9), "num_buckets"),
         (lambda: IngestConfig(num_buckets=0), "num_buckets"),
+        (lambda: RebucketConfig(buckets=0), "^buckets must"),
         (lambda: parse_span("99999999999999d"), "chunk is longer"),
         (lambda: parse_instant("0001-01-01T00:00:00+14:00", name="start"), "start must be"),
         (

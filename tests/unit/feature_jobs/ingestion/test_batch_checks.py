@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,28 @@ def test_deciles_of_many_blocks_are_near_those_of_the_whole() -> None:
     profile, _ = measured(batch(np.sort(values)[:20_000]), batch(np.sort(values)[20_000:]))
     shares = np.cumsum(profile.distributions["amount"].counts[:-1]) / len(values)
     assert np.abs(shares - np.arange(1, 10) / 10).max() < 2 / 256
+
+
+def test_merged_sketches_give_the_same_profile_and_are_no_larger() -> None:
+    """Counts are exact. Deciles are near those of the whole, for blocks of any size."""
+    values = np.random.default_rng(2).lognormal(size=30_000)
+    cuts = [0, 100, 150, 20_000, 20_000, 30_000]
+    blocks = [
+        prepare(
+            batch(values[start:end], [f"n{number % 20_000}" for number in range(start, end)]), view(), now=NOW
+        )
+        for start, end in pairwise(cuts)
+    ]
+    merged = profiling.merge([profiling.sketch(block, block, view().schema) for block in blocks])
+    assert (merged.rows, merged.nulls["amount"]) == (30_000, 0)
+    assert len(merged.numbers["amount"].points) == profiling.SKETCH_POINTS
+    assert len(merged.categories["sector"]) == profiling.MAX_COUNTED
+    edges = profiling.choose_bins([merged])["amount"].edges
+    assert edges is not None
+    shares = np.searchsorted(np.sort(values), edges) / len(values)
+    assert np.abs(shares - np.arange(1, 10) / 10).max() < 3 / 256
+    few = profiling.merge([profiling.sketch(block, block, view().schema) for block in blocks[:2]])
+    assert few.numbers["amount"].points.tolist() == sorted(values[:150])
 
 
 def test_profile_is_bounded_and_survives_json() -> None:

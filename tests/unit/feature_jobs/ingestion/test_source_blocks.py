@@ -18,7 +18,13 @@ from cluster.storage import Layout, read_parquet
 from feature_jobs.store import FeatureView, Field, FileSource
 from feature_jobs.store.ingestion.files import open_source
 from feature_jobs.store.ingestion.quarantine import source_rows, source_schema
-from feature_jobs.store.ingestion.source_blocks import block_reader, checked_blocks, empty_part, split_source
+from feature_jobs.store.ingestion.source_blocks import (
+    PIECE_VALUES,
+    block_reader,
+    checked_blocks,
+    empty_part,
+    split_source,
+)
 from feature_jobs.store.ingestion.validation import RAW, REASON, prepare_part
 from tests.projects.views import make_view
 
@@ -226,3 +232,18 @@ def test_time_zone_of_a_source_applies_to_every_format(tmp_path: Path, name: str
         assert rows["event_timestamp"].to_pylist() == [DAY.replace(hour=hours[0])]
         assert rows["seen"].to_pylist() == [datetime(2024, 7, 1, hours[1], tzinfo=UTC)]
         assert list(reader.zoneless) == ([] if zone else ["at"])
+
+
+def test_empty_row_groups_are_in_no_piece(tmp_path: Path) -> None:
+    """Arrow reads no block from a piece of empty row groups."""
+    table = pq.read_table(write(tmp_path / "one.parquet"))
+    many, none = pa.concat_tables([table] * 200), table.slice(0, 0)
+    path = tmp_path / "groups.parquet"
+    with pq.ParquetWriter(path, table.schema) as writer:
+        for group in (none, many, none, many, none):
+            writer.write_table(group)
+    declared = view(path)
+    files = open_source(declared.source, Layout(""))  # type: ignore[arg-type]
+    pieces = split_source(files, declared, num_columns=PIECE_VALUES // 100)
+    assert [piece.row_groups for piece in pieces] == [[1], [3]]
+    assert read(declared).num_rows == 400

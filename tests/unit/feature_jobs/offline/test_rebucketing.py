@@ -7,11 +7,13 @@ import signal
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
+from deltalake.exceptions import CommitFailedError
 
 from cluster.errors import CommitConflict, SourceError
 from cluster.ledger import Ledger
@@ -83,6 +85,10 @@ def again(uri: str, access: KeyAccess, buckets: int) -> Rebucketed:
 
 def part_files(uri: str) -> list[Path]:
     return list(Path(uri).glob("bucket=*/part-*"))
+
+
+def new_files(uri: str) -> list[Path]:
+    return list(Path(uri).glob("bucket=*/rebucketed-*"))
 
 
 @pytest.mark.parametrize("buckets", [8, 1, 3])
@@ -187,6 +193,49 @@ def test_rebucketing_that_began_before_a_compaction_changes_nothing(
     with pytest.raises(SourceError, match="rewrote files"):
         again(uri, access, 8)
     assert pinned(uri, access).num_buckets == 2
+    assert new_files(uri) == []
+
+
+def test_rebucketing_beside_many_commits_leaves_no_file(
+    uri: str, access: KeyAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each attempt loses against another commit. Only the first round runs in tasks, because later ones are small."""
+    rounds: list[int] = []
+
+    def lost(*_: object, **__: object) -> None:
+        rounds.append(len(in_tasks))
+        ingest(uri, access, BATCHES + len(rounds))
+        raise CommitFailedError("conflict")
+
+    in_tasks: list[object] = []
+
+    def counted(step: Callable[..., object], calls: object) -> list[object]:
+        in_tasks.append(step)
+        return run_all(step, calls)
+
+    monkeypatch.setattr(rebucketing, "commit_replacement", lost)
+    monkeypatch.setattr(rebucketing, "MAX_COMMITS", 3)
+    with pytest.raises(SourceError, match="3 times in a row"):
+        rebucket(lambda: pinned(uri, access), 8, num_columns=6, run_all=counted)
+    assert rounds == [2, 2, 2]
+    assert new_files(uri) == []
+
+
+def test_failed_rebucketing_leaves_no_file(
+    uri: str, access: KeyAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task fails after others have written new buckets, for example on a full disk."""
+    real = rebucketing._merge
+
+    def full(paths: list[str], *arguments: Any) -> object:
+        if new_files(uri):
+            raise OSError("no space left")
+        return real(paths, *arguments)
+
+    monkeypatch.setattr(rebucketing, "_merge", full)
+    with pytest.raises(OSError, match="no space"):
+        again(uri, access, 8)
+    assert new_files(uri) == part_files(uri) == []
 
 
 def kill_at(uri: str, access: KeyAccess, name: str, *, after: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from cluster.errors import ArtifactTampered
 from cluster.security.encryption.envelope import is_sealed
-from cluster.security.encryption.run_files import KEEP_S, run_folder
+from cluster.security.encryption.run_files import KEEP_S, RunKey, SealedFiles, run_folder
 from cluster.storage import Layout, exists, file_system
 from tests.servers.object_store import object_store_environment
 
@@ -91,3 +92,45 @@ def test_on_one_machine_the_files_are_on_its_disk(bucket: str, tmp_path: Path) -
         with run_folder(places, for_all_nodes=places.shared is None) as runs:
             assert runs.file_system is None
             assert Path(runs.path).is_relative_to(tmp_path / "runs")
+
+
+def test_an_incomplete_file_is_not_written(bucket: str) -> None:
+    """An error in the middle, or a file that nobody closes, leaves nothing that looks like a complete file."""
+    files = SealedFiles(bucket, RunKey(bytes(32)))
+    path = f"{file_system(bucket)[1]}/half"
+    file = files.open(path, "wb")
+    file.write(b"half")
+    with pytest.raises(RuntimeError, match="disk"), file:
+        raise RuntimeError("disk")
+    file = files.open(path, "wb")
+    file.write(b"half")
+    del file
+    gc.collect()
+    assert not files.exists(path)
+
+
+def test_a_failed_write_is_not_repeated(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller gets the error once; the garbage collector does not write the file later."""
+    files = SealedFiles(bucket, RunKey(bytes(32)))
+    tried: list[int] = []
+
+    def fail(*_: object) -> None:
+        tried.append(1)
+        raise OSError("no connection")
+
+    monkeypatch.setattr(SealedFiles, "_write", fail)
+    file = files.open(f"{file_system(bucket)[1]}/lost", "wb")
+    with pytest.raises(OSError, match="no connection"):
+        file.close()
+    del file
+    gc.collect()
+    assert tried == [1]
+
+
+def test_the_key_is_not_shown(bucket: str) -> None:
+    """A log, an error or fsspec's JSON of the file system does not contain the key."""
+    files = SealedFiles(bucket, RunKey(b"k" * 32))
+    for text in (repr(files), str(files.storage_options), str(files.storage_args)):
+        assert "kkkk" not in text
+    with pytest.raises(TypeError, match="RunKey"):
+        files.to_json()
