@@ -38,7 +38,8 @@ def main(config: PlatformConfig) -> None:
                 f"ended {ended} processes of node {record.node_id}; it has left the cluster at {record.head}"
             )
             return
-        open_ledger(config).append(ClusterStopped(cluster_id=record.cluster_id), actor=current_actor())
+        own = compose_platform(record.overrides) if record.overrides else config
+        open_ledger(own).append(ClusterStopped(cluster_id=record.cluster_id), actor=current_actor())
         Path(record_path(record.storage)).unlink(missing_ok=True)
         remove_folders(record)
         _remove_saved_state(record)
