@@ -306,7 +306,10 @@ def use_recorded_places(config: PlatformConfig, *, given: Collection[str]) -> No
         return
     sections = {name.split(".")[0] for name in given}
     free = [name for name, kind in PLACES.items() if name not in sections and getattr(config, name) == kind()]
-    if _names_only_its_folder(config.storage, given=given) and record.layout.disk == layout(config.storage).disk:
+    if (
+        _names_only_its_folder(config.storage, given=given)
+        and record.layout.disk == layout(config.storage).disk
+    ):
         free.append("storage")
     if "storage" not in free and layout(config.storage).root != record.storage_root:
         return

@@ -30,7 +30,7 @@ from cluster.errors import (
 from cluster.ledger import open_ledger
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store, service_access
-from cluster.security.keys.store import KeyStore, KeyStoreUnavailable
+from cluster.security.keys.store import KeyStore
 from cluster.security.tokens.principal import Principal
 from cluster.session import require_running_cluster
 from cluster.settings_conversion import from_plain
@@ -41,10 +41,11 @@ from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.streaming.push_log import PushLog, PushLogFull, PushLogUnavailable
-from feature_jobs.store.streaming.push_tables import import_lmdb_logs
+from feature_jobs.store.streaming.push_tables import import_lmdb_logs, pushed_views
 from feature_jobs.store.streaming.pushed_view import PushedView, load_pushed_view
 from feature_jobs.store.streaming.pusher import Pusher, open_push_log
 from feature_jobs.store.types.dtypes import to_json
+from serve_apps.features.held_keys import HeldKeys
 from serve_apps.features.request import Push, parse_push, parse_read
 from serve_apps.replica.access import AccessCheck
 from serve_apps.replica.http import OutageOfDatabase, Unavailable, answer, read_json, refusal
@@ -86,11 +87,15 @@ class Features:
         self._opening = threading.Lock()  # appends to one log wait for each other in its object
         self._view = functools.lru_cache(maxsize=256)(self._read_view)
         self._reader = functools.lru_cache(maxsize=256)(self._read_reader)
+        self._held_keys = HeldKeys(
+            self._hold_keys, views=functools.partial(pushed_views, self._ledger.engine)
+        )
 
     def __del__(self) -> None:
-        """Close the access check; Serve calls this when a replica stops normally."""
-        if (access := getattr(self, "_access", None)) is not None:
-            access.close()
+        """Close the parts; Serve calls this when a replica stops normally."""
+        for part in ("_access", "_held_keys"):
+            if (opened := getattr(self, part, None)) is not None:
+                opened.close()
 
     async def __call__(self, request: Request) -> Response:
         """Answer one HTTP request."""
@@ -153,8 +158,14 @@ class Features:
             )
         except PushLogUnavailable as error:  # a repeated push is stored once
             raise OutageOfDatabase(str(error)) from error
-        except (PushLogFull, Inconsistent, KeyStoreUnavailable) as error:
+        except (PushLogFull, Inconsistent) as error:
             raise Unavailable(str(error)) from error
+
+    def _hold_keys(self, name: str) -> None:
+        """Get the keys that a push to a view needs."""
+        view = self._view(name, _period())
+        self._log(view).hold_key()
+        self._store(_purpose(view)).hold_keys(view.spec)
 
     def _read_view(self, name: str, period: int) -> PushedView:
         try:
