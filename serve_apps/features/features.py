@@ -6,7 +6,6 @@ that purpose only. Definitions are read from the ledger again every few seconds,
 
 from __future__ import annotations
 
-import asyncio
 import datetime as dt
 import functools
 import logging
@@ -49,7 +48,7 @@ from serve_apps.features.held_keys import HeldKeys
 from serve_apps.features.request import Push, parse_push, parse_read
 from serve_apps.replica.access import AccessCheck
 from serve_apps.replica.http import OutageOfDatabase, Unavailable, answer, read_json, refusal
-from serve_apps.replica.outages import outlast
+from serve_apps.replica.outages import Outages, is_outage
 from serve_apps.replica.process import prepare_replica
 
 LOG = logging.getLogger("falaj.features")
@@ -75,12 +74,13 @@ class Features:
         self._access = AccessCheck.of(self._platform, all_features, self._ledger)
         self._record = require_running_cluster(self._platform)
         self._engine = open_online_store(
-            self._platform.online, self._places, self._keys(""), readonly=False
+            self._platform.online, self._places, self._keys(""), readonly=False, fails_fast=True
         ).engine
         try:
             import_lmdb_logs(self._ledger, Path(self._places.push("")))
         except Inconsistent as error:  # pushes to this view are refused; all else is served
             LOG.error("%s", error)
+        self._outages = Outages()
         self._logs: dict[str, PushLog] = {}
         self._ahead = FutureLimit.of(self._platform.features.max_ahead_s, online_at_once=True)
         self._table_keys: dict[str, Mapping[str, str]] = {}
@@ -108,19 +108,17 @@ class Features:
                         self._access(authorization, Action.read_online),
                         await read_json(request),
                     )
-                    return answer(await outlast(functools.partial(self._read_async, principal, body)))
+                    reading = functools.partial(self._read, principal, body)
+                    return answer(await self._outages.retry_during_outage(reading))
                 case "POST", "/v1/features:push":
                     principal = self._access(authorization, Action.push_features)
                     push = parse_push(await read_json(request))
-                    pushing = functools.partial(asyncio.to_thread, self._push, principal, push)
-                    return answer(await outlast(pushing))
+                    pushing = functools.partial(self._push, principal, push)
+                    return answer(await self._outages.retry_during_outage(pushing, in_thread=True))
                 case _:
                     raise ModelNotFound(f"{request.method} {path} is not served here.")
         except Exception as error:  # noqa: BLE001 (every error becomes a JSON answer; unknown ones are logged)
             return refusal(error)
-
-    async def _read_async(self, principal: Principal, body: dict[str, Any]) -> dict[str, Any]:
-        return self._read(principal, body)
 
     def _read(self, principal: Principal, body: dict[str, Any]) -> dict[str, Any]:
         request = parse_read(body, now=dt.datetime.now(dt.UTC))
@@ -157,7 +155,8 @@ class Features:
                 now=dt.datetime.now(dt.UTC),
             )
         except PushLogUnavailable as error:  # a repeated push is stored once
-            raise OutageOfDatabase(str(error)) from error
+            kind = OutageOfDatabase if is_outage(error.__cause__) else Unavailable
+            raise kind(str(error)) from error
         except (PushLogFull, Inconsistent) as error:
             raise Unavailable(str(error)) from error
 
