@@ -107,14 +107,15 @@ def test_down_with_a_folder_alone_ends_the_cluster_in_its_own_ledger(shell: Path
     assert not (shell / ".falaj").exists()
 
 
+@pytest.mark.parametrize("options", [[], ["storage.root=s3://bucket/it's", "storage.local=.falaj"]])
 def test_up_after_a_crash_is_refused_without_the_options_of_the_start(
-    shell: Path, monkeypatch: pytest.MonkeyPatch
+    shell: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
     """It would otherwise use the production ledger and bucket with local keys and policies."""
     started: list[PlatformConfig] = []
     monkeypatch.setattr(up, "start", started.append)
     record_cluster(shell, PLACES)
-    refused = run_main(up.main)
+    refused = run_main(up.main, *options)
     assert refused.returncode == 2
     assert "has ended without `python -m cluster.down`" in refused.stderr
     assert not started
