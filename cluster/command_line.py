@@ -58,9 +58,14 @@ def given_options() -> set[str]:
     return option_sections(_arguments())
 
 
+def given_names() -> set[str]:
+    """Return the dotted names of the options on this process's command line; empty outside a command."""
+    return named_options(_arguments())
+
+
 def is_given(option: str) -> bool:
     """Return whether this process's command line sets an option, such as `storage.local`."""
-    return any((match := _ARGUMENT.match(argument)) and match["key"] == option for argument in _arguments())
+    return option in given_names()
 
 
 def given_for(names: Collection[str]) -> list[str]:
@@ -70,7 +75,12 @@ def given_for(names: Collection[str]) -> list[str]:
 
 def option_sections(arguments: Iterable[str]) -> set[str]:
     """Return the top-level names of the options among arguments."""
-    return {match["key"].split(".")[0] for argument in arguments if (match := _ARGUMENT.match(argument))}
+    return {name.split(".")[0] for name in named_options(arguments)}
+
+
+def named_options(arguments: Iterable[str]) -> set[str]:
+    """Return the dotted names of the options among arguments, such as `storage.local`."""
+    return {match["key"] for argument in arguments if (match := _ARGUMENT.match(argument))}
 
 
 def _arguments() -> Sequence[str]:

@@ -6,19 +6,17 @@ cluster ends: the other nodes find the event in the ledger and end their process
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from cluster.entrypoint import compose_platform, job
-from cluster.errors import ConfigError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ClusterStopped
 from cluster.membership.departure import leave_membership
-from cluster.node.gcs_store import remove_state
+from cluster.node.gcs_store import remove_state_or_warn
 from cluster.node.launch import end_all, remove_folders
 from cluster.node.locks import command_lock
 from cluster.security.tokens.principal import current_actor
-from cluster.session import ClusterRecord, find_record, record_path
+from cluster.session import find_record, record_path
 from cluster.settings import PlatformConfig
 
 
@@ -38,19 +36,12 @@ def main(config: PlatformConfig) -> None:
                 f"ended {ended} processes of node {record.node_id}; it has left the cluster at {record.head}"
             )
             return
-        open_ledger(config).append(ClusterStopped(cluster_id=record.cluster_id), actor=current_actor())
+        own = compose_platform(record.overrides) if record.overrides else config
+        open_ledger(own).append(ClusterStopped(cluster_id=record.cluster_id), actor=current_actor())
         Path(record_path(record.storage)).unlink(missing_ok=True)
         remove_folders(record)
-        _remove_saved_state(record)
+        remove_state_or_warn(own.cluster.gcs, record)
     print(f"ended {ended} processes of cluster {record.cluster_id}; state stays at {record.storage_root}")
-
-
-def _remove_saved_state(record: ClusterRecord) -> None:
-    """Remove the GCS's state from Redis. If Redis does not answer, a warning is printed: the state harms nobody."""
-    try:
-        remove_state(compose_platform(record.overrides or ()).cluster.gcs, record)
-    except ConfigError as error:
-        print(f"warning: keys RAY{record.cluster_id}@* of Ray stay in Redis. {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cluster.command_line import given_options, is_given, option_names, quote_texts
+from cluster.command_line import given_names, is_given, option_names, quote_texts
 from cluster.errors import ConfigError, RefusedError, did_you_mean, refusal_behind, suggest_name
 from cluster.host.this_node import forget_node
 from cluster.session import use_recorded_places
@@ -92,6 +92,7 @@ class Command(Generic[C]):
     options: Options[C]
     function: Callable[[C], Mapping[str, Any] | None]
     timed: bool
+    uses_recorded_places: bool = True
 
     def __call__(self) -> None:
         """Compose the configuration from the command line, and run the function."""
@@ -112,7 +113,7 @@ class Command(Generic[C]):
         try:
             refuse_shadowed_packages()
             loaded = load(config, self.options.schema)
-            if isinstance(loaded, PlatformConfig):
+            if self.uses_recorded_places and isinstance(loaded, PlatformConfig):
                 use_places(loaded)
             result = self.function(loaded)
             if result is not None and (path := os.environ.get(RESULT_VARIABLE)):
@@ -128,7 +129,7 @@ class Command(Generic[C]):
 
 
 def job(
-    config_name: str | None, schema: type[C], *, timed: bool = False
+    config_name: str | None, schema: type[C], *, timed: bool = False, uses_recorded_places: bool = True
 ) -> Callable[[Callable[[C], Mapping[str, Any] | None]], Command[C]]:
     """Turn `function(config)` into the main function of a command.
 
@@ -139,11 +140,18 @@ def job(
             options are the fields of the schema. A user's own command needs no file.
         schema: Dataclass that validates the configuration.
         timed: Print the duration at the end, to standard error, because standard output has only the command's result.
+        uses_recorded_places: Whether a command of the platform takes the places of state from the cluster's record.
+            Commands that start a cluster or a node take them from their command line alone.
     """
 
     def decorate(function: Callable[[C], Mapping[str, Any] | None]) -> Command[C]:
         name = config_name or store_schema(schema, name=f"{function.__module__}.{schema.__name__}")
-        return Command(options=Options(config_name=name, schema=schema), function=function, timed=timed)
+        return Command(
+            options=Options(config_name=name, schema=schema),
+            function=function,
+            timed=timed,
+            uses_recorded_places=uses_recorded_places,
+        )
 
     return decorate
 
@@ -152,7 +160,7 @@ def use_places(config: PlatformConfig) -> None:
     """Let a command use the places of state that its command line names, and the cluster's places for the rest."""
     if config.storage.local is not None and is_given("storage.local"):
         forget_node(unless_at=resolve(config.storage.local))
-    use_recorded_places(config, given=given_options())
+    use_recorded_places(config, given=given_names())
 
 
 def store_schema(schema: type[Any], *, name: str) -> str:

@@ -100,7 +100,7 @@ class JoinConfig(PlatformConfig):
     vault: bool = False
 
 
-@job("join", JoinConfig)
+@job("join", JoinConfig, uses_recorded_places=False)
 def main(config: JoinConfig) -> None:
     """Join, or refuse in one line."""
     forget_node()

@@ -294,20 +294,33 @@ def require_running_cluster(config: PlatformConfig) -> ClusterRecord:
 def use_recorded_places(config: PlatformConfig, *, given: Collection[str]) -> None:
     """Set storage, ledger and online store of a configuration from the cluster's record, in place.
 
-    Nothing changes if there is no record, or if the configuration names another storage root.
+    Nothing changes if there is no record, or if the configuration names another storage root. A command line with only
+    `storage.local` names the folder of a cluster, so the rest of `storage` comes from the record in that folder.
 
     Args:
         config: The command's configuration.
-        given: Sections that the command line sets. They stay as they are.
+        given: Dotted names of the options that the command line sets. Their sections stay as they are.
     """
     record = find_record(config.storage)
     if record is None or record.overrides is None:
         return
-    free = [name for name, kind in PLACES.items() if name not in given and getattr(config, name) == kind()]
+    sections = {name.split(".")[0] for name in given}
+    free = [name for name, kind in PLACES.items() if name not in sections and getattr(config, name) == kind()]
+    if (
+        _names_only_its_folder(config.storage, given=given)
+        and record.layout.disk == layout(config.storage).disk
+    ):
+        free.append("storage")
     if "storage" not in free and layout(config.storage).root != record.storage_root:
         return
     for name in free:
         setattr(config, name, _recorded_section(name, record.overrides))
+
+
+def _names_only_its_folder(storage: StorageConfig, *, given: Collection[str]) -> bool:
+    """Return whether a command line sets `storage.local` and nothing else of `storage`."""
+    only_local = {name for name in given if name.split(".")[0] == "storage"} == {"storage.local"}
+    return only_local and storage == StorageConfig(local=storage.local)
 
 
 def _recorded_section(name: str, overrides: Iterable[str]) -> Any:

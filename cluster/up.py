@@ -32,7 +32,7 @@ from cluster.node.checks import (
 from cluster.node.description import all_ports, describe_machine
 from cluster.node.edge_address import edge_hosts
 from cluster.node.exclusive_writes import require_exclusive_writes
-from cluster.node.gcs_store import remove_state, require_redis
+from cluster.node.gcs_store import remove_state_or_warn, require_redis
 from cluster.node.launch import (
     StartFailed,
     answers_http,
@@ -95,7 +95,7 @@ WAKE_EVERY_S = 15.0
 METRICS_RANGE = range(8408, 8500)
 
 
-@job("cluster", PlatformConfig)
+@job("cluster", PlatformConfig, uses_recorded_places=False)
 def main(config: PlatformConfig) -> None:
     """Start the cluster, or its missing parts."""
     forget_node()
@@ -115,8 +115,8 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
     remove the cluster's folders.
 
     Raises:
-        ConfigError: This machine was a node that joined, or the ledger, or the Redis with the state of Ray's GCS, does
-            not answer.
+        ConfigError: This machine was a node that joined; or the ledger, or the Redis with the state of Ray's GCS, does
+            not answer; or the cluster has ended without `cluster.down`, and the command line names another place.
     """
     record = find_own_record(config.storage)
     if record is None:
@@ -131,10 +131,38 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
     if not record.starting and (has_saved_state(record) or has_other_nodes(record)):
         print(f"cluster {record.cluster_id} has lost its head; the other nodes stay in it", flush=True)
         return record
+    require_recorded_places(config, record)
     end_all(record)
     record_end(config, record)
     remove_folders(record)
+    if record.starting:  # the GCS may have written its state already
+        remove_state_or_warn(compose_platform(record.overrides or ()).cluster.gcs, record)
     return None
+
+
+def require_recorded_places(config: PlatformConfig, record: ClusterRecord) -> None:
+    """Require that a start after a crash names the places of the cluster that crashed.
+
+    Otherwise `cluster.up` without options, for example after a reboot, would start an empty cluster with local keys.
+
+    Raises:
+        ConfigError: The command line names another storage root, ledger or key store.
+    """
+    if record.starting or record.overrides is None:
+        return
+    recorded = compose_platform(record.overrides)
+    places = {
+        "storage.root": (record.storage_root, layout(config.storage).root),
+        "ledger.url": (recorded.ledger.url, config.ledger.url),
+        "secrets.kind": (recorded.secrets.kind.value, config.secrets.kind.value),
+    }
+    for option, (was, given) in places.items():
+        if was != given:
+            raise ConfigError(
+                f"The cluster of {record.layout.disk} has ended without `python -m cluster.down`. It had "
+                f"{option}={was}, and this command line has {given}. Give the same options as for its start, or run "
+                "`python -m cluster.down` first."
+            )
 
 
 def repair(config: PlatformConfig, record: ClusterRecord) -> None:
@@ -149,9 +177,10 @@ def repair(config: PlatformConfig, record: ClusterRecord) -> None:
     refuse_variables()
     if record.node_id is None:
         apply_cluster_record(record, config)
-        prepare(config, record)
-    else:
+    if record.node_id is not None or record.overrides is not None:
         config = compose_platform(record.overrides or ())
+    if record.node_id is None:
+        prepare(config, record)
     if not (lacking := not_running(inspect_parts(record))) and not restore_is_due(record):
         raise _already_up(record)
     started, woken_at = time.monotonic(), -WAKE_EVERY_S
@@ -200,9 +229,9 @@ def start(config: PlatformConfig) -> None:
         end_all(record)
         if record.has_nodes:  # one could have joined already
             record_end(config, record)
-        remove_state(config.cluster.gcs, record)
         remove_folders(record)
         Path(record_path(config.storage)).unlink(missing_ok=True)
+        remove_state_or_warn(config.cluster.gcs, record)
         raise
     event = ClusterStarted(
         cluster_id=record.cluster_id,

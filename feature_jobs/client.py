@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import pyarrow as pa
 
-from cluster.command_line import option_sections
+from cluster.command_line import named_options
 from cluster.entrypoint import compose_platform
 from cluster.errors import InvalidRequest, TrainingSetError
 from cluster.ledger import Ledger, open_ledger
@@ -149,7 +149,7 @@ class FeatureStore:
         identity.role = identity.role if role is None else role
         identity.token_file = identity.token_file if token_file is None else token_file
         config.storage.root = config.storage.root if storage_root is None else storage_root
-        use_recorded_places(config, given=option_sections(overrides))
+        use_recorded_places(config, given=named_options(overrides))
         record = require_running_cluster(config)
         ledger = open_ledger(config)
         return cls(config, ledger, create_actor(config, record, ledger, entrypoint=ENTRYPOINT))

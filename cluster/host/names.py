@@ -19,6 +19,13 @@ def is_address(text: str) -> bool:
     return True
 
 
+def is_loopback_host(host: str) -> bool:
+    """Return whether a host of a URL is loopback: `localhost`, a name below it, or an address."""
+    if is_address(host):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost" or host.endswith(".localhost")
+
+
 def require_edge_names(host: str | None, names: Iterable[str]) -> None:
     """Require that `cluster.edge_host` is an address, and that `cluster.edge_names` are host names or addresses.
 

@@ -32,6 +32,8 @@ class Member:
     earlier: tuple[str, ...] = ()
     """Its earlier certificates. They stay valid until they expire: the node may not have got the answer to its request
     for a new one, and its open connections have the one that they began with."""
+    renewed_at: str | None = None
+    """Time of the last renewal by the ledger's clock."""
 
 
 def current_members(ledger: Ledger, cluster_id: str) -> dict[str, Member]:
@@ -52,6 +54,7 @@ def current_members(ledger: Ledger, cluster_id: str) -> dict[str, Member]:
                     member,
                     certificate=payload["certificate"],
                     earlier=(*member.earlier, member.certificate),
+                    renewed_at=entry.time,
                 )
             continue
         members[payload["node_id"]] = Member(

@@ -16,6 +16,7 @@ OPERATIONS = (
     "key",
     "leave",
     "nodes",
+    "renew",
     "report",
     "service_token",
     "withdraw",

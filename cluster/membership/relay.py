@@ -2,7 +2,7 @@
 
 Its processes use the same socket as on the head, with their own tokens. By default the node has no key store: the relay
 passes requests for keys to the head, whose key broker decides. A node with its own login to Vault (`cluster.join
-vault=true`) decides itself, by the same policies, and needs no head for keys. The relay also makes Ray's dashboard
+vault=true`) decides itself, by the same policies, and needs no head to use keys. The relay also makes Ray's dashboard
 reachable on the node's loopback address, and keeps the dev issuer's public keys of the node up to date.
 """
 
@@ -38,6 +38,9 @@ from cluster.storage import local
 
 FOR_THE_HEAD = ("intent", "deposit", "withdraw", "service_token")
 """Requests of the node's processes that the head's service answers itself."""
+CHANGES = (Operation.ensure, Operation.rotate, Operation.revoke)
+"""Requests that change keys. The head's broker decides them, also for a node with its own login to Vault: two brokers
+that change a description at once would each check an outdated one. So a node's login needs no rights to change keys."""
 KEYS_EVERY_S = 30.0
 MAX_TUNNELS = 64
 RETRY_S = 5.0
@@ -63,7 +66,7 @@ class Relay:
         try:
             if operation in FOR_THE_HEAD:
                 return self._head.exchange(request)
-            if self._keys is not None:
+            if self._keys is not None and operation not in CHANGES:
                 return self._keys.answer(request)
             repeatable = operation not in (Operation.rotate, Operation.revoke)
             return self._head.exchange({"op": "key", "request": request}, repeatable=repeatable)

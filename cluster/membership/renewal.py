@@ -38,8 +38,11 @@ from cluster.storage import local
 RENEW = "renew"
 """The node's operation."""
 EARLIEST_SHARE = 0.5
-"""Share of a certificate's lifetime before which the head issues no other one, so that a node cannot fill the ledger.
-Nodes ask later; their clocks may differ."""
+"""Share of a certificate's lifetime before which the head issues no other one. Nodes ask later; their clocks may
+differ."""
+PAUSE, PAUSE_SHARE = dt.timedelta(hours=1), 0.01
+"""Least time between two renewals for a node, and the same as a share of a short lifetime. A node that cannot write its
+new certificate asks once a minute, and must not fill the ledger."""
 
 
 def renew(
@@ -48,8 +51,9 @@ def renew(
     """Sign a certificate with the names of the one that the node has shown, and record the event.
 
     Raises:
-        Unauthenticated: the request comes from another address than the node's, or its signature is wrong.
-        ConfigError: the certificate is new, or the head has not issued it.
+        Unauthenticated: the request comes from another address than the node's, has another key, or its signature is
+            wrong.
+        ConfigError: the certificate is new, or was renewed a moment ago, or the head has not issued it.
         InvalidRequest: the request is damaged.
     """
     tls, text = local(record.layout.tls), request.get("signing_request")
@@ -61,18 +65,26 @@ def renew(
     if peer.address != node.address:
         raise Unauthenticated(f"The head renews the certificate of {node.address}, not of {peer.address}.")
     shown = x509.load_der_x509_certificate(peer.shown)
-    if (
-        dt.datetime.now(dt.UTC)
-        < shown.not_valid_before_utc
-        + (shown.not_valid_after_utc - shown.not_valid_before_utc) * EARLIEST_SHARE
-    ):
+    now, lifetime = dt.datetime.now(dt.UTC), shown.not_valid_after_utc - shown.not_valid_before_utc
+    if now < shown.not_valid_before_utc + lifetime * EARLIEST_SHARE:
         raise ConfigError(
             f"The certificate of node {node.node_id} is valid until {shown.not_valid_after_utc:%Y-%m-%d %H:%M:%S} "
             "UTC. The head renews it in the second half of its lifetime."
         )
+    pause = min(PAUSE, lifetime * PAUSE_SHARE)
+    if node.renewed_at is not None and now < dt.datetime.fromisoformat(node.renewed_at) + pause:
+        raise ConfigError(
+            f"The head renewed the certificate of node {node.node_id} at {node.renewed_at}. If the node could not "
+            f"write it, it gets another one after {pause.total_seconds():.0f} s."
+        )
+    key = requested_key(text if isinstance(text, str) else "")
+    if key != shown.public_key():
+        raise Unauthenticated(
+            f"The head renews certificates of node {node.node_id} for the node's own key only."
+        )
     names = {str(name.value) for name in alternative_names(shown)}.difference(LOOPBACK, {node.address})
     certificate = sign_node_key(
-        requested_key(text if isinstance(text, str) else ""),
+        key,
         authority=tls,
         name=node.name,
         addresses=[node.address],

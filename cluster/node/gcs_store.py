@@ -5,10 +5,13 @@ Ray stores all hashes of a cluster under its own prefix, so several clusters can
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -16,6 +19,7 @@ from redis.retry import Retry
 
 from cluster.errors import ConfigError
 from cluster.host.gcs import GcsConfig
+from cluster.host.names import is_loopback_host
 from cluster.security.private_file import read_secret_file
 from cluster.session import ClusterRecord
 from cluster.storage import resolve
@@ -24,7 +28,9 @@ TIMEOUT_S = 5.0
 USER_VARIABLE, PASSWORD_FILE_VARIABLE = "FALAJ_GCS_USER", "FALAJ_GCS_PASSWORD_FILE"
 PASSWORD_VARIABLE = "FLAGS_redis_password"  # noqa: S105 (the name of a variable of the GCS)
 """The GCS takes its password from this variable, because every user of the machine can read command lines."""
-_KEYS_AT_ONCE = 100
+_KEYS_AT_ONCE = 1000
+SCAN_S = 30.0
+"""Longest search for the keys of a cluster."""
 
 
 def password(gcs: GcsConfig) -> str:
@@ -66,10 +72,18 @@ def secret_environment(gcs: GcsConfig) -> dict[str, str]:
 def require_redis(gcs: GcsConfig) -> None:
     """Require that Redis answers and takes the password. Without `cluster.gcs.url` nothing is required.
 
+    A Redis on the network needs a password: who can write the GCS's state can run code on every node.
+
     Raises:
-        ConfigError: it does not.
+        ConfigError: it does not, or it is on the network and no password is configured.
     """
     if gcs.url is not None:
+        host = urlsplit(gcs.url).hostname or ""
+        if gcs.password_file is None and not is_loopback_host(host):
+            raise ConfigError(
+                f"The GCS's Redis at {gcs.address} is on the network, where everybody could change the cluster's "
+                "state. Give it a password, and set cluster.gcs.password_file."
+            )
         with _connected(gcs) as client:
             client.ping()
 
@@ -99,8 +113,26 @@ def remove_state(gcs: GcsConfig, record: ClusterRecord) -> None:
             client.unlink(key)
 
 
+def remove_state_or_warn(gcs: GcsConfig, record: ClusterRecord) -> None:
+    """Remove the state of a cluster that has ended. If Redis does not answer, print a warning, as nobody uses it."""
+    try:
+        remove_state(gcs, record)
+    except ConfigError as error:
+        print(f"warning: keys RAY{record.cluster_id}@* of Ray stay in Redis. {error}", file=sys.stderr)
+
+
 def _keys(client: redis.Redis, record: ClusterRecord) -> Iterator[Any]:
-    yield from client.scan_iter(match=f"RAY{record.cluster_id}@*", count=_KEYS_AT_ONCE)
+    """Yield the keys of a cluster. Redis looks at all of its keys for that, so the time is limited."""
+    deadline = time.monotonic() + SCAN_S
+    cursor = None
+    while cursor != 0:
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"The GCS's Redis has so many other keys that those of cluster {record.cluster_id} were not found in "
+                f"{SCAN_S:.0f} s. Give the GCS a Redis of its own."
+            )
+        cursor, keys = client.scan(cursor or 0, match=f"RAY{record.cluster_id}@*", count=_KEYS_AT_ONCE)
+        yield from keys
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import sqlalchemy as sa
 
 from cluster.errors import ConfigError, FalajError, first_line
+from cluster.host.names import is_loopback_host
 from cluster.ledger import open_ledger
 from cluster.membership.admission import proof_path
 from cluster.membership.members import current_members
@@ -87,7 +88,7 @@ def check_own_vault(config: PlatformConfig) -> None:
             f"vault=true needs a cluster with secrets=vault; this one has {config.secrets.kind.value}. Leave it out: "
             "then the node gets keys from the head."
         )
-    if (urlsplit(vault.address).hostname or "").startswith(("127.", "localhost", "::1")):
+    if is_loopback_host(urlsplit(vault.address).hostname or ""):
         raise ConfigError(
             f"The head's secrets.vault.address {vault.address} is loopback, which is another machine here. Start the "
             "cluster with an address that every node reaches, or leave out vault=true."

@@ -81,14 +81,14 @@ def environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]
 def _gcs_environment(config: PlatformConfig, record: ClusterRecord) -> dict[str, str]:
     """Let the head's GCS keep its state, so that it can be restarted while everything else keeps running."""
     in_redis = config.cluster.gcs.url is not None
-    patience = (
+    waits = (
         {"RAY_gcs_rpc_server_reconnect_timeout_s": str(HEADLESS_S)} if record.has_nodes or in_redis else {}
     )
     if record.node_id is not None:
-        return patience
+        return waits
     if in_redis:
-        return {"RAY_gcs_storage": "redis", **patience}
-    return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(gcs_folder(record)), **patience}
+        return {"RAY_gcs_storage": "redis", **waits}
+    return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(gcs_folder(record)), **waits}
 
 
 def start_ray(config: PlatformConfig, record: ClusterRecord) -> None:

@@ -16,7 +16,14 @@ import psutil
 
 from cluster.errors import ConfigError
 from cluster.host import processes
-from cluster.node.launch import cluster_overrides, gcs_folder, run_command, start_ray, start_serve
+from cluster.node.launch import (
+    StartFailed,
+    cluster_overrides,
+    gcs_folder,
+    run_command,
+    start_ray,
+    start_serve,
+)
 from cluster.node.parts import RAY_PARTS, part_of
 from cluster.security.private_folder import ensure_private_folder
 from cluster.security.tokens.intent import mint_intent, write_intent
@@ -64,23 +71,42 @@ def replace_head(config: PlatformConfig, record: ClusterRecord) -> None:
     request_restore(record)
     remove_commands(record)
     processes.end(record.instance, owner=record.owner, only=belongs_to_ray, grace_s=GRACE_S)
-    tried = _resumption_marker(record)
-    if config.cluster.gcs.url is not None:
-        _remove_traces(Path(record.temp_dir))
-    elif record.has_nodes and gcs_folder(record).exists() and not tried.exists():
-        tried.touch()
-        _remove_traces(Path(record.temp_dir))
+    in_redis, marker = config.cluster.gcs.url is not None, _resumption_marker(record)
+    has_state = record.has_nodes and gcs_folder(record).exists()
+    if resumes(in_redis=in_redis, has_state=has_state, was_tried=marker.exists()):
+        if not in_redis:
+            marker.touch()
+        _remove_session_files(Path(record.temp_dir))
     else:
         shutil.rmtree(gcs_folder(record), ignore_errors=True)
-    start_ray(config, record)
+    try:
+        start_ray(config, record)
+    except StartFailed as error:
+        if not in_redis:
+            raise
+        raise StartFailed(
+            f"{error}\nIf this repeats, Ray's state in Redis may be damaged: `python -m cluster.down` removes it, and "
+            "`python -m cluster.up` then starts a new cluster."
+        ) from error
+    marker.unlink(missing_ok=True)  # otherwise the state would be discarded after a later loss
     try:
         start_serve(config, record)
     finally:  # if Serve did not start, the head stays, and `restore` tries again
         save_commands(record)
-    tried.unlink(missing_ok=True)
 
 
-def _remove_traces(temp_dir: Path) -> None:
+def resumes(*, in_redis: bool, has_state: bool, was_tried: bool) -> bool:
+    """Return whether a new head continues with the state of the lost one, and does not start with an empty state.
+
+    Args:
+        in_redis: whether the state is in Redis. Then only `cluster.down` removes it.
+        has_state: whether the head of several nodes has state on its disk.
+        was_tried: whether Ray has not started with that state.
+    """
+    return in_redis or (has_state and not was_tried)
+
+
+def _remove_session_files(temp_dir: Path) -> None:
     """Remove what keeps Ray from starting again in the session of a lost head: its address and its sockets."""
     (temp_dir / "ray_current_cluster").unlink(missing_ok=True)
     shutil.rmtree(temp_dir / "session_latest" / "sockets", ignore_errors=True)
@@ -93,6 +119,7 @@ def restore(config: PlatformConfig, record: ClusterRecord) -> None:
         StartFailed: Not every application started. The message has the command's output.
         ConfigError: An OIDC issuer is configured, and `identity.supervisor_token_file` is not set.
     """
+    _resumption_marker(record).unlink(missing_ok=True)  # an earlier release could leave it
     token = supervisor_intent(config, record)
     command = [
         *(sys.executable, "-m", RESTORE_MODULE, "action=restore", "as_deployed=true"),

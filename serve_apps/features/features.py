@@ -6,7 +6,6 @@ that purpose only. Definitions are read from the ledger again every few seconds,
 
 from __future__ import annotations
 
-import asyncio
 import datetime as dt
 import functools
 import logging
@@ -30,7 +29,7 @@ from cluster.errors import (
 from cluster.ledger import open_ledger
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store, service_access
-from cluster.security.keys.store import KeyStore, KeyStoreUnavailable
+from cluster.security.keys.store import KeyStore
 from cluster.security.tokens.principal import Principal
 from cluster.session import require_running_cluster
 from cluster.settings_conversion import from_plain
@@ -41,14 +40,15 @@ from feature_jobs.store.ingestion.future_limit import FutureLimit
 from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from feature_jobs.store.online.store import OnlineStore
 from feature_jobs.store.streaming.push_log import PushLog, PushLogFull, PushLogUnavailable
-from feature_jobs.store.streaming.push_tables import import_lmdb_logs
+from feature_jobs.store.streaming.push_tables import import_lmdb_logs, pushed_views
 from feature_jobs.store.streaming.pushed_view import PushedView, load_pushed_view
 from feature_jobs.store.streaming.pusher import Pusher, open_push_log
 from feature_jobs.store.types.dtypes import to_json
+from serve_apps.features.held_keys import HeldKeys
 from serve_apps.features.request import Push, parse_push, parse_read
 from serve_apps.replica.access import AccessCheck
 from serve_apps.replica.http import OutageOfDatabase, Unavailable, answer, read_json, refusal
-from serve_apps.replica.outages import outlast
+from serve_apps.replica.outages import Outages, is_outage
 from serve_apps.replica.process import prepare_replica
 
 LOG = logging.getLogger("falaj.features")
@@ -74,23 +74,28 @@ class Features:
         self._access = AccessCheck.of(self._platform, all_features, self._ledger)
         self._record = require_running_cluster(self._platform)
         self._engine = open_online_store(
-            self._platform.online, self._places, self._keys(""), readonly=False
+            self._platform.online, self._places, self._keys(""), readonly=False, fails_fast=True
         ).engine
         try:
             import_lmdb_logs(self._ledger, Path(self._places.push("")))
         except Inconsistent as error:  # pushes to this view are refused; all else is served
             LOG.error("%s", error)
+        self._outages = Outages()
         self._logs: dict[str, PushLog] = {}
         self._ahead = FutureLimit.of(self._platform.features.max_ahead_s, online_at_once=True)
         self._table_keys: dict[str, Mapping[str, str]] = {}
         self._opening = threading.Lock()  # appends to one log wait for each other in its object
         self._view = functools.lru_cache(maxsize=256)(self._read_view)
         self._reader = functools.lru_cache(maxsize=256)(self._read_reader)
+        self._held_keys = HeldKeys(
+            self._hold_keys, views=functools.partial(pushed_views, self._ledger.engine)
+        )
 
     def __del__(self) -> None:
-        """Close the access check; Serve calls this when a replica stops normally."""
-        if (access := getattr(self, "_access", None)) is not None:
-            access.close()
+        """Close the parts; Serve calls this when a replica stops normally."""
+        for part in ("_access", "_held_keys"):
+            if (opened := getattr(self, part, None)) is not None:
+                opened.close()
 
     async def __call__(self, request: Request) -> Response:
         """Answer one HTTP request."""
@@ -103,19 +108,17 @@ class Features:
                         self._access(authorization, Action.read_online),
                         await read_json(request),
                     )
-                    return answer(await outlast(functools.partial(self._read_async, principal, body)))
+                    reading = functools.partial(self._read, principal, body)
+                    return answer(await self._outages.retry_during_outage(reading))
                 case "POST", "/v1/features:push":
                     principal = self._access(authorization, Action.push_features)
                     push = parse_push(await read_json(request))
-                    pushing = functools.partial(asyncio.to_thread, self._push, principal, push)
-                    return answer(await outlast(pushing))
+                    pushing = functools.partial(self._push, principal, push)
+                    return answer(await self._outages.retry_during_outage(pushing, in_thread=True))
                 case _:
                     raise ModelNotFound(f"{request.method} {path} is not served here.")
         except Exception as error:  # noqa: BLE001 (every error becomes a JSON answer; unknown ones are logged)
             return refusal(error)
-
-    async def _read_async(self, principal: Principal, body: dict[str, Any]) -> dict[str, Any]:
-        return self._read(principal, body)
 
     def _read(self, principal: Principal, body: dict[str, Any]) -> dict[str, Any]:
         request = parse_read(body, now=dt.datetime.now(dt.UTC))
@@ -152,9 +155,16 @@ class Features:
                 now=dt.datetime.now(dt.UTC),
             )
         except PushLogUnavailable as error:  # a repeated push is stored once
-            raise OutageOfDatabase(str(error)) from error
-        except (PushLogFull, Inconsistent, KeyStoreUnavailable) as error:
+            kind = OutageOfDatabase if is_outage(error.__cause__) else Unavailable
+            raise kind(str(error)) from error
+        except (PushLogFull, Inconsistent) as error:
             raise Unavailable(str(error)) from error
+
+    def _hold_keys(self, name: str) -> None:
+        """Get the keys that a push to a view needs."""
+        view = self._view(name, _period())
+        self._log(view).hold_key()
+        self._store(_purpose(view)).hold_keys(view.spec)
 
     def _read_view(self, name: str, period: int) -> PushedView:
         try:

@@ -106,7 +106,7 @@ class Parts:
         if not signature.service:
             return ServedFeatures()
         spec = service_spec(self.ledger, signature.service, signature.service_version)
-        online = open_online_store(self.platform.online, self.places, self.store)
+        online = open_online_store(self.platform.online, self.places, self.store, fails_fast=True)
         region = self.platform.cluster.region
         model = self.version.resource(region=region)
         return ServedFeatures(

@@ -29,9 +29,10 @@ from serve_apps.replica.edge_headers import EdgeHeaderReader, EdgeHeaders, edge_
 from serve_apps.replica.http import LOG, answer, parse_json, read_body, refusal
 from serve_apps.replica.http_contract import PREDICTION_ID_HEADER
 from serve_apps.replica.ongoing import OngoingRequests
-from serve_apps.replica.outages import outlast
+from serve_apps.replica.outages import OUTAGE_S, TREATMENT_S, Outages
 from serve_apps.replica.process import prepare_replica
 from serve_apps.replica.scaling import ONGOING
+from serve_apps.rollout.assignment import Arm
 
 
 class Predictor:
@@ -69,6 +70,7 @@ class Predictor:
         self._metrics = PredictionMetrics(tags)
         self._shadowing = parts.shadowing(copy_counter(tags))
         self._ongoing = OngoingRequests()
+        self._outages = Outages()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return this replica's load to Serve's controller. `serve_apps/replica/scaling.py` uses it to scale."""
@@ -102,15 +104,20 @@ class Predictor:
         resource = self._predict_resource if call.operation is Operation.predict else None
         self._access(request.headers.get("authorization"), call.operation.action, resource)
         call.check_version(name, version)
+        deadline = time.monotonic() + (TREATMENT_S if edge.arm == Arm.treatment else OUTAGE_S)
         match call.operation:
             case Operation.predict:
                 body = await read_body(request)
-                response = await self._log.after_durable(await self._predict(edge, parse_json(body)))
+                response = await self._log.after_durable(
+                    await self._predict(edge, parse_json(body), deadline=deadline), deadline=deadline
+                )
                 return self._shadowing.add_copy(response, call.operation, edge, body)
             case Operation.infer:
                 body = await read_body(request)
                 length = request.headers.getlist(inference_protocol.JSON_LENGTH)
-                response = await self._log.after_durable(await self._infer(edge, body, length))
+                response = await self._log.after_durable(
+                    await self._infer(edge, body, length), deadline=deadline
+                )
                 return self._shadowing.add_copy(
                     response, call.operation, edge, body, json_length="".join(length)
                 )
@@ -143,11 +150,11 @@ class Predictor:
         response.headers[PREDICTION_ID_HEADER] = prediction_id
         return response
 
-    async def _predict(self, edge: EdgeHeaders, body: dict[str, Any]) -> Response:
+    async def _predict(self, edge: EdgeHeaders, body: dict[str, Any], *, deadline: float) -> Response:
         now = dt.datetime.now(dt.UTC)
         request = parse_predict(body, self._allowed_inputs, now=now)
         overrides = request.overrides
-        inputs = await self._read_inputs(request.entities, overrides, request.as_of)
+        inputs = await self._read_inputs(request.entities, overrides, request.as_of, deadline=deadline)
         rows, fault = await self._rows(inputs.columns)
         request_values = {name: overrides[name] for name in self._request_inputs if name in overrides}
         prediction_id = self._log_prediction(
@@ -176,14 +183,19 @@ class Predictor:
         return answer(content, headers={PREDICTION_ID_HEADER: prediction_id})
 
     async def _read_inputs(
-        self, entities: list[dict[str, Any]], overrides: dict[str, Any], as_of: dt.datetime
+        self,
+        entities: list[dict[str, Any]],
+        overrides: dict[str, Any],
+        as_of: dt.datetime,
+        *,
+        deadline: float,
     ) -> ModelInputs:
         """Read the features. While the online store does not answer, wait for it."""
 
-        async def read() -> ModelInputs:
+        def read() -> ModelInputs:
             return model_inputs(self._reader, self._inputs.keys(), entities, overrides, as_of)
 
-        return await outlast(read)
+        return await self._outages.retry_during_outage(read, deadline=deadline)
 
     async def _infer(self, edge: EdgeHeaders, body: bytes, length: list[str]) -> Response:
         content, raw = inference_protocol.split_body(body, length)

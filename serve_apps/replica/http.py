@@ -116,9 +116,9 @@ def refusal(error: Exception) -> Response:
         case DBAPIError() | DatabaseTimeout():
             LOG.error("the ledger's database failed", exc_info=error)
             status, message, headers = 503, "The ledger's database cannot be used now.", {"retry-after": "1"}
-        case KeyStoreUnavailable():  # a replica uses the keys that it has, but a new one may have none
+        case KeyStoreUnavailable():  # a replica uses the keys that it has; this one may be new and another one not
             LOG.error("the key store does not answer", exc_info=error)
-            status, message, headers = 503, "The key store cannot be used now.", {"retry-after": "1"}
+            status, message, headers = TRY_ANOTHER, "The key store cannot be used now.", {"retry-after": "1"}
         case _:
             LOG.error("a request failed", exc_info=error)
             status, message = 500, "The request failed inside the service; its log has the reason."

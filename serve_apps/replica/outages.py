@@ -1,16 +1,19 @@
 """Wait for a database that does not answer for a moment, for example because it is being restarted.
 
-A request that fails at once would be an error for the client, although the database is back seconds later.
+A request that fails at once would be an error for the client, although the database is back seconds later. While a
+database is away, one probe of the replica asks for it, in a thread. Requests wait for the probe. So they do not block
+the event loop, and the replica answers health checks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TypeVar
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from cluster.errors import OnlineStoreUnavailable
 from serve_apps.replica.http import OutageOfDatabase
@@ -18,26 +21,76 @@ from serve_apps.replica.http import OutageOfDatabase
 T = TypeVar("T")
 
 OUTAGE_S = 9.0
-"""How long a request waits for a database. Many clients wait ten seconds for an answer."""
+"""How long a request waits for databases. Many clients wait ten seconds for an answer."""
+TREATMENT_S = 6.0
+"""The same for a request of a treatment. After 7 s, the edge lets the champion answer it."""
 PAUSE_S = 0.2
-_OUTAGES = (OnlineStoreUnavailable, OutageOfDatabase, DBAPIError)
 
 
-async def outlast(call: Callable[[], Awaitable[T]], *, longest_s: float = OUTAGE_S) -> T:
-    """Return the result of a call. While a database does not answer, call again.
+class Outages:
+    """Repeats the calls of one replica's requests while a database does not answer.
 
-    Args:
-        call: may be repeated without harm.
-        longest_s: seconds after which no further call begins.
-
-    Raises:
-        OnlineStoreUnavailable, OutageOfDatabase, DBAPIError: the database did not answer in time.
+    Only the event loop of the replica's requests may use it.
     """
-    deadline = time.monotonic() + longest_s
-    while True:
+
+    def __init__(self) -> None:
+        self._probe: asyncio.Task[None] | None = None
+        self._awaited_until = 0.0
+        self._error: Exception = OutageOfDatabase()
+
+    async def retry_during_outage(
+        self, call: Callable[[], T], *, deadline: float | None = None, in_thread: bool = False
+    ) -> T:
+        """Return the result of a call. While a database does not answer, wait for it and call again.
+
+        Args:
+            call: may be repeated without harm, also in another thread.
+            deadline: monotonic time until which to wait; None is `OUTAGE_S` from now.
+            in_thread: whether the call takes long, so that it must not block the event loop.
+
+        Raises:
+            OnlineStoreUnavailable, OutageOfDatabase, DBAPIError: the database did not answer in time.
+        """
+        deadline = time.monotonic() + OUTAGE_S if deadline is None else deadline
+        while True:
+            if self._probe is None:
+                try:
+                    return await asyncio.to_thread(call) if in_thread else call()
+                except Exception as error:
+                    if not is_outage(error):
+                        raise
+                    self._error = error
+            await self._wait(call, deadline)
+
+    async def _wait(self, call: Callable[[], object], deadline: float) -> None:
+        """Wait until the database answers again. If there is no probe yet, this call becomes the probe."""
+        self._awaited_until = max(self._awaited_until, deadline)
+        if self._probe is None:
+            self._probe = asyncio.create_task(self._run_probe(call))
         try:
-            return await call()
-        except _OUTAGES:
-            if time.monotonic() + PAUSE_S > deadline:
-                raise
-        await asyncio.sleep(PAUSE_S)
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await asyncio.shield(self._probe)
+        except TimeoutError:
+            raise self._error from None
+
+    async def _run_probe(self, call: Callable[[], object]) -> None:
+        """Repeat a call until the database answers, or no request waits any more."""
+        try:
+            while time.monotonic() < self._awaited_until:
+                await asyncio.sleep(PAUSE_S)
+                try:
+                    await asyncio.to_thread(call)
+                    return
+                except Exception as error:  # noqa: BLE001 (each other error is an answer of the database)
+                    if not is_outage(error):
+                        return
+                    self._error = error
+        finally:
+            self._probe = None
+
+
+def is_outage(error: BaseException | None) -> bool:
+    """Return whether an error means that a database does not answer now, and not that it refused a statement."""
+    if isinstance(error, DBAPIError):
+        return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+    return isinstance(error, OnlineStoreUnavailable | OutageOfDatabase | PoolTimeout)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -32,6 +33,7 @@ from cluster.records.segments import SegmentWriter
 from cluster.security.keys.store import KeyStore
 from cluster.settings import Durability
 from serve_apps.replica.http import LOG, ReplicaUnavailable, Unavailable
+from serve_apps.replica.timeouts import with_timeout
 
 T = TypeVar("T")
 
@@ -100,16 +102,27 @@ class RecordLog:
             with contextlib.suppress(OSError):  # all requests of this segment were answered already
                 self._writer.close_if_old()
 
-    async def after_durable(self, answer: T) -> T:
+    async def after_durable(self, answer: T, *, deadline: float | None = None) -> T:
         """Return `answer` when all records that were appended before this call are durable.
 
+        Args:
+            answer: the answer.
+            deadline: monotonic time until which to wait; None waits until the write ends or fails.
+
         Raises:
-            Unavailable: the disk failed, so the answer must not be sent.
+            Unavailable: the disk failed, or the time is over, so the answer must not be sent. The record may become
+                durable later.
         """
         if self._timer is None:
             self._schedule_release()
         if self._on_disk or self._blocks is not None:
-            await self._wait_for_sync()
+            if deadline is None:
+                await self._wait_for_sync()
+                return answer
+            try:
+                await with_timeout(max(0.0, deadline - time.monotonic()), self._wait_for_sync())
+            except TimeoutError as error:
+                raise _unavailable(OSError(errno.ETIMEDOUT, "the log does not answer")) from error
         return answer
 
     async def _wait_for_sync(self) -> None:

@@ -73,9 +73,12 @@ def guarded_store(
         locate=lambda principal, region: replace(principal, node_region=region),
     )
     flusher = start_flushing(decisions, every_s=FLUSH_S, stopped=stopped)
-    yield gate
-    flusher.join()
-    decisions.flush()
+    try:
+        yield gate
+    finally:
+        stopped.set()
+        flusher.join()
+        decisions.flush()
 
 
 def _decider(

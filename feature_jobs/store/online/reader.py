@@ -157,7 +157,12 @@ def _key_value(value: Any) -> Any:
 
 
 def open_online_store(
-    config: OnlineConfig, places: Layout, keys: KeyStore, *, readonly: bool = True
+    config: OnlineConfig,
+    places: Layout,
+    keys: KeyStore,
+    *,
+    readonly: bool = True,
+    fails_fast: bool = False,
 ) -> OnlineStore:
     """Open the configured online store.
 
@@ -166,6 +171,7 @@ def open_online_store(
         places: folders of the installation.
         keys: the keys that this process may use.
         readonly: whether LMDB is opened for reading only.
+        fails_fast: whether an outage of Redis is an error at once, for a caller that repeats its calls itself.
 
     Raises:
         ConfigError: LMDB is configured, but the storage root is remote.
@@ -182,7 +188,13 @@ def open_online_store(
                 None if name is None else Path(resolve(name))
                 for name in (config.ca_file, config.password_file)
             ]
-            remote = RedisEngine(config.url, prefix=config.prefix, ca_file=files[0], password_file=files[1])
+            remote = RedisEngine(
+                config.url,
+                prefix=config.prefix,
+                ca_file=files[0],
+                password_file=files[1],
+                fails_fast=fails_fast,
+            )
             return OnlineStore(remote, keys)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import redis
-from redis.backoff import ExponentialWithJitterBackoff
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
@@ -29,6 +30,8 @@ STAGED_S = 86_400
 """Seconds after which Redis deletes the staged rows of a killed materialisation."""
 TIMEOUT_S = 5.0
 """Timeout in seconds of a connection and of a command."""
+FAST_TIMEOUT_S = 1.0
+"""The same in a replica. Its health checks have a timeout of 1 s, and only the second failure counts."""
 
 _NEWER = """
 local function newer(one, other)
@@ -89,14 +92,27 @@ class RedisEngine:
         prefix: first part of every key, so that several installations can share one Redis.
         ca_file: certificate authority of the server's certificate; None for the system's authorities.
         password_file: file with the password; None for no password.
+        fails_fast: use a short timeout, and repeat a command only over a new connection in place of a closed one. The
+            event loop of a replica waits meanwhile.
     """
 
-    def __init__(self, url: str, *, prefix: str, ca_file: Path | None, password_file: Path | None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        prefix: str,
+        ca_file: Path | None,
+        password_file: Path | None,
+        fails_fast: bool = False,
+    ) -> None:
+        timeout_s = FAST_TIMEOUT_S if fails_fast else TIMEOUT_S
         options: dict[str, Any] = {
-            "socket_timeout": TIMEOUT_S,
-            "socket_connect_timeout": TIMEOUT_S,
-            # Retry soon, or a request waits for seconds. A repeated command changes nothing.
-            "retry": Retry(ExponentialWithJitterBackoff(base=0.01, cap=0.1), 3),
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": timeout_s,
+            # A repeated command changes nothing.
+            "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,))
+            if fails_fast
+            else Retry(ExponentialWithJitterBackoff(base=0.01, cap=0.1), 3),
         }
         if ca_file is not None:
             options["ssl_ca_certs"] = str(ca_file)

@@ -311,6 +311,21 @@ class RowCipher:
         return cipher.encrypt(group, class_aad + row_aad)
 
 
+class StagedRows:
+    """Packs rows one by one, and counts those that are not deleted."""
+
+    def __init__(self) -> None:
+        self.entities = 0
+
+    def packed(
+        self, rows: Iterable[OnlineRow], cipher: RowCipher, layout: Layout
+    ) -> Iterator[tuple[bytes, bytes]]:
+        for row in rows:
+            address = cipher.address(row.keys)
+            self.entities += not row.deleted
+            yield address, cipher.pack(address, row, layout, 0)
+
+
 def open_hash_key(store: KeyStore, view: str, wrapped: Mapping[str, str]) -> bytes:
     """Unwrap the hash key of a view's addresses. It raises the key store's errors."""
     return store.unwrap(online_key(view, Sensitivity.INTERNAL), wrapped[ENTITY])

@@ -8,11 +8,11 @@ late cannot restore the values.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from cluster.errors import OnlineStoreOutdated, SourceError
+from cluster.errors import FalajError, OnlineStoreOutdated, SourceError
 from cluster.security.encryption.envelope import ValueCipher
 from cluster.security.encryption.parquet import CACHE_S
 from cluster.security.keys.store import KeyRevoked, KeyStore, KeyStoreUnavailable
@@ -30,6 +30,7 @@ from feature_jobs.store.online.rows import (
     Horizon,
     OnlineRow,
     RowCipher,
+    StagedRows,
     header_of,
     online_row,
     open_hash_key,
@@ -38,6 +39,8 @@ from feature_jobs.store.online.rows import (
 
 RETRY_S = 1.0
 """Seconds until the next call of a key store that was unavailable. Until then the cached keys are used."""
+KEPT_S = 3600.0
+"""Seconds for which keys are used that were unwrapped before the key store became unavailable."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +54,8 @@ class _Generation:
     cipher: RowCipher
     expires_at: float
     """Monotonic time at which the keys have to be unwrapped again."""
+    opened_at: float
+    """Monotonic time at which the keys were unwrapped."""
 
 
 _Stored: TypeAlias = tuple[_Generation, Sequence[bytes], Sequence[bytes | None]]
@@ -116,6 +121,10 @@ class OnlineStore:
             self._forget(view)  # the view has another meta by now
         return None
 
+    def hold_keys(self, view: ViewSpec) -> None:
+        """Unwrap the keys of a view's rows now, if it has rows. For errors see `get`."""
+        self._generation(view)
+
     def put(self, view: ViewSpec, key_types: Mapping[str, str], rows: Sequence[OnlineRow]) -> int:
         """Write rows with a greater rank than the stored rows, in one transaction; return the number written.
 
@@ -165,8 +174,8 @@ class OnlineStore:
         classes = layout_of(view).classes
         cipher, wrapped = RowCipher.create(self._keys, name, classes, hash_key=hash_key)
         meta = Meta.new(view, key_types, wrapped, materialised=True)
-        counter = _Counter()
-        self.engine.stage(name, meta.generation, counter.packed(rows, cipher, meta))
+        counter = StagedRows()
+        self.engine.stage(name, meta.generation, counter.packed(rows, cipher, meta.layouts[0]))
         while True:
             stamp = previous.stamp if previous else None
             carry = self._carry(view, previous if hash_key else None, cipher, meta, horizon, merge)
@@ -344,7 +353,11 @@ class OnlineStore:
         self._cache.pop((view.name, view.version), None)
 
     def _generation(self, view: ViewSpec) -> _Generation | None:
-        """Return the view's generation and its data keys, cached for `CACHE_S`; None before the view's first row."""
+        """Return the view's generation and its data keys, cached for `CACHE_S`; None before the view's first row.
+
+        While the key store is unavailable, the cached keys are used for up to `KEPT_S`. A refusal of the key store, for
+        example of a revoked key, counts at once.
+        """
         cached = self._cache.get((view.name, view.version))
         now = time.monotonic()
         if cached is not None and now < cached.expires_at:
@@ -355,9 +368,12 @@ class OnlineStore:
         try:
             generation = self._open(view, meta, expires_at=now + CACHE_S)
         except KeyStoreUnavailable:
-            if cached is None or cached.stamp != meta.stamp:
+            if cached is None or cached.stamp != meta.stamp or now > cached.opened_at + KEPT_S:
                 raise
             generation = replace(cached, expires_at=now + RETRY_S)
+        except FalajError:  # a refused key must not be used again in a later outage
+            self._forget(view)
+            raise
         self._cache[view.name, view.version] = generation
         return generation
 
@@ -371,20 +387,11 @@ class OnlineStore:
         plans = tuple(layout.plan(wanted) for layout in meta.layouts)
         classes = sorted({part.sensitivity for plan in plans for part in plan.parts})
         cipher = RowCipher.open(self._keys, view.name, meta.data_keys, classes)
-        return _Generation(meta=meta, stamp=meta.stamp, plans=plans, cipher=cipher, expires_at=expires_at)
-
-
-class _Counter:
-    """Packs rows one by one, and counts those that are not deleted."""
-
-    def __init__(self) -> None:
-        self.entities = 0
-
-    def packed(
-        self, rows: Iterable[OnlineRow], cipher: RowCipher, meta: Meta
-    ) -> Iterator[tuple[bytes, bytes]]:
-        layout = meta.layouts[0]
-        for row in rows:
-            address = cipher.address(row.keys)
-            self.entities += not row.deleted
-            yield address, cipher.pack(address, row, layout, 0)
+        return _Generation(
+            meta=meta,
+            stamp=meta.stamp,
+            plans=plans,
+            cipher=cipher,
+            expires_at=expires_at,
+            opened_at=time.monotonic(),
+        )

@@ -160,6 +160,14 @@ class PushLog:
         )
         self._update(connection, next=log.next + rows, bytes=log.bytes + len(sealed))
 
+    def hold_key(self) -> None:
+        """Get the data key of this process now, so that a push needs no key store.
+
+        Raises:
+            KeyNotFound, KeyRevoked, AccessDenied, KeyStoreUnavailable: the key store gives no key.
+        """
+        self._data_key()
+
     def contains(self, first: int) -> bool:
         """Return whether the push with this number is still in the log; a stream removes it when it is in the table.
 

@@ -58,6 +58,14 @@ _NEXT, _RECORD, _KEY, _ANSWER, _AGE = b"next", b"r", b"k", b"i", b"t"
 _AGE_BYTES = len(_AGE) + 8
 
 
+def pushed_views(engine: sa.Engine) -> list[str]:
+    """Return the views that have a push log."""
+    with engine.connect() as connection:
+        if not sa.inspect(connection).has_table(LOGS.name):
+            return []
+        return list(connection.execute(sa.select(LOGS.c.view)).scalars())
+
+
 def number_bytes(number: int) -> bytes:
     """Return a row's number as the AAD of its record has it: 8 bytes, big-endian."""
     return struct.pack(">Q", number)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import down, up
 from cluster.command_line import given_for
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
@@ -37,13 +38,17 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def record_cluster(shell: Path, places: PlatformConfig) -> None:
-    """Write the record of a cluster with these places."""
+def record_cluster(shell: Path, places: PlatformConfig, *, folder: str = ".falaj") -> None:
+    """Write the record of a cluster with these places into a folder."""
     record = replace(
-        replica.record(shell, "", 1), storage_root=places.storage.root, local_root=str(shell / ".falaj")
+        replica.record(shell, "", 1),
+        cluster_id="recorded",
+        storage_root=places.storage.root,
+        local_root=str(shell / folder),
     )
     record = replace(record, overrides=shared_overrides(places, record))
-    write_record(record, StorageConfig())
+    (shell / folder).mkdir()
+    write_record(record, record.storage)
 
 
 def places_of(config: PlatformConfig, *given: str) -> tuple[str, str | None, OnlineConfig]:
@@ -67,15 +72,64 @@ def test_places_on_the_command_line_win(shell: Path) -> None:
     config = PlatformConfig(ledger=LedgerConfig(url="sqlite:///other.db"))
     assert places_of(config)[1] == "sqlite:///other.db"
     same_root = PlatformConfig(storage=StorageConfig(root=PLACES.storage.root, local=".falaj"))
-    assert places_of(same_root, "storage")[1] == PLACES.ledger.url
+    assert places_of(same_root, "storage.root")[1] == PLACES.ledger.url
 
 
 def test_another_storage_root_shares_nothing_with_the_cluster(shell: Path) -> None:
     """Otherwise a project of its own would write into the cluster's ledger."""
     record_cluster(shell, PLACES)
     other = PlatformConfig(storage=StorageConfig(root="s3://bucket/other", local=".falaj"))
-    assert places_of(other, "storage")[1] is None
+    assert places_of(other, "storage.root")[1] is None
     assert other.online == OnlineConfig()
+
+
+def test_a_folder_alone_names_the_cluster_that_is_recorded_there(shell: Path) -> None:
+    """A command with `storage.local` alone would otherwise use an empty ledger. Another folder shares nothing."""
+    record_cluster(shell, PLACES, folder="n2")
+    config = PlatformConfig(storage=StorageConfig(local=str(shell / "n2")))
+    assert places_of(config, "storage.local") == (PLACES.storage.root, PLACES.ledger.url, PLACES.online)
+    assert config.storage.local == str(shell / "n2")
+    assert config.storage.upload_after_s == 30
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(RECORD_VARIABLE, str(shell / "n2" / "cluster.json"))
+        elsewhere = PlatformConfig(storage=StorageConfig(local=str(shell / "n3")))
+        assert places_of(elsewhere, "storage.local")[1] is None
+
+
+def test_down_with_a_folder_alone_ends_the_cluster_in_its_own_ledger(shell: Path) -> None:
+    """The other nodes read the event there. Otherwise they would never end."""
+    url = f"sqlite:///{shell}/elsewhere.db"
+    places = PlatformConfig(storage=StorageConfig(root=str(shell / "shared")), ledger=LedgerConfig(url=url))
+    record_cluster(shell, places, folder="n2")
+    assert run_main(down.main, f"storage.local={shell / 'n2'}").returncode == 0
+    [stopped] = Ledger(url).entries(ClusterStopped)
+    assert stopped.payload == {"cluster_id": "recorded"}
+    assert not (shell / ".falaj").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["storage.root=s3://bucket/it's", "storage.local=.falaj"]])
+def test_up_after_a_crash_is_refused_without_the_options_of_the_start(
+    shell: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    """It would otherwise use the production ledger and bucket with local keys and policies."""
+    started: list[PlatformConfig] = []
+    monkeypatch.setattr(up, "start", started.append)
+    record_cluster(shell, PLACES)
+    refused = run_main(up.main, *options)
+    assert refused.returncode == 2
+    assert "has ended without `python -m cluster.down`" in refused.stderr
+    assert not started
+
+
+def test_up_takes_no_places_from_another_cluster(shell: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell can have the variables of another cluster."""
+    started: list[PlatformConfig] = []
+    monkeypatch.setattr(up, "start", started.append)
+    record_cluster(shell, PLACES, folder="other")
+    monkeypatch.setenv(RECORD_VARIABLE, str(shell / "other" / "cluster.json"))
+    run_main(up.main)
+    [config] = started
+    assert config.ledger.url is None
 
 
 def test_without_a_cluster_the_defaults_stay() -> None:

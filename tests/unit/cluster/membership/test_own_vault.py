@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,13 +98,22 @@ def store(socket: Path, record: ClusterRecord, role: Role, purpose: str = "credi
     return BrokerKeyStore(socket, lambda: token)
 
 
+def create_key(config: PlatformConfig, info: KeyInfo = KEY) -> None:
+    """Create a key in Vault, as the head does."""
+    stopped = threading.Event()
+    try:
+        open_store(config, stopped=stopped).ensure(info)
+    finally:
+        stopped.set()
+
+
 def test_keys_come_from_vault_while_the_head_is_down(
     socket: Path, node: tuple[PlatformConfig, ClusterRecord]
 ) -> None:
     """The node decides by the same policies, in its own region. Another login to Vault reads the same key."""
     config, record = node
     admin, scientist = store(socket, record, Role.admin), store(socket, record, Role.data_scientist)
-    admin.ensure(KEY)
+    create_key(config)
     wrapped = admin.wrap(KEY.name, b"a secret")
     assert scientist.unwrap(KEY.name, wrapped) == b"a secret"
     stopped = threading.Event()
@@ -120,11 +129,28 @@ def test_policies_hold_on_the_node(socket: Path, node: tuple[PlatformConfig, Clu
     """Another purpose, and data that belongs to another region, get nothing. Denials are in the ledger."""
     config, record = node
     admin = store(socket, record, Role.admin)
-    admin.ensure(KEY)
+    create_key(config)
     wrapped = admin.wrap(KEY.name, b"a secret")
     with pytest.raises(AccessDenied):
         store(socket, record, Role.data_scientist, purpose="marketing").unwrap(KEY.name, wrapped)
     denied = [entry.payload for entry in open_ledger(config).entries(AccessDecided)]
     assert [event["allowed"] for event in denied if event["action"] == "unwrap_key"] == [False]
+    create_key(config, replace(KEY, name="features/others/personal", region="us"))
     with pytest.raises(AccessDenied):
-        admin.ensure(replace(KEY, name="features/others/personal", region="us"))
+        admin.wrap("features/others/personal", b"a secret")
+
+
+def test_only_the_head_changes_keys(socket: Path, node: tuple[PlatformConfig, ClusterRecord]) -> None:
+    """So no two brokers change a key's description at once, and the node's login needs no right to change keys."""
+    config, record = node
+    create_key(config)
+    admin = store(socket, record, Role.admin)
+    changes: list[Callable[[], object]] = [
+        lambda: admin.ensure(replace(KEY, column_class="public")),
+        lambda: admin.rotate(KEY.name),
+        lambda: admin.revoke(KEY.name),
+    ]
+    for change in changes:
+        with pytest.raises(KeyStoreUnavailable, match="head's service for nodes"):  # it is down
+            change()
+    assert admin.info(KEY.name) == KEY

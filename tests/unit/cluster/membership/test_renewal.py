@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import socket
 import ssl
 import threading
@@ -16,7 +17,8 @@ from cryptography import x509
 
 from cluster.errors import ConfigError, Unauthenticated
 from cluster.ledger.events import NodeCertificateRenewed
-from cluster.membership.admission import fingerprint, new_key_and_request
+from cluster.membership import renewal
+from cluster.membership.admission import fingerprint, new_key_and_request, signing_request
 from cluster.membership.head_client import HeadClient
 from cluster.membership.members import current_members
 from cluster.membership.renewal import renew_from_head
@@ -61,8 +63,8 @@ def test_node_renews_its_certificate_while_it_works(head_for_years: Head, short_
     first = (client._tls / "node.pem").read_bytes()
     key = (client._tls / "node.key").read_bytes()
     stopped = threading.Event()
-    renewal = Renewal(lambda: renew_from_head(client._tls, client), stopped=stopped, every_s=0.2)
-    renewal.start()
+    renewing = Renewal(lambda: renew_from_head(client._tls, client), stopped=stopped, every_s=0.2)
+    renewing.start()
     try:
         ends, fresh = time.monotonic() + 2.5 * LIFETIME_S, 0
         while time.monotonic() < ends:
@@ -72,7 +74,7 @@ def test_node_renews_its_certificate_while_it_works(head_for_years: Head, short_
             time.sleep(0.1)
     finally:
         stopped.set()
-        renewal.join(10)
+        renewing.join(10)
     assert fresh > 50
     assert (client._tls / "node.key").read_bytes() == key
     newest = (client._tls / "node.pem").read_bytes()
@@ -104,12 +106,22 @@ def test_node_that_did_not_renew_in_time_is_told_to_join_again(
         _first_byte_of_answer(head, client._tls)
 
 
-def test_lost_answer_locks_no_node_out(head_for_years: Head, short_lived: None) -> None:
-    """The head has recorded the new certificate, and the node never got it. The old one still opens the service."""
+def test_lost_answer_locks_no_node_out(
+    head_for_years: Head, short_lived: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head has recorded the new certificate, and the node never got it. The old one still opens the service.
+
+    The node gets another one, but not at once: if it could not write it, it would ask each minute.
+    """
     head = head_for_years
     node_id, client = head.join()
     wait_until(lambda: _is_due(client._tls))
-    client.request("renew", signing_request=new_key_and_request("x")[1])  # the answer is lost
+    renew = functools.partial(client.request, "renew", signing_request=_own_request(client._tls))
+    renew()  # the answer is lost
+    monkeypatch.setattr(renewal, "PAUSE_SHARE", 1.0)
+    with pytest.raises(ConfigError, match="renewed the certificate of node"):  # or the ledger would fill
+        renew()
+    monkeypatch.setattr(renewal, "PAUSE_SHARE", 0.0)
     assert client.request("report", parts={}) is not None
     assert renew_from_head(client._tls, client)
     assert client.request("report", parts={}) is not None
@@ -135,6 +147,16 @@ def test_certificate_is_renewed_for_its_node_only(head: Head) -> None:
     own = HeadClient.of(head.record)
     with pytest.raises(ConfigError, match="another authority"):
         own.request("renew", signing_request=request)
+    assert not list(head.ledger.entries(NodeCertificateRenewed))
+
+
+def test_certificate_is_renewed_for_the_same_key_only(head_for_years: Head, short_lived: None) -> None:
+    """Who has a node's certificate and key for a moment gets no certificate for a key of its own."""
+    head = head_for_years
+    _, client = head.join()
+    wait_until(lambda: _is_due(client._tls))
+    with pytest.raises(Unauthenticated, match="own key only"):
+        client.request("renew", signing_request=new_key_and_request("x")[1])
     assert not list(head.ledger.entries(NodeCertificateRenewed))
 
 
@@ -195,10 +217,16 @@ def test_failed_renewal_is_tried_again_and_logged_once(caplog: pytest.LogCapture
         stopped.set()
         return True
 
-    renewal = Renewal(renew, stopped=stopped, every_s=0.01)
-    renewal.start()
-    renewal.join(10)
+    renewing = Renewal(renew, stopped=stopped, every_s=0.01)
+    renewing.start()
+    renewing.join(10)
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+
+
+def _own_request(tls: Path) -> str:
+    key = certificates.private_key(tls / "node.key")
+    assert key is not None
+    return signing_request(key, "x")
 
 
 def _first_byte_of_answer(head: Head, tls: Path) -> bytes:

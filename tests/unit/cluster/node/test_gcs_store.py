@@ -22,9 +22,9 @@ from cluster.ledger import open_ledger
 from cluster.ledger.events import ClusterStopped
 from cluster.node import gcs_store, ray_start
 from cluster.node.description import describe_machine
-from cluster.node.launch import shared_overrides
+from cluster.node.launch import StartFailed, shared_overrides
 from cluster.security.tls.certificates import ensure_tls
-from cluster.session import ClusterRecord, write_record
+from cluster.session import ClusterRecord, find_own_record, write_record
 from cluster.settings import ClusterConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout
 from cluster.supervisor.lost_head import has_saved_state
@@ -149,6 +149,26 @@ def test_redis_is_checked_before_a_start(config: PlatformConfig, secret: Path) -
         gcs_store.require_redis(config.cluster.gcs)
 
 
+def test_redis_on_the_network_needs_a_password() -> None:
+    """Who can write Ray's state can run code on every node."""
+    with pytest.raises(ConfigError, match=r"on the network.*cluster\.gcs\.password_file"):
+        gcs_store.require_redis(GcsConfig(url="redis://redis.example"))
+
+
+def test_search_in_a_large_database_ends(
+    config: PlatformConfig, record: ClusterRecord, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The online store of the same Redis can have millions of keys."""
+    client = redis.Redis.from_url(server, password=PASSWORD)
+    client.mset({f"other{number}": "" for number in range(3000)})
+    assert not gcs_store.has_state(config.cluster.gcs, record)
+    monkeypatch.setattr(gcs_store, "SCAN_S", 0.0)
+    with pytest.raises(ConfigError, match="a Redis of its own"):
+        gcs_store.has_state(config.cluster.gcs, record)
+    client.flushall()
+    client.close()
+
+
 def test_cluster_with_state_in_redis_goes_on(
     config: PlatformConfig, record: ClusterRecord, server: str
 ) -> None:
@@ -165,6 +185,7 @@ def test_cluster_with_state_in_redis_goes_on(
     write_record(replace(record, starting=True), config.storage)
     assert up.running_record(config) is None
     assert open_ledger(config).last(ClusterStopped) is not None
+    assert client.keys("*") == [b"RAYother@NODE"]
     client.flushall()
     client.close()
 
@@ -178,6 +199,28 @@ def test_nobody_gives_up_a_cluster_because_redis_is_away(
     write_record(replace(record, overrides=shared_overrides(lost, record)), config.storage)
     with pytest.raises(ConfigError, match=r"Cluster abc can go on only with its state.*cluster\.down"):
         up.running_record(config)
+
+
+def test_a_failed_start_is_undone_also_without_redis(
+    config: PlatformConfig,
+    record: ClusterRecord,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The operator sees why the start failed, and the next start finds no record."""
+
+    def fail(*_: object) -> None:
+        config.cluster.gcs = replace(config.cluster.gcs, url=f"redis://127.0.0.1:{free_port()}")
+        raise StartFailed("Ray did not start")
+
+    monkeypatch.setattr(up, "_start_parts", fail)
+    monkeypatch.setattr(up, "describe", lambda _: record)
+    for name in ("check", "prepare", "warn_of_spilling"):
+        monkeypatch.setattr(up, name, lambda *_: None)
+    with pytest.raises(StartFailed, match="Ray did not start"):
+        up.start(config)
+    assert find_own_record(config.storage) is None
+    assert "keys RAYabc@* of Ray stay in Redis" in capsys.readouterr().err
 
 
 def test_password_reaches_the_gcs_in_its_environment_only(

@@ -138,6 +138,34 @@ def test_new_head_of_several_nodes_continues_with_the_state_of_the_lost_one(
     assert ray.starts == [True, True, False, True]
 
 
+def test_state_is_kept_if_only_serve_fails(
+    config: PlatformConfig, cluster: ClusterRecord, ray: Ray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray has started with it. A later loss of the head must not discard it."""
+
+    def fail(*_: object) -> None:
+        raise StartFailed("Serve did not start")
+
+    cluster = replace(cluster, address="10.9.9.9", gcs_dir=str(tmp_path / "run" / "gcs"))
+    gcs_folder(cluster).mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(head, "start_serve", fail)
+        with pytest.raises(StartFailed):
+            head.replace_head(config, cluster)
+    head.replace_head(config, cluster)
+    assert ray.starts == [True, True]
+
+
+def test_failed_start_with_state_in_redis_names_the_way_out(
+    config: PlatformConfig, cluster: ClusterRecord, ray: Ray
+) -> None:
+    """The supervisor tries again without end, because only `cluster.down` gives up the state."""
+    config.cluster.gcs.url = "redis://10.9.9.9"
+    ray.fails = True
+    with pytest.raises(StartFailed, match=r"may be damaged: `python -m cluster\.down` removes it"):
+        head.replace_head(config, cluster)
+
+
 def test_new_head_of_one_node_starts_with_no_state(
     config: PlatformConfig, cluster: ClusterRecord, ray: Ray, tmp_path: Path
 ) -> None:

@@ -338,6 +338,7 @@ def test_reader_with_cached_keys_survives_an_unavailable_key_store(
 ) -> None:
     """It cannot read a new materialisation, because it does not have its keys."""
     monkeypatch.setattr(online_store, "CACHE_S", 0.0)
+    monkeypatch.setattr(online_store, "RETRY_S", 0.0)
     assert read_patient(clinic, only("street")) == ["street-nine"]
 
     def away(*_: str) -> bytes:
@@ -347,3 +348,22 @@ def test_reader_with_cached_keys_survives_an_unavailable_key_store(
     assert read_patient(clinic, only("street")) == ["street-nine"]
     with pytest.raises(KeyStoreUnavailable):
         read_patient(clinic, only("illness"))
+    monkeypatch.setattr(online_store, "KEPT_S", 0.0)
+    with pytest.raises(KeyStoreUnavailable):  # the keys are not used without end
+        read_patient(clinic, only("street"))
+
+
+def test_refused_key_is_not_used_in_a_later_outage(
+    clinic: OnlineStore, keys: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key store may become unavailable right after it has refused the key."""
+    monkeypatch.setattr(online_store, "CACHE_S", 0.0)
+    assert read_patient(clinic, only("street")) == ["street-nine"]
+    for error in (AccessDenied("no"), KeyStoreUnavailable("away")):
+
+        def refuse(*_: str, error: Exception = error) -> bytes:
+            raise error
+
+        monkeypatch.setattr(keys, "unwrap", refuse)
+        with pytest.raises(type(error)):
+            read_patient(clinic, only("street"))

@@ -19,6 +19,7 @@ from feature_jobs.store.catalog.specifications import FieldSpec
 from serve_apps.outcomes.outcomes import parse_outcomes
 from serve_apps.predictor.request import parse_predict
 from serve_apps.replica.http import MAX_MESSAGE, refusal
+from serve_apps.replica.http_contract import TRY_ANOTHER
 
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 AGE = InputSpec(name="p__age", dtype="float64")
@@ -80,11 +81,11 @@ def test_message_quotes_only_the_beginning_of_a_value() -> None:
         assert len(json.loads(refusal(refused.value).body)["error"]) <= MAX_MESSAGE + 1
 
 
-def test_request_can_be_repeated_when_the_key_store_is_down() -> None:
-    """The message says nothing of the installation."""
+def test_request_goes_to_another_replica_when_the_key_store_is_down() -> None:
+    """The other one may have the keys. The client gets 503 if none has, without details of the installation."""
     answer = refusal(KeyStoreUnavailable("No key broker answers at /run/falaj"))
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-    assert json.loads(answer.body)["error"] == "The key store cannot be used now."
+    assert (answer.status_code, answer.headers["retry-after"]) == (TRY_ANOTHER, "1")
+    assert json.loads(answer.body) == {"error": "The key store cannot be used now.", "code": 503}
 
 
 def test_wrong_outcome_is_refused_by_position() -> None:

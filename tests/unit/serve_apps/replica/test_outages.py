@@ -1,13 +1,17 @@
-"""A request outlasts a short outage of a database."""
+"""A request waits during a short outage of a database."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy.exc import ProgrammingError
 
 from cluster.errors import InvalidRequest, OnlineStoreUnavailable
 from cluster.ledger import Ledger
@@ -16,7 +20,7 @@ from cluster.records.database import ensure_tables
 from cluster.records.location import LogLocation
 from cluster.settings import Durability
 from serve_apps.replica import outages
-from serve_apps.replica.outages import outlast
+from serve_apps.replica.outages import Outages
 from tests.servers import postgresql
 from tests.servers.object_store import object_store_environment
 from tests.servers.replica import SharedState, running_replica
@@ -28,12 +32,19 @@ class Calls:
 
     def __init__(self, failures: int, error: Exception) -> None:
         self.count, self._failures, self._error = 0, failures, error
+        self.failed_in: list[int] = []
+        """The threads of the failed calls."""
 
-    async def __call__(self) -> int:
+    def __call__(self) -> int:
         self.count += 1
         if self.count <= self._failures:
+            self.failed_in.append(threading.get_ident())
             raise self._error
         return self.count
+
+
+AWAY = OnlineStoreUnavailable("Redis is down")
+WRONG = ProgrammingError("SELECT", {}, Exception("no such table"))
 
 
 @pytest.fixture(autouse=True)
@@ -41,21 +52,41 @@ def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outages, "PAUSE_S", 0.01)
 
 
-def test_call_is_repeated_until_the_database_answers() -> None:
-    assert asyncio.run(outlast(Calls(3, OnlineStoreUnavailable("Redis is down")))) == 4
+async def call_during_outage(call: Callable[[], int], **options: Any) -> int:
+    return await Outages().retry_during_outage(call, **options)
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_call_is_repeated_until_the_database_answers(in_thread: bool) -> None:
+    assert asyncio.run(call_during_outage(Calls(3, AWAY), in_thread=in_thread)) == 5
 
 
 def test_long_outage_is_an_error() -> None:
     """The client gets 503 and not a timeout."""
     with pytest.raises(OnlineStoreUnavailable):
-        asyncio.run(outlast(Calls(10**6, OnlineStoreUnavailable("Redis is down")), longest_s=0.1))
+        asyncio.run(call_during_outage(Calls(10**6, AWAY), deadline=time.monotonic() + 0.1))
 
 
-def test_other_errors_are_not_repeated() -> None:
-    calls = Calls(1, InvalidRequest("no such entity"))
-    with pytest.raises(InvalidRequest):
-        asyncio.run(outlast(calls))
+@pytest.mark.parametrize("error", [InvalidRequest("no such entity"), WRONG])
+def test_errors_that_are_no_outage_are_not_repeated(error: Exception) -> None:
+    """A database that refuses a statement refuses it again."""
+    calls = Calls(1, error)
+    with pytest.raises(type(error)):
+        asyncio.run(call_during_outage(calls))
     assert calls.count == 1
+
+
+def test_requests_wait_for_one_probe_in_a_thread() -> None:
+    """Clients of Redis block. Otherwise 64 requests would block the event loop, and health checks would fail."""
+    calls = Calls(6, AWAY)
+
+    async def send() -> list[int]:
+        waiting = Outages()
+        return await asyncio.gather(*(waiting.retry_during_outage(calls) for _ in range(64)))
+
+    assert len(asyncio.run(send())) == 64
+    assert calls.count == 1 + 6 + 64  # the first request, the probe, then each request
+    assert calls.failed_in.count(threading.get_ident()) == 1
 
 
 def test_blocks_are_added_after_a_restart_of_the_database(tmp_path: Path) -> None:
@@ -83,7 +114,7 @@ def test_blocks_are_added_after_a_restart_of_the_database(tmp_path: Path) -> Non
         ledger.engine.dispose()
 
 
-def test_predictions_outlast_a_restart_of_postgresql(tmp_path: Path) -> None:
+def test_predictions_wait_for_a_restart_of_postgresql(tmp_path: Path) -> None:
     """Requests of eight clients wait while the database is killed and started again. Each answer is in the log once."""
     with object_store_environment() as bucket, postgresql.server() as server:
         shared = SharedState(f"{bucket}/outage", server.address)
