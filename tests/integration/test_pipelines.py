@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
 
 import pyarrow.parquet as pq
 import pytest
@@ -188,7 +189,13 @@ def test_a_run_is_cancelled_from_another_process(falaj_cluster: Project, workspa
         ]
         return str(started[0]["job"]) if started else None
 
-    wait_for(lambda: job() is not None and job_details(falaj_cluster, str(job())).get("status") == "RUNNING")
+    def is_running() -> bool:
+        try:
+            return job_details(falaj_cluster, str(job()))["status"] == "RUNNING"
+        except HTTPError:  # the event precedes the job
+            return False
+
+    wait_for(is_running)
     cancelled = falaj_cluster.run("jobs.pipeline", *options, "action=cancel", cwd=workspace)
     assert cancelled.returncode == 0, cancelled.stderr
     assert leader.wait(60) == 2
