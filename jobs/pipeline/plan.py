@@ -204,7 +204,7 @@ def _recorded(caller: Caller) -> Known:
 def _made(planned: PlannedStage, caller: Caller) -> Known:
     """Return what a stage adds: applied definitions, and the models and views that it writes."""
     made = Known()
-    if planned.stage.command == "feature_jobs.apply":
+    if planned.stage.command == "feature_jobs.apply" and planned.facts.modules:
         definitions = load_definitions(planned.facts.modules[0])
         made.views = {name: spec_of(view) for name, view in definitions.views.items()}
         made.services = {

@@ -106,12 +106,12 @@ def read_archive(path: Path, open_envelope: Callable[[bytes], list[Part]]) -> di
         size = os.fstat(file.fileno()).st_size
         parts = open_envelope(_read_envelope(file, path))
         total = sum(part.size for part in parts)
+        if total > size:
+            raise ArtifactTampered(f"{path} is cut off: its parts are larger than the file. Copy it again.")
         if total > MAX_BUNDLE_BYTES:
             raise ConfigError(
                 f"{path} has {total} bytes, and at most {MAX_BUNDLE_BYTES} can be imported. Export a smaller model."
             )
-        if total > size:
-            raise ArtifactTampered(f"{path} is cut off: its parts are larger than the file. Copy it again.")
         contents = {part.name: _read_part(file, part) for part in parts}
         rest = file.read(3 * _RECORD)
         if len(rest) > 2 * _RECORD or any(rest):

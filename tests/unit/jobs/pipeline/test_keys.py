@@ -19,7 +19,7 @@ MODEL = Path(__file__).parents[4] / "configs" / "model" / "lightgbm.yaml"
 SHOP = """
 from feature_jobs.store import FeatureService
 from tests.projects.views import make_view
-services = [FeatureService("credit", views=[make_view()])]
+credit = FeatureService("credit", views=[make_view()])
 """
 
 

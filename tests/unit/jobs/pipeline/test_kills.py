@@ -16,9 +16,11 @@ from cluster.storage import Layout
 from jobs.pipeline.config import PipelineAction, PipelineConfig, PipelineSpec, StageConfig
 from jobs.pipeline.control import Pipeline
 from jobs.pipeline.keys import StageRefused
+from jobs.pipeline.plan import Caller
 from jobs.pipeline.run import Run
 from jobs.pipeline.stage import outputs
 from jobs.pipeline.stage.ray_jobs import JobsUnavailable, PatientJobs
+from tests.samples.principals import who
 from tests.unit.jobs.pipeline.conftest import World
 
 
@@ -134,21 +136,27 @@ def test_a_stage_is_done_again_after_a_later_attempt_failed(gated: World) -> Non
     assert gated.state("r3").stages["s"].job == "p-r3-s-1"
 
 
-def cancelling(world: World, **changes: Any) -> Pipeline:
+def cancelling(world: World, caller: Caller | None = None) -> Pipeline:
     record = SimpleNamespace(node_id=None, layout=world.places)
     config = PipelineConfig(action=PipelineAction.cancel, run="r2")
-    caller = changes.pop("caller", world.caller())
     return Pipeline(
-        name="p", config=config, spec=gate(0.9), caller=caller, record=cast(Any, record), jobs=world.jobs
+        name="p",
+        config=config,
+        spec=gate(0.95),
+        caller=caller or world.caller(),
+        record=cast(Any, record),
+        jobs=world.jobs,
     )
 
 
 def test_only_the_starter_or_an_admin_cancels_a_run(gated: World) -> None:
     """Another person's run goes on."""
-    kill_after_job(gated, run="r2", value=0.9)
+    kill_after_job(gated, run="r2", value=0.95)
     head = gated.ledger.head()
+    alice = gated.caller()
+    bob = replace(alice, actor=replace(alice.actor, principal=who(Role.data_engineer, subject="bob")))
     with pytest.raises(AccessDenied, match="Let an admin cancel it, or one of alice"):
-        cancelling(gated, caller=gated.caller(Role.data_engineer)).cancel()
+        cancelling(gated, bob).cancel()
     assert gated.ledger.head() == head
     cancelling(gated).cancel()
     assert gated.state("r2").state == "cancelled"
