@@ -75,7 +75,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
     "ShadowStarted": (Key(("model",)),),
     "ShadowStopped": (Key(("model",)),),
     "StageFinished": (Key(("run",)), Key(("pipeline", "stage"))),
-    "StageStarted": (Key(("run",)),),
+    "StageStarted": (Key(("run",)), Key(("pipeline", "stage"))),
     "TrainingSetBuilt": (Key(("row_hash",)),),
     "TrainingSetNotReproducible": (Key(("training_set",)), Key(("training_set", "view"))),
     "ViewMaterialized": (Key(("view",)),),

@@ -12,26 +12,28 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from cluster.command_line import refuse_unused
-from cluster.errors import ConfigError, RefusedError, did_you_mean
+from cluster.errors import AccessDenied, ConfigError, RefusedError, did_you_mean
 from cluster.ledger import Ledger, open_ledger
-from cluster.ledger.events import PipelineCancelled, PipelineFinished, PipelineStarted
+from cluster.ledger.events import PipelineCancelled, PipelineFinished, PipelineStarted, StageFinished
+from cluster.ledger.store import utc_now
 from cluster.node.locks import hold_lock
 from cluster.security.acting import create_actor
+from cluster.security.tokens.roles import Role
 from cluster.session import ClusterRecord, require_running_cluster
 from cluster.storage import file_name, layout, resolve, write_bytes
 from jobs.pipeline.config import PipelineAction, PipelineConfig, PipelineSpec
+from jobs.pipeline.context import EarlierStage, RunContext
 from jobs.pipeline.plan import Caller, Plan, make_plan
 from jobs.pipeline.report.runs import render_run
 from jobs.pipeline.report.terminal import draw_run
-from jobs.pipeline.run import EarlierStage, Run, RunContext
+from jobs.pipeline.run import Run
 from jobs.pipeline.stage import outputs
 from jobs.pipeline.stage.arguments import callers_arguments, callers_config_dir, pipeline_name
 from jobs.pipeline.stage.content import Platform
-from jobs.pipeline.stage.ray_jobs import Jobs, RayJobs
-from jobs.pipeline.state import RunState, State, newest_run, read_run
+from jobs.pipeline.stage.ray_jobs import Jobs, PatientJobs, RayJobs
+from jobs.pipeline.state import RunState, State, newest_run, read_run, seconds_since
 
 _UNUSED = {
     PipelineAction.plan: ("reason", "output"),
@@ -75,12 +77,11 @@ class Pipeline:
                 "FOLDER` for FOLDER/pipeline/<name>.yaml."
             )
         refuse_unused(_UNUSED[config.action], by=f"action={config.action.value}")
-        if config.ledger.url is not None and urlsplit(config.ledger.url).password:
-            raise ConfigError(
-                "ledger.url has a password, and the Ray dashboard shows the command lines of stages. Put the password "
-                "into ~/.pgpass or the file of PGPASSFILE."
-            )
         record, ledger = require_running_cluster(config), open_ledger(config)
+        if record.node_id is not None and config.action is not PipelineAction.show:
+            raise ConfigError(
+                f"action={config.action.value} is done on the head's machine. Run the command there."
+            )
         actor = create_actor(config, record, ledger, entrypoint="jobs.pipeline")
         caller = Caller(
             ledger=ledger,
@@ -91,7 +92,12 @@ class Pipeline:
             config_dir=callers_config_dir(),
         )
         return cls(
-            name=name, config=config, spec=config.pipeline, caller=caller, record=record, jobs=RayJobs(record)
+            name=name,
+            config=config,
+            spec=config.pipeline,
+            caller=caller,
+            record=record,
+            jobs=PatientJobs(RayJobs(record)),
         )
 
     @property
@@ -100,8 +106,13 @@ class Pipeline:
 
     @property
     def folder(self) -> Path:
-        """Folder of the pipeline's results and lock."""
+        """Folder of the pipeline's results."""
         return Path(self.caller.places.pipelines) / file_name(self.name)
+
+    @property
+    def lock_file(self) -> Path:
+        """Lock of the process that leads a run. It is in the cluster's own folder, which no option can move."""
+        return Path(self.record.layout.pipelines) / file_name(self.name) / "lock"
 
     def print_plan(self) -> None:
         """Print what would run.
@@ -170,6 +181,13 @@ class Pipeline:
             raise RefusedError(
                 f"Run '{run.run}' is over: {run.state.value}. Only a running one can be cancelled."
             )
+        starters = {entry.actor for entry in self.ledger.find(PipelineStarted, run=run.run)}
+        actor = self.caller.actor
+        if actor.name not in starters and actor.principal.role is not Role.admin:
+            raise AccessDenied(
+                f"'{actor.name}' neither started run '{run.run}' nor has the role admin. Let an admin cancel it, or "
+                f"one of {', '.join(sorted(starters))}."
+            )
         event = PipelineCancelled(pipeline=self.name, run=run.run, reason=self.config.reason)
         self.ledger.append(event, actor=self.caller.actor.name)
         deadline = time.monotonic() + _CANCEL_WAIT_S
@@ -192,12 +210,27 @@ class Pipeline:
                 self.jobs.stop(stage.job)
                 while (status := self.jobs.status(stage.job)) is not None and not status.is_over:
                     time.sleep(0.5)
+                self.ledger.append(self._cancelled(run, name), actor=self.caller.actor.name)
                 if name in plan.stages:
                     outputs.discard(plan.stages[name].writes)
         event = PipelineFinished(
             pipeline=self.name, run=run.run, state=State.cancelled.value, reason=self.config.reason
         )
         self.ledger.append(event, actor=self.caller.actor.name)
+
+    def _cancelled(self, run: RunState, name: str) -> StageFinished:
+        stage = run.stages[name]
+        return StageFinished(
+            pipeline=self.name,
+            run=run.run,
+            stage=name,
+            job=stage.job,
+            key=stage.key,
+            state=State.cancelled.value,
+            started_at=stage.started_at,
+            seconds=round(seconds_since(stage.started_at, utc_now().isoformat()), 3),
+            reason=self.config.reason,
+        )
 
     def _context(self) -> RunContext:
         return RunContext(
@@ -251,11 +284,13 @@ class Pipeline:
 
     def _lock(self) -> AbstractContextManager[None]:
         return hold_lock(
-            self.folder / "lock",
+            self.lock_file,
             f"Another process (pid {{pid}}) runs pipeline '{self.name}'. Wait until it has ended, or cancel its run.",
         )
 
     def _is_led(self) -> bool:
+        if self.record.node_id is not None:  # the lock is on the head's machine
+            return self._existing_run().state is State.running
         try:
             with self._lock():
                 return False

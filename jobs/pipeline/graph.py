@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from graphlib import CycleError, TopologicalSorter
+from itertools import combinations
 from typing import Any
 
 from cluster.errors import suggest_name
@@ -13,6 +15,7 @@ from jobs.pipeline.config import PipelineSpec, StageConfig
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,47}")
 _REFERENCE = re.compile(r"\{([a-z][a-z0-9_]*)\.([\w.]+)\}")
+_PATTERN = re.compile(r"[*?[]")
 _PART = re.compile(r"[a-z]+:(?!//)")
 OWN = ("inputs", "outputs")
 """Names that a reference uses for the paths of its own stage, so no stage may have them."""
@@ -168,6 +171,13 @@ def covers(written: str, read: str) -> bool:
     return read == written or read.startswith(f"{written.rstrip('/')}/")
 
 
+def touches(written: str, read: str) -> bool:
+    """Return whether writing a path changes what reading another one, a folder or a pattern finds."""
+    if _PATTERN.search(read):
+        return fnmatch(written, read) or covers(written, _PATTERN.split(read)[0].rpartition("/")[0])
+    return covers(written, read) or covers(read, written)
+
+
 def _value(found: re.Match[str], known: Mapping[tuple[str, str], Any]) -> Any:
     key = (found[1], found[2])
     if key not in known:
@@ -176,7 +186,9 @@ def _value(found: re.Match[str], known: Mapping[tuple[str, str], Any]) -> Any:
 
 
 def _reference_faults(name: str, config: StageConfig, configs: Mapping[str, StageConfig]) -> Iterator[str]:
-    for other, key in references([config.parameters, config.inputs, config.outputs]):
+    for other, key in references([config.inputs, config.outputs]):
+        yield f"Stage '{name}': {{{other}.{key}}} is in its inputs or outputs. Write a whole path there."
+    for other, key in references(config.parameters):
         if other in OWN and key not in getattr(config, other):
             yield f"Stage '{name}': {{{other}.{key}}} is not in its {other}."
         elif other not in OWN and other not in configs:
@@ -194,25 +206,29 @@ def _files(config: StageConfig, files: Files) -> Files:
 
 
 def _shared_outputs(paths: Mapping[str, Files]) -> Iterator[str]:
-    writers: dict[str, str] = {}
+    """Yield faults of stages that would replace files of others, or what they read."""
     for name, files in paths.items():
         for path in files.writes:
-            other = writers.setdefault(path, name)
-            if other != name:
-                yield f"Stages '{other}' and '{name}' both write {path}. Give each its own path."
+            yield from (
+                f"Stage '{name}' writes {path} and reads {read}, which is moved aside then. Give the output its own "
+                "path."
+                for read in files.reads
+                if touches(path, read)
+            )
+    written = [(name, path) for name, files in paths.items() for path in files.writes]
+    for (name, path), (other, second) in combinations(written, 2):
+        if name != other and (covers(path, second) or covers(second, path)):
+            both = path if path == second else f"{path} and {second}, of which one is in the other"
+            yield f"Stages '{name}' and '{other}' both write {both}. Give each its own path."
 
 
 def _stage(name: str, config: StageConfig, spec: PipelineSpec, paths: Mapping[str, Files]) -> Stage:
     after = dict.fromkeys(_enabled(config.after, spec))
-    after |= {
-        other: None
-        for other, _ in references([config.parameters, config.inputs, config.outputs])
-        if other in paths
-    }
+    after |= {other: None for other, _ in references(config.parameters) if other in paths}
     after |= {
         other: None
         for other, files in paths.items()
-        if other != name and any(covers(wrote, read) for wrote in files.writes for read in paths[name].reads)
+        if other != name and any(touches(wrote, read) for wrote in files.writes for read in paths[name].reads)
     }
     return Stage(
         name=name,

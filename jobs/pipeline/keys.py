@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.errors import RefusedError
 from cluster.ledger import Ledger
 from cluster.ledger.events import StageFinished
+from cluster.storage import is_uri
 from jobs.pipeline.graph import covers, is_path, substitute
 from jobs.pipeline.plan import Plan, PlannedStage, own_paths
 from jobs.pipeline.stage.arguments import arguments
-from jobs.pipeline.stage.content import CodeHashes, Platform, digest_json, digest_path
+from jobs.pipeline.stage.content import HAS_NO_CONTENT, CodeHashes, Platform, digest_json, digest_path
+from jobs.pipeline.stage.outputs import is_aside
 from jobs.pipeline.stage.requirements import unmet
 from jobs.pipeline.state import last_done
 
@@ -32,6 +35,8 @@ class Prepared:
     key: str
     inputs: dict[str, str]
     """Maps input to the hash of its content."""
+    always: bool
+    """Whether the stage runs in each run."""
 
 
 class StageKeys:
@@ -87,20 +92,43 @@ class StageKeys:
             planned=planned,
             command=(planned.stage.command, *own),
             options=options,
-            key=digest_json([self._pipeline, planned.stage.command, own, inputs, code]),
+            key=digest_json(
+                [
+                    self._pipeline,
+                    planned.stage.command,
+                    own,
+                    inputs,
+                    code,
+                    planned.settings,
+                    sorted(planned.writes),
+                ]
+            ),
             inputs=inputs,
+            always=self.runs_always(name),
+        )
+
+    def runs_always(self, name: str) -> bool:
+        """Return whether a stage runs in each run: by its declaration, or because its input has no content to hash."""
+        planned, ancestors = self._plan.stages[name], self._plan.graph.ancestors(name)
+        return (
+            planned.stage.always
+            or planned.facts.always
+            or any(
+                part.partition(":")[0] in HAS_NO_CONTENT and not self._writers(part, ancestors)
+                for part in planned.reads
+            )
         )
 
     def reusable(self, prepared: Prepared, run: str) -> StageFinished | None:
         """Return how a stage was last done, if its key is the same now and its files are still there.
 
-        A stage that is always run is done only if this run did it.
+        A stage that is always run, because it reads a log or depends on the time, is done only if this run did it.
         """
         stage = prepared.planned.stage
         last = last_done(self._ledger, self._pipeline, stage.name)
         if last is None or last.key != prepared.key:
             return None
-        if stage.always and (last.run != run or last.reused_from):
+        if prepared.always and (last.run != run or last.reused_from):
             return None
         if any(is_path(path) and digest_path(path) != digest for path, digest in last.outputs.items()):
             return None
@@ -111,10 +139,7 @@ class StageKeys:
 
         Later stages may change the same view, so what it is now says nothing about an earlier stage's input.
         """
-        stages, graph = self._plan.stages, self._plan.graph
-        writers = {
-            name for name in ancestors if any(_writes(written, part) for written in stages[name].writes)
-        }
+        graph, writers = self._plan.graph, self._writers(part, ancestors)
         last = [name for name in writers if not any(name in graph.ancestors(other) for other in writers)]
         if not last:
             return self._platform.digest(part)
@@ -125,6 +150,23 @@ class StageKeys:
             if _writes(written, part)
         }
         return digest_json(hashes)
+
+    def foreign_folder(self, prepared: Prepared) -> str | None:
+        """Return a declared output that is a folder with files, if no stage of this name ever wrote it."""
+        stage = prepared.planned.stage
+        for path in filter(is_path, stage.outputs.values()):
+            folder = Path(path)
+            if is_uri(path) or not folder.is_dir() or is_aside(folder) or not any(folder.iterdir()):
+                continue
+            ended = self._ledger.find(StageFinished, pipeline=self._pipeline, stage=stage.name)
+            if not any(path in entry.payload["outputs"] for entry in ended):
+                return path
+        return None
+
+    def _writers(self, part: str, ancestors: set[str]) -> set[str]:
+        """Return the earlier stages that write a part."""
+        stages = self._plan.stages
+        return {name for name in ancestors if any(_writes(written, part) for written in stages[name].writes)}
 
 
 def _writes(written: str, part: str) -> bool:

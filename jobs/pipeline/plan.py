@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from cluster.errors import AccessDenied, RefusedError, did_you_mean
@@ -16,12 +16,15 @@ from cluster.storage import Layout, resolve
 from feature_jobs.store.catalog.protection import view_resources
 from feature_jobs.store.catalog.specifications import ViewSpec, load_definitions, spec_of, view_specs
 from jobs.pipeline.config import PipelineSpec
-from jobs.pipeline.graph import Graph, Stage, build_graph, covers, is_path, references, substitute
+from jobs.pipeline.graph import Graph, Stage, build_graph, is_path, references, substitute, touches
 from jobs.pipeline.stage.arguments import arguments
 from jobs.pipeline.stage.commands import Facts, describe, load_options
-from jobs.pipeline.stage.content import path_exists
+from jobs.pipeline.stage.content import digest_json, path_exists
+from jobs.pipeline.stage.modules import Modules
 from jobs.pipeline.stage.requirements import requirement_fault
 
+_PLACES = ("identity", "storage", "ledger", "secrets")
+"""Sections that say who runs a command and where its state is. They are not part of a stage's key."""
 STAND_IN = "1"
 """Stands for the value of an earlier stage's result while a stage's parameters are checked."""
 
@@ -32,8 +35,13 @@ class PlannedStage:
 
     stage: Stage
     facts: Facts
-    is_command: bool
-    """Whether the module is a command of `cluster.entrypoint.job`, which takes the platform's options."""
+    settings: str | None
+    """Hash of the composed configuration; None if the module is no command of `cluster.entrypoint.job`."""
+
+    @property
+    def is_command(self) -> bool:
+        """Whether the module takes the platform's options."""
+        return self.settings is not None
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -87,21 +95,25 @@ class Known:
 def make_plan(spec: PipelineSpec, caller: Caller) -> Plan:
     """Return the plan of a pipeline, with one line for each fault."""
     faults: list[str] = []
-    facts: dict[str, tuple[Facts, bool]] = {}
+    facts: dict[str, tuple[Facts, str | None]] = {}
     for name, stage in build_graph(spec).stages.items():
         try:
             facts[name] = _facts(stage, caller)
         except RefusedError as error:
             faults.append(f"Stage '{name}': {' '.join(str(error).split())}")
-            facts[name] = Facts(), False
+            facts[name] = Facts(), None
+        missing = [module for module in stage.code if not Modules().exists(module)]
+        faults += [f"Stage '{name}': no module '{module}', which `code` names." for module in missing]
     graph = build_graph(_resolved(spec), {name: found.files for name, (found, _) in facts.items()})
     stages = {
-        name: PlannedStage(stage=stage, facts=facts[name][0], is_command=facts[name][1])
+        name: PlannedStage(stage=stage, facts=facts[name][0], settings=facts[name][1])
         for name, stage in graph.stages.items()
     }
     faults = [*graph.faults, *faults]
     if not graph.faults:
-        faults += _content_faults(graph, stages, caller)
+        known = _known(stages, caller)
+        stages = {name: _with_views(planned, known[name]) for name, planned in stages.items()}
+        faults += _content_faults(graph, stages, known, caller)
     return Plan(graph=graph, stages=stages, faults=tuple(faults))
 
 
@@ -120,18 +132,19 @@ def own_paths(stage: Stage) -> dict[tuple[str, str], Any]:
     }
 
 
-def _facts(stage: Stage, caller: Caller) -> tuple[Facts, bool]:
-    """Return the facts of a stage's command, after a check of its parameters, and whether the options are known.
+def _facts(stage: Stage, caller: Caller) -> tuple[Facts, str | None]:
+    """Return the facts of a stage's command, after a check of its parameters, and the hash of its configuration.
 
     Raises:
         RefusedError: The module does not exist, or a parameter is invalid.
     """
     options = load_options(stage.command)
     if options is None:
-        return Facts(), False
+        return Facts(), None
     values = substitute(stage.parameters, stand_ins(stage))
     config = options.compose([*caller.options, *arguments(values)], config_dir=caller.config_dir)
-    return describe(stage.command, config), True
+    settings = {key: value for key, value in asdict(config).items() if key not in _PLACES}
+    return describe(stage.command, config), digest_json(settings)
 
 
 def _resolved(spec: PipelineSpec) -> PipelineSpec:
@@ -142,18 +155,37 @@ def _resolved(spec: PipelineSpec) -> PipelineSpec:
     return spec
 
 
-def _content_faults(graph: Graph, stages: Mapping[str, PlannedStage], caller: Caller) -> Iterator[str]:
-    """Yield what the stages miss, in the order in which they run."""
+def _known(stages: Mapping[str, PlannedStage], caller: Caller) -> dict[str, Known]:
+    """Return what exists when each stage starts."""
     first = _recorded(caller)
-    known: dict[str, Known] = {}
+    before: dict[str, Known] = {}
+    after: dict[str, Known] = {}
     for name, planned in stages.items():
-        before = _merge([first, *(known[other] for other in planned.stage.after)])
-        known[name] = _merge([before, _made(planned, caller)])
+        before[name] = _merge([first, *(after[other] for other in planned.stage.after)])
+        after[name] = _merge([before[name], _made(planned, caller)])
+    return before
+
+
+def _with_views(planned: PlannedStage, known: Known) -> PlannedStage:
+    """Return a stage that also reads each view behind `view:all`, and behind a service whose rows it joins."""
+    facts = planned.facts
+    reads = [f"view:{view}" for part in facts.reads if part == "view:all" for view in known.views]
+    if planned.stage.command == "feature_jobs.training_set":
+        services = [part.partition(":")[2] for part in facts.reads if part.startswith("service:")]
+        reads += [f"view:{view}" for service in services for view in known.services.get(service, [])]
+    return replace(planned, facts=replace(facts, reads=_unique(*facts.reads, *reads)))
+
+
+def _content_faults(
+    graph: Graph, stages: Mapping[str, PlannedStage], known: Mapping[str, Known], caller: Caller
+) -> Iterator[str]:
+    """Yield what the stages miss, in the order in which they run."""
+    for name, planned in stages.items():
         written = [path for other in graph.ancestors(name) for path in stages[other].writes if is_path(path)]
         messages = [
             *_missing_files(planned, written),
-            *_unknown_parts(planned, before),
-            *_denied(planned, before, caller),
+            *_unknown_parts(planned, known[name]),
+            *_denied(planned, known[name], caller),
             *(requirement_fault(key, value) for key, value in planned.stage.require.items()),
         ]
         yield from (f"Stage '{name}': {message}" for message in messages if message)
@@ -172,7 +204,7 @@ def _recorded(caller: Caller) -> Known:
 def _made(planned: PlannedStage, caller: Caller) -> Known:
     """Return what a stage adds: applied definitions, and the models and views that it writes."""
     made = Known()
-    if planned.stage.command == "feature_jobs.apply":
+    if planned.stage.command == "feature_jobs.apply" and planned.facts.modules:
         definitions = load_definitions(planned.facts.modules[0])
         made.views = {name: spec_of(view) for name, view in definitions.views.items()}
         made.services = {
@@ -196,7 +228,7 @@ def _merge(parts: list[Known]) -> Known:
 
 def _missing_files(planned: PlannedStage, written: list[str]) -> Iterator[str]:
     for path in filter(is_path, planned.reads):
-        if "{" not in path and not any(covers(output, path) for output in written) and not path_exists(path):
+        if not any(touches(output, path) for output in written) and not path_exists(path):
             yield f"{path} does not exist, and no earlier stage writes it."
 
 

@@ -10,77 +10,40 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cluster.entrypoint import REFUSED
 from cluster.errors import FalajError, RefusedError
-from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import LedgerEvent, PipelineFinished, PipelineStarted, StageFinished, StageStarted
 from cluster.ledger.store import utc_now
+from jobs.pipeline.context import Attempt, EarlierStage, RunCancelled, RunContext, StageFailed
 from jobs.pipeline.graph import is_path
 from jobs.pipeline.keys import Prepared, StageKeys, StageRefused
 from jobs.pipeline.plan import Plan
 from jobs.pipeline.stage import outputs
-from jobs.pipeline.stage.content import ABSENT, Platform, digest_path, flatten
-from jobs.pipeline.stage.ray_jobs import Jobs, JobStatus, JobsUnavailable
+from jobs.pipeline.stage.content import ABSENT, digest_path, flatten
+from jobs.pipeline.stage.ray_jobs import JobStatus
 from jobs.pipeline.stage.requirements import unmet
-from jobs.pipeline.state import State, is_cancelled, read_run, record_graph, seconds_since
+from jobs.pipeline.state import (
+    State,
+    cancelled_at,
+    is_cancelled,
+    last_finished,
+    read_run,
+    record_graph,
+    seconds_since,
+)
 
 POLL_S = 0.3
-PATIENCE_S = 120.0
-"""How long a run waits for Ray's job API, for example while the supervisor restarts Ray's head."""
 HEARTBEAT_S = 15.0
 """While a stage runs, the last line of its log is printed every this many seconds."""
 TAIL_LINES = 25
 MAX_RESULTS = 200
 """The event of a finished stage has at most this many values of its result."""
-
-
-class StageFailed(FalajError):
-    """A stage's command failed."""
-
-
-class RunCancelled(RefusedError):
-    """The run was cancelled."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunContext:
-    """What a run needs from its surroundings."""
-
-    ledger: Ledger
-    actor: str
-    platform: Platform
-    jobs: Jobs
-    folder: Path
-    """Folder for the results of stages."""
-    options: tuple[str, ...] = ()
-    """Arguments that each command takes over."""
-    config_dir: str | None = None
-    say: Callable[[str], None] = lambda text: print(text, flush=True)
-    sleep: Callable[[float], None] = time.sleep
-
-
-@dataclass(kw_only=True, slots=True)
-class Attempt:
-    """A stage that is running."""
-
-    prepared: Prepared
-    job: str
-    started_at: str
-    told_at: float
-    """When its log was last shown."""
-
-
-class EarlierStage(NamedTuple):
-    """A stage, or a group of stages, that was done before the ledger recorded pipelines."""
-
-    seconds: float
-    result: dict[str, Any]
 
 
 class Run:
@@ -102,7 +65,7 @@ class Run:
         self._done: dict[str, StageFinished] = {}
         self._running: dict[str, Attempt] = {}
         self._fault: RefusedError | FalajError | None = None
-        self._unknown_since: float | None = None
+        self._cancelled_at = 0
         self._number = {name: number for number, name in enumerate(plan.stages, start=1)}
 
     def is_done(self) -> bool:
@@ -153,6 +116,8 @@ class Run:
             RunCancelled: The run was cancelled.
         """
         is_known = read_run(self._context.ledger, self._pipeline, self._run) is not None
+        self._cancelled_at = cancelled_at(self._context.ledger, self._run)
+        self._settle_outputs()
         self._append_start(resumed=is_known, reason=reason)
         started = time.monotonic()
         self._done.clear()
@@ -172,6 +137,15 @@ class Run:
                 sorter.done(name)
         self._finish(seconds=time.monotonic() - started)
 
+    def _settle_outputs(self) -> None:
+        """Accept or restore the files of stages that ended while their leading process was killed."""
+        for name, planned in self._plan.stages.items():
+            last = last_finished(self._context.ledger, self._pipeline, name)
+            if last is not None:
+                outputs.accept(planned.writes) if last.state == State.done else outputs.restore(
+                    planned.writes
+                )
+
     def _begin(self, name: str) -> bool:
         """Start a stage, unless it is done already. Return whether it is done."""
         try:
@@ -187,6 +161,13 @@ class Run:
                 self._append(replace(reused, run=self._run, reused_from=reused.reused_from or reused.run))
             self._say(name, f"already done ({reused.seconds:.0f} s)")
             return True
+        folder = self._keys.foreign_folder(prepared)
+        if folder is not None:
+            self._fault = StageRefused(
+                f"Stage '{name}' would replace the folder {folder}, whose files it never wrote. Move them, or give the "
+                "stage another folder."
+            )
+            return False
         attempts = self._find_job(name, prepared)
         if attempts is not None:
             self._submit(name, prepared, attempt=attempts + 1)
@@ -201,7 +182,7 @@ class Run:
         status = self._context.jobs.status(earlier.job)
         if status is None:
             return earlier.attempts
-        if earlier.key == prepared.key:
+        if earlier.key == prepared.key and earlier.seq > self._cancelled_at:
             self._say(name, f"goes on as job {earlier.job}")
             self._running[name] = Attempt(
                 prepared=prepared,
@@ -210,7 +191,9 @@ class Run:
                 told_at=time.monotonic(),
             )
             return None
-        self._context.jobs.stop(earlier.job)  # its inputs or parameters are not those of now
+        self._context.jobs.stop(
+            earlier.job
+        )  # it was cancelled, or its inputs or parameters are not those of now
         while status is not None and not status.is_over:
             self._context.sleep(POLL_S)
             status = self._context.jobs.status(earlier.job)
@@ -247,7 +230,7 @@ class Run:
                 self._context.jobs.stop(attempt.job)
         done = []
         for name, attempt in list(self._running.items()):
-            status = self._status(attempt.job)
+            status = self._context.jobs.status(attempt.job) or JobStatus(is_over=True)
             if not status.is_over:
                 self._show_last_line(name, attempt)
                 continue
@@ -256,28 +239,16 @@ class Run:
                 done.append(name)
         return done
 
-    def _status(self, job: str) -> JobStatus:
-        """Return the status of a job. While Ray is restarted, it is not known, and the job counts as running."""
-        try:
-            status = self._context.jobs.status(job)
-        except JobsUnavailable:
-            self._unknown_since = self._unknown_since or time.monotonic()
-            if time.monotonic() - self._unknown_since > PATIENCE_S:
-                raise
-            return JobStatus(is_over=False)
-        self._unknown_since = None
-        return status or JobStatus(is_over=True)
-
     def _conclude(self, name: str, attempt: Attempt, status: JobStatus) -> bool:
         """Record how a stage ended, and return whether it is done. If not, its outputs are restored."""
         result = self._read_result(attempt) if status.exit_code == 0 else {}
         state, reason = self._judge(attempt, status, result)
         writes = attempt.prepared.planned.writes
-        if state is not State.done:
-            outputs.discard(writes)
         event = self._event(name, attempt, state, exit_code=status.exit_code, result=result, reason=reason)
+        # The event comes first: after a kill, the files that were judged are still there, or the event says how.
         self._append(event)
         if state is not State.done:
+            outputs.discard(writes)
             self._say(name, f"{state.value}: {reason}")
             self._fault = self._fault or self._error(name, attempt, state, reason)
             return False

@@ -49,6 +49,8 @@ class StageState:
     reused_from: str = ""
     exit_code: int | None = None
     attempts: int = 0
+    seq: int = 0
+    """Place of the last attempt's start in the ledger."""
     arguments: list[str] = field(default_factory=list)
     outputs: dict[str, str] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +86,10 @@ def read_run(ledger: Ledger, pipeline: str, run: str) -> RunState | None:
     if not started:
         return None
     if started[-1].payload["pipeline"] != pipeline:
-        raise ConfigError(f"Run '{run}' is one of pipeline '{started[-1].payload['pipeline']}'.")
+        raise ConfigError(
+            f"Run '{run}' is one of pipeline '{started[-1].payload['pipeline']}'. Give another id as `run`, or the "
+            "name of that pipeline."
+        )
     graph = recorded_graph(started[-1].payload["stages"])
     state = RunState(
         pipeline=pipeline,
@@ -106,12 +111,28 @@ def read_run(ledger: Ledger, pipeline: str, run: str) -> RunState | None:
 
 
 def last_done(ledger: Ledger, pipeline: str, stage: str) -> StageFinished | None:
-    """Return how a stage was last done in any run of its pipeline."""
-    for entry in ledger.find(StageFinished, pipeline=pipeline, stage=stage, newest_first=True):
-        event = entry.event()
-        if isinstance(event, StageFinished) and event.state == State.done:
-            return event
-    return None
+    """Return how a stage was done, or None if it was started again since then.
+
+    A later attempt that failed may have deployed or stored something, so what was done before is no proof.
+    """
+    event = last_finished(ledger, pipeline, stage)
+    return event if event is not None and event.state == State.done else None
+
+
+def last_finished(ledger: Ledger, pipeline: str, stage: str) -> StageFinished | None:
+    """Return how the newest attempt of a stage ended in any run of its pipeline; None if it has not ended."""
+    finished = ledger.newest(StageFinished, pipeline=pipeline, stage=stage)
+    started = ledger.newest(StageStarted, pipeline=pipeline, stage=stage)
+    if finished is None or (started is not None and started.seq > finished.seq):
+        return None
+    event = finished.event()
+    return event if isinstance(event, StageFinished) else None
+
+
+def cancelled_at(ledger: Ledger, run: str) -> int:
+    """Return the place of a run's last cancellation in the ledger; 0 if it was never cancelled."""
+    cancelled = ledger.newest(PipelineCancelled, run=run)
+    return 0 if cancelled is None else cancelled.seq
 
 
 def is_cancelled(ledger: Ledger, run: str) -> bool:
@@ -157,7 +178,7 @@ def seconds_since(start: str, end: str) -> float:
 def _apply(stage: StageState, entry: Entry) -> None:
     match entry.event():
         case StageStarted() as event:
-            stage.state, stage.job, stage.key = State.running, event.job, event.key
+            stage.state, stage.job, stage.key, stage.seq = State.running, event.job, event.key, entry.seq
             stage.started_at, stage.arguments, stage.attempts = (
                 entry.time,
                 event.arguments,

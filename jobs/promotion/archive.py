@@ -45,18 +45,25 @@ def new_archive(path: Path, envelope: bytes, parts: Mapping[str, bytes]) -> Iter
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        if os.path.lexists(path):
-            raise FileExistsError
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
+        with _refusals(path):
+            if os.path.lexists(path):
+                raise FileExistsError
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with os.fdopen(descriptor, "wb") as file:
                 _write(file, {ENVELOPE: envelope, **parts})
                 file.flush()
                 os.fsync(file.fileno())
-            yield
+        yield
+        with _refusals(path):
             _name(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileExistsError:
         raise ConfigError(f"{path} exists. Remove it, or choose another output.") from None
     except OSError as error:
@@ -98,14 +105,21 @@ def read_archive(path: Path, open_envelope: Callable[[bytes], list[Part]]) -> di
     with _open_own(path) as file:
         size = os.fstat(file.fileno()).st_size
         parts = open_envelope(_read_envelope(file, path))
-        if sum(part.size for part in parts) > min(size, MAX_BUNDLE_BYTES):
+        total = sum(part.size for part in parts)
+        if total > size:
             raise ArtifactTampered(f"{path} is cut off: its parts are larger than the file. Copy it again.")
+        if total > MAX_BUNDLE_BYTES:
+            raise ConfigError(
+                f"{path} has {total} bytes, and at most {MAX_BUNDLE_BYTES} can be imported. Export a smaller model."
+            )
         contents = {part.name: _read_part(file, part) for part in parts}
         rest = file.read(3 * _RECORD)
         if len(rest) > 2 * _RECORD or any(rest):
             raise ArtifactTampered(
                 f"{path} has data after its last part, which was not signed. Export it again."
             )
+        if len(rest) < 2 * _BLOCK:
+            raise ArtifactTampered(f"{path} is cut off after its last part. Copy it again.")
     return contents
 
 

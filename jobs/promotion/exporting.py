@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 
+from cluster.errors import ConfigError
 from cluster.ledger import Ledger
 from cluster.ledger.checkpoint import Signer
 from cluster.ledger.events import ModelExported
@@ -25,6 +26,7 @@ from cluster.security.authorization.policy import Resource
 from cluster.security.keys.store import KeyStore
 from cluster.settings import PlatformConfig
 from cluster.storage import json_text
+from jobs.promotion.archive import MAX_BUNDLE_BYTES
 from jobs.promotion.definitions import column_classes, definition_entries, from_entries, input_resources
 from jobs.promotion.history import card, read_history, write_events
 from jobs.promotion.reference import parity, reference_rows, write_reference
@@ -33,6 +35,7 @@ from jobs.promotion.statement import (
     DEFINITIONS,
     EVENTS,
     INT8,
+    MAX_PARTS,
     MODEL,
     REFERENCE,
     Installation,
@@ -104,6 +107,12 @@ def build_export(
     tree = tree_of(ledger)
     parts[EVENTS] = write_events(history, tree)
     described = describe_parts(parts)
+    total = sum(part.size for part in described)
+    if total > MAX_BUNDLE_BYTES or len(described) > MAX_PARTS:
+        raise ConfigError(
+            f"{version.name} version {version.version} has {len(described)} parts with {total} bytes. A bundle has at "
+            f"most {MAX_PARTS} parts with {MAX_BUNDLE_BYTES} bytes."
+        )
     statement = Statement(
         installation=Installation(
             key_id=signer.key_id,

@@ -26,14 +26,14 @@ from cluster.ledger.checkpoint import Signer
 from cluster.ledger.events import ModelRegistered
 from cluster.registry import Lineage, ModelVersion, Registry
 from cluster.runtime import ModelSignature, Precision, open_model
-from cluster.runtime.signature import NETWORK_FILE, ONNX_FILE, SIGNATURE_FILE, WEIGHTS_FILE
+from cluster.runtime.signature import NETWORK_FILE, ONNX_FILE, SIGNATURE_FILE, WEIGHTS_FILE, Task
 from cluster.security.keys.store import KeyStore
 from cluster.settings import Tier
 from jobs.promotion.archive import read_archive
-from jobs.promotion.definitions import Definitions, from_entries
+from jobs.promotion.definitions import Definitions, from_entries, input_resources
 from jobs.promotion.exporting import TWO_THREADS, write_int8
 from jobs.promotion.history import read_events, require_registration
-from jobs.promotion.reference import parity, read_reference, require_same_scores
+from jobs.promotion.reference import parity, read_reference, require_close_scores, require_same_scores
 from jobs.promotion.statement import (
     DEFINITIONS,
     EVENTS,
@@ -93,7 +93,24 @@ def read_bundle(path: Path, trusted: dict[str, TrustedKey], *, advice: str) -> B
     parts = read_archive(path, open_envelope)
     statement, exporter = opened[0]
     entries = read_events(parts[EVENTS], statement.ledger)
-    return Bundle(
+    try:
+        return _bundle(statement, exporter, parts, entries)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactTampered(
+            f"The events in {EVENTS} are signed, but this release cannot read them: {error!r}. Export the version with "
+            "the release of this installation."
+        ) from error
+
+
+def _bundle(
+    statement: Statement, exporter: TrustedKey, parts: dict[str, bytes], entries: list[Entry]
+) -> Bundle:
+    """Return the bundle, and require that its events have what the import reads.
+
+    Raises:
+        KeyError, TypeError, AttributeError: They do not.
+    """
+    bundle = Bundle(
         statement=statement,
         exporter=exporter,
         parts=parts,
@@ -103,6 +120,14 @@ def read_bundle(path: Path, trusted: dict[str, TrustedKey], *, advice: str) -> B
         ),
         definitions=_definitions(parts[DEFINITIONS], entries),
     )
+    payload = bundle.registered.payload
+    _lineage(payload["lineage"]), payload["family"], payload["task"], payload["metrics"]
+    input_resources(bundle.definitions, model=statement.name, region=statement.installation.region)
+    views = [] if bundle.definitions.service is None else bundle.definitions.service["view_order"]
+    for view in views:
+        definition = bundle.definitions.views[view]["definition"]
+        definition["ttl_s"], definition["schema"]
+    return bundle
 
 
 def _definitions(data: bytes, entries: list[Entry]) -> Definitions:
@@ -121,11 +146,21 @@ def _definitions(data: bytes, entries: list[Entry]) -> Definitions:
     return definitions
 
 
-def require_new(bundle: Bundle, ledger: Ledger, *, precision: Precision | None, own: Signer | None) -> str:
+def require_new(
+    bundle: Bundle, ledger: Ledger, *, precision: Precision | None, own: Signer | None, older: bool = False
+) -> str:
     """Require that the version is not in this installation yet, and return the hash that identifies its content.
 
+    Args:
+        bundle: The bundle.
+        ledger: The importer's ledger.
+        precision: int8, or None to keep the precision.
+        own: The importer's signing key.
+        older: Whether a newer version of the same installation may be here.
+
     Raises:
-        RefusedError: The version was exported here, or was imported before. The message names the version.
+        RefusedError: The version was exported here, or was imported before, also if other installations had it in
+            between; or a newer one of the same installation is here. The message names the version.
     """
     statement = bundle.statement
     if own is not None and statement.installation.key_id == own.key_id:
@@ -133,13 +168,32 @@ def require_new(bundle: Bundle, ledger: Ledger, *, precision: Precision | None, 
             f"This installation exported the bundle: it has {statement.name} version {statement.version} already."
         )
     content = content_hash(bundle, precision=precision)
+    first, is_int8 = _first_registration(bundle.registered.hash, bundle.registered.payload.get("origin", {}))
+    wanted = first, is_int8 or precision is Precision.int8
     for entry in ledger.find(ModelRegistered, name=statement.name):
-        if entry.payload.get("origin", {}).get("content") == content:
+        found = entry.payload.get("origin", {})
+        is_same = entry.hash == first or _first_registration(entry.hash, found) == wanted
+        if is_same or found.get("content") == content:
             raise RefusedError(
                 f"{statement.name} version {statement.version} of '{bundle.exporter.name}' is here already, as version "
                 f"{entry.payload['version']}. Deploy that version."
             )
+        is_newer = found.get("version", 0) > statement.version
+        if is_newer and not older and found["key_id"] == statement.installation.key_id:
+            raise RefusedError(
+                f"The newer version {found['version']} of '{bundle.exporter.name}' is here as version "
+                f"{entry.payload['version']}, and `latest` would become the older one. To import it, set older=true."
+            )
     return content
+
+
+def _first_registration(entry_hash: str, origin: dict[str, Any]) -> tuple[str, bool]:
+    """Return the hash of the event that registered a model first, and whether it became int8 on its way."""
+    is_int8 = False
+    while origin:
+        entry_hash, is_int8 = origin["entry_hash"], is_int8 or origin.get("parity") is not None
+        origin = origin.get("before", {})
+    return entry_hash, is_int8
 
 
 def content_hash(bundle: Bundle, *, precision: Precision | None) -> str:
@@ -208,7 +262,9 @@ def prepare(bundle: Bundle, folder: Path, *, service_version: str, precision: Pr
         (final / name).write_bytes(bundle.model_files[name])
     write_int8(final, signature.to_json().encode(), bundle.parts[INT8_GRAPH])
     int8 = open_model(final, hardware=TWO_THREADS).predict_matrix(rows).scores
-    return Prepared(folder=final, parity=parity(expected, int8))
+    cost = parity(expected, int8)
+    require_close_scores(cost, expected, is_number=signature.task is Task.regression)
+    return Prepared(folder=final, parity=cost)
 
 
 def _check_service(signature: ModelSignature, definitions: Definitions) -> None:

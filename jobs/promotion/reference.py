@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ NUM_ROWS = 256
 MISSING_SHARE = 0.05
 TOLERANCE = 1e-5
 """Absolute and relative tolerance between two machines' scores of one graph."""
+MAX_INT8_DIFFERENCE = 0.1
+"""Largest difference of an int8 score: of a probability, or as a share of the range of other scores."""
 _INPUTS, _SCORES = "inputs", "scores"
 _RANGES = "feature_infos="
 
@@ -87,8 +89,8 @@ def read_reference(data: bytes) -> tuple[Matrix, Scores]:
         rows, scores = tensors[_INPUTS], tensors[_SCORES]
     except (SafetensorError, KeyError, ValueError) as error:
         raise ArtifactTampered(f"{REFERENCE} has no reference rows: {error}.") from error
-    if rows.dtype != np.float32 or rows.ndim != 2 or len(rows) != len(scores):
-        raise ArtifactTampered(f"{REFERENCE} has no reference rows of numbers.")
+    if rows.dtype != np.float32 or rows.ndim != 2 or (len(rows), len(scores)) != (NUM_ROWS, NUM_ROWS):
+        raise ArtifactTampered(f"{REFERENCE} does not have {NUM_ROWS} reference rows of numbers.")
     return rows, scores
 
 
@@ -105,6 +107,25 @@ def require_same_scores(model: Model, rows: Matrix, expected: Scores) -> None:
         raise RefusedError(
             f"The model gives other scores here than where it was exported, on {len(rows)} reference rows. Compare "
             "the releases of both installations (lightgbm, onnxruntime)."
+        )
+
+
+def require_close_scores(cost: Mapping[str, float], float32: Scores, *, is_number: bool) -> None:
+    """Require that int8 scores are close to the float32 scores.
+
+    Args:
+        cost: What `parity` returned.
+        float32: The float32 scores.
+        is_number: Whether a score is a number and not a probability. Then the range of the scores is the measure.
+
+    Raises:
+        RefusedError: They are not.
+    """
+    limit = MAX_INT8_DIFFERENCE * (float(np.ptp(float32)) if is_number else 1.0)
+    if not cost["largest_score_difference"] <= limit:
+        raise RefusedError(
+            f"The int8 scores differ from the float32 scores by up to {cost['largest_score_difference']:.2g}, and at "
+            f"most {limit:.2g} is allowed. Import the version with precision=exported."
         )
 
 

@@ -33,14 +33,25 @@ def load_trusted_keys(keys: Path) -> dict[str, TrustedKey]:
     Raises:
         ConfigError: A file is no public key, or another user can change it.
     """
-    trusted = {}
+    trusted: dict[str, TrustedKey] = {}
+    if (keys / TRUSTED).is_dir():
+        _require_own(keys / TRUSTED)
     for path in sorted((keys / TRUSTED).glob(f"*{SUFFIX}")):
-        status = path.stat()
-        if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
-            raise ConfigError(f"Another user can change {path}. Run `chmod go-w {path}`, and check the key.")
+        _require_own(path)
         public = load_public_key(path)
-        trusted[key_id(public)] = TrustedKey(path.name.removesuffix(SUFFIX), public)
+        name, other = path.name.removesuffix(SUFFIX), trusted.get(key_id(public))
+        if other is not None:
+            raise ConfigError(
+                f"'{other.name}' and '{name}' in {keys / TRUSTED} have the same key. Remove one file."
+            )
+        trusted[key_id(public)] = TrustedKey(name, public)
     return trusted
+
+
+def _require_own(path: Path) -> None:
+    status = path.stat()
+    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
+        raise ConfigError(f"Another user can change {path}. Run `chmod go-w {path}`, and check the keys.")
 
 
 def own_key(signer: Signer | None) -> dict[str, TrustedKey]:

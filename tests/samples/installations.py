@@ -107,7 +107,7 @@ class Installation:
     def take(self, file: Path, *, actor: Actor | None = None, **more: Any) -> str:
         """Import a bundle."""
         config = ImportModelConfig(file=str(file), **self._platform(), **more)
-        return import_version(config, self.ledger, actor or self.actor(), self.keyring)
+        return import_version(config, self.ledger, actor or self.actor(), self.keyring, places=self.places)
 
     def _platform(self) -> dict[str, Any]:
         return {

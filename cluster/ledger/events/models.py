@@ -32,7 +32,7 @@ class ModelRegistered(LedgerEvent):
     warnings: list[str] = field(default_factory=list)
     """Warnings of the training job, such as an input that reveals the label."""
     origin: dict[str, Json] = field(default_factory=dict)
-    """Where an imported version comes from: installation, name, version, ledger and parity. Empty if trained here."""
+    """Where an imported version comes from: installation, version, ledger and parity. Empty if trained here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jobs.pipeline.context import EarlierStage
 from jobs.pipeline.control import Pipeline
-from jobs.pipeline.run import EarlierStage
 from jobs.pipeline.state import newest_run
 
 _OUTPUTS = {

@@ -9,9 +9,11 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from cluster.errors import ConfigError
 from cluster.settings import PlatformConfig
 
-_PLATFORM = {section.name for section in fields(PlatformConfig)} - {"scaling", "replica"}
+_NOT_TAKEN = {"scaling", "replica"}
+_PLATFORM = {section.name for section in fields(PlatformConfig)} - _NOT_TAKEN
 """Sections whose values a stage takes over from the command line of the pipeline."""
 
 
@@ -21,11 +23,27 @@ def arguments(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def callers_arguments() -> list[str]:
-    """Return this command line's options that all stages take over: the platform's sections, such as `identity`."""
+    """Return this command line's options that all stages take over: the platform's sections, such as `identity`.
+
+    Raises:
+        ConfigError: An option is of a section that only one stage may have.
+    """
     if not HydraConfig.initialized():
         return []
     overrides: Sequence[str] = HydraConfig.get().overrides.task
-    return [text for text in overrides if text.lstrip("+").partition("=")[0].partition(".")[0] in _PLATFORM]
+    return list(_taken(overrides))
+
+
+def _taken(overrides: Sequence[str]) -> Iterator[str]:
+    for text in overrides:
+        name = text.lstrip("+").partition("=")[0]
+        section = name.partition(".")[0]
+        if section in _NOT_TAKEN:
+            raise ConfigError(
+                f"{name} is no option of a pipeline. Set it in `parameters` of the stage that deploys."
+            )
+        if section in _PLATFORM:
+            yield text
 
 
 def callers_config_dir() -> str | None:
@@ -44,7 +62,7 @@ def pipeline_name() -> str | None:
 
 def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -54,6 +72,8 @@ def _text(value: Any) -> str:
     match value:
         case None:
             return "null"
+        case Mapping():
+            return "{}"
         case bool():
             return str(value).lower()
         case list() | tuple():

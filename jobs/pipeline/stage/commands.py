@@ -9,15 +9,12 @@ A part of the platform is named like a file, with its kind: `view:income`, `serv
 from __future__ import annotations
 
 import ast
-import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.machinery import ModuleSpec
-from pathlib import Path
 from typing import Any
 
-from cluster.entrypoint import Command, Options
-from cluster.errors import ConfigError
+from cluster.entrypoint import PACKAGES, Command, Options
+from cluster.errors import ConfigError, RefusedError
 from cluster.security.authorization.policy import Action
 from cluster.storage import resolve
 from feature_jobs.store.catalog.specifications import load_definitions
@@ -25,6 +22,7 @@ from feature_jobs.store.definitions.modules import import_module
 from feature_jobs.store.definitions.sources import FileSource
 from feature_jobs.training_set import manifest_path
 from jobs.pipeline.graph import Files
+from jobs.pipeline.stage.modules import Modules
 
 _READS = ("training_set", "params_from", "people", "reference", "entities", "manifest")
 """Options of Falaj's commands that name a file to read."""
@@ -44,28 +42,31 @@ class Facts:
     """Actions that the caller must be permitted, each with the part of the platform."""
     modules: tuple[str, ...] = ()
     """Modules that the configuration names, such as definitions."""
+    always: bool = False
+    """Whether the command's result depends on the time at which it runs."""
 
 
 def load_options(module: str) -> Options[Any] | None:
     """Return the options of a command; None for a module that is no command of `cluster.entrypoint.job`.
 
-    If the options are declared in a module of their own, only that module is imported, because a command may import Ray
-    and PyTorch. A module that does not use `cluster.entrypoint` is not imported, because a plain script could do its
-    work then.
+    Nothing is imported to find the module. If the options are declared in a module of their own, only that module is
+    imported, because a command may import Ray and PyTorch. A module that does not use `cluster.entrypoint` is not
+    imported, because a plain script could do its work then.
 
     Raises:
         ConfigError: The module does not exist, or is not Python.
         DefinitionError: The module imports a module that does not exist.
     """
-    spec = find_module(module)
-    if spec is None or spec.origin is None:
+    found = Modules().main(module)
+    if found is None:
         raise ConfigError(
             f"No module '{module}'. Run the command in the folder that has it, or add the folder to PYTHONPATH."
         )
+    name, path = found
     try:
-        tree = ast.parse(Path(spec.origin).read_bytes(), spec.origin)
-    except SyntaxError as error:
-        raise ConfigError(f"{spec.origin} is not valid Python: {error}.") from error
+        tree = ast.parse(path.read_bytes(), str(path))
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"{path} is not valid Python: {error}.") from error
     sources = {
         alias.asname or alias.name: str(node.module)
         for node in tree.body
@@ -74,25 +75,24 @@ def load_options(module: str) -> Options[Any] | None:
     }
     if sources.get("job") != _ENTRYPOINT:
         return None
+    try:
+        return _import_options(tree, sources, name)
+    except RefusedError:
+        raise
+    except Exception as error:  # the module is the user's, and an import can do anything
+        raise ConfigError(f"'{module}' cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _import_options(tree: ast.Module, sources: Mapping[str, str], module: str) -> Options[Any] | None:
+    """Import the module that declares a command's options, or else the command's module, and return the options."""
     functions = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     match next((function.decorator_list for function in functions), []):
         case [ast.Call(func=ast.Name("job"), args=[ast.Constant(str(config_name)), ast.Name(schema)])] if (
             schema in sources
         ):
             return Options(config_name=config_name, schema=getattr(import_module(sources[schema]), schema))
-    main = getattr(import_module(spec.name), "main", None)
+    main = getattr(import_module(module), "main", None)
     return main.options if isinstance(main, Command) else None
-
-
-def find_module(module: str) -> ModuleSpec | None:
-    """Return where `python -m <module>` finds its code, or None if it finds none."""
-    try:
-        spec = importlib.util.find_spec(module)
-        if spec is not None and spec.submodule_search_locations is not None:
-            return importlib.util.find_spec(f"{module}.__main__")
-    except (ImportError, ValueError, AttributeError):  # a parent is missing, or the name is empty
-        return None
-    return spec
 
 
 def describe(command: str, config: Any) -> Facts:
@@ -127,9 +127,19 @@ def describe(command: str, config: Any) -> Facts:
             )
         case "feature_jobs.materialize":
             online = tuple(f"online:{view}" for view in _views(config))
-            return Facts(reads=tuple(views), writes=online, needs=_each(Action.write_features, views))
+            return Facts(
+                reads=tuple(views),
+                writes=online,
+                needs=_each(Action.write_features, views),
+                always=config.as_of is None,
+            )
         case "feature_jobs.compact" | "feature_jobs.retain" | "feature_jobs.replay":
-            return Facts(reads=tuple(views), writes=tuple(views), needs=_each(Action.write_features, views))
+            return Facts(
+                reads=tuple(views),
+                writes=tuple(views),
+                needs=_each(Action.write_features, views),
+                always=command == "feature_jobs.retain",
+            )
         case "feature_jobs.training_set":
             written = resolve(config.output)
             service = (f"service:{config.service}",) if config.service else ()
@@ -152,7 +162,14 @@ def describe(command: str, config: Any) -> Facts:
         case "jobs.monitor":
             return Facts(files=files, reads=(model, f"log:{name}"))
         case "jobs.compact_log":
-            return Facts(reads=(model,), needs=((Action.compact_log, model),))
+            return Facts(reads=(model, f"log:{name}"), needs=((Action.compact_log, model),))
+        case "jobs.export_model":
+            needed = ((Action.export_model, f"{model}/{version}"),)
+            return Facts(files=files, reads=(model,), needs=needed)
+        case "jobs.import_model":
+            return Facts(
+                files=Files((resolve(config.file),)), needs=((Action.register_model, "model:imported"),)
+            )
         case "serve_apps.deploy":
             return Facts(
                 reads=(model,), writes=(f"serving:{name}",), needs=((Action.deploy, f"{model}/{version}"),)
@@ -164,7 +181,7 @@ def describe(command: str, config: Any) -> Facts:
             changes = action != "show"
             return Facts(
                 files=files,
-                reads=(model, f"log:{name}"),
+                reads=(model, f"log:{name}") if action in ("check", "show") else (model,),
                 writes=(f"serving:{name}",) if changes else (),
                 needs=needed if changes else (),
             )
@@ -176,8 +193,10 @@ def describe(command: str, config: Any) -> Facts:
         case "jobs.pipeline.outcomes":
             read = (*files.reads, resolve(config.answers))
             return Facts(files=Files(read), reads=(model,), writes=(f"log:{name}",))
-        case "feature_jobs.census.source":
+        case "feature_jobs.census.source" | "cluster.records.nodes":
             return Facts(files=files)
+        case _ if command.partition(".")[0] in PACKAGES:
+            raise ConfigError(f"{command} cannot be a stage. Run it alone, before or after the pipeline.")
         case _:
             return Facts()
 

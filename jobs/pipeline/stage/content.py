@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.entrypoint import PACKAGES
 from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureServiceApplied, FeatureViewApplied
 from cluster.registry import LATEST, Registry
 from cluster.storage import Layout, exists, file_system, is_uri, list_files, sha256
 from feature_jobs.store.offline.tables import open_table
 from jobs.pipeline.graph import is_path
+from jobs.pipeline.stage.modules import Modules
 
 ABSENT = "absent"
 _GLOB = frozenset("*?[")
-_INSTALLED = ("site-packages", "dist-packages")
-_STANDARD_LIBRARY = Path(ast.__file__).parent
+HAS_NO_CONTENT = ("log", "online", "serving")
+"""Kinds of parts that change all the time and have no content of their own."""
 
 
 def digest_json(content: Any) -> str:
@@ -104,7 +103,7 @@ class CodeHashes:
 
     def __init__(self) -> None:
         self._imports: dict[str, tuple[str, tuple[str, ...]]] = {}
-        self._top_level: dict[str, Path | None] = {}
+        self._modules = Modules()
 
     def digest(self, modules: Iterable[str]) -> str:
         """Return a hash of the code of modules and of all their imports.
@@ -119,49 +118,26 @@ class CodeHashes:
                 continue
             seen[module], imports = self._read(module)
             queue += imports
+            if parent := module.rpartition(".")[0]:  # importing a module runs its packages first
+                queue.append(parent)
         return digest_json({module: code for module, code in seen.items() if code})
 
     def _read(self, module: str) -> tuple[str, tuple[str, ...]]:
         if module not in self._imports:
-            path = self._own_file(module)
+            path = self._modules.own_file(module)
             content = path.read_bytes() if path else b""
             package = module if path and path.name == "__init__.py" else module.rpartition(".")[0]
             code = hashlib.sha256(content).hexdigest() if path else ""
             self._imports[module] = (code, tuple(_imported(content, package)))
         return self._imports[module]
 
-    def _own_file(self, module: str) -> Path | None:
-        """Return the file of a module, or None if it is of the standard library or of an installed package.
-
-        Nothing is imported. Falaj's own packages are never left out.
-        """
-        top, *rest = module.split(".")
-        if top not in self._top_level:
-            self._top_level[top] = _top_level(top)
-        origin = self._top_level[top]
-        if origin is None or not rest:
-            return origin
-        stem = origin.parent.joinpath(*rest)
-        return next(
-            (path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None
-        )
-
     def _with_main(self, module: str) -> Iterator[str]:
         yield module
-        path = self._own_file(module)
-        if path is not None and path.name == "__init__.py" and (path.parent / "__main__.py").is_file():
-            for file in sorted(path.parent.rglob("*.py")):
-                parts = file.relative_to(path.parent).with_suffix("").parts
+        folder = None if self._modules.is_library(module) else self._modules.folder(module)
+        if folder is not None and (folder / "__main__.py").is_file():
+            for file in sorted(folder.rglob("*.py")):
+                parts = file.relative_to(folder).with_suffix("").parts
                 yield ".".join([module, *(part for part in parts if part != "__init__")])
-
-
-def _top_level(name: str) -> Path | None:
-    spec = importlib.util.find_spec(name) if name else None
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return None
-    path = Path(spec.origin)
-    is_library = any(part in _INSTALLED for part in path.parts) or path.is_relative_to(_STANDARD_LIBRARY)
-    return None if is_library and name not in PACKAGES else path
 
 
 def _imported(content: bytes, package: str) -> Iterator[str]:

@@ -20,42 +20,48 @@ def set_aside(outputs: Iterable[str]) -> None:
     """Move the earlier outputs aside. If an attempt was killed, what it wrote is removed."""
     for path in _local(outputs):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if _is_aside(path):
+        if is_aside(path):
             _remove(path)
         elif path.exists():
             path.rename(_before(path))
         else:
-            _nothing(path).touch(mode=0o600)
+            _absence(path).touch(mode=0o600)
 
 
 def accept(outputs: Iterable[str]) -> None:
     """Remove what `set_aside` kept, because the new outputs replace it."""
     for path in _local(outputs):
         _remove(_before(path))
-        _remove(_nothing(path))
+        _remove(_absence(path))
 
 
 def discard(outputs: Iterable[str]) -> None:
     """Remove the outputs of a stage that failed, and bring back the earlier ones."""
     paths = list(outputs)
-    for path in _local(paths):
-        if _is_aside(path):
-            _remove(path)
-        if _before(path).exists():
-            _before(path).rename(path)
-        _remove(_nothing(path))
+    restore(paths)
     for uri in filter(is_uri, paths):
         fs, remote = file_system(uri)
         if fs.exists(remote):
             fs.rm(remote, recursive=True)
 
 
+def restore(outputs: Iterable[str]) -> None:
+    """Bring back the earlier local outputs of a stage that failed. Without such a stage, nothing is changed."""
+    for path in _local(outputs):
+        if is_aside(path):
+            _remove(path)
+        if _before(path).exists():
+            _before(path).rename(path)
+        _remove(_absence(path))
+
+
 def _local(outputs: Iterable[str]) -> list[Path]:
     return [Path(path) for path in outputs if is_path(path) and not is_uri(path)]
 
 
-def _is_aside(path: Path) -> bool:
-    return _before(path).exists() or _nothing(path).exists()
+def is_aside(path: Path) -> bool:
+    """Return whether `set_aside` was called for a path, and neither `accept` nor `discard` after it."""
+    return _before(path).exists() or _absence(path).exists()
 
 
 def _before(path: Path) -> Path:
@@ -63,9 +69,9 @@ def _before(path: Path) -> Path:
     return path.with_name(f".{path.name}.before")
 
 
-def _nothing(path: Path) -> Path:
+def _absence(path: Path) -> Path:
     """Return the file that says that there was no earlier output."""
-    return path.with_name(f".{path.name}.nothing")
+    return path.with_name(f".{path.name}.absent")
 
 
 def _remove(path: Path) -> None:

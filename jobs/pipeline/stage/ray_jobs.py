@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from cluster.entrypoint import RESULT_VARIABLE
 from cluster.errors import FalajError
@@ -18,12 +19,18 @@ from cluster.session import ClusterRecord, use_cluster
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+T = TypeVar("T")
 _PASSED_ON = (FILE_VARIABLE, "PYTHONPATH")
 """Variables of the caller that a job gets. They are paths; the dashboard shows them."""
 
 
 _RAYS_OWN = ("Runtime env is setting up.", "Running entrypoint for job ")
 """Texts of the lines with which Ray starts the log of a job."""
+
+
+PATIENCE_S = 120.0
+"""How long a call waits for Ray's job API, for example while the supervisor restarts Ray's head."""
+PAUSE_S = 0.5
 
 
 class JobsUnavailable(FalajError):
@@ -64,15 +71,15 @@ class RayJobs:
         self._client: JobSubmissionClient | None = None
 
     def submit(self, job: str, command: Sequence[str], *, result: Path, metadata: Mapping[str, str]) -> None:
-        """Start a job in the current folder. On another machine than the head, the job gets a copy of the folder."""
-        folder = Path.cwd()
-        is_on_head = self._record.node_id is None
-        self._connect().submit_job(
-            submission_id=job,
-            entrypoint=entrypoint(command, folder=folder if is_on_head else None, result=result),
-            runtime_env=None if is_on_head else {"working_dir": str(folder)},
-            metadata=dict(metadata),
-        )
+        """Start a job in the current folder. Ray starts it on the head, which is this machine."""
+        try:
+            self._connect().submit_job(
+                submission_id=job,
+                entrypoint=entrypoint(command, folder=Path.cwd(), result=result),
+                metadata=dict(metadata),
+            )
+        except (RuntimeError, OSError) as error:
+            raise JobsUnavailable(f"Ray's job API did not take job {job}: {error}") from error
 
     def status(self, job: str) -> JobStatus | None:
         try:
@@ -96,7 +103,11 @@ class RayJobs:
             return ""
 
     def stop(self, job: str) -> None:
-        self._connect().stop_job(job)
+        try:
+            self._connect().stop_job(job)
+        except (RuntimeError, OSError) as error:
+            if "status code 404" not in str(error):
+                raise JobsUnavailable(f"Ray's job API did not end job {job}: {error}") from error
 
     def _connect(self) -> JobSubmissionClient:
         if self._client is None:
@@ -114,17 +125,54 @@ class RayJobs:
         return self._client
 
 
-def entrypoint(command: Sequence[str], *, folder: Path | None, result: Path) -> str:
+class PatientJobs:
+    """Jobs of a cluster whose head may be restarted: a call is repeated while Ray's job API does not answer."""
+
+    def __init__(self, jobs: Jobs, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._jobs = jobs
+        self._sleep = sleep
+
+    def submit(self, job: str, command: Sequence[str], *, result: Path, metadata: Mapping[str, str]) -> None:
+        """Start a job. If an earlier try has started it although its answer was lost, do nothing."""
+
+        def submit_new() -> None:
+            if self._jobs.status(job) is None:
+                self._jobs.submit(job, command, result=result, metadata=metadata)
+
+        self._repeat(submit_new)
+
+    def status(self, job: str) -> JobStatus | None:
+        return self._repeat(lambda: self._jobs.status(job))
+
+    def log(self, job: str) -> str:
+        return self._jobs.log(job)
+
+    def stop(self, job: str) -> None:
+        self._repeat(lambda: self._jobs.stop(job))
+
+    def _repeat(self, call: Callable[[], T]) -> T:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return call()
+            except JobsUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+                self._sleep(PAUSE_S)
+
+
+def entrypoint(command: Sequence[str], *, folder: Path, result: Path) -> str:
     """Return the shell command of a job.
 
     Args:
         command: Module and arguments.
-        folder: Folder to run in; None for the job's own.
+        folder: Folder to run in.
         result: File for the command's result.
     """
     variables = {RESULT_VARIABLE: str(result)} | {
         name: os.environ[name] for name in _PASSED_ON if name in os.environ
     }
     assignments = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
-    change = f"cd {shlex.quote(str(folder))} && " if folder is not None else ""
-    return f"{change}{assignments} exec {shlex.join([sys.executable, '-m', *command])}"
+    return (
+        f"cd {shlex.quote(str(folder))} && {assignments} exec {shlex.join([sys.executable, '-m', *command])}"
+    )

@@ -24,8 +24,9 @@ from cluster.security.tokens.roles import Role
 from cluster.security.tokens.source import TokenSource
 from cluster.storage import ROOT_VARIABLE, Layout
 from jobs.pipeline.config import PipelineSpec, StageConfig
+from jobs.pipeline.context import RunContext
 from jobs.pipeline.plan import Caller, Plan, make_plan
-from jobs.pipeline.run import Run, RunContext
+from jobs.pipeline.run import Run
 from jobs.pipeline.stage.content import Platform
 from jobs.pipeline.stage.ray_jobs import JobStatus
 from jobs.pipeline.state import RunState, read_run

@@ -13,6 +13,8 @@ from cluster.security.tokens.roles import Role
 from cluster.settings_conversion import load
 from jobs.pipeline.config import PipelineConfig, PipelineSpec, StageConfig
 from jobs.pipeline.graph import build_graph
+from jobs.pipeline.keys import StageKeys
+from jobs.pipeline.stage.content import Platform
 from tests.unit.jobs.pipeline.conftest import World, branches, copy
 
 OWN_COMMAND = """
@@ -58,6 +60,8 @@ def test_the_demo_has_no_faults(world: World) -> None:
     """The census pipeline can be planned in an empty installation. Each stage follows what it needs."""
     plan = world.plan(composed("pipeline=census"))
     assert plan.faults == ()
+    keys = StageKeys("census", plan, ledger=world.ledger, platform=Platform(world.ledger, world.places))
+    assert [name for name in plan.stages if keys.runs_always(name)] == []  # so a second run does nothing
     order = list(plan.stages)
     assert order.index("training_set") < order.index("ingest_2016_person") < order.index("traffic_2016")
     assert {"train_lightgbm", "sweep"} <= plan.graph.ancestors("train_network")
@@ -75,7 +79,7 @@ def test_the_demos_durations_keep_their_names() -> None:
         "deploy", *years, "monitor", "train_broken", "end_first_rollout", "serve_broken", "rollback",
     ]  # fmt: skip
     stages = composed("pipeline=census").stages
-    assert {stage.group or name for name, stage in stages.items()} == set(names)
+    assert {stage.group or name for name, stage in stages.items() if stage.enabled} == set(names)
 
 
 def test_a_stage_is_left_out_added_or_replaced_by_configuration_alone(world: World) -> None:
@@ -204,3 +208,57 @@ def test_the_pipelines_own_folder_of_configurations(tmp_path: Path) -> None:
     )
     spec = composed(f"hydra.searchpath=['file://{tmp_path}']", "pipeline=mine")
     assert list(spec.stages) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "fault"),
+    [
+        (
+            {"a": StageConfig(command="copy_number", inputs={"i": "q/in.csv"}, outputs={"o": "q"})},
+            "which is moved aside then",
+        ),
+        (
+            {
+                "a": StageConfig(command="copy_number", outputs={"o": "q"}),
+                "b": StageConfig(command="copy_number", outputs={"o": "q/b.txt"}),
+            },
+            "of which one is in the other",
+        ),
+        (
+            {
+                "a": copy("a", "source.txt", "a.txt"),
+                "b": StageConfig(command="copy_number", outputs={"o": "b_{a.total}.txt"}),
+            },
+            "{a.total} is in its inputs or outputs",
+        ),
+        ({"a": StageConfig(command="copy_number", code=["no_rules"])}, "no module 'no_rules'"),
+        ({"a": stage("cluster.down")}, "cluster.down cannot be a stage"),
+        ({"a": stage("own.step")}, "'own.step' cannot be imported: RuntimeError: boom"),
+    ],
+)  # fmt: skip
+def test_what_would_lose_files_or_go_wrong_later_is_a_fault(
+    world: World, stages: dict[str, StageConfig], fault: str
+) -> None:
+    """One line each. A module that fails while it is imported is a fault too."""
+    (world.root / "own").mkdir()
+    (world.root / "own" / "__init__.py").write_text("raise RuntimeError('boom')\n")
+    (world.root / "own" / "step.py").write_text("from cluster.entrypoint import job\n")
+    assert [line for line in faults(world, **stages) if fault in line]
+
+
+def test_a_packages_init_is_not_run_to_find_a_plain_script(world: World) -> None:
+    (world.root / "own").mkdir()
+    (world.root / "own" / "__init__.py").write_text("raise RuntimeError('boom')\n")
+    (world.root / "own" / "step.py").write_text("x = 1\n")
+    assert faults(world, a=stage("own.step")) == []
+
+
+def test_an_import_and_an_export_of_a_model_are_known(world: World) -> None:
+    """The bundle must exist, and the export needs the model."""
+    found = faults(
+        world,
+        a=stage("jobs.import_model", file="m.falaj"),
+        b=stage("jobs.export_model", name="m", output="b.falaj"),
+    )
+    assert any("m.falaj does not exist" in line for line in found)
+    assert any("unknown model 'm'" in line for line in found)

@@ -19,8 +19,8 @@ from cluster.ledger.events import (
 )
 from jobs.pipeline.census.earlier_state import EARLIER_RUN, adopt_earlier_state
 from jobs.pipeline.config import PipelineSpec
+from jobs.pipeline.context import EarlierStage, RunCancelled, StageFailed
 from jobs.pipeline.keys import StageRefused
-from jobs.pipeline.run import EarlierStage, RunCancelled, StageFailed
 from tests.unit.jobs.pipeline.conftest import World, branches, copy
 
 STAGES = ["first", "left", "right", "join"]
