@@ -10,12 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-
-import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from cluster.errors import ConfigError
 from cluster.host.gcs import GcsConfig
@@ -23,6 +19,9 @@ from cluster.host.names import is_loopback_host
 from cluster.security.private_file import read_secret_file
 from cluster.session import ClusterRecord
 from cluster.storage import resolve
+
+if TYPE_CHECKING:
+    import redis
 
 TIMEOUT_S = 5.0
 USER_VARIABLE, PASSWORD_FILE_VARIABLE = "FALAJ_GCS_USER", "FALAJ_GCS_PASSWORD_FILE"
@@ -137,6 +136,11 @@ def _keys(client: redis.Redis, record: ClusterRecord) -> Iterator[Any]:
 
 @contextmanager
 def _connected(gcs: GcsConfig) -> Iterator[redis.Redis]:
+    # Imported here, because few clusters keep this state in Redis.
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
     options: dict[str, Any] = {
         "socket_timeout": TIMEOUT_S,
         "socket_connect_timeout": TIMEOUT_S,
