@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyarrow as pa
 
@@ -85,7 +85,8 @@ class Work:
         rows = ray.data.from_items([{"call": call} for call in packed.calls], override_num_blocks=count)
         pool = ray.data.TaskPoolStrategy(size=min(self._num_cores(), count))
         run = _Step(step, packed.references).run
-        results = iter(rows.map_batches(run, batch_size=1, compute=pool).iter_rows())
+        mapped = rows.map_batches(run, batch_size=1, compute=pool)
+        results = cast("Generator[dict[str, Any]]", iter(mapped.iter_rows()))
         try:
             for row in results:
                 yield _result_of(row["result"])
@@ -140,7 +141,7 @@ def pack_calls(calls: Iterable[Sequence[Any]]) -> PackedCalls:
 
     references: dict[Any, int] = {}
     packed = [
-        cloudpickle.dumps(
+        cloudpickle.dumps(  # type: ignore[no-untyped-call]
             [
                 _Reference(references.setdefault(argument, len(references)))
                 if isinstance(argument, ray.ObjectRef)

@@ -17,8 +17,8 @@ from jobs.pipeline.census.earlier_state import adopt_earlier_state
 from jobs.pipeline.census.summary import summarise
 from jobs.pipeline.census.table import print_summary
 from jobs.pipeline.config import PipelineConfig
+from jobs.pipeline.context import StageFailed
 from jobs.pipeline.control import Pipeline
-from jobs.pipeline.run import StageFailed
 from jobs.pipeline.state import State, newest_run, read_run
 
 NAME = "census"
