@@ -85,6 +85,7 @@ chaos: $(STAMP)
 
 # Needs root for network namespaces, and PostgreSQL, redis-server, iproute2 and a C compiler (Debian: apt-get install).
 chaos-nodes: $(STAMP)
+	@$(BIN)/python -m pytest -p no:schemathesis tests/nodes
 	@$(BIN)/python tests/chaos_nodes.py
 
 soak: $(STAMP)
