@@ -70,7 +70,7 @@ stages:
     after: [ingest]
   materialize:
     command: feature_jobs.materialize
-    parameters: {view: declared_income}
+    parameters: {view: declared_income, as_of: "2026-01-01T00:00:00Z"}
     after: [ingest]
   train:
     command: jobs.train
