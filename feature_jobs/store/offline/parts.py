@@ -25,7 +25,7 @@ from feature_jobs.store.offline.tables import BucketFile, Target, file_aad
 from feature_jobs.store.types.schema import BUCKET
 
 MAX_AGE = dt.timedelta(days=1)
-"""A younger part may belong to a running job, so it is not removed. An older one is removed in any case."""
+"""A younger file that no table version refers to may belong to a running job, so it is not touched."""
 _PREFIX = "part-"
 
 
@@ -60,8 +60,7 @@ def read_parts(paths: Sequence[str], target: Target) -> Iterator[pa.Table]:
 
 def _remove_old(uri: str) -> None:
     for path in bucket_files(uri, _PREFIX):
-        written = modified_at(f"{uri}/{path}")
-        if written is not None and dt.datetime.now(dt.UTC) - written >= MAX_AGE:
+        if not may_be_in_use(f"{uri}/{path}"):
             remove(f"{uri}/{path}")
 
 
@@ -84,6 +83,12 @@ def bucket_files(uri: str, prefix: str = "") -> list[str]:
         if (name := path.rpartition("/")[2]).startswith(prefix)
     )
     return sorted(files)
+
+
+def may_be_in_use(uri: str) -> bool:
+    """Return whether a file that no table version refers to may belong to a running job, or was just removed by it."""
+    written = modified_at(uri)
+    return written is None or dt.datetime.now(dt.UTC) - written < MAX_AGE
 
 
 def modified_at(uri: str) -> dt.datetime | None:
