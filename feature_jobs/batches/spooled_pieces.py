@@ -14,28 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs.batches.reading import CheckedReader, ReadableSource, select_range
-from feature_jobs.batches.rules import (
-    FirstPass,
-    count_rows,
-    first_pass,
-    merge_passes,
-)
-from feature_jobs.batches.storing import (
-    split_rows,
-    stored_schema,
-)
+from feature_jobs.batches.rules import FirstPass, count_rows, first_pass, merge_passes
+from feature_jobs.batches.storing import split_rows, stored_schema
 from feature_jobs.batches.work import Block, Work
 from feature_jobs.store.definitions.batch_checks import Unique
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.ingestion.batch_history import PlannedBatch
 from feature_jobs.store.ingestion.source_blocks import PIECE_VALUES, Piece
-from feature_jobs.store.ingestion.validation import (
-    REASON,
-    SOURCE,
-    find_repeated_rows,
-    reject,
-    unique_rules,
-)
+from feature_jobs.store.ingestion.validation import REASON, SOURCE, find_repeated_rows, reject, unique_rules
 from feature_jobs.store.offline.parts import write_parts
 from feature_jobs.store.offline.tables import BucketFile, Target
 from feature_jobs.store.types.batch_profile import Distribution

@@ -113,7 +113,7 @@ def replace_files(
         metadata: custom metadata of the commit.
 
     Raises:
-        SourceError: another job replaced the same files or bucketed the table anew, or other writers committed too
+        SourceError: another job replaced the same files or rebucketed the table, or other writers committed too
             often.
     """
     for _ in range(MAX_COMMITS):

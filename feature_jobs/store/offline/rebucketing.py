@@ -1,4 +1,4 @@
-"""Bucket a table anew: distribute its rows over another number of buckets.
+"""Rebucket a table: distribute its rows over another number of buckets.
 
 All files are written again, and one transaction replaces the old files and the number of buckets. So a reader sees
 either the old layout or the new one, and a job that is killed before the transaction changes nothing. The old files
