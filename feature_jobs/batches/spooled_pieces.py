@@ -203,8 +203,8 @@ def _repeated_in_batch(rules: Sequence[Unique], parts: Sequence[pa.Table]) -> li
     masks: list[list[pa.Array]] = [[] for _ in parts]
     for rule in rules:
         failing = find_repeated_rows(parts, rule)
-        for of_part, mask in zip(masks, failing, strict=True):
-            of_part.append(mask)
+        for masks_of_part, mask in zip(masks, failing, strict=True):
+            masks_of_part.append(mask)
         parts = tuple(_with_reason(part, mask, rule) for part, mask in zip(parts, failing, strict=True))
     return masks
 

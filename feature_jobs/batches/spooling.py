@@ -5,8 +5,8 @@ their buckets. When the batch as a whole has passed its rules, one task per buck
 sorted file, and the driver commits these files. So no row passes through Ray's object store or through the driver, and
 a task needs memory for `PIECE_VALUES` or for one bucket. The price is that each row is written twice.
 
-The table does not refer to part files. They are removed at the end, also if the batch is refused. The parts of a killed
-command are removed by a later large ingestion of the view, or by a rebucketing of its table.
+The table does not refer to part files. They are removed at the end, also if the batch is refused. A later large
+ingestion of the view, or a rebucketing of its table, removes the parts of a killed command.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _spool(
     batches = {}
     for plan, batch in zip(command.plans, collected, strict=True):
         passes = batch.passes.collected
-        sketches = [of_group.sketch for of_group in passes]
+        sketches = [each.sketch for each in passes]
         measured = profiling.profile(sketches, {}, [])
         findings = find_failures(passes, measured, view, baseline, now=dt.datetime.now(dt.UTC))
         result = BatchResult(profile=measured, findings=findings)

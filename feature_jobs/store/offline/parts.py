@@ -1,10 +1,11 @@
-"""Part files: rows on the way to their buckets. They let a job sort more rows into buckets than fit into memory.
+"""Part files: with them, a job can sort more rows into buckets than fit into memory.
 
 A job reads its rows piece by piece, and writes the rows of each piece as one unsorted part file per bucket. Later it
 merges the parts of each bucket into one sorted file. So it needs memory for one piece, and then for one bucket. Parts
-are protected like the table's own files, and are in the same folders, but no table version refers to them. A job
-removes its parts at the end. The parts of a killed job are removed by the table's next job that writes parts: a large
-ingestion or a rebucketing, a day later. So a job must not need a part for longer than a day.
+are protected like the table's own files, and are in the same folders, but no table version refers to them.
+
+A job removes its parts at the end. After a day, the table's next large ingestion or rebucketing removes the parts of a
+killed job. So a job must not need a part for longer than a day.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ round. If nothing is committed, the new files are removed. Rows keep their `inge
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -132,7 +133,7 @@ class _Round:
             groups = enumerate(consecutive_groups(files, size=lambda file: file.rows, limit=self.limit))
             calls = ((group, self.target, self.limit, f"{name}-{number}") for number, group in groups)
             by_bucket: dict[int, list[str]] = {}
-            for part in (part for of_group in self.run_all(_split, calls) for part in of_group):
+            for part in itertools.chain.from_iterable(self.run_all(_split, calls)):
                 by_bucket.setdefault(part.bucket, []).append(part.path)
             merges = ((paths, self.target, bucket, self.name) for bucket, paths in sorted(by_bucket.items()))
             return list(self.run_all(_merge, merges))
