@@ -1,9 +1,9 @@
 """`python -m feature_jobs.ingest definitions=m view=v [source.path=…]`: ingest a batch into a feature table.
 
 Rows are read, transformed and checked. Then the batch as a whole is checked. Then the buckets' files are written and
-committed. A small batch is processed in this process, a large one in Ray tasks. If the command is
-killed, run it again. It ignores files that were not committed. If a batch was committed without its event, the command
-finds the commit by the batch's id and appends the event.
+committed. A small batch is processed in this process, a large one in Ray tasks. If the command is killed, run it again.
+It ignores files that were not committed. If a batch was committed without its event, the command finds the commit by
+the batch's id and appends the event.
 
 With `start=… end=… [chunk=30d]`, only rows with an event time in [start, end) are ingested, and each chunk is its own
 batch. The source is read once. A backfill that was killed continues with the missing chunks.
@@ -228,9 +228,8 @@ def ingest_missing(run: Run, missing: Sequence[PlannedBatch]) -> None:
         for plan in missing:
             stored = committed.get(plan.ingest_id) or store_batch(run, rows[plan.ingest_id], plan)
             record_batch(run, plan, stored)
-    if offline.open_table(run.target.uri) is not None:
-        advice = rebucket_advice(run.spec, layout(run.config.storage), run.actor.access)
-        print(advice, end="\n" if advice else "", flush=True)
+    if advice := rebucket_advice(run.spec, layout(run.config.storage), run.actor.access):
+        print(advice, flush=True)
 
 
 def record_batch(run: Run, plan: PlannedBatch, stored: StoredBatch) -> None:
@@ -290,10 +289,10 @@ def store_batch(run: Run, rows: CheckedSource | SpooledBatch, plan: PlannedBatch
         table = offline.open_table(run.target.uri)
         version = -1 if table is None else int(table.version())
         return StoredBatch(empty_batch(plan.ingest_id, checked.columns), version)
-    places: dict[str, Any] = {"target": run.target, "quarantine": run.quarantine, "work": run.work}
+    name, target, quarantine = plan.ingest_id, run.target, run.quarantine
     if isinstance(checked, SpooledBatch):
-        return store_spooled(checked, plan.ingest_id, **places)
-    return store(checked, plan.ingest_id, **places)
+        return store_spooled(checked, name, target=target, quarantine=quarantine, work=run.work)
+    return store(checked, name, target=target, quarantine=quarantine, work=run.work)
 
 
 def mend_stored(run: Run, history: BatchHistory, event_range: TimeRange | None) -> None:

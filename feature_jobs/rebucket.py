@@ -5,7 +5,7 @@ grown needs more buckets. `feature_jobs.ingest` says when. Without `buckets`, th
 table that has enough buckets is not changed.
 
 One transaction switches to the new buckets. If the command is killed, run it again. Rows that other commands store in
-the meantime are kept. A batch that is ingested at the same time may be refused; then it is to be ingested again.
+the meantime stay. A batch that is ingested at the same time may be refused. Then ingest it again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RebucketConfig(PlatformConfig):
 
 @job("rebucket", RebucketConfig, timed=True)
 def main(config: RebucketConfig) -> None:
-    """Bucket one view's table anew."""
+    """Rebucket one view's table."""
     ledger = open_ledger(config)
     actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="feature_jobs.rebucket")
     view = view_spec(ledger, config.view)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cluster.errors import TrainingSetError
 from cluster.security.keys.access import KeyAccess
 from cluster.storage import Layout
 from feature_jobs.store.catalog.protection import view_protection
@@ -11,7 +12,7 @@ from feature_jobs.store.offline.buckets import BUCKET_VALUES, buckets_for
 from feature_jobs.store.offline.tables import Snapshot, Target, num_buckets, open_table, snapshot
 
 REBUCKET_FACTOR = 4
-"""A table should be bucketed anew if a new table of its size would get this many times its buckets."""
+"""A table should be rebucketed if a new table of its size would get this many times its buckets."""
 
 
 def view_snapshot(
@@ -58,8 +59,11 @@ def view_target(view: ViewSpec, places: Layout, access: KeyAccess, *, new_bucket
 
 
 def rebucket_advice(view: ViewSpec, places: Layout, access: KeyAccess) -> str:
-    """Return a line that advises to bucket the view's table anew; empty if its buckets are small enough."""
-    table = view_snapshot(view, places, access)
+    """Return a line that advises to rebucket the view's table; empty if its buckets are small enough."""
+    try:
+        table = view_snapshot(view, places, access)
+    except TrainingSetError:  # no rows yet
+        return ""
     values = table.rows * stored_columns(view)
     buckets = buckets_for(values)
     if values <= BUCKET_VALUES * table.num_buckets or buckets < REBUCKET_FACTOR * table.num_buckets:

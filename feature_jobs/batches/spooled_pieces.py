@@ -14,28 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from feature_jobs.batches.reading import CheckedReader, ReadableSource, select_range
-from feature_jobs.batches.rules import (
-    FirstPass,
-    count_rows,
-    first_pass,
-    merge_passes,
-)
-from feature_jobs.batches.storing import (
-    split_rows,
-    stored_schema,
-)
+from feature_jobs.batches.rules import FirstPass, count_rows, first_pass, merge_passes
+from feature_jobs.batches.storing import split_rows, stored_schema
 from feature_jobs.batches.work import Block, Work
 from feature_jobs.store.definitions.batch_checks import Unique
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.ingestion.batch_history import PlannedBatch
 from feature_jobs.store.ingestion.source_blocks import PIECE_VALUES, Piece
-from feature_jobs.store.ingestion.validation import (
-    REASON,
-    SOURCE,
-    find_repeated_rows,
-    reject,
-    unique_rules,
-)
+from feature_jobs.store.ingestion.validation import REASON, SOURCE, find_repeated_rows, reject, unique_rules
 from feature_jobs.store.offline.parts import write_parts
 from feature_jobs.store.offline.tables import BucketFile, Target
 from feature_jobs.store.types.batch_profile import Distribution
@@ -217,8 +203,8 @@ def _repeated_in_batch(rules: Sequence[Unique], parts: Sequence[pa.Table]) -> li
     masks: list[list[pa.Array]] = [[] for _ in parts]
     for rule in rules:
         failing = find_repeated_rows(parts, rule)
-        for of_part, mask in zip(masks, failing, strict=True):
-            of_part.append(mask)
+        for masks_of_part, mask in zip(masks, failing, strict=True):
+            masks_of_part.append(mask)
         parts = tuple(_with_reason(part, mask, rule) for part, mask in zip(parts, failing, strict=True))
     return masks
 

@@ -5,8 +5,8 @@ their buckets. When the batch as a whole has passed its rules, one task per buck
 sorted file, and the driver commits these files. So no row passes through Ray's object store or through the driver, and
 a task needs memory for `PIECE_VALUES` or for one bucket. The price is that each row is written twice.
 
-The table does not refer to part files. They are removed at the end, also if the batch is refused. The parts of a killed
-command are removed by a later large ingestion of the view, or by a rebucketing of its table.
+The table does not refer to part files. They are removed at the end, also if the batch is refused. A later large
+ingestion of the view, or a rebucketing of its table, removes the parts of a killed command.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ from deltalake import DeltaTable
 
 from cluster.errors import CommitConflict, Inconsistent
 from feature_jobs.batches.reading import ReadableSource, require_all_rows
-from feature_jobs.batches.rules import (
-    BatchResult,
-    find_failures,
-)
+from feature_jobs.batches.rules import BatchResult, find_failures
 from feature_jobs.batches.spooled_pieces import (
     CheckedPiece,
     CollectedPasses,
@@ -39,21 +36,14 @@ from feature_jobs.batches.spooled_pieces import (
     find_repeated,
     spool_piece,
 )
-from feature_jobs.batches.storing import (
-    StoredBatch,
-    commit_batch,
-    open_or_create,
-    with_time,
-)
+from feature_jobs.batches.storing import StoredBatch, commit_batch, open_or_create, with_time
 from feature_jobs.batches.work import Work
 from feature_jobs.store.definitions.views import FeatureView
 from feature_jobs.store.ingestion import profiling
 from feature_jobs.store.ingestion.batch_history import PlannedBatch
 from feature_jobs.store.ingestion.profiling import Sketch
 from feature_jobs.store.ingestion.quarantine_files import QuarantineFiles
-from feature_jobs.store.ingestion.validation import (
-    unique_rules,
-)
+from feature_jobs.store.ingestion.validation import unique_rules
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.parts import part_names, read_parts, removed_after
 from feature_jobs.store.offline.tables import BucketFile, Target
@@ -148,7 +138,7 @@ def _spool(
     batches = {}
     for plan, batch in zip(command.plans, collected, strict=True):
         passes = batch.passes.collected
-        sketches = [of_group.sketch for of_group in passes]
+        sketches = [each.sketch for each in passes]
         measured = profiling.profile(sketches, {}, [])
         findings = find_failures(passes, measured, view, baseline, now=dt.datetime.now(dt.UTC))
         result = BatchResult(profile=measured, findings=findings)
@@ -220,7 +210,7 @@ def _require_same_buckets(table: DeltaTable, target: Target) -> None:
     """
     if offline.num_buckets(table) != target.buckets:
         raise CommitConflict(
-            f"{target.uri} was created or bucketed anew by another job at the same time. Nothing of this batch was "
+            f"{target.uri} was created or rebucketed by another job at the same time. Nothing of this batch was "
             "stored. Run it again."
         )
 

@@ -61,12 +61,12 @@ class Work:
     def run_all(self, step: Callable[..., Any], calls: Iterable[Sequence[Any]]) -> Iterator[Any]:
         """Run a step that needs much memory once for each list of arguments, and yield the results in order.
 
-        A Ray Data pipeline runs the steps of a large batch. Not more of them run at the same time than the nodes have
-        cores, because Ray's own number of CPUs may be larger. An argument may be a block; results must be small.
+        A Ray Data pipeline runs the steps of a large batch, at most one per core of the nodes at a time. Ray's own
+        number of CPUs may be larger than the number of cores. An argument may be a block; results must be small.
 
         Raises:
-            RefusedError: a step raised it, in this process or in a task. The other tasks are told to stop, but one may
-                end later than this call.
+            RefusedError: a step raised it, in this process or in a task. The other tasks are stopped, but one may end
+                later than this call.
         """
         if not self.in_tasks:
             yield from (step(*arguments) for arguments in calls)
@@ -121,7 +121,7 @@ class Work:
 
 
 class PackedCalls(NamedTuple):
-    """The arguments of some calls. Each call is a row of its own, so a task reads only its own arguments."""
+    """The arguments of some calls. Each call is one row, so a task reads only its own arguments."""
 
     calls: list[bytes]
     references: list[Any]

@@ -85,16 +85,11 @@ def resolve_family(model: dict[str, Any]) -> ResolvedFamily:
         raise ConfigError(
             "model.family is missing: choose `model=lightgbm` or `model=tabular_network`, or set model.family."
         )
-    match name:
-        case _ if module_name is not None:
-            module = _import(module_name)
-        case _ if name in BUILT_IN:
-            module = _import(BUILT_IN[name])
-        case _:
-            raise ConfigError(
-                f"Unknown model family '{name}'. Known: lightgbm, tabular_network. For your own family set "
-                "model.module."
-            )
+    if module_name is None and name not in BUILT_IN:
+        raise ConfigError(
+            f"Unknown model family '{name}'. Known: {', '.join(BUILT_IN)}. For your own family set model.module."
+        )
+    module = _import(BUILT_IN[name] if module_name is None else module_name)
     parameters = load(OmegaConf.create(settings), module.Parameters)
     return ResolvedFamily(name, module, parameters, runs_anywhere=module_name is None)
 

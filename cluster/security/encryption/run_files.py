@@ -141,8 +141,8 @@ class SealedFiles(AbstractFileSystem):  # type: ignore[misc]
 class _Unsealed(io.BytesIO):
     """The content of a file until it is closed and written.
 
-    It is written only by `close`, and once. After an error, or if nobody closes the file, nothing is written, because
-    the content may be incomplete.
+    The first `close` writes it. After an error, or without a `close`, nothing is written, because the content may be
+    incomplete.
     """
 
     def __init__(self, write: Callable[[io.BytesIO], None]) -> None:

@@ -56,6 +56,15 @@ class Sketch:
     categories: dict[str, Counter[Any]]
 
 
+class _Totals(NamedTuple):
+    """What a batch's sketch and its profile have in common."""
+
+    rows_in: int
+    rows: int
+    nulls: dict[str, int]
+    newest_event_us: int | None
+
+
 def sketch(block: pa.Table, good: pa.Table, fields: Sequence[Field]) -> Sketch:
     """Run the first pass over a validated block and its good rows. A tombstone's nulls are not counted."""
     alive = block.filter(pc.invert(block[DELETED])) if DELETED in block.column_names else block
@@ -78,15 +87,8 @@ def sketch(block: pa.Table, good: pa.Table, fields: Sequence[Field]) -> Sketch:
 
 def merge(sketches: Sequence[Sketch]) -> Sketch:
     """Merge the sketches of some blocks into one of the same size."""
-    nulls: Counter[str] = Counter()
-    for block in sketches:
-        nulls.update(block.nulls)
-    times = [block.newest_event_us for block in sketches if block.newest_event_us is not None]
     return Sketch(
-        rows_in=sum(block.rows_in for block in sketches),
-        rows=sum(block.rows for block in sketches),
-        nulls=dict(nulls),
-        newest_event_us=max(times, default=None),
+        **_add_rows(sketches)._asdict(),
         numbers={
             name: _merge_order_statistics([block.numbers[name] for block in sketches])
             for name in sketches[0].numbers
@@ -131,15 +133,8 @@ def profile(
 ) -> Profile:
     """Build a batch's profile from the results of both passes over its blocks."""
     totals = add_counts(counted)
-    nulls: Counter[str] = Counter()
-    for block in sketches:
-        nulls.update(block.nulls)
-    times = [block.newest_event_us for block in sketches if block.newest_event_us is not None]
     return Profile(
-        rows_in=sum(block.rows_in for block in sketches),
-        rows=sum(block.rows for block in sketches),
-        nulls=dict(nulls),
-        newest_event_us=max(times, default=None),
+        **_add_rows(sketches)._asdict(),
         distributions={
             name: Distribution(
                 counts=totals[name],
@@ -161,6 +156,19 @@ def add_counts(counted: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, list
             total = totals.get(name, [0] * len(counts))
             totals[name] = [first + second for first, second in zip(total, counts, strict=True)]
     return totals
+
+
+def _add_rows(sketches: Sequence[Sketch]) -> _Totals:
+    nulls: Counter[str] = Counter()
+    for block in sketches:
+        nulls.update(block.nulls)
+    times = [block.newest_event_us for block in sketches if block.newest_event_us is not None]
+    return _Totals(
+        rows_in=sum(block.rows_in for block in sketches),
+        rows=sum(block.rows for block in sketches),
+        nulls=dict(nulls),
+        newest_event_us=max(times, default=None),
+    )
 
 
 def is_categorical(field: Field) -> bool:

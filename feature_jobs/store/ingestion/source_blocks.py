@@ -39,6 +39,7 @@ from feature_jobs.store.ingestion.partitions import partitions_of, with_partitio
 from feature_jobs.store.ingestion.validation import RAW, prepare_part, raw_field, time_columns, unique_rules
 from feature_jobs.store.types.casting import cast_time
 from feature_jobs.store.types.columns import replace_columns
+from feature_jobs.store.types.grouping import consecutive_groups
 from feature_jobs.store.types.instants import TIME, table_to_utc
 
 HEAD_ROWS = 1000
@@ -262,17 +263,10 @@ def split_source(files: SourceFiles, view: FeatureView, *, num_columns: int) -> 
 
 def _split_row_groups(path: str, source: FileSource, limit: int) -> Iterator[Piece]:
     """Yield pieces of a Parquet file with at most `limit` rows, or with one larger row group."""
-    groups: list[int] = []
-    rows = 0
-    for number, size in enumerate(row_group_sizes(path, source)):
-        if not size:
-            continue
-        if groups and rows + size > limit:
-            yield Piece(paths=[path], row_groups=groups)
-            groups, rows = [], 0
-        groups.append(number)
-        rows += size
-    yield Piece(paths=[path], row_groups=groups)
+    sizes = row_group_sizes(path, source)
+    with_rows = [number for number, size in enumerate(sizes) if size]
+    for group in consecutive_groups(with_rows, size=sizes.__getitem__, limit=limit):
+        yield Piece(paths=[path], row_groups=group)
 
 
 def native_key_types(row: Mapping[str, Any], view: FeatureView) -> dict[str, str]:

@@ -21,8 +21,9 @@ from cluster.security.encryption.parquet import WHOLE_FILE_BYTES, ProtectedFile
 from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.offline.newest_rows import EntityRows, Found, NewestRows
 from feature_jobs.store.offline.point_in_time import microseconds, order_of, take_or_null
-from feature_jobs.store.offline.tables import BucketFile, Snapshot, select_or_null
+from feature_jobs.store.offline.tables import BucketFile, Snapshot
 from feature_jobs.store.offline.window_values import aggregate
+from feature_jobs.store.types.columns import select_or_null
 from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, SEQ
 
 ABSENT = "__absent"

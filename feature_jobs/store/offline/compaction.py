@@ -89,10 +89,14 @@ def past_rewrites(table: DeltaTable) -> dict[int, Rewrite]:
 
 
 def _merged(pinned: Snapshot, target: Target, bucket: int, name: str) -> BucketFile:
-    rows = pa.concat_tables(pinned.tables(bucket), promote_options="permissive")
-    return offline.write_bucket(
-        pl.DataFrame(pl.from_arrow(rows)), rows.schema, target, bucket=bucket, name=name
-    )
+    return write_merged(pinned.tables(bucket), target, bucket=bucket, name=name)
+
+
+def write_merged(tables: Iterable[pa.Table], target: Target, *, bucket: int, name: str) -> BucketFile:
+    """Write the rows of some files of one bucket as one file. A column that a file lacks is null."""
+    rows = pa.concat_tables(tables, promote_options="permissive")
+    frame = pl.DataFrame(pl.from_arrow(rows))
+    return offline.write_bucket(frame, rows.schema, target, bucket=bucket, name=name)
 
 
 def replace_files(
@@ -109,12 +113,12 @@ def replace_files(
         metadata: custom metadata of the commit.
 
     Raises:
-        SourceError: another job replaced the same files or bucketed the table anew, or other writers committed too
+        SourceError: another job replaced the same files or rebucketed the table, or other writers committed too
             often.
     """
     for _ in range(MAX_COMMITS):
         table = DeltaTable(pinned.uri)
-        present = set(pa.table(table.get_add_actions())["path"].to_pylist())
+        present = {file.path for file in offline.files_of(table)}
         is_rebucketed = offline.num_buckets(table) != pinned.num_buckets
         if is_rebucketed or not present.issuperset(file.path for file in old):
             raise SourceError(

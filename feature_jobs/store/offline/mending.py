@@ -33,13 +33,13 @@ from cluster.errors import SourceError
 from cluster.ledger import Ledger
 from cluster.ledger.events import BatchMended
 from cluster.ledger.table_versions import unrecorded
-from cluster.security.encryption.access import protected_files
 from feature_jobs.store.ingestion.quarantine_files import COLUMNS, QuarantineFiles
 from feature_jobs.store.ingestion.validation import RAW, REASON
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.compaction import replace_files
 from feature_jobs.store.offline.removal import file_without
 from feature_jobs.store.offline.tables import TIMESTAMP, BucketFile, Snapshot, Target
+from feature_jobs.store.types.columns import select_or_null
 from feature_jobs.store.types.schema import DELETED, INGESTED, SEQ
 
 _KEY = "falaj.mend"
@@ -187,7 +187,7 @@ def _stored_rows(pinned: Snapshot, names: Sequence[str], first: int, last: int) 
     parts = []
     for bucket in range(pinned.num_buckets):
         for table in pinned.tables(bucket, [*names, SEQ]):
-            frame = pl.DataFrame(pl.from_arrow(offline.select_or_null(table, [*names, SEQ])))
+            frame = pl.DataFrame(pl.from_arrow(select_or_null(table, [*names, SEQ])))
             parts.append(frame.filter(pl.col(SEQ).is_between(first, last)))
     rows = pl.concat(parts, how="vertical_relaxed") if parts else pl.DataFrame(schema={SEQ: pl.Int64})
     missing = [pl.lit(None).alias(name) for name in names if name not in rows.columns]
@@ -218,12 +218,8 @@ def _rewrite(place: BatchLocation, difference: Difference, event: BatchMended) -
 
 def _has_rows(pinned: Snapshot, file: BucketFile, numbers: frozenset[int]) -> bool:
     """Return whether a file has a row with one of the sequence numbers."""
-    rows = protected_files(pinned.access).read(
-        f"{pinned.uri}/{file.path}",
-        [SEQ],
-        protection=pinned.protection,
-        place=offline.file_aad(pinned.uri, file.path),
-    )
+    with pinned.open(file, whole=False) as opened:
+        rows = opened.read([SEQ])
     return not numbers.isdisjoint(rows[SEQ].to_pylist())
 
 

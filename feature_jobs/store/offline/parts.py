@@ -1,10 +1,11 @@
-"""Part files: rows on the way to their buckets. They let a job sort more rows into buckets than fit into memory.
+"""Part files: with them, a job can sort more rows into buckets than fit into memory.
 
 A job reads its rows piece by piece, and writes the rows of each piece as one unsorted part file per bucket. Later it
 merges the parts of each bucket into one sorted file. So it needs memory for one piece, and then for one bucket. Parts
-are protected like the table's own files, and are in the same folders, but no table version refers to them. A job
-removes its parts at the end. The parts of a killed job are removed by the table's next job that writes parts: a large
-ingestion or a rebucketing, a day later. So a job must not need a part for longer than a day.
+are protected like the table's own files, and are in the same folders, but no table version refers to them.
+
+A job removes its parts at the end. After a day, the table's next large ingestion or rebucketing removes the parts of a
+killed job. So a job must not need a part for longer than a day.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from feature_jobs.store.offline.tables import BucketFile, Target, file_aad
 from feature_jobs.store.types.schema import BUCKET
 
 MAX_AGE = dt.timedelta(days=1)
-"""A younger part may belong to a running job, so it is not removed. An older one is removed in any case."""
+"""A younger file that no table version refers to may belong to a running job, so it is not touched."""
 _PREFIX = "part-"
 
 
@@ -60,8 +61,7 @@ def read_parts(paths: Sequence[str], target: Target) -> Iterator[pa.Table]:
 
 def _remove_old(uri: str) -> None:
     for path in bucket_files(uri, _PREFIX):
-        written = modified_at(f"{uri}/{path}")
-        if written is not None and dt.datetime.now(dt.UTC) - written >= MAX_AGE:
+        if not may_be_in_use(f"{uri}/{path}"):
             remove(f"{uri}/{path}")
 
 
@@ -84,6 +84,12 @@ def bucket_files(uri: str, prefix: str = "") -> list[str]:
         if (name := path.rpartition("/")[2]).startswith(prefix)
     )
     return sorted(files)
+
+
+def may_be_in_use(uri: str) -> bool:
+    """Return whether a file that no table version refers to may belong to a running job, or was just removed by it."""
+    written = modified_at(uri)
+    return written is None or dt.datetime.now(dt.UTC) - written < MAX_AGE
 
 
 def modified_at(uri: str) -> dt.datetime | None:

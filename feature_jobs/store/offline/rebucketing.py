@@ -1,4 +1,4 @@
-"""Bucket a table anew: distribute its rows over another number of buckets.
+"""Rebucket a table: distribute its rows over another number of buckets.
 
 All files are written again, and one transaction replaces the old files and the number of buckets. So a reader sees
 either the old layout or the new one, and a job that is killed before the transaction changes nothing. The old files
@@ -11,23 +11,29 @@ round. If nothing is committed, the new files are removed. Rows keep their `inge
 
 from __future__ import annotations
 
+import itertools
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import polars as pl
 import pyarrow as pa
 from deltalake import DeltaTable, Transaction
 from deltalake.exceptions import CommitFailedError
 
 from cluster.errors import Inconsistent, SourceError
 from cluster.security.encryption.access import protected_files
-from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.buckets import BUCKET_VALUES
-from feature_jobs.store.offline.compaction import MAX_COMMITS, Rewrite, commit_replacement, current_target
+from feature_jobs.store.offline.compaction import (
+    MAX_COMMITS,
+    Rewrite,
+    commit_replacement,
+    current_target,
+    write_merged,
+)
 from feature_jobs.store.offline.parts import part_names, read_parts, removed_after, write_parts
 from feature_jobs.store.offline.tables import BUCKETS_APP, BucketFile, Snapshot, Target, file_aad
+from feature_jobs.store.types.grouping import consecutive_groups
 
 RunAll = Callable[[Callable[..., Any], Iterable[Sequence[Any]]], Iterable[Any]]
 """Runs a function once for each list of arguments, in this process or in tasks, and returns the results in order."""
@@ -124,27 +130,13 @@ class _Round:
     def distribute(self, files: Sequence[BucketFile]) -> list[BucketFile]:
         """Write the rows of some files as one file per new bucket."""
         with part_names(self.target.uri) as name:
-            groups = enumerate(_groups(files, self.limit))
+            groups = enumerate(consecutive_groups(files, size=lambda file: file.rows, limit=self.limit))
             calls = ((group, self.target, self.limit, f"{name}-{number}") for number, group in groups)
             by_bucket: dict[int, list[str]] = {}
-            for part in (part for of_group in self.run_all(_split, calls) for part in of_group):
+            for part in itertools.chain.from_iterable(self.run_all(_split, calls)):
                 by_bucket.setdefault(part.bucket, []).append(part.path)
             merges = ((paths, self.target, bucket, self.name) for bucket, paths in sorted(by_bucket.items()))
             return list(self.run_all(_merge, merges))
-
-
-def _groups(files: Sequence[BucketFile], limit: int) -> Iterator[list[BucketFile]]:
-    """Yield groups of files with at most `limit` rows, or one file with more."""
-    group: list[BucketFile] = []
-    rows = 0
-    for file in files:
-        if group and rows + file.rows > limit:
-            yield group
-            group, rows = [], 0
-        group.append(file)
-        rows += file.rows
-    if group:
-        yield group
 
 
 def _split(files: Sequence[BucketFile], target: Target, limit: int, name: str) -> list[BucketFile]:
@@ -172,6 +164,4 @@ def _split(files: Sequence[BucketFile], target: Target, limit: int, name: str) -
 
 
 def _merge(paths: Sequence[str], target: Target, bucket: int, name: str) -> BucketFile:
-    rows = pa.concat_tables(read_parts(paths, target), promote_options="permissive")
-    frame = pl.DataFrame(pl.from_arrow(rows))
-    return offline.write_bucket(frame, rows.schema, target, bucket=bucket, name=name)
+    return write_merged(read_parts(paths, target), target, bucket=bucket, name=name)

@@ -14,10 +14,8 @@ import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
 
 import polars as pl
-import pyarrow as pa
 from deltalake import DeltaTable
 
 from cluster.ledger import Ledger
@@ -27,11 +25,10 @@ from cluster.security.encryption.access import protected_files
 from cluster.storage import remove
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.compaction import current_target, replace_files
-from feature_jobs.store.offline.parts import bucket_files, ever_added, modified_at
-from feature_jobs.store.offline.tables import BucketFile, Snapshot, file_aad, select_or_null
+from feature_jobs.store.offline.parts import bucket_files, ever_added, may_be_in_use
+from feature_jobs.store.offline.tables import BucketFile, Snapshot, file_aad
+from feature_jobs.store.types.columns import select_or_null
 
-GRACE = timedelta(days=1)
-"""A younger file that no table version refers to may belong to a running job, so it is not touched."""
 _KEY = "falaj.removal"
 
 
@@ -76,7 +73,7 @@ def count_matching_rows(pinned: Snapshot, where: pl.Expr) -> dict[str, int]:
     known = ever_added(pinned.uri)
     counts = {}
     for path in bucket_files(pinned.uri):
-        if path not in known and _is_young(f"{pinned.uri}/{path}"):
+        if path not in known and may_be_in_use(f"{pinned.uri}/{path}"):
             continue
         count = int(_read(pinned, path, where.meta.root_names()).select(_is_true(where).sum()).item())
         if count:
@@ -108,9 +105,8 @@ def _rewrite_without(
 
 def file_without(pinned: Snapshot, file: BucketFile, where: pl.Expr, *, name: str) -> BucketFile | None:
     """Write a copy of a file without the matching rows; None if no row is left."""
-    table = protected_files(pinned.access).read(
-        f"{pinned.uri}/{file.path}", protection=pinned.protection, place=file_aad(pinned.uri, file.path)
-    )
+    with pinned.open(file) as opened:
+        table = opened.read()
     columns = list(dict.fromkeys([*table.column_names, *where.meta.root_names()]))
     rows = pl.DataFrame(pl.from_arrow(select_or_null(table, columns)))
     rows = rows.filter(~_is_true(where)).select(table.column_names)
@@ -138,7 +134,8 @@ def _record_lost_training_sets(
         if version is None or ledger.newest(TrainingSetNotReproducible, training_set=entry.seq, view=view):
             continue
         if version not in is_lost:
-            is_lost[version] = not counts.keys().isdisjoint(_files_of(pinned.uri, version))
+            files = offline.files_of(DeltaTable(pinned.uri, version=version))
+            is_lost[version] = any(file.path in counts for file in files)
         if is_lost[version]:
             event = TrainingSetNotReproducible(
                 training_set=entry.seq,
@@ -157,16 +154,6 @@ def _record_removals(uri: str, ledger: Ledger, *, view: str, actor: str) -> None
     removals = {int(entry["version"]): json.loads(entry[_KEY]) for entry in history if _KEY in entry}
     for version in unrecorded(ledger, RowsRemoved, removals, view=view):
         ledger.append(RowsRemoved(view=view, table_version=version, **removals[version]), actor=actor)
-
-
-def _files_of(uri: str, version: int) -> set[str]:
-    return set(pa.table(DeltaTable(uri, version=version).get_add_actions())["path"].to_pylist())
-
-
-def _is_young(uri: str) -> bool:
-    """Return whether a file may belong to a running job. A job that has ended has removed its files."""
-    written = modified_at(uri)
-    return written is None or datetime.now(UTC) - written < GRACE
 
 
 def _read(pinned: Snapshot, path: str, columns: list[str]) -> pl.DataFrame:

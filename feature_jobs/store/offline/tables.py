@@ -28,7 +28,7 @@ from cluster.security.keys.access import KeyAccess
 from feature_jobs.store.offline.buckets import split_by_bucket
 from feature_jobs.store.offline.point_in_time import AVAILABLE
 from feature_jobs.store.types.casting import same_type
-from feature_jobs.store.types.columns import select_or_null as select_or_null
+from feature_jobs.store.types.columns import select_or_null
 from feature_jobs.store.types.schema import BUCKET, CREATED, DELETED, EVENT, SEQ
 
 TIMESTAMP = pa.timestamp("us", "UTC")
@@ -376,14 +376,15 @@ def snapshot(
         version=int(table.version()),
         num_buckets=num_buckets(table),
         key_types=key_types(schema, keys),
-        files=_files_of(table),
+        files=files_of(table),
         protection=protection,
         access=access,
         tombstones=DELETED in schema.names,
     )
 
 
-def _files_of(table: DeltaTable) -> tuple[BucketFile, ...]:
+def files_of(table: DeltaTable) -> tuple[BucketFile, ...]:
+    """Return the files of a table version, in order of their paths."""
     # Not `pa.table`, and no time columns: for either of them Arrow would import pandas.
     actions = pa.RecordBatchReader.from_stream(table.get_add_actions(flatten=True)).read_all()
     columns = actions.select(["path", f"partition.{BUCKET}", "num_records", "size_bytes"])

@@ -7,7 +7,7 @@ in this process, many rows in one Ray task per bucket. `bucket_join.py` describe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -96,11 +96,7 @@ def assemble(
     """
     times = event_times(entities)
     present = set(entities.column_names)
-    for name in spec.columns:
-        if name in present:
-            raise TrainingSetError(
-                f"The entity rows have a column '{name}' already, the name of a feature. Rename it."
-            )
+    _require_no_features(spec, present)
     output, features, splits = entities, {}, {}
     for view in spec.views:
         snapshot = snapshots[view.name]
@@ -125,6 +121,14 @@ def assemble(
         hidden={name: part.hidden for name, part in features.items()},
         absent={name: part.absent.true_count for name, part in features.items()},
     )
+
+
+def _require_no_features(spec: ServiceSpec, columns: Collection[str]) -> None:
+    for name in spec.columns:
+        if name in columns:
+            raise TrainingSetError(
+                f"The entity rows have a column '{name}' already, the name of a feature. Rename it."
+            )
 
 
 def join_view(

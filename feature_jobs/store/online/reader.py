@@ -171,7 +171,7 @@ def open_online_store(
         places: folders of the installation.
         keys: the keys that this process may use.
         readonly: whether LMDB is opened for reading only.
-        fails_fast: whether an outage of Redis is an error at once, for a caller that repeats its calls itself.
+        fails_fast: whether an outage of Redis soon raises an error, for a caller that retries its calls itself.
 
     Raises:
         ConfigError: LMDB is configured, but the storage root is remote.

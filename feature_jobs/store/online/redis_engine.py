@@ -31,7 +31,7 @@ STAGED_S = 86_400
 TIMEOUT_S = 5.0
 """Timeout in seconds of a connection and of a command."""
 FAST_TIMEOUT_S = 1.0
-"""The same in a replica. Its health checks have a timeout of 1 s, and only the second failure counts."""
+"""The same in a replica. A replica's health check has a timeout of 1 s, and only its second failure counts."""
 
 _NEWER = """
 local function newer(one, other)
@@ -92,8 +92,8 @@ class RedisEngine:
         prefix: first part of every key, so that several installations can share one Redis.
         ca_file: certificate authority of the server's certificate; None for the system's authorities.
         password_file: file with the password; None for no password.
-        fails_fast: use a short timeout, and repeat a command only over a new connection in place of a closed one. The
-            event loop of a replica waits meanwhile.
+        fails_fast: use a short timeout, because the event loop of a replica waits for the answer. Retry a command only
+            once, after a connection that was closed.
     """
 
     def __init__(

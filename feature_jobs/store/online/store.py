@@ -355,8 +355,8 @@ class OnlineStore:
     def _generation(self, view: ViewSpec) -> _Generation | None:
         """Return the view's generation and its data keys, cached for `CACHE_S`; None before the view's first row.
 
-        While the key store is unavailable, the cached keys are used for up to `KEPT_S`. A refusal of the key store, for
-        example of a revoked key, counts at once.
+        While the key store is unavailable, the cached keys are used for up to `KEPT_S`. If the key store refuses a key,
+        for example a revoked one, the cached keys are not used again.
         """
         cached = self._cache.get((view.name, view.version))
         now = time.monotonic()

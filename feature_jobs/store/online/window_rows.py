@@ -14,10 +14,9 @@ from feature_jobs.store.definitions.limits import subtract_span
 from feature_jobs.store.offline.point_in_time import AVAILABLE
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.online.frames import plain_columns
+from feature_jobs.store.online.reader import epoch_microseconds
 from feature_jobs.store.online.rows import OnlineRow
 from feature_jobs.store.types.schema import CREATED, DELETED, EVENT, SEQ
-
-_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 def state_rows(pinned: Snapshot, windows: WindowSpec, as_of: dt.datetime) -> Iterator[OnlineRow]:
@@ -41,7 +40,7 @@ def entity_states(
     """
     tiling = Tiling(windows)
     since = subtract_span(as_of, dt.timedelta(microseconds=tiling.longest_us))
-    since_us = (since - _EPOCH) // dt.timedelta(microseconds=1)
+    since_us = epoch_microseconds(since)
     known = events.filter(as_of >= AVAILABLE)
     useful = _useful(known, keys, windows, since)
     for entity, rows in itertools.groupby(useful.iter_rows(), key=lambda row: row[: len(keys)]):

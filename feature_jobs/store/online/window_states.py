@@ -13,7 +13,6 @@ imports neither Polars nor delta-rs.
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -24,7 +23,6 @@ from feature_jobs.store.definitions.views import Sensitivity, content_hash
 from feature_jobs.store.online.rows import FoundRow
 
 _ASCENDING = list(Sensitivity)
-_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 def stored_view(view: ViewSpec) -> ViewSpec:

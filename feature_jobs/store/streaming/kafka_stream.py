@@ -175,10 +175,10 @@ class KafkaStream:
     def _commit(self, table: DeltaTable | None, messages: CheckedMessages) -> None:
         """Store messages, put their rows online, and append the ledger event."""
         first = 1 + (-1 if table is None else offline.last_seq(table))
-        judged = self._check_lateness(messages, table)
+        checked = self._check_lateness(messages, table)
         offsets = {self._offset_app(number): offset for number, offset in messages.last_offsets.items()}
         batch = self._batch(
-            judged.rows, offsets | judged.watermarks, first, len(messages), rows_late=judged.num_late
+            checked.rows, offsets | checked.watermarks, first, len(messages), rows_late=checked.num_late
         )
         stored, self._table = store_batch(table, batch, self.target, quarantine=self.quarantine)
         self.tally.add(stored)

@@ -249,7 +249,7 @@ def test_failed_task_leaves_no_part(projects: Projects, monkeypatch: pytest.Monk
 def test_batch_conflicts_with_a_rebucketing(projects: Projects, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its parts are in the old buckets, so nothing is stored, and the command has to run again."""
     monkeypatch.setattr(offline, "num_buckets", lambda _: 64)
-    with pytest.raises(CommitConflict, match="bucketed anew"):
+    with pytest.raises(CommitConflict, match="rebucketed"):
         ingest_large(projects.large, monkeypatch, "plain", max_bad_share=1.0)
     assert parts(projects.large) == []
 

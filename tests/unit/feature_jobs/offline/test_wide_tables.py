@@ -11,7 +11,7 @@ from deltalake import DeltaTable
 from cluster.errors import SchemaMismatch, did_you_mean
 from cluster.security.encryption.parquet import Protection
 from feature_jobs.store.offline import tables as offline
-from feature_jobs.store.types.columns import append_columns, replace_columns
+from feature_jobs.store.types.columns import append_columns, replace_columns, select_or_null
 
 TABLE = pa.table({"a": pa.array([1, 2]), "b": pa.array(["x", None])}).replace_schema_metadata({"k": "v"})
 
@@ -28,9 +28,9 @@ def test_append_and_replace_equal_the_methods_of_arrow() -> None:
 
 def test_columns_that_a_file_lacks_are_null() -> None:
     """The result has the requested order of columns."""
-    completed = offline.select_or_null(TABLE, ["z", "b", "y"])
+    completed = select_or_null(TABLE, ["z", "b", "y"])
     assert completed.to_pydict() == {"z": [None, None], "b": ["x", None], "y": [None, None]}
-    assert offline.select_or_null(TABLE, ["b", "a"]).column_names == ["b", "a"]
+    assert select_or_null(TABLE, ["b", "a"]).column_names == ["b", "a"]
 
 
 def test_new_columns_are_one_version_of_the_table(tmp_path: Path) -> None:
