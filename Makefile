@@ -19,7 +19,7 @@ help:
 	@echo "make unit    tests without Ray       make integration    tests that need a cluster"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make bench   all benches, or BENCH=<name>      make chaos   crash and property tests with many repetitions"
-	@echo "make chaos-nodes    failures under load on three nodes, beside Ray Serve; writes docs/reliability.md; needs root, takes an hour"
+	@echo "make chaos-nodes    failures under load on three nodes, compared with Ray Serve; writes docs/reliability.md; needs root"
 	@echo "make audit   known vulnerabilities of the locked packages       make coverage   lines that unit tests run"
 	@echo "make image   the container image localhost/falaj, built with buildah as root; BASE=<image>, TAG=<name>"
 	@echo "make image-test    build the image, run it with runc, call it from another network namespace; takes minutes"

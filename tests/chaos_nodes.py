@@ -1,7 +1,6 @@
 """`make chaos-nodes`: failures under load on three nodes, for Falaj and then for an A/B test of Ray Serve.
 
-It writes `.falaj/bench/chaos_nodes.json` and, from it, `docs/reliability.md`. It needs root, for network namespaces,
-and about 40 minutes.
+It writes `.falaj/bench/chaos_nodes.json` and, from it, `docs/reliability.md`. It needs root, for network namespaces.
 
     FAILURES=cut,head SYSTEMS=falaj python tests/chaos_nodes.py    # only these; the report is printed and not written
 """
@@ -34,7 +33,6 @@ from tests.projects import scoring
 PREDICT_PER_S, PUSH_PER_S = 20.0, 4.0
 OUTPUT = Path(".falaj/bench/chaos_nodes.json")
 SYSTEMS = {"falaj": "Falaj", "ray_serve": "Ray Serve"}
-DEPLOY = ("serve_apps.deploy", f"name={scoring.MODEL}", "version=3", "replica.num_replicas=1")
 
 
 @contextmanager
@@ -72,7 +70,7 @@ def measure(system: Falaj | ray_serve.RayServe, failure: Failure) -> dict[str, A
     def deploy() -> None:
         """Start another version, and remove it again. The time counts from the failure."""
         assert isinstance(system, Falaj)
-        workload.head_of(system.cluster).run(*DEPLOY, check=True)
+        workload.head_of(system.cluster).run(*workload.DEPLOY_THIRD, check=True)
         deployed["deploy_s"] = time.monotonic() - failed_at
         remove = ("serve_apps.deploy", "action=remove", f"name={scoring.MODEL}", "version=3")
         workload.head_of(system.cluster).run(*remove, check=True)
@@ -101,8 +99,11 @@ def main() -> int:
     results: dict[str, dict[str, Any]] = {name: {} for name in systems}
     for name in systems:
         with ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"falaj-{name}-"))
-            system = stack.enter_context((falaj if name == "falaj" else peer)(Path(folder)))
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"falaj-{name}-")))
+            system: Falaj | ray_serve.RayServe
+            system = (
+                stack.enter_context(falaj(folder)) if name == "falaj" else stack.enter_context(peer(folder))
+            )
             for failure in failures:
                 print(f"{time.strftime('%T')} {SYSTEMS[name]}: {failure.text}", flush=True)
                 try:
@@ -112,8 +113,6 @@ def main() -> int:
                     keep_logs(system.cluster, Path(".falaj/bench/chaos_nodes") / name / failure.name)
                     continue
                 print(json.dumps(results[name][failure.name]), flush=True)
-            if os.environ.get("HOLD"):
-                input("the cluster is up; press Enter to end it\n")
     print(table(results))
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     OUTPUT.write_text(json.dumps(results, indent=1))

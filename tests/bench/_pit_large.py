@@ -72,9 +72,11 @@ def write_large(folder: Path, rows: int) -> None:
         ingest_id="large", rows_in=rows, rows_stored=rows, rows_quarantined=0, reasons={}, quarantine=None
     )
     offline.commit(DeltaTable(uri), part.schema, files, batch_facts, seq=rows * BATCHES)
-    asked = draw.integers(0, len(entities), ENTITY_ROWS)
+    entities_of_rows = draw.integers(0, len(entities), ENTITY_ROWS)
     times = _times(draw.integers(0, SPAN_US, ENTITY_ROWS))
-    table = pa.table({"row_id": np.arange(ENTITY_ROWS), "entity_id": asked, "event_timestamp": times})
+    table = pa.table(
+        {"row_id": np.arange(ENTITY_ROWS), "entity_id": entities_of_rows, "event_timestamp": times}
+    )
     pq.write_table(table, folder / "entities.parquet")
 
 

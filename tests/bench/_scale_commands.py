@@ -115,7 +115,14 @@ class Times:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Print and yield the medians."""
         for name in dict.fromkeys(name for name, _ in self._took):
-            small, large = (statistics.median(self._took[name, count]) for count in (SMALL, LARGE))
+            times = [self._took[name, count] for count in (SMALL, LARGE)]
+            if not all(times):
+                print(
+                    f"command {name:16} has no figure, because it failed in each turn of a project",
+                    flush=True,
+                )
+                continue
+            small, large = map(statistics.median, times)
             print(f"command {name:16} {small:7.2f} {large:7.2f} s, ratio {large / small:5.2f}", flush=True)
             for count, value in ((SMALL, small), (LARGE, large)):
                 yield {

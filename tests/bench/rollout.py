@@ -34,6 +34,7 @@ from serve_apps.edge.control.live_edges import ensure_table, read_edges
 from serve_apps.edge.control.waiting import wait_until_applied
 from tests.samples.rollouts import DEPLOYED, STARTED
 from tests.servers.controller import new_controller
+from tests.servers.polling import wait_until
 from tests.servers.postgresql import is_installed, running_server
 
 CHANGES, PAUSE_S, START_S = 200, 0.02, 60.0
@@ -48,13 +49,14 @@ def run_edge(root: str, url: str, stopped: Event) -> None:
 
 def wait_for_edges(ledger: Ledger, config: PlatformConfig, num_edges: int) -> None:
     """Wait until all edges are live and serve."""
-    deadline = time.monotonic() + START_S
-    while is_shared(ledger.engine) and time.monotonic() < deadline:
-        ensure_table(ledger)
+
+    def num_live() -> int:
         with ledger.engine.connect() as connection:
-            if sum(edge.is_live for edge in read_edges(connection)) == num_edges:
-                break
-        time.sleep(0.1)
+            return sum(edge.is_live for edge in read_edges(connection))
+
+    if is_shared(ledger.engine):
+        ensure_table(ledger)
+        wait_until(lambda: num_live() == num_edges, "all edges", seconds=START_S)
     wait_until_applied(config, ledger, ledger.head(), app="m-v2")
 
 

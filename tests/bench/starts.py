@@ -5,8 +5,7 @@ parts of a floor: `python` (start of the interpreter), `import` (the command's m
 `work` (the rest). `deploy` has one part more: `attach`, until the process is a Ray driver.
 
 `all_serving` is the time from the end of `cluster.up` until both versions answer: deploy, start a rollout, and send
-requests until each version has answered. The models are trained before, because training needs no cluster's time to
-serve.
+requests until each version has answered. The models are trained before, so their training is not counted.
 """
 
 from __future__ import annotations
@@ -44,21 +43,8 @@ def seconds(work: Callable[[], object]) -> float:
 def prepare(project: Project) -> None:
     """Make two model versions, and deploy none."""
 
-    def run(module: str, *arguments: str) -> None:
-        project.run_python("-m", module, *arguments, check=True)
-
-    root = project.root
-    (root / "loans.py").write_text(loan.DEFINITIONS)
-    (root / "conf" / "model").mkdir(parents=True)
-    (root / "conf" / "model" / "small.yaml").write_text(loan.MODEL)
-    loan.write_data(root)
-    run(*APPLY)
-    run("feature_jobs.ingest", "definitions=loans", "view=income")
-    training = ("service=credit", "entities=customers.parquet", "output=loans.parquet")
-    run("feature_jobs.training_set", "definitions=loans", *training)
-    run("feature_jobs.materialize", "definitions=loans", "view=income", f"as_of={loan.AS_OF}")
-    for _ in range(2):
-        run("jobs.train", *loan.TRAIN)
+    loan.register(project)
+    project.run("jobs.train", *loan.TRAIN, check=True)
 
 
 def start_serving(project: Project) -> dict[str, float]:
@@ -78,7 +64,7 @@ def start_serving(project: Project) -> dict[str, float]:
 
 def wait_for_answers(shop: loan.Shop) -> None:
     """Send requests until both versions have answered. No request may fail."""
-    answered: set[int] = set()
+    answered: set[str] = set()
     for customer in range(loan.NUM_CUSTOMERS):
         status, content = shop.predict(customer)
         assert status == 200, content

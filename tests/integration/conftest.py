@@ -28,12 +28,12 @@ from cluster.security.tokens.source import TokenSource
 from cluster.session import ClusterRecord, find_record
 from cluster.settings import PlatformConfig, PortsConfig, StorageConfig
 from cluster.storage import Layout
+from tests.processes.commands import COMMAND_TIMEOUT_S, checked, run_process
 from tests.processes.forked_commands import run_forked
 from tests.projects import loan
 from tests.projects.loan import Shop
 
 NUM_REPLICA_PORTS = 1000
-COMMAND_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,22 +75,13 @@ class Project:
         result = run_forked(
             module, *args, cwd=cwd or self.root, env=self.env | env, timeout_s=COMMAND_TIMEOUT_S
         )
-        return _checked(result, check=check)
+        return checked(result) if check else result
 
     def run_python(
         self, *args: str, cwd: Path | None = None, check: bool = False, **env: str
     ) -> subprocess.CompletedProcess[str]:
         """Run the interpreter as a new process, for tests of process start."""
-        result = subprocess.run(
-            [sys.executable, *args],
-            cwd=cwd or self.root,
-            env=self.env | env,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=COMMAND_TIMEOUT_S,
-        )
-        return _checked(result, check=check)
+        return run_process([sys.executable, *args], cwd=cwd or self.root, env=self.env | env, check=check)
 
     @property
     def owner(self) -> KeyAccess:
@@ -127,14 +118,6 @@ class Project:
         """Return a token of this project's development issuer."""
         places = Layout(str(self.storage_root))
         return mint_token(places, subject=subject, role=Role(role), purpose=purpose, ttl_s=ttl_s)
-
-
-def _checked(result: subprocess.CompletedProcess[str], *, check: bool) -> subprocess.CompletedProcess[str]:
-    if check and result.returncode:
-        pytest.fail(
-            f"{result.args} exited {result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
-        )
-    return result
 
 
 def new_project(root: Path) -> Project:

@@ -55,7 +55,7 @@ def replicas(tmp_path: Path) -> Iterator[Replicas]:
         ensure_tls(edge.places, addresses=[machine.address for machine in machines])
         processes = []
         for machine in machines:
-            command = (sys.executable, "-m", "tests.servers.echo_process")
+            command = (sys.executable, "-m", "tests.processes.echo_process")
             arguments = (machine.address, str(PORT), edge.places.tls)
             process = subprocess.Popen(machine.command(*command, *arguments), cwd=REPOSITORY)
             stack.callback(process.wait)
@@ -77,6 +77,11 @@ def failed(sent: list[Sent]) -> list[tuple[float, float, int, object]]:
     return [(one.at, one.took_s, one.status, one.content) for one in sent if not one.is_good]
 
 
+def summary(sent: list[Sent]) -> str:
+    longest_s = max(one.took_s for one in sent)
+    return f"{len(sent)} requests, {len(failed(sent))} failed, longest {longest_s:.1f} s"
+
+
 def test_cut_machine_costs_no_request(replicas: Replicas) -> None:
     """Requests that were in its replicas are sent to the other machine within seconds."""
     with replicas.load() as load:
@@ -86,8 +91,8 @@ def test_cut_machine_costs_no_request(replicas: Replicas) -> None:
         time.sleep(8)
         replicas.machines[1].connect()
         time.sleep(2)
+    print(summary(load.sent))
     assert failed(load.sent) == []
-    print(f"longest {max(one.took_s for one in load.sent):.2f} s")
     assert max(one.took_s for one in load.sent) < 8
     assert max(one.took_s for one in load.sent if one.at > at + 3) < 2
 
@@ -101,6 +106,6 @@ def test_stopped_machine_gets_no_more_requests(replicas: Replicas) -> None:
         time.sleep(8)
         replicas.processes[1].send_signal(signal.SIGCONT)
         time.sleep(2)
-    print(f"{len(failed(load.sent))} failed")
+    print(summary(load.sent))
     assert [one for one in failed(load.sent) if one[0] > at + 3] == []
     assert max(one.took_s for one in load.sent if one.at > at + 3) < 2

@@ -1,4 +1,4 @@
-"""A pipeline in a user's own folder: planned, run as Ray jobs, stopped by a check, mended, killed, and resumed."""
+"""A pipeline in a user's own folder: planned, run as Ray jobs, stopped by a check, corrected, killed, and resumed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.error import HTTPError
 
 import pyarrow.parquet as pq
@@ -19,6 +17,7 @@ from cluster.ledger.events import PipelineFinished, StageFinished, StageStarted
 from jobs.pipeline.state import newest_run, read_run
 from tests.integration.conftest import refusal
 from tests.integration.test_ray_jobs import ARITHMETIC, DEFINITIONS, job_details, people_and_income
+from tests.servers.polling import wait_until
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project
@@ -107,20 +106,32 @@ def states(project: Project) -> dict[str, str]:
     return {name: stage.state.value for name, stage in run.stages.items()}
 
 
-def wait_for(condition: Callable[[], Any], *, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not hold in time"
-        time.sleep(0.1)
+def require_events(project: Project) -> None:
+    """Require the events of a run that failed, was corrected and was resumed."""
+    ledger = project.ledger()
+    assert newest_run(ledger, "loans") == "first"
+    finished = [
+        entry.payload for entry in ledger.entries(PipelineFinished) if entry.payload["pipeline"] == "loans"
+    ]
+    assert [event["state"] for event in finished] == ["failed", "done"]
+    attempts = [entry.payload["stage"] for entry in ledger.entries(StageStarted)]
+    assert sorted(attempts) == sorted([*STAGES, "check"])  # the check ran again, because it had failed
+
+    details = job_details(project, "loans-first-train-1")
+    assert details["metadata"] == {"pipeline": "loans", "run": "first", "stage": "train"}
+    results = {entry.payload["stage"]: entry.payload["result"] for entry in ledger.entries(StageFinished)}
+    assert results["ingest"] == {"rows_in": 400, "rows_stored": 400, "rows_quarantined": 0}
+    assert results["training_set"]["rows"] == 400
+    assert results["train"]["version"] == 1
 
 
-def test_a_users_own_pipeline_is_planned_stopped_mended_killed_and_resumed(
+def test_a_users_own_pipeline_is_planned_stopped_corrected_killed_and_resumed(
     falaj_cluster: Project, workspace: Path
 ) -> None:
-    """The check fails for the stated reason, and no later stage has run. After it is mended, the run goes on.
+    """The check fails for the stated reason, and no later stage has run. The corrected run continues.
 
-    The process that leads it is killed while a stage runs, and a new one goes on with its job. Then there is nothing
-    to do.
+    The process that leads the run is killed while a stage runs, and a new one continues with its job. Then nothing is
+    left to do.
     """
     wrong = pipeline(falaj_cluster, workspace, "plan", "pipeline.stages.ingest.parameters.view=incme")
     assert "Stage 'ingest': unknown view 'incme'" in refusal(wrong)
@@ -136,29 +147,16 @@ def test_a_users_own_pipeline_is_planned_stopped_mended_killed_and_resumed(
         sys.executable, "-m", "jobs.pipeline", "--config-dir", str(workspace / "conf"), "pipeline=loans",
     ]  # fmt: skip
     leader = subprocess.Popen(command, cwd=workspace, env=falaj_cluster.env, stdout=subprocess.DEVNULL)
-    wait_for(lambda: states(falaj_cluster)["ingest"] == "running")
+    wait_until(lambda: states(falaj_cluster)["ingest"] == "running", seconds=90)
     os.kill(leader.pid, signal.SIGKILL)
     leader.wait()
 
     resumed = pipeline(falaj_cluster, workspace, "run")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert states(falaj_cluster) == dict.fromkeys(STAGES, "done")
+    require_events(falaj_cluster)
+
     ledger = falaj_cluster.ledger()
-    assert newest_run(ledger, "loans") == "first"
-    finished = [
-        entry.payload for entry in ledger.entries(PipelineFinished) if entry.payload["pipeline"] == "loans"
-    ]
-    assert [event["state"] for event in finished] == ["failed", "done"]
-    attempts = [entry.payload["stage"] for entry in ledger.entries(StageStarted)]
-    assert sorted(attempts) == sorted([*STAGES, "check"])  # the check ran again, because it had failed
-
-    details = job_details(falaj_cluster, "loans-first-train-1")
-    assert details["metadata"] == {"pipeline": "loans", "run": "first", "stage": "train"}
-    results = {entry.payload["stage"]: entry.payload["result"] for entry in ledger.entries(StageFinished)}
-    assert results["ingest"] == {"rows_in": 400, "rows_stored": 400, "rows_quarantined": 0}
-    assert results["training_set"]["rows"] == 400
-    assert results["train"]["version"] == 1
-
     events = ledger.head()
     again = pipeline(falaj_cluster, workspace, "run")
     assert "nothing to do, all 6 stages are done" in again.stdout
@@ -195,7 +193,7 @@ def test_a_run_is_cancelled_from_another_process(falaj_cluster: Project, workspa
         except HTTPError:  # the event precedes the job
             return False
 
-    wait_for(is_running)
+    wait_until(is_running, seconds=90)
     cancelled = falaj_cluster.run("jobs.pipeline", *options, "action=cancel", cwd=workspace)
     assert cancelled.returncode == 0, cancelled.stderr
     assert leader.wait(60) == 2

@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import pytest
 
 from cluster.host import processes
 from cluster.session import ClusterRecord, find_own_record
 from cluster.settings import StorageConfig
 from tests.nodes.namespaces import Machine
+from tests.processes.commands import run_process
 
-COMMAND_TIMEOUT_S = 300.0
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -80,17 +79,7 @@ class Computer:
 
     def run(self, module: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `python -m module args` on this computer."""
-        result = subprocess.run(
-            self.command(sys.executable, "-m", module, *args),
-            env=self.env,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=COMMAND_TIMEOUT_S,
-        )
-        if check and result.returncode:
-            pytest.fail(f"{result.args} exited {result.returncode}\n{result.stdout}\n{result.stderr[-8000:]}")
-        return result
+        return run_process(self.command(sys.executable, "-m", module, *args), env=self.env, check=check)
 
     def members(self) -> list[psutil.Process]:
         """Return all processes of the computer but its first one."""
@@ -121,7 +110,7 @@ class Computer:
                 process.send_signal(number)
 
     def kill_all(self) -> None:
-        """Kill all processes of the node, as `kill -9` of each does. New ones of a supervisor are killed, too."""
+        """Kill all processes of the node with SIGKILL, and also those that a supervisor starts meanwhile."""
         while members := self.members():
             for process in members:
                 with contextlib.suppress(psutil.NoSuchProcess):

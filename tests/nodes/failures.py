@@ -1,7 +1,7 @@
 """Failures of a cluster of three nodes, and how each is repaired.
 
-A failure is done to a node or to a server that all nodes use. The same failures are done to a cluster of Falaj and to
-one of Ray Serve; what differs is in `System`.
+A failure happens to a node, or to a server that all nodes use. Falaj and Ray Serve get the same failures. `System` has
+what differs between them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,14 @@ NODE_DOWN_S = 30.0
 HEAD_DOWN_S = 10.0
 CLOCK_S = 600
 FILLER = "filler"
+
+
+class Server(Protocol):
+    """A server that a test can kill and start again."""
+
+    def kill(self) -> None: ...
+
+    def start(self) -> None: ...
 
 
 class System(Protocol):
@@ -118,7 +126,7 @@ def clock_file(computer: Computer) -> Path:
 
 
 def with_movable_clock(computer: Computer) -> None:
-    """Let all processes of a computer that start from now on have a wall clock that can be moved. Needs `cc`."""
+    """Give later processes of a computer a wall clock that a test can move. Needs `cc`."""
     library = computer.root / "moved_clock.so"
     source = Path(__file__).with_name("moved_clock.c")
     subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", library, source], check=True)
@@ -126,8 +134,15 @@ def with_movable_clock(computer: Computer) -> None:
     computer.env |= {"LD_PRELOAD": str(library), "MOVED_CLOCK": str(clock_file(computer))}
 
 
-def leave(system: System) -> None:
-    system.drain(victim(system))
+def killed_server(name: str, server: Callable[[ThreeNodes], Server]) -> Failure:
+    """Return the failure of a server that all nodes use."""
+    return Failure(
+        name=name.lower(),
+        text=f"kill -9 of {name}, started again after {SERVER_DOWN_S:.0f} s",
+        happen=lambda system: server(system.cluster).kill(),
+        repair=lambda system: server(system.cluster).start(),
+        repair_after_s=SERVER_DOWN_S,
+    )
 
 
 FAILURES = (
@@ -164,24 +179,12 @@ FAILURES = (
         repair=set_clock(0),
         repair_after_s=NODE_DOWN_S,
     ),
-    Failure(
-        name="redis",
-        text=f"kill -9 of Redis, started again after {SERVER_DOWN_S:.0f} s",
-        happen=lambda system: system.cluster.redis.kill(),
-        repair=lambda system: system.cluster.redis.start(),
-        repair_after_s=SERVER_DOWN_S,
-    ),
-    Failure(
-        name="postgresql",
-        text=f"kill -9 of PostgreSQL, started again after {SERVER_DOWN_S:.0f} s",
-        happen=lambda system: system.cluster.database.kill(),
-        repair=lambda system: system.cluster.database.start(),
-        repair_after_s=SERVER_DOWN_S,
-    ),
+    killed_server("Redis", lambda cluster: cluster.redis),
+    killed_server("PostgreSQL", lambda cluster: cluster.database),
     Failure(
         name="drain",
         text="a node leaves",
-        happen=leave,
+        happen=lambda system: system.drain(victim(system)),
         repair=lambda system: system.start_node(victim(system)),
         lost_edge=VICTIM,
     ),

@@ -25,7 +25,7 @@ TRIES = 60
 
 @dataclass(frozen=True, kw_only=True)
 class Lost:
-    """What was acknowledged and is not there."""
+    """Numbers of acknowledged predictions and pushes that are lost."""
 
     records: int
     """Answers without exactly one row in the prediction log."""

@@ -1,11 +1,11 @@
-"""Ray Serve on three nodes, for the same failures: its state is in Redis, and each node is started again if it ends."""
+"""The peer: Ray Serve on three nodes, for the same failures. Its state is in Redis, and an ended node starts again."""
 
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ RAY = str(Path(sys.executable).parent / "ray")
 
 @dataclass(kw_only=True)
 class RayServe:
-    """The cluster and its workload."""
+    """The peer's cluster and its workload."""
 
     cluster: ThreeNodes
     predict_per_s: float
@@ -69,8 +69,8 @@ class RayServe:
 
     def start_app(self) -> None:
         """Start the application from the head."""
-        head = self.cluster.head
-        head.run("tests.nodes.ray_serve_app", self.cluster.redis.url)
+        num_nodes = str(len(self.cluster.computers))
+        self.cluster.head.run("tests.nodes.ray_serve_app", self.cluster.redis.url, num_nodes)
 
     def load(self) -> BalancedLoad:
         """Return the same load as on Falaj, without TLS and tokens."""
@@ -116,7 +116,7 @@ class RayServe:
 
     def _start(self, computer: Computer, *options: str) -> None:
         command = (
-            *(sys.executable, "-m", "tests.nodes.restarting", RAY, "start", "--block"),
+            *(sys.executable, "-m", "tests.processes.restarting", RAY, "start", "--block"),
             *(f"--node-ip-address={computer.address}", "--num-cpus=4", "--object-store-memory=134217728"),
             *("--disable-usage-stats", f"--temp-dir=/tmp/{computer.machine.namespace}", *options),
         )
@@ -150,10 +150,19 @@ def running(cluster: ThreeNodes, *, predict_per_s: float, push_per_s: float) -> 
         }
     cluster.head.env["RAY_REDIS_ADDRESS"] = cluster.redis.url.removeprefix("redis://").partition("/")[0]
     system.start_head()
-    time.sleep(10)
+    head = (cluster.head.address, GCS_PORT)
+    wait_until(lambda: accepts(head), "Ray's GCS on the head", seconds=START_S)
     for node in cluster.nodes:
         system.start_node(node)
     wait_until(lambda: system.num_nodes() == len(cluster.computers), "Ray on all nodes", seconds=START_S)
-    time.sleep(5)
     system.start_app()
     yield system
+
+
+def accepts(address: tuple[str, int]) -> bool:
+    """Return whether a process accepts connections at an address."""
+    try:
+        socket.create_connection(address, timeout=1).close()
+    except OSError:
+        return False
+    return True

@@ -1,6 +1,6 @@
-"""An A/B test and a store of pushed values, as a user of Ray Serve writes them. It runs on each node of a cluster.
+"""The peer's application: an A/B test and a store of pushed values, as a user of Ray Serve writes them.
 
-    python -m tests.nodes.ray_serve_app REDIS_URL     # on the head: starts the application and ends
+    python -m tests.nodes.ray_serve_app REDIS_URL NUM_NODES     # on the head: starts the application and ends
 
 An ingress chooses one of two models by the unit. A model reads 16 features from Redis, predicts, and appends a record
 to a file of its node before it answers. A push writes a value to Redis.
@@ -25,12 +25,15 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 
 from tests.projects import scoring
+from tests.servers.polling import wait_until
 
 DISK, MODELS = "PEER_DISK", "PEER_MODELS"
 """Environment variables of a node: its folder for records, and the folder of the models."""
 RECORDS = "records.jsonl"
 APP, PORT = "score", 8000
 REPLICAS = 3
+NODES_S = 60
+"""How long the nodes may take to join, after the raylet of each has started."""
 ACTOR = {"num_cpus": 0.1}
 
 
@@ -71,10 +74,16 @@ class Ingress:
         return answer
 
 
+def num_alive() -> int:
+    """Return the number of nodes in the cluster."""
+    return sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
+
+
 def main() -> None:
-    """Start the application on the running cluster, and wait until it is healthy."""
-    url = sys.argv[1]
+    """Start the application when all nodes are in the cluster, and wait until it is healthy."""
+    url, num_nodes = sys.argv[1], int(sys.argv[2])
     ray.init(address="auto", log_to_driver=False)
+    wait_until(lambda: num_alive() == num_nodes, "all nodes", seconds=NODES_S)
     serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host="0.0.0.0", port=PORT))  # noqa: S104
     models = [
         serve.deployment(Model, name=f"model-{number}", num_replicas=REPLICAS, ray_actor_options=ACTOR).bind(  # type: ignore[attr-defined]

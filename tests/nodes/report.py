@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import importlib.metadata
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.nodes.failures import FAILURES, HEAD_DOWN_S
+from tests.nodes.failures import FAILURES, HEAD_DOWN_S, SERVER_DOWN_S
 from tests.nodes.outcomes import SETTLED_S
 
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -70,6 +71,8 @@ def write_report(results: Results, path: Path, *, rate: float) -> None:
             rate=f"{rate:.0f}",
             settled=SETTLED_S,
             head=HEAD_DOWN_S,
+            server=SERVER_DOWN_S,
+            cores=os.cpu_count(),
         )
     )
 

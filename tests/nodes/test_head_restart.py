@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,15 +16,11 @@ import psutil
 import pytest
 
 from cluster.host import processes
-from cluster.ledger import Ledger
 from cluster.ledger.events import ClusterStarted, ClusterStopped, NodeLeft
 from cluster.node.parts import Part, find_parts
-from tests.integration.test_nodes import SECOND, Computer, World, end_everything, predict, split, wait_for
-from tests.integration.test_object_store import write_rows
-from tests.nodes.namespaces import network
-from tests.servers.object_store import BUCKET, object_store
-from tests.servers.postgresql import running_server
-from tests.servers.redis_server import running_redis
+from tests.nodes.failures import HEAD_DOWN_S
+from tests.nodes.two_machines import SECOND, Computer, World, predict, split, two_machines
+from tests.servers.polling import wait_until
 
 PASSWORD = "correct-horse-battery-staple"
 UP_TIMEOUT_S = 500.0
@@ -34,40 +29,11 @@ UP_TIMEOUT_S = 500.0
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """Start a head and a node with an edge. The GCS has a Redis of its own, with a password."""
-    folder = tmp_path_factory.mktemp("restart")
-    secret = folder / "redis.password"
+    secret = tmp_path_factory.mktemp("secret") / "redis.password"
     secret.write_text(PASSWORD)
     secret.chmod(0o600)
-    with contextlib.ExitStack() as stack:
-        net = stack.enter_context(network("head", "node"))
-        postgresql = stack.enter_context(running_server(subnet=net.subnet))
-        redis = stack.enter_context(running_redis(host=net.address))
-        gcs = stack.enter_context(running_redis("--requirepass", PASSWORD, host=net.address))
-        s3 = stack.enter_context(object_store(net.address))
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "FALAJ_"))}
-        shared = (
-            "storage=s3",
-            f"storage.root=s3://{BUCKET}/restart",
-            f"ledger.url={postgresql.replace('127.0.0.1', net.address)}",
-            "online=redis",
-            f"online.url={redis}",
-            f"cluster.gcs.url={gcs.removesuffix('/0')}",
-            f"cluster.gcs.password_file={secret}",
-        )
-        computers = {}
-        for name, machine in net.machines.items():
-            root = folder / name
-            root.mkdir()
-            options = shared if name == "head" else ()
-            computers[name] = Computer(machine=machine, root=root, env=clean | s3, shared=options)
-        head, node = computers["head"], computers["node"]
-        stack.callback(end_everything, [head, node])
-        write_rows(head.root)
-        (node.root / "shop.py").write_text((head.root / "shop.py").read_text())
-        head.run("cluster.up", f"cluster.address={head.machine.address}", "cluster.num_cpus=4", *shared)
-        token = folder / "node.join"
-        head.run("cluster.membership.join_token", "--output", str(token))
-        yield World(head=head, node=node, ledger=Ledger(postgresql), token=token)
+    with two_machines(tmp_path_factory.mktemp("restart"), gcs_password_file=secret) as world:
+        yield world
 
 
 def test_nodes_and_applications_outlive_the_head(world: World) -> None:
@@ -94,9 +60,9 @@ def test_nodes_and_applications_outlive_the_head(world: World) -> None:
 
     with answers:
         kill_everything(head)
-        time.sleep(10)
+        time.sleep(HEAD_DOWN_S)
         start_again(head)
-        wait_for(lambda: head.run("cluster.status", *head.shared, check=False).returncode == 0, timeout_s=90)
+        wait_until(lambda: head.run("cluster.status", *head.shared, check=False).returncode == 0, seconds=90)
         head.run("jobs.train", *train, "training_set=train.parquet", *head.shared)
         rollout = ("serve_apps.rollout", "name=loan", "action=start", "version=2", "weight=20", placed)
         head.run(*rollout, *head.shared)
@@ -170,7 +136,7 @@ def require_secret(world: World) -> None:
 
 
 class Answers:
-    """Asks the node's edge for a prediction, again and again, and counts what is not an answer."""
+    """Sends requests to the node's edge until the `with` block ends. Counts them, and lists those that failed."""
 
     def __init__(self, world: World) -> None:
         self._world = world

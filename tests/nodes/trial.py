@@ -61,7 +61,7 @@ def run_trial(
 
 
 def wait_until_steady(load: BalancedLoad, *, per_s: float) -> None:
-    """Wait until all servers are healthy and the rate of good answers was usual for some seconds, or too long."""
+    """Wait until all servers are healthy and the rate was usual for some seconds. Give up after `LONGEST_S`."""
     began = since = time.monotonic()
     seen = len(load.sent)
     while (now := time.monotonic()) < began + LONGEST_S:

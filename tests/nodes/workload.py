@@ -40,6 +40,8 @@ DEFINITIONS = f"""{scoring.DEFINITIONS}
 PUSH, READ = "/v1/features:push", "/v1/features:read"
 DURABILITY = "replica.durability=shared"
 REPLICAS = ("replica.num_replicas=3", DURABILITY)
+DEPLOY_THIRD = ("serve_apps.deploy", f"name={scoring.MODEL}", "version=3", "replica.num_replicas=1")
+"""The command that shows that a cluster can deploy again. The version is registered and not deployed before."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ _TARGETS = (
     "tests.unit.cluster.records.test_compaction_kills",
     "tests.unit.feature_jobs.offline.test_rebucketing",
     "tests.unit.feature_jobs.online.test_materialize_kill",
-    "tests.unit.jobs.test_promotion_kills",
+    "tests.unit.jobs.promotion.test_promotion_kills",
 )
 """Modules with the functions that run in such processes."""
 

@@ -65,6 +65,12 @@ class Shop(Client):
 
 def prepare(project: Commands) -> None:
     """Apply, ingest, train and deploy. The cluster of the project must be running."""
+    register(project)
+    project.run("serve_apps.deploy", "name=loan", "version=1", check=True)
+
+
+def register(project: Commands) -> None:
+    """Apply, ingest, materialise, and train version 1."""
     root, run = project.root, project.run
     (root / "loans.py").write_text(DEFINITIONS)
     (root / "conf" / "model").mkdir(parents=True)
@@ -76,7 +82,6 @@ def prepare(project: Commands) -> None:
     run("feature_jobs.training_set", "definitions=loans", *training, check=True)
     run("feature_jobs.materialize", "definitions=loans", "view=income", f"as_of={AS_OF}", check=True)
     run("jobs.train", *TRAIN, check=True)
-    run("serve_apps.deploy", "name=loan", "version=1", check=True)
 
 
 def write_data(root: Path) -> None:

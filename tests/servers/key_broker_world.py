@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from cluster.security.keys.client import BrokerKeyStore
 from cluster.security.keys.gate import Denial, Gate, Operation
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
+from tests.servers.polling import wait_until
 
 NAME = "features/income/personal"
 INFO = KeyInfo(name=NAME, column_class="personal", purposes=("credit_scoring",))
@@ -88,7 +88,7 @@ class World:
         thread = threading.Thread(target=broker.run, args=(stopped,))
         thread.start()
         try:
-            until(self.path.is_socket)
+            wait_until(self.path.is_socket)
             yield stopped
         finally:
             stopped.set()
@@ -109,14 +109,6 @@ class World:
             except OSError:
                 pass
             return got
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait until a condition is true: poll with a deadline."""
-    deadline, pause = time.monotonic() + 10, threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline
-        pause.wait(0.01)
 
 
 def answers(path: Path) -> bool:

@@ -101,7 +101,7 @@ def test_names_begin_with_the_project_and_each_process_says_when_it_last_succeed
 
 
 def test_requests_are_counted_by_result() -> None:
-    """Clients cannot create metrics: unknown operations count as one. Only an ok sets the time of the last success."""
+    """Clients cannot create metrics: unknown operations count as one. Only a success sets its time."""
     registry = new_registry()
     metrics = BrokerMetrics(registry)
     assert registry.get_sample_value("falaj_broker_last_success_timestamp_seconds") == 0

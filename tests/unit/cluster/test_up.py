@@ -20,7 +20,7 @@ from cluster import up
 from cluster.errors import ClusterAlreadyUp, CompilerMissing, ConfigError, PortInUse
 from cluster.host import processes
 from cluster.ledger import open_ledger
-from cluster.ledger.events import ClusterStopped, NodeJoined, NodeLeft
+from cluster.ledger.events import ClusterStopped, NodeLeft
 from cluster.node import checks
 from cluster.node.launch import StartFailed, remove_folders
 from cluster.node.parts import BROKER, Part, PartStatus, State
@@ -35,6 +35,7 @@ from cluster.settings import (
     Tier,
 )
 from cluster.settings_conversion import load
+from tests.samples.nodes import node_joined
 from tests.servers.ports import free_port
 
 
@@ -250,17 +251,7 @@ def test_a_cluster_with_other_nodes_goes_on_after_its_head_died(
     head = replace(record, address="10.9.9.9", overrides=[f"storage.root={config.storage.root}"])
     write_record(head, config.storage)
     ledger = open_ledger(config)
-    joined = NodeJoined(
-        cluster_id=head.cluster_id,
-        node_id="n",
-        name="second",
-        address="10.9.9.8",
-        region="local",
-        num_cpus=1,
-        num_gpus=0,
-        certificate="c",
-    )
-    ledger.append(joined, actor="system")
+    ledger.append(node_joined(head.cluster_id, "n"), actor="system")
     assert up.running_record(config) == head
     assert not list(ledger.entries(ClusterStopped))
     ledger.append(NodeLeft(cluster_id=head.cluster_id, node_id="n", reason="left"), actor="system")

@@ -46,7 +46,7 @@ def test_the_root_is_the_one_of_the_rfc(size: int) -> None:
 
 @given(size=st.integers(1, 70), data=st.data())
 def test_only_the_own_path_proves_an_event(size: int, data: st.DataObject) -> None:
-    """An event's path proves it, and proves neither another event nor the event at another place or in another tree."""
+    """A path proves only its own event, at its own position and in its own tree."""
     tree = Tree(leaf(seq) for seq in range(1, size + 1))
     seq = data.draw(st.integers(1, size))
     path = tree.path(seq)

@@ -11,7 +11,7 @@ import pytest
 from cluster import join, leave
 from cluster.errors import ClusterAlreadyUp, ConfigError
 from cluster.join import JoinConfig, compose_node, own_settings, write_files
-from cluster.ledger.events import ClusterStarted, ClusterStopped, NodeJoined, NodeLeft
+from cluster.ledger.events import ClusterStarted, ClusterStopped, NodeLeft
 from cluster.membership.departure import has_ended, leave_membership
 from cluster.membership.members import Member
 from cluster.node.description import describe_machine
@@ -30,6 +30,7 @@ from cluster.settings import (
     VaultAuth,
     VaultConfig,
 )
+from tests.samples.nodes import node_joined
 from tests.servers.ports import free_port
 from tests.unit.cluster.membership.conftest import Head
 
@@ -215,17 +216,7 @@ def test_node_learns_that_its_head_started_a_new_cluster(head: Head, record: Clu
     head.ledger.append(started, actor="user:a")
     assert has_ended(head.ledger, record)
     later = replace(record, node_id="later")
-    joined = NodeJoined(
-        cluster_id="abc",
-        node_id="later",
-        name="n",
-        address="127.0.0.3",
-        region="eu",
-        num_cpus=1,
-        num_gpus=0,
-        certificate="",
-    )
-    head.ledger.append(joined, actor="system:head")
+    head.ledger.append(node_joined("abc", "later"), actor="system:head")
     assert not has_ended(head.ledger, later)
 
 

@@ -33,7 +33,7 @@ from cluster.settings import (
     StorageConfig,
     VaultConfig,
 )
-from tests.servers.key_broker_world import until
+from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
 from tests.servers.vault_double import VaultDouble
 
@@ -86,7 +86,7 @@ def socket(node: tuple[PlatformConfig, ClusterRecord]) -> Iterator[Path]:
     thread = threading.Thread(target=serve)
     thread.start()
     try:
-        until(path.exists)
+        wait_until(path.exists)
         yield path
     finally:
         stopped.set()

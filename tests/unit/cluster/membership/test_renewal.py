@@ -28,6 +28,7 @@ from cluster.security.tls import certificates
 from cluster.storage import local
 from cluster.supervisor.machine import ThisMachine
 from cluster.supervisor.renewal import Renewal
+from tests.servers.polling import wait_until
 from tests.unit.cluster.membership.conftest import NODE_ADDRESS, Head
 
 LIFETIME_S = 6.0
@@ -44,13 +45,6 @@ def short_lived(monkeypatch: pytest.MonkeyPatch) -> None:
 def head_for_years(head: Head) -> Head:
     """A head whose own certificate does not expire, because it was made before `short_lived`."""
     return head
-
-
-def wait_until(condition: Callable[[], bool], *, timeout_s: float = 3 * LIFETIME_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_node_renews_its_certificate_while_it_works(head_for_years: Head, short_lived: None) -> None:
@@ -98,7 +92,10 @@ def test_node_that_did_not_renew_in_time_is_told_to_join_again(
     head = head_for_years
     _, client = head.join()
     certificate = x509.load_pem_x509_certificate((client._tls / "node.pem").read_bytes())
-    wait_until(lambda: dt.datetime.now(dt.UTC) > certificate.not_valid_after_utc + dt.timedelta(seconds=1))
+    wait_until(
+        lambda: dt.datetime.now(dt.UTC) > certificate.not_valid_after_utc + dt.timedelta(seconds=1),
+        seconds=3 * LIFETIME_S,
+    )
     with pytest.raises(ConfigError, match=r"expired on .*cluster\.leave`, then join again"):
         renew_from_head(client._tls, client)
     # If the connection ends before the client reads the alert, OpenSSL reports the end of the file.
@@ -115,7 +112,7 @@ def test_lost_answer_locks_no_node_out(
     """
     head = head_for_years
     node_id, client = head.join()
-    wait_until(lambda: _is_due(client._tls))
+    wait_until(lambda: _is_due(client._tls), seconds=3 * LIFETIME_S)
     renew = functools.partial(client.request, "renew", signing_request=_own_request(client._tls))
     renew()  # the answer is lost
     monkeypatch.setattr(renewal, "PAUSE_SHARE", 1.0)
@@ -151,10 +148,10 @@ def test_certificate_is_renewed_for_its_node_only(head: Head) -> None:
 
 
 def test_certificate_is_renewed_for_the_same_key_only(head_for_years: Head, short_lived: None) -> None:
-    """Who has a node's certificate and key for a moment gets no certificate for a key of its own."""
+    """A thief of a node's certificate and key gets no certificate for another key."""
     head = head_for_years
     _, client = head.join()
-    wait_until(lambda: _is_due(client._tls))
+    wait_until(lambda: _is_due(client._tls), seconds=3 * LIFETIME_S)
     with pytest.raises(Unauthenticated, match="own key only"):
         client.request("renew", signing_request=new_key_and_request("x")[1])
     assert not list(head.ledger.entries(NodeCertificateRenewed))
@@ -168,7 +165,7 @@ def test_edge_of_a_node_keeps_its_names(
     head.service.config = replace(head.config, cluster=cluster)
     monkeypatch.setattr(Head, "application", _with_edge(Head.application))
     _, client = head.join()
-    wait_until(lambda: _is_due(client._tls))
+    wait_until(lambda: _is_due(client._tls), seconds=3 * LIFETIME_S)
     assert renew_from_head(client._tls, client)
     assert "api.example.com" in certificates.certificate_names(client._tls / "edge.pem")
 
@@ -188,7 +185,7 @@ def test_head_renews_its_own_certificates(head: Head, short_lived: None) -> None
         machine.renew_certificates()
     (tls / "elsewhere").rename(tls / "ca.key")
     assert before == [(tls / name).read_bytes() for name in ("node.pem", "edge.pem")]
-    wait_until(lambda: _is_due(tls))
+    wait_until(lambda: _is_due(tls), seconds=3 * LIFETIME_S)
     assert machine.renew_certificates()
     after = [(tls / name).read_bytes() for name in ("node.pem", "edge.pem")]
     assert all(one != other for one, other in zip(before, after, strict=True))

@@ -226,7 +226,7 @@ def test_a_failed_start_is_undone_also_without_redis(
 def test_password_reaches_the_gcs_in_its_environment_only(
     config: PlatformConfig, record: ClusterRecord, secret: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No command line has it, and no other process of Ray gets it. The raylet gets its agent's port."""
+    """The password is in no command line, and no other process of Ray gets it. The raylet gets its agent's port."""
     started: list[tuple[list[str], dict[str, Any]]] = []
     asked: list[tuple[Any, ...]] = []
     gcs, raylet = [services.GCS_SERVER_EXECUTABLE, "--x"], [services.RAYLET_EXECUTABLE, "--y"]

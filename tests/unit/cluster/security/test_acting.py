@@ -28,8 +28,8 @@ from cluster.settings import IdentityConfig, IssuerConfig, PlatformConfig, Stora
 from cluster.storage import Layout
 from tests.servers import replica
 from tests.servers.key_broker import running_broker
-from tests.servers.key_broker_world import until
 from tests.servers.oidc_issuer import Issuer
+from tests.servers.polling import wait_until
 from tests.servers.vault_double import VaultDouble
 
 JOB = "feature_jobs.ingest"
@@ -232,7 +232,7 @@ def test_intent_is_renewed_while_the_job_lives(act: Act, monkeypatch: pytest.Mon
     actor = act()
     path = actor.access.token.path() or Path()
     first = path.read_text()
-    until(lambda: path.read_text() != first)
+    wait_until(lambda: path.read_text() != first)
 
 
 def test_expired_intent_of_a_killed_job_is_removed(act: Act, places: Layout) -> None:
@@ -313,7 +313,7 @@ def test_token_in_vault_is_fetched_and_renewed(
         assert path.parent == Path(places.keys) / "intents"
         first = path.read_text()
         double.state.kv["jobs/ingest"].append({"jwt": tokens[1]})
-        until(lambda: path.read_text() != first)
+        wait_until(lambda: path.read_text() != first)
         for reference, match in (
             ("vault:jobs/ingest", "must be vault:"),
             ("vault:jobs/ingest#none", "no token"),

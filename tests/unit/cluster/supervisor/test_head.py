@@ -98,7 +98,7 @@ def test_restore_is_due_until_marked_as_restored(cluster: ClusterRecord) -> None
 
 
 class Ray:
-    """Records whether Ray finds the state of a lost head when it starts. A start fails on command."""
+    """A double of Ray's start: it records whether it finds the state of a lost head, and fails if a test says so."""
 
     def __init__(self) -> None:
         self.starts: list[bool] = []
@@ -124,7 +124,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
 def test_new_head_of_several_nodes_continues_with_the_state_of_the_lost_one(
     config: PlatformConfig, cluster: ClusterRecord, ray: Ray, tmp_path: Path
 ) -> None:
-    """If Ray does not start with it, the next try starts with none. A later loss is another one."""
+    """If Ray does not start with the old state, the next attempt starts without it. A later loss is a new case."""
     cluster = replace(cluster, address="10.9.9.9", gcs_dir=str(tmp_path / "run" / "gcs"))
     gcs_folder(cluster).mkdir()
     head.replace_head(config, cluster)
@@ -159,7 +159,7 @@ def test_state_is_kept_if_only_serve_fails(
 def test_failed_start_with_state_in_redis_names_the_way_out(
     config: PlatformConfig, cluster: ClusterRecord, ray: Ray
 ) -> None:
-    """The supervisor tries again without end, because only `cluster.down` gives up the state."""
+    """The supervisor never stops trying, because only `cluster.down` gives up the state."""
     config.cluster.gcs.url = "redis://10.9.9.9"
     ray.fails = True
     with pytest.raises(StartFailed, match=r"may be damaged: `python -m cluster\.down` removes it"):

@@ -257,7 +257,7 @@ def test_batch_conflicts_with_a_rebucketing(projects: Projects, monkeypatch: pyt
 def test_bad_rows_of_a_refused_batch_are_only_counted(
     projects: Projects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The driver keeps no bad rows of a batch that has too many. The refusal states all of them, as for a small one."""
+    """The driver holds no bad rows of a batch that has too many. The refusal states their number."""
     kept: list[int] = []
     real = spooling._CollectedBatch.add
 

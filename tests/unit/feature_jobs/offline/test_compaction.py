@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import polars as pl
@@ -25,45 +24,17 @@ from feature_jobs.store.offline.compaction import (
     past_rewrites,
     rewrite,
 )
-from feature_jobs.store.offline.row_hash import row_hash
 from feature_jobs.store.offline.tables import Snapshot
-from feature_jobs.store.offline.training_set import build, join_in_process
-from tests.projects.tables import TIME, batch_of, commit_rows, feature_rows, pin, target_of
-from tests.projects.views import make_spec, service_of
+from tests.projects.corrected_table import ROWS, ingest, joined, new_table, pinned
+from tests.projects.tables import batch_of
 
-START = datetime(2024, 1, 1, tzinfo=UTC)
-VIEW = make_spec("income", ["person_id"], amount="float64/personal")
-BATCHES, ROWS = 4, 30
-PEOPLE = pa.table(
-    {"person_id": range(ROWS), "event_timestamp": pa.array([START + timedelta(days=9)] * ROWS, TIME)}
-)
-
-
-def ingest(uri: str, access: KeyAccess, number: int) -> None:
-    """Ingest a batch that corrects the amount of every person."""
-    first = number * ROWS
-    amounts = [float(first + person) for person in range(ROWS)]
-    times = [START + timedelta(hours=number)] * ROWS
-    rows = feature_rows(times, first_seq=first, person_id=pa.array(range(ROWS)), amount=amounts)
-    commit_rows(target_of(uri, VIEW, access), rows, ingest_id=str(number))
+BATCHES = 4
 
 
 @pytest.fixture
 def uri(tmp_path: Path, access: KeyAccess) -> str:
     """Return a table of several batches."""
-    uri = f"{tmp_path}/features/income"
-    for number in range(BATCHES):
-        ingest(uri, access, number)
-    return uri
-
-
-def pinned(uri: str, access: KeyAccess, version: int | None = None) -> Snapshot:
-    return pin(target_of(uri, VIEW, access), version=version)
-
-
-def joined(table: Snapshot) -> str:
-    """Return the row hash of the point-in-time join."""
-    return row_hash(build(service_of(VIEW), {"income": table}, PEOPLE, join_parts=join_in_process))
+    return new_table(tmp_path, access, batches=BATCHES)
 
 
 def compact(uri: str, access: KeyAccess) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import FeatureTableRewritten
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.compact import record_rewrites
-from feature_jobs.store.catalog.specifications import ViewSpec
 from feature_jobs.store.offline import compaction, parts, rebucketing
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.compaction import current_target, fragmented_buckets, rewrite
@@ -30,43 +29,18 @@ from feature_jobs.store.offline.row_hash import row_hash
 from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.offline.training_set import build, join_in_process
 from tests.processes import forks
-from tests.projects.tables import TIME, batch_of, commit_rows, feature_rows, pin, target_of
+from tests.projects.corrected_table import PEOPLE, ROWS, START, VIEW, ingest, joined, new_table, pinned
+from tests.projects.tables import batch_of, pin, target_of
 from tests.projects.views import make_spec, service_of
 
-START = datetime(2024, 1, 1, tzinfo=UTC)
-VIEW = make_spec("income", ["person_id"], amount="float64/personal")
 OTHER = make_spec("household", ["person_id"], amount="float64")
-BATCHES, ROWS = 3, 40
-PEOPLE = pa.table(
-    {"person_id": range(ROWS), "event_timestamp": pa.array([START + timedelta(days=9)] * ROWS, TIME)}
-)
-
-
-def ingest(uri: str, access: KeyAccess, number: int, *, buckets: int = 2, view: ViewSpec = VIEW) -> None:
-    """Ingest a batch that corrects the amount of every person."""
-    first = number * ROWS
-    amounts = [float(first + person) for person in range(ROWS)]
-    times = [START + timedelta(hours=number)] * ROWS
-    rows = feature_rows(times, first_seq=first, person_id=pa.array(range(ROWS)), amount=amounts)
-    commit_rows(target_of(uri, view, access, buckets=buckets), rows, ingest_id=str(number))
+BATCHES = 3
 
 
 @pytest.fixture
 def uri(tmp_path: Path, access: KeyAccess) -> str:
     """Return a table of several batches."""
-    uri = f"{tmp_path}/features/income"
-    for number in range(BATCHES):
-        ingest(uri, access, number)
-    return uri
-
-
-def pinned(uri: str, access: KeyAccess, version: int | None = None) -> Snapshot:
-    return pin(target_of(uri, VIEW, access), version=version)
-
-
-def joined(table: Snapshot) -> str:
-    """Return the row hash of the point-in-time join."""
-    return row_hash(build(service_of(VIEW), {"income": table}, PEOPLE, join_parts=join_in_process))
+    return new_table(tmp_path, access, batches=BATCHES)
 
 
 def rows_of(table: Snapshot) -> pl.DataFrame:

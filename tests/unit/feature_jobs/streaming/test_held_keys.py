@@ -22,7 +22,7 @@ from tests.projects.push import PushProject, row
 def test_replica_without_a_push_takes_pushes_while_the_head_is_down(
     project: PushProject, access: KeyAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It got the keys of the pushed views before. Their time in the cache is over, too."""
+    """It got the keys of the pushed views before. Their time in the cache is over."""
     project.push(row(1, 1, 5.0), key="a")
     replica, keys = copy.copy(project), key_store(access)
     replica.store = OnlineStore(project.store.engine, keys)

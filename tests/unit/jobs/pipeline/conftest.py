@@ -56,7 +56,7 @@ sys.exit(int(options.get("end", "0")))
 
 @dataclass
 class LocalJobs:
-    """Jobs as processes of this machine. They go on if the process that leads the run stops."""
+    """Jobs as processes of this machine. They continue if the process that leads the run stops."""
 
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     logs: dict[str, Path] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class LocalJobs:
 
 
 def no_sleep(seconds: float) -> None:
-    """Let jobs go on for a moment."""
+    """Let the processes of jobs run for a moment."""
     os.sched_yield()
 
 

@@ -61,7 +61,7 @@ def test_the_callers_platform_options_are_in_the_key_and_the_identity_is_not(wor
 
 @pytest.mark.parametrize("changed", ["steps/clean.py", "mylib/__init__.py", "mylib/c.py"])
 def test_code_in_plain_folders_and_of_parent_packages_counts(world: World, changed: str) -> None:
-    """A folder without `__init__.py` is the user's too. The import of a module runs its packages."""
+    """A folder without `__init__.py` counts as the user's code. The import of a module runs its packages."""
     for path in ("steps", "mylib"):
         (world.root / path).mkdir()
     for path, text in {

@@ -25,7 +25,7 @@ from tests.unit.jobs.pipeline.conftest import World
 
 
 class Killed(BaseException):
-    """Stands for kill -9 of the process that leads a run."""
+    """A double of kill -9 of the process that leads a run."""
 
 
 GATE = """

@@ -72,7 +72,7 @@ def test_the_demo_has_no_faults(world: World) -> None:
 
 
 def test_the_demos_durations_keep_their_names() -> None:
-    """`summary.json` has one for each stage or group, and demos of earlier releases have these names in their state."""
+    """`summary.json` and the state of earlier releases use these names of stages and groups."""
     years = [name for year in (2016, 2017, 2018) for name in (f"ingest_{year}", f"serve_{year}")]
     names = [
         "source", "apply", "ingest_2015", "training_set", "train_lightgbm", "sweep", "train_network", "evaluate",

@@ -1,4 +1,4 @@
-"""Runs of a pipeline: what is run, what is not run again, what a kill leaves, and when a run stops."""
+"""Runs of a pipeline: which stages run, which do not run again, what remains after a kill, and when a run stops."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STAGES = ["first", "left", "right", "join"]
 
 
 class Killed(BaseException):
-    """Stands for kill -9 of the process that leads a run: nothing of it can be caught."""
+    """A double of kill -9 of the process that leads a run. No `except Exception` catches it."""
 
 
 def kill_at(world: World, is_time: Callable[[], bool]) -> Callable[[float], None]:
@@ -134,7 +134,7 @@ def test_a_failed_requirement_stops_the_run_and_leaves_nothing_visible(world: Wo
 def test_a_failed_stage_removes_its_output_and_its_run_goes_on_after_the_fault_is_mended(
     world: World, end: str, error: type[Exception], message: str
 ) -> None:
-    """The other branch ends and is kept. The run goes on under its id at the stage that failed."""
+    """The other branch ends, and its results stay. The run continues under its id at the failed stage."""
     spec = branches()
     spec.stages["left"].parameters["end"] = end
     with pytest.raises(error, match=message):

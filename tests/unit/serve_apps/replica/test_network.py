@@ -184,7 +184,7 @@ def test_server_of_serve_listens_on_its_nodes_address(node: Layout, host: str) -
 
 
 def test_server_takes_a_renewed_certificate(node: Layout, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """New connections get it, an open one goes on, and files that do not fit each other are not used."""
+    """New connections get the new certificate, and open ones stay open. A certificate needs its own key."""
     listening.answer_on_own_address()
     monkeypatch.setattr(listening.follow_certificate, "__kwdefaults__", {"every_s": 0.02})
     options = HTTPOptions(host="10.9.9.9", port=0, middlewares=[])

@@ -62,7 +62,7 @@ def wanted(target: int, state: dict[str, Any] | None = None) -> tuple[int, dict[
 
 
 def test_replicas_follow_the_nodes(gcs: Gcs) -> None:
-    """A node that died or lets its work finish has none; more than three nodes need no more."""
+    """A dead or draining node has no replica. More than three nodes have three replicas."""
     assert wanted(1)[0] == 1
     gcs.alive |= {"b": True, "c": True}
     assert wanted(1)[0] == 3

@@ -59,7 +59,7 @@ def test_files_are_encrypted_in_the_store_and_readable_on_other_nodes(
 
 
 def test_an_altered_or_moved_file_is_refused(bucket: str, checkpoint: Path, tmp_path: Path) -> None:
-    """Whoever can write to the bucket cannot give a training another checkpoint."""
+    """A user who can write to the bucket cannot give a training another checkpoint."""
     base = file_system(bucket)[0]
     with run_folder(Layout(bucket, str(tmp_path)), for_all_nodes=True) as runs:
         store = runs.file_system
@@ -95,7 +95,7 @@ def test_on_one_machine_the_files_are_on_its_disk(bucket: str, tmp_path: Path) -
 
 
 def test_an_incomplete_file_is_not_written(bucket: str) -> None:
-    """An error in the middle, or a file that nobody closes, leaves nothing that looks like a complete file."""
+    """An error in the middle, or a file that is never closed, leaves nothing that looks like a complete file."""
     files = SealedFiles(bucket, RunKey(bytes(32)))
     path = f"{file_system(bucket)[1]}/half"
     file = files.open(path, "wb")

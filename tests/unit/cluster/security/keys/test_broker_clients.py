@@ -25,7 +25,8 @@ from cluster.security.keys.gate import Denial
 from cluster.security.keys.metrics import BrokerMetrics
 from cluster.security.keys.store import KeyInfo, KeyNotFound, KeyStoreUnavailable
 from tests.processes.other_user import NOBODY, needs_root, start_as_nobody
-from tests.servers.key_broker_world import INFO, NAME, SECRET, Failing, World, answers, framed, until
+from tests.servers.key_broker_world import INFO, NAME, SECRET, Failing, World, answers, framed
+from tests.servers.polling import wait_until
 
 
 def test_client_survives_a_restart_of_the_broker(world: World) -> None:
@@ -139,7 +140,7 @@ def test_running_request_is_answered_before_the_broker_stops(world: World) -> No
         caller.start()
         assert entered.wait(10)
         stopped.set()
-        until(lambda: not world.path.exists())
+        wait_until(lambda: not world.path.exists())
         release.set()
         caller.join()
     assert answers == [INFO]
@@ -172,7 +173,7 @@ def test_only_a_stale_socket_is_replaced(world: World) -> None:
             run_once(world)
     assert world.path.is_socket()
     with world.serving():
-        until(lambda: answers(world.path))
+        wait_until(lambda: answers(world.path))
         with pytest.raises(ConfigError, match="listens at"):
             run_once(world)
         assert world.client().info(NAME) == INFO

@@ -34,7 +34,8 @@ from cluster.security.tokens.roles import Role
 from cluster.settings import PlatformConfig
 from cluster.settings_conversion import load
 from cluster.storage import Layout
-from tests.servers.key_broker_world import INFO, SECRET, until
+from tests.servers.key_broker_world import INFO, SECRET
+from tests.servers.polling import wait_until
 from tests.servers.vault_double import VaultDouble
 
 ADDRESS = "secrets.vault.address=https://vault:8200"
@@ -101,7 +102,7 @@ def serving(config: PlatformConfig, stopped: threading.Event) -> Iterator[tuple[
     thread = threading.Thread(target=broker.run, args=(stopped,))
     thread.start()
     try:
-        until((folder / "run" / "broker.sock").exists)
+        wait_until((folder / "run" / "broker.sock").exists)
         yield folder / "run" / "broker.sock", places
     finally:
         stopped.set()
@@ -205,10 +206,10 @@ def test_replaced_secret_restores_the_login_without_a_restart(
         target=vault_session.stay_logged_in, args=(client, vault_session.vault_auth(vault), stopped)
     )
     thread.start()
-    until(lambda: "Keys become unusable" in caplog.text)
+    wait_until(lambda: "Keys become unusable" in caplog.text)
     assert "secret-" not in caplog.text
     secret_file.write_text("secret-of-tomorrow")
-    until(lambda: client.token in double.state.tokens)
+    wait_until(lambda: client.token in double.state.tokens)
     VaultKeyStore(client).ensure(INFO)
     stopped.set()
     thread.join()

@@ -27,7 +27,8 @@ from cluster.security.keys.vault_session import (
     read_secret,
     renew,
 )
-from tests.servers.key_broker_world import INFO, NAME, SECRET, until
+from tests.servers.key_broker_world import INFO, NAME, SECRET
+from tests.servers.polling import wait_until
 from tests.servers.vault_double import VaultDouble
 
 ROLE = AppRole(role_id="falaj", secret_id=lambda: "canary-secret-id")
@@ -142,9 +143,9 @@ def test_login_survives_an_outage(double: VaultDouble, monkeypatch: pytest.Monke
     renewal = threading.Thread(target=lambda: keep_renewed(client, ROLE, stopped=stopped))
     renewal.start()
     before = len(double.state.requests)
-    until(lambda: len(double.state.requests) > before + 2)
+    wait_until(lambda: len(double.state.requests) > before + 2)
     double.state.sealed = False
-    until(lambda: client.token != expired)
+    wait_until(lambda: client.token != expired)
     stopped.set()
     renewal.join(10)
     assert not renewal.is_alive()

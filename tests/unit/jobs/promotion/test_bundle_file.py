@@ -24,7 +24,7 @@ from tests.samples.installations import Installation
 from tests.samples.signatures import of_each_task
 from tests.samples.trees import write_trees
 from tests.servers.small_disk import fill_disk, mounted_small_disk
-from tests.unit.jobs.test_promotion import INPUTS
+from tests.unit.jobs.promotion.test_promotion import INPUTS
 
 PARTS = (
     "card.json",
@@ -225,7 +225,7 @@ def test_a_trusted_exporter_cannot_choose_paths(world: World, tmp_path: Path, na
 
 
 def test_a_trusted_exporter_cannot_claim_events_or_scores(world: World, tmp_path: Path) -> None:
-    """Events that are not in the signed tree, other scores, and a model that is none are refused by name."""
+    """Events that are not in the signed tree, other scores, and a file that is no model are refused by name."""
     parts = contents(world[2])
     forged = parts["events.jsonl"].replace(b'"auc":0.9', b'"auc":0.99')
     assert "Event 1 in events.jsonl is not in the exporter's ledger" in refusal(

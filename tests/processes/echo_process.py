@@ -1,6 +1,6 @@
 """An echo server as a process, with TLS: a replica of another machine.
 
-python -m tests.servers.echo_process ADDRESS PORT TLS_FOLDER
+python -m tests.processes.echo_process ADDRESS PORT TLS_FOLDER
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bundles that are older than what is here, that come back, or whose int8 scores are far off."""
+"""Bundles that are older than a registered version, that come back, or whose int8 scores differ too much."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobs.promotion.archive import new_archive
 from jobs.promotion.reference import parity, read_reference, require_close_scores, write_reference
 from tests.samples.installations import Installation
 from tests.samples.trees import write_trees
-from tests.unit.jobs.test_promotion import SIGNATURE
+from tests.unit.jobs.promotion.test_promotion import SIGNATURE
 
 
 def installation(root: Path, *, seed_files: Path | None = None) -> Installation:

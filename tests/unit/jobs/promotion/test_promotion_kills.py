@@ -16,7 +16,7 @@ from cluster.errors import RefusedError
 from cluster.ledger.events import ModelExported, ModelRegistered
 from tests.processes.forks import context
 from tests.samples.installations import Installation
-from tests.unit.jobs.test_promotion import SIGNATURE, write_trees
+from tests.unit.jobs.promotion.test_promotion import SIGNATURE, write_trees
 
 STEPS = ("model key", "first file", "second file", "manifest", "event")
 

@@ -1,6 +1,6 @@
-"""Run a command again and again, as systemd or Kubernetes does for a service that must always run.
+"""A double of systemd or Kubernetes for the peer: it runs a command again whenever it has ended.
 
-python -m tests.nodes.restarting COMMAND...
+python -m tests.processes.restarting COMMAND...
 """
 
 from __future__ import annotations
