@@ -11,7 +11,9 @@ from cluster.session import ClusterRecord
 NOTICE_S = 3.0
 """How long the edge still answers requests while it is not ready any more."""
 ADMIN_SOCKET = "edge.sock"
-LEAVE_COMMAND = "experimental-mode on; set var proc.leaving bool(true)"
+LEAVING = "proc.leaving"
+"""Variable of HAProxy. While it is true, the edge is not ready."""
+LEAVE_COMMAND = f"experimental-mode on; set var {LEAVING} bool(true)"
 
 
 def announce_end_of_edge(record: ClusterRecord) -> None:
