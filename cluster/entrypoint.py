@@ -66,7 +66,7 @@ class Options(Generic[C]):
         overrides = quote_texts(arguments, self.schema)
         path = () if config_dir is None else (f"hydra.searchpath=['file://{config_dir}']",)
         try:
-            # Composing takes a tenth of a second, setting values almost nothing.
+            # Composing is slow, so it is done once for each file, and values are set in a copy.
             return load(_set_values(_compose_once(self.config_name, path), overrides), self.schema)
         except (HydraException, OmegaConfBaseException, ConfigError):
             pass
@@ -157,7 +157,7 @@ def job(
 
 
 def use_places(config: PlatformConfig) -> None:
-    """Let a command use the places of state that its command line names, and the cluster's places for the rest."""
+    """Set the places of state that the command line does not set to those of the running cluster."""
     given = given_names()
     if config.storage.local is not None and "storage.local" in given:
         forget_node(unless_at=resolve(config.storage.local))
@@ -210,7 +210,7 @@ def _set_values(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         if override.type is not OverrideType.CHANGE or files("configs").joinpath(name).is_dir():
             raise ConfigError(f"{override.input_line} selects a configuration.")
         if override.package is not None or override.is_sweep_override():
-            raise ConfigError(f"{override.input_line} is no plain value.")
+            raise ConfigError(f"{override.input_line} is not a plain value.")
         OmegaConf.update(config, name, override.value(), merge=True)
     return config
 

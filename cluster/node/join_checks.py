@@ -81,7 +81,7 @@ def check_own_vault(config: PlatformConfig) -> None:
     """Require that the cluster's keys are in Vault, and that this machine's login works.
 
     Raises:
-        ConfigError: they are not, or this machine cannot reach or use Vault.
+        ConfigError: the keys are elsewhere, or this machine cannot reach Vault or log in.
     """
     vault = config.secrets.vault
     if config.secrets.kind is not SecretsKind.vault:

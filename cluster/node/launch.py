@@ -30,8 +30,8 @@ RAY_START_S = 180.0
 SUPERVISOR_GRACE_S = 5.0
 NUM_REPLICA_PORTS = 1000
 HEADLESS_S = 3600
-"""Seconds for which Ray's processes on other nodes wait for a lost head, and those on a head for Redis. By default,
-they end after one minute."""
+"""Seconds for which Ray's processes on other nodes wait for a lost head, and the processes on a head for Redis. Ray's
+default is one minute."""
 USER_FIELDS = ("token_file", "role", "purpose")
 """Fields of the identity that describe the user of one command. The cluster's processes do not get them."""
 START_RAY = (sys.executable, "-m", "cluster.node.ray_start", "start")
