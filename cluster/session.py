@@ -20,7 +20,7 @@ from cluster.host.port_owner import PortState, listener_uid
 from cluster.host.processes import cluster_of_listener, port_answers
 from cluster.host.this_node import LOOPBACK_ADDRESS, RECORD_VARIABLE, is_loopback
 from cluster.settings import LedgerConfig, OnlineConfig, PlatformConfig, StorageConfig
-from cluster.settings_conversion import load
+from cluster.settings_conversion import load, unquoted
 from cluster.storage import RECORD_NAME, ROOT_VARIABLE, Layout, layout, write_bytes
 
 NAMESPACE = "falaj"
@@ -327,9 +327,8 @@ def _recorded_section(name: str, overrides: Iterable[str]) -> Any:
     """Return a section of the recorded configuration."""
     prefix = f"++{name}."
     mine = (override.removeprefix(prefix) for override in overrides if override.startswith(prefix))
-    # `cluster/node/launch.py` writes each value as a quoted text. Hydra's parser would take as long as a short command.
     pairs = (text.partition("=") for text in mine)
-    values = {key: value[1:-1].replace("\\'", "'") for key, _, value in pairs}
+    values = {key: unquoted(value) for key, _, value in pairs}
     return load(OmegaConf.create(values), PLACES[name])
 
 

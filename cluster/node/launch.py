@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import os
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from cluster.node.parts import Part, find_parts
 from cluster.security.encryption.scratch import memory_folder
 from cluster.session import ClusterRecord, network_environment, record_path, tls_environment
 from cluster.settings import PlatformConfig
+from cluster.settings_conversion import quoted
 from cluster.storage import ROOT_VARIABLE, layout, local, resolve
 
 START_DEADLINE_S = 60.0
@@ -308,14 +308,8 @@ def overrides(name: str, value: Any, *, leave_out: Collection[str] = ()) -> list
     if value is None:
         return []
     if isinstance(value, list):
-        return [f"++{name}=[{','.join(map(_quoted, value))}]"]
-    return [f"++{name}={_quoted(value)}"]
-
-
-def _quoted(value: Any) -> str:
-    """Return a value as a quoted string of Hydra."""
-    text = str(value.value if isinstance(value, enum.Enum) else value).replace("'", "\\'")
-    return f"'{text}'"
+        return [f"++{name}=[{','.join(map(quoted, value))}]"]
+    return [f"++{name}={quoted(value)}"]
 
 
 def wait_until(process: subprocess.Popen[bytes], ready: Callable[[], bool], *, name: str, log: Path) -> None:
