@@ -220,9 +220,8 @@ def introduction(description: str | None, config_name: str) -> str:
 
     Hydra prints the second part: the whole configuration without comments, with the command's own options last.
     """
-    file = (
-        "platform.yaml" if config_name == "cluster" else f"{config_name}.yaml"
-    )  # cluster.yaml has no own options
+    # `cluster.yaml` has no options of its own.
+    file = "platform.yaml" if config_name == "cluster" else f"{config_name}.yaml"
     description = (description or "").strip()
     if not files("configs").joinpath(file).is_file():  # a user's own command
         return f"{description}\n\n== Hydra =="
