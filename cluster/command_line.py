@@ -63,11 +63,6 @@ def given_names() -> set[str]:
     return named_options(_arguments())
 
 
-def is_given(option: str) -> bool:
-    """Return whether this process's command line sets an option, such as `storage.local`."""
-    return option in given_names()
-
-
 def given_for(names: Collection[str]) -> list[str]:
     """Return the arguments of this process's command line that set one of these top-level options."""
     return [argument for argument in _arguments() if not option_sections([argument]).isdisjoint(names)]

@@ -29,7 +29,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cluster.command_line import given_names, is_given, option_names, quote_texts
+from cluster.command_line import given_names, option_names, quote_texts
 from cluster.errors import ConfigError, RefusedError, did_you_mean, refusal_behind, suggest_name
 from cluster.host.this_node import forget_node
 from cluster.session import use_recorded_places
@@ -66,7 +66,7 @@ class Options(Generic[C]):
         overrides = quote_texts(arguments, self.schema)
         path = () if config_dir is None else (f"hydra.searchpath=['file://{config_dir}']",)
         try:
-            # Composing takes a tenth of a second, setting values almost nothing.
+            # Composing is slow, so it is done once for each file, and values are set in a copy.
             return load(_set_values(_compose_once(self.config_name, path), overrides), self.schema)
         except (HydraException, OmegaConfBaseException, ConfigError):
             pass
@@ -157,10 +157,11 @@ def job(
 
 
 def use_places(config: PlatformConfig) -> None:
-    """Let a command use the places of state that its command line names, and the cluster's places for the rest."""
-    if config.storage.local is not None and is_given("storage.local"):
+    """Set the places of state that the command line does not set to those of the running cluster."""
+    given = given_names()
+    if config.storage.local is not None and "storage.local" in given:
         forget_node(unless_at=resolve(config.storage.local))
-    use_recorded_places(config, given=given_names())
+    use_recorded_places(config, given=given)
 
 
 def store_schema(schema: type[Any], *, name: str) -> str:
@@ -209,7 +210,7 @@ def _set_values(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         if override.type is not OverrideType.CHANGE or files("configs").joinpath(name).is_dir():
             raise ConfigError(f"{override.input_line} selects a configuration.")
         if override.package is not None or override.is_sweep_override():
-            raise ConfigError(f"{override.input_line} is no plain value.")
+            raise ConfigError(f"{override.input_line} is not a plain value.")
         OmegaConf.update(config, name, override.value(), merge=True)
     return config
 
@@ -219,9 +220,8 @@ def introduction(description: str | None, config_name: str) -> str:
 
     Hydra prints the second part: the whole configuration without comments, with the command's own options last.
     """
-    file = (
-        "platform.yaml" if config_name == "cluster" else f"{config_name}.yaml"
-    )  # cluster.yaml has no own options
+    # `cluster.yaml` has no options of its own.
+    file = "platform.yaml" if config_name == "cluster" else f"{config_name}.yaml"
     description = (description or "").strip()
     if not files("configs").joinpath(file).is_file():  # a user's own command
         return f"{description}\n\n== Hydra =="

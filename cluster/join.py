@@ -173,10 +173,10 @@ def join(config: JoinConfig, own: list[str]) -> None:
         ray_address=answer["ray_address"],
         node_id=answer["node_id"],
         head=config.head,
-        has_edge=config.edge,
-        own_vault=config.vault,
     )
-    record = replace(record, overrides=shared_overrides(node, record))
+    record = replace(
+        record, has_edge=config.edge, own_vault=config.vault, overrides=shared_overrides(node, record)
+    )
     is_announced = False
     try:
         write_files(record, key, answer)

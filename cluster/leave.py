@@ -93,14 +93,13 @@ def drain(config: PlatformConfig, record: ClusterRecord, *, deadline_s: int) -> 
     try:
         run_command(command, config, record, failure="Ray did not drain", timeout_s=DRAIN_COMMAND_S)
     except StartFailed as error:
-        reason = str(error).strip().rpartition("\n")[2]  # of Ray's output, the last line says what happened
+        reason = str(error).strip().rpartition("\n")[2]  # the last line of Ray's output has the reason
         print(f"warning: running work is ended without a drain: {reason}", file=sys.stderr)
         return
     print(f"draining; at most {deadline_s} s", flush=True)
     deadline = time.monotonic() + deadline_s
-    while (
-        time.monotonic() < deadline and state_of(raylet) is not State.dead
-    ):  # without work, a raylet ends by itself
+    # A draining raylet ends by itself when it has no work.
+    while time.monotonic() < deadline and state_of(raylet) is not State.dead:
         time.sleep(POLL_S)
 
 

@@ -44,10 +44,25 @@ Request = dict[str, object]
 
 def new_registry() -> CollectorRegistry:
     """Return a registry with the standard metrics of this process: start time, CPU, memory, file descriptors."""
-    disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter, which few use
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter, with the time of its creation
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     return registry
+
+
+def success_gauge(registry: CollectorRegistry, *, prefix: str, of: str) -> Gauge:
+    """Register `<prefix>_last_success_timestamp_seconds`, which each process has, and return it.
+
+    Args:
+        registry: Where the metric is registered.
+        prefix: First part of the metric's name, such as `falaj_broker`.
+        of: What succeeds, for the description.
+    """
+    return Gauge(
+        f"{prefix}_last_success_timestamp_seconds",
+        f"Unix time of the last {of}; 0 if there was none.",
+        registry=registry,
+    )
 
 
 class RequestMetrics:
@@ -77,10 +92,8 @@ class RequestMetrics:
             buckets=_BUCKETS_S,
             registry=registry,
         )
-        self._last_success = Gauge(
-            f"{prefix}_last_success_timestamp_seconds",
-            f"Unix time of the last request that the {process} answered with ok; 0 if there was none.",
-            registry=registry,
+        self._last_success = success_gauge(
+            registry, prefix=prefix, of=f"request that the {process} answered with ok"
         )
         self.refused_connections = Counter(
             f"{prefix}_connections_refused",

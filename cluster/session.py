@@ -20,7 +20,7 @@ from cluster.host.port_owner import PortState, listener_uid
 from cluster.host.processes import cluster_of_listener, port_answers
 from cluster.host.this_node import LOOPBACK_ADDRESS, RECORD_VARIABLE, is_loopback
 from cluster.settings import LedgerConfig, OnlineConfig, PlatformConfig, StorageConfig
-from cluster.settings_conversion import load
+from cluster.settings_conversion import load, unquoted
 from cluster.storage import RECORD_NAME, ROOT_VARIABLE, Layout, layout, write_bytes
 
 NAMESPACE = "falaj"
@@ -36,7 +36,7 @@ RAY_LOG_LEVELS = {
 }
 """Log levels of Ray's libraries in a command. They log problems, but no progress."""
 PLACES: dict[str, type[Any]] = {"storage": StorageConfig, "ledger": LedgerConfig, "online": OnlineConfig}
-"""Sections that say where the state is."""
+"""Sections of the configuration with the places of state."""
 METRICS_PORTS = (
     "supervisor_metrics",
     "broker_metrics",
@@ -294,8 +294,8 @@ def require_running_cluster(config: PlatformConfig) -> ClusterRecord:
 def use_recorded_places(config: PlatformConfig, *, given: Collection[str]) -> None:
     """Set storage, ledger and online store of a configuration from the cluster's record, in place.
 
-    Nothing changes if there is no record, or if the configuration names another storage root. A command line with only
-    `storage.local` names the folder of a cluster, so the rest of `storage` comes from the record in that folder.
+    Nothing changes if there is no record, or if the configuration has another storage root. If the command line sets
+    only `storage.local`, the rest of `storage` comes from the record in that folder.
 
     Args:
         config: The command's configuration.
@@ -327,18 +327,17 @@ def _recorded_section(name: str, overrides: Iterable[str]) -> Any:
     """Return a section of the recorded configuration."""
     prefix = f"++{name}."
     mine = (override.removeprefix(prefix) for override in overrides if override.startswith(prefix))
-    # `cluster/node/launch.py` writes each value as a quoted text. Hydra's parser would take as long as a short command.
     pairs = (text.partition("=") for text in mine)
-    values = {key: value[1:-1].replace("\\'", "'") for key, _, value in pairs}
+    values = {key: unquoted(value) for key, _, value in pairs}
     return load(OmegaConf.create(values), PLACES[name])
 
 
 def use_cluster(record: ClusterRecord) -> None:
-    """Set the variables with which Ray finds the cluster and its token. Ray reads them now."""
+    """Set the variables with which Ray finds the cluster and its token, and let Ray read them."""
     from ray._raylet import Config  # type: ignore[attr-defined]
 
     os.environ.update(record.environment())
-    # Ray reads its variables when it is imported. ray.init also uses this call to read them again.
+    # Ray reads its variables only when it is imported. `ray.init` also makes this call, to read them again.
     Config.initialize("")
 
 

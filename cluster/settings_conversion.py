@@ -5,6 +5,7 @@ Also convert the dataclasses to plain values, which can be sent to other process
 
 from __future__ import annotations
 
+import enum
 from dataclasses import fields
 from typing import Any, TypeVar, cast
 
@@ -42,6 +43,17 @@ def to_plain(config: PlatformConfig) -> dict[str, Any]:
 def from_plain(values: dict[str, Any]) -> PlatformConfig:
     """Return the configuration whose plain values `to_plain` returned."""
     return load(OmegaConf.create(values), PlatformConfig)
+
+
+def quoted(value: Any) -> str:
+    """Return a value as a quoted string of Hydra."""
+    text = str(value.value if isinstance(value, enum.Enum) else value).replace("'", "\\'")
+    return f"'{text}'"
+
+
+def unquoted(text: str) -> str:
+    """Return the text of a value that `quoted` returned. Hydra's parser would take as long as a short command."""
+    return text[1:-1].replace("\\'", "'")
 
 
 def _describe(error: OmegaConfBaseException) -> str:

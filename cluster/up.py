@@ -116,7 +116,7 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
 
     Raises:
         ConfigError: This machine was a node that joined; or the ledger, or the Redis with the state of Ray's GCS, does
-            not answer; or the cluster has ended without `cluster.down`, and the command line names another place.
+            not answer; or the cluster has ended without `cluster.down`, and the command line has other places of state.
     """
     record = find_own_record(config.storage)
     if record is None:
@@ -135,13 +135,13 @@ def running_record(config: PlatformConfig) -> ClusterRecord | None:
     end_all(record)
     record_end(config, record)
     remove_folders(record)
-    if record.starting:  # the GCS may have written its state already
+    if record.starting:  # the GCS may already have written state
         remove_state_or_warn(compose_platform(record.overrides or ()).cluster.gcs, record)
     return None
 
 
 def require_recorded_places(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Require that a start after a crash names the places of the cluster that crashed.
+    """Require that a start after a crash has the places of state of the cluster that crashed.
 
     Otherwise `cluster.up` without options, for example after a reboot, would start an empty cluster with local keys.
 

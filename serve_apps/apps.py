@@ -22,7 +22,7 @@ from serve_apps.replica.scaling import replica_options
 GRACE_S = 5.0
 HEALTH_PERIOD_S = 2.0
 POLL_S = 0.05
-"""Pause between two looks at starting applications. Serve's own wait looks once a second."""
+"""Seconds between two checks of starting applications. Serve's own function checks once a second."""
 LOGGING = {"enable_access_log": False}
 """Serve's own access log is not needed, because the edge's access log has every answer. In throughput mode, Serve's log
 buffers a thousand lines and then writes them in the event loop. Every thousandth request waited 20 ms for this."""
@@ -33,6 +33,8 @@ OPTIONS: dict[str, Any] = {
 }
 """Options of every deployment."""
 RECOVERY_S = 60.0
+"""Longest wait until Serve has started the replicas that were lost with the head."""
+RECOVERY_POLL_S = 0.5
 _RECOVERING = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOYING, ApplicationStatus.UNHEALTHY)
 
 
@@ -52,17 +54,17 @@ def is_running(name: str) -> bool:
 
 
 def wait_for_recovery(names: Collection[str], *, timeout_s: float = RECOVERY_S) -> None:
-    """Wait until applications that Serve knows are healthy again, but not longer than some seconds.
+    """Wait until no application that Serve knows is starting or unhealthy, or the time is over.
 
-    After the head was replaced, Serve starts the replicas that were lost with it. If the applications were started anew
-    meanwhile, their other replicas would be replaced, too.
+    After the head was replaced, Serve itself starts the replicas that were lost. If `deploy` started their applications
+    again meanwhile, Serve would also replace the replicas that still run.
     """
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         known = serve.status().applications
         if not any(name in known and known[name].status in _RECOVERING for name in names):
             return
-        time.sleep(0.5)
+        time.sleep(RECOVERY_POLL_S)
 
 
 def ensure_model(config: PlatformConfig, version: ModelVersion, *, actor: str) -> str:
@@ -131,7 +133,7 @@ def run(apps: Mapping[str, serve.Application]) -> None:
 
 
 def _wait_until_running(names: Iterable[str]) -> None:
-    """Wait until all applications are healthy. The controller itself ends a start that takes too long.
+    """Wait until all applications are healthy. Serve's controller ends a start that takes too long.
 
     Raises:
         RuntimeError: an application did not start, or was removed meanwhile.

@@ -20,9 +20,10 @@ def is_address(text: str) -> bool:
 
 
 def is_loopback_host(host: str) -> bool:
-    """Return whether a host of a URL is loopback: `localhost`, a name below it, or an address."""
+    """Return whether a client of a host reaches its own machine: `localhost`, a name below it, or such an address."""
     if is_address(host):
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_unspecified
     return host == "localhost" or host.endswith(".localhost")
 
 

@@ -137,10 +137,10 @@ def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
 
 
 def free_ports(count: int, host: str) -> list[int]:
-    """Return TCP ports that nothing uses, below those that the kernel gives to clients.
+    """Return free TCP ports, below the ports that the kernel gives to clients.
 
     Raises:
-        OSError: there are not enough.
+        OSError: too few are free.
     """
     candidates = (port for port in random.sample(_UNASSIGNED, len(_UNASSIGNED)) if port_is_free(port, host))
     found = list(itertools.islice(candidates, count))

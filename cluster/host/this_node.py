@@ -61,14 +61,16 @@ def forget_node(*, unless_at: str | None = None) -> None:
     """Remove the record of a running node from this process's environment.
 
     `cluster.up` and `cluster.join` do this first, and every command whose command line names another `storage.local`.
-    Otherwise that node's folders would replace the given ones, if both have the same `storage.root`.
+    Otherwise that node's folders would replace the new ones, if both have the same `storage.root`.
 
     Args:
-        unless_at: keep the record of a node whose own folder is this one.
+        unless_at: leave the record of a node whose own folder is this one.
     """
-    node = this_node()
-    if unless_at is None or (node is not None and node.local_root != unless_at):
-        os.environ.pop(RECORD_VARIABLE, None)
+    if unless_at is not None:
+        node = this_node()
+        if node is None or node.local_root == unless_at:
+            return
+    os.environ.pop(RECORD_VARIABLE, None)
 
 
 def is_loopback(address: str) -> bool:

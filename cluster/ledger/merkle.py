@@ -1,7 +1,7 @@
 """Merkle tree over the events of the ledger (RFC 9162, section 2.1): proves that an event is in a ledger.
 
 The leaves are the hashes of all events, in order. A path of a few hashes leads from one event to the root, so the proof
-reveals nothing about the other events. Everybody with an export of the ledger can compute the root again.
+reveals nothing about the other events. Anyone with an export of the ledger can compute the root again.
 """
 
 from __future__ import annotations

@@ -114,12 +114,7 @@ def admit(
     certificate, shown = _certificate(
         application, peer, tls=local(record.layout.tls), edge_names=config.cluster.edge_names
     )
-    replaced = [member for member in members if member.address == application.address]
-    if application.address == record.address or any(member.node_id in alive for member in replaced):
-        raise ConfigError(
-            f"Another node of the cluster has the address {application.address} and is alive. Run "
-            "`python -m cluster.leave` there first, or choose another cluster.address."
-        )
+    replaced = _dead_members(application.address, record=record, members=members, alive=alive)
     node_id = secrets.token_hex(3)
     write_bytes(proof_path(record, node_id), b"")
     for member in replaced:
@@ -168,6 +163,23 @@ def _check(
     if not _REGION.fullmatch(application.region):
         raise InvalidRequest("A region has at most 63 letters, digits, '.', '_' and '-'. Set cluster.region.")
     _check_name(application, members)
+
+
+def _dead_members(
+    address: str, *, record: ClusterRecord, members: Iterable[Member], alive: Collection[str]
+) -> list[Member]:
+    """Return the dead nodes with an address. A new node may take it.
+
+    Raises:
+        ConfigError: the head or a node that is alive has the address.
+    """
+    found = [member for member in members if member.address == address]
+    if address == record.address or any(member.node_id in alive for member in found):
+        raise ConfigError(
+            f"Another node of the cluster has the address {address} and is alive. Run "
+            "`python -m cluster.leave` there first, or choose another cluster.address."
+        )
+    return found
 
 
 def _answer(record: ClusterRecord, node_id: str, certificate: str | None) -> dict[str, object]:

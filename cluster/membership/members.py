@@ -30,10 +30,10 @@ class Member:
     """SHA-256 of its certificate, in hex."""
     joined_at: str
     earlier: tuple[str, ...] = ()
-    """Its earlier certificates. They stay valid until they expire: the node may not have got the answer to its request
-    for a new one, and its open connections have the one that they began with."""
+    """SHA-256 of its earlier certificates. They are accepted until they expire, because the answer with the new one may
+    be lost, and because open connections continue with the old one."""
     renewed_at: str | None = None
-    """Time of the last renewal by the ledger's clock."""
+    """Ledger time of the last renewal."""
 
 
 def current_members(ledger: Ledger, cluster_id: str) -> dict[str, Member]:

@@ -1,9 +1,11 @@
 """`python -m cluster.membership.relay`: the key broker of a node that joined.
 
 Its processes use the same socket as on the head, with their own tokens. By default the node has no key store: the relay
-passes requests for keys to the head, whose key broker decides. A node with its own login to Vault (`cluster.join
-vault=true`) decides itself, by the same policies, and needs no head to use keys. The relay also makes Ray's dashboard
-reachable on the node's loopback address, and keeps the dev issuer's public keys of the node up to date.
+passes requests for keys to the head, whose key broker decides. The relay of a node with its own login to Vault
+(`cluster.join vault=true`) decides itself, by the same policies, and can use keys without the head.
+
+The relay also makes Ray's dashboard reachable on the node's loopback address, and updates the dev issuer's public keys
+of the node.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ from cluster.storage import local
 FOR_THE_HEAD = ("intent", "deposit", "withdraw", "service_token")
 """Requests of the node's processes that the head's service answers itself."""
 CHANGES = (Operation.ensure, Operation.rotate, Operation.revoke)
-"""Requests that change keys. The head's broker decides them, also for a node with its own login to Vault: two brokers
-that change a description at once would each check an outdated one. So a node's login needs no rights to change keys."""
+"""Requests that change keys. The head's broker decides them, also for a node with its own login to Vault. Two brokers
+that change a description at the same time would each check an outdated one. So a node's login needs no rights to change
+keys."""
 KEYS_EVERY_S = 30.0
 MAX_TUNNELS = 64
 RETRY_S = 5.0

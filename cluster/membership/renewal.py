@@ -1,7 +1,7 @@
 """A new certificate for a node before the old one expires: the node's request, and the head's answer.
 
-The node keeps its key, so it replaces one file, and processes that read key and certificate never see two that do not
-fit. Connections that are open keep the certificate that they began with.
+The node has the same key as before, so it replaces only one file. Processes that read key and certificate never read
+two that do not match. Open connections continue with the old certificate.
 """
 
 from __future__ import annotations
@@ -38,11 +38,10 @@ from cluster.storage import local
 RENEW = "renew"
 """The node's operation."""
 EARLIEST_SHARE = 0.5
-"""Share of a certificate's lifetime before which the head issues no other one. Nodes ask later; their clocks may
-differ."""
+"""Share of a certificate's lifetime after which the head renews it. Nodes ask later than that; clocks may differ."""
 PAUSE, PAUSE_SHARE = dt.timedelta(hours=1), 0.01
-"""Least time between two renewals for a node, and the same as a share of a short lifetime. A node that cannot write its
-new certificate asks once a minute, and must not fill the ledger."""
+"""Shortest time between two renewals for a node; for a short lifetime, this share of it. A node that cannot write its
+new certificate asks once a minute, and must not fill the ledger with events."""
 
 
 def renew(
@@ -53,14 +52,14 @@ def renew(
     Raises:
         Unauthenticated: the request comes from another address than the node's, has another key, or its signature is
             wrong.
-        ConfigError: the certificate is new, or was renewed a moment ago, or the head has not issued it.
+        ConfigError: it is too early for a renewal, or another authority issued the certificate.
         InvalidRequest: the request is damaged.
     """
     tls, text = local(record.layout.tls), request.get("signing_request")
     if node is None or peer.shown is None or is_foreign_authority(tls / CA_NAME):
         raise ConfigError(
-            "The head renews certificates of nodes that it has issued. This one comes from another authority: get "
-            "a new one there, put it into <storage.local>/tls, run `python -m cluster.leave`, and join again."
+            "The head renews only certificates of nodes that it has issued. This one comes from another authority: "
+            "get a new one there, put it into <storage.local>/tls, run `python -m cluster.leave`, and join again."
         )
     if peer.address != node.address:
         raise Unauthenticated(f"The head renews the certificate of {node.address}, not of {peer.address}.")
@@ -75,12 +74,12 @@ def renew(
     if node.renewed_at is not None and now < dt.datetime.fromisoformat(node.renewed_at) + pause:
         raise ConfigError(
             f"The head renewed the certificate of node {node.node_id} at {node.renewed_at}. If the node could not "
-            f"write it, it gets another one after {pause.total_seconds():.0f} s."
+            f"write it, it can ask again after {pause.total_seconds():.0f} s."
         )
     key = requested_key(text if isinstance(text, str) else "")
     if key != shown.public_key():
         raise Unauthenticated(
-            f"The head renews certificates of node {node.node_id} for the node's own key only."
+            f"The head renews the certificate of node {node.node_id} for the node's own key only."
         )
     names = {str(name.value) for name in alternative_names(shown)}.difference(LOOPBACK, {node.address})
     certificate = sign_node_key(
@@ -112,7 +111,7 @@ def renewal_event(record: ClusterRecord, node_id: str, certificate: bytes) -> No
 
 
 def renew_from_head(tls: Path, head: HeadClient) -> bool:
-    """Get a new certificate if less than a third of the lifetime is left; return whether there is a new one.
+    """Get a new certificate if less than a third of the lifetime is left, and return whether it was renewed.
 
     Raises:
         ConfigError: the certificate has expired.

@@ -136,19 +136,7 @@ class NodeService:
     def _result(self, request: dict[str, object], peer: Peer) -> object:
         operation = request.get("op")
         if operation == "join":
-            with self._joining:
-                answer = admit(
-                    Application.from_plain(request),
-                    peer,
-                    config=self.config,
-                    record=self.record,
-                    ledger=self.ledger,
-                    alive=self._alive(),
-                    own_release=self.release,
-                )
-                self._joined[str(answer["node_id"])] = self.clock()
-                self.members.refresh()
-                return answer
+            return self._join(request, peer)
         node = self._require_node(peer)
         match operation:
             case "report":
@@ -156,14 +144,7 @@ class NodeService:
                     self._reports[node.node_id] = Report(_states(request.get("parts")), self.clock())
                 return {"session": self._session()}
             case "leave":
-                if node is None:
-                    raise InvalidRequest("The head cannot leave its cluster.")
-                reason = request.get("reason")
-                if reason not in LEAVE_REASONS:
-                    raise InvalidRequest(f"A node leaves for one of: {', '.join(LEAVE_REASONS)}.")
-                event = NodeLeft(cluster_id=self.record.cluster_id, node_id=node.node_id, reason=str(reason))
-                self.ledger.append(event, actor=f"node:{node.node_id}")
-                self.members.refresh()
+                self._record_leave(request, node)
                 return None
             case "nodes":
                 return self._nodes()
@@ -185,6 +166,31 @@ class NodeService:
                 return (local(self.record.layout.keys) / JWKS_NAME).read_text()
             case _:
                 raise InvalidRequest(f"The head's service for nodes does not know '{operation}'.")
+
+    def _join(self, request: dict[str, object], peer: Peer) -> dict[str, object]:
+        with self._joining:
+            answer = admit(
+                Application.from_plain(request),
+                peer,
+                config=self.config,
+                record=self.record,
+                ledger=self.ledger,
+                alive=self._alive(),
+                own_release=self.release,
+            )
+            self._joined[str(answer["node_id"])] = self.clock()
+            self.members.refresh()
+            return answer
+
+    def _record_leave(self, request: dict[str, object], node: Member | None) -> None:
+        if node is None:
+            raise InvalidRequest("The head cannot leave its cluster.")
+        reason = request.get("reason")
+        if reason not in LEAVE_REASONS:
+            raise InvalidRequest(f"A node leaves for one of: {', '.join(LEAVE_REASONS)}.")
+        event = NodeLeft(cluster_id=self.record.cluster_id, node_id=node.node_id, reason=str(reason))
+        self.ledger.append(event, actor=f"node:{node.node_id}")
+        self.members.refresh()
 
     def _require_node(self, peer: Peer) -> Member | None:
         """Return the node that asks; None is the head itself.

@@ -41,10 +41,13 @@ class Peer:
     """The client of a connection."""
 
     address: str
-    certificate: str | None
-    """SHA-256 of the certificate that it showed, in hex; None if it showed none."""
-    shown: bytes | None = None
-    """That certificate itself (DER)."""
+    shown: bytes | None
+    """The certificate that it showed (DER); None if it showed none."""
+
+    @property
+    def certificate(self) -> str | None:
+        """SHA-256 of the certificate that it showed, in hex; None if it showed none."""
+        return None if self.shown is None else hashlib.sha256(self.shown).hexdigest()
 
 
 Serve = Callable[[ssl.SSLSocket, Peer], None]
@@ -132,11 +135,10 @@ class Server:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 with self._context().wrap_socket(connection, server_side=True) as secured:
                     shown = secured.getpeercert(binary_form=True)
-                    fingerprint = hashlib.sha256(shown).hexdigest() if shown else None
                     if shown:
                         self._forget_unknown(address)
                         is_unknown = False
-                    self._serve(secured, Peer(address=address, certificate=fingerprint, shown=shown))
+                    self._serve(secured, Peer(address=address, shown=shown))
         finally:
             if is_unknown:
                 self._forget_unknown(address)

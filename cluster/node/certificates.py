@@ -1,6 +1,6 @@
-"""A machine's certificates: how those of a head are created and renewed, and what `cluster.status` says about them.
+"""A machine's certificates: creation and renewal on a head, and their description in `cluster.status`.
 
-Those of a node that joined come from the head (`cluster/membership/renewal.py`).
+The certificates of a node that joined come from the head (`cluster/membership/renewal.py`).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def ensure_certificates(config: PlatformConfig, record: ClusterRecord) -> None:
 def describe_certificate(record: ClusterRecord, *, ray_started_at: float | None) -> str:
     """Return how long this machine's certificate lasts, and what the operator must do about it.
 
-    Ray's processes read it only when they start. They keep an earlier one after a renewal, which takes place with a
-    third of its lifetime left.
+    Ray's processes read it only when they start. After a renewal they use the earlier one, which is then valid for
+    another third of its lifetime.
 
     Args:
         record: the machine.

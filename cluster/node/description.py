@@ -19,8 +19,6 @@ def describe_machine(
     ray_address: str | None = None,
     node_id: str | None = None,
     head: str | None = None,
-    has_edge: bool = True,
-    own_vault: bool = False,
 ) -> ClusterRecord:
     """Build the record of a head, or of a node that joined.
 
@@ -30,8 +28,6 @@ def describe_machine(
         ray_address: Address of Ray's GCS; None is this machine's own.
         node_id: Id of a node that joined.
         head: `host:port` where that node reaches the head's service for nodes.
-        has_edge: Whether this machine has an edge.
-        own_vault: Whether a node that joined gets keys from Vault with its own login.
     """
     ports, storage, address = all_ports(config), layout(config.storage), config.cluster.address
     runtime_dir = processes.runtime_dir(cluster_id if node_id is None else f"{cluster_id}-{node_id}")
@@ -39,8 +35,6 @@ def describe_machine(
         cluster_id=cluster_id,
         node_id=node_id,
         head=head,
-        has_edge=has_edge,
-        own_vault=own_vault,
         project_root=str(project_root()),
         storage_root=storage.root,
         local_root=storage.local or None,

@@ -1,4 +1,4 @@
-"""Let load balancers notice that an edge will end, before it ends."""
+"""Tell load balancers that an edge will end, before it ends."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import time
 from cluster.session import ClusterRecord
 
 NOTICE_S = 3.0
-"""How long the edge still answers requests while it is not ready any more."""
+"""Seconds for which the edge still answers requests after it has become not ready."""
 ADMIN_SOCKET = "edge.sock"
-LEAVE_COMMAND = "experimental-mode on; set var proc.leaving bool(true)"
+LEAVING = "proc.leaving"
+"""Variable of HAProxy. While it is true, the edge is not ready."""
+LEAVE_COMMAND = f"experimental-mode on; set var {LEAVING} bool(true)"
 
 
 def announce_end_of_edge(record: ClusterRecord) -> None:
-    """Make `GET /v2/health/ready` answer 503, and wait until load balancers have seen it. Other requests are answered.
+    """Answer `GET /v2/health/ready` with 503 for `NOTICE_S`, so that load balancers see it; answer other requests.
 
-    If the edge does not answer, it is ended without notice.
+    If the edge's socket does not answer, return at once.
     """
     if not record.has_edge:
         return

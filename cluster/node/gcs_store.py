@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 TIMEOUT_S = 5.0
 USER_VARIABLE, PASSWORD_FILE_VARIABLE = "FALAJ_GCS_USER", "FALAJ_GCS_PASSWORD_FILE"
 PASSWORD_VARIABLE = "FLAGS_redis_password"  # noqa: S105 (the name of a variable of the GCS)
-"""The GCS takes its password from this variable, because every user of the machine can read command lines."""
+"""The GCS reads its password from this variable. Every user of the machine can read command lines."""
 _KEYS_AT_ONCE = 1000
 SCAN_S = 30.0
-"""Longest search for the keys of a cluster."""
+"""Timeout in seconds of a search for the keys of a cluster."""
 
 
 def password(gcs: GcsConfig) -> str:
@@ -69,19 +69,19 @@ def secret_environment(gcs: GcsConfig) -> dict[str, str]:
 
 
 def require_redis(gcs: GcsConfig) -> None:
-    """Require that Redis answers and takes the password. Without `cluster.gcs.url` nothing is required.
+    """Require that Redis answers and accepts the password. Without `cluster.gcs.url` nothing is checked.
 
-    A Redis on the network needs a password: who can write the GCS's state can run code on every node.
+    A Redis on the network needs a password, because a client that can write the GCS's state can run code on every node.
 
     Raises:
-        ConfigError: it does not, or it is on the network and no password is configured.
+        ConfigError: Redis does not answer, refuses the password, or is on the network without a password.
     """
     if gcs.url is not None:
         host = urlsplit(gcs.url).hostname or ""
         if gcs.password_file is None and not is_loopback_host(host):
             raise ConfigError(
-                f"The GCS's Redis at {gcs.address} is on the network, where everybody could change the cluster's "
-                "state. Give it a password, and set cluster.gcs.password_file."
+                f"The GCS's Redis at {gcs.address} is on the network, where other machines could change the "
+                "cluster's state. Give it a password, and set cluster.gcs.password_file."
             )
         with _connected(gcs) as client:
             client.ping()
@@ -113,7 +113,7 @@ def remove_state(gcs: GcsConfig, record: ClusterRecord) -> None:
 
 
 def remove_state_or_warn(gcs: GcsConfig, record: ClusterRecord) -> None:
-    """Remove the state of a cluster that has ended. If Redis does not answer, print a warning, as nobody uses it."""
+    """Remove the state of a cluster that has ended. If Redis does not answer, print a warning: the state is unused."""
     try:
         remove_state(gcs, record)
     except ConfigError as error:
@@ -121,7 +121,7 @@ def remove_state_or_warn(gcs: GcsConfig, record: ClusterRecord) -> None:
 
 
 def _keys(client: redis.Redis, record: ClusterRecord) -> Iterator[Any]:
-    """Yield the keys of a cluster. Redis looks at all of its keys for that, so the time is limited."""
+    """Yield the keys of a cluster. Redis must scan all of its keys, so the search has a timeout."""
     deadline = time.monotonic() + SCAN_S
     cursor = None
     while cursor != 0:

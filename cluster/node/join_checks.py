@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import sqlalchemy as sa
 
 from cluster.errors import ConfigError, FalajError, first_line
+from cluster.host.gcs import REDIS_PORT
 from cluster.host.names import is_loopback_host
 from cluster.ledger import open_ledger
 from cluster.membership.admission import proof_path
@@ -69,7 +70,7 @@ def check_shared_state(config: PlatformConfig, record: ClusterRecord) -> None:
         )
     online = urlsplit(config.online.url)
     try:
-        socket.create_connection((online.hostname or "", online.port or 6379), CONNECT_S).close()
+        socket.create_connection((online.hostname or "", online.port or REDIS_PORT), CONNECT_S).close()
     except OSError as error:
         raise ConfigError(
             f"The online store {config.online.url} does not answer this machine ({error.strerror or error})."
@@ -80,7 +81,7 @@ def check_own_vault(config: PlatformConfig) -> None:
     """Require that the cluster's keys are in Vault, and that this machine's login works.
 
     Raises:
-        ConfigError: they are not, or this machine cannot reach or use Vault.
+        ConfigError: the keys are elsewhere, or this machine cannot reach Vault or log in.
     """
     vault = config.secrets.vault
     if config.secrets.kind is not SecretsKind.vault:

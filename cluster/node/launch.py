@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import os
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from cluster.node.parts import Part, find_parts
 from cluster.security.encryption.scratch import memory_folder
 from cluster.session import ClusterRecord, network_environment, record_path, tls_environment
 from cluster.settings import PlatformConfig
+from cluster.settings_conversion import quoted
 from cluster.storage import ROOT_VARIABLE, layout, local, resolve
 
 START_DEADLINE_S = 60.0
@@ -30,8 +30,8 @@ RAY_START_S = 180.0
 SUPERVISOR_GRACE_S = 5.0
 NUM_REPLICA_PORTS = 1000
 HEADLESS_S = 3600
-"""Seconds for which Ray's processes on other nodes wait for a lost head, and those on a head for Redis. By default,
-they end after one minute."""
+"""Seconds for which Ray's processes on other nodes wait for a lost head, and the processes on a head for Redis. Ray's
+default is one minute."""
 USER_FIELDS = ("token_file", "role", "purpose")
 """Fields of the identity that describe the user of one command. The cluster's processes do not get them."""
 START_RAY = (sys.executable, "-m", "cluster.node.ray_start", "start")
@@ -308,14 +308,8 @@ def overrides(name: str, value: Any, *, leave_out: Collection[str] = ()) -> list
     if value is None:
         return []
     if isinstance(value, list):
-        return [f"++{name}=[{','.join(map(_quoted, value))}]"]
-    return [f"++{name}={_quoted(value)}"]
-
-
-def _quoted(value: Any) -> str:
-    """Return a value as a quoted string of Hydra."""
-    text = str(value.value if isinstance(value, enum.Enum) else value).replace("'", "\\'")
-    return f"'{text}'"
+        return [f"++{name}=[{','.join(map(quoted, value))}]"]
+    return [f"++{name}={quoted(value)}"]
 
 
 def wait_until(process: subprocess.Popen[bytes], ready: Callable[[], bool], *, name: str, log: Path) -> None:

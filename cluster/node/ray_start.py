@@ -1,10 +1,10 @@
 """`python -m cluster.node.ray_start start …`: Ray's own command, with two changes that Ray has no settings for.
 
-- The raylet waits 15 s at most until its dashboard agent has written its port. On a busy machine the agent's imports
-  take longer, and the whole node would not start. The raylet has an option for the port, which `ray start` does not
-  pass on.
+- The raylet waits at most 15 s until its dashboard agent has written its port. On a busy machine the agent's imports
+  take longer, and the node does not start. If the raylet gets the port as an option, it does not wait. `ray start` does
+  not pass this option on.
 - `ray start` passes the password of the GCS's Redis to processes as an option. Every user of the machine can read
-  command lines. So here the GCS gets the password in its environment, and no other process gets it.
+  command lines. So here only the GCS gets the password, in its environment.
 
 Two functions of Ray are wrapped. If a later release no longer calls them, the raylet waits as before, and Redis refuses
 the GCS.

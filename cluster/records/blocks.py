@@ -27,7 +27,7 @@ from cluster.records.location import LogLocation, local_node
 ANSWER_TIMEOUT_S = 9.0
 """Longest wait in seconds for an answer of the database. Then the requests that wait get 503."""
 PAUSE_S = 0.2
-"""Pause in seconds before another try."""
+"""Seconds between two tries."""
 _TIMEOUTS = {
     "connect_timeout": "3",
     "tcp_user_timeout": "5000",
@@ -87,9 +87,9 @@ class BlockWriter:
         self._is_abandoned = False
 
     def add(self, blocks: Sequence[Block]) -> None:
-        """Add blocks durably. If the connection breaks, or cannot be opened, try again: the database may be restarting.
+        """Add blocks durably, and retry if the connection breaks or cannot be opened: the database may be restarting.
 
-        Adding a block twice changes nothing.
+        Idempotent: adding a block twice changes nothing.
 
         Raises:
             SegmentSealed: A block's segment was sealed.

@@ -7,9 +7,11 @@ from collections.abc import Collection
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from cluster.metrics import success_gauge
+
 
 class UploadMetrics:
-    """Uploaded segments, failures, and what waits on this machine's disk."""
+    """Uploaded segments, failures, and logs that are not uploaded yet."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._segments = Counter(
@@ -25,7 +27,7 @@ class UploadMetrics:
         )
         self.seconds = Histogram(
             "falaj_uploader_round_seconds",
-            "How long a look at all logs took, with the uploads.",
+            "Duration of a round: listing all logs, and the uploads.",
             buckets=(0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0),
             registry=registry,
         )
@@ -37,11 +39,7 @@ class UploadMetrics:
             "Unix time from which on records may be on this machine only; the time of the round if there are none.",
             registry=registry,
         )
-        self._last_success = Gauge(
-            "falaj_uploader_last_success_timestamp_seconds",
-            "Unix time of the last round without a failure; 0 if there was none.",
-            registry=registry,
-        )
+        self._last_success = success_gauge(registry, prefix="falaj_uploader", of="round without a failure")
 
     def count(self, *, uploaded: int, failed: int, behind: Collection[dt.datetime]) -> None:
         """Count what a round did.
@@ -49,7 +47,7 @@ class UploadMetrics:
         Args:
             uploaded: Number of uploaded segments.
             failed: Number of failures.
-            behind: For each log with records on this machine only, the time from which on.
+            behind: For each log with records on this machine only, the time of the first of these records or earlier.
         """
         self._segments.labels("ok").inc(uploaded)
         self._segments.labels("failed").inc(failed)

@@ -1,7 +1,7 @@
 """`python -m cluster.records.nodes`: show until when each node's logs are complete; `forget=NODE` removes a lost node.
 
-With `wait_s=180` the command ends when all nodes have shared every record that was written before it began. So a
-command that reads a log afterwards reads all of these records.
+With `wait_s=180` the command waits until all nodes have shared the records that were written before it started. A
+command that then reads a log reads all of these records.
 
 A node that is lost with its disk never reports again, so the logs would count as incomplete for ever. After
 `forget=NODE`, the other nodes upload what the ledger's database has of its segments. Records that were only on its disk
@@ -78,7 +78,7 @@ def wait_until_complete(engine: sa.Engine, *, timeout_s: float) -> list[NodeProg
             return nodes
         if time.monotonic() > deadline:
             raise Inconsistent(
-                f"After {timeout_s:.0f} s these nodes had not shared all records of before {began:%H:%M:%S} UTC: "
+                f"After {timeout_s:.0f} s these nodes had not shared all records from before {began:%H:%M:%S} UTC: "
                 f"{'; '.join(map(describe, late))}. If a node is lost with its disk, run `python -m "
                 "cluster.records.nodes forget=NODE`."
             )

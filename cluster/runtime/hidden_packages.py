@@ -1,7 +1,7 @@
 """Load an engine without optional packages that it would import only because they are installed.
 
-LightGBM imports scikit-learn and matplotlib if it finds them. A replica uses neither, and they are most of its import:
-with them it takes 1.3 s of CPU and 99 MiB, without them 0.2 s and 20 MiB.
+LightGBM imports scikit-learn and matplotlib if they are installed. A replica uses neither, and they need most of the
+time and memory of the import (`docs/performance.md`, Starts).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ UNUSED_BY_ENGINES = ("sklearn", "matplotlib")
 def hidden(*names: str) -> Iterator[None]:
     """Let imports of these packages fail like those of packages that are not installed, until the block ends.
 
-    Packages that are loaded already are not hidden. Use it only while no other thread imports anything, and only in a
-    process that never uses what was loaded inside with these packages.
+    Packages that are loaded already are not hidden. Use it only while no other thread imports anything. What was loaded
+    in the block must never need these packages later.
     """
     absent = [name for name in names if name not in sys.modules]
     for name in absent:

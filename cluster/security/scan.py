@@ -170,8 +170,8 @@ def _find_in_stream(stream: _Readable, forms_by_canary: _Forms) -> Iterator[str]
 def _scan_zip(file: Path, forms_by_canary: _Forms) -> Iterator[CanaryMatch]:
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
+            # A member may be encrypted, or compressed with a method that Python does not support.
             with (
-                # the member is encrypted, or compressed with a method that Python does not support
                 contextlib.suppress(RuntimeError, NotImplementedError, *_BROKEN),
                 archive.open(member) as unpacked,
             ):

@@ -1,8 +1,8 @@
 """Replace a lost Ray head, and restore the applications that should serve according to the ledger.
 
 If other nodes have joined, the new head first continues with the state of Ray's GCS on the disk. So the other nodes and
-their replicas stay, and clients of their edges notice nothing. If Ray does not start with it, the next try starts with
-an empty state, and the other nodes start Ray again.
+their replicas stay, and their edges answer. If Ray does not start with this state, the next try starts with an empty
+state, and the other nodes start Ray again.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def restore(config: PlatformConfig, record: ClusterRecord) -> None:
         StartFailed: Not every application started. The message has the command's output.
         ConfigError: An OIDC issuer is configured, and `identity.supervisor_token_file` is not set.
     """
-    _resumption_marker(record).unlink(missing_ok=True)  # an earlier release could leave it
+    _resumption_marker(record).unlink(
+        missing_ok=True
+    )  # a supervisor that was killed during the start leaves it
     token = supervisor_intent(config, record)
     command = [
         *(sys.executable, "-m", RESTORE_MODULE, "action=restore", "as_deployed=true"),

@@ -1,4 +1,4 @@
-"""A cluster whose head has ended: whether it can go on, and the event that ends it otherwise."""
+"""A cluster whose head has ended: whether a new head can continue it, and the event of its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def has_saved_state(record: ClusterRecord) -> bool:
     """Return whether Redis has the state of a cluster whose head has ended without `cluster.down`.
 
     Raises:
-        ConfigError: Redis does not answer, so nobody knows.
+        ConfigError: Redis does not answer.
     """
     if record.overrides is None:
         return False
@@ -27,7 +27,7 @@ def has_saved_state(record: ClusterRecord) -> bool:
         return has_state(compose_platform(record.overrides).cluster.gcs, record)
     except ConfigError as error:
         raise ConfigError(
-            f"{error} Cluster {record.cluster_id} can go on only with its state. To start another cluster instead, run "
+            f"{error} Cluster {record.cluster_id} can go on only with its state. To start another cluster, run "
             "`python -m cluster.down` first."
         ) from None
 
@@ -45,15 +45,15 @@ def has_other_nodes(record: ClusterRecord) -> bool:
         return bool(current_members(open_ledger(config), record.cluster_id))
     except sa.exc.SQLAlchemyError as error:
         raise ConfigError(
-            f"The ledger's database does not answer, so it is not known whether other nodes belong to this cluster: "
-            f"{first_line(error.__cause__ or error)}. Start it first."
+            "The ledger's database does not answer, so this machine cannot find out whether other nodes belong to "
+            f"this cluster: {first_line(error.__cause__ or error)}. Start it first."
         ) from None
 
 
 def record_end(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Append the event that a cluster has ended, unless it is there. Its nodes read it, and end their processes.
+    """Append the event that a cluster has ended, unless the ledger has it. Its nodes read it, and end their processes.
 
-    If the ledger does not answer, a warning is printed: a start needs the ledger, and its event also ends the nodes.
+    If the ledger does not answer, print a warning. The next start needs the ledger, and its event also ends the nodes.
     """
     try:
         ledger = open_ledger(compose_platform(record.overrides) if record.overrides else config)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from cluster.metrics import success_gauge
+
 
 class SupervisorMetrics:
     """State and restarts of each part, and the recovery time of a lost head."""
@@ -19,11 +21,7 @@ class SupervisorMetrics:
         self.failures = Counter(
             "falaj_supervisor_failures", "Parts that could not be started.", ["part"], registry=registry
         )
-        self.last_success = Gauge(
-            "falaj_supervisor_last_success_timestamp_seconds",
-            "Unix time of the last check of all parts; 0 if there was none.",
-            registry=registry,
-        )
+        self.last_success = success_gauge(registry, prefix="falaj_supervisor", of="check of all parts")
         self.recovery = Histogram(
             "falaj_supervisor_recovery_seconds",
             "Seconds from the loss of the Ray head until its applications were restored.",

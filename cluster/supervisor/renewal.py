@@ -17,9 +17,10 @@ LOG = logging.getLogger("falaj.supervisor")
 
 
 class Renewal(threading.Thread):
-    """Asks once a minute whether a certificate is due, so it is renewed soon after two thirds of its lifetime.
+    """Checks once a minute whether a certificate is due, so it is renewed soon after two thirds of its lifetime.
 
-    A failure is tried again a minute later, and logged once an hour: a third of the lifetime is left.
+    After a failure it tries again a minute later. It logs failures once an hour, because a third of the lifetime is
+    left.
 
     Args:
         renew: renews the certificates that are due, and returns whether there are new ones.

@@ -23,6 +23,7 @@ from cluster.host.signals import set_on_signal
 from cluster.ledger import Ledger, open_ledger
 from cluster.metrics import new_registry, serve_metrics
 from cluster.node.edge_address import edge_hosts
+from cluster.node.edge_leaving import ADMIN_SOCKET
 from cluster.node.scheduling import wait_for_turn
 from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tls.certificates import EDGE_NAME
@@ -107,7 +108,7 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         scope_claim=config.identity.issuer.scope_claim,
         map_file=str(edge / "routes.map"),
         error_folder=str(edge / "errors"),
-        admin_socket=f"{record.runtime_folder}/edge.sock",
+        admin_socket=f"{record.runtime_folder}/{ADMIN_SOCKET}",
         limits=Limits(
             principal=config.limits.principal.limit(),
             tenant=config.limits.tenant.limit(),

@@ -104,10 +104,8 @@ class Features:
             authorization = request.headers.get("authorization")
             match request.method, path:
                 case "POST", "/v1/features:read":
-                    principal, body = (
-                        self._access(authorization, Action.read_online),
-                        await read_json(request),
-                    )
+                    principal = self._access(authorization, Action.read_online)
+                    body = await read_json(request)
                     reading = functools.partial(self._read, principal, body)
                     return answer(await self._outages.retry_during_outage(reading))
                 case "POST", "/v1/features:push":
@@ -161,7 +159,7 @@ class Features:
             raise Unavailable(str(error)) from error
 
     def _hold_keys(self, name: str) -> None:
-        """Get the keys that a push to a view needs."""
+        """Fetch the keys that a push to a view needs."""
         view = self._view(name, _period())
         self._log(view).hold_key()
         self._store(_purpose(view)).hold_keys(view.spec)

@@ -1,7 +1,7 @@
-"""Keys that a replica gets before it needs them.
+"""Keys that a replica fetches before it needs them.
 
-While the head is down, a node gets no keys. Then a replica that has had no push yet could take none. So each replica
-gets the keys of all views that are pushed to, and gets them again from time to time.
+While the head is down, a node gets no keys, so a replica without the keys of a view cannot accept a push to it. So each
+replica fetches the keys of all views with a push log when it starts, and again once a minute.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ LOG = logging.getLogger("falaj.features")
 
 
 class HeldKeys:
-    """Gets keys in a thread of its own.
+    """Fetches keys in a thread of its own.
 
     Args:
-        hold: gets the keys of one view.
+        hold: fetches the keys of one view.
         views: returns the names of the views.
         every_s: seconds between two rounds.
     """
@@ -53,7 +53,7 @@ class HeldKeys:
                 return
 
     def _hold_all(self) -> None:
-        """Get the keys of all views. A failure is logged once for each view; the next push shows its cause."""
+        """Fetch the keys of all views, and log the first failure of each view."""
         try:
             for view in self._views():
                 self._hold_one(view)
@@ -66,9 +66,9 @@ class HeldKeys:
                 self._hold(view)
             self._failed.discard(view)
         except AccessDenied as error:
-            LOG.warning("the keys of view '%s' are not held: %s", view, error)
+            LOG.warning("this replica may not use the keys of view '%s': %s", view, error)
             self._refused.add(view)
         except (FalajError, SQLAlchemyError) as error:
             if view not in self._failed:
-                LOG.warning("the keys of view '%s' cannot be had: %s", view, error)
+                LOG.warning("the keys of view '%s' cannot be fetched: %s", view, error)
             self._failed.add(view)

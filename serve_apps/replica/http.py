@@ -66,7 +66,7 @@ class ReplicaUnavailable(Unavailable):
 
 
 class OutageOfDatabase(Unavailable):
-    """A database that all replicas use does not answer now."""
+    """A database that all replicas use does not answer."""
 
 
 NUMPY = orjson.OPT_SERIALIZE_NUMPY
@@ -116,7 +116,7 @@ def refusal(error: Exception) -> Response:
         case DBAPIError() | DatabaseTimeout():
             LOG.error("the ledger's database failed", exc_info=error)
             status, message, headers = 503, "The ledger's database cannot be used now.", {"retry-after": "1"}
-        case KeyStoreUnavailable():  # a replica uses the keys that it has; this one may be new and another one not
+        case KeyStoreUnavailable():  # another replica may have fetched the key earlier
             LOG.error("the key store does not answer", exc_info=error)
             status, message, headers = TRY_ANOTHER, "The key store cannot be used now.", {"retry-after": "1"}
         case _:
@@ -124,7 +124,7 @@ def refusal(error: Exception) -> Response:
             status, message = 500, "The request failed inside the service; its log has the reason."
     if len(message) > MAX_MESSAGE:
         message = f"{message[:MAX_MESSAGE]}…"
-    code = 503 if status == TRY_ANOTHER else status  # clients get 503; see the edge's rules
+    code = 503 if status == TRY_ANOTHER else status  # the edge gives clients 503
     return answer({"error": message, "code": code, **details}, status=status, headers=headers)
 
 

@@ -10,5 +10,5 @@ MAX_OUTCOMES = 10_000
 PREDICTION_ID_PATTERN = "[0-9a-zA-Z-]{1,64}"
 PREDICTION_ID_HEADER = "x-falaj-prediction-id"
 TRY_ANOTHER = 502
-"""Status of a replica that cannot answer a request, while another replica may. The edge sends the request to another
-one, and answers 503 if none can."""
+"""Status with which a replica asks the edge to send the request to another replica. The edge answers 503 if no replica
+can answer."""

@@ -6,7 +6,7 @@ the server listens on loopback, other machines cannot reach it at all, with or w
 
 For HTTP, Serve has one host and one certificate for all nodes: those of the head, where Serve's proxy runs. A replica
 on another node needs its own node's. Ray has no setting for either, so this module replaces the functions that open the
-ports in a replica. A server also takes a renewed certificate, for its new connections.
+ports in a replica. A server also uses a renewed certificate for new connections.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ async def _start_on_own_address(app: Any, http_options: HTTPOptions, **arguments
 async def follow_certificate(
     config: uvicorn.Config, certificate: Path, key: Path, *, every_s: float = FOLLOW_EVERY_S
 ) -> None:
-    """Use a renewed certificate for new connections of a server. Files that do not fit are not used."""
+    """Use a renewed certificate for new connections of a server. A key and a certificate must match."""
     seen = _version(certificate)
     while True:
         await asyncio.sleep(every_s)

@@ -1,8 +1,8 @@
-"""Wait for a database that does not answer for a moment, for example because it is being restarted.
+"""Wait for a database that does not answer for some seconds, for example because it is being restarted.
 
-A request that fails at once would be an error for the client, although the database is back seconds later. While a
-database is away, one probe of the replica asks for it, in a thread. Requests wait for the probe. So they do not block
-the event loop, and the replica answers health checks.
+Without waiting, clients would get errors. While a database does not answer, one probe of the replica repeats a call in
+a thread, and requests wait for the probe. So requests do not block the event loop, and the replica answers health
+checks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from serve_apps.replica.http import OutageOfDatabase
 T = TypeVar("T")
 
 OUTAGE_S = 9.0
-"""How long a request waits for databases. Many clients wait ten seconds for an answer."""
+"""Seconds for which a request waits for databases. It is below ten seconds, a usual timeout of clients."""
 TREATMENT_S = 6.0
 """The same for a request of a treatment. After 7 s, the edge lets the champion answer it."""
 PAUSE_S = 0.2
@@ -46,7 +46,7 @@ class Outages:
         Args:
             call: may be repeated without harm, also in another thread.
             deadline: monotonic time until which to wait; None is `OUTAGE_S` from now.
-            in_thread: whether the call takes long, so that it must not block the event loop.
+            in_thread: whether the call is slow and must run in a thread, not in the event loop.
 
         Raises:
             OnlineStoreUnavailable, OutageOfDatabase, DBAPIError: the database did not answer in time.
@@ -81,7 +81,7 @@ class Outages:
                 try:
                     await asyncio.to_thread(call)
                     return
-                except Exception as error:  # noqa: BLE001 (each other error is an answer of the database)
+                except Exception as error:  # noqa: BLE001 (with any other error, the database has answered)
                     if not is_outage(error):
                         return
                     self._error = error

@@ -13,7 +13,7 @@ from serve_apps.replica.parsing import parse_heads_only
 
 
 def is_replica() -> bool:
-    """Return whether this is the process of a replica. Tests make applications in other processes."""
+    """Return whether this process is a replica. Tests create applications in other processes."""
     try:
         serve.get_replica_context()
     except RayServeException:

@@ -91,7 +91,7 @@ class RecordLog:
         try:
             self._writer.append(*records)
         except OSError as error:
-            raise ReplicaUnavailable(str(_unavailable(error))) from error
+            raise _unavailable(error, kind=ReplicaUnavailable) from error
 
     def _schedule_release(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self._max_age_s, self._release_if_old)
@@ -110,8 +110,8 @@ class RecordLog:
             deadline: monotonic time until which to wait; None waits until the write ends or fails.
 
         Raises:
-            Unavailable: the disk failed, or the time is over, so the answer must not be sent. The record may become
-                durable later.
+            Unavailable: the disk failed, or the deadline has passed, so the answer must not be sent. The record may
+                become durable later.
         """
         if self._timer is None:
             self._schedule_release()
@@ -164,9 +164,9 @@ class RecordLog:
                 await self._sync()
             except Exception as error:  # noqa: BLE001 (every waiting request must get the error)
                 LOG.error("records could not be made durable", exc_info=error)
-                failed = _unavailable(error)
-                if isinstance(error, SegmentSealed):  # another node ended it, because this one was silent
-                    failed = ReplicaUnavailable(str(failed))
+                # Another node seals a segment if this node was silent. Other replicas have segments of their own.
+                kind = ReplicaUnavailable if isinstance(error, SegmentSealed) else Unavailable
+                failed = _unavailable(error, kind=kind)
                 # Requests that arrived meanwhile may have records in the same file, so these requests fail, too.
                 group, self._waiting = [*group, *self._waiting], []
                 for synced in group:
@@ -192,7 +192,7 @@ def _new_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "records")
 
 
-def _unavailable(error: Exception) -> Unavailable:
+def _unavailable(error: Exception, *, kind: type[Unavailable] = Unavailable) -> Unavailable:
     # The message does not contain the error's path, because clients see the message.
     reason = error.strerror if isinstance(error, OSError) else "the log failed"
-    return Unavailable(f"The record cannot be written, so there is no answer: {reason}. Try again later.")
+    return kind(f"The record cannot be written, so there is no answer: {reason}. Try again later.")

@@ -24,7 +24,7 @@ REPORT_INTERVAL_S = 2.0
 """Seconds between two reports that a replica or Serve's proxy sends to Serve's controller. If a request arrives just
 when the last replica stops, the request waits for the next report before a replica is started."""
 MAX_SPREAD = 3
-"""Largest number of nodes on which an application of no model has a replica."""
+"""Largest number of nodes on which `features` or `outcomes` has a replica."""
 MAX_STARTS = 3
 """After this many failed starts of a replica, its version counts as failed. More tries would fail in the same way."""
 
@@ -79,8 +79,8 @@ def wanted_replicas(context: AutoscalingContext) -> tuple[float, dict[str, Any]]
 def one_replica_per_node() -> dict[str, Any]:
     """Return options for `serve.deployment`: a replica on each of up to `MAX_SPREAD` nodes.
 
-    So requests are answered while a node is lost. Nodes join and leave while the application runs. With a fixed number
-    of replicas, an application would wait for nodes that do not exist.
+    So requests are answered if a node is lost. Nodes join and leave while the application runs. With a fixed number of
+    replicas, an application would wait for nodes that have not joined.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -97,7 +97,7 @@ def one_replica_per_node() -> dict[str, Any]:
 
 
 def num_usable_nodes(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-    """Return the number of nodes that take work. The state is its time and value, because GCS is asked only sometimes.
+    """Return the number of nodes that take work. The policy's state has the last number, which is used for two seconds.
 
     Serve's controller unpickles this function, so it imports what it uses.
     """

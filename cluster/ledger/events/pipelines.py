@@ -9,12 +9,12 @@ from cluster.ledger.events.base import Json, LedgerEvent
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineStarted(LedgerEvent):
-    """A run started, or a run that had stopped goes on."""
+    """A run started, or a run that had stopped continues."""
 
     pipeline: str
     run: str
     stages: list[Json]
-    """`name`, `command`, `after`, `require`, `title` and `group` of each stage. Each follows what it waits for."""
+    """`name`, `command`, `after`, `require`, `title` and `group` of each stage, in an order that respects `after`."""
     resumed: bool = False
     reason: str = ""
     """What started the run, such as a schedule; empty for a command."""
@@ -44,7 +44,7 @@ class StageFinished(LedgerEvent):
     state: str
     """`done`, `failed`, `refused` (exit code 2), `unmet` (a requirement failed) or `cancelled`."""
     exit_code: int | None = None
-    """Null if the job ended without one, for example because its process was killed."""
+    """None if the job ended without one, for example because its process was killed."""
     started_at: str = ""
     seconds: float = 0.0
     inputs: dict[str, str] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class StageFinished(LedgerEvent):
     result: dict[str, Json] = field(default_factory=dict)
     """Texts and numbers of the stage's result. Nested names are joined by dots."""
     reason: str = ""
-    """Why the stage is not done."""
+    """Why the stage is not `done`."""
     reused_from: str = ""
     """Run in which the stage did its work, if it was not run again; empty if it ran in this run."""
 

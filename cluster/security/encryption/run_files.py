@@ -1,8 +1,8 @@
 """Files of one run in the object store, so that a process on any node finds them. Each file is encrypted.
 
-Ray Train writes its checkpoints there. A checkpoint has traces of the training data. The key is random and is stored
-nowhere in the object store. It is in the memory of the run's processes, and in what Ray passes between them. So nobody
-can read later what a killed run leaves in the object store.
+Ray Train writes its checkpoints there. A checkpoint has traces of the training data. The key is random and is never
+stored in the object store. It is in the memory of the run's processes, and in what Ray passes between them. So what a
+killed run leaves in the object store cannot be decrypted later.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from cluster.security.encryption.scratch import scratch_directory
 from cluster.storage import Layout, file_system, local
 
 KEEP_S = 30 * 86_400
-"""What killed runs left is removed by the next run when it is this old. A run must not last longer."""
+"""A new run removes folders of this age in seconds, because killed runs leave theirs. A run must not last longer."""
 _KEY, _ARTIFACT = "run", "run"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """Where the processes of a run write files for each other."""
+    """A folder in which the processes of a run write files for each other."""
 
     path: str
     file_system: FileSystem | None = None

@@ -69,7 +69,7 @@ class KeyAccess:
 def service_access(
     config: PlatformConfig, record: ClusterRecord, *, name: str, purpose: str = ""
 ) -> KeyAccess:
-    """Return the key access of a replica. It has its own service identity, not the identity of who deployed it."""
+    """Return the key access of a replica. It acts as its own service identity, not as the user who deployed it."""
     if config.identity.service_token_file is not None:
         token = TokenSource(file=resolve(config.identity.service_token_file))
     else:

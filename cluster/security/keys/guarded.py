@@ -1,4 +1,4 @@
-"""The configured key store behind its gate: who asks is verified, the policies decide, and denials are recorded."""
+"""The configured key store behind its gate: tokens are verified, the policies decide, and denials are recorded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def decide_by_all(
 ) -> Decision:
     """Return the first denial, else the last permission.
 
-    A key is read in the broker's region, and used in the region of the node that asks.
+    The broker reads a key in its own region, and the node that sent the request uses it in the node's region.
     """
     for policy in policies:
         decision = policy.decide(principal, action, key, environment=environment)

@@ -32,7 +32,7 @@ MIN_LEASE_S = 60
 """A shorter lease, in seconds, means that the token reaches its maximum lifetime. Then the client logs in again."""
 RETRY_S = 5.0
 RELOGIN_S = 30.0
-"""Time after a refused login, until the next one."""
+"""Seconds after a refused login until the next try."""
 LOG = logging.getLogger("falaj.keys")
 
 

@@ -1,9 +1,10 @@
 """Certificates of the local authority, the edge and Ray's nodes.
 
-`cluster.up` creates the certificates of authority, edge and head at first use. It and the supervisor renew the
-certificates of edge and head when less than a third of their lifetime is left. A renewed certificate of a node has the
-same key, so only one file changes. Nothing replaces the authority, nor a certificate that
-another authority issued. In production the authority is a PKI, such as Vault's (`keys/vault_session.py`). The edge
+`cluster.up` creates the certificates of authority, edge and head at first use. `cluster.up` and the supervisor renew
+the certificates of edge and head when less than a third of their lifetime is left. A renewed certificate of a node has
+the same key, so only one file changes. Nothing replaces the authority, nor a certificate that another authority issued.
+
+In production the authority is a PKI, such as Vault's (`keys/vault_session.py`). The edge
 needs one PEM file with certificate and key. Ray needs one file each for certificate, key and authority.
 """
 
@@ -31,7 +32,7 @@ CA_DAYS = 3650
 LEAF_DAYS = 397
 """Lifetime of the edge's and the nodes' certificates, in days. Browsers reject longer lifetimes."""
 CLOCK_SKEW = dt.timedelta(minutes=5)
-"""A new certificate is valid this long already, for machines whose clocks are slow."""
+"""A new certificate is valid from this time before now, for machines whose clocks are slow."""
 CA_NAME, CA_KEY_NAME = "ca.pem", "ca.key"
 EDGE_NAME = "edge.pem"
 NODE_CERTIFICATE_NAME, NODE_KEY_NAME = "node.pem", "node.key"
@@ -159,7 +160,7 @@ def is_foreign_authority(authority: Path) -> bool:
 
 
 def require_authority(folder: Path) -> None:
-    """Require that a running cluster's authority is there. A new one would issue what no node trusts.
+    """Require the authority of a running cluster. No node would trust certificates of a new one.
 
     Raises:
         ConfigError: the local authority's key or certificate is missing.
@@ -193,8 +194,8 @@ def write_node_certificate(
         authority: folder of the authority's certificate and key.
         name: host name of the machine.
         addresses: addresses under which other nodes reach the machine. If one is missing, Ray waits without an error.
-        keep_key: use the key in the folder, if there is one. Then processes that read both files never see two that do
-            not fit.
+        keep_key: use the key in the folder, if there is one. Then processes never read a key and a certificate that do
+            not match.
 
     Raises:
         ConfigError: there is no local authority, or an address is invalid.

@@ -87,7 +87,16 @@ class Refused:
 
 
 class Controller:
-    """Applies changes of the ledger and of Serve to HAProxy, step by step."""
+    """Applies changes of the ledger and of Serve to HAProxy, step by step.
+
+    Args:
+        ledger: the events to follow; on PostgreSQL, its database has the reports of all edges.
+        fetch_targets, fetch_keys: fetch the replicas from Serve, and the issuer's keys.
+        haproxy, settings: HAProxy, and the settings of its configuration.
+        state_file: file for the edge's state; other files of the edge are beside it.
+        address: the edge's URL and host name, for messages of commands.
+        metrics: the controller's metrics.
+    """
 
     def __init__(
         self,
@@ -101,16 +110,6 @@ class Controller:
         address: str = "",
         metrics: EdgeMetrics | None = None,
     ) -> None:
-        """Create a controller; `run` starts it.
-
-        Args:
-            ledger: the events to follow; on PostgreSQL, its database has the reports of all edges.
-            fetch_targets, fetch_keys: fetch the replicas from Serve, and the issuer's keys.
-            haproxy, settings: HAProxy, and the settings of its configuration.
-            state_file: file for the edge's state; other files of the edge are beside it.
-            address: the edge's URL and host name, for messages of commands.
-            metrics: the controller's metrics.
-        """
         self._haproxy = haproxy
         self._settings = settings
         self._state_file = state_file

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from cluster.metrics import success_gauge
+
 
 class EdgeMetrics:
     """The last applied event, and the results of the controller's steps."""
@@ -17,10 +19,8 @@ class EdgeMetrics:
             "Unix time of the controller's last step.",
             registry=registry,
         )
-        self.last_success = Gauge(
-            "falaj_edge_last_success_timestamp_seconds",
-            "Unix time of the controller's last step without an error; 0 if there was none.",
-            registry=registry,
+        self.last_success = success_gauge(
+            registry, prefix="falaj_edge", of="step of the controller without an error"
         )
         self.step_seconds = Histogram(
             "falaj_edge_step_seconds",

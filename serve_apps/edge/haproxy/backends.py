@@ -32,14 +32,14 @@ WAITING_SERVER = "starting"
 _READY = '{"ready":true}'
 _CHECK_INTERVALS = "inter 500ms fastinter 200ms fall 2 rise 1"
 _CHECK_MS = 1000
-"""Timeout of a health check if there are other replicas. A single replica has longer, because it may be busy."""
+"""Timeout of a health check if there are several replicas. A single replica has more time, because it may be busy."""
 _SILENT_MS = 1500
-"""A replica's node that acknowledges no packet for this long is cut off. Its requests are sent to another replica."""
+"""If a replica's node acknowledges no packet for this time, its connections end. Other replicas get its requests."""
 UNREACHABLE = """    option srvtcpka
     srvtcpka-idle 1s
     srvtcpka-intvl 1s
     srvtcpka-cnt 2"""
-"""A request that waits for its answer has nothing to acknowledge. These probes do, and end its connection as well."""
+"""TCP probes. A connection that only waits for an answer sends nothing that could stay without acknowledgement."""
 
 
 def backend(application: Backend, *, serve_proxy: str, wake_timeout_s: float) -> str:

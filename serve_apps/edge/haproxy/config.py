@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from cluster.node.edge_leaving import LEAVING
 from cluster.security.authorization.policy import EDGE_ACTIONS, Action, Policy
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.verification import MAX_TEXT, TokenRules
@@ -41,8 +42,6 @@ ANSWER_MS = 30_000
 _MAX_SUBJECT_BYTES = 4 * MAX_TEXT
 MODEL_NAME = "[A-Za-z0-9._-]{1,200}"
 _IS_READY = "{ path /v2/health/ready }"
-LEAVING = "proc.leaving"
-"""Variable that `cluster.leave` sets before it ends an edge (`cluster/node/edge_leaving.py`)."""
 
 
 def edge_roles() -> Mapping[Action, frozenset[Role]]:

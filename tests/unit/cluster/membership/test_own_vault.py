@@ -63,11 +63,9 @@ def node(tmp_path: Path, vault: VaultDouble) -> tuple[PlatformConfig, ClusterRec
             vault=VaultConfig(address=vault.address, role="node-2", secret_file=str(secret)),
         ),
     )
-    record = describe_machine(
-        config, cluster_id="abc", node_id="n2", head=f"127.0.0.1:{free_port()}", own_vault=True
-    )
+    record = describe_machine(config, cluster_id="abc", node_id="n2", head=f"127.0.0.1:{free_port()}")
     (tmp_path / "run").mkdir(mode=0o700)
-    record = replace(record, key_socket=str(tmp_path / "run" / "s"))
+    record = replace(record, own_vault=True, key_socket=str(tmp_path / "run" / "s"))
     ensure_issuer(record.layout)
     ensure_tls(record.layout)
     return config, record

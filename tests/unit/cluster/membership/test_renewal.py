@@ -138,7 +138,7 @@ def test_certificate_is_renewed_for_its_node_only(head: Head) -> None:
     assert not renew_from_head(client._tls, client)
     shown = (client._tls / "node.pem").read_bytes()
     der = x509.load_pem_x509_certificate(shown).public_bytes(certificates.serialization.Encoding.DER)
-    peer = Peer(address="127.0.0.9", certificate=fingerprint(shown), shown=der)
+    peer = Peer(address="127.0.0.9", shown=der)
     answer = head.service.answer({"op": "renew", "signing_request": request}, peer)
     assert answer["error"] == Unauthenticated.__name__
     own = HeadClient.of(head.record)
