@@ -29,7 +29,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cluster.command_line import given_names, is_given, option_names, quote_texts
+from cluster.command_line import given_names, option_names, quote_texts
 from cluster.errors import ConfigError, RefusedError, did_you_mean, refusal_behind, suggest_name
 from cluster.host.this_node import forget_node
 from cluster.session import use_recorded_places
@@ -158,9 +158,10 @@ def job(
 
 def use_places(config: PlatformConfig) -> None:
     """Let a command use the places of state that its command line names, and the cluster's places for the rest."""
-    if config.storage.local is not None and is_given("storage.local"):
+    given = given_names()
+    if config.storage.local is not None and "storage.local" in given:
         forget_node(unless_at=resolve(config.storage.local))
-    use_recorded_places(config, given=given_names())
+    use_recorded_places(config, given=given)
 
 
 def store_schema(schema: type[Any], *, name: str) -> str:
@@ -219,9 +220,8 @@ def introduction(description: str | None, config_name: str) -> str:
 
     Hydra prints the second part: the whole configuration without comments, with the command's own options last.
     """
-    file = (
-        "platform.yaml" if config_name == "cluster" else f"{config_name}.yaml"
-    )  # cluster.yaml has no own options
+    # cluster.yaml has no options of its own.
+    file = "platform.yaml" if config_name == "cluster" else f"{config_name}.yaml"
     description = (description or "").strip()
     if not files("configs").joinpath(file).is_file():  # a user's own command
         return f"{description}\n\n== Hydra =="

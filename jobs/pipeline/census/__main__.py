@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import fields
 
-from cluster.command_line import given_for
+from cluster.command_line import overrides_of
 from cluster.entrypoint import job
 from cluster.session import find_running_record
 from cluster.settings import PlatformConfig
@@ -58,7 +58,7 @@ def ensure_cluster(config: PipelineConfig) -> bool:
     if find_running_record(config.storage) is not None:
         print("The cluster is up.", flush=True)
         return False
-    run_command("cluster.up", *given_for({section.name for section in fields(PlatformConfig)}))
+    run_command("cluster.up", *overrides_of({section.name for section in fields(PlatformConfig)}))
     return True
 
 
