@@ -36,7 +36,7 @@ class RunContext:
     options: tuple[str, ...] = ()
     """Arguments that each command takes over."""
     config_dir: str | None = None
-    say: Callable[[str], None] = lambda text: print(text, flush=True)
+    print_line: Callable[[str], None] = lambda text: print(text, flush=True)
     sleep: Callable[[float], None] = time.sleep
 
 
@@ -47,7 +47,7 @@ class Attempt:
     prepared: Prepared
     job: str
     started_at: str
-    told_at: float
+    log_shown_at: float
     """When its log was last shown."""
 
 

@@ -166,6 +166,11 @@ def is_path(name: str) -> bool:
     return not _PART.match(name)
 
 
+def is_pattern(path: str) -> bool:
+    """Return whether a path is a pattern with `*`, `?` or `[…]`."""
+    return _PATTERN.search(path) is not None
+
+
 def covers(written: str, read: str) -> bool:
     """Return whether writing a path writes what another path reads: the same path, or a path below it."""
     return read == written or read.startswith(f"{written.rstrip('/')}/")
@@ -173,7 +178,7 @@ def covers(written: str, read: str) -> bool:
 
 def touches(written: str, read: str) -> bool:
     """Return whether writing a path changes what reading another one, a folder or a pattern finds."""
-    if _PATTERN.search(read):
+    if is_pattern(read):
         return fnmatch(written, read) or covers(written, _PATTERN.split(read)[0].rpartition("/")[0])
     return covers(written, read) or covers(read, written)
 

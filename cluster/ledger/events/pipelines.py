@@ -17,7 +17,7 @@ class PipelineStarted(LedgerEvent):
     """`name`, `command`, `after`, `require`, `title` and `group` of each stage. Each follows what it waits for."""
     resumed: bool = False
     reason: str = ""
-    """What started the run, such as a schedule; empty for a command."""
+    """`earlier release` if the stages were done before the ledger recorded pipelines; else empty."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
