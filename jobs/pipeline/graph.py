@@ -78,6 +78,13 @@ class Graph:
         after = self.stages[name].after
         return [one for one in after if not any(one in self.ancestors(other) for other in after)]
 
+    def groups(self) -> dict[str, list[Stage]]:
+        """Return the stages by the name of their group; a stage without a group is a group of its own."""
+        groups: dict[str, list[Stage]] = {}
+        for stage in self.stages.values():
+            groups.setdefault(stage.group or stage.name, []).append(stage)
+        return groups
+
     def layers(self) -> list[list[Stage]]:
         """Return the stages in rows: each stage is one row below the lowest stage that it waits for."""
         row: dict[str, int] = {}
