@@ -157,7 +157,7 @@ def job(
 
 
 def use_places(config: PlatformConfig) -> None:
-    """Let a command use the places of state that its command line names, and the cluster's places for the rest."""
+    """Set the paths and URLs of state: those on the command line, and those of the running cluster for the rest."""
     given = given_names()
     if config.storage.local is not None and "storage.local" in given:
         forget_node(unless_at=resolve(config.storage.local))

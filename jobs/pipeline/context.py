@@ -1,4 +1,4 @@
-"""What a run of a pipeline needs, and what it knows of the stages that are running."""
+"""What a run of a pipeline needs from its surroundings, and its running stages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RunContext:
     folder: Path
     """Folder for the results of stages."""
     options: tuple[str, ...] = ()
-    """Arguments that each command takes over."""
+    """Arguments of the pipeline's command line that are passed on to each command."""
     config_dir: str | None = None
     print_line: Callable[[str], None] = lambda text: print(text, flush=True)
     sleep: Callable[[float], None] = time.sleep

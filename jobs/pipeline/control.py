@@ -200,7 +200,7 @@ class Pipeline:
         print(f"run {run.run}: cancelled")
 
     def _end_jobs(self, run: RunState) -> None:
-        """End the jobs of a run that nobody leads, and restore the files of their stages."""
+        """End the jobs of a run without a leading process, and restore the files of their stages."""
         current = read_run(self.ledger, self.name, run.run)
         if current is None or current.state is not State.running:
             return

@@ -44,7 +44,7 @@ HEARTBEAT_S = 15.0
 """While a stage runs, the last line of its log is printed every this many seconds."""
 TAIL_LINES = 25
 _REFUSAL = "refused: "
-"""Start of the line with which a command says why it exits 2."""
+"""Start of the line that gives the reason of exit code 2."""
 MAX_RESULTS = 200
 """The event of a finished stage has at most this many values of its result."""
 
@@ -74,12 +74,12 @@ class Run:
         self._number = {name: number for number, name in enumerate(plan.stages, start=1)}
 
     def is_done(self) -> bool:
-        """Return whether all stages are done with the inputs, code and parameters of now."""
+        """Return whether all stages are done with the present inputs, code and parameters."""
         done: dict[str, StageFinished] = {}
         for name in self._plan.stages:
             try:
                 event = self._keys.reusable(self._keys.prepare(name, done), self._run)
-            except StageRefused:  # `execute` says why
+            except StageRefused:  # `execute` raises it again
                 return False
             if event is None:
                 return False
@@ -90,7 +90,8 @@ class Run:
         """Record stages as done that were done before. The run can then go on.
 
         Args:
-            earlier: Maps a stage's name or group to what is known of it. Each stage of a group gets all its seconds.
+            earlier: Maps a stage's name or group to its duration and result. Each stage of a group gets the group's
+                duration.
         """
         self._append_start(resumed=False, reason="earlier release")
         for name, planned in self._plan.stages.items():
@@ -183,7 +184,7 @@ class Run:
         return False
 
     def _find_job(self, name: str, prepared: Prepared) -> int | None:
-        """Go on with the job of an earlier attempt if it is the same. Otherwise return the number of attempts."""
+        """Continue with the job of an earlier attempt if its key is the same, else return the number of attempts."""
         earlier = self._earlier[name]
         if earlier.state is not State.running:
             return earlier.attempts
@@ -249,7 +250,7 @@ class Run:
         state, reason = self._judge(attempt, status, result)
         writes = attempt.prepared.planned.writes
         event = self._event(name, attempt, state, exit_code=status.exit_code, result=result, reason=reason)
-        # The event comes first: after a kill, the files that were judged are still there, or the event says how.
+        # The event comes first. So after a kill, either the new files are still there, or the event has the state.
         self._append(event)
         if state is not State.done:
             outputs.discard(writes)

@@ -119,7 +119,7 @@ def read_run(ledger: Ledger, pipeline: str, run: str) -> RunState | None:
 def last_done(ledger: Ledger, pipeline: str, stage: str) -> StageFinished | None:
     """Return how a stage was done, or None if it was started again since then.
 
-    A later attempt that failed may have deployed or stored something, so what was done before is no proof.
+    A later attempt may have deployed or stored something before it failed, so an earlier success does not count.
     """
     event = last_finished(ledger, pipeline, stage)
     return event if event is not None and event.state == State.done else None

@@ -1,8 +1,8 @@
 """The file of a bundle: an uncompressed tar archive that begins with a signed statement about all other parts.
 
-`tar -xf` can unpack it. Our own reader is much stricter than a tar library: the statement says which parts follow, in
-which order and of which size. Each header must be exactly the one that the writer makes for this part. So there are no
-links, no other paths, no second part of the same name, no compression and no sizes but the signed ones.
+`tar -xf` can unpack it. Our own reader is much stricter than a tar library. The statement lists the parts that follow
+in their order, with their sizes. Each header must be exactly the one that the writer makes for this part. So there are
+no links, no other paths, no second part of the same name, no compression and no sizes but the signed ones.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _write(file: BinaryIO, parts: Mapping[str, bytes]) -> None:
 def read_archive(
     path: Path, open_envelope: Callable[[bytes], tuple[T, Sequence[Part]]]
 ) -> tuple[T, dict[str, bytes]]:
-    """Read and verify an archive, and return what its envelope says, with the content of all other parts.
+    """Read and verify an archive, and return the content of its envelope and of all other parts.
 
     Args:
         path: The file.

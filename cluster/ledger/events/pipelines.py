@@ -9,7 +9,7 @@ from cluster.ledger.events.base import Json, LedgerEvent
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineStarted(LedgerEvent):
-    """A run started, or a run that had stopped goes on."""
+    """A run started, or a stopped run continues."""
 
     pipeline: str
     run: str
@@ -44,7 +44,7 @@ class StageFinished(LedgerEvent):
     state: str
     """`done`, `failed`, `refused` (exit code 2), `unmet` (a requirement failed) or `cancelled`."""
     exit_code: int | None = None
-    """Null if the job ended without one, for example because its process was killed."""
+    """None if the job ended without one, for example because its process was killed."""
     started_at: str = ""
     seconds: float = 0.0
     inputs: dict[str, str] = field(default_factory=dict)

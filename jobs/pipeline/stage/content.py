@@ -30,7 +30,7 @@ def digest_json(content: Any) -> str:
 def digest_path(path: str) -> str:
     """Return a hash of a file's content, of all files of a folder, or of all files that a pattern matches.
 
-    A remote file is hashed by what its store says of it (its ETag), so it is not read.
+    The hash of a remote file is computed from its ETag, so the file is not read.
     """
     if is_uri(path):
         fs, remote = file_system(path)
@@ -98,7 +98,7 @@ class Platform:
 
 
 class CodeHashes:
-    """Hashes of modules with everything that they import, without packages that are installed."""
+    """Hashes of modules and of everything that they import, without installed packages."""
 
     def __init__(self) -> None:
         self._imports: dict[str, tuple[str, tuple[str, ...]]] = {}
