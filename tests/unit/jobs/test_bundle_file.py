@@ -294,7 +294,7 @@ def test_a_disk_without_links_gets_the_file_too(
 
 
 def test_a_full_disk_leaves_no_file_and_no_event(world: World, tmp_path: Path) -> None:
-    """The message says that the disk is full. A permission of the export can be in the sample of recorded permissions."""
+    """The message says that the disk is full. The permission of the export may be sampled, and then has an event."""
     exported = list(world[0].ledger.entries(ModelExported))
     with mounted_small_disk(tmp_path / "disk") as disk:
         fill_disk(disk / "filler")
