@@ -96,13 +96,14 @@ def make_plan(spec: PipelineSpec, caller: Caller) -> Plan:
     """Return the plan of a pipeline, with one line for each fault."""
     faults: list[str] = []
     facts: dict[str, tuple[Facts, str | None]] = {}
+    modules = Modules()
     for name, stage in build_graph(spec).stages.items():
         try:
-            facts[name] = _facts(stage, caller)
+            facts[name] = _facts(stage, caller, modules)
         except RefusedError as error:
             faults.append(f"Stage '{name}': {' '.join(str(error).split())}")
             facts[name] = Facts(), None
-        missing = [module for module in stage.code if not Modules().exists(module)]
+        missing = [module for module in stage.code if not modules.exists(module)]
         faults += [f"Stage '{name}': no module '{module}', which `code` names." for module in missing]
     graph = build_graph(_resolved(spec), {name: found.files for name, (found, _) in facts.items()})
     stages = {
@@ -132,13 +133,13 @@ def own_paths(stage: Stage) -> dict[tuple[str, str], Any]:
     }
 
 
-def _facts(stage: Stage, caller: Caller) -> tuple[Facts, str | None]:
+def _facts(stage: Stage, caller: Caller, modules: Modules) -> tuple[Facts, str | None]:
     """Return the facts of a stage's command, after a check of its parameters, and the hash of its configuration.
 
     Raises:
         RefusedError: The module does not exist, or a parameter is invalid.
     """
-    options = load_options(stage.command)
+    options = load_options(stage.command, modules)
     if options is None:
         return Facts(), None
     values = substitute(stage.parameters, _placeholders(stage))

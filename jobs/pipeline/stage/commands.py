@@ -46,18 +46,22 @@ class Facts:
     """Whether the command's result depends on the time at which it runs."""
 
 
-def load_options(module: str) -> Options[Any] | None:
+def load_options(module: str, modules: Modules) -> Options[Any] | None:
     """Return the options of a command; None for a module that is no command of `cluster.entrypoint.job`.
 
     Nothing is imported to find the module. If the options are declared in a module of their own, only that module is
     imported, because a command may import Ray and PyTorch. A module that does not use `cluster.entrypoint` is not
     imported, because a plain script could do its work then.
 
+    Args:
+        module: Module of the command.
+        modules: Finds the module's source.
+
     Raises:
         ConfigError: The module does not exist, or is not Python.
         DefinitionError: The module imports a module that does not exist.
     """
-    found = Modules().main(module)
+    found = modules.main(module)
     if found is None:
         raise ConfigError(
             f"No module '{module}'. Run the command in the folder that has it, or add the folder to PYTHONPATH."
