@@ -55,7 +55,7 @@ def refuse_unused(unused: Collection[str], *, by: str) -> None:
 
 def given_options() -> set[str]:
     """Return the top-level names of the options on this process's command line; empty outside a command."""
-    return option_sections(_arguments())
+    return {name.partition(".")[0] for name in given_names()}
 
 
 def given_names() -> set[str]:
@@ -63,19 +63,18 @@ def given_names() -> set[str]:
     return named_options(_arguments())
 
 
-def given_for(names: Collection[str]) -> list[str]:
-    """Return the arguments of this process's command line that set one of these top-level options."""
-    return [argument for argument in _arguments() if not option_sections([argument]).isdisjoint(names)]
-
-
-def option_sections(arguments: Iterable[str]) -> set[str]:
-    """Return the top-level names of the options among arguments."""
-    return {name.split(".")[0] for name in named_options(arguments)}
-
-
 def named_options(arguments: Iterable[str]) -> set[str]:
     """Return the dotted names of the options among arguments, such as `storage.local`."""
     return {match["key"] for argument in arguments if (match := _ARGUMENT.match(argument))}
+
+
+def overrides_of(sections: Collection[str]) -> list[str]:
+    """Return the arguments of this process's command line that set options of these sections (top-level names)."""
+    return [
+        argument
+        for argument in _arguments()
+        if (match := _ARGUMENT.match(argument)) and match["key"].partition(".")[0] in sections
+    ]
 
 
 def _arguments() -> Sequence[str]:

@@ -157,7 +157,7 @@ def job(
 
 
 def use_places(config: PlatformConfig) -> None:
-    """Set the places of state that the command line does not set to those of the running cluster."""
+    """Set the paths and URLs of state: those on the command line, and those of the running cluster for the rest."""
     given = given_names()
     if config.storage.local is not None and "storage.local" in given:
         forget_node(unless_at=resolve(config.storage.local))
@@ -220,7 +220,7 @@ def introduction(description: str | None, config_name: str) -> str:
 
     Hydra prints the second part: the whole configuration without comments, with the command's own options last.
     """
-    # `cluster.yaml` has no options of its own.
+    # cluster.yaml has no options of its own.
     file = "platform.yaml" if config_name == "cluster" else f"{config_name}.yaml"
     description = (description or "").strip()
     if not files("configs").joinpath(file).is_file():  # a user's own command

@@ -21,7 +21,8 @@ from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local, resolve
 from jobs.promotion.archive import new_archive
-from jobs.promotion.exporting import Export, build_export, export_resources
+from jobs.promotion.exporting import Export, build_export, find_source
+from jobs.promotion.reference import describe_parity
 from jobs.promotion.statement import require_signer
 
 
@@ -56,12 +57,13 @@ def export_version(config: ExportModelConfig, ledger: Ledger, actor: Actor, stor
     places = layout(config.storage)
     registry = Registry(ledger, places)
     version = registry.get(config.name, config.version)
-    actor.check(Action.export_model, *export_resources(ledger, version, region=config.cluster.region))
+    source = find_source(ledger, version)
+    actor.check(Action.export_model, *source.resources(region=config.cluster.region))
     output = local(resolve(config.output))
     signer = require_signer(load_signer(local(places.keys)))
     registry.check_files(version, actor=actor.name)
     with scratch_directory(memory_folder(otherwise=local(places.runs))) as folder:
-        export = build_export(config, ledger, version, store=store, signer=signer, folder=folder)
+        export = build_export(config, source, store=store, signer=signer, folder=folder)
     with new_archive(output, export.envelope, export.parts):
         # The event comes before the file: no version leaves the installation without an event.
         ledger.append(export.event, actor=actor.name)
@@ -76,10 +78,9 @@ def describe(export: Export, *, output: str) -> str:
         f"signed with key {statement.installation.key_id}; the importer must trust keys/ledger.pub.pem",
     ]
     if export.parity is not None:
-        cost = export.parity
         lines.append(
-            f"with an int8 graph: on {cost['rows']} reference rows its scores differ by "
-            f"{cost['mean_score_difference']:.2g} on average, at most {cost['largest_score_difference']:.2g}"
+            f"with an int8 graph: on {export.parity['rows']} reference rows its scores differ by "
+            f"{describe_parity(export.parity)}"
         )
     return "\n".join(lines)
 

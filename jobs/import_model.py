@@ -33,6 +33,7 @@ from jobs.promotion.importing import (
     register,
     require_new,
 )
+from jobs.promotion.reference import describe_parity
 from jobs.promotion.trust import load_trusted_keys, own_key, trust_advice
 
 
@@ -108,10 +109,9 @@ def describe(bundle: Bundle, prepared: Prepared, version: ModelVersion) -> str:
         f"verified {len(bundle.parts)} parts, and {len(bundle.entries)} of the {statement.ledger.size} events there",
     ]
     if prepared.parity is not None:
-        cost = prepared.parity
         lines.append(
-            f"as int8: on {cost['rows']} reference rows its scores differ from float32 by "
-            f"{cost['mean_score_difference']:.2g} on average, at most {cost['largest_score_difference']:.2g}"
+            f"as int8: on {prepared.parity['rows']} reference rows its scores differ from float32 by "
+            f"{describe_parity(prepared.parity)}"
         )
     return "\n".join(lines)
 

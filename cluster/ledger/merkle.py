@@ -54,12 +54,12 @@ class Tree:
 
     def path(self, seq: int) -> list[str]:
         """Return the inclusion path of the event with this `seq`: hashes in hex, from the leaf's sibling upwards."""
-        place, path = seq - 1, []
+        index, path = seq - 1, []
         for level in self._levels[:-1]:
-            sibling = place ^ 1
+            sibling = index ^ 1
             if sibling < len(level):
                 path.append(level[sibling].hex())
-            place //= 2
+            index //= 2
         return path
 
 
@@ -73,20 +73,20 @@ def is_included(entry: Entry, path: Sequence[str], head: TreeHead) -> bool:
 
     The caller must have compared the event's content with its hash (`chain.has_own_hash`).
     """
-    place, last = entry.seq - 1, head.size - 1
-    if not 0 <= place <= last:
+    index, last = entry.seq - 1, head.size - 1
+    if not 0 <= index <= last:
         return False
     digest = hashlib.sha256(_LEAF + bytes.fromhex(entry.hash)).digest()
     for text in path:
         if last == 0:
             return False
-        if place & 1 or place == last:
+        if index & 1 or index == last:
             digest = _parent(bytes.fromhex(text), digest)
-            while not place & 1 and place:
-                place, last = place >> 1, last >> 1
+            while not index & 1 and index:
+                index, last = index >> 1, last >> 1
         else:
             digest = _parent(digest, bytes.fromhex(text))
-        place, last = place >> 1, last >> 1
+        index, last = index >> 1, last >> 1
     return last == 0 and digest.hex() == head.root
 
 

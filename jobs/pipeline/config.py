@@ -32,7 +32,7 @@ class StageConfig:
     """Options of the command. `{stage.name}` in a text is a value of an earlier stage's result. `{outputs.name}` and
     `{inputs.name}` are paths of this stage."""
     inputs: dict[str, str] = field(default_factory=dict)
-    """Files and folders that the command reads, by any name. Those of Falaj's commands are known without it."""
+    """Files and folders that the command reads, by any name. Those of Falaj's commands need not be listed."""
     outputs: dict[str, str] = field(default_factory=dict)
     """Files and folders that the command writes, by any name. `result` is a JSON file with the stage's result."""
     after: list[str] = field(default_factory=list)
@@ -41,15 +41,15 @@ class StageConfig:
     """What the result must satisfy: `auc: 0.88` means at least 0.88, `rows: ">0"` compares, another text must be
     equal."""
     code: list[str] = field(default_factory=list)
-    """More modules whose change makes the stage run again. Modules that the command imports are known without it."""
+    """More modules whose change makes the stage run again. Modules that the command imports need not be listed."""
     enabled: bool = True
-    """Whether the stage is part of the pipeline. Stages after one that is not wait for what that one waits for."""
+    """Whether the stage is part of the pipeline. If not, the stages after it wait for the stages that it waits for."""
     always: bool = False
     """Run the stage in each run, for example because its source is a database."""
     title: str = ""
     """What the stage does, for readers."""
     group: str = ""
-    """Name that stages share which belong together."""
+    """Name of a group of stages. The report shows a group as one stage."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a run of a pipeline needs, and what it knows of the stages that are running."""
+"""What a run of a pipeline needs from its surroundings, and its running stages."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class RunContext:
     folder: Path
     """Folder for the results of stages."""
     options: tuple[str, ...] = ()
-    """Arguments that each command takes over."""
+    """Arguments of the pipeline's command line that are passed on to each command."""
     config_dir: str | None = None
-    say: Callable[[str], None] = lambda text: print(text, flush=True)
+    print_line: Callable[[str], None] = lambda text: print(text, flush=True)
     sleep: Callable[[float], None] = time.sleep
 
 
@@ -47,7 +47,7 @@ class Attempt:
     prepared: Prepared
     job: str
     started_at: str
-    told_at: float
+    log_shown_at: float
     """When its log was last shown."""
 
 

@@ -32,8 +32,8 @@ from jobs.pipeline.run import Run
 from jobs.pipeline.stage import outputs
 from jobs.pipeline.stage.arguments import callers_arguments, callers_config_dir, pipeline_name
 from jobs.pipeline.stage.content import Platform
-from jobs.pipeline.stage.ray_jobs import Jobs, PatientJobs, RayJobs
-from jobs.pipeline.state import RunState, State, newest_run, read_run, seconds_since
+from jobs.pipeline.stage.ray_jobs import Jobs, PatientJobs, RayJobs, end_job
+from jobs.pipeline.state import RunState, State, newest_run, read_newest_run, read_run, seconds_since
 
 _UNUSED = {
     PipelineAction.plan: ("reason", "output"),
@@ -135,11 +135,10 @@ class Pipeline:
         """
         with self._lock():
             plan = self._checked_plan()
-            run_id = self._id_to_run()
+            newest = read_newest_run(self.ledger, self.name)
+            run_id = self._id_to_run(newest)
             run = Run(self.name, run_id, plan, self._context())
-            newest = newest_run(self.ledger, self.name)
-            finished = None if newest is None else read_run(self.ledger, self.name, newest)
-            if finished is not None and finished.state is State.done and run.is_done():
+            if newest is not None and newest.state is State.done and run.is_done():
                 print(
                     f"pipeline {self.name}: nothing to do, all {len(plan.stages)} stages are done", flush=True
                 )
@@ -201,15 +200,14 @@ class Pipeline:
         print(f"run {run.run}: cancelled")
 
     def _end_jobs(self, run: RunState) -> None:
-        """End the jobs of a run that nobody leads, and restore the files of their stages."""
-        if read_run(self.ledger, self.name, run.run).state is not State.running:  # type: ignore[union-attr]
+        """End the jobs of a run without a leading process, and restore the files of their stages."""
+        current = read_run(self.ledger, self.name, run.run)
+        if current is None or current.state is not State.running:
             return
         plan = make_plan(self.spec, self.caller)
         for name, stage in run.stages.items():
             if stage.state is State.running:
-                self.jobs.stop(stage.job)
-                while (status := self.jobs.status(stage.job)) is not None and not status.is_over:
-                    time.sleep(0.5)
+                end_job(self.jobs, stage.job)
                 self.ledger.append(self._cancelled(run, name), actor=self.caller.actor.name)
                 if name in plan.stages:
                     outputs.discard(plan.stages[name].writes)
@@ -251,7 +249,7 @@ class Pipeline:
             raise RefusedError(plan.faults[-1])
         return plan
 
-    def _id_to_run(self) -> str:
+    def _id_to_run(self, newest: RunState | None) -> str:
         """Return the given id, or the id of the newest run if it can go on, or a new id."""
         if self.config.run is not None:
             if not _RUN_ID.fullmatch(self.config.run):
@@ -259,10 +257,8 @@ class Pipeline:
                     f"run must be letters, digits, '_', '.' and '-', at most 64 characters, got '{self.config.run}'."
                 )
             return self.config.run
-        newest = newest_run(self.ledger, self.name)
-        run = None if newest is None else read_run(self.ledger, self.name, newest)
-        if run is not None and run.state in (State.running, State.failed):
-            return run.run
+        if newest is not None and newest.state in (State.running, State.failed):
+            return newest.run
         return f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
 
     def _existing_run(self) -> RunState:

@@ -78,6 +78,13 @@ class Graph:
         after = self.stages[name].after
         return [one for one in after if not any(one in self.ancestors(other) for other in after)]
 
+    def groups(self) -> dict[str, list[Stage]]:
+        """Return the stages by the name of their group; a stage without a group is a group of its own."""
+        groups: dict[str, list[Stage]] = {}
+        for stage in self.stages.values():
+            groups.setdefault(stage.group or stage.name, []).append(stage)
+        return groups
+
     def layers(self) -> list[list[Stage]]:
         """Return the stages in rows: each stage is one row below the lowest stage that it waits for."""
         row: dict[str, int] = {}
@@ -166,6 +173,11 @@ def is_path(name: str) -> bool:
     return not _PART.match(name)
 
 
+def is_pattern(path: str) -> bool:
+    """Return whether a path is a pattern with `*`, `?` or `[…]`."""
+    return _PATTERN.search(path) is not None
+
+
 def covers(written: str, read: str) -> bool:
     """Return whether writing a path writes what another path reads: the same path, or a path below it."""
     return read == written or read.startswith(f"{written.rstrip('/')}/")
@@ -173,7 +185,7 @@ def covers(written: str, read: str) -> bool:
 
 def touches(written: str, read: str) -> bool:
     """Return whether writing a path changes what reading another one, a folder or a pattern finds."""
-    if _PATTERN.search(read):
+    if is_pattern(read):
         return fnmatch(written, read) or covers(written, _PATTERN.split(read)[0].rpartition("/")[0])
     return covers(written, read) or covers(read, written)
 

@@ -31,7 +31,7 @@ class Prepared:
     command: tuple[str, ...]
     """Module and arguments."""
     options: tuple[str, ...]
-    """Arguments that the command takes over from the pipeline's command line. They are not part of the key."""
+    """Arguments of the pipeline's command line that are passed on to the command. They are not part of the key."""
     key: str
     inputs: dict[str, str]
     """Maps input to the hash of its content."""
@@ -135,9 +135,9 @@ class StageKeys:
         return None if unmet(stage.require, last.result) else last
 
     def _input_hash(self, part: str, ancestors: set[str], done: Mapping[str, StageFinished]) -> str:
-        """Return the hash of an input: as the last earlier stages left it that write it, or else as it is now.
+        """Return the hash of an input: as the last earlier stages wrote it, or else of its present content.
 
-        Later stages may change the same view, so what it is now says nothing about an earlier stage's input.
+        A later stage may change the same view, so its present content can differ from an earlier stage's input.
         """
         graph, writers = self._plan.graph, self._writers(part, ancestors)
         last = [name for name in writers if not any(name in graph.ancestors(other) for other in writers)]

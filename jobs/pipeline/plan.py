@@ -23,10 +23,10 @@ from jobs.pipeline.stage.content import digest_json, path_exists
 from jobs.pipeline.stage.modules import Modules
 from jobs.pipeline.stage.requirements import requirement_fault
 
-_PLACES = ("identity", "storage", "ledger", "secrets")
-"""Sections that say who runs a command and where its state is. They are not part of a stage's key."""
-STAND_IN = "1"
-"""Stands for the value of an earlier stage's result while a stage's parameters are checked."""
+_NOT_IN_KEY = ("identity", "storage", "ledger", "secrets")
+"""Sections that are not part of a stage's key: the caller's identity, and the paths and URLs of state."""
+_PLACEHOLDER = "1"
+"""While a stage's parameters are checked, this replaces each value of an earlier stage's result."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,14 +70,14 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caller:
-    """Who plans a pipeline, and with which options."""
+    """The caller who plans a pipeline, with the options of the command line."""
 
     ledger: Ledger
     places: Layout
     actor: Actor
     region: str
     options: tuple[str, ...] = ()
-    """Arguments that each command takes over."""
+    """Arguments of the pipeline's command line that are passed on to each command."""
     config_dir: str | None = None
 
 
@@ -96,13 +96,14 @@ def make_plan(spec: PipelineSpec, caller: Caller) -> Plan:
     """Return the plan of a pipeline, with one line for each fault."""
     faults: list[str] = []
     facts: dict[str, tuple[Facts, str | None]] = {}
+    modules = Modules()
     for name, stage in build_graph(spec).stages.items():
         try:
-            facts[name] = _facts(stage, caller)
+            facts[name] = _facts(stage, caller, modules)
         except RefusedError as error:
             faults.append(f"Stage '{name}': {' '.join(str(error).split())}")
             facts[name] = Facts(), None
-        missing = [module for module in stage.code if not Modules().exists(module)]
+        missing = [module for module in stage.code if not modules.exists(module)]
         faults += [f"Stage '{name}': no module '{module}', which `code` names." for module in missing]
     graph = build_graph(_resolved(spec), {name: found.files for name, (found, _) in facts.items()})
     stages = {
@@ -117,10 +118,10 @@ def make_plan(spec: PipelineSpec, caller: Caller) -> Plan:
     return Plan(graph=graph, stages=stages, faults=tuple(faults))
 
 
-def stand_ins(stage: Stage) -> dict[tuple[str, str], Any]:
-    """Return a value for each reference of a stage: its own paths, and stand-ins for results."""
+def _placeholders(stage: Stage) -> dict[tuple[str, str], Any]:
+    """Return a value for each reference of a stage: its own paths, and placeholders for results."""
     values: dict[tuple[str, str], Any] = dict.fromkeys(
-        references([stage.parameters, stage.inputs, stage.outputs]), STAND_IN
+        references([stage.parameters, stage.inputs, stage.outputs]), _PLACEHOLDER
     )
     return values | own_paths(stage)
 
@@ -132,18 +133,18 @@ def own_paths(stage: Stage) -> dict[tuple[str, str], Any]:
     }
 
 
-def _facts(stage: Stage, caller: Caller) -> tuple[Facts, str | None]:
+def _facts(stage: Stage, caller: Caller, modules: Modules) -> tuple[Facts, str | None]:
     """Return the facts of a stage's command, after a check of its parameters, and the hash of its configuration.
 
     Raises:
         RefusedError: The module does not exist, or a parameter is invalid.
     """
-    options = load_options(stage.command)
+    options = load_options(stage.command, modules)
     if options is None:
         return Facts(), None
-    values = substitute(stage.parameters, stand_ins(stage))
+    values = substitute(stage.parameters, _placeholders(stage))
     config = options.compose([*caller.options, *arguments(values)], config_dir=caller.config_dir)
-    settings = {key: value for key, value in asdict(config).items() if key not in _PLACES}
+    settings = {key: value for key, value in asdict(config).items() if key not in _NOT_IN_KEY}
     return describe(stage.command, config), digest_json(settings)
 
 
@@ -179,7 +180,7 @@ def _with_views(planned: PlannedStage, known: Known) -> PlannedStage:
 def _content_faults(
     graph: Graph, stages: Mapping[str, PlannedStage], known: Mapping[str, Known], caller: Caller
 ) -> Iterator[str]:
-    """Yield what the stages miss, in the order in which they run."""
+    """Yield faults of files, parts, permissions and requirements, in the order in which the stages run."""
     for name, planned in stages.items():
         written = [path for other in graph.ancestors(name) for path in stages[other].writes if is_path(path)]
         messages = [
@@ -202,7 +203,7 @@ def _recorded(caller: Caller) -> Known:
 
 
 def _made(planned: PlannedStage, caller: Caller) -> Known:
-    """Return what a stage adds: applied definitions, and the models and views that it writes."""
+    """Return what a stage adds: applied definitions, and the models that it writes."""
     made = Known()
     if planned.stage.command == "feature_jobs.apply" and planned.facts.modules:
         definitions = load_definitions(planned.facts.modules[0])
@@ -251,7 +252,7 @@ def _unknown_parts(planned: PlannedStage, known: Known) -> Iterator[str]:
 def _denied(planned: PlannedStage, known: Known, caller: Caller) -> Iterator[str]:
     actor = caller.actor
     for action, part in planned.facts.needs:
-        for resource in _resources(part, known, caller, release=action):
+        for resource in _resources(part, known, caller, action=action):
             try:
                 actor.policy.check(actor.principal, action, resource, environment=actor.environment)
             except AccessDenied as error:
@@ -259,11 +260,11 @@ def _denied(planned: PlannedStage, known: Known, caller: Caller) -> Iterator[str
                 break
 
 
-def _resources(part: str, known: Known, caller: Caller, *, release: Action) -> Iterator[Resource]:
-    """Yield what the policies decide on. Unknown names yield nothing, because they are a fault of their own."""
+def _resources(part: str, known: Known, caller: Caller, *, action: Action) -> Iterator[Resource]:
+    """Yield the resources that the policies decide on. An unknown name yields none; `_unknown_parts` reports it."""
     kind, _, name = part.partition(":")
     match kind:
-        case "view" if release in (Action.apply_definitions, Action.read_metadata):
+        case "view" if action in (Action.apply_definitions, Action.read_metadata):
             region = known.views[name].region if name in known.views else None
             yield Resource(kind="feature view", name=name, region=region or caller.region)
         case "view":

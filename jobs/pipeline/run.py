@@ -26,9 +26,10 @@ from jobs.pipeline.keys import Prepared, StageKeys, StageRefused
 from jobs.pipeline.plan import Plan
 from jobs.pipeline.stage import outputs
 from jobs.pipeline.stage.content import ABSENT, digest_path, flatten
-from jobs.pipeline.stage.ray_jobs import JobStatus
+from jobs.pipeline.stage.ray_jobs import JobStatus, end_job
 from jobs.pipeline.stage.requirements import unmet
 from jobs.pipeline.state import (
+    StageState,
     State,
     cancelled_at,
     is_cancelled,
@@ -42,6 +43,8 @@ POLL_S = 0.3
 HEARTBEAT_S = 15.0
 """While a stage runs, the last line of its log is printed every this many seconds."""
 TAIL_LINES = 25
+_REFUSAL = "refused: "
+"""Start of the line that gives the reason of exit code 2."""
 MAX_RESULTS = 200
 """The event of a finished stage has at most this many values of its result."""
 
@@ -65,16 +68,18 @@ class Run:
         self._done: dict[str, StageFinished] = {}
         self._running: dict[str, Attempt] = {}
         self._fault: RefusedError | FalajError | None = None
+        self._earlier: dict[str, StageState] = {}
+        """What the ledger knows of this run's stages from before `execute`."""
         self._cancelled_at = 0
         self._number = {name: number for number, name in enumerate(plan.stages, start=1)}
 
     def is_done(self) -> bool:
-        """Return whether all stages are done with the inputs, code and parameters of now."""
+        """Return whether all stages are done with the present inputs, code and parameters."""
         done: dict[str, StageFinished] = {}
         for name in self._plan.stages:
             try:
                 event = self._keys.reusable(self._keys.prepare(name, done), self._run)
-            except StageRefused:  # `execute` says why
+            except StageRefused:  # `execute` raises it again
                 return False
             if event is None:
                 return False
@@ -85,7 +90,8 @@ class Run:
         """Record stages as done that were done before. The run can then go on.
 
         Args:
-            earlier: Maps a stage's name or group to what is known of it. Each stage of a group gets all its seconds.
+            earlier: Maps a stage's name or group to its duration and result. Each stage of a group gets the group's
+                duration.
         """
         self._append_start(resumed=False, reason="earlier release")
         for name, planned in self._plan.stages.items():
@@ -96,19 +102,18 @@ class Run:
                 prepared=self._keys.prepare(name, self._done),
                 job="",
                 started_at=utc_now().isoformat(),
-                told_at=0.0,
+                log_shown_at=0.0,
             )
             result = flatten(known.result, limit=MAX_RESULTS)
             event = self._event(name, attempt, State.done, exit_code=0, result=result, seconds=known.seconds)
             self._append(event)
             self._done[name] = event
 
-    def execute(self, *, max_parallel: int, reason: str = "") -> None:
+    def execute(self, *, max_parallel: int) -> None:
         """Run the stages that are not done.
 
         Args:
             max_parallel: How many stages run at the same time at most.
-            reason: What started the run.
 
         Raises:
             StageFailed, StageRefused: A stage is not done; the message says why. The stages that ran beside it have
@@ -118,7 +123,8 @@ class Run:
         is_known = read_run(self._context.ledger, self._pipeline, self._run) is not None
         self._cancelled_at = cancelled_at(self._context.ledger, self._run)
         self._settle_outputs()
-        self._append_start(resumed=is_known, reason=reason)
+        self._append_start(resumed=is_known)
+        self._earlier = self._read_stages()
         started = time.monotonic()
         self._done.clear()
         sorter = self._plan.graph.sorter()
@@ -142,9 +148,13 @@ class Run:
         for name, planned in self._plan.stages.items():
             last = last_finished(self._context.ledger, self._pipeline, name)
             if last is not None:
-                outputs.accept(planned.writes) if last.state == State.done else outputs.restore(
-                    planned.writes
-                )
+                settle = outputs.accept if last.state == State.done else outputs.restore
+                settle(planned.writes)
+
+    def _read_stages(self) -> dict[str, StageState]:
+        """Return this run's stages as the ledger has them. The newest `PipelineStarted` says which stages there are."""
+        run = read_run(self._context.ledger, self._pipeline, self._run)
+        return {} if run is None else run.stages
 
     def _begin(self, name: str) -> bool:
         """Start a stage, unless it is done already. Return whether it is done."""
@@ -159,7 +169,7 @@ class Run:
             self._done[name] = reused
             if reused.run != self._run:
                 self._append(replace(reused, run=self._run, reused_from=reused.reused_from or reused.run))
-            self._say(name, f"already done ({reused.seconds:.0f} s)")
+            self._print(name, f"already done ({reused.seconds:.0f} s)")
             return True
         folder = self._keys.foreign_folder(prepared)
         if folder is not None:
@@ -174,29 +184,24 @@ class Run:
         return False
 
     def _find_job(self, name: str, prepared: Prepared) -> int | None:
-        """Go on with the job of an earlier attempt if it is the same. Otherwise return the number of attempts."""
-        known = read_run(self._context.ledger, self._pipeline, self._run)
-        earlier = known.stages.get(name) if known is not None else None
-        if earlier is None or earlier.state is not State.running:
-            return 0 if earlier is None else earlier.attempts
+        """Continue with the job of an earlier attempt if its key is the same, else return the number of attempts."""
+        earlier = self._earlier[name]
+        if earlier.state is not State.running:
+            return earlier.attempts
         status = self._context.jobs.status(earlier.job)
         if status is None:
             return earlier.attempts
         if earlier.key == prepared.key and earlier.seq > self._cancelled_at:
-            self._say(name, f"goes on as job {earlier.job}")
+            self._print(name, f"goes on as job {earlier.job}")
             self._running[name] = Attempt(
                 prepared=prepared,
                 job=earlier.job,
                 started_at=earlier.started_at,
-                told_at=time.monotonic(),
+                log_shown_at=time.monotonic(),
             )
             return None
-        self._context.jobs.stop(
-            earlier.job
-        )  # it was cancelled, or its inputs or parameters are not those of now
-        while status is not None and not status.is_over:
-            self._context.sleep(POLL_S)
-            status = self._context.jobs.status(earlier.job)
+        # The job was cancelled, or its inputs, code or parameters have changed since its start.
+        end_job(self._context.jobs, earlier.job, sleep=self._context.sleep)
         return earlier.attempts
 
     def _submit(self, name: str, prepared: Prepared, *, attempt: int) -> None:
@@ -210,7 +215,7 @@ class Run:
             arguments=list(prepared.command),
         )
         entry = self._append(event)
-        self._say(name, f"$ python -m {shlex.join(prepared.command)}")
+        self._print(name, f"$ python -m {shlex.join(prepared.command)}")
         outputs.set_aside(prepared.planned.writes)
         result = self._result_file(job)
         result.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -218,7 +223,7 @@ class Run:
         module, *own = prepared.command
         self._context.jobs.submit(job, [module, *prepared.options, *own], result=result, metadata=metadata)
         self._running[name] = Attempt(
-            prepared=prepared, job=job, started_at=entry.time, told_at=time.monotonic()
+            prepared=prepared, job=job, started_at=entry.time, log_shown_at=time.monotonic()
         )
 
     def _watch(self) -> list[str]:
@@ -245,16 +250,16 @@ class Run:
         state, reason = self._judge(attempt, status, result)
         writes = attempt.prepared.planned.writes
         event = self._event(name, attempt, state, exit_code=status.exit_code, result=result, reason=reason)
-        # The event comes first: after a kill, the files that were judged are still there, or the event says how.
+        # The event comes first. So after a kill, either the new files are still there, or the event has the state.
         self._append(event)
         if state is not State.done:
             outputs.discard(writes)
-            self._say(name, f"{state.value}: {reason}")
+            self._print(name, f"{state.value}: {reason}")
             self._fault = self._fault or self._error(name, attempt, state, reason)
             return False
         outputs.accept(writes)
         self._done[name] = event
-        self._say(name, f"{event.seconds:.1f} s")
+        self._print(name, f"{event.seconds:.1f} s")
         return True
 
     def _judge(self, attempt: Attempt, status: JobStatus, result: dict[str, Any]) -> tuple[State, str]:
@@ -263,11 +268,9 @@ class Run:
         if isinstance(self._fault, RunCancelled) and status.exit_code != 0:
             return State.cancelled, str(self._fault)
         if status.exit_code == REFUSED:
-            lines = self._context.jobs.log(attempt.job).splitlines()
-            refusals = [line for line in lines if line.startswith("refused: ")]
-            return State.refused, refusals[-1].removeprefix(
-                "refused: "
-            ) if refusals else f"{command} exited 2."
+            refusals = [line for line in self._log(attempt) if line.startswith(_REFUSAL)]
+            reason = refusals[-1].removeprefix(_REFUSAL) if refusals else f"{command} exited {REFUSED}."
+            return State.refused, reason
         if status.exit_code != 0:
             ended = "was killed" if status.exit_code is None else f"exited {status.exit_code}"
             return State.failed, f"{command} {ended}."
@@ -280,11 +283,8 @@ class Run:
     def _error(self, name: str, attempt: Attempt, state: State, reason: str) -> FalajError | RefusedError:
         go_on = f"`action=run run={self._run}` goes on at this stage"
         if state is State.failed:
-            log = [line for line in self._context.jobs.log(attempt.job).splitlines() if line.strip()]
-            end = "\n".join(
-                [f"Stage '{name}' failed: {reason} The log of job {attempt.job} ends:", *log[-TAIL_LINES:]]
-            )
-            return StageFailed(f"{end}\n{go_on}.")
+            failure = f"Stage '{name}' failed: {reason} The log of job {attempt.job} ends:"
+            return StageFailed("\n".join([failure, *self._log(attempt)[-TAIL_LINES:], f"{go_on}."]))
         what = "does not meet a requirement" if state is State.unmet else "was refused"
         return StageRefused(f"Stage '{name}' {what}: {reason} {go_on}.")
 
@@ -345,7 +345,7 @@ class Run:
     def _result_file(self, job: str) -> Path:
         return self._context.folder / "results" / f"{job}.json"
 
-    def _append_start(self, *, resumed: bool, reason: str) -> None:
+    def _append_start(self, *, resumed: bool, reason: str = "") -> None:
         event = PipelineStarted(
             pipeline=self._pipeline,
             run=self._run,
@@ -358,14 +358,17 @@ class Run:
     def _append(self, event: LedgerEvent) -> Entry:
         return self._context.ledger.append(event, actor=self._context.actor)
 
-    def _say(self, name: str, text: str) -> None:
+    def _print(self, name: str, text: str) -> None:
         label = self._plan.stages[name].stage.label()
-        self._context.say(f"[{self._number[name]:2d}/{len(self._number)}] {label} · {text}")
+        self._context.print_line(f"[{self._number[name]:2d}/{len(self._number)}] {label} · {text}")
 
     def _show_last_line(self, name: str, attempt: Attempt) -> None:
-        if time.monotonic() - attempt.told_at < HEARTBEAT_S:
+        if time.monotonic() - attempt.log_shown_at < HEARTBEAT_S:
             return
-        attempt.told_at = time.monotonic()
-        lines = [line for line in self._context.jobs.log(attempt.job).splitlines() if line.strip()]
-        if lines:
-            self._say(name, f"… {lines[-1][:100]}")
+        attempt.log_shown_at = time.monotonic()
+        if lines := self._log(attempt):
+            self._print(name, f"… {lines[-1][:100]}")
+
+    def _log(self, attempt: Attempt) -> list[str]:
+        """Return the lines of a job's log that are not empty."""
+        return [line for line in self._context.jobs.log(attempt.job).splitlines() if line.strip()]

@@ -50,7 +50,7 @@ class StageState:
     exit_code: int | None = None
     attempts: int = 0
     seq: int = 0
-    """Place of the last attempt's start in the ledger."""
+    """`seq` of the event that started the last attempt."""
     arguments: list[str] = field(default_factory=list)
     outputs: dict[str, str] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +74,12 @@ def newest_run(ledger: Ledger, pipeline: str) -> str | None:
     """Return the id of the run that was started or continued last."""
     entry = ledger.newest(PipelineStarted, pipeline=pipeline)
     return None if entry is None else str(entry.payload["run"])
+
+
+def read_newest_run(ledger: Ledger, pipeline: str) -> RunState | None:
+    """Return the state of the run that was started or continued last, or None if the pipeline was never run."""
+    run = newest_run(ledger, pipeline)
+    return None if run is None else read_run(ledger, pipeline, run)
 
 
 def read_run(ledger: Ledger, pipeline: str, run: str) -> RunState | None:
@@ -113,7 +119,7 @@ def read_run(ledger: Ledger, pipeline: str, run: str) -> RunState | None:
 def last_done(ledger: Ledger, pipeline: str, stage: str) -> StageFinished | None:
     """Return how a stage was done, or None if it was started again since then.
 
-    A later attempt that failed may have deployed or stored something, so what was done before is no proof.
+    A later attempt may have deployed or stored something before it failed, so an earlier success does not count.
     """
     event = last_finished(ledger, pipeline, stage)
     return event if event is not None and event.state == State.done else None
@@ -130,7 +136,7 @@ def last_finished(ledger: Ledger, pipeline: str, stage: str) -> StageFinished | 
 
 
 def cancelled_at(ledger: Ledger, run: str) -> int:
-    """Return the place of a run's last cancellation in the ledger; 0 if it was never cancelled."""
+    """Return the `seq` of a run's last cancellation; 0 if it was never cancelled."""
     cancelled = ledger.newest(PipelineCancelled, run=run)
     return 0 if cancelled is None else cancelled.seq
 
@@ -179,11 +185,8 @@ def _apply(stage: StageState, entry: Entry) -> None:
     match entry.event():
         case StageStarted() as event:
             stage.state, stage.job, stage.key, stage.seq = State.running, event.job, event.key, entry.seq
-            stage.started_at, stage.arguments, stage.attempts = (
-                entry.time,
-                event.arguments,
-                stage.attempts + 1,
-            )
+            stage.started_at, stage.arguments = entry.time, event.arguments
+            stage.attempts += 1
             stage.reason = stage.reused_from = ""
         case StageFinished() as event:
             stage.state, stage.job, stage.key = State(event.state), event.job, event.key

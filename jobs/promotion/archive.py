@@ -1,8 +1,8 @@
 """The file of a bundle: an uncompressed tar archive that begins with a signed statement about all other parts.
 
-`tar -xf` can unpack it. Our own reader is much stricter than a tar library: the statement says which parts follow, in
-which order and of which size. Each header must be exactly the one that the writer makes for this part. So there are no
-links, no other paths, no second part of the same name, no compression and no sizes but the signed ones.
+`tar -xf` can unpack it. Our own reader is much stricter than a tar library. The statement lists the parts that follow
+in their order, with their sizes. Each header must be exactly the one that the writer makes for this part. So there are
+no links, no other paths, no second part of the same name, no compression and no sizes but the signed ones.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import os
 import stat
 import tarfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from cluster.errors import ArtifactTampered, ConfigError
+
+T = TypeVar("T")
 
 ENVELOPE = "statement.dsse.json"
 MAX_ENVELOPE_BYTES = 1 << 24
@@ -91,12 +93,14 @@ def _write(file: BinaryIO, parts: Mapping[str, bytes]) -> None:
     file.write(bytes(-file.tell() % _RECORD))
 
 
-def read_archive(path: Path, open_envelope: Callable[[bytes], list[Part]]) -> dict[str, bytes]:
-    """Read and verify an archive, and return the content of its parts, without the envelope.
+def read_archive(
+    path: Path, open_envelope: Callable[[bytes], tuple[T, Sequence[Part]]]
+) -> tuple[T, dict[str, bytes]]:
+    """Read and verify an archive, and return the content of its envelope and of all other parts.
 
     Args:
         path: The file.
-        open_envelope: Verifies the envelope's signature, and returns the parts that follow, in order.
+        open_envelope: Verifies the envelope's signature, and returns its content and the parts that follow, in order.
 
     Raises:
         ConfigError: The file cannot be read, is no regular file, or belongs to another user.
@@ -104,7 +108,7 @@ def read_archive(path: Path, open_envelope: Callable[[bytes], list[Part]]) -> di
     """
     with _open_own(path) as file:
         size = os.fstat(file.fileno()).st_size
-        parts = open_envelope(_read_envelope(file, path))
+        opened, parts = open_envelope(_read_envelope(file, path))
         total = sum(part.size for part in parts)
         if total > size:
             raise ArtifactTampered(f"{path} is cut off: its parts are larger than the file. Copy it again.")
@@ -120,7 +124,7 @@ def read_archive(path: Path, open_envelope: Callable[[bytes], list[Part]]) -> di
             )
         if len(rest) < 2 * _BLOCK:
             raise ArtifactTampered(f"{path} is cut off after its last part. Copy it again.")
-    return contents
+    return opened, contents
 
 
 @contextlib.contextmanager

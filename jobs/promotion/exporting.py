@@ -12,6 +12,7 @@ import onnx
 
 from cluster.errors import ConfigError
 from cluster.ledger import Ledger
+from cluster.ledger.chain import Entry
 from cluster.ledger.checkpoint import Signer
 from cluster.ledger.events import ModelExported
 from cluster.ledger.merkle import tree_of
@@ -26,8 +27,14 @@ from cluster.security.authorization.policy import Resource
 from cluster.security.keys.store import KeyStore
 from cluster.settings import PlatformConfig
 from cluster.storage import json_text
-from jobs.promotion.archive import MAX_BUNDLE_BYTES
-from jobs.promotion.definitions import column_classes, definition_entries, from_entries, input_resources
+from jobs.promotion.archive import MAX_BUNDLE_BYTES, Part
+from jobs.promotion.definitions import (
+    Definitions,
+    column_classes,
+    definition_entries,
+    from_entries,
+    input_resources,
+)
 from jobs.promotion.history import card, read_history, write_events
 from jobs.promotion.reference import parity, reference_rows, write_reference
 from jobs.promotion.statement import (
@@ -61,27 +68,41 @@ class Export:
     """How far the int8 scores differ from the float32 scores; None if the bundle has no int8 graph."""
 
 
-def export_resources(ledger: Ledger, version: ModelVersion, *, region: str) -> list[Resource]:
-    """Return what the policies must permit the exporter to use."""
-    definitions = from_entries(definition_entries(ledger, version.lineage))
-    return input_resources(definitions, model=version.name, region=region)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A version to export, with the entries that applied its definitions."""
+
+    ledger: Ledger
+    version: ModelVersion
+    applied: list[Entry]
+
+    @property
+    def definitions(self) -> Definitions:
+        """The feature service of the version, and its views."""
+        return from_entries(self.applied)
+
+    def resources(self, *, region: str) -> list[Resource]:
+        """Return what the policies must permit the exporter to use."""
+        return input_resources(self.definitions, model=self.version.name, region=region)
+
+
+def find_source(ledger: Ledger, version: ModelVersion) -> Source:
+    """Return a version with the entries that applied its definitions.
+
+    Raises:
+        DefinitionsDiffer: The version's feature service was never applied here.
+    """
+    return Source(ledger=ledger, version=version, applied=definition_entries(ledger, version.lineage))
 
 
 def build_export(
-    config: PlatformConfig,
-    ledger: Ledger,
-    version: ModelVersion,
-    *,
-    store: KeyStore,
-    signer: Signer,
-    folder: Path,
+    config: PlatformConfig, source: Source, *, store: KeyStore, signer: Signer, folder: Path
 ) -> Export:
     """Decrypt a version, add what the ledger knows about it, and sign a statement about all parts.
 
     Args:
         config: The exporter's configuration.
-        ledger: The exporter's ledger.
-        version: The version to export.
+        source: The version to export.
         store: Key store with the model's key.
         signer: The exporter's signing key.
         folder: Empty folder for the decrypted files.
@@ -89,30 +110,18 @@ def build_export(
     Raises:
         ArtifactTampered: A file differs from the registered one.
         AccessDenied, KeyRevoked: The key store refuses the key.
+        ConfigError: The bundle would be too large.
     """
-    parts = {f"{MODEL}{name}": read_file(version, name, store) for name in version.files}
-    for name in version.files:
-        (folder / name).write_bytes(parts[f"{MODEL}{name}"])
-    rows, scores = _reference(folder)
-    parts[REFERENCE] = write_reference(rows, scores)
-    cost = None
-    if (graph := int8_graph(folder)) is not None:
-        parts[f"{INT8}{ONNX_FILE}"] = graph
-        cost = parity(scores, int8_scores(folder, graph, rows))
-    found = definition_entries(ledger, version.lineage)
-    definitions = from_entries(found)
-    history = read_history(ledger, version, found)
-    parts[DEFINITIONS] = json_text(definitions.to_json()).encode()
-    parts[CARD] = json_text(card(history, version) | {"int8": cost}).encode()
-    tree = tree_of(ledger)
-    parts[EVENTS] = write_events(history, tree)
-    described = describe_parts(parts)
-    total = sum(part.size for part in described)
-    if total > MAX_BUNDLE_BYTES or len(described) > MAX_PARTS:
-        raise ConfigError(
-            f"{version.name} version {version.version} has {len(described)} parts with {total} bytes. A bundle has at "
-            f"most {MAX_PARTS} parts with {MAX_BUNDLE_BYTES} bytes."
-        )
+    version = source.version
+    parts, cost = _model_parts(version, store, folder)
+    history = read_history(source.ledger, version, source.applied)
+    tree = tree_of(source.ledger)
+    parts |= {
+        DEFINITIONS: json_text(source.definitions.to_json()).encode(),
+        CARD: json_text(card(history, version) | {"int8": cost}).encode(),
+        EVENTS: write_events(history, tree),
+    }
+    described = _describe(parts, version)
     statement = Statement(
         installation=Installation(
             key_id=signer.key_id,
@@ -127,24 +136,60 @@ def build_export(
         ledger=tree.head,
         parts=described,
     )
-    event = ModelExported(
-        name=version.name,
-        version=version.version,
-        bundle=statement.sha256,
-        key_id=signer.key_id,
-        parts={part.name: part.sha256 for part in described},
-        column_classes=column_classes(
-            input_resources(definitions, model=version.name, region=config.cluster.region)
-        ),
-        ledger_size=tree.head.size,
-        ledger_root=tree.head.root,
-    )
     return Export(
         statement=statement,
         envelope=seal_statement(statement, signer),
         parts={part.name: parts[part.name] for part in described},
-        event=event,
+        event=_event(statement, column_classes(source.resources(region=config.cluster.region))),
         parity=cost,
+    )
+
+
+def _model_parts(
+    version: ModelVersion, store: KeyStore, folder: Path
+) -> tuple[dict[str, bytes], dict[str, Any] | None]:
+    """Return the model's files, reference rows and int8 graph, and how far the int8 scores differ.
+
+    The difference is None if there is no int8 graph.
+    """
+    parts = {f"{MODEL}{name}": read_file(version, name, store) for name in version.files}
+    for name in version.files:
+        (folder / name).write_bytes(parts[f"{MODEL}{name}"])
+    rows, scores = _reference(folder)
+    parts[REFERENCE] = write_reference(rows, scores)
+    graph = int8_graph(folder)
+    if graph is None:
+        return parts, None
+    parts[f"{INT8}{ONNX_FILE}"] = graph
+    return parts, parity(scores, int8_scores(folder, graph, rows))
+
+
+def _describe(parts: dict[str, bytes], version: ModelVersion) -> tuple[Part, ...]:
+    """Return name, size and hash of each part.
+
+    Raises:
+        ConfigError: There are too many parts, or they are too large.
+    """
+    described = describe_parts(parts)
+    total = sum(part.size for part in described)
+    if total > MAX_BUNDLE_BYTES or len(described) > MAX_PARTS:
+        raise ConfigError(
+            f"{version.name} version {version.version} has {len(described)} parts with {total} bytes. A bundle has at "
+            f"most {MAX_PARTS} parts with {MAX_BUNDLE_BYTES} bytes."
+        )
+    return described
+
+
+def _event(statement: Statement, classes: list[str]) -> ModelExported:
+    return ModelExported(
+        name=statement.name,
+        version=statement.version,
+        bundle=statement.sha256,
+        key_id=statement.installation.key_id,
+        parts={part.name: part.sha256 for part in statement.parts},
+        column_classes=classes,
+        ledger_size=statement.ledger.size,
+        ledger_root=statement.ledger.root,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the exporter's ledger says about a version: the events with their proofs, and the card for people.
+"""A version's events in the exporter's ledger with their proofs, and the version's card for readers.
 
 The events are the version's registration, its training set, the definitions and batches behind it, and its evaluations.
 Each event has a path in the Merkle tree of the exporter's ledger. The root is in the signed statement.

@@ -7,13 +7,11 @@ import leaves no version.
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,16 +22,23 @@ from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry, canonical
 from cluster.ledger.checkpoint import Signer
 from cluster.ledger.events import ModelRegistered
+from cluster.node.locks import hold_lock
 from cluster.registry import Lineage, ModelVersion, Registry
 from cluster.runtime import ModelSignature, Precision, open_model
 from cluster.runtime.signature import NETWORK_FILE, ONNX_FILE, SIGNATURE_FILE, WEIGHTS_FILE, Task
 from cluster.security.keys.store import KeyStore
 from cluster.settings import Tier
-from jobs.promotion.archive import read_archive
+from jobs.promotion.archive import Part, read_archive
 from jobs.promotion.definitions import Definitions, from_entries, input_resources
 from jobs.promotion.exporting import TWO_THREADS, write_int8
 from jobs.promotion.history import read_events, require_registration
-from jobs.promotion.reference import parity, read_reference, require_close_scores, require_same_scores
+from jobs.promotion.reference import (
+    describe_parity,
+    parity,
+    read_reference,
+    require_close_scores,
+    require_same_scores,
+)
 from jobs.promotion.statement import (
     DEFINITIONS,
     EVENTS,
@@ -84,14 +89,12 @@ def read_bundle(path: Path, trusted: dict[str, TrustedKey], *, advice: str) -> B
         ConfigError: The file cannot be read, or its key is not trusted.
         ArtifactTampered: A part differs from what was signed. The message names it.
     """
-    opened: list[tuple[Statement, TrustedKey]] = []
 
-    def open_envelope(envelope: bytes) -> list[Any]:
-        opened.append(open_statement(envelope, trusted, advice=advice))
-        return list(opened[0][0].parts)
+    def open_envelope(envelope: bytes) -> tuple[tuple[Statement, TrustedKey], Sequence[Part]]:
+        statement, exporter = open_statement(envelope, trusted, advice=advice)
+        return (statement, exporter), statement.parts
 
-    parts = read_archive(path, open_envelope)
-    statement, exporter = opened[0]
+    (statement, exporter), parts = read_archive(path, open_envelope)
     entries = read_events(parts[EVENTS], statement.ledger)
     try:
         return _bundle(statement, exporter, parts, entries)
@@ -292,8 +295,7 @@ def register(
     if prepared.parity is not None:
         warnings.append(
             "imported as int8; the metrics are those of the float32 network, whose scores differ by "
-            f"{prepared.parity['mean_score_difference']:.2g} on average, at most "
-            f"{prepared.parity['largest_score_difference']:.2g}"
+            f"{describe_parity(prepared.parity)}"
         )
     return registry.register(
         prepared.folder,
@@ -339,20 +341,10 @@ def origin(bundle: Bundle, prepared: Prepared, *, content: str) -> dict[str, Any
     }
 
 
-@contextlib.contextmanager
-def import_lock(folder: Path) -> Iterator[None]:
+def import_lock(folder: Path) -> AbstractContextManager[None]:
     """Let one import run at a time, so that no version is imported twice. A killed import releases the lock.
 
     Raises:
         ConfigError: Another import runs.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError("Another import runs in this installation. Wait until it has ended.") from None
-        yield
-    finally:
-        os.close(descriptor)
+    return hold_lock(folder / LOCK, "Another import runs in this installation. Wait until it has ended.")

@@ -42,13 +42,13 @@ def reference_rows(signature: ModelSignature, folder: Path) -> Matrix:
     draw = np.random.default_rng(0)
     ranges = dict(_known_ranges(folder))
     columns = []
-    for place, spec in enumerate(signature.matrix_columns):
+    for index, spec in enumerate(signature.matrix_columns):
         if spec.categories is not None and not spec.categories:
             columns.append(np.full(NUM_ROWS, np.nan, dtype=np.float32))
         elif spec.categories is not None:
             columns.append(draw.integers(0, len(spec.categories), NUM_ROWS).astype(np.float32))
-        elif place in ranges:
-            columns.append(draw.uniform(*ranges[place], NUM_ROWS).astype(np.float32))
+        elif index in ranges:
+            columns.append(draw.uniform(*ranges[index], NUM_ROWS).astype(np.float32))
         else:
             columns.append(
                 (draw.normal(size=NUM_ROWS) * 10.0 ** draw.integers(0, 4, NUM_ROWS)).astype(np.float32)
@@ -59,18 +59,18 @@ def reference_rows(signature: ModelSignature, folder: Path) -> Matrix:
 
 
 def _known_ranges(folder: Path) -> Iterator[tuple[int, tuple[float, float]]]:
-    """Yield place and range of the numbers whose range the model's files name."""
+    """Yield index and range of the numbers whose range the model's files name."""
     network, trees = folder / NETWORK_FILE, folder / LIGHTGBM_FILE
     if network.exists():
         shape = json.loads(network.read_bytes())
-        for place, mean, scale in zip(shape["numeric"], shape["means"], shape["scales"], strict=True):
-            yield place, (mean - 3 * scale, mean + 3 * scale)
+        for index, mean, scale in zip(shape["numeric"], shape["means"], shape["scales"], strict=True):
+            yield index, (mean - 3 * scale, mean + 3 * scale)
     elif trees.exists():
         line = next((line for line in trees.read_text().splitlines() if line.startswith(_RANGES)), _RANGES)
-        for place, text in enumerate(line.removeprefix(_RANGES).split(" ")):
+        for index, text in enumerate(line.removeprefix(_RANGES).split(" ")):
             low, _, high = text.strip("[]").partition(":")
             if text.startswith("[") and math.isfinite(float(high) - float(low)):
-                yield place, (float(low), float(high))
+                yield index, (float(low), float(high))
 
 
 def write_reference(rows: Matrix, scores: Scores) -> bytes:
@@ -137,3 +137,9 @@ def parity(float32: Scores, int8: Scores) -> dict[str, float | int]:
         "mean_score_difference": float(difference.mean()),
         "largest_score_difference": float(difference.max()),
     }
+
+
+def describe_parity(cost: Mapping[str, float]) -> str:
+    """Return the differences that `parity` returned as text."""
+    mean, largest = cost["mean_score_difference"], cost["largest_score_difference"]
+    return f"{mean:.2g} on average, at most {largest:.2g}"

@@ -1,6 +1,6 @@
 """The signed statement of a bundle: an in-toto statement (v1) in a DSSE envelope, signed with Ed25519.
 
-The statement lists the SHA-256 and size of each part, and says which version of which installation the bundle has. The
+The statement lists the SHA-256 and size of each part, and names the version and the installation that exported it. The
 signing key is the ledger's, whose public key auditors have already. The signature covers DSSE's pre-authentication
 encoding (https://github.com/secure-systems-lab/dsse/blob/v1.0.2/protocol.md), so it cannot be confused with the
 signature of a checkpoint.

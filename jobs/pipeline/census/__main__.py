@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import fields
 
-from cluster.command_line import given_for
+from cluster.command_line import overrides_of
 from cluster.entrypoint import job
 from cluster.session import find_running_record
 from cluster.settings import PlatformConfig
@@ -19,7 +19,7 @@ from jobs.pipeline.census.table import print_summary
 from jobs.pipeline.config import PipelineConfig
 from jobs.pipeline.context import StageFailed
 from jobs.pipeline.control import Pipeline
-from jobs.pipeline.state import State, newest_run, read_run
+from jobs.pipeline.state import State, read_newest_run
 
 NAME = "census"
 
@@ -34,8 +34,7 @@ def main(config: PipelineConfig) -> None:
     pipeline = Pipeline.open(config, name=NAME)
     ledger = pipeline.ledger
     adopt_earlier_state(pipeline, demo)
-    newest = newest_run(ledger, NAME)
-    known = None if newest is None else read_run(ledger, NAME, newest)
+    known = read_newest_run(ledger, NAME)
     deployed = None if known is None else known.stages.get("deploy")
     if is_new and deployed is not None and deployed.state is State.done:
         run_command("serve_apps.deploy", "action=restore")
@@ -45,7 +44,7 @@ def main(config: PipelineConfig) -> None:
         raise SystemExit(
             f"{error}\nThe cluster is still up. `make demo` resumes at this stage; `make down` stops the cluster."
         ) from None
-    run = read_run(ledger, NAME, str(newest_run(ledger, NAME)))
+    run = read_newest_run(ledger, NAME)
     assert run is not None, "The pipeline has run."
     record = find_running_record(config.storage)
     summary = summarise(config, run, demo)
@@ -58,7 +57,7 @@ def ensure_cluster(config: PipelineConfig) -> bool:
     if find_running_record(config.storage) is not None:
         print("The cluster is up.", flush=True)
         return False
-    run_command("cluster.up", *given_for({section.name for section in fields(PlatformConfig)}))
+    run_command("cluster.up", *overrides_of({section.name for section in fields(PlatformConfig)}))
     return True
 
 

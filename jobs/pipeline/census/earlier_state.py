@@ -1,4 +1,4 @@
-"""Take over a demo that an earlier release started: it kept its finished stages in `state.json`, not in the ledger."""
+"""Continue a demo of an earlier release, which recorded its finished stages in `state.json`, not in the ledger."""
 
 from __future__ import annotations
 

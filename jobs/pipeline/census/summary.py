@@ -75,10 +75,10 @@ def read_output(demo: Path, name: str) -> dict[str, Any]:
 
 def stage_seconds(run: RunState) -> dict[str, float]:
     """Return the duration of each stage, and of each group of stages."""
-    groups: dict[str, list[str]] = {}
-    for stage in run.graph.stages.values():
-        groups.setdefault(stage.group or stage.name, []).append(stage.name)
-    return {name: round(sum(group_seconds(run, stages)), 1) for name, stages in groups.items()}
+    return {
+        name: round(sum(group_seconds(run, [stage.name for stage in stages])), 1)
+        for name, stages in run.graph.groups().items()
+    }
 
 
 def count_logged(log: Log, answers: pl.DataFrame) -> dict[str, int]:

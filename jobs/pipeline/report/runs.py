@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
-from jobs.pipeline.graph import Stage
 from jobs.pipeline.report.page import DemoReport, StageRun, render
 from jobs.pipeline.report.stage_graph import stage_graph
 from jobs.pipeline.state import RunState, seconds_since
@@ -27,11 +26,10 @@ def render_run(run: RunState) -> str:
 
 def stage_runs(run: RunState) -> Iterator[StageRun]:
     """Yield the stages that ran, in order. Stages of one group are shown as one."""
-    groups: dict[str, list[Stage]] = {}
-    for stage in run.graph.stages.values():
-        if run.stages[stage.name].finished_at:
-            groups.setdefault(stage.group or stage.name, []).append(stage)
-    for name, members in groups.items():
+    for name, stages in run.graph.groups().items():
+        members = [stage for stage in stages if run.stages[stage.name].finished_at]
+        if not members:
+            continue
         states = [run.stages[stage.name] for stage in members]
         yield StageRun(
             name=name,

@@ -14,7 +14,7 @@ _WIDTH, _MAX_BOX, _BOX_HEIGHT, _GAP, _ROW = 1040, 230, 46, 18, 74
 _MAX_CHARACTERS = 30
 
 
-class _Place(NamedTuple):
+class _Position(NamedTuple):
     x: float
     y: float
     width: float
@@ -23,16 +23,18 @@ class _Place(NamedTuple):
 def stage_graph(run: RunState) -> Markup:
     """Draw the stages of a run with their states and durations."""
     layers = run.graph.layers()
-    places: dict[str, _Place] = {}
+    positions: dict[str, _Position] = {}
     for row, layer in enumerate(layers):
         width = min(_MAX_BOX, (_WIDTH - _GAP * (len(layer) + 1)) / len(layer))
         left = (_WIDTH - len(layer) * width - (len(layer) - 1) * _GAP) / 2
         for column, stage in enumerate(layer):
-            places[stage.name] = _Place(left + column * (width + _GAP), 8 + row * _ROW, width)
+            positions[stage.name] = _Position(left + column * (width + _GAP), 8 + row * _ROW, width)
     arrows = [
-        _arrow(places[before], places[name]) for name in run.graph.stages for before in run.graph.direct(name)
+        _arrow(positions[before], positions[name])
+        for name in run.graph.stages
+        for before in run.graph.direct(name)
     ]
-    boxes = [_box(place, run, name) for name, place in places.items()]
+    boxes = [_box(position, run, name) for name, position in positions.items()]
     label = "; ".join(
         f"{name} ({run.stages[name].state})" + (f" after {', '.join(direct)}" if direct else "")
         for name in run.graph.stages
@@ -43,7 +45,7 @@ def stage_graph(run: RunState) -> Markup:
     )
 
 
-def _arrow(start: _Place, end: _Place) -> Markup:
+def _arrow(start: _Position, end: _Position) -> Markup:
     x1, y1 = start.x + start.width / 2, start.y + _BOX_HEIGHT
     x2, y2 = end.x + end.width / 2, end.y
     middle = (y1 + y2) / 2
@@ -52,16 +54,26 @@ def _arrow(start: _Place, end: _Place) -> Markup:
     ).format(x1, y1, x1, middle, x2, middle, x2, y2)
 
 
-def _box(place: _Place, run: RunState, name: str) -> Markup:
+def _box(position: _Position, run: RunState, name: str) -> Markup:
     stage = run.stages[name]
     text = stage.state.value
     if stage.state not in (State.waiting, State.running):
         text = f"{text}, {formats.seconds(stage.seconds)}"
     shown = name if len(name) <= _MAX_CHARACTERS else f"{name[: _MAX_CHARACTERS - 1]}…"
-    x = place.x + place.width / 2
+    x = position.x + position.width / 2
     return Markup(
         '<g class="box {}"><rect x="{:.0f}" y="{:.0f}" width="{:.0f}" height="{}" rx="5"/>'
         '<text class="title" x="{:.0f}" y="{:.0f}">{}</text><text class="middle" x="{:.0f}" y="{:.0f}">{}</text></g>'
     ).format(
-        stage.state, place.x, place.y, place.width, _BOX_HEIGHT, x, place.y + 19, shown, x, place.y + 36, text
+        stage.state,
+        position.x,
+        position.y,
+        position.width,
+        _BOX_HEIGHT,
+        x,
+        position.y + 19,
+        shown,
+        x,
+        position.y + 36,
+        text,
     )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from cluster.command_line import given_names, overrides_of
 from cluster.errors import ConfigError
 from cluster.settings import PlatformConfig
 
-_NOT_TAKEN = {"scaling", "replica"}
-_PLATFORM = {section.name for section in fields(PlatformConfig)} - _NOT_TAKEN
-"""Sections whose values a stage takes over from the command line of the pipeline."""
+_STAGE_ONLY = {"scaling", "replica"}
+_FOR_ALL_STAGES = {section.name for section in fields(PlatformConfig)} - _STAGE_ONLY
+"""Sections whose options on the pipeline's command line are passed on to all stages."""
 
 
 def arguments(parameters: Mapping[str, Any]) -> list[str]:
@@ -23,27 +24,17 @@ def arguments(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def callers_arguments() -> list[str]:
-    """Return this command line's options that all stages take over: the platform's sections, such as `identity`.
+    """Return this command line's options that all stages get: the platform's sections, such as `identity`.
 
     Raises:
         ConfigError: An option is of a section that only one stage may have.
     """
-    if not HydraConfig.initialized():
-        return []
-    overrides: Sequence[str] = HydraConfig.get().overrides.task
-    return list(_taken(overrides))
-
-
-def _taken(overrides: Sequence[str]) -> Iterator[str]:
-    for text in overrides:
-        name = text.lstrip("+").partition("=")[0]
-        section = name.partition(".")[0]
-        if section in _NOT_TAKEN:
+    for name in sorted(given_names()):
+        if name.partition(".")[0] in _STAGE_ONLY:
             raise ConfigError(
                 f"{name} is no option of a pipeline. Set it in `parameters` of the stage that deploys."
             )
-        if section in _PLATFORM:
-            yield text
+    return overrides_of(_FOR_ALL_STAGES)
 
 
 def callers_config_dir() -> str | None:

@@ -9,8 +9,8 @@ A part of the platform is named like a file, with its kind: `view:income`, `serv
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.entrypoint import PACKAGES, Command, Options
@@ -46,18 +46,22 @@ class Facts:
     """Whether the command's result depends on the time at which it runs."""
 
 
-def load_options(module: str) -> Options[Any] | None:
+def load_options(module: str, modules: Modules) -> Options[Any] | None:
     """Return the options of a command; None for a module that is no command of `cluster.entrypoint.job`.
 
     Nothing is imported to find the module. If the options are declared in a module of their own, only that module is
     imported, because a command may import Ray and PyTorch. A module that does not use `cluster.entrypoint` is not
     imported, because a plain script could do its work then.
 
+    Args:
+        module: Module of the command.
+        modules: Finds the module's source.
+
     Raises:
         ConfigError: The module does not exist, or is not Python.
         DefinitionError: The module imports a module that does not exist.
     """
-    found = Modules().main(module)
+    found = modules.main(module)
     if found is None:
         raise ConfigError(
             f"No module '{module}'. Run the command in the folder that has it, or add the folder to PYTHONPATH."
@@ -104,101 +108,186 @@ def describe(command: str, config: Any) -> Facts:
 
     Raises:
         RefusedError: The definitions cannot be loaded.
+        ConfigError: The command is Falaj's, and cannot be a stage.
     """
-    files = Files(_paths(config, _READS), _paths(config, _WRITES))
-    name, version = getattr(config, "name", None), getattr(config, "version", None)
-    model, views = f"model:{name}", [f"view:{view}" for view in _views(config)]
-    match command:
-        case "feature_jobs.apply":
-            definitions = load_definitions(config.definitions)
-            applied = [f"view:{view}" for view in definitions.views]
-            services = [f"service:{service}" for service in definitions.services]
-            return Facts(
-                writes=(*applied, *services),
-                needs=_each(Action.read_metadata if config.plan else Action.apply_definitions, applied),
-                modules=(config.definitions,),
-            )
-        case "feature_jobs.ingest":
-            return Facts(
-                files=Files(_sources(config)),
-                writes=tuple(views),
-                needs=_each(Action.write_features, views),
-                modules=(config.definitions,),
-            )
-        case "feature_jobs.materialize":
-            online = tuple(f"online:{view}" for view in _views(config))
-            return Facts(
-                reads=tuple(views),
-                writes=online,
-                needs=_each(Action.write_features, views),
-                always=config.as_of is None,
-            )
-        case "feature_jobs.compact" | "feature_jobs.retain" | "feature_jobs.replay":
-            return Facts(
-                reads=tuple(views),
-                writes=tuple(views),
-                needs=_each(Action.write_features, views),
-                always=command == "feature_jobs.retain",
-            )
-        case "feature_jobs.training_set":
-            written = resolve(config.output)
-            service = (f"service:{config.service}",) if config.service else ()
-            return Facts(
-                files=Files(files.reads, (written, manifest_path(written))),
-                reads=service,
-                needs=_each(Action.build_training_set, service),
-            )
-        case "jobs.sweep" | "jobs.train":
-            actions = [Action.train_model] + [Action.register_model] * (command == "jobs.train")
-            family = (config.model or {}).get("module")
-            return Facts(
-                files=files,
-                writes=(model,) if command == "jobs.train" else (),
-                needs=tuple((action, model) for action in actions),
-                modules=(family,) if family else (),
-            )
-        case "jobs.evaluate":
-            return Facts(files=files, reads=(model,), needs=((Action.register_model, f"{model}/{version}"),))
-        case "jobs.monitor":
-            return Facts(files=files, reads=(model, f"log:{name}"))
-        case "jobs.compact_log":
-            return Facts(reads=(model, f"log:{name}"), needs=((Action.compact_log, model),))
-        case "jobs.export_model":
-            needed = ((Action.export_model, f"{model}/{version}"),)
-            return Facts(files=files, reads=(model,), needs=needed)
-        case "jobs.import_model":
-            return Facts(
-                files=Files((resolve(config.file),)), needs=((Action.register_model, "model:imported"),)
-            )
-        case "serve_apps.deploy":
-            return Facts(
-                reads=(model,), writes=(f"serving:{name}",), needs=((Action.deploy, f"{model}/{version}"),)
-            )
-        case "serve_apps.rollout":
-            action = config.action.value
-            ends = action in ("rollback", "check", "stop_shadow")
-            needed = ((Action.rollback if ends else Action.rollout, f"{model}/{version}"),)
-            changes = action != "show"
-            return Facts(
-                files=files,
-                reads=(model, f"log:{name}") if action in ("check", "show") else (model,),
-                writes=(f"serving:{name}",) if changes else (),
-                needs=needed if changes else (),
-            )
-        case "jobs.pipeline.traffic":
-            answers = (resolve(config.answers),)
-            return Facts(
-                files=Files(files.reads, answers), reads=(model, f"serving:{name}"), writes=(f"log:{name}",)
-            )
-        case "jobs.pipeline.outcomes":
-            read = (*files.reads, resolve(config.answers))
-            return Facts(files=Files(read), reads=(model,), writes=(f"log:{name}",))
-        case "feature_jobs.census.source" | "cluster.records.nodes":
-            return Facts(files=files)
-        case _ if command.partition(".")[0] in PACKAGES:
-            raise ConfigError(f"{command} cannot be a stage. Run it alone, before or after the pipeline.")
-        case _:
-            return Facts()
+    facts = _FACTS.get(command)
+    if facts is not None:
+        return facts(config)
+    if command.partition(".")[0] in PACKAGES:
+        raise ConfigError(f"{command} cannot be a stage. Run it alone, before or after the pipeline.")
+    return Facts()
+
+
+def _apply(config: Any) -> Facts:
+    definitions = load_definitions(config.definitions)
+    views = [f"view:{view}" for view in definitions.views]
+    services = [f"service:{service}" for service in definitions.services]
+    return Facts(
+        writes=(*views, *services),
+        needs=_each(Action.read_metadata if config.plan else Action.apply_definitions, views),
+        modules=(config.definitions,),
+    )
+
+
+def _ingest(config: Any) -> Facts:
+    views = _views(config)
+    return Facts(
+        files=Files(_sources(config)),
+        writes=views,
+        needs=_each(Action.write_features, views),
+        modules=(config.definitions,),
+    )
+
+
+def _materialize(config: Any) -> Facts:
+    views = _views(config)
+    return Facts(
+        reads=views,
+        writes=tuple(f"online:{name}" for name in _view_names(config)),
+        needs=_each(Action.write_features, views),
+        always=config.as_of is None,
+    )
+
+
+def _rewrite(config: Any) -> Facts:
+    views = _views(config)
+    return Facts(reads=views, writes=views, needs=_each(Action.write_features, views))
+
+
+def _retain(config: Any) -> Facts:
+    return replace(_rewrite(config), always=True)
+
+
+def _training_set(config: Any) -> Facts:
+    output = resolve(config.output)
+    service = (f"service:{config.service}",) if config.service else ()
+    return Facts(
+        files=Files(_files(config).reads, (output, manifest_path(output))),
+        reads=service,
+        needs=_each(Action.build_training_set, service),
+    )
+
+
+def _sweep(config: Any) -> Facts:
+    family = (config.model or {}).get("module")
+    return Facts(
+        files=_files(config),
+        needs=((Action.train_model, _model(config)),),
+        modules=(family,) if family else (),
+    )
+
+
+def _train(config: Any) -> Facts:
+    model, facts = _model(config), _sweep(config)
+    return replace(facts, writes=(model,), needs=(*facts.needs, (Action.register_model, model)))
+
+
+def _evaluate(config: Any) -> Facts:
+    needs = ((Action.register_model, _version(config)),)
+    return Facts(files=_files(config), reads=(_model(config),), needs=needs)
+
+
+def _monitor(config: Any) -> Facts:
+    return Facts(files=_files(config), reads=(_model(config), _log(config)))
+
+
+def _compact_log(config: Any) -> Facts:
+    model = _model(config)
+    return Facts(reads=(model, _log(config)), needs=((Action.compact_log, model),))
+
+
+def _export_model(config: Any) -> Facts:
+    needs = ((Action.export_model, _version(config)),)
+    return Facts(files=_files(config), reads=(_model(config),), needs=needs)
+
+
+def _import_model(config: Any) -> Facts:
+    # The model's name is in the bundle, so the permission is checked with a placeholder.
+    return Facts(files=Files((resolve(config.file),)), needs=((Action.register_model, "model:imported"),))
+
+
+def _deploy(config: Any) -> Facts:
+    needs = ((Action.deploy, _version(config)),)
+    return Facts(reads=(_model(config),), writes=(_serving(config),), needs=needs)
+
+
+def _rollout(config: Any) -> Facts:
+    action, model = config.action.value, _model(config)
+    reads = (model, _log(config)) if action in ("check", "show") else (model,)
+    if action == "show":
+        return Facts(files=_files(config), reads=reads)
+    needed = Action.rollback if action in ("rollback", "check", "stop_shadow") else Action.rollout
+    return Facts(
+        files=_files(config),
+        reads=reads,
+        writes=(_serving(config),),
+        needs=((needed, _version(config)),),
+    )
+
+
+def _traffic(config: Any) -> Facts:
+    return Facts(
+        files=Files(_files(config).reads, (resolve(config.answers),)),
+        reads=(_model(config), _serving(config)),
+        writes=(_log(config),),
+    )
+
+
+def _outcomes(config: Any) -> Facts:
+    return Facts(
+        files=Files((*_files(config).reads, resolve(config.answers))),
+        reads=(_model(config),),
+        writes=(_log(config),),
+    )
+
+
+def _only_files(config: Any) -> Facts:
+    return Facts(files=_files(config))
+
+
+_FACTS: dict[str, Callable[[Any], Facts]] = {
+    "cluster.records.nodes": _only_files,
+    "feature_jobs.apply": _apply,
+    "feature_jobs.census.source": _only_files,
+    "feature_jobs.compact": _rewrite,
+    "feature_jobs.ingest": _ingest,
+    "feature_jobs.materialize": _materialize,
+    "feature_jobs.replay": _rewrite,
+    "feature_jobs.retain": _retain,
+    "feature_jobs.training_set": _training_set,
+    "jobs.compact_log": _compact_log,
+    "jobs.evaluate": _evaluate,
+    "jobs.export_model": _export_model,
+    "jobs.import_model": _import_model,
+    "jobs.monitor": _monitor,
+    "jobs.pipeline.outcomes": _outcomes,
+    "jobs.pipeline.traffic": _traffic,
+    "jobs.sweep": _sweep,
+    "jobs.train": _train,
+    "serve_apps.deploy": _deploy,
+    "serve_apps.rollout": _rollout,
+}
+"""For each command that can be a stage, the function that returns its facts."""
+
+
+def _model(config: Any) -> str:
+    return f"model:{config.name}"
+
+
+def _version(config: Any) -> str:
+    return f"model:{config.name}/{config.version}"
+
+
+def _log(config: Any) -> str:
+    return f"log:{config.name}"
+
+
+def _serving(config: Any) -> str:
+    return f"serving:{config.name}"
+
+
+def _files(config: Any) -> Files:
+    return Files(_paths(config, _READS), _paths(config, _WRITES))
 
 
 def _paths(config: Any, options: Iterable[str]) -> tuple[str, ...]:
@@ -206,11 +295,12 @@ def _paths(config: Any, options: Iterable[str]) -> tuple[str, ...]:
     return tuple(resolve(value) for value in values if isinstance(value, str))
 
 
-def _views(config: Any) -> list[str]:
-    setting = getattr(config, "view", None)
-    if setting is None:
-        return []
-    return list(setting) if isinstance(setting, list) else [str(setting)]
+def _view_names(config: Any) -> list[str]:
+    return list(config.view) if isinstance(config.view, list) else [str(config.view)]
+
+
+def _views(config: Any) -> tuple[str, ...]:
+    return tuple(f"view:{name}" for name in _view_names(config))
 
 
 def _sources(config: Any) -> tuple[str, ...]:
@@ -218,7 +308,7 @@ def _sources(config: Any) -> tuple[str, ...]:
     if config.source.path is not None:
         return (resolve(config.source.path),)
     views = load_definitions(config.definitions).views
-    names = list(views) if config.view == "all" else [name for name in _views(config) if name in views]
+    names = list(views) if config.view == "all" else [name for name in _view_names(config) if name in views]
     sources = (views[name].source for name in names)
     return tuple(resolve(source.path) for source in sources if isinstance(source, FileSource))
 

@@ -14,11 +14,10 @@ from cluster.ledger.events import FeatureServiceApplied, FeatureViewApplied
 from cluster.registry import LATEST, Registry
 from cluster.storage import Layout, exists, file_system, is_uri, list_files, sha256
 from feature_jobs.store.offline.tables import open_table
-from jobs.pipeline.graph import is_path
+from jobs.pipeline.graph import is_path, is_pattern
 from jobs.pipeline.stage.modules import Modules
 
 ABSENT = "absent"
-_GLOB = frozenset("*?[")
 HAS_NO_CONTENT = ("log", "online", "serving")
 """Kinds of parts that change all the time and have no content of their own."""
 
@@ -31,11 +30,11 @@ def digest_json(content: Any) -> str:
 def digest_path(path: str) -> str:
     """Return a hash of a file's content, of all files of a folder, or of all files that a pattern matches.
 
-    A remote file is hashed by what its store says of it (its ETag), so it is not read.
+    The hash of a remote file is computed from its ETag, so the file is not read.
     """
     if is_uri(path):
         fs, remote = file_system(path)
-        found = sorted(fs.glob(remote)) if _GLOB & set(remote) else sorted(fs.find(remote))
+        found = sorted(fs.glob(remote)) if is_pattern(remote) else sorted(fs.find(remote))
         return digest_json([[name, str(fs.checksum(name))] for name in found]) if found else ABSENT
     if Path(path).is_file():
         return sha256(path)
@@ -48,7 +47,7 @@ def matching_files(path: str) -> Iterator[Path]:
     folder = Path(path)
     if folder.is_dir():
         found: Iterable[Path] = folder.rglob("*")
-    elif _GLOB & set(path):
+    elif is_pattern(path):
         found = Path("/").glob(path.lstrip("/"))
     else:
         found = [folder]
@@ -99,7 +98,7 @@ class Platform:
 
 
 class CodeHashes:
-    """Hashes of modules with everything that they import, without packages that are installed."""
+    """Hashes of modules and of everything that they import, without installed packages."""
 
     def __init__(self) -> None:
         self._imports: dict[str, tuple[str, tuple[str, ...]]] = {}

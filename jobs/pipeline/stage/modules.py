@@ -25,11 +25,11 @@ class TopLevel:
 
     @property
     def is_library(self) -> bool:
-        """Whether it is of the standard library or installed. Falaj's own packages never are."""
-        place = self.file or next(iter(self.folders), None)
-        if place is None:
+        """Whether it belongs to the standard library or to an installed package."""
+        path = self.file or next(iter(self.folders), None)
+        if path is None:
             return True
-        return any(part in _INSTALLED for part in place.parts) or place.is_relative_to(_STANDARD_LIBRARY)
+        return any(part in _INSTALLED for part in path.parts) or path.is_relative_to(_STANDARD_LIBRARY)
 
 
 class Modules:
@@ -43,7 +43,7 @@ class Modules:
         return None if self.is_library(module) else self.file(module)
 
     def is_library(self, module: str) -> bool:
-        """Return whether a module is of the standard library or of an installed package."""
+        """Return whether a module is of the standard library or of an installed package, and not one of Falaj's."""
         top = module.partition(".")[0]
         found = self._top_level(top)
         return found is not None and found.is_library and top not in PACKAGES

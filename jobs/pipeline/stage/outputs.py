@@ -1,9 +1,9 @@
-"""Files that a stage writes: out of sight while it runs, and as they were before if it fails.
+"""Files that a stage writes: the earlier ones are moved aside while it runs, and restored if it fails.
 
-A stage's outputs are moved aside before it starts, so no other process takes a half-written file for a finished one.
-If the stage fails or its result does not meet a requirement, its files are removed and the earlier ones come back. All
-steps can be repeated after kill -9. Outputs in an object store are only removed after a failure, because a store
-replaces a file in one request.
+So no other process takes a half-written file for a finished one. If the stage fails or its result does not meet a
+requirement, its files are removed and the earlier ones are restored. All steps can be repeated after kill -9. Outputs
+in an object store are not moved aside, because a store replaces a file in one request. After a failure they are
+removed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def accept(outputs: Iterable[str]) -> None:
 
 
 def discard(outputs: Iterable[str]) -> None:
-    """Remove the outputs of a stage that failed, and bring back the earlier ones."""
+    """Remove the outputs of a stage that failed, and restore the earlier ones."""
     paths = list(outputs)
     restore(paths)
     for uri in filter(is_uri, paths):
@@ -46,7 +46,7 @@ def discard(outputs: Iterable[str]) -> None:
 
 
 def restore(outputs: Iterable[str]) -> None:
-    """Bring back the earlier local outputs of a stage that failed. Without such a stage, nothing is changed."""
+    """Restore the earlier local outputs of a stage that failed. If no outputs were moved aside, nothing is changed."""
     for path in _local(outputs):
         if is_aside(path):
             _remove(path)
@@ -70,7 +70,7 @@ def _before(path: Path) -> Path:
 
 
 def _absence(path: Path) -> Path:
-    """Return the file that says that there was no earlier output."""
+    """Return the file that marks that there was no earlier output."""
     return path.with_name(f".{path.name}.absent")
 
 

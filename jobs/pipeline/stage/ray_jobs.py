@@ -22,15 +22,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _PASSED_ON = (FILE_VARIABLE, "PYTHONPATH")
 """Variables of the caller that a job gets. They are paths; the dashboard shows them."""
-
-
 _RAYS_OWN = ("Runtime env is setting up.", "Running entrypoint for job ")
 """Texts of the lines with which Ray starts the log of a job."""
-
-
 PATIENCE_S = 120.0
 """How long a call waits for Ray's job API, for example while the supervisor restarts Ray's head."""
 PAUSE_S = 0.5
+"""How long to wait before a call is repeated, and before the state of a stopped job is read again."""
 
 
 class JobsUnavailable(FalajError):
@@ -44,7 +41,6 @@ class JobStatus:
     is_over: bool
     exit_code: int | None = None
     """None while the job runs, and if its process was killed."""
-    message: str = ""
 
 
 class Jobs(Protocol):
@@ -92,7 +88,6 @@ class RayJobs:
         return JobStatus(
             is_over=details.status.is_terminal(),
             exit_code=None if code is None else int(code),
-            message=details.message or "",
         )
 
     def log(self, job: str) -> str:
@@ -159,6 +154,13 @@ class PatientJobs:
                 if time.monotonic() > deadline:
                     raise
                 self._sleep(PAUSE_S)
+
+
+def end_job(jobs: Jobs, job: str, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Stop a job, and wait until it is over."""
+    jobs.stop(job)
+    while (status := jobs.status(job)) is not None and not status.is_over:
+        sleep(PAUSE_S)
 
 
 def entrypoint(command: Sequence[str], *, folder: Path, result: Path) -> str:

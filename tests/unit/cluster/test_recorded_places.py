@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster import down, up
-from cluster.command_line import given_for
+from cluster.command_line import overrides_of
 from cluster.entrypoint import job
 from cluster.errors import ConfigError
 from cluster.ledger import Ledger
@@ -153,7 +153,7 @@ def test_ledger_tool_reads_the_ledger_of_the_cluster(shell: Path) -> None:
 @job("platform", PlatformConfig)
 def print_given(config: PlatformConfig) -> None:
     """Print the arguments for storage and tier."""
-    print(given_for({"storage", "tier"}))
+    print(overrides_of({"storage", "tier"}))
 
 
 def test_a_command_can_pass_its_places_on() -> None:

@@ -103,7 +103,7 @@ class World:
     root: Path
     ledger: Ledger
     jobs: LocalJobs = field(default_factory=LocalJobs)
-    said: list[str] = field(default_factory=list)
+    printed: list[str] = field(default_factory=list)
 
     @property
     def places(self) -> Layout:
@@ -139,7 +139,7 @@ class World:
             platform=Platform(self.ledger, self.places),
             jobs=self.jobs,
             folder=self.root / ".falaj" / "pipelines" / pipeline,
-            say=self.said.append,
+            print_line=self.printed.append,
             sleep=sleep,
         )
         return Run(pipeline, run, plan, context)
