@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ ALIASES = sa.Table(
 class Lineage:
     """Data, code and configuration that a model version was trained with."""
 
-    training_set_hash: str
+    training_set_hash: str = ""
+    """Empty if the version was not trained from a training set of the feature store."""
     table_versions: dict[str, int] = field(default_factory=dict)
     """Maps feature view to Delta table version."""
     service: str = ""
@@ -264,10 +265,16 @@ class Registry:
         return ModelVersion(
             **event
             | {
-                "lineage": Lineage(**event["lineage"]),
+                "lineage": _lineage(event["lineage"]),
                 "uri": self._storage.model(event["name"], event["version"]),
             }
         )
+
+
+def _lineage(recorded: Mapping[str, Any]) -> Lineage:
+    """Return a recorded lineage. Events of other releases may have other fields, which are left out."""
+    known = {part.name for part in fields(Lineage)}
+    return Lineage(**{name: value for name, value in recorded.items() if name in known})
 
 
 def _create_folder(uri: str) -> bool:

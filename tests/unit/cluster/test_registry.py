@@ -138,6 +138,22 @@ def test_folder_of_a_crashed_registration_is_skipped(registry: Registry, tmp_pat
     assert registry.versions("m") == [2]
 
 
+def test_versions_of_other_releases_can_be_read(registry: Registry) -> None:
+    """Their lineage may lack a field, or have one that this release does not know."""
+    event = ModelRegistered(
+        name="n",
+        version=1,
+        family="f",
+        task="binary",
+        manifest_hash="",
+        files={},
+        lineage={"service": "s", "of_a_later_release": 1},
+        metrics={},
+    )
+    registry._ledger.append(event, actor="tester")
+    assert registry.get("n", "latest").lineage == Lineage(service="s")
+
+
 def test_warnings_and_null_metrics_are_stored_with_a_version(registry: Registry, tmp_path: Path) -> None:
     """Metrics that are not finite become null. Events of older releases have no warnings."""
     metrics = {"auc": float("nan"), "bins": [{"rate": float("inf")}]}
