@@ -42,6 +42,7 @@ from cluster.node.launch import (
     key_log,
     new_gcs_folder,
     nodes_log,
+    scheduler_log,
     remove_folders,
     shared_overrides,
     start_process,
@@ -57,6 +58,7 @@ from cluster.node.parts import (
     BROKER,
     EDGE,
     NODES,
+    SCHEDULER,
     SUPERVISOR,
     UPLOADER,
     Part,
@@ -254,6 +256,7 @@ def _start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
     nodes = start_process(config, record, NODES, log=nodes_log(config)) if record.has_nodes else None
     if record.layout.shared is not None:
         start_process(config, record, UPLOADER, log=uploader_log(config))
+    start_process(config, record, SCHEDULER, log=scheduler_log(config))
     print("starting the edge", flush=True)
     edge = start_process(config, record, EDGE, log=edge_log(config))
     start_serve(config, record)

@@ -76,6 +76,14 @@ from cluster.ledger.events.platform import (
     ServingRestored,
     StrangersRefused,
 )
+from cluster.ledger.events.schedules import (
+    ScheduleApplied,
+    ScheduleStateChanged,
+    ScheduledRunDue,
+    ScheduledRunFinished,
+    ScheduledRunSkipped,
+    ScheduledRunStarted,
+)
 
 __all__ = [
     "Json",
@@ -139,6 +147,17 @@ __all__ = [
     "ProcessRestarted",
     "ServingRestored",
     "StrangersRefused",
+    "PipelineCancelled",
+    "PipelineFinished",
+    "PipelineStarted",
+    "StageFinished",
+    "StageStarted",
+    "ScheduleApplied",
+    "ScheduleStateChanged",
+    "ScheduledRunDue",
+    "ScheduledRunFinished",
+    "ScheduledRunSkipped",
+    "ScheduledRunStarted",
 ]
 
 _TYPES: dict[str, type[LedgerEvent]] = {
