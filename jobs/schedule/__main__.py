@@ -1,7 +1,7 @@
 """`python -m jobs.schedule action=list|apply|pause|resume|trigger|remove`: schedules of commands.
 
-    python -m jobs.schedule action=apply schedule=nightly --config-dir conf
-    python -m jobs.schedule action=pause name=nightly
+python -m jobs.schedule action=apply schedule=nightly --config-dir conf
+python -m jobs.schedule action=pause name=nightly
 """
 
 from __future__ import annotations

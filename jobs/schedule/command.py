@@ -39,7 +39,7 @@ def check_command(spec: ScheduleSpec, *, config_dir: str | None) -> None:
     main = getattr(module, "main", None)
     if main is None or not hasattr(main, "compose"):
         raise ConfigError(
-            f"schedule.command: '{spec.command}' is no command. Its `main` needs the decorator `cluster.entrypoint.job`."
+            f"schedule.command: '{spec.command}' is no command. Its `main` needs the decorator `job`."
         )
     main.compose(arguments(spec.parameters), config_dir=config_dir)
 

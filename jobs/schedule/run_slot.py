@@ -1,6 +1,6 @@
-"""`python -m jobs.schedule.run_slot name=<schedule> slot=<slot>`: run a slot's command. The scheduler submits it as a job.
+"""`python -m jobs.schedule.run_slot name=<schedule> slot=<slot>`: run a slot's command.
 
-The process records the start, runs the command as a child with a token of the schedule's principal, and records the
+The scheduler submits it as a job. The process records the start, runs the command as a child with a token of the schedule's principal, and records the
 end. If another process has recorded this slot's start, it does nothing.
 """
 
@@ -32,8 +32,8 @@ from cluster.settings import PlatformConfig
 from cluster.storage import local
 from jobs.schedule import schedules
 from jobs.schedule.command import command_line
-from jobs.schedule.schedules import Schedule
 from jobs.schedule.scheduler import ACTOR
+from jobs.schedule.schedules import Schedule
 
 JOB_VARIABLE = "RAY_JOB_SUBMISSION_ID"
 STOP_S = 10.0
@@ -54,9 +54,7 @@ def main(config: SlotConfig) -> None:
     record, ledger = require_recorded_cluster(config), open_ledger(config)
     schedule, job_name = schedules.require(ledger, config.name), os.environ.get(JOB_VARIABLE, "")
     command = command_line(schedule)
-    started = ScheduledRunStarted(
-        schedule=schedule.name, slot=config.slot, job=job_name, command=command[2:]
-    )
+    started = ScheduledRunStarted(schedule=schedule.name, slot=config.slot, job=job_name, command=command[2:])
     if ledger.append_once(started, actor=ACTOR, schedule=schedule.name, slot=config.slot) is None:
         print(f"slot {config.slot} of schedule {schedule.name} has run already")
         return
@@ -123,7 +121,9 @@ class LastLine(threading.Thread):
             self.text = line.strip()[:ERROR_CHARACTERS] or self.text
 
 
-def wait(child: subprocess.Popen[str], stopped: threading.Event, *, deadline: float | None) -> tuple[int, str]:
+def wait(
+    child: subprocess.Popen[str], stopped: threading.Event, *, deadline: float | None
+) -> tuple[int, str]:
     """Wait for a child. End it if this process is stopped, or at the deadline.
 
     Returns:

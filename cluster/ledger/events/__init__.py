@@ -78,11 +78,11 @@ from cluster.ledger.events.platform import (
 )
 from cluster.ledger.events.schedules import (
     ScheduleApplied,
-    ScheduleStateChanged,
     ScheduledRunDue,
     ScheduledRunFinished,
     ScheduledRunSkipped,
     ScheduledRunStarted,
+    ScheduleStateChanged,
 )
 
 __all__ = [
@@ -147,11 +147,6 @@ __all__ = [
     "ProcessRestarted",
     "ServingRestored",
     "StrangersRefused",
-    "PipelineCancelled",
-    "PipelineFinished",
-    "PipelineStarted",
-    "StageFinished",
-    "StageStarted",
     "ScheduleApplied",
     "ScheduleStateChanged",
     "ScheduledRunDue",

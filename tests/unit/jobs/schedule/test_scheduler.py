@@ -32,8 +32,8 @@ from cluster.ledger.events import (
 from jobs.schedule import schedules
 from jobs.schedule.config import Overlap, ScheduleSpec, TriggerKind, TriggerSpec
 from jobs.schedule.listing import describe
-from jobs.schedule.schedules import Schedule
 from jobs.schedule.scheduler import ACTOR, Scheduler
+from jobs.schedule.schedules import Schedule
 from tests.processes import forks
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "3"))
@@ -307,5 +307,3 @@ def _wait(is_reached: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
     while not is_reached():
         assert time.monotonic() < deadline, f"not reached within {timeout_s:.0f} s"
         time.sleep(0.02)
-
-

@@ -81,11 +81,15 @@ def test_missed_slots_run_once_or_are_skipped() -> None:
     """Slots that are too late become one run of the last one, or none; an event counts the others."""
     once = decide(spec(), minutes=10)
     assert [type(decision) for decision in once] == [Skipped, Due, Due, Due]
-    assert isinstance(once[0], Skipped) and (once[0].count, once[0].last[11:16]) == (7, "12:08")
-    assert isinstance(once[1], Due) and once[1].slot[11:16] == "12:08" and "for 8 slots" in once[1].reason
+    assert isinstance(once[0], Skipped)
+    assert (once[0].count, once[0].last[11:16]) == (7, "12:08")
+    assert isinstance(once[1], Due)
+    assert once[1].slot[11:16] == "12:08"
+    assert "for 8 slots" in once[1].reason
     none = decide(spec(missed=Missed.skip), minutes=10)
     assert [type(decision) for decision in none] == [Skipped, Due, Due]
-    assert isinstance(none[0], Skipped) and (none[0].count, none[0].reason[:6]) == (8, "missed")
+    assert isinstance(none[0], Skipped)
+    assert (none[0].count, none[0].reason[:6]) == (8, "missed")
 
 
 def test_overlapping_slot_waits_or_is_skipped() -> None:
