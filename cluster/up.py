@@ -94,7 +94,7 @@ __all__ = ["environment", "shared_overrides"]
 
 REPAIR_DEADLINE_S = 600.0
 WAKE_EVERY_S = 15.0
-METRICS_RANGE = range(8408, 8500)
+METRICS_RANGE = range(8411, 8500)
 
 
 @job("cluster", PlatformConfig, uses_recorded_places=False)

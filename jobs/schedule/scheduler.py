@@ -15,12 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from prometheus_client import CollectorRegistry
+
 from cluster.errors import FalajError, RefusedError, first_line
 from cluster.ledger import Ledger
 from cluster.ledger.events import ScheduledRunDue, ScheduledRunFinished, ScheduledRunSkipped
 from cluster.ledger.store import utc_now
 from jobs.schedule import schedules, triggers
 from jobs.schedule.due import Due, Skipped, cron_slots, event_slot
+from jobs.schedule.metrics import SchedulerMetrics
 from jobs.schedule.schedules import ACTIVE, Schedule, Slot
 
 ACTOR = "system:scheduler"
@@ -57,10 +60,19 @@ class Scheduler:
         ledger: The ledger.
         jobs: Runs slots.
         clock: Returns the present time, in UTC.
+        metrics: Where figures are shown; not exported by default.
     """
 
-    def __init__(self, ledger: Ledger, jobs: Jobs, *, clock: Callable[[], dt.datetime] = utc_now) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        jobs: Jobs,
+        *,
+        clock: Callable[[], dt.datetime] = utc_now,
+        metrics: SchedulerMetrics | None = None,
+    ) -> None:
         self._ledger = ledger
+        self._metrics = metrics or SchedulerMetrics(CollectorRegistry())
         self._jobs = jobs
         self._clock = clock
         self._looked_at: dict[str, float] = {}
@@ -70,6 +82,7 @@ class Scheduler:
 
     def check_once(self) -> None:
         """Look at every schedule once. An error of one schedule does not stop the others."""
+        is_healthy = True
         for state in self._read():
             name, now = state.schedule.name, time.monotonic()
             if now < self._wait_until.get(name, 0.0):
@@ -77,8 +90,10 @@ class Scheduler:
             try:
                 self._check(state)
             except (FalajError, RefusedError, OSError) as error:
-                self._wait_until[name] = now + AFTER_ERROR_S
+                self._wait_until[name], is_healthy = now + AFTER_ERROR_S, False
                 LOG.warning("schedule %s: %s", name, first_line(error))
+        if is_healthy:
+            self._metrics.last_look.set_to_current_time()
 
     def _read(self) -> list[State]:
         """Return the states of all schedules. They are read again only if the ledger has new events."""
@@ -87,6 +102,10 @@ class Scheduler:
             found = (schedules.find(self._ledger, name) for name in schedules.names(self._ledger))
             self._states = [self._state(schedule) for schedule in found if schedule is not None]
             self._read_at = head
+            self._metrics.clear()
+            for state in self._states:
+                success = schedules.last_success(self._ledger, state.schedule.name)
+                self._metrics.show(state.schedule.name, last_success=success, unfinished=len(state.waiting))
         return self._states
 
     def _state(self, schedule: Schedule) -> State:

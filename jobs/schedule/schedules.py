@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -24,6 +25,7 @@ from cluster.ledger.events import (
 from jobs.schedule.config import ScheduleSpec, TriggerKind
 
 ACTIVE, PAUSED, REMOVED = "active", "paused", "removed"
+LOOK_BACK = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +149,13 @@ def has_started(ledger: Ledger, name: str, slot: str) -> bool:
 def last_finished(ledger: Ledger, name: str) -> Entry | None:
     """Return the event of the last run that ended."""
     return ledger.newest(ScheduledRunFinished, schedule=name)
+
+
+def last_success(ledger: Ledger, name: str) -> dt.datetime | None:
+    """Return when the last successful run ended, or None if none of the last `LOOK_BACK` runs succeeded."""
+    finished = ledger.find(ScheduledRunFinished, newest_first=True, schedule=name)
+    done = (entry for entry in islice(finished, LOOK_BACK) if entry.payload["state"] == "done")
+    return next((time_of(entry) for entry in done), None)
 
 
 def skipped(ledger: Ledger, name: str) -> Iterator[Entry]:

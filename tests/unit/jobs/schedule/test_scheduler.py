@@ -147,8 +147,9 @@ def test_killed_scheduler_runs_every_slot_exactly_once(url: str, tmp_path: Path)
 
 def test_killed_run_is_lost_and_named_and_not_repeated(url: str, tmp_path: Path) -> None:
     """If a slot's process is killed, the slot has run: its end says that there is no result. The next slot runs."""
-    ledger, scheduler = Ledger(url), _scheduler(url, tmp_path, "10:00:30")
-    apply(ledger, ScheduleSpec(cron="* * * * *", grace_s=1e9))
+    ledger = Ledger(url)
+    scheduler = Scheduler(ledger, ForkedJobs(tmp_path, url=url))
+    apply(ledger, ScheduleSpec(trigger=TriggerSpec(kind=TriggerKind.drift, of="m")))
     ledger.append(ScheduledRunDue(schedule="s", slot="manual-1", reason="t"), actor="t")
     ledger.append(ScheduledRunStarted(schedule="s", slot="manual-1", job="gone"), actor="t")
     ledger.append(ScheduledRunDue(schedule="s", slot="manual-2", reason="t"), actor="t")
