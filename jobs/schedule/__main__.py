@@ -21,6 +21,7 @@ from cluster.ledger.events import ScheduleApplied, ScheduledRunDue, ScheduleStat
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.session import require_running_cluster
+from jobs.pipeline.stage.arguments import callers_config_dir
 from jobs.schedule import schedules
 from jobs.schedule.command import check_command
 from jobs.schedule.config import ScheduleAction, ScheduleConfig, ScheduleSpec
@@ -81,7 +82,7 @@ def apply(config: ScheduleConfig, ledger: Ledger, actor: Actor) -> None:
         )
     _check(actor, name)
     _check_spec(spec)
-    config_dir = _config_dir()
+    config_dir = callers_config_dir()
     check_command(spec, config_dir=config_dir)
     principal = actor.principal
     applied = ScheduleApplied(
@@ -121,11 +122,6 @@ def _check(actor: Actor, name: str) -> None:
 def _check_spec(spec: ScheduleSpec) -> None:
     if spec.cron is not None:
         check_cron(spec.cron, spec.time_zone)
-
-
-def _config_dir() -> str | None:
-    sources = HydraConfig.get().runtime.config_sources
-    return next((source.path for source in sources if source.provider == "command-line"), None)
 
 
 def _action(config: ScheduleConfig) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 
 from cluster.errors import ConfigError
 from jobs.pipeline.stage.arguments import arguments
+from jobs.pipeline.stage.commands import load_options
+from jobs.pipeline.stage.modules import Modules
 from jobs.schedule.config import ScheduleSpec
 from jobs.schedule.schedules import Schedule
 
@@ -30,19 +31,9 @@ def check_command(spec: ScheduleSpec, *, config_dir: str | None) -> None:
     Raises:
         ConfigError: There is no such module, it is no command, or it refuses an option.
     """
-    try:
-        module = importlib.import_module(
-            f"{spec.command}.__main__" if _is_package(spec.command) else spec.command
-        )
-    except ImportError as error:
-        raise ConfigError(f"schedule.command: '{spec.command}' cannot be imported: {error}.") from error
-    main = getattr(module, "main", None)
-    if main is None or not hasattr(main, "compose"):
+    options = load_options(spec.command, Modules())
+    if options is None:
         raise ConfigError(
             f"schedule.command: '{spec.command}' is no command. Its `main` needs the decorator `job`."
         )
-    main.compose(arguments(spec.parameters), config_dir=config_dir)
-
-
-def _is_package(name: str) -> bool:
-    return hasattr(importlib.import_module(name), "__path__")
+    options.compose(arguments(spec.parameters), config_dir=config_dir)

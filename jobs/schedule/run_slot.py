@@ -1,7 +1,7 @@
 """`python -m jobs.schedule.run_slot name=<schedule> slot=<slot>`: run a slot's command.
 
-The scheduler submits it as a job. The process records the start, runs the command as a child with a token of the schedule's principal, and records the
-end. If another process has recorded this slot's start, it does nothing.
+The scheduler submits it as a job. The process records the start, runs the command as a child with a token of the
+schedule's principal, and records the end. If another process has recorded this slot's start, it does nothing.
 """
 
 from __future__ import annotations

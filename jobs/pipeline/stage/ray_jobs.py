@@ -82,75 +82,9 @@ class RayJobs:
             JobsUnavailable: The job API does not answer, or there is such a job.
         """
         try:
-            self._connect().submit_job(
-                submission_id=job, entrypoint=shell_command, metadata=dict(metadata)
-            )
+            self._connect().submit_job(submission_id=job, entrypoint=shell_command, metadata=dict(metadata))
         except (RuntimeError, OSError) as error:
             raise JobsUnavailable(f"Ray's job API did not take job {job}: {error}") from error
-
-    def status(self, job: str) -> JobStatus | None:
-        """Return the status of a job, or None if no job has this id."""
-
-    def log(self, job: str) -> str:
-        """Return what the job has printed so far."""
-
-    def stop(self, job: str) -> None:
-        """End a job. It is over some seconds later."""
-
-
-class RayJobs:
-    """Jobs of the running cluster."""
-
-    def __init__(self, record: ClusterRecord) -> None:
-        self._record = record
-        self._client: JobSubmissionClient | None = None
-
-    def submit(self, job: str, command: Sequence[str], *, result: Path, metadata: Mapping[str, str]) -> None:
-<<<<<<< HEAD
-        """Start a job in the current folder. Ray starts it on the head, which is this machine."""
-        try:
-            self._connect().submit_job(
-                submission_id=job,
-                entrypoint=entrypoint(command, folder=Path.cwd(), result=result),
-                metadata=dict(metadata),
-            )
-        except (RuntimeError, OSError) as error:
-            raise JobsUnavailable(f"Ray's job API did not take job {job}: {error}") from error
-=======
-        """Start a job in the current folder. On another machine than the head, the job gets a copy of the folder."""
-        folder = Path.cwd()
-        is_on_head = self._record.node_id is None
-        self.start(
-            job,
-            entrypoint(command, folder=folder if is_on_head else None, result=result),
-            working_dir=None if is_on_head else folder,
-            metadata=metadata,
-        )
->>>>>>> c43558b (Test schedules on a cluster)
-
-    def start(
-        self, job: str, shell_command: str, *, metadata: Mapping[str, str], working_dir: Path | None = None
-    ) -> None:
-        """Start a shell command as a job.
-
-        Args:
-            job: Submission id. A job with this id must not exist.
-            shell_command: The command.
-            metadata: Shown on the dashboard.
-            working_dir: Folder of which the job gets a copy.
-
-        Raises:
-            JobsUnavailable: The job API does not answer, or there is such a job.
-        """
-        try:
-            self._connect().submit_job(
-                submission_id=job,
-                entrypoint=shell_command,
-                runtime_env=None if working_dir is None else {"working_dir": str(working_dir)},
-                metadata=dict(metadata),
-            )
-        except RuntimeError as error:
-            raise JobsUnavailable(f"Job {job} was not submitted: {error}") from error
 
     def status(self, job: str) -> JobStatus | None:
         try:
