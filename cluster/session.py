@@ -41,6 +41,7 @@ METRICS_PORTS = (
     "supervisor_metrics",
     "broker_metrics",
     "edge_controller_metrics",
+    "scheduler_metrics",
     "nodes_metrics",
     "uploader_metrics",
 )
@@ -174,6 +175,7 @@ def metrics_urls(record: ClusterRecord) -> list[str]:
     """Return the URLs where Prometheus finds the metrics of the edge, of Ray and of Falaj's own processes."""
     runs_here = {
         "edge_controller_metrics": record.has_edge,
+        "scheduler_metrics": record.node_id is None,
         "nodes_metrics": record.has_nodes and record.node_id is None,
         "uploader_metrics": record.layout.shared is not None,
     }

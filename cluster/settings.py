@@ -250,6 +250,7 @@ class PortsConfig:
     supervisor_metrics: int = 8405
     broker_metrics: int = 8406
     edge_controller_metrics: int = 8407
+    scheduler_metrics: int = 8408
     nodes_metrics: int = 8409
     uploader_metrics: int = 8410
 

@@ -41,6 +41,7 @@ GUARDED_BY = {
     "edge_controller_metrics": "open to read",
     "nodes_metrics": "open to read",
     "uploader_metrics": "open to read",
+    "scheduler_metrics": "open to read",
 }
 _SERVER_DOWN = re.compile(
     r'^haproxy_server_status\{proxy="([^"]+)",server="([^"]+)_(\d+)",state="DOWN"\} 1$', re.MULTILINE

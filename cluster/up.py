@@ -43,6 +43,7 @@ from cluster.node.launch import (
     new_gcs_folder,
     nodes_log,
     remove_folders,
+    scheduler_log,
     shared_overrides,
     start_process,
     start_ray,
@@ -57,6 +58,7 @@ from cluster.node.parts import (
     BROKER,
     EDGE,
     NODES,
+    SCHEDULER,
     SUPERVISOR,
     UPLOADER,
     Part,
@@ -92,7 +94,7 @@ __all__ = ["environment", "shared_overrides"]
 
 REPAIR_DEADLINE_S = 600.0
 WAKE_EVERY_S = 15.0
-METRICS_RANGE = range(8408, 8500)
+METRICS_RANGE = range(8411, 8500)
 
 
 @job("cluster", PlatformConfig, uses_recorded_places=False)
@@ -254,6 +256,7 @@ def _start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
     nodes = start_process(config, record, NODES, log=nodes_log(config)) if record.has_nodes else None
     if record.layout.shared is not None:
         start_process(config, record, UPLOADER, log=uploader_log(config))
+    start_process(config, record, SCHEDULER, log=scheduler_log(config))
     print("starting the edge", flush=True)
     edge = start_process(config, record, EDGE, log=edge_log(config))
     start_serve(config, record)

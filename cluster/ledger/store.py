@@ -84,13 +84,38 @@ class Ledger:
 
     def append(self, event: LedgerEvent, *, actor: str) -> Entry:
         """Append one event durably, and a checkpoint if one is due."""
-        payload = to_json(event.payload())
         with self.writing() as connection:
-            entry = self._append(connection, event.type, actor, payload)
-            if self._signer is not None and self._is_checkpoint_due(connection, entry.seq):
-                mark = checkpoint(self._signer, entry)
-                self._append(connection, mark.type, "system:ledger", mark.payload())
-            announce(connection)
+            return self._append_with_checkpoint(connection, event, actor)
+
+    def append_once(self, event: LedgerEvent, *, actor: str, **values: Json) -> Entry | None:
+        """Append an event, unless the ledger has one of its type with these values.
+
+        Of several callers at the same time, one appends the event.
+
+        Args:
+            event: The event.
+            actor: Who acts.
+            values: Maps field to value. `index.KEYS` lists the combinations of fields that can be looked up.
+
+        Returns:
+            The entry, or None if there was such an event.
+        """
+        key = index.lookup_key(event.type, "", values)
+        while True:
+            self._update_index()
+            with self.writing() as connection:
+                if position_of(connection, index.NAME) < int(connection.execute(HEAD).scalar_one()):
+                    continue  # an older release has appended an event that is not in the index yet
+                if connection.execute(index.page(key, beyond=None, newest_first=False, limit=1)).first():
+                    return None
+                return self._append_with_checkpoint(connection, event, actor)
+
+    def _append_with_checkpoint(self, connection: sa.Connection, event: LedgerEvent, actor: str) -> Entry:
+        entry = self._append(connection, event.type, actor, to_json(event.payload()))
+        if self._signer is not None and self._is_checkpoint_due(connection, entry.seq):
+            mark = checkpoint(self._signer, entry)
+            self._append(connection, mark.type, "system:ledger", mark.payload())
+        announce(connection)
         return entry
 
     def _is_checkpoint_due(self, connection: sa.Connection, seq: int) -> bool:

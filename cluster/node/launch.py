@@ -348,6 +348,11 @@ def supervisor_log(config: PlatformConfig) -> Path:
     return local(layout(config.storage).edge) / "supervisor.log"
 
 
+def scheduler_log(config: PlatformConfig) -> Path:
+    """Return the path of the scheduler's log."""
+    return local(layout(config.storage).edge) / "scheduler.log"
+
+
 def uploader_log(config: PlatformConfig) -> Path:
     """Return the path of the log uploader's log."""
     return local(layout(config.storage).edge) / "uploader.log"

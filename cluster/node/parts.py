@@ -30,6 +30,7 @@ class Part(enum.StrEnum):
     broker = "key broker"
     nodes = "service for nodes"
     uploader = "log uploader"
+    scheduler = "scheduler"
     edge = "edge controller"
     haproxy = "edge"
     supervisor = "supervisor"
@@ -48,11 +49,13 @@ class State(enum.StrEnum):
 BROKER, EDGE, SUPERVISOR = "cluster.security.keys", "serve_apps.edge", "cluster.supervisor"
 NODES, RELAY = "cluster.membership", "cluster.membership.relay"
 UPLOADER = "cluster.records.upload"
+SCHEDULER = "jobs.schedule.service"
 _MODULES = {
     BROKER: Part.broker,
     RELAY: Part.broker,
     NODES: Part.nodes,
     UPLOADER: Part.uploader,
+    SCHEDULER: Part.scheduler,
     EDGE: Part.edge,
     SUPERVISOR: Part.supervisor,
 }

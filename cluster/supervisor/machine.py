@@ -23,6 +23,7 @@ from cluster.node.launch import (
     environment,
     key_log,
     nodes_log,
+    scheduler_log,
     start_process,
     start_ray_node,
     supervisor_log,
@@ -34,6 +35,7 @@ from cluster.node.parts import (
     NODES,
     RAY_PARTS,
     RELAY,
+    SCHEDULER,
     UPLOADER,
     Part,
     State,
@@ -73,6 +75,8 @@ class ThisMachine:
             start_process(config, record, NODES, log=nodes_log(config))
         elif part is Part.uploader:
             start_process(config, record, UPLOADER, log=uploader_log(config))
+        elif part is Part.scheduler:
+            start_process(config, record, SCHEDULER, log=scheduler_log(config))
         elif part is Part.edge:
             start_process(config, record, EDGE, log=edge_log(config))
         elif part in RAY_PARTS:

@@ -15,6 +15,7 @@ _TARGETS = (
     "tests.unit.feature_jobs.offline.test_rebucketing",
     "tests.unit.feature_jobs.online.test_materialize_kill",
     "tests.unit.jobs.promotion.test_promotion_kills",
+    "tests.unit.jobs.schedule.test_scheduler",
 )
 """Modules with the functions that run in such processes."""
 

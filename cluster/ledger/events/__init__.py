@@ -76,6 +76,14 @@ from cluster.ledger.events.platform import (
     ServingRestored,
     StrangersRefused,
 )
+from cluster.ledger.events.schedules import (
+    ScheduleApplied,
+    ScheduledRunDue,
+    ScheduledRunFinished,
+    ScheduledRunSkipped,
+    ScheduledRunStarted,
+    ScheduleStateChanged,
+)
 
 __all__ = [
     "Json",
@@ -139,6 +147,12 @@ __all__ = [
     "ProcessRestarted",
     "ServingRestored",
     "StrangersRefused",
+    "ScheduleApplied",
+    "ScheduleStateChanged",
+    "ScheduledRunDue",
+    "ScheduledRunFinished",
+    "ScheduledRunSkipped",
+    "ScheduledRunStarted",
 ]
 
 _TYPES: dict[str, type[LedgerEvent]] = {

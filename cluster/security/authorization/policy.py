@@ -75,6 +75,7 @@ class Action(enum.StrEnum):
     rollout = "rollout"
     rollback = "rollback"
     compact_log = "compact_log"
+    schedule_runs = "schedule_runs"
     restart_serving = "restart_serving"
     wrap_key = "wrap_key"
     unwrap_key = "unwrap_key"

@@ -68,12 +68,21 @@ class RayJobs:
 
     def submit(self, job: str, command: Sequence[str], *, result: Path, metadata: Mapping[str, str]) -> None:
         """Start a job in the current folder. Ray starts it on the head, which is this machine."""
+        self.start(job, entrypoint(command, folder=Path.cwd(), result=result), metadata=metadata)
+
+    def start(self, job: str, shell_command: str, *, metadata: Mapping[str, str]) -> None:
+        """Start a shell command as a job.
+
+        Args:
+            job: Submission id. A job with this id must not exist.
+            shell_command: The command.
+            metadata: Shown on the dashboard.
+
+        Raises:
+            JobsUnavailable: The job API does not answer, or there is such a job.
+        """
         try:
-            self._connect().submit_job(
-                submission_id=job,
-                entrypoint=entrypoint(command, folder=Path.cwd(), result=result),
-                metadata=dict(metadata),
-            )
+            self._connect().submit_job(submission_id=job, entrypoint=shell_command, metadata=dict(metadata))
         except (RuntimeError, OSError) as error:
             raise JobsUnavailable(f"Ray's job API did not take job {job}: {error}") from error
 

@@ -19,6 +19,7 @@ from cluster.records.metrics import UploadMetrics
 from cluster.security.keys.metrics import BrokerMetrics
 from cluster.session import METRICS_PORTS
 from cluster.supervisor.metrics import SupervisorMetrics
+from jobs.schedule.metrics import SchedulerMetrics
 from serve_apps.edge.control.metrics import EdgeMetrics
 from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
@@ -55,12 +56,19 @@ def uploader(registry: CollectorRegistry) -> None:
     UploadMetrics(registry).count(uploaded=2, failed=1, behind=[dt.datetime(2026, 1, 1, tzinfo=dt.UTC)])
 
 
+def scheduler(registry: CollectorRegistry) -> None:
+    metrics = SchedulerMetrics(registry)
+    metrics.last_look.set_to_current_time()
+    metrics.show("nightly", last_success=dt.datetime(2026, 1, 1, tzinfo=dt.UTC), unfinished=1)
+
+
 PROCESSES: dict[str, Callable[[CollectorRegistry], None]] = {
     "supervisor": supervisor,
     "broker": lambda registry: ask(BrokerMetrics(registry)),
     "edge_controller": edge,
     "nodes": nodes,
     "uploader": uploader,
+    "scheduler": scheduler,
 }
 
 
@@ -72,7 +80,7 @@ def exported(process: str) -> bytes:
 
 
 def test_every_metrics_port_has_a_process_in_these_tests() -> None:
-    assert {f"{name}_metrics" for name in PROCESSES} >= set(METRICS_PORTS) - {"scheduler_metrics"}
+    assert {f"{name}_metrics" for name in PROCESSES} >= set(METRICS_PORTS)
 
 
 @pytest.mark.parametrize("process", PROCESSES)

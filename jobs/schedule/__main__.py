@@ -1,0 +1,137 @@
+"""`python -m jobs.schedule action=list|apply|pause|resume|trigger|remove`: schedules of commands.
+
+python -m jobs.schedule action=apply schedule=nightly --config-dir conf
+python -m jobs.schedule action=pause name=nightly
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+import uuid
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+
+from cluster.command_line import refuse_unused
+from cluster.entrypoint import job
+from cluster.errors import ConfigError
+from cluster.ledger import Ledger, open_ledger
+from cluster.ledger.events import ScheduleApplied, ScheduledRunDue, ScheduleStateChanged
+from cluster.security.acting import Actor, create_actor
+from cluster.security.authorization.policy import Action, Resource
+from cluster.session import require_running_cluster
+from jobs.pipeline.stage.arguments import callers_config_dir
+from jobs.schedule import schedules
+from jobs.schedule.command import check_command
+from jobs.schedule.config import ScheduleAction, ScheduleConfig, ScheduleSpec
+from jobs.schedule.cron import check_cron
+from jobs.schedule.listing import describe
+
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
+_STATES = {
+    ScheduleAction.pause: schedules.PAUSED,
+    ScheduleAction.resume: schedules.ACTIVE,
+    ScheduleAction.remove: schedules.REMOVED,
+}
+
+
+@job("schedules", ScheduleConfig)
+def main(config: ScheduleConfig) -> None:
+    """Do what `action` says."""
+    refuse_unused(["name"] if config.action is ScheduleAction.apply else ["schedule"], by=_action(config))
+    record, ledger = require_running_cluster(config), open_ledger(config)
+    if config.action is ScheduleAction.list:
+        refuse_unused(["name"], by=_action(config))
+        print("\n".join(describe(ledger, now=dt.datetime.now(dt.UTC))))
+        return
+    actor = create_actor(config, record, ledger, entrypoint="jobs.schedule")
+    if config.action is ScheduleAction.apply:
+        apply(config, ledger, actor)
+        return
+    if config.name is None:
+        raise ConfigError(f"Give the name of a schedule: `name=…`.{_known(ledger)}")
+    schedule = schedules.require(ledger, config.name)
+    _check(actor, schedule.name)
+    if config.action is ScheduleAction.trigger:
+        trigger(ledger, actor, schedule.name)
+        return
+    state = _STATES[config.action]
+    if schedule.state == state:
+        raise ConfigError(f"Schedule '{schedule.name}' is {state} already.")
+    ledger.append(ScheduleStateChanged(schedule=schedule.name, state=state), actor=actor.name)
+    print(f"schedule {schedule.name} is {state}")
+
+
+def apply(config: ScheduleConfig, ledger: Ledger, actor: Actor) -> None:
+    """Store a schedule, unless the ledger has it with the same definition and principal.
+
+    Raises:
+        ConfigError: No schedule is selected, or its definition is invalid.
+        AccessDenied: The caller may not define schedules.
+    """
+    name, spec = HydraConfig.get().runtime.choices.get("schedule"), config.schedule
+    if name is None or spec is None:
+        raise ConfigError(
+            "Give the name of a schedule: `schedule=<name>` for configs/schedule/<name>.yaml, with `--config-dir "
+            "FOLDER` for FOLDER/schedule/<name>.yaml."
+        )
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"'{name}' is no name of a schedule. Use at most 40 small letters, digits, - and _, a letter first."
+        )
+    _check(actor, name)
+    _check_spec(spec)
+    config_dir = callers_config_dir()
+    check_command(spec, config_dir=config_dir)
+    principal = actor.principal
+    applied = ScheduleApplied(
+        schedule=name,
+        definition=schedules.definition_of(spec),
+        folder=str(Path.cwd()),
+        config_dir=config_dir,
+        principal={
+            "subject": principal.subject,
+            "role": principal.role.value,
+            "purpose": principal.purpose,
+            "tenant": principal.tenant,
+            "models": None if principal.models is None else sorted(principal.models),
+        },
+    )
+    last, current = ledger.newest(ScheduleApplied, schedule=name), schedules.find(ledger, name)
+    if current is not None and last is not None and last.payload == applied.payload():
+        print(f"schedule {name} is {current.state} already, with this definition")
+        return
+    ledger.append(applied, actor=actor.name)
+    print(f"schedule {name} applied; it runs as {principal.subject} with the role {principal.role.value}")
+
+
+def trigger(ledger: Ledger, actor: Actor, name: str) -> None:
+    """Let a schedule's command run once, as soon as no other run of it goes on."""
+    slot = f"manual-{uuid.uuid4().hex[:12]}"
+    ledger.append(
+        ScheduledRunDue(schedule=name, slot=slot, reason=f"triggered by {actor.name}"), actor=actor.name
+    )
+    print(f"slot {slot} of schedule {name} is due")
+
+
+def _check(actor: Actor, name: str) -> None:
+    actor.check(Action.schedule_runs, Resource(kind="schedule", name=name))
+
+
+def _check_spec(spec: ScheduleSpec) -> None:
+    if spec.cron is not None:
+        check_cron(spec.cron, spec.time_zone)
+
+
+def _action(config: ScheduleConfig) -> str:
+    return f"action={config.action.value}"
+
+
+def _known(ledger: Ledger) -> str:
+    known = schedules.names(ledger)
+    return f" Known: {', '.join(known)}." if known else " No schedule is applied."
+
+
+if __name__ == "__main__":
+    main()
