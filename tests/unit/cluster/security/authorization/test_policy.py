@@ -44,6 +44,7 @@ TABLE: dict[Action, frozenset[Role]] = {
     Action.wrap_key: frozenset({AD}),
     Action.unwrap_key: frozenset({AD}),
     Action.create_key: frozenset({AD}),
+    Action.schedule_runs: frozenset({DE, DS, ML, AD}),
     Action.manage_keys: frozenset({AD}),
     Action.manage_cluster: frozenset({AD}),
     Action.read_ledger: frozenset({AU, AD}),
