@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed$(if $(filter gpu,$(TORCH)),-gpu)
 PACKAGES := cluster feature_jobs jobs serve_apps
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-nodes down test integration image image-test unit unit-ground unit-features unit-engines unit-serving chaos chaos-nodes soak lint format bench lock audit coverage clean
+.PHONY: help install demo demo-nodes down test integration failures image image-test unit unit-ground unit-features unit-engines unit-serving chaos chaos-nodes soak lint format bench lock audit coverage clean
 
 help:
 	@echo "make demo    install, start a local cluster, run the whole loop, write .falaj/demo/report.html"
@@ -19,6 +19,7 @@ help:
 	@echo "make unit    tests without Ray       make integration    tests that need a cluster"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make bench   all benches, or BENCH=<name>      make chaos   crash and property tests with many repetitions"
+	@echo "make failures    five failures under load on three nodes in network namespaces; six minutes; needs root"
 	@echo "make chaos-nodes    failures under load on three nodes, compared with Ray Serve; writes docs/reliability.md; needs root"
 	@echo "make audit   known vulnerabilities of the locked packages       make coverage   lines that unit tests run"
 	@echo "make image   the container image localhost/falaj, built with buildah as root; BASE=<image>, TAG=<name>"
@@ -84,8 +85,12 @@ chaos: $(STAMP)
 	@FALAJ_LOAD_S=20 $(BIN)/python -m pytest -s tests/integration/test_nothing_lost.py
 
 # Needs root for network namespaces, and PostgreSQL, redis-server, iproute2 and a C compiler (Debian: apt-get install).
+# Alone, because its requests have deadlines. It needs root for network namespaces, and is skipped loudly without them.
+failures: $(STAMP)
+	@$(BIN)/python -m pytest -p no:schemathesis tests/nodes/test_node_failures.py
+
 chaos-nodes: $(STAMP)
-	@$(BIN)/python -m pytest -p no:schemathesis tests/nodes
+	@$(BIN)/python -m pytest -p no:schemathesis tests/nodes/test_head_restart.py
 	@$(BIN)/python tests/chaos_nodes.py
 
 soak: $(STAMP)
