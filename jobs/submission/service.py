@@ -147,6 +147,7 @@ def listening(app: ASGIApp, path: Path) -> Iterator[None]:
             listener.bind(str(path))
         finally:
             os.umask(mask)
+        listener.listen(128)  # a client that connects before the server runs waits
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=75)
         )

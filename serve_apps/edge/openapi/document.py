@@ -207,9 +207,9 @@ def _refusal() -> dict[str, Any]:
         "400: the request is wrong; the message says what. 401: the token is missing or not valid. 403: the token's "
         "role, purpose, scope or tenant does not allow the request. 404: no such path, model or version. 405: wrong "
         "method; `Allow` names the right one. 408: the request arrived too slowly. 409: the key belongs to another "
-        f"job. 413: the body is larger than {MAX_BODY_BYTES:,} bytes. 415: the body is compressed. 429: the principal or tenant is over its limit; "
-        "`Retry-After` says when to try again. 503: no healthy replica, or the record cannot be written; try again. "
-        "Other 5xx: the service failed."
+        f"job. 413: the body is larger than {MAX_BODY_BYTES:,} bytes. 415: the body is compressed. 429: the principal "
+        "or tenant is over its limit; `Retry-After` says when to try again. 503: no healthy replica, or the record "
+        "cannot be written; try again. Other 5xx: the service failed."
     )
     return _json("Error", description)
 
