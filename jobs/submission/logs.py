@@ -10,9 +10,9 @@ from cluster.session import ClusterRecord
 
 CHUNK = 64 * 1024
 POLL_S = 0.5
-MAX_SILENT_S = 20.0
-"""A stream without new output for this time ends, because proxies close silent connections. A client asks again, with
-the position that it has reached."""
+MAX_SILENT_S = 1800.0
+"""A stream without new output for this time ends, because a client may have vanished without a word. Another one asks
+again, with the position that it has reached."""
 
 
 def log_file(record: ClusterRecord, job: str) -> Path:

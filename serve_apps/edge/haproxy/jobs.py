@@ -36,10 +36,11 @@ def forwarding_rules() -> str:
 def backend(socket: str) -> str:
     """Return the backend of the job service. It never sends a request again, because a job might be submitted twice.
 
-    A log that is followed ends by itself before the timeout if the job prints nothing.
+    A log that is followed may be silent for long. The service ends it before this timeout.
     """
     return f"""backend {BACKEND}
     retries 0
     timeout server 2m
+    http-request set-timeout server 1h if {{ path_end /logs }}
     server jobs unix@{socket}
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socketserver
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,31 @@ def test_other_paths_and_methods_are_refused(
 ) -> None:
     """The answer is JSON."""
     assert edge.call(path, method=method, token=edge.token(Role.admin))[0] == status
+
+
+class SlowLog(ClosingEcho):
+    """Sends a log with a long pause."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/plain")
+        self.end_headers()
+        for line in (b"one\n", b"two\n"):
+            self.wfile.write(line)
+            self.wfile.flush()
+            time.sleep(2.5 if line == b"one\n" else 0)
+
+
+def test_silent_log_outlives_the_timeouts_of_other_requests(edge: Edge, job_service: SocketEcho) -> None:
+    """A job may print nothing for long. The timeouts of client and server are shortened to a second here."""
+    job_service.RequestHandlerClass = SlowLog
+    for setting in ("client 30s", "server 2m"):
+        edge.load_targets(timeout=(f"timeout {setting}", f"timeout {setting.split()[0]} 1s"))
+        connection = edge.connect()
+        connection.request("GET", f"{JOB}/logs", headers={"authorization": f"Bearer {edge.token()}"})
+        assert connection.getresponse().read() == b"one\ntwo\n"
+        connection.close()
+    edge.load_targets()
 
 
 def test_without_the_service_the_answer_is_503(edge: Edge) -> None:
