@@ -24,6 +24,8 @@ class SubmissionConfig:
     """Folders and URIs that options of a job may name, besides the project folder."""
     config_dir: str | None = None
     """The installation's folder of configurations, for example with its pipelines."""
+    max_running: int = 4
+    """Largest number of jobs that run at the same time. The others wait, at most for an hour."""
     max_per_caller: int = 4
     """Largest number of unfinished jobs of one caller."""
     max_unfinished: int = 32
@@ -37,6 +39,6 @@ class SubmissionConfig:
                 )
         if not all(self.allowed_paths):
             raise ValueError("jobs.allowed_paths has an empty path. Name folders or URIs.")
-        for limit in ("max_per_caller", "max_unfinished"):
+        for limit in ("max_running", "max_per_caller", "max_unfinished"):
             if getattr(self, limit) < 1:
                 raise ValueError(f"jobs.{limit} must be at least 1, got {getattr(self, limit)}.")

@@ -63,7 +63,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
     "FeatureTableRewritten": (Key(("view", "table_version")),),
     "FeatureViewApplied": (Key(("view",)),),
     "FeatureViewStateChanged": (Key(("view",)),),
-    "JobFinished": (Key(("job",)),),
+    "JobFinished": (Key(()), Key(("job",))),
     "JobStarted": (Key(("job",)),),
     "JobStopped": (Key(("job",)),),
     "JobSubmitted": (Key(()), Key(("job",)), Key(("submitter",))),

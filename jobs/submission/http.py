@@ -29,6 +29,8 @@ MAX_BODY_BYTES = 64 * 1024
 BODY_S = 10.0
 MAX_FOLLOWERS = 8
 """Largest number of logs that one caller may follow at the same time."""
+MAX_ALL_FOLLOWERS = 64
+"""The same, for all callers."""
 MAX_MESSAGE = 2000
 RETRY_S = 5
 OFFSET = "x-log-offset"
@@ -113,6 +115,8 @@ class JobApi:
         offset, follow = _number(request, "offset", default=0), _flag(request, "follow", default=True)
         if self._followers[principal.subject] >= MAX_FOLLOWERS:
             raise TooManyJobs(f"You read {MAX_FOLLOWERS} logs already. Close one first.")
+        if self._followers.total() >= MAX_ALL_FOLLOWERS:
+            raise TooManyJobs("Too many logs are read at the same time. Try again.")
         content = logs.stream(
             logs.log_file(self._record, job.id),
             offset=offset,

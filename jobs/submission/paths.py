@@ -4,7 +4,7 @@ A job runs as the cluster's user, so its paths reach what this user reaches: key
 it, credentials. No option's type says that it is a path. So every text of every option is checked as if it were one. A
 text without a slash is a path in the project folder, and is allowed.
 
-Allowed are the project folder, the folders `jobs/` and `demo/` below the storage root, and what the operator names
+Allowed are the project folder, the folder `jobs/` below the storage root, and what the operator names
 (`jobs.allowed_paths`). Always refused are the rest of the storage root, hidden files, and files with code or
 configuration, because Python or Hydra could load them later.
 """
@@ -22,8 +22,8 @@ from cluster.session import ClusterRecord
 from cluster.storage import is_uri
 from jobs.submission.forbidden import Forbidden
 
-OF_JOBS = ("jobs", "demo")
-"""Folders below the storage root that options of a job may name."""
+OF_JOBS = "jobs"
+"""Folder below the storage root that options of a job may name."""
 CODE = frozenset(
     {".py", ".pyc", ".pyi", ".pth", ".so", ".sh", ".cedar"}
     | {".yaml", ".yml", ".toml", ".cfg", ".ini", ".pem", ".key", ".jwt", ".db", ".lock"}
@@ -144,4 +144,4 @@ def _is_below(path: str, folder: str) -> bool:
 
 
 def _folder_of_jobs(path: str, root: str) -> bool:
-    return path.removeprefix(root).strip("/").split("/")[0] in OF_JOBS and path.rstrip("/") != root
+    return path.removeprefix(root).strip("/").split("/")[0] == OF_JOBS

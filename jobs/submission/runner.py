@@ -61,16 +61,25 @@ class JobRunner:
         ledger: the ledger.
         jobs: starts and stops jobs.
         intents: folder with the intents that callers sent, one file for each job.
+        max_running: how many jobs run at the same time at most.
         clock: returns the present time, in UTC.
     """
 
     def __init__(
-        self, ledger: Ledger, jobs: Jobs, *, intents: Path, clock: Callable[[], dt.datetime] = utc_now
+        self,
+        ledger: Ledger,
+        jobs: Jobs,
+        *,
+        intents: Path,
+        max_running: int,
+        clock: Callable[[], dt.datetime] = utc_now,
     ) -> None:
         self._ledger = ledger
         self._jobs = jobs
         self._intents = intents
+        self._max_running = max_running
         self._clock = clock
+        self._running: set[str] = set()
         self._lock = threading.Lock()
         self._watched = {job.id: _Watched(job) for job in submitted.unfinished_jobs(ledger)}
 
@@ -106,11 +115,10 @@ class JobRunner:
 
     def _check(self, job: Job) -> bool:
         """Do what is next for a job, and return whether it is over."""
-        is_over = self._jobs.is_over(
-            job.id
-        )  # before the ledger is read: a job records its end before it is over
-        state = submitted.state_of(self._ledger, job.id)
-        if state.is_over:
+        is_over = self._jobs.is_over(job.id)
+        (self._running.add if is_over is False else self._running.discard)(job.id)
+        # The ledger is read after that, because a job records its end before it is over.
+        if submitted.state_of(self._ledger, job.id).is_over:
             return True
         is_stopped = submitted.is_stopped(self._ledger, job.id)
         if is_over is False:
@@ -126,7 +134,9 @@ class JobRunner:
             return self._finish(job, NOT_STARTED, "the job ended before its start")
         if self._clock() - job.submitted_at > MAX_WAIT:
             return self._finish(job, NOT_STARTED, "it could not be started within an hour")
-        self._jobs.submit(job)
+        if len(self._running) < self._max_running:
+            self._jobs.submit(job)
+            self._running.add(job.id)
         return False
 
     def _finish(self, job: Job, state: str, reason: str) -> bool:

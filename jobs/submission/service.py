@@ -91,7 +91,7 @@ def serve(
     stopped: threading.Event,
 ) -> None:
     """Answer requests and run jobs until `stopped` is set."""
-    runner = wait_for_jobs(ledger, record, stopped)
+    runner = wait_for_jobs(config, ledger, record, stopped)
     if runner is None:
         return
     metrics.count_unfinished(lambda: len(runner.unfinished()))
@@ -108,11 +108,18 @@ def serve(
     keeper.join(RETRY_S)
 
 
-def wait_for_jobs(ledger: Ledger, record: ClusterRecord, stopped: threading.Event) -> JobRunner | None:
+def wait_for_jobs(
+    config: PlatformConfig, ledger: Ledger, record: ClusterRecord, stopped: threading.Event
+) -> JobRunner | None:
     """Read the unfinished jobs. While the ledger's database is down, try again; return None if stopped."""
     while not stopped.is_set():
         try:
-            return JobRunner(ledger, SubmittedJobs(record), intents=intent_folder(record.layout))
+            return JobRunner(
+                ledger,
+                SubmittedJobs(record),
+                intents=intent_folder(record.layout),
+                max_running=config.jobs.max_running,
+            )
         except sa.exc.SQLAlchemyError as error:
             LOG.warning("the jobs cannot be read: %s", first_line(error))
             stopped.wait(RETRY_S)

@@ -92,8 +92,9 @@ def newest_jobs(ledger: Ledger, *, submitter: str | None, count: int) -> list[Jo
 
 def unfinished_jobs(ledger: Ledger) -> Iterator[Job]:
     """Yield the jobs that are not finished, in the order in which they were submitted."""
+    finished = {entry.payload["job"] for entry in ledger.find(JobFinished)}
     for entry in ledger.find(JobSubmitted):
-        if ledger.newest(JobFinished, job=entry.payload["job"]) is None:
+        if entry.payload["job"] not in finished:
             yield job_of(entry)
 
 

@@ -72,7 +72,13 @@ class Service:
     def restart(self) -> None:
         """Start the service anew, as after `kill -9`: it knows only what the ledger has."""
         intents = Path(self.places.keys) / "job_intents"
-        self.runner = JobRunner(self.ledger, self.jobs, intents=intents, clock=lambda: self.now)
+        self.runner = JobRunner(
+            self.ledger,
+            self.jobs,
+            intents=intents,
+            max_running=self.settings.max_running,
+            clock=lambda: self.now,
+        )
         roots = (str(self.root / ".falaj"),)
         self.desk = JobDesk(
             ledger=self.ledger,

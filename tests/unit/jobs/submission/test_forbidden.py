@@ -198,7 +198,7 @@ def rules(tmp_path: Path) -> PathRules:
     "text",
     [
         *("income", "data/x.parquet", "link/x.parquet", "Asia/Dubai", "data/*.parquet", "data/**/x.parquet"),
-        *("2020-01-01T00:00:00", ".falaj/jobs/t.parquet", ".falaj/demo/t.parquet", "../shared/x.parquet"),
+        *("2020-01-01T00:00:00", ".falaj/jobs/t.parquet", ".falaj/jobs", "../shared/x.parquet"),
         *("s3://bucket/falaj/jobs/t.parquet", "s3://lake/raw", "s3://lake/raw/x.parquet", "by command"),
     ],
 )
@@ -212,7 +212,14 @@ def test_texts_in_the_allowed_places_are_accepted(rules: PathRules, text: str) -
     [
         *("etc/passwd", "/etc/passwd", "../shared2/x", "../shared/../x", "data/../../x", ".falaj/ledger.db"),
         *("s3://bucket/falaj/features/income", "s3://bucket/falaj", "s3://bucket/other", "s3://lake/rawer/x"),
-        *("s3://lake/raw/../x", "s3://lake/raw::file:///etc/passwd", "data/code.py", "etc/*", ".falaj/x"),
+        *(
+            "s3://lake/raw/../x",
+            "s3://lake/raw::file:///etc/passwd",
+            "data/code.py",
+            "etc/*",
+            ".falaj/x",
+            ".falaj/demo/x",
+        ),
     ],
 )
 def test_texts_outside_the_allowed_places_are_refused(rules: PathRules, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import datetime as dt
 import os
 import socket
@@ -22,7 +23,7 @@ from cluster.ledger.events import (
     JobSubmitted,
     StrangersRefused,
 )
-from cluster.security.tokens.intent import IntentVerifier
+from cluster.security.tokens.intent import IntentVerifier, mint_intent
 from cluster.security.tokens.issuer import TOKEN_TTL_S
 from cluster.security.tokens.principal import Principal, TokenVerifier
 from cluster.security.tokens.roles import Role
@@ -37,6 +38,7 @@ from tests.unit.jobs.submission.conftest import APPLY, record
 if TYPE_CHECKING:
     from tests.unit.jobs.submission.conftest import Service
 
+MODULE = "feature_jobs.apply"
 SUBMITTERS = {Role.data_engineer, Role.data_scientist, Role.ml_engineer, Role.approver, Role.admin}
 
 
@@ -111,7 +113,7 @@ def test_same_key_gives_the_same_job(service: Service) -> None:
     job = service.submit(body)
     assert service.call("POST", body=body) == (200, {"id": job, "status": "pending"})
     for other in ({**body, "overrides": []}, {**body, "module": "feature_jobs.materialize"}):
-        wrong = {**other, "overrides": ["view=income"]} if other["module"] != APPLY["module"] else other
+        wrong = {**other, "overrides": ["view=income"]} if other["module"] != MODULE else other
         assert service.call("POST", body=wrong)[0] == 409
     assert service.call("POST", body=body, role=Role.ml_engineer)[0] == 409
     assert service.submit(body, subject="bob") != job
@@ -175,6 +177,47 @@ def test_caller_has_few_unfinished_jobs(new_service: Callable[..., Service]) -> 
     service.finish(jobs[0])
     service.look()
     service.submit()
+
+
+def test_few_jobs_run_at_the_same_time(new_service: Callable[..., Service]) -> None:
+    """The others wait, and start in their order."""
+    service = new_service(max_running=2)
+    jobs = [service.submit() for _ in range(4)]
+    service.look()
+    assert service.jobs.started == jobs[:2]
+    service.start(jobs[0])
+    service.finish(jobs[0])
+    service.look()
+    service.look()
+    assert service.jobs.started == jobs[:3]
+
+
+def test_with_an_oidc_issuer_the_caller_sends_the_intent(service: Service) -> None:
+    """It must be of the caller and for the module. The ledger never has it, and its file is removed after the job."""
+    service.desk.issues_intents = False
+    principal = TokenVerifier.of(service.places).verify(service.token())
+    intents = {
+        "mine": mint_intent(service.places, principal, entrypoint=MODULE),
+        "of another module": mint_intent(service.places, principal, entrypoint="feature_jobs.ingest"),
+        "of an admin": mint_intent(
+            service.places, dataclasses.replace(principal, role=Role.admin), entrypoint=MODULE
+        ),
+    }
+    statuses = {
+        name: service.call("POST", body={**APPLY, "intent": intent})[0] for name, intent in intents.items()
+    }
+    assert statuses == {"mine": 202, "of another module": 401, "of an admin": 401}
+    assert service.call("POST", body=APPLY)[0] == 400
+    assert service.call("POST", body={"module": "jobs.pipeline"})[0] == 400
+    [job] = service.runner.unfinished()
+    file = Path(service.places.keys) / "job_intents" / f"{job.id}.jwt"
+    assert (file.read_text(), file.stat().st_mode & 0o777) == (intents["mine"], 0o600)
+    assert intents["mine"] not in "".join(str(entry.payload) for entry in service.ledger.entries())
+    service.look()
+    service.start(job.id)
+    service.finish(job.id)
+    service.look()
+    assert not file.exists()
 
 
 def test_service_killed_between_event_and_start_starts_the_job_once(service: Service) -> None:
@@ -241,7 +284,7 @@ def test_job_acts_with_the_callers_rights_and_no_more(service: Service) -> None:
     assert job is not None
     with callers_intent(PlatformConfig(), record(service.root), job) as variables:
         path = Path(next(iter(variables.values())))
-        intent = IntentVerifier.of(service.places).verify(path.read_text(), entrypoint=APPLY["module"])
+        intent = IntentVerifier.of(service.places).verify(path.read_text(), entrypoint=MODULE)
         assert path.stat().st_mode & 0o777 == 0o600
         assert intent.principal.expires_at - time.time() <= TOKEN_TTL_S
     assert not path.exists()
@@ -264,7 +307,7 @@ def test_command_line_has_the_overrides_as_they_are(
     overrides = ["plan=true", "definitions=feature_jobs.census"]
     job = submitted.find(service.ledger, service.submit({**APPLY, "overrides": overrides}))
     assert job is not None
-    assert command_line(job)[1:] == ["-m", APPLY["module"], "--config-dir", str(tmp_path), *overrides]
+    assert command_line(job)[1:] == ["-m", MODULE, "--config-dir", str(tmp_path), *overrides]
 
 
 def test_log_is_followed_until_the_job_ends(service: Service) -> None:
