@@ -203,6 +203,12 @@ def follow(client: EdgeClient, job: str) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
+    except NotAccepted as error:  # for example, the token has expired
+        print(
+            f"{error} Job {job} goes on. `python -m jobs.submit --follow {job}` shows its log.",
+            file=sys.stderr,
+        )
+        return 1
     reason = f": {state['reason']}" if state["reason"] else ""
     print(f"job {job} is {state['status']}{reason}", file=sys.stderr)
     code = state["exit_code"]

@@ -70,6 +70,17 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(capfd: pytest.Cap
     assert edge.sent == []
 
 
+def test_expired_token_leaves_the_job_running(capfd: pytest.CaptureFixture[str]) -> None:
+    """The message says that the job goes on. The exit code is not that of a refused job."""
+
+    class Expired(DoubleEdge):
+        def log(self, job: str, offset: int) -> Iterator[bytes]:
+            raise submit.NotAccepted("The token has expired.")
+
+    assert submit.follow(Expired(b"", {}), "job-1") == 1
+    assert "expired. Job job-1 goes on" in capfd.readouterr().err
+
+
 def test_submission_has_module_overrides_and_always_a_key(
     monkeypatch: pytest.MonkeyPatch, token: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
