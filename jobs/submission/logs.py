@@ -9,6 +9,8 @@ from pathlib import Path
 from cluster.session import ClusterRecord
 
 CHUNK = 64 * 1024
+_RAYS_LAST = b"Running entrypoint for job "
+"""Text of the last line that Ray writes before the command runs. It shows paths of the head."""
 POLL_S = 0.5
 MAX_SILENT_S = 1800.0
 """A stream without new output for this time ends, because a client may have vanished without a word. Another one asks
@@ -23,26 +25,32 @@ def log_file(record: ClusterRecord, job: str) -> Path:
 async def stream(
     path: Path, *, offset: int, is_over: Callable[[], bool], follow: bool
 ) -> AsyncIterator[bytes]:
-    """Yield the content of a log from a position on.
+    """Yield what a job has printed, from a position on.
 
     Args:
         path: the file. A missing file is an empty log.
-        offset: position in bytes.
+        offset: position in bytes, after Ray's own first lines.
         is_over: whether the job has ended.
         follow: go on until the job has ended and all its output was sent.
     """
-    silent_s = 0.0
+    silent_s, start = 0.0, 0
     while True:
-        ended = not follow or await asyncio.to_thread(
-            is_over
-        )  # before the read, so that the last output is read
-        while data := await asyncio.to_thread(_read, path, offset):
+        is_ended = await asyncio.to_thread(is_over)  # before the read, so that the last output is read
+        start = start or await asyncio.to_thread(_start, path)
+        while (start or is_ended) and (data := await asyncio.to_thread(_read, path, start + offset)):
             offset, silent_s = offset + len(data), 0.0
             yield data
-        if ended or silent_s >= MAX_SILENT_S:
+        if is_ended or not follow or silent_s >= MAX_SILENT_S:
             return
         await asyncio.sleep(POLL_S)
         silent_s += POLL_S
+
+
+def _start(path: Path) -> int:
+    """Return where the job's own output starts; 0 if Ray has not written its own lines yet."""
+    head = _read(path, 0)
+    last = head.find(_RAYS_LAST)
+    return 0 if last < 0 else head.find(b"\n", last) + 1
 
 
 def _read(path: Path, offset: int) -> bytes:

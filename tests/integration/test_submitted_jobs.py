@@ -89,7 +89,8 @@ def test_client_follows_the_log_and_exits_like_the_job(falaj_cluster: Project, t
     write_intent(token, falaj_cluster.token("data_engineer"))
     options = ("--token-file", str(token))
     planned = falaj_cluster.run("jobs.submit", *options, "module=feature_jobs.apply", "plan=true", check=True)
-    assert "income" in planned.stdout
+    assert "3 to add" in planned.stdout
+    assert "entrypoint" not in planned.stdout
     refused = falaj_cluster.run("jobs.submit", *options, "module=jobs.train", "name=m", "tier=smb_cpu")
     assert "tier" in refusal(refused)
     assert "jobs.sweep" in refusal(falaj_cluster.run("jobs.submit", *options, "-m", "module=jobs.train"))

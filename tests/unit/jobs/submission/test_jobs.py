@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from tests.unit.jobs.submission.conftest import Service
 
 MODULE = "feature_jobs.apply"
+RAYS_LINES = (
+    b"INFO job_manager.py:581 -- Runtime env is setting up.\nRunning entrypoint for job j: cd /root\n"
+)
 SUBMITTERS = {Role.data_engineer, Role.data_scientist, Role.ml_engineer, Role.approver, Role.admin}
 
 
@@ -314,8 +317,8 @@ def test_log_is_followed_until_the_job_ends(service: Service) -> None:
     """A stream starts at a position, and has all that was printed before the end."""
     path = logs.log_file(record(service.root), "j")
     path.parent.mkdir(parents=True)
-    path.write_bytes(b"one\n")
-    asked = iter((False, False, True))
+    path.write_bytes(RAYS_LINES + b"one\n")
+    asked = iter((False, False, False, True))
 
     def is_over() -> bool:
         over = next(asked)
@@ -327,8 +330,12 @@ def test_log_is_followed_until_the_job_ends(service: Service) -> None:
         stream = logs.stream(path, offset=offset, is_over=is_over, follow=follow)
         return b"".join([data async for data in stream])
 
-    assert asyncio.run(read(offset=0, follow=False)) == b"one\n"
-    assert asyncio.run(read(offset=2, follow=True)) == b"e\n" + b"more\n" * 3
+    assert asyncio.run(read(offset=0, follow=False)) == b"one\nmore\n"
+    assert asyncio.run(read(offset=2, follow=True)) == b"e\n" + b"more\n" * 4
+    path.write_bytes(RAYS_LINES[:50])  # Ray's last line is not there yet
+    asked = iter((False, False, True))
+    assert asyncio.run(read(offset=0, follow=False)) == b""
+    assert asyncio.run(read(offset=0, follow=True)) == RAYS_LINES[:50] + b"more\n" * 3
     missing = logs.stream(path.with_name("none"), offset=0, is_over=lambda: True, follow=True)
     assert asyncio.run(anext(missing, None)) is None  # type: ignore[arg-type]
 
@@ -338,7 +345,7 @@ def test_log_over_http(service: Service) -> None:
     job = service.submit()
     path = logs.log_file(record(service.root), job)
     path.parent.mkdir(parents=True)
-    path.write_text("<b>hello</b>\n")
+    path.write_bytes(RAYS_LINES + b"<b>hello</b>\n")
     service.finish(job)
     headers = {"Authorization": f"Bearer {service.token()}"}
     answer = service.client.get(f"/v1/jobs/{job}/logs?offset=3", headers=headers)
