@@ -168,6 +168,8 @@ def test_invalid_option_is_a_mistake_and_no_event(service: Service) -> None:
     for override, named in (("veiw=income", "veiw"), ("num_buckets=many", "num_buckets"), ("view=[", "view")):
         status, content = service.call("POST", body={"module": INGEST, "overrides": [override]})
         assert (status, named in content["error"]) == (400, True), content
+    status, content = service.call("POST", body={"module": "jobs.train"})
+    assert (status, "`name=" in content["error"]) == (400, True), content
     assert service.refusals() == []
 
 
