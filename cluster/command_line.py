@@ -24,7 +24,7 @@ from cluster.errors import ConfigError
 
 _ARGUMENT = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
 _PLAIN_LIST = re.compile(r"\[[^\[\]{}()'\"\\$]*\]")
-_MULTIRUN = frozenset({"-m", "--multirun"})
+MULTIRUN = frozenset({"-m", "--multirun"})
 
 
 def quote_texts(arguments: Sequence[str], schema: type[Any]) -> list[str]:
@@ -34,7 +34,7 @@ def quote_texts(arguments: Sequence[str], schema: type[Any]) -> list[str]:
         arguments: Arguments of a command line.
         schema: Dataclass of the command's options.
     """
-    if not _MULTIRUN.isdisjoint(arguments):  # in a multirun a comma separates values
+    if not MULTIRUN.isdisjoint(arguments):  # in a multirun a comma separates values
         return list(arguments)
     return [_quoted(argument, schema) for argument in arguments]
 

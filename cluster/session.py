@@ -44,6 +44,7 @@ METRICS_PORTS = (
     "scheduler_metrics",
     "nodes_metrics",
     "uploader_metrics",
+    "jobs_metrics",
 )
 """Names of the ports where Falaj's own processes serve metrics."""
 
@@ -149,6 +150,11 @@ class ClusterRecord:
         return self.runtime_dir or self.temp_dir
 
     @property
+    def jobs_socket(self) -> str:
+        """Path of the socket of the service for submitted jobs, also on a node that joined."""
+        return f"{self.runtime_folder}/jobs.sock"
+
+    @property
     def owner(self) -> int:
         """User id of the cluster's processes. If the record has no user id, it is the owner of the state folder."""
         if self.owner_uid is not None:
@@ -176,6 +182,7 @@ def metrics_urls(record: ClusterRecord) -> list[str]:
     runs_here = {
         "edge_controller_metrics": record.has_edge,
         "scheduler_metrics": record.node_id is None,
+        "jobs_metrics": record.node_id is None,
         "nodes_metrics": record.has_nodes and record.node_id is None,
         "uploader_metrics": record.layout.shared is not None,
     }

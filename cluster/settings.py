@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from cluster.host.gcs import GcsConfig
 from cluster.host.names import require_edge_names, require_redis_url
+from cluster.host.submission import SubmissionConfig
 from cluster.host.this_node import LOOPBACK_ADDRESS, is_loopback
 from cluster.placement import PlacementConfig
 
@@ -215,12 +216,10 @@ class IdentityConfig:
 
     issuer: IssuerConfig = field(default_factory=IssuerConfig)
     service_token_file: str | None = None
-    """File with the replicas' token. An external process renews the file. With null, the development issuer creates
-    the token."""
+    """File with the replicas' token, renewed by another process. With null, the development issuer creates it."""
     supervisor_token_file: str | None = None
     """File with the supervisor's intent for `serve_apps.deploy`. An external process renews the file. With null, the
     development issuer creates the intent. With an OIDC issuer and no file, a restarted head has no applications."""
-
     token_file: str | None = None
     """File with an intent, or with an access token that is exchanged for an intent; or `vault:<path>#<field>`, a secret
     in Vault's KV store. With null, the development issuer creates an intent for the user."""
@@ -253,6 +252,7 @@ class PortsConfig:
     scheduler_metrics: int = 8408
     nodes_metrics: int = 8409
     uploader_metrics: int = 8410
+    jobs_metrics: int = 8411
 
 
 @dataclass(kw_only=True, slots=True)
@@ -355,7 +355,7 @@ class ReplicaConfig:
     num_gpus: float = 0.0
     """Share of a GPU that a replica reserves. The share is logical: GPU memory is not isolated."""
     max_ongoing_requests: int = 64
-    """Largest number of concurrent requests in a replica. Further requests wait outside the replica."""
+    """Largest number of concurrent requests in a replica. Further requests wait outside."""
     durability: Durability = Durability.process
     """Durability of logged predictions and outcomes at the time of the answer."""
     batching: BatchingConfig = field(default_factory=BatchingConfig)
@@ -397,3 +397,4 @@ class PlatformConfig:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     replica: ReplicaConfig = field(default_factory=ReplicaConfig)
+    jobs: SubmissionConfig = field(default_factory=SubmissionConfig)

@@ -39,6 +39,7 @@ from cluster.node.launch import (
     edge_log,
     end_all,
     environment,
+    jobs_log,
     key_log,
     new_gcs_folder,
     nodes_log,
@@ -57,6 +58,7 @@ from cluster.node.log_uploads import announce_node
 from cluster.node.parts import (
     BROKER,
     EDGE,
+    JOBS,
     NODES,
     SCHEDULER,
     SUPERVISOR,
@@ -257,6 +259,7 @@ def _start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
     if record.layout.shared is not None:
         start_process(config, record, UPLOADER, log=uploader_log(config))
     start_process(config, record, SCHEDULER, log=scheduler_log(config))
+    start_process(config, record, JOBS, log=jobs_log(config))
     print("starting the edge", flush=True)
     edge = start_process(config, record, EDGE, log=edge_log(config))
     start_serve(config, record)

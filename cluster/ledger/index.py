@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from cluster.ledger.chain import Entry
 from cluster.ledger.database import EVENTS, METADATA, POSITIONS
 
-NAME = "event_index_2"
+NAME = "event_index_3"
 """Name of the table and of its position. A release that changes `KEYS` must change the number in this name, because two
 releases can share one ledger."""
 
@@ -63,6 +63,10 @@ KEYS: dict[str, tuple[Key, ...]] = {
     "FeatureTableRewritten": (Key(("view", "table_version")),),
     "FeatureViewApplied": (Key(("view",)),),
     "FeatureViewStateChanged": (Key(("view",)),),
+    "JobFinished": (Key(()), Key(("job",))),
+    "JobStarted": (Key(("job",)),),
+    "JobStopped": (Key(("job",)),),
+    "JobSubmitted": (Key(()), Key(("job",)), Key(("submitter",))),
     "ModelDeployed": (Key(("name", "version")),),
     "ModelRegistered": (Key(("name",)),),
     "OutcomesCompacted": (Key(("model", "table_version")),),

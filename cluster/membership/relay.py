@@ -4,8 +4,8 @@ Its processes use the same socket as on the head, with their own tokens. By defa
 passes requests for keys to the head, whose key broker decides. The relay of a node with its own login to Vault
 (`cluster.join vault=true`) decides itself, by the same policies, and can use keys without the head.
 
-The relay also makes Ray's dashboard reachable on the node's loopback address, and updates the dev issuer's public keys
-of the node.
+The relay also makes Ray's dashboard reachable on the node's loopback address and the job service at the node's own
+socket, and updates the dev issuer's public keys of the node.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from cluster.host.port_owner import PortState, client_uid
 from cluster.host.signals import set_on_signal
 from cluster.ledger import open_ledger
 from cluster.membership.head_client import ANSWER_S, HeadClient
-from cluster.membership.service import DASHBOARD
+from cluster.membership.service import DASHBOARD, JOBS
 from cluster.membership.splice import splice
 from cluster.metrics import new_registry, serve_metrics
 from cluster.security.keys.broker import Answering, Broker
@@ -84,17 +85,38 @@ class Relay:
 
 def serve_dashboard(head: HeadClient, port: int, stopped: threading.Event) -> None:
     """Listen on loopback, and connect each client to the dashboard on the head. It asks for Ray's token."""
+    _serve_tunnels(head, DASHBOARD, lambda: socket.create_server(("127.0.0.1", port)), stopped)
+
+
+def serve_jobs(head: HeadClient, path: Path, stopped: threading.Event) -> None:
+    """Listen at a private socket, and connect this node's edge to the job service on the head. It checks tokens."""
+
+    def listen() -> socket.socket:
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen()
+        return listener
+
+    _serve_tunnels(head, JOBS, listen, stopped)
+
+
+def _serve_tunnels(
+    head: HeadClient, service: str, listen: Callable[[], socket.socket], stopped: threading.Event
+) -> None:
+    """Connect each client of a listener to a service on the head."""
     slots = threading.BoundedSemaphore(MAX_TUNNELS)
 
     def serve(client: socket.socket) -> None:
         try:
             with client, head.open() as connection:
-                send(connection, {"op": DASHBOARD}, timeout_s=ANSWER_S)
+                send(connection, {"op": service}, timeout_s=ANSWER_S)
                 answer = receive(connection, idle_s=ANSWER_S, read_s=ANSWER_S)
                 if answer is not None and answer.get("ok") is True:
                     splice(client, connection)
         except (OSError, FalajError) as error:
-            LOG.warning("the dashboard cannot be reached: %s", error)
+            LOG.warning("the head's %s cannot be reached: %s", service, error)
         finally:
             slots.release()
 
@@ -103,29 +125,36 @@ def serve_dashboard(head: HeadClient, port: int, stopped: threading.Event) -> No
             client, _ = listener.accept()
         except TimeoutError:
             return
-        try:
-            uid = client_uid(client)
-        except OSError:  # it has disconnected
+        if not _is_own(client):
             client.close()
-            return
-        if uid not in (os.geteuid(), 0, PortState.unknown):
-            LOG.warning("a connection to the dashboard was refused: it comes from user %s", uid)
-            client.close()
-            return
-        if slots.acquire(blocking=False):
-            threading.Thread(target=serve, args=(client,), name="dashboard", daemon=True).start()
+        elif slots.acquire(blocking=False):
+            threading.Thread(target=serve, args=(client,), name=service, daemon=True).start()
         else:
             client.close()
 
     while not stopped.is_set():
         try:
-            with socket.create_server(("127.0.0.1", port)) as listener:
+            with listen() as listener:
                 listener.settimeout(_POLL_S)
                 while not stopped.is_set():
                     accept(listener)
         except OSError as error:  # another process has the port, or no file descriptors are left
-            LOG.warning("the dashboard is not reachable at port %d: %s", port, error.strerror)
+            LOG.warning("this node cannot listen for the head's %s: %s", service, error.strerror)
             stopped.wait(RETRY_S)
+
+
+def _is_own(client: socket.socket) -> bool:
+    """Return whether a client is a process of the cluster's user. A socket file is private, so no other user has it."""
+    if client.family == socket.AF_UNIX:
+        return True
+    try:
+        uid = client_uid(client)
+    except OSError:  # it has disconnected
+        return False
+    if uid in (os.geteuid(), 0, PortState.unknown):
+        return True
+    LOG.warning("a connection to the dashboard was refused: it comes from user %s", uid)
+    return False
 
 
 def follow_issuer(head: HeadClient, path: Path, stopped: threading.Event) -> None:
@@ -152,6 +181,8 @@ def main(config: PlatformConfig) -> None:
         threading.Thread(target=follow_issuer, args=(head, jwks, stopped), name="issuer", daemon=True).start()
     dashboard = (head, record.ports["dashboard"], stopped)
     threading.Thread(target=serve_dashboard, args=dashboard, name="dashboard", daemon=True).start()
+    jobs = (head, Path(record.jobs_socket), stopped)
+    threading.Thread(target=serve_jobs, args=jobs, name="jobs", daemon=True).start()
     with own_keys(config, record, stopped=stopped) as keys:
         Broker(Relay(head, keys=keys), Path(record.key_socket), metrics=BrokerMetrics(registry)).run(stopped)
 

@@ -56,7 +56,8 @@ _SERVICE = "service:"
 _WORDS = re.compile(r"[A-Za-z ]{1,32}")
 MAX_PARTS = 32
 LEAVE_REASONS = ("left", "down", "failed")
-DASHBOARD = "dashboard"
+DASHBOARD, JOBS = "dashboard", "jobs"
+"""Services on the head that a node is connected to."""
 LOG = logging.getLogger("falaj.nodes")
 
 
@@ -106,8 +107,8 @@ class NodeService:
         idle_s = READ_S if peer.certificate is None else IDLE_S
         try:
             while (request := receive(connection, idle_s=idle_s, read_s=READ_S)) is not None:
-                if request.get("op") == DASHBOARD:
-                    self._connect_to_dashboard(connection, peer)
+                if (service := request.get("op")) in (DASHBOARD, JOBS):
+                    self._connect_to(str(service), connection, peer)
                     return
                 answer = self.metrics.measure(request, functools.partial(self.answer, peer=peer))
                 send(connection, answer, timeout_s=READ_S)
@@ -302,25 +303,37 @@ class NodeService:
             raise KeyStoreUnavailable("The head's key broker closed the connection.")
         return answer
 
-    def _connect_to_dashboard(self, connection: ssl.SSLSocket, peer: Peer) -> None:
-        """Connect a node to Ray's dashboard, which listens on loopback. The dashboard asks for Ray's token."""
+    def _connect_to(self, service: str, connection: ssl.SSLSocket, peer: Peer) -> None:
+        """Connect a node to Ray's dashboard, which asks for Ray's token, or to the job service, which checks tokens."""
         try:
             self._require_node(peer)
-            address = urlsplit(self.record.dashboard_url)
-            dashboard = socket.create_connection((address.hostname or "", address.port or 0), timeout=READ_S)
+            local_end = self._open_dashboard() if service == DASHBOARD else self._open_job_service()
         except FalajError as error:
             send(connection, error_to_plain(error), timeout_s=READ_S)
             return
         except OSError as error:
-            answer = error_to_plain(
-                KeyStoreUnavailable(f"Ray's dashboard does not answer: {error.strerror}.")
-            )
+            answer = error_to_plain(KeyStoreUnavailable(f"The {service} does not answer: {error.strerror}."))
             send(connection, answer, timeout_s=READ_S)
             return
-        with dashboard:
-            require_own_peer(dashboard, owner=self.record.owner)
+        with local_end:
+            if service == DASHBOARD:
+                require_own_peer(local_end, owner=self.record.owner)
             send(connection, {"ok": True, "result": None}, timeout_s=READ_S)
-            splice(connection, dashboard)
+            splice(connection, local_end)
+
+    def _open_dashboard(self) -> socket.socket:
+        address = urlsplit(self.record.dashboard_url)
+        return socket.create_connection((address.hostname or "", address.port or 0), timeout=READ_S)
+
+    def _open_job_service(self) -> socket.socket:
+        opened = socket.socket(AF_UNIX, SOCK_STREAM)
+        opened.settimeout(READ_S)
+        try:
+            opened.connect(self.record.jobs_socket)
+        except OSError:
+            opened.close()
+            raise
+        return opened
 
 
 def _states(parts: object) -> dict[str, str]:

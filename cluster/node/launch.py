@@ -284,7 +284,7 @@ def shared_overrides(config: PlatformConfig, record: ClusterRecord) -> list[str]
         *overrides("identity", config.identity, leave_out=USER_FIELDS),
         *(
             argument
-            for section in ("secrets", "ledger", "online", "features", "scaling", "replica")
+            for section in ("secrets", "ledger", "online", "features", "scaling", "replica", "jobs")
             for argument in overrides(section, getattr(config, section))
         ),
     ]
@@ -351,6 +351,11 @@ def supervisor_log(config: PlatformConfig) -> Path:
 def scheduler_log(config: PlatformConfig) -> Path:
     """Return the path of the scheduler's log."""
     return local(layout(config.storage).edge) / "scheduler.log"
+
+
+def jobs_log(config: PlatformConfig) -> Path:
+    """Return the path of the log of the service for submitted jobs."""
+    return local(layout(config.storage).edge) / "jobs.log"
 
 
 def uploader_log(config: PlatformConfig) -> Path:

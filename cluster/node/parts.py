@@ -31,6 +31,7 @@ class Part(enum.StrEnum):
     nodes = "service for nodes"
     uploader = "log uploader"
     scheduler = "scheduler"
+    jobs = "job service"
     edge = "edge controller"
     haproxy = "edge"
     supervisor = "supervisor"
@@ -49,13 +50,14 @@ class State(enum.StrEnum):
 BROKER, EDGE, SUPERVISOR = "cluster.security.keys", "serve_apps.edge", "cluster.supervisor"
 NODES, RELAY = "cluster.membership", "cluster.membership.relay"
 UPLOADER = "cluster.records.upload"
-SCHEDULER = "jobs.schedule.service"
+SCHEDULER, JOBS = "jobs.schedule.service", "jobs.submission.service"
 _MODULES = {
     BROKER: Part.broker,
     RELAY: Part.broker,
     NODES: Part.nodes,
     UPLOADER: Part.uploader,
     SCHEDULER: Part.scheduler,
+    JOBS: Part.jobs,
     EDGE: Part.edge,
     SUPERVISOR: Part.supervisor,
 }

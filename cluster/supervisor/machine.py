@@ -21,6 +21,7 @@ from cluster.node.gcs_store import secret_environment
 from cluster.node.launch import (
     edge_log,
     environment,
+    jobs_log,
     key_log,
     nodes_log,
     scheduler_log,
@@ -32,6 +33,7 @@ from cluster.node.launch import (
 from cluster.node.parts import (
     BROKER,
     EDGE,
+    JOBS,
     NODES,
     RAY_PARTS,
     RELAY,
@@ -77,6 +79,8 @@ class ThisMachine:
             start_process(config, record, UPLOADER, log=uploader_log(config))
         elif part is Part.scheduler:
             start_process(config, record, SCHEDULER, log=scheduler_log(config))
+        elif part is Part.jobs:
+            start_process(config, record, JOBS, log=jobs_log(config))
         elif part is Part.edge:
             start_process(config, record, EDGE, log=edge_log(config))
         elif part in RAY_PARTS:

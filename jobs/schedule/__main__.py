@@ -21,6 +21,7 @@ from cluster.ledger.events import ScheduleApplied, ScheduledRunDue, ScheduleStat
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.session import require_running_cluster
+from jobs.child import principal_as_json
 from jobs.pipeline.stage.arguments import callers_config_dir
 from jobs.schedule import schedules
 from jobs.schedule.command import check_command
@@ -90,13 +91,7 @@ def apply(config: ScheduleConfig, ledger: Ledger, actor: Actor) -> None:
         definition=schedules.definition_of(spec),
         folder=str(Path.cwd()),
         config_dir=config_dir,
-        principal={
-            "subject": principal.subject,
-            "role": principal.role.value,
-            "purpose": principal.purpose,
-            "tenant": principal.tenant,
-            "models": None if principal.models is None else sorted(principal.models),
-        },
+        principal=principal_as_json(principal),
     )
     last, current = ledger.newest(ScheduleApplied, schedule=name), schedules.find(ledger, name)
     if current is not None and last is not None and last.payload == applied.payload():

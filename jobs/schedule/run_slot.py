@@ -6,38 +6,22 @@ schedule's principal, and records the end. If another process has recorded this 
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import subprocess
 import sys
-import threading
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-from cluster.entrypoint import REFUSED, job
-from cluster.host.signals import set_on_signal
-from cluster.ledger import Ledger, open_ledger
+from cluster.entrypoint import job
+from cluster.ledger import open_ledger
 from cluster.ledger.events import ScheduledRunFinished, ScheduledRunStarted
-from cluster.security.tokens.intent import FILE_VARIABLE, remove_expired, write_intent
-from cluster.security.tokens.issuer import TOKEN_TTL_S, mint_token
-from cluster.security.tokens.roles import Role
-from cluster.security.tokens.source import INTENTS, RENEW_S
 from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
-from cluster.storage import local
+from jobs.child import access_token, execute, job_name, principal_from_json, renewed_token
 from jobs.schedule import schedules
 from jobs.schedule.command import command_line
 from jobs.schedule.scheduler import ACTOR
 from jobs.schedule.schedules import Schedule
-
-JOB_VARIABLE = "RAY_JOB_SUBMISSION_ID"
-STOP_S = 10.0
-ERROR_CHARACTERS = 500
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,95 +36,30 @@ class SlotConfig(PlatformConfig):
 def main(config: SlotConfig) -> None:
     """Run the slot, and exit with the exit code of its command."""
     record, ledger = require_recorded_cluster(config), open_ledger(config)
-    schedule, job_name = schedules.require(ledger, config.name), os.environ.get(JOB_VARIABLE, "")
+    schedule, name = schedules.require(ledger, config.name), job_name()
     command = command_line(schedule)
-    started = ScheduledRunStarted(schedule=schedule.name, slot=config.slot, job=job_name, command=command[2:])
+    started = ScheduledRunStarted(schedule=schedule.name, slot=config.slot, job=name, command=command[2:])
     if ledger.append_once(started, actor=ACTOR, schedule=schedule.name, slot=config.slot) is None:
         print(f"slot {config.slot} of schedule {schedule.name} has run already")
         return
-    run = SlotRun(ledger, schedule, config.slot, job_name)
-    with callers_token(config, record, schedule) as environment:
-        code = run.execute(command, os.environ | environment)
-    sys.exit(code)
-
-
-@dataclass(frozen=True, slots=True)
-class SlotRun:
-    """One run of a slot."""
-
-    ledger: Ledger
-    schedule: Schedule
-    slot: str
-    job: str
-
-    def execute(self, command: list[str], environment: dict[str, str]) -> int:
-        """Run the command, record how it ended, and return its exit code."""
-        begun, stopped = time.monotonic(), threading.Event()
-        set_on_signal([signal.SIGTERM, signal.SIGINT], stopped)
-        child = subprocess.Popen(
+    with callers_token(config, record, schedule) as token:
+        ended = execute(
             command,
-            cwd=self.schedule.folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
+            folder=schedule.folder,
+            environment=os.environ | token,
+            timeout_s=schedule.spec.timeout_s,
         )
-        errors = LastLine(child)
-        timeout_s = self.schedule.spec.timeout_s
-        code, reason = wait(child, stopped, deadline=None if timeout_s is None else begun + timeout_s)
-        errors.join()
-        state = {0: "done", REFUSED: "refused"}.get(code, "failed")
-        finished = ScheduledRunFinished(
-            schedule=self.schedule.name,
-            slot=self.slot,
-            job=self.job,
-            state="failed" if reason else state,
-            exit_code=code,
-            seconds=round(time.monotonic() - begun, 3),
-            reason=reason or ("" if code == 0 else errors.text),
-        )
-        self.ledger.append_once(finished, actor=ACTOR, schedule=self.schedule.name, slot=self.slot)
-        return code
-
-
-class LastLine(threading.Thread):
-    """Copies a child's standard error to this process's, and keeps the last line."""
-
-    def __init__(self, child: subprocess.Popen[str]) -> None:
-        super().__init__(daemon=True)
-        self._child = child
-        self.text = ""
-        self.start()
-
-    def run(self) -> None:
-        assert self._child.stderr is not None
-        for line in self._child.stderr:
-            sys.stderr.write(line)
-            sys.stderr.flush()
-            self.text = line.strip()[:ERROR_CHARACTERS] or self.text
-
-
-def wait(
-    child: subprocess.Popen[str], stopped: threading.Event, *, deadline: float | None
-) -> tuple[int, str]:
-    """Wait for a child. End it if this process is stopped, or at the deadline.
-
-    Returns:
-        The exit code, and why the child was ended, or "".
-    """
-    reason = ""
-    while child.poll() is None:
-        if stopped.wait(0.2):
-            reason = "the job was stopped"
-        elif deadline is not None and time.monotonic() > deadline:
-            reason = "it ran longer than schedule.timeout_s"
-        if reason:
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(STOP_S)
-            child.kill()
-    return child.wait(), reason
+    finished = ScheduledRunFinished(
+        schedule=schedule.name,
+        slot=config.slot,
+        job=name,
+        state=ended.state,
+        exit_code=ended.exit_code,
+        seconds=ended.seconds,
+        reason=ended.reason,
+    )
+    ledger.append_once(finished, actor=ACTOR, schedule=schedule.name, slot=config.slot)
+    sys.exit(ended.exit_code)
 
 
 @contextmanager
@@ -154,37 +73,11 @@ def callers_token(
     if config.identity.issuer.url is not None:
         yield {}
         return
-    folder = local(record.layout.keys) / INTENTS
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    remove_expired(folder)
-    path, ended = folder / f"schedule-{uuid.uuid4().hex}.jwt", threading.Event()
-
-    def renew() -> None:
-        principal = schedule.principal
-        models = principal.get("models")
-        token = mint_token(
-            record.layout,
-            subject=str(principal["subject"]),
-            role=Role(principal["role"]),
-            purpose=str(principal["purpose"]),
-            tenant=str(principal["tenant"]),
-            scope="" if models is None else " ".join(f"model:{model}" for model in models),
-            ttl_s=TOKEN_TTL_S,
-        )
-        write_intent(path, token)
-
-    def renew_until_ended() -> None:
-        while not ended.wait(RENEW_S):
-            with contextlib.suppress(OSError):
-                renew()
-
-    renew()
-    threading.Thread(target=renew_until_ended, daemon=True, name="token").start()
-    try:
-        yield {FILE_VARIABLE: str(path)}
-    finally:
-        ended.set()
-        Path(path).unlink(missing_ok=True)
+    places, principal = record.layout, principal_from_json(schedule.principal)
+    with renewed_token(
+        places, kind="schedule", new_token=lambda: access_token(places, principal)
+    ) as variables:
+        yield variables
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         certificate=f"{places.tls}/{EDGE_NAME}",
         authority_folder=places.tls,
         dashboard=urlsplit(record.dashboard_url).netloc,
+        jobs_socket=record.jobs_socket,
         tokens=access_rules(config.identity.issuer),
         role_claim=config.identity.issuer.role_claim,
         tenant_claim=config.identity.issuer.tenant_claim,

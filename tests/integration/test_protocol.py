@@ -130,8 +130,12 @@ def test_what_the_openapi_document_says_is_true(edge: Edge) -> None:
 def of_this_model(document: dict[str, Any]) -> dict[str, Any]:
     """Return the document with the names of the served model, service and view.
 
-    Without these names, almost every request would be rejected as unknown.
+    Without these names, almost every request would be rejected as unknown. Paths of jobs are left out, because no job
+    service runs here.
     """
+    document["paths"] = {
+        path: operations for path, operations in document["paths"].items() if not path.startswith("/v1/jobs")
+    }
     components = document["components"]
     components["parameters"]["model"]["schema"] = {"enum": ["m"]}
     components["parameters"]["version"]["schema"] = {"enum": ["1"]}

@@ -120,6 +120,7 @@ def edge_settings(
         certificate=f"{places.tls}/edge.pem",
         authority_folder=places.tls,
         dashboard=dashboard,
+        jobs_socket=str(sockets / "jobs.sock"),
         tokens=TokenRules(issuer=ISSUER, audience=AUDIENCE),
         map_file=str(root / "routes.map"),
         error_folder=str(root / "errors"),

@@ -29,6 +29,7 @@ from cluster.ledger.events.features import (
     TrainingSetNotReproducible,
     ViewMaterialized,
 )
+from cluster.ledger.events.jobs import JobFinished, JobRefused, JobStarted, JobStopped, JobSubmitted
 from cluster.ledger.events.models import (
     AliasMoved,
     ArtifactRefused,
@@ -147,6 +148,11 @@ __all__ = [
     "ProcessRestarted",
     "ServingRestored",
     "StrangersRefused",
+    "JobFinished",
+    "JobRefused",
+    "JobStarted",
+    "JobStopped",
+    "JobSubmitted",
     "ScheduleApplied",
     "ScheduleStateChanged",
     "ScheduledRunDue",

@@ -268,6 +268,8 @@ _FACTS: dict[str, Callable[[Any], Facts]] = {
     "serve_apps.rollout": _rollout,
 }
 """For each command that can be a stage, the function that returns its facts."""
+STAGE_COMMANDS = frozenset(_FACTS)
+"""The platform's commands that can be a stage."""
 
 
 def _model(config: Any) -> str:

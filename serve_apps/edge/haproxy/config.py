@@ -17,6 +17,7 @@ from serve_apps.edge.haproxy import (
     connections,
     dashboard,
     fallback,
+    jobs,
     request_limits,
     scopes,
     split,
@@ -62,6 +63,8 @@ class EdgeSettings:
     """Folder with the certificate of the nodes' authority; it verifies replicas that are not on loopback."""
     dashboard: str
     """Address of Ray's dashboard."""
+    jobs_socket: str
+    """Socket of the service for submitted jobs."""
     tokens: TokenRules
     """What the edge requires of a token."""
     map_file: str
@@ -109,6 +112,7 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
         _frontend(keys, settings),
         _metrics(settings),
         dashboard.backend(settings.dashboard),
+        jobs.backend(settings.jobs_socket),
         VERIFIED_TOKENS,
         *_plain_backends(routes, settings),
         backends.readiness(routes),
@@ -176,6 +180,7 @@ def _frontend(keys: Sequence[JwtKey], settings: EdgeSettings) -> str:
             request_limits.rules(settings.limits, tenant=settings.tenant),
             connections.check_length(settings.max_body_bytes),
             connections.wait_for_body(),
+            jobs.forwarding_rules(),
             _descriptions(),
             split.rules(map_file=settings.map_file),
             _responses(),
@@ -223,9 +228,10 @@ def _actions() -> str:
     http-request set-var(txn.action) str({Action.write_outcome}) if {{ path /v1/outcomes }}
     http-request set-var(txn.action) str({Action.read_online}) if {{ path /v1/features:read }}
     http-request set-var(txn.action) str({Action.push_features}) if {{ path /v1/features:push }}
+{jobs.paths()}
     {refuse(404, "No such path.")} unless {{ var(txn.action) -m found }}
     acl reads var(txn.action) -m str {Action.read_metadata}
-    {refuse(405, "This path takes POST.")} hdr allow POST if !reads !dashboard !METH_POST
+    {refuse(405, "This path takes POST.")} hdr allow POST if !reads !dashboard !jobs !METH_POST
     {refuse(405, "This path takes GET.")} hdr allow GET if reads !METH_GET
     http-request set-var(txn.model) path,field(4,/),field(1,:) if {{ path_beg /v1/models/ /v2/models/ }}"""
 

@@ -15,6 +15,7 @@ from serve_apps.replica.http_contract import MAX_BODY_BYTES, PREDICTION_ID_HEADE
 
 MAX_BYTES = 31_000
 NAME = "^[A-Za-z0-9._-]+$"
+JOB = "^[A-Za-z0-9_-]{1,64}$"
 
 
 def document() -> dict[str, Any]:
@@ -28,7 +29,7 @@ def document() -> dict[str, Any]:
         },
         "servers": [{"url": "/"}],
         "security": [{"bearer": []}],
-        "paths": _health() | _metadata() | _infer() | _by_key() | _outcomes() | _features(),
+        "paths": _health() | _metadata() | _infer() | _by_key() | _outcomes() | _features() | _jobs(),
         "components": {
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
             "parameters": _parameters(),
@@ -121,6 +122,28 @@ def _features() -> dict[str, Any]:
     }
 
 
+def _jobs() -> dict[str, Any]:
+    job = ref("job", "parameters")
+    submit = _post("submitJob", "Submit a command as a job.", _body("Submit"), _json("JobStatus"))
+    submit["post"]["responses"]["202"] = _json(
+        "JobStatus", "Accepted. 200 is a repeated request with the same key."
+    )
+    stop = _operation("stopJob", "Stop a job.", _json("JobStatus", "It is over already."), (job,))
+    stop["responses"]["202"] = _json("JobStatus", "It is being stopped.")
+    log = _get(
+        "jobLog",
+        "The job's output as text, until the job ends; `?follow=false` for what is there.",
+        _LOG,
+        job,
+    )
+    return {
+        "/v1/jobs": submit | _get("jobs", "Your newest jobs; an admin or auditor gets all.", _json("Jobs")),
+        "/v1/jobs/{job}": _get("job", "A job and its status.", _json("Job"), job) | {"delete": stop},
+        "/v1/jobs/{job}/logs": log,
+    }
+
+
+_LOG = {"description": "Done.", "content": {"text/plain": {"schema": {"type": "string"}}}}
 _PREDICTION_ID = {PREDICTION_ID_HEADER: {"schema": {"type": "string"}}}
 
 
@@ -133,6 +156,7 @@ def _parameters() -> dict[str, Any]:
             "description": "Does not select a version: the answer is 404 if another version serves this request.",
             **name,
         },
+        "job": {"name": "job", "in": "path", "required": True, "schema": {"type": "string", "pattern": JOB}},
         "unit": {
             "name": "X-Unit-ID",
             "in": "header",
@@ -182,10 +206,10 @@ def _refusal() -> dict[str, Any]:
     description = (
         "400: the request is wrong; the message says what. 401: the token is missing or not valid. 403: the token's "
         "role, purpose, scope or tenant does not allow the request. 404: no such path, model or version. 405: wrong "
-        "method; `Allow` names the right one. 408: the request arrived too slowly. 413: the body is larger than "
-        f"{MAX_BODY_BYTES:,} bytes. 415: the body is compressed. 429: the principal or tenant is over its limit; "
-        "`Retry-After` says when to try again. 503: no healthy replica, or the record cannot be written; try again. "
-        "Other 5xx: the service failed."
+        "method; `Allow` names the right one. 408: the request arrived too slowly. 409: the key belongs to another "
+        f"job. 413: the body is larger than {MAX_BODY_BYTES:,} bytes. 415: the body is compressed. 429: the principal "
+        "or tenant is over its limit; `Retry-After` says when to try again. 503: no healthy replica, or the record "
+        "cannot be written; try again. Other 5xx: the service failed."
     )
     return _json("Error", description)
 

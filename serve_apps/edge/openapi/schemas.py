@@ -22,7 +22,7 @@ _INTEGER = {"type": "integer", "minimum": -(2**63) + 1, "maximum": 2**63 - 1}
 
 def schemas() -> dict[str, Any]:
     """Return all schemas by name."""
-    return _model_schemas() | _tensor_schemas() | _key_schemas() | _feature_schemas()
+    return _model_schemas() | _tensor_schemas() | _key_schemas() | _feature_schemas() | _job_schemas()
 
 
 def _model_schemas() -> dict[str, Any]:
@@ -212,4 +212,39 @@ def _feature_schemas() -> dict[str, Any]:
         "Features": json_object(features, *features),
         "Push": closed_object(push, *push),
         "Pushed": json_object(pushed, *pushed),
+    }
+
+
+def _job_schemas() -> dict[str, Any]:
+    text = {"type": "string"}
+    job = {
+        "id": text,
+        "status": {
+            "description": "pending, running, stopping; or how it ended: done, refused, failed, stopped, lost, "
+            "not started.",
+            **text,
+        },
+        "module": text,
+        "overrides": array(text),
+        "submitter": text,
+        "role": text,
+        "submitted_at": text,
+        "exit_code": {"type": ["integer", "null"]},
+        "seconds": {"type": "number"},
+        "reason": text,
+    }
+    submit = {
+        "module": {"description": "Command, such as feature_jobs.ingest.", **text},
+        "overrides": array(text) | {"description": "Options of the command, such as view=income."},
+        "key": {
+            "description": "A repeated request with the same key and content returns the same job.",
+            **text,
+        },
+        "intent": {"description": "With an OIDC issuer: the job's own token.", **text},
+    }
+    return {
+        "Submit": closed_object(submit, "module"),
+        "JobStatus": json_object({"id": text, "status": text}, "id", "status"),
+        "Job": json_object(job, "id", "status", "module", "overrides", "submitter"),
+        "Jobs": json_object({"jobs": array(ref("Job"))}, "jobs"),
     }

@@ -20,6 +20,7 @@ from cluster.security.keys.metrics import BrokerMetrics
 from cluster.session import METRICS_PORTS
 from cluster.supervisor.metrics import SupervisorMetrics
 from jobs.schedule.metrics import SchedulerMetrics
+from jobs.submission.metrics import JobMetrics
 from serve_apps.edge.control.metrics import EdgeMetrics
 from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
@@ -62,6 +63,14 @@ def scheduler(registry: CollectorRegistry) -> None:
     metrics.show("nightly", last_success=dt.datetime(2026, 1, 1, tzinfo=dt.UTC), unfinished=1)
 
 
+def jobs(registry: CollectorRegistry) -> None:
+    metrics = JobMetrics(registry)
+    metrics.requests.labels("submit", "202").inc()
+    metrics.seconds.labels("submit").observe(0.1)
+    metrics.count_unfinished(lambda: 1)
+    metrics.last_look.set_to_current_time()
+
+
 PROCESSES: dict[str, Callable[[CollectorRegistry], None]] = {
     "supervisor": supervisor,
     "broker": lambda registry: ask(BrokerMetrics(registry)),
@@ -69,6 +78,7 @@ PROCESSES: dict[str, Callable[[CollectorRegistry], None]] = {
     "nodes": nodes,
     "uploader": uploader,
     "scheduler": scheduler,
+    "jobs": jobs,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import socket
 import ssl
+import tempfile
 import threading
 import time
 import uuid
@@ -17,7 +18,7 @@ from cluster.errors import AccessDenied, ConfigError, InvalidRequest, Unauthenti
 from cluster.ledger.events import NodeLeft
 from cluster.membership.head_client import HeadClient
 from cluster.membership.members import current_members
-from cluster.membership.relay import Relay, serve_dashboard
+from cluster.membership.relay import Relay, serve_dashboard, serve_jobs
 from cluster.node.other_nodes import status_of
 from cluster.node.parts import State
 from cluster.security.keys.broker import Broker
@@ -30,6 +31,7 @@ from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.trust import Trust
 from tests.servers.key_broker_world import Person, decide, verify
+from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
 from tests.unit.cluster.membership.conftest import Head
 
@@ -196,6 +198,49 @@ def test_dashboard_is_reachable_on_the_nodes_loopback(head: Head) -> None:
         tunnel.join(10)
         dashboard.shutdown()
         dashboard.server_close()
+
+
+def test_job_service_is_reachable_at_the_nodes_own_socket(head: Head) -> None:
+    """Only the owner may connect. While the job service is down, a connection ends without an answer."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        _, client = head.join()
+        head.service.record = replace(head.record, runtime_dir=folder)
+        path, stopped = Path(folder) / "node.sock", threading.Event()
+        tunnel = threading.Thread(target=serve_jobs, args=(client, path, stopped))
+        tunnel.start()
+        try:
+            wait_until(lambda: path.exists() and path.stat().st_mode & 0o777 == 0o600)
+            assert ask_socket(path) == b""
+            with socket.socket(socket.AF_UNIX) as service:
+                service.bind(head.service.record.jobs_socket)
+                service.listen()
+                answering = threading.Thread(target=echo_once, args=(service,))
+                answering.start()
+                assert ask_socket(path) == b"hello"
+                answering.join(10)
+            assert path.stat().st_mode & 0o777 == 0o600
+        finally:
+            stopped.set()
+            tunnel.join(10)
+
+
+def ask_socket(path: Path) -> bytes:
+    """Send five bytes, and return the answer until the end of the connection; b"" if it is reset."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(20)
+        connection.connect(str(path))
+        try:
+            connection.sendall(b"hello")
+            return b"".join(iter(lambda: connection.recv(1024), b""))
+        except (ConnectionResetError, BrokenPipeError):
+            return b""
+
+
+def echo_once(listener: socket.socket) -> None:
+    """Answer one connection with what it sends first."""
+    connection, _ = listener.accept()
+    with connection:
+        connection.sendall(connection.recv(1024))
 
 
 def test_status_names_what_is_dead(head: Head) -> None:

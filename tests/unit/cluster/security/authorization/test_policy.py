@@ -40,6 +40,10 @@ TABLE: dict[Action, frozenset[Role]] = {
     Action.rollout: frozenset({ML, AP, AD}),
     Action.rollback: frozenset({ML, AP, AD}),
     Action.compact_log: frozenset({ML, AD}),
+    Action.schedule_runs: frozenset({DE, DS, ML, AD}),
+    Action.submit_jobs: frozenset({DE, DS, ML, AP, AD}),
+    Action.read_jobs: frozenset({AU, AD}),
+    Action.control_jobs: frozenset({AD}),
     Action.restart_serving: frozenset({AD}),
     Action.wrap_key: frozenset({AD}),
     Action.unwrap_key: frozenset({AD}),
@@ -291,3 +295,16 @@ def test_column_classes_are_equal_in_policies_key_store_and_definitions() -> Non
     boundaries = (POLICY_FOLDER / "boundaries.cedar").read_text()
     assert f"{expected_list}.contains(resource.column_class)" in boundaries
     assert [sensitivity.value for sensitivity in Sensitivity] == list(COLUMN_CLASSES)
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_submitters_control_their_own_jobs_only(policy: Policy, role: Role) -> None:
+    """The auditor reads all jobs, and the admin controls all. A service or a supervisor has no jobs."""
+    mine = Resource(kind="job", name="job-1", registered_by="alice")
+    for subject, is_own in (("alice", True), ("bob", False)):
+        principal = who(role, subject=subject)
+        submits = role in (DE, DS, ML, AP)
+        controls = policy.decide(principal, Action.control_jobs, mine).allowed
+        assert controls == (role is AD or (is_own and submits))
+        assert policy.decide(principal, Action.read_jobs, mine).allowed == (controls or role is AU)
+        assert policy.decide(principal, Action.submit_jobs, mine).allowed == (submits or role is AD)

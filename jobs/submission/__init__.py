@@ -1,0 +1,1 @@
+"""Jobs that callers submit at the edge: `POST /v1/jobs`."""

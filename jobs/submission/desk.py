@@ -1,0 +1,320 @@
+"""What callers may do with jobs: submit, list, look at, stop, and read the log. Every request needs a valid token."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import FalajError, InvalidRequest, RefusedError, Unauthenticated
+from cluster.host.submission import MODULE
+from cluster.ledger import Ledger
+from cluster.ledger.events import JobRefused, JobStopped
+from cluster.security.authorization.audit import DecisionRecorder
+from cluster.security.authorization.policy import Action, Policy, Resource
+from cluster.security.tokens.intent import write_intent
+from cluster.security.tokens.principal import Principal
+from cluster.security.tokens.trust import Trust
+from jobs.child import principal_as_json
+from jobs.submission import submitted
+from jobs.submission.forbidden import Forbidden
+from jobs.submission.modules import MAX_NAME, PIPELINE
+from jobs.submission.overrides import JobRules
+from jobs.submission.runner import JobRunner, intent_name
+from jobs.submission.submitted import Job, JobState
+
+MAX_KEY = 200
+MAX_LISTED = 200
+MAX_REFUSED = 30
+"""A caller with this many refused requests in `REFUSED_S` gets 429, so that nobody can fill the ledger with events, or
+keep the service busy with checks."""
+REFUSED_S = 60.0
+NEW, ALL = "new", "*"
+_FIELDS = frozenset({"module", "overrides", "key", "intent"})
+_BEARER = "bearer "
+
+
+class JobNotFound(FalajError):
+    """HTTP 404."""
+
+
+class KeyTaken(FalajError):
+    """HTTP 409: the client key belongs to a job with other content."""
+
+
+class TooManyJobs(FalajError):
+    """HTTP 429."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """A valid request to submit a job."""
+
+    module: str
+    overrides: list[str]
+    key: str | None = None
+    intent: str | None = field(default=None, repr=False)
+    """The caller's intent; only with an OIDC issuer, because the platform cannot create intents then."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accepted:
+    """A job that was submitted now, or before with the same key and content."""
+
+    job: Job
+    is_new: bool
+
+
+@dataclass(kw_only=True, slots=True)
+class JobDesk:
+    """Answers callers' requests. It is thread-safe."""
+
+    ledger: Ledger
+    runner: JobRunner
+    trust: Trust
+    policy: Policy
+    environment: str
+    """The installation's environment in the policies."""
+    region: str
+    decisions: DecisionRecorder
+    rules: JobRules
+    intents: Path
+    """Folder with the intents that callers sent."""
+    issues_intents: bool
+    """Whether the platform's own issuer creates intents. If not, each caller sends one."""
+    clock: Callable[[], float] = time.time
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _composing: threading.Lock = field(default_factory=threading.Lock)
+    """Hydra composes one configuration at a time."""
+    _refused: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
+
+    def authenticate(self, authorization: str | None) -> Principal:
+        """Return the principal of an Authorization header.
+
+        Raises:
+            Unauthenticated: the token is missing or not valid.
+        """
+        try:
+            if authorization is None or not authorization.lower().startswith(_BEARER):
+                raise Unauthenticated("Give a token: 'Authorization: Bearer ...'.")
+            return self.trust.tokens.verify(authorization[len(_BEARER) :].strip())
+        except Unauthenticated as error:
+            self.decisions.count_unauthenticated(str(error), at=self.clock())
+            raise
+
+    def submit(self, principal: Principal, body: object) -> Accepted:
+        """Accept a job, or return the job that this caller has submitted with the same key.
+
+        Raises:
+            AccessDenied: the caller may not submit jobs.
+            Forbidden: no caller may submit this job. An event records it.
+            InvalidRequest, ConfigError: the request is wrong.
+            KeyTaken, TooManyJobs: see there.
+        """
+        self._check(principal, Action.submit_jobs, self._resource(NEW, submitter=principal.subject))
+        self._refuse_too_many_refusals(principal)
+        try:
+            request = self._checked(principal, body)
+        except RefusedError:
+            with self._lock:
+                self._refused[principal.subject].append(self.clock())
+            raise
+        with self._lock:
+            return self._accept(principal, request)
+
+    def jobs(self, principal: Principal, *, count: int) -> list[tuple[Job, JobState]]:
+        """Return the newest jobs that the caller may see: an admin or auditor sees all, others see their own.
+
+        Raises:
+            AccessDenied: the caller may see none.
+        """
+        everyones = self._resource(ALL, submitter="")
+        sees_all = self.policy.decide(
+            principal, Action.read_jobs, everyones, environment=self.environment
+        ).allowed
+        if not sees_all:
+            self._check(principal, Action.read_jobs, self._resource(ALL, submitter=principal.subject))
+        submitter = None if sees_all else principal.subject
+        found = submitted.newest_jobs(self.ledger, submitter=submitter, count=min(count, MAX_LISTED))
+        return [(job, submitted.state_of(self.ledger, job.id)) for job in found]
+
+    def job(self, principal: Principal, job: str, *, action: Action = Action.read_jobs) -> Job:
+        """Return a job.
+
+        Raises:
+            JobNotFound: there is no such job.
+            AccessDenied: the caller may not do the action with this job.
+        """
+        found = submitted.find(self.ledger, job)
+        if found is None:
+            self._check(principal, action, self._resource(ALL, submitter=principal.subject))
+            raise JobNotFound(f"No job '{job}'.")
+        submitter = found.principal
+        self._check(
+            principal,
+            action,
+            self._resource(job, submitter=submitter.subject, tenant=submitter.tenant),
+        )
+        return found
+
+    def state(self, job: str) -> JobState:
+        """Return how far a job has come."""
+        return submitted.state_of(self.ledger, job)
+
+    def stop(self, principal: Principal, job: str) -> JobState:
+        """Stop a job; if it is over, change nothing. Return its state.
+
+        Raises:
+            JobNotFound: there is no such job.
+            AccessDenied: the caller is neither its submitter nor an admin.
+        """
+        found = self.job(principal, job, action=Action.control_jobs)
+        if not submitted.state_of(self.ledger, job).is_over:
+            stopped = JobStopped(job=job, subject=principal.subject)
+            self.ledger.append_once(stopped, actor=principal.subject, job=job)
+            self.runner.watch(found)
+        return submitted.state_of(self.ledger, job)
+
+    def _resource(self, name: str, *, submitter: str, tenant: str = "default") -> Resource:
+        """Return a job, or all jobs of a submitter, as the target of an action."""
+        return Resource(kind="job", name=name, registered_by=submitter, tenant=tenant, region=self.region)
+
+    def _checked(self, principal: Principal, body: object) -> Submission:
+        """Return the submission in a body that may be accepted."""
+        request = parse(body)
+        try:
+            with self._composing:
+                self.rules.check(request.module, request.overrides)
+        except Forbidden as error:
+            self._record_refusal(principal, request.module, error)
+            raise
+        self._check_intent(principal, request)
+        return request
+
+    def _check(self, principal: Principal, action: Action, resource: Resource) -> None:
+        decision = self.policy.decide(principal, action, resource, environment=self.environment)
+        self.decisions.record_decision(principal, action, resource, decision, at=self.clock())
+        if not decision.allowed:
+            self.policy.check(principal, action, resource, environment=self.environment)
+
+    def _accept(self, principal: Principal, request: Submission) -> Accepted:
+        job = submitted.new_id(principal, request.key)
+        content = submitted.content_hash(principal, request.module, request.overrides)
+        existing = None if request.key is None else submitted.find(self.ledger, job)
+        if existing is not None:
+            if existing.content != content:
+                raise KeyTaken(
+                    f"You have submitted another job with this key: {job}. Use a new key for another module, other "
+                    "overrides or another role or purpose."
+                )
+            return Accepted(job=existing, is_new=False)
+        self._refuse_too_many(principal)
+        if request.intent is not None:
+            self.intents.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_intent(self.intents / intent_name(job), request.intent)
+        event = submitted.submitted_event(
+            job, principal, request.module, request.overrides, config_dir=self.rules.settings.config_dir
+        )
+        self.ledger.append_once(event, actor=principal.subject, job=job)
+        found = submitted.find(self.ledger, job)
+        assert found is not None
+        self.runner.watch(found)
+        return Accepted(job=found, is_new=True)
+
+    def _check_intent(self, principal: Principal, request: Submission) -> None:
+        """Require an intent of the same rights for the job's module if, and only if, the issuer is not our own.
+
+        Raises:
+            InvalidRequest: it is missing, or the request must not have one.
+            Unauthenticated: it is not valid, or of another principal.
+        """
+        if self.issues_intents:
+            if request.intent is not None:
+                raise InvalidRequest("Leave out 'intent'. This installation creates the job's intent itself.")
+            return
+        if request.module == PIPELINE:
+            raise InvalidRequest(
+                "With an OIDC issuer, a pipeline cannot be submitted: each of its commands needs its own intent. Use a "
+                "schedule with `identity.token_file: vault:…`."
+            )
+        if request.intent is None:
+            raise InvalidRequest(
+                "Give 'intent': a token of your issuer for the audience falaj-intent, with the claim entrypoint "
+                f"'{request.module}'. It must be valid as long as the job runs."
+            )
+        intent = self.trust.intents.verify(request.intent, entrypoint=request.module)
+        if principal_as_json(intent.principal) != principal_as_json(principal):
+            raise Unauthenticated("The intent's subject, role, purpose, tenant or scope is not your token's.")
+
+    def _refuse_too_many(self, principal: Principal) -> None:
+        limits, unfinished = self.rules.settings, self.runner.unfinished()
+        mine = sum(job.submitter == principal.subject for job in unfinished)
+        if mine >= limits.max_per_caller:
+            raise TooManyJobs(
+                f"You have {mine} unfinished jobs, and a caller may have {limits.max_per_caller} at a time. Wait for "
+                "one, or stop one."
+            )
+        if len(unfinished) >= limits.max_unfinished:
+            raise TooManyJobs(
+                f"This installation runs at most {limits.max_unfinished} jobs at a time. Try again."
+            )
+
+    def _refuse_too_many_refusals(self, principal: Principal) -> None:
+        with self._lock:
+            recent, now = self._refused[principal.subject], self.clock()
+            while recent and recent[0] < now - REFUSED_S:
+                recent.popleft()
+            if len(recent) >= MAX_REFUSED:
+                raise TooManyJobs(f"{MAX_REFUSED} refused requests in {REFUSED_S:.0f} s. Try again later.")
+            if not recent:
+                del self._refused[principal.subject]
+
+    def _record_refusal(self, principal: Principal, module: str, error: Forbidden) -> None:
+        refused = JobRefused(
+            submitter=principal.subject,
+            role=principal.role.value,
+            module=module if len(module) <= MAX_NAME and MODULE.fullmatch(module) else "",
+            option=error.option,
+            rule=error.rule,
+        )
+        self.ledger.append(refused, actor=principal.subject)
+
+
+def parse(body: object) -> Submission:
+    """Return the submission in a JSON body.
+
+    Raises:
+        InvalidRequest: the body has another form.
+    """
+    if not isinstance(body, dict) or not body.keys() <= _FIELDS:
+        raise InvalidRequest("A job is an object with 'module', and perhaps 'overrides' and 'key'.")
+    module, overrides, key = body.get("module"), body.get("overrides", []), body.get("key")
+    if not isinstance(module, str) or not module:
+        raise InvalidRequest("'module' must name the command, such as 'feature_jobs.ingest'.")
+    if not isinstance(overrides, list) or not all(isinstance(each, str) for each in overrides):
+        raise InvalidRequest("'overrides' must be a list of texts, such as ['view=income'].")
+    if key is not None and not (isinstance(key, str) and 0 < len(key) <= MAX_KEY and key.isprintable()):
+        raise InvalidRequest(f"'key' must be printable text of at most {MAX_KEY} characters.")
+    intent = body.get("intent")
+    if intent is not None and not isinstance(intent, str):
+        raise InvalidRequest("'intent' must be a token.")
+    return Submission(module=module, overrides=list(overrides), key=key, intent=intent)
+
+
+def describe(job: Job, state: JobState) -> dict[str, Any]:
+    """Return a job as JSON."""
+    ended = {"exit_code": state.exit_code, "seconds": state.seconds, "reason": state.reason}
+    return {
+        "id": job.id,
+        "status": state.status,
+        "module": job.module,
+        "overrides": list(job.overrides),
+        "submitter": job.submitter,
+        "role": job.principal.role.value,
+        "submitted_at": job.submitted_at.isoformat(),
+        **(ended if state.is_over else {}),
+    }

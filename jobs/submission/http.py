@@ -1,0 +1,236 @@
+"""HTTP interface of submitted jobs, behind the edge: `/v1/jobs`, `/v1/jobs/{id}` and `/v1/jobs/{id}/logs`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from cluster.errors import AccessDenied, FalajError, InvalidRequest, RefusedError, Unauthenticated
+from cluster.security.authorization.policy import Action
+from cluster.session import ClusterRecord
+from jobs.submission import logs
+from jobs.submission.desk import JobDesk, JobNotFound, KeyTaken, TooManyJobs, describe
+from jobs.submission.forbidden import Forbidden
+from jobs.submission.metrics import JobMetrics
+
+MAX_BODY_BYTES = 64 * 1024
+BODY_S = 10.0
+MAX_FOLLOWERS = 8
+"""Largest number of logs that one caller may follow at the same time."""
+MAX_ALL_FOLLOWERS = 64
+"""The same, for all callers."""
+MAX_MESSAGE = 2000
+RETRY_S = 5
+OFFSET = "x-log-offset"
+"""Header of a log's answer: position of its first byte."""
+LOG = logging.getLogger("falaj.jobs")
+T = TypeVar("T")
+_STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (Unauthenticated, 401),
+    (AccessDenied, 403),
+    (Forbidden, 403),
+    (JobNotFound, 404),
+    (KeyTaken, 409),
+    (TooManyJobs, 429),
+    (RefusedError, 400),
+)
+"""The status of each error. The first class that fits decides."""
+
+
+class BodyRefused(Exception):
+    """A body that is too large, too slow or compressed."""
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class JobApi:
+    """The application's endpoints.
+
+    Args:
+        desk: answers the requests.
+        record: the running cluster, whose head has the logs.
+        metrics: counts requests.
+    """
+
+    def __init__(self, desk: JobDesk, record: ClusterRecord, metrics: JobMetrics) -> None:
+        self._desk = desk
+        self._record = record
+        self._metrics = metrics
+        self._followers: Counter[str] = Counter()
+
+    def app(self) -> Starlette:
+        """Return the ASGI application."""
+        return Starlette(
+            routes=[
+                Route("/v1/jobs", self._endpoint("submit", self._submit), methods=["POST"]),
+                Route("/v1/jobs", self._endpoint("list", self._list), methods=["GET"]),
+                Route("/v1/jobs/{job}", self._endpoint("show", self._show), methods=["GET"]),
+                Route("/v1/jobs/{job}", self._endpoint("stop", self._stop), methods=["DELETE"]),
+                Route("/v1/jobs/{job}/logs", self._endpoint("logs", self._logs), methods=["GET"]),
+            ],
+            exception_handlers={404: _plain_error, 405: _plain_error},
+        )
+
+    async def _submit(self, request: Request) -> Response:
+        principal = await self._principal(request)
+        body = await read_json(request)
+        accepted = await _in_thread(lambda: self._desk.submit(principal, body))
+        state = await _in_thread(lambda: self._desk.state(accepted.job.id))
+        content = {"id": accepted.job.id, "status": state.status}
+        return JSONResponse(content, status_code=202 if accepted.is_new else 200)
+
+    async def _list(self, request: Request) -> Response:
+        principal = await self._principal(request)
+        count = _number(request, "limit", default=50)
+        found = await _in_thread(lambda: self._desk.jobs(principal, count=count))
+        return JSONResponse({"jobs": [describe(job, state) for job, state in found]})
+
+    async def _show(self, request: Request) -> Response:
+        principal = await self._principal(request)
+        job = await _in_thread(lambda: self._desk.job(principal, request.path_params["job"]))
+        return JSONResponse(describe(job, await _in_thread(lambda: self._desk.state(job.id))))
+
+    async def _stop(self, request: Request) -> Response:
+        principal, job = await self._principal(request), request.path_params["job"]
+        state = await _in_thread(lambda: self._desk.stop(principal, job))
+        return JSONResponse({"id": job, "status": state.status}, status_code=200 if state.is_over else 202)
+
+    async def _logs(self, request: Request) -> Response:
+        principal, name = await self._principal(request), request.path_params["job"]
+        job = await _in_thread(lambda: self._desk.job(principal, name, action=Action.control_jobs))
+        offset, follow = _number(request, "offset", default=0), _flag(request, "follow", default=True)
+        if self._followers[principal.subject] >= MAX_FOLLOWERS:
+            raise TooManyJobs(f"You read {MAX_FOLLOWERS} logs already. Close one first.")
+        if self._followers.total() >= MAX_ALL_FOLLOWERS:
+            raise TooManyJobs("Too many logs are read at the same time. Try again.")
+        content = logs.stream(
+            logs.log_file(self._record, job.id),
+            offset=offset,
+            is_over=lambda: self._desk.state(job.id).is_over,
+            follow=follow,
+        )
+        return StreamingResponse(
+            self._counted(principal.subject, content),
+            media_type="text/plain; charset=utf-8",
+            headers={OFFSET: str(offset), "cache-control": "no-store", "x-content-type-options": "nosniff"},
+        )
+
+    async def _counted(self, subject: str, content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        self._followers[subject] += 1
+        try:
+            async for data in content:
+                yield data
+        except (sa.exc.SQLAlchemyError, OSError) as error:  # the client asks again from its position
+            LOG.warning("a log ended early: %s", type(error).__name__)
+        finally:
+            self._followers[subject] -= 1
+            if not self._followers[subject]:
+                del self._followers[subject]
+
+    async def _principal(self, request: Request) -> Any:
+        sent = request.headers.getlist("authorization")
+        if len(sent) > 1:
+            raise InvalidRequest("Send only one Authorization header.")
+        return await _in_thread(lambda: self._desk.authenticate(sent[0] if sent else None))
+
+    def _endpoint(
+        self, operation: str, answer: Callable[[Request], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            started = time.perf_counter()
+            try:
+                response = await answer(request)
+            except ClientDisconnect:
+                response = error_response(400, "The client closed the connection.")
+            except Exception as error:  # noqa: BLE001 - every error is answered, and unknown ones are logged
+                response = error_answer(error)
+            self._metrics.seconds.labels(operation).observe(time.perf_counter() - started)
+            self._metrics.requests.labels(operation, str(response.status_code)).inc()
+            return response
+
+        return endpoint
+
+
+def error_answer(error: Exception) -> Response:
+    """Return the JSON answer to an error. It has no stack trace."""
+    if isinstance(error, BodyRefused):
+        return error_response(error.status, str(error))
+    for kind, status in _STATUS:
+        if isinstance(error, kind):
+            message = error.public if isinstance(error, RefusedError) else str(error)
+            return error_response(status, message)
+    if isinstance(error, (sa.exc.SQLAlchemyError, FalajError, OSError)):
+        LOG.warning("a request could not be answered: %s", type(error).__name__)
+        return error_response(503, "The job service cannot reach the ledger or the key store. Try again.")
+    LOG.error("a request failed", exc_info=error)
+    return error_response(500, "The job service failed.")
+
+
+def error_response(status: int, message: str) -> Response:
+    """Return a JSON error of one line."""
+    headers = {429: {"retry-after": str(RETRY_S)}, 401: {"www-authenticate": "Bearer"}}.get(status)
+    text = " ".join(message.split())[:MAX_MESSAGE]
+    return JSONResponse({"error": text, "code": status}, status_code=status, headers=headers)
+
+
+async def read_json(request: Request) -> Any:
+    """Return the JSON of a body.
+
+    Raises:
+        BodyRefused: it is too large, too slow or compressed.
+        InvalidRequest: it is no JSON.
+    """
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise BodyRefused("Send the body without compression.", status=415)
+    data = bytearray()
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                data += part
+                if len(data) > MAX_BODY_BYTES:
+                    raise BodyRefused(f"A job's body has at most {MAX_BODY_BYTES:,} bytes.", status=413)
+    except TimeoutError:
+        raise BodyRefused(f"The body did not arrive within {BODY_S:.0f} s.", status=408) from None
+    with suppress(ValueError, RecursionError):
+        return json.loads(data)
+    raise InvalidRequest("The body is not JSON.")
+
+
+async def _in_thread(call: Callable[[], T]) -> T:
+    return await asyncio.to_thread(call)
+
+
+async def _plain_error(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    text = "No such path." if status == 404 else "This path does not take this method."
+    response = error_response(status, text)
+    response.headers.update(getattr(error, "headers", None) or {})
+    return response
+
+
+def _number(request: Request, name: str, *, default: int) -> int:
+    text = request.query_params.get(name, str(default))
+    if not text.isascii() or not text.isdigit() or len(text) > 15:
+        raise InvalidRequest(f"'{name}' must be a whole number that is not negative.")
+    return int(text)
+
+
+def _flag(request: Request, name: str, *, default: bool) -> bool:
+    text = request.query_params.get(name, str(default).lower())
+    if text not in ("true", "false"):
+        raise InvalidRequest(f"'{name}' must be true or false.")
+    return text == "true"

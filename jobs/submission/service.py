@@ -1,0 +1,172 @@
+"""`python -m jobs.submission.service`: the service for submitted jobs, behind the edge.
+
+`cluster.up` starts it on the head, and the supervisor keeps it alive. It is a process of its own, so that requests of
+callers can neither delay nor end the scheduler or a prediction. It listens on a socket in the cluster's private folder,
+so only the edge's user can reach it, and no other user of the machine can take its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import sqlalchemy as sa
+import uvicorn
+from starlette.types import ASGIApp
+
+from cluster.entrypoint import job
+from cluster.errors import FalajError, RefusedError, first_line
+from cluster.host.signals import set_on_signal
+from cluster.ledger import Ledger, open_ledger
+from cluster.metrics import new_registry, serve_metrics
+from cluster.node.locks import hold_lock
+from cluster.node.scheduling import wait_for_turn
+from cluster.security.authorization.audit import DecisionRecorder, start_flushing
+from cluster.security.authorization.policy import Policy
+from cluster.security.recorded_settings import apply_cluster_record
+from cluster.security.tokens.trust import Trust
+from cluster.session import ClusterRecord, record_path, require_recorded_cluster
+from cluster.settings import PlatformConfig
+from cluster.storage import resolve
+from jobs.submission.desk import JobDesk
+from jobs.submission.http import JobApi
+from jobs.submission.metrics import JobMetrics
+from jobs.submission.overrides import JobRules
+from jobs.submission.paths import PathRules
+from jobs.submission.ray_jobs import SubmittedJobs
+from jobs.submission.run_job import intent_folder
+from jobs.submission.runner import JobRunner
+
+EVERY_S = 0.5
+FLUSH_S = 60.0
+RETRY_S = 2.0
+LOG = logging.getLogger("falaj.jobs")
+
+
+@job("cluster", PlatformConfig)
+def main(config: PlatformConfig) -> None:
+    """Serve until SIGTERM."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    wait_for_turn()
+    record, stopped = require_recorded_cluster(config), threading.Event()
+    set_on_signal([signal.SIGTERM], stopped)
+    apply_cluster_record(record, config)
+    registry = new_registry()
+    metrics = JobMetrics(registry)
+    serve_metrics(registry, port=record.ports.get("jobs_metrics"))
+    refusal = "Another job service (pid {pid}) runs for {folder}. `python -m cluster.status` shows it."
+    with hold_lock(Path(record_path(config.storage)).with_name("jobs.lock"), refusal):
+        ledger = wait_for_ledger(config, stopped)
+        if ledger is not None:
+            serve(config, record, ledger, metrics, stopped)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)  # do not wait for a thread of Ray's client
+
+
+def wait_for_ledger(config: PlatformConfig, stopped: threading.Event) -> Ledger | None:
+    """Open the ledger. While its database is down, try again; return None if this process is stopped."""
+    while not stopped.is_set():
+        try:
+            return open_ledger(config)
+        except sa.exc.SQLAlchemyError as error:
+            LOG.warning("the ledger cannot be opened: %s", first_line(error))
+            stopped.wait(RETRY_S)
+    return None
+
+
+def serve(
+    config: PlatformConfig,
+    record: ClusterRecord,
+    ledger: Ledger,
+    metrics: JobMetrics,
+    stopped: threading.Event,
+) -> None:
+    """Answer requests and run jobs until `stopped` is set."""
+    runner = wait_for_jobs(config, ledger, record, stopped)
+    if runner is None:
+        return
+    metrics.count_unfinished(lambda: len(runner.unfinished()))
+    desk = job_desk(config, record, ledger, runner)
+    keeper = start_flushing(desk.decisions, every_s=FLUSH_S, stopped=stopped)
+    with listening(JobApi(desk, record, metrics).app(), Path(record.jobs_socket)):
+        while not stopped.wait(EVERY_S):
+            try:
+                if runner.check_once():
+                    metrics.last_look.set_to_current_time()
+            except (sa.exc.SQLAlchemyError, FalajError, RefusedError, OSError) as error:
+                LOG.warning("the jobs could not be read: %s", first_line(error))
+                stopped.wait(RETRY_S)
+    keeper.join(RETRY_S)
+
+
+def wait_for_jobs(
+    config: PlatformConfig, ledger: Ledger, record: ClusterRecord, stopped: threading.Event
+) -> JobRunner | None:
+    """Read the unfinished jobs. While the ledger's database is down, try again; return None if stopped."""
+    while not stopped.is_set():
+        try:
+            return JobRunner(
+                ledger,
+                SubmittedJobs(record),
+                intents=intent_folder(record.layout),
+                max_running=config.jobs.max_running,
+            )
+        except sa.exc.SQLAlchemyError as error:
+            LOG.warning("the jobs cannot be read: %s", first_line(error))
+            stopped.wait(RETRY_S)
+    return None
+
+
+def job_desk(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, runner: JobRunner) -> JobDesk:
+    """Return what answers the requests, with the cluster's identity settings."""
+    folder = config.jobs.config_dir
+    settings = replace(config.jobs, config_dir=None if folder is None else resolve(folder))
+    return JobDesk(
+        ledger=ledger,
+        runner=runner,
+        trust=Trust.of(config.identity.issuer, record.layout),
+        policy=Policy.load(region=config.cluster.region),
+        environment=config.identity.environment,
+        region=config.cluster.region,
+        decisions=DecisionRecorder(ledger.append),
+        rules=JobRules(settings=settings, paths=PathRules.of(record, settings.allowed_paths)),
+        intents=intent_folder(record.layout),
+        issues_intents=config.identity.issuer.url is None,
+    )
+
+
+@contextlib.contextmanager
+def listening(app: ASGIApp, path: Path) -> Iterator[None]:
+    """Serve an application at a socket that only its owner may use, in a thread."""
+    path.unlink(missing_ok=True)  # of a killed process; the lock says that no other process listens
+    with socket.socket(socket.AF_UNIX) as listener:
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        listener.listen(128)  # a client that connects before the server runs waits
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=75)
+        )
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True, name="http")
+        thread.start()
+        try:
+            yield
+        finally:
+            server.should_exit = server.force_exit = True
+            thread.join(RETRY_S)
+            path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

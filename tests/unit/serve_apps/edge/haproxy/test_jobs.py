@@ -1,0 +1,124 @@
+"""Requests for submitted jobs through a real HAProxy, to a server at the job service's socket."""
+
+from __future__ import annotations
+
+import socketserver
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.security.tokens.roles import Role
+from tests.servers.edge import Echo, Edge
+
+JOB = "/v1/jobs/job-1"
+
+
+class ClosingEcho(Echo):
+    """Closes each connection, so that HAProxy keeps none to a server that has ended."""
+
+    protocol_version = "HTTP/1.0"
+
+
+class SocketEcho(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """An echo server at a socket."""
+
+    daemon_threads = True
+
+    def get_request(self) -> tuple[Any, Any]:
+        connection, _ = super().get_request()
+        return connection, ("", 0)
+
+
+@pytest.fixture
+def job_service(edge: Edge) -> Iterator[SocketEcho]:
+    path = Path(edge.settings.jobs_socket)
+    path.unlink(missing_ok=True)
+    with SocketEcho(str(path), ClosingEcho) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server
+        server.shutdown()
+    path.unlink()
+
+
+@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/jobs"),
+        ("GET", "/v1/jobs?limit=1"),
+        ("GET", JOB),
+        ("DELETE", JOB),
+        ("GET", f"{JOB}/logs"),
+    ],
+)
+def test_every_role_reaches_the_job_service(
+    edge: Edge, job_service: SocketEcho, role: Role, method: str, path: str
+) -> None:
+    """The service decides and records it. It gets the caller's own token, and none of the edge's headers or cookies."""
+    token = edge.token(role)
+    headers: dict[str, str | bytes] = {"x-falaj-proof": "mine", "cookie": "a=b"}
+    status, heard = edge.call(path, method=method, token=token, headers=headers)
+    assert (status, heard["path"], heard["authorization"]) == (200, path, f"Bearer {token}")
+    assert not {"cookie", "x-falaj-proof", "x-ray-authorization"} & heard.keys()
+
+
+def test_strangers_and_other_tenants_do_not_reach_it(edge: Edge, job_service: SocketEcho) -> None:
+    """The edge answers them itself, with the status of every other path."""
+    assert edge.call("/v1/jobs")[0] == 401
+    assert edge.call("/v1/jobs", token=edge.token(Role.admin, tenant="other"))[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("PUT", "/v1/jobs", 405),
+        ("DELETE", "/v1/jobs", 405),
+        ("POST", JOB, 405),
+        ("POST", f"{JOB}/logs", 405),
+        ("GET", "/v1/jobs/", 404),
+        ("GET", "/v1/jobs/../../ray/", 404),
+        ("GET", "/v1/jobs/a/b", 404),
+        ("GET", f"{JOB}%2flogs", 404),
+        ("GET", f"/v1/jobs/{'x' * 65}", 404),
+    ],
+)
+def test_other_paths_and_methods_are_refused(
+    edge: Edge, job_service: SocketEcho, method: str, path: str, status: int
+) -> None:
+    """The answer is JSON."""
+    assert edge.call(path, method=method, token=edge.token(Role.admin))[0] == status
+
+
+class SlowLog(ClosingEcho):
+    """Sends a log with a long pause."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/plain")
+        self.end_headers()
+        for line in (b"one\n", b"two\n"):
+            self.wfile.write(line)
+            self.wfile.flush()
+            time.sleep(2.5 if line == b"one\n" else 0)
+
+
+def test_silent_log_outlives_the_timeouts_of_other_requests(edge: Edge, job_service: SocketEcho) -> None:
+    """A job may print nothing for long. The timeouts of client and server are shortened to a second here."""
+    job_service.RequestHandlerClass = SlowLog
+    for setting in ("client 30s", "server 2m"):
+        edge.load_targets(timeout=(f"timeout {setting}", f"timeout {setting.split()[0]} 1s"))
+        connection = edge.connect()
+        connection.request("GET", f"{JOB}/logs", headers={"authorization": f"Bearer {edge.token()}"})
+        assert connection.getresponse().read() == b"one\ntwo\n"
+        connection.close()
+    edge.load_targets()
+
+
+def test_without_the_service_the_answer_is_503(edge: Edge) -> None:
+    """It is JSON, too."""
+    status, content = edge.call("/v1/jobs", token=edge.token(Role.admin))
+    assert (status, content["code"]) == (503, 503)
