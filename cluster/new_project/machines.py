@@ -26,8 +26,8 @@ def machine_tables(*, seed: int = SEED) -> tuple[pa.Table, pa.Table]:
     machines = np.broadcast_to(np.arange(MACHINES), shape)
     lines = LINES[np.broadcast_to(random.integers(len(LINES), size=MACHINES), shape)]
     room = random.normal(20, 3, shape)
-    heat = random.normal(30, 4, MACHINES) + random.normal(0, 3, shape)
-    vibration = np.maximum(random.normal(4, 0.8, MACHINES) + random.normal(0, 0.5, shape), 0.1)
+    heat = random.normal(30, 1, MACHINES) + random.normal(0, 5, shape)
+    vibration = np.maximum(random.normal(4, 0.2, MACHINES) + random.normal(0, 0.9, shape), 0.1)
     read_at = (
         FIRST_READING
         + np.arange(WEEKS)[:, None] * WEEK

@@ -16,22 +16,26 @@ class CheckConfig(PlatformConfig):
     """Options of the command."""
 
     path: str = "???"
-    """Parquet file with the readings."""
+    """Parquet file of the delivery."""
+    key: str = "???"
+    """Column that identifies an entity."""
+    column: str = "???"
+    """Column that must have values."""
 
 
 @job(None, CheckConfig)
 def main(config: CheckConfig) -> dict[str, float]:
     """Return the figures that the pipeline checks."""
-    return figures(config.path)
+    return figures(config.path, key=config.key, column=config.column)
 
 
-def figures(path: str) -> dict[str, float]:
-    """Return the number of rows and machines, and the share of rows without a vibration."""
-    rows = pq.read_table(path, columns=["machine_id", "vibration"])
+def figures(path: str, *, key: str, column: str) -> dict[str, float]:
+    """Return the number of rows and of entities, and the share of rows without a value in a column."""
+    rows = pq.read_table(path, columns=[key, column])
     return {
         "rows": rows.num_rows,
-        "machines": pc.count_distinct(rows["machine_id"]).as_py(),
-        "missing_share": rows["vibration"].null_count / max(rows.num_rows, 1),
+        "entities": pc.count_distinct(rows[key]).as_py(),
+        "missing_share": rows[column].null_count / max(rows.num_rows, 1),
     }
 
 

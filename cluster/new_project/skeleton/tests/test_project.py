@@ -24,4 +24,8 @@ def test_the_data_has_all_columns_of_the_view() -> None:
 
 def test_the_check_counts_missing_values(tmp_path: Path) -> None:
     pq.write_table(pa.table({"machine_id": [1, 2], "vibration": [0.5, None]}), tmp_path / "rows.parquet")
-    assert figures(str(tmp_path / "rows.parquet")) == {"rows": 2, "machines": 2, "missing_share": 0.5}
+    assert figures(str(tmp_path / "rows.parquet"), key="machine_id", column="vibration") == {
+        "rows": 2,
+        "entities": 2,
+        "missing_share": 0.5,
+    }
