@@ -73,6 +73,7 @@ if __name__ == "__main__":
     main()
 """
 MACHINES = 400
+WAIT_S = 120.0
 PREDICT = "/v1/models/failure:predict"
 
 
@@ -107,44 +108,52 @@ def monitor(project: Project) -> dict[str, Any]:
     """Let the schedule `watch` monitor the model once, and return the event of the monitoring."""
     number = len(finished(project, "watch"))
     project.run("jobs.schedule", "action=trigger", "name=watch", check=True)
-    wait_until(lambda: len(finished(project, "watch")) > number, "monitored", seconds=120)
+    wait_until(lambda: len(finished(project, "watch")) > number, "monitored", seconds=WAIT_S)
     last = finished(project, "watch")[-1]
     assert last["state"] == "done", last
     *_, event = project.ledger().entries(ModelMonitored)
     return event.payload
 
 
-def test_a_second_pipeline_is_stopped_by_an_inserted_check_and_resumed(
+def test_a_project_is_stopped_corrected_scheduled_and_reacts_to_drift(
     falaj_cluster: Project, folder: Path
 ) -> None:
-    """The inserted check fails, and no later stage runs. With the corrected file, the same run goes on to its end."""
+    """An inserted check stops the pipeline. The corrected run goes on to its end, and a schedule runs the pipeline.
+
+    The drift trigger starts a command of the user's own after a monitoring run that finds drift, and not before.
+    """
+    stop_and_resume(falaj_cluster, folder)
+    for schedule in ("every", "watch", "after_drift"):
+        applied = run(falaj_cluster, folder, "jobs.schedule", "action=apply", f"schedule={schedule}")
+        assert applied.returncode == 0, applied.stderr
+    wait_until(lambda: bool(finished(falaj_cluster, "every")), "a scheduled run", seconds=WAIT_S)
+    assert finished(falaj_cluster, "every")[0]["state"] == "done"
+    falaj_cluster.run("jobs.schedule", "action=remove", "name=every", check=True)
+    require_reaction_to_drift(falaj_cluster, folder)
+    for schedule in ("watch", "after_drift"):
+        falaj_cluster.run("jobs.schedule", "action=remove", f"name={schedule}", check=True)
+
+
+def stop_and_resume(project: Project, folder: Path) -> None:
+    """Let the inserted check fail, and correct the file. No later stage has run, and the same run goes on."""
     write_pipeline(folder, least=500)
-    planned = run(falaj_cluster, folder, "jobs.pipeline", "pipeline=own", "action=plan")
+    planned = run(project, folder, "jobs.pipeline", "pipeline=own", "action=plan")
     assert "9 stages, no faults" in planned.stdout, planned.stderr
-    stopped = run(falaj_cluster, folder, "jobs.pipeline", "pipeline=own", "run=first")
+    stopped = run(project, folder, "jobs.pipeline", "pipeline=own", "run=first")
     assert "'fleet' does not meet a requirement: entities is 400, but must be >= 500" in refusal(stopped)
-    assert states(falaj_cluster, "own")["ingest"] == "waiting"
+    assert states(project, "own")["ingest"] == "waiting"
 
     write_pipeline(folder, least=400)
-    resumed = run(falaj_cluster, folder, "jobs.pipeline", "pipeline=own")
+    resumed = run(project, folder, "jobs.pipeline", "pipeline=own")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert states(falaj_cluster, "own") == dict.fromkeys(STAGES, "done")
-    ends = [entry.payload for entry in falaj_cluster.ledger().find(PipelineFinished, pipeline="own")]
-    assert [(end["run"], end["state"]) for end in ends] == [("first", "failed"), ("first", "done")]
+    assert states(project, "own") == dict.fromkeys(STAGES, "done")
+    ends = [entry.payload for entry in project.ledger().entries(PipelineFinished)]
+    own = [(end["run"], end["state"]) for end in ends if end["pipeline"] == "own"]
+    assert own == [("first", "failed"), ("first", "done")]
 
 
-def test_schedules_run_the_pipeline_and_react_to_drift(falaj_cluster: Project, folder: Path) -> None:
-    """The schedule runs the pipeline. The drift trigger starts a command of the user's own after a monitoring run that
-    finds drift, and not after one that finds none.
-    """
-    project = falaj_cluster
-    for schedule in ("every", "watch", "after_drift"):
-        applied = run(project, folder, "jobs.schedule", "action=apply", f"schedule={schedule}")
-        assert applied.returncode == 0, applied.stderr
-    wait_until(lambda: bool(finished(project, "every")), "a scheduled run", seconds=120)
-    assert finished(project, "every")[0]["state"] == "done"
-    project.run("jobs.schedule", "action=remove", "name=every", check=True)
-
+def require_reaction_to_drift(project: Project, folder: Path) -> None:
+    """Send usual requests, then unusual ones. Only the monitoring after the unusual ones starts the command."""
     client = Client(project)
     body = {"entities": [{"machine_id": number} for number in range(MACHINES)]}
     assert client.call(PREDICT, body)[0] == 200
@@ -154,11 +163,9 @@ def test_schedules_run_the_pipeline_and_react_to_drift(falaj_cluster: Project, f
     hot = body | {"features": {"readings__heat": 70.0, "readings__vibration": 9.0}}
     assert client.call(PREDICT, hot)[0] == 200
     assert {"readings__heat", "readings__vibration"} <= monitor(project)["drift"].keys()
-    wait_until(lambda: bool(finished(project, "after_drift")), "the drift trigger", seconds=120)
+    wait_until(lambda: bool(finished(project, "after_drift")), "the drift trigger", seconds=WAIT_S)
     assert finished(project, "after_drift")[0]["state"] == "done"
     assert (folder / "note.txt").read_text() == "the model has drifted"
     [due] = project.ledger().find(ScheduledRunDue, schedule="after_drift")
     assert due.payload["reason"].startswith("drift of model failure: ")
     assert "readings__heat" in due.payload["reason"]
-    for schedule in ("watch", "after_drift"):
-        project.run("jobs.schedule", "action=remove", f"name={schedule}", check=True)
