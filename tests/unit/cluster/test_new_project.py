@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from cluster.entrypoint import Options
 from cluster.new_project.__main__ import main
@@ -16,6 +19,7 @@ from jobs.schedule.config import ScheduleConfig
 from tests.processes.commands import run_main
 from tests.servers.small_disk import fill_disk, mounted_small_disk
 
+GUIDE = Path(__file__).parents[3] / "docs" / "guides" / "own-project.md"
 FILES = {
     "README.md", ".gitignore", "features.py", "data_check.py", "request.sh", "conf/pipeline/machines.yaml",
     "conf/schedule/nightly.yaml", "conf/schedule/monitor.yaml", "data/readings.parquet", "data/failures.parquet",
@@ -104,3 +108,30 @@ def test_a_full_disk_is_reported_and_nothing_is_left(tmp_path: Path) -> None:
         fill_disk(disk / "filler")
         assert "No space left on device. Nothing was changed." in refused(str(disk / "deep" / "project"))
         assert [path.name for path in disk.iterdir()] == ["filler"]
+
+
+def test_the_files_in_the_guide_fit_the_project(tmp_path: Path) -> None:
+    """The guide's definitions can be loaded. It sets all values of the pipeline, and its schedules are valid."""
+    assert run_main(main, str(tmp_path / "hotel")).returncode == 0
+    pipelines = tmp_path / "hotel" / "conf" / "pipeline"
+    blocks = re.findall(
+        r"^```(?:python|yaml)\n# (\S+)\n(.*?)^```$", GUIDE.read_text(), re.MULTILINE | re.DOTALL
+    )
+    texts = dict(blocks)
+    (tmp_path / "guide_features.py").write_text(texts.pop("features.py"))
+    spec = importlib.util.spec_from_file_location("guide_features", tmp_path / "guide_features.py")
+    assert spec is not None
+    assert spec.loader is not None
+    features = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(features)
+    values = OmegaConf.create(texts.pop("conf/pipeline/hotel.yaml"))["vars"]
+    assert values.keys() == OmegaConf.create((pipelines / "machines.yaml").read_text())["vars"].keys()
+    assert (features.guests.name, features.cancellation.name) == (values["view"], values["service"])
+    assert {values["required"], "days_ahead"} <= features.guests.features.keys()
+    for name, text in texts.items():
+        (tmp_path / "hotel" / name).write_text(text)
+    schedules = Options(config_name="schedules", schema=ScheduleConfig)
+    for schedule in ("nightly", "monitor"):
+        composed = schedules.compose([f"schedule={schedule}"], config_dir=str(pipelines.parent)).schedule
+        assert composed is not None
+        assert set(composed.parameters.values()) & {"hotel", values["model"]}
