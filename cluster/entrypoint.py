@@ -24,7 +24,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import OverrideType, Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -64,7 +64,7 @@ class Options(Generic[C]):
             ConfigError: An argument is invalid.
         """
         overrides = quote_texts(arguments, self.schema)
-        path = () if config_dir is None else (f"hydra.searchpath=['file://{config_dir}']",)
+        path = () if config_dir is None else (f"hydra.searchpath=[{_quoted(f'file://{config_dir}')}]",)
         try:
             # Composing is slow, so it is done once for each file, and values are set in a copy.
             return load(_set_values(_compose_once(self.config_name, path), overrides), self.schema)
@@ -191,6 +191,10 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
             return hydra.compose(config_name, overrides=list(overrides))
     finally:
         GlobalHydra.instance().hydra = callers_hydra
+
+
+def _quoted(text: str) -> str:
+    return str(QuotedString(text=text, quote=Quote.single).with_quotes())
 
 
 @functools.lru_cache(maxsize=64)

@@ -54,7 +54,9 @@ class LimitConfig:
     """Limits of one principal or tenant; see `Limit`."""
 
     requests_per_s: int = 10_000
-    concurrent: int = 512
+    concurrent: int = 384
+    """The default for principals is below `max_connections_of_one_address`. So a client that opens a connection for
+    each request gets 429, and no closed connection, if its requests become slow."""
 
     def __post_init__(self) -> None:
         self.limit()

@@ -29,7 +29,7 @@ from cluster.storage import json_text, layout, resolve, write_json
 from serve_apps.edge.control.waiting import wait_until_applied
 from serve_apps.rollout.assignment import mixes_arms
 from serve_apps.rollout.config import OWN_OPTIONS, USED, RolloutAction, RolloutConfig
-from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
+from serve_apps.rollout.serving_state import ModelState, Rollout, Shadow, read_states
 
 
 @job("rollout", RolloutConfig)
@@ -59,6 +59,8 @@ def main(config: RolloutConfig) -> dict[str, Any]:
             result = check(config, ledger, actor, running_rollout(config, state))
         case RolloutAction.shadow:
             result = shadow(config, ledger, actor, state)
+        case RolloutAction.compare:
+            result = compare(config, ledger, actor, state)
         case RolloutAction.stop_shadow:
             result = stop_shadow(config, ledger, actor, state)
     print(json_text(result))
@@ -90,6 +92,17 @@ def running_rollout(config: RolloutConfig, state: ModelState) -> Rollout:
     if state.rollout is None:
         raise RolloutError(f"No rollout of '{config.name}' runs. Start one with `action=start version=…`.")
     return state.rollout
+
+
+def running_shadow(config: RolloutConfig, state: ModelState) -> Shadow:
+    """Return the shadow.
+
+    Raises:
+        RolloutError: the model has none.
+    """
+    if state.shadow is None:
+        raise RolloutError(f"'{config.name}' has no shadow. Start one with `action=shadow version=…`.")
+    return state.shadow
 
 
 def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState) -> dict[str, Any]:
@@ -258,12 +271,21 @@ def shadow(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelStat
     return event.payload()
 
 
+def compare(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState) -> dict[str, Any]:
+    """Compare the shadow's answers with those that clients got for the same requests.
+
+    The key store decides whether the caller may read the log.
+    """
+    from serve_apps.rollout.shadow_comparison import compare_shadow
+
+    return asdict(compare_shadow(config, ledger, actor, running_shadow(config, state).version))
+
+
 def stop_shadow(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState) -> dict[str, Any]:
     """Stop the copies to the shadow."""
-    if state.shadow is None:
-        raise RolloutError(f"'{config.name}' has no shadow. Start one with `action=shadow version=…`.")
-    require_permission(config, ledger, actor, Action.rollback, state.shadow.version)
-    event = ShadowStopped(model=config.name, version=state.shadow.version, reason=config.reason)
+    version = running_shadow(config, state).version
+    require_permission(config, ledger, actor, Action.rollback, version)
+    event = ShadowStopped(model=config.name, version=version, reason=config.reason)
     ledger.append(event, actor=actor.name)
     return event.payload()
 

@@ -21,6 +21,7 @@ class RolloutAction(enum.Enum):
     rollback = "rollback"
     check = "check"
     shadow = "shadow"
+    compare = "compare"
     stop_shadow = "stop_shadow"
 
 
@@ -70,6 +71,7 @@ USED: dict[RolloutAction, frozenset[str]] = {
     RolloutAction.rollback: frozenset({"reason"}),
     RolloutAction.check: _GUARDRAIL,
     RolloutAction.shadow: frozenset({"version", "share"}),
+    RolloutAction.compare: frozenset(),
     RolloutAction.stop_shadow: frozenset({"reason"}),
 }
 """Options that an action uses."""

@@ -73,6 +73,8 @@ class BalancedLoad:
         kinds: requests by name of the kind.
         headers: returns the headers of each request from its number.
         authority: file with the certificate of the servers' authority; None for plain HTTP.
+        connections: largest number of open connections; 0 sets no limit. A request waits for one of them, and this
+            time is part of its duration.
     """
 
     servers: Mapping[str, str]
@@ -80,6 +82,7 @@ class BalancedLoad:
     kinds: Mapping[str, Kind]
     headers: Callable[[int], dict[str, str]]
     authority: str | None = None
+    connections: int = 0
     sent: list[Sent] = field(default_factory=list)
     _healthy: dict[str, bool] = field(default_factory=dict)
     _stopped: bool = False
@@ -111,7 +114,7 @@ class BalancedLoad:
 
     async def _send_all(self) -> None:
         tls = ssl.create_default_context(cafile=self.authority) if self.authority else False
-        connector = aiohttp.TCPConnector(ssl=tls, limit=0, limit_per_host=0, keepalive_timeout=30)
+        connector = aiohttp.TCPConnector(ssl=tls, limit=self.connections, keepalive_timeout=30)
         async with aiohttp.ClientSession(connector=connector, auto_decompress=True) as session:
             checks = [asyncio.create_task(self._check(session, name)) for name in self.servers]
             await asyncio.gather(*(self._send_kind(session, name) for name in self.kinds))

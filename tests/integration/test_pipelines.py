@@ -99,9 +99,10 @@ def pipeline(project: Project, folder: Path, action: str, *options: str) -> subp
     return project.run("jobs.pipeline", *arguments, cwd=folder)
 
 
-def states(project: Project) -> dict[str, str]:
+def states(project: Project, name: str = "loans") -> dict[str, str]:
+    """Return the states of the stages in the newest run of a pipeline."""
     ledger = project.ledger()
-    run = read_run(ledger, "loans", str(newest_run(ledger, "loans")))
+    run = read_run(ledger, name, str(newest_run(ledger, name)))
     assert run is not None
     return {name: stage.state.value for name, stage in run.stages.items()}
 

@@ -6,14 +6,11 @@ A version without requests has no replica, and its next request waits for one in
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import signal
 import threading
 import time
-import urllib.request
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -22,6 +19,7 @@ import pytest
 from cluster.records.reading import read_predictions
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
+from tests.clients.serve_status import deployment, running_replicas
 from tests.integration.client import Client
 from tests.servers.polling import wait_until
 from tests.servers.replica import MODEL, register
@@ -50,15 +48,10 @@ class Version(Client):
     """A version that soon scales to zero, with its state in Serve and at the edge."""
 
     def deployment(self) -> dict[str, Any]:
-        record = self.project.record
-        request = urllib.request.Request(f"{record.dashboard_url}/api/serve/applications/")
-        request.add_header("Authorization", f"Bearer {Path(record.token_path).read_text().strip()}")
-        with urllib.request.urlopen(request, timeout=10) as response:
-            deployment: dict[str, Any] = json.load(response)["applications"][APP]["deployments"]["predictor"]
-        return deployment
+        return deployment(self.project.record, APP)
 
     def replicas(self) -> set[str]:
-        return {one["replica_id"] for one in self.deployment()["replicas"] if one["state"] == "RUNNING"}
+        return running_replicas(self.project.record, APP)
 
     def backend(self) -> str:
         """Return the version's backend in HAProxy's configuration, or an empty text."""

@@ -105,15 +105,22 @@ def serve(project: Project, *overrides: str, weight: float = 50.0) -> None:
 
 
 @contextlib.contextmanager
-def running_project(*overrides: str, weight: float = 50.0) -> Iterator[Project]:
-    """Run a new cluster in a temporary folder. It serves both versions."""
+def new_cluster() -> Iterator[Project]:
+    """Run a new cluster in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="falaj-scoring-") as name:
         project = new_project(Path(name))
         project.up()
         try:
             project.env.update(exports(project.run("cluster.status", "--env", check=True).stdout))
-            prepare(project)
-            serve(project, *overrides, weight=weight)
             yield project
         finally:
             project.run("cluster.down")
+
+
+@contextlib.contextmanager
+def running_project(*overrides: str, weight: float = 50.0) -> Iterator[Project]:
+    """Run a new cluster in a temporary folder. It serves both versions."""
+    with new_cluster() as project:
+        prepare(project)
+        serve(project, *overrides, weight=weight)
+        yield project

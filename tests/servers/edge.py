@@ -44,7 +44,7 @@ ROLLOUT = Rollout(id="r1", salt=SALT, treatment_version=2, treatment_variant="ch
 def limits(*, folder: str, socket: str) -> Limits:
     """Return the default limits of an edge."""
     return Limits(
-        principal=Limit(requests_per_s=10_000, concurrent=512),
+        principal=Limit(requests_per_s=10_000, concurrent=384),
         tenant=Limit(requests_per_s=50_000, concurrent=1_500),
         folder=folder,
         socket=socket,

@@ -213,8 +213,8 @@ def _deploy(config: Any) -> Facts:
 
 def _rollout(config: Any) -> Facts:
     action, model = config.action.value, _model(config)
-    reads = (model, _log(config)) if action in ("check", "show") else (model,)
-    if action == "show":
+    reads = (model, _log(config)) if action in ("check", "compare", "show") else (model,)
+    if action in ("compare", "show"):
         return Facts(files=_files(config), reads=reads)
     needed = Action.rollback if action in ("rollback", "check", "stop_shadow") else Action.rollout
     return Facts(

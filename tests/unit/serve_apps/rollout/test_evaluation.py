@@ -20,6 +20,7 @@ from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.evaluation import evaluate
 from serve_apps.rollout.guardrail import Verdict
 from serve_apps.rollout.serving_state import Rollout
+from serve_apps.rollout.shadow_comparison import compare_shadow
 from tests.samples.record_log import FLAGS, LATER, answer, outcome
 from tests.servers.replica import MODEL, Replica, running_replica
 
@@ -85,6 +86,27 @@ def test_one_odd_outcome_does_not_silence_the_guardrail(replica: Replica) -> Non
     assert (finding.treatment_outcomes, finding.control_outcomes) == (20, 20)
     assert (finding.odd_outcomes, finding.unknown_outcomes) == (1, 2)
     assert (finding.treatment_failures, finding.control_failures) == (1, 0)
+
+
+def test_a_shadow_is_compared_with_the_answers_to_the_same_requests(replica: Replica) -> None:
+    """The shadow agrees with version 1, which is right, and contradicts version 2, which is wrong."""
+    records: list[Any] = []
+    for number in range(10, 30):
+        score = 0.8 if number % 2 else 0.2
+        said = {"arm": "shadow", "variant": "shadow", "prediction_id": f"s{number}"}
+        said["predictions"] = [{"probability": score, "label": score > 0.5}]  # type: ignore[assignment]
+        records.append(answer(number, number, version=2, **said))
+    of_another_version = answer(11, 11, version=1, arm="shadow", variant="shadow", prediction_id="old")
+    not_answered = answer(500, 1, version=2, arm="shadow", variant="shadow", prediction_id="lost")
+    write(replica, "predictions", *records, of_another_version, not_answered)
+    config = RolloutConfig(name=MODEL, storage=StorageConfig(root=replica.places.root))
+    actor: Any = SimpleNamespace(access=replica.keys)
+    finding = compare_shadow(config, open_ledger(config), actor, 2)
+    assert (finding.version, finding.rows, finding.outcomes) == (2, 20, 20)
+    assert (finding.equal_labels, finding.mean_difference) == (0.5, pytest.approx(0.4))
+    assert (finding.metric, finding.shadow, finding.served) == ("roc_auc", 1.0, 0.5)
+    nothing = compare_shadow(config, open_ledger(config), actor, 3)
+    assert (nothing.version, nothing.rows, nothing.equal_labels, nothing.served) == (3, 0, None, None)
 
 
 def test_versions_of_one_variant_are_measured_separately(replica: Replica) -> None:

@@ -142,11 +142,11 @@ def test_own_limit_is_applied_and_removed_again(running: Running) -> None:
         running.tell_and_wait(event)
         return running.ask(f"show map {file}").strip()
 
-    assert set_limit(5).endswith("alice%20b 5|512")
-    assert set_limit(6).endswith("alice%20b 6|512")
-    assert file.read_text() == "* 10000|512\nalice%20b 6|512\n"
-    assert set_limit(None).endswith("* 10000|512")
-    assert file.read_text() == "* 10000|512\n"
+    assert set_limit(5).endswith("alice%20b 5|384")
+    assert set_limit(6).endswith("alice%20b 6|384")
+    assert file.read_text() == "* 10000|384\nalice%20b 6|384\n"
+    assert set_limit(None).endswith("* 10000|384")
+    assert file.read_text() == "* 10000|384\n"
 
 
 @pytest.mark.parametrize("when", ["now and then", "at the end"])

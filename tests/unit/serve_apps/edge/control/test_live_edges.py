@@ -125,11 +125,11 @@ def test_command_waits_until_every_edge_has_the_application(
 def test_edges_share_the_limits(ledger: Ledger, edges: tuple[Running, Running]) -> None:
     """Each allows half. When one stops, the other allows all, and no command waits for the stopped one."""
     for edge in edges:
-        wait_until(lambda edge=edge: default_limit(edge) == "5000|256")  # type: ignore[misc]
+        wait_until(lambda edge=edge: default_limit(edge) == "5000|192")  # type: ignore[misc]
     one, two = edges
     two.stop()
     assert live(ledger) == [f"https://{one.settings.bind}"]
-    wait_until(lambda: default_limit(one) == "10000|512")
+    wait_until(lambda: default_limit(one) == "10000|384")
 
 
 def test_edge_keeps_its_place_when_its_controller_is_replaced(

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from serve_apps.edge.__main__ import EdgeConfig
 from serve_apps.edge.haproxy.connections import MAX_LOGINS
 from tests.servers.edge import PREDICT, ROLLOUT, Edge, answer_of
 from tests.servers.polling import wait_until
@@ -80,3 +81,9 @@ def begun_post(path: str) -> bytes:
     """A request without a token, and one byte of its nine."""
     form = "Content-Type: application/x-www-form-urlencoded\r\nSec-Fetch-Site: same-origin"
     return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n{form}\r\n\r\nt".encode()
+
+
+def test_a_client_reaches_the_limit_of_requests_before_that_of_connections() -> None:
+    """Otherwise a client with a connection for each request would have closed connections, and no 429."""
+    config = EdgeConfig()
+    assert 1.2 * config.limits.principal.concurrent < config.max_connections_of_one_address
