@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed$(if $(filter gpu,$(TORCH)),-gpu)
 PACKAGES := cluster feature_jobs jobs serve_apps
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-nodes down test integration failures image image-test unit unit-ground unit-features unit-engines unit-serving chaos chaos-nodes soak lint format bench lock audit coverage clean
+.PHONY: help install demo demo-nodes down test integration failures image image-test unit unit-ground unit-features unit-engines unit-serving chaos chaos-nodes chaos-pipeline soak lint format bench lock audit coverage clean
 
 help:
 	@echo "make demo    install, start a local cluster, run the whole loop, write .falaj/demo/report.html"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench   all benches, or BENCH=<name>      make chaos   crash and property tests with many repetitions"
 	@echo "make failures    five failures under load on three nodes in network namespaces; six minutes; needs root"
 	@echo "make chaos-nodes    failures under load on three nodes, compared with Ray Serve; writes docs/reliability.md; needs root"
+	@echo "make chaos-pipeline    the demo with kill -9 at every stage gives the results of a demo without failures"
 	@echo "make audit   known vulnerabilities of the locked packages       make coverage   lines that unit tests run"
 	@echo "make image   the container image localhost/falaj, built with buildah as root; BASE=<image>, TAG=<name>"
 	@echo "make image-test    build the image, run it with runc, call it from another network namespace; takes minutes"
@@ -92,6 +93,9 @@ failures: $(STAMP)
 chaos-nodes: $(STAMP)
 	@$(BIN)/python -m pytest -p no:schemathesis tests/nodes/test_head_restart.py
 	@$(BIN)/python tests/chaos_nodes.py
+
+chaos-pipeline: $(STAMP)
+	@$(BIN)/python tests/chaos_pipeline.py
 
 soak: $(STAMP)
 	@$(BIN)/python tests/soak.py
