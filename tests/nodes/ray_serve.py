@@ -146,6 +146,7 @@ def running(cluster: ThreeNodes, *, predict_per_s: float, push_per_s: float) -> 
             "PYTHONPATH": str(REPOSITORY),
             "RAY_AUTH_MODE": "disabled",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",  # else only the head has a proxy
             "RAY_worker_niceness": "0",
         }
     cluster.head.env["RAY_REDIS_ADDRESS"] = cluster.redis.url.removeprefix("redis://").partition("/")[0]
@@ -156,6 +157,11 @@ def running(cluster: ThreeNodes, *, predict_per_s: float, push_per_s: float) -> 
         system.start_node(node)
     wait_until(lambda: system.num_nodes() == len(cluster.computers), "Ray on all nodes", seconds=START_S)
     system.start_app()
+    wait_until(
+        lambda: all(system.entry(computer) for computer in cluster.computers.values()),
+        "a proxy of Ray Serve on every node",
+        seconds=START_S,
+    )
     yield system
 
 

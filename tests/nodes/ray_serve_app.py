@@ -31,7 +31,8 @@ DISK, MODELS = "PEER_DISK", "PEER_MODELS"
 """Environment variables of a node: its folder for records, and the folder of the models."""
 RECORDS = "records.jsonl"
 APP, PORT = "score", 8000
-REPLICAS = 3
+REPLICAS: dict[str, Any] = {"num_replicas": 3, "max_replicas_per_node": 1}
+"""One on each node, so that each failure of a node meets a replica."""
 NODES_S = 60
 """How long the nodes may take to join, after the raylet of each has started."""
 ACTOR = {"num_cpus": 0.1}
@@ -86,12 +87,12 @@ def main() -> None:
     wait_until(lambda: num_alive() == num_nodes, "all nodes", seconds=NODES_S)
     serve.start(proxy_location="EveryNode", http_options=HTTPOptions(host="0.0.0.0", port=PORT))  # noqa: S104
     models = [
-        serve.deployment(Model, name=f"model-{number}", num_replicas=REPLICAS, ray_actor_options=ACTOR).bind(  # type: ignore[attr-defined]
+        serve.deployment(Model, name=f"model-{number}", ray_actor_options=ACTOR, **REPLICAS).bind(  # type: ignore[attr-defined]
             number, url
         )
         for number in range(2)
     ]
-    ingress = serve.deployment(Ingress, num_replicas=REPLICAS, ray_actor_options=ACTOR)
+    ingress = serve.deployment(Ingress, ray_actor_options=ACTOR, **REPLICAS)
     serve.run(ingress.bind(*models, url), name=APP, route_prefix=f"/{APP}")  # type: ignore[attr-defined]
 
 
