@@ -31,7 +31,7 @@ from tests.integration.conftest import Project
 from tests.projects import scoring
 from tests.servers.polling import wait_until
 
-PER_S, SECONDS = float(os.environ.get("PER_S", "40")), float(os.environ.get("SECONDS", "30"))
+PER_S, SECONDS = float(os.environ.get("PER_S", "60")), float(os.environ.get("SECONDS", "30"))
 TIMES = 10
 CONNECTIONS = int(os.environ.get("CONNECTIONS", "256"))
 """Connections of the client. The edge closes more than 500 of one address."""
@@ -41,7 +41,7 @@ SCALING = (
     "replica.num_replicas=null",
     "replica.min_replicas=1",
     "replica.max_replicas=3",
-    "replica.target_ongoing_requests=0.5",
+    "replica.target_ongoing_requests=0.2",
     "replica.upscale_delay_s=1",
     "replica.downscale_delay_s=5",
     "replica.look_back_s=3",
