@@ -82,13 +82,14 @@ class Computer:
         return run_process(self.command(sys.executable, "-m", module, *args), env=self.env, check=check)
 
     def members(self) -> list[psutil.Process]:
-        """Return all processes of the computer but its first one."""
+        """Return all processes of the computer but its first one, and but those that have ended."""
         namespace = Path(f"/proc/{self.init.pid}/ns/pid").readlink()
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(OSError, psutil.NoSuchProcess):
                 if (
                     process.pid != self.init.pid
+                    and process.status() != psutil.STATUS_ZOMBIE
                     and Path(f"/proc/{process.pid}/ns/pid").readlink() == namespace
                 ):
                     found.append(process)
@@ -104,10 +105,16 @@ class Computer:
         return found
 
     def signal_all(self, number: signal.Signals) -> None:
-        """Send a signal to all processes of the computer."""
+        """Send a signal to all processes of the computer.
+
+        `nsenter`, which started some of them from outside, stops itself with them, so it gets the signal too.
+        """
         for process in self.members():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
+                parent = process.parent()
+                if parent is not None and parent.name() == "nsenter":
+                    parent.send_signal(number)
 
     def kill_all(self) -> None:
         """Kill all processes of the node with SIGKILL, and also those that a supervisor starts meanwhile."""

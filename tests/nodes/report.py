@@ -24,8 +24,13 @@ _COLUMNS = (
     "lost records",
     "lost pushes",
     "Ray Serve: failed",
-    "Ray Serve: recovery",
+    "at other edges",
+    "recovery",
+    "lost records",
+    "lost pushes",
 )
+_COUNTS = ("failed", "failed_elsewhere", "failed_later")
+_LOST = ("records", "pushes")
 _TEMPLATE = Path(__file__).with_name("reliability.template.md")
 
 
@@ -33,11 +38,12 @@ def row(text: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """Return the row of one failure."""
     cells = [
         text,
-        *(str(ours.get(name, "-")) for name in ("failed", "failed_elsewhere", "failed_later")),
+        *(str(ours.get(name, "-")) for name in _COUNTS),
         *(_seconds(ours.get(name)) for name in ("recovery_s", "longest_s")),
-        *(str(ours.get(name, "-")) for name in ("records", "pushes")),
-        str(theirs.get("failed", "-")),
+        *(str(ours.get(name, "-")) for name in _LOST),
+        *(str(theirs.get(name, "-")) for name in _COUNTS[:2]),
         _seconds(theirs.get("recovery_s")),
+        *(str(theirs.get(name, "-")) for name in _LOST),
     ]
     return f"| {' | '.join(cells)} |"
 
