@@ -53,7 +53,7 @@ def main(config: ScheduleConfig) -> None:
     if config.name is None:
         raise ConfigError(f"Give the name of a schedule: `name=…`.{_known(ledger)}")
     schedule = schedules.require(ledger, config.name)
-    _check(actor, schedule.name)
+    _check(config, actor, schedule.name)
     if config.action is ScheduleAction.trigger:
         trigger(ledger, actor, schedule.name)
         return
@@ -81,7 +81,7 @@ def apply(config: ScheduleConfig, ledger: Ledger, actor: Actor) -> None:
         raise ConfigError(
             f"'{name}' is no name of a schedule. Use at most 40 small letters, digits, - and _, a letter first."
         )
-    _check(actor, name)
+    _check(config, actor, name)
     _check_spec(spec)
     config_dir = callers_config_dir()
     check_command(spec, config_dir=config_dir)
@@ -110,8 +110,8 @@ def trigger(ledger: Ledger, actor: Actor, name: str) -> None:
     print(f"slot {slot} of schedule {name} is due")
 
 
-def _check(actor: Actor, name: str) -> None:
-    actor.check(Action.schedule_runs, Resource(kind="schedule", name=name))
+def _check(config: ScheduleConfig, actor: Actor, name: str) -> None:
+    actor.check(Action.schedule_runs, Resource(kind="schedule", name=name, region=config.cluster.region))
 
 
 def _check_spec(spec: ScheduleSpec) -> None:
