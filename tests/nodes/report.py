@@ -56,12 +56,15 @@ def table(results: Results) -> str:
         for failure in FAILURES
         if failure.name in {*ours, *theirs}
     ]
-    deploy_s = ours.get("head", {}).get("deploy_s")
-    deployed = (
-        f"\n\nAfter the head was killed, `serve_apps.deploy` had worked again after {deploy_s:.0f} s."
-        if deploy_s
-        else ""
-    )
+    head_again = ours.get("head", {})
+    deployed = ""
+    if "deploy_s" in head_again:
+        deployed = (
+            f"\n\nThe head was killed a second time, and a version was deployed as soon as `cluster.up` had ended: "
+            f"`serve_apps.deploy` had ended {head_again['deploy_s']:.0f} s after the failure. At other edges, "
+            f"{head_again['deploy_failed_elsewhere']} requests failed, and {head_again['deploy_lost']} records or "
+            "pushes were lost."
+        )
     head = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
     return "\n".join([*head, *rows]) + deployed
 
