@@ -246,7 +246,7 @@ def test_texts_outside_the_allowed_places_are_refused(rules: PathRules, text: st
 
 @pytest.mark.parametrize("text", ["s3://bucket", "s3://bucket/", "s3://bucket/*/x.parquet", "s3://bucket/f*/x.json"])
 def test_allowed_bucket_does_not_allow_the_state_in_it(tmp_path: Path, text: str) -> None:
-    """A folder is read with all that is below it. So a folder or a pattern that contains the storage root is refused."""
+    """A folder is read with all that is below it. So no folder or pattern may contain the storage root."""
     rules = PathRules(project=str(tmp_path), roots=("s3://bucket/falaj",), allowed=("s3://bucket",))
     rules.check("s3://bucket/raw/x.parquet", option="x")
     rules.check("s3://bucket/raw/*.parquet", option="x")
