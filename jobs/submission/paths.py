@@ -97,7 +97,9 @@ class PathRules:
         text = text.removeprefix(_FILE)
         if not text:
             return "is empty (`null` means no value)"
-        if Path(text).parts[:1] and Path(text).parts[0].startswith("~"):  # `./~` is one too, as in `storage.resolve`
+        if Path(text).parts[:1] and Path(text).parts[0].startswith(
+            "~"
+        ):  # `./~` is one too, as in `storage.resolve`
             return "names a home folder"
         pattern = _GLOB.search(text)
         if pattern is None:

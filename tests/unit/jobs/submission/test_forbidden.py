@@ -234,8 +234,24 @@ def test_texts_in_the_allowed_places_are_accepted(rules: PathRules, text: str) -
             ".falaj/x",
             ".falaj/demo/x",
         ),
-        *("s3://lake/raw//x", "s3://lake/raw/./x", "s3://lake/raw/x.pem", "s3://lake/raw/*", "s3://lake/raw/x.p?m"),
-        *("./~root/x", ".//~/x", "file://.//~/x", "x.PE?", "data/x.p[y]", "*env", "[.]env", "conf/*l", "x.jwt*"),
+        *(
+            "s3://lake/raw//x",
+            "s3://lake/raw/./x",
+            "s3://lake/raw/x.pem",
+            "s3://lake/raw/*",
+            "s3://lake/raw/x.p?m",
+        ),
+        *(
+            "./~root/x",
+            ".//~/x",
+            "file://.//~/x",
+            "x.PE?",
+            "data/x.p[y]",
+            "*env",
+            "[.]env",
+            "conf/*l",
+            "x.jwt*",
+        ),
     ],
 )
 def test_texts_outside_the_allowed_places_are_refused(rules: PathRules, text: str) -> None:
@@ -244,7 +260,9 @@ def test_texts_outside_the_allowed_places_are_refused(rules: PathRules, text: st
         rules.check(text, option="x")
 
 
-@pytest.mark.parametrize("text", ["s3://bucket", "s3://bucket/", "s3://bucket/*/x.parquet", "s3://bucket/f*/x.json"])
+@pytest.mark.parametrize(
+    "text", ["s3://bucket", "s3://bucket/", "s3://bucket/*/x.parquet", "s3://bucket/f*/x.json"]
+)
 def test_allowed_bucket_does_not_allow_the_state_in_it(tmp_path: Path, text: str) -> None:
     """A folder is read with all that is below it. So no folder or pattern may contain the storage root."""
     rules = PathRules(project=str(tmp_path), roots=("s3://bucket/falaj",), allowed=("s3://bucket",))
