@@ -71,6 +71,19 @@ def find_exposed_parent(path: Path, *, owner: int | None = None) -> str | None:
     return None
 
 
+def find_change_by_others(path: Path) -> str | None:
+    """Return how another user can change the content of a folder, or None if only its owner can. Others may read it."""
+    status = path.stat()
+    owner = os.geteuid()
+    if not stat.S_ISDIR(status.st_mode):
+        return f"{path} is not a folder"
+    if status.st_uid not in (owner, 0):
+        return f"{path} belongs to user {status.st_uid}"
+    if _others_write(status, owner):  # also in a folder with the sticky bit, a new file can be another user's
+        return f"{path} can be changed by others (mode {stat.S_IMODE(status.st_mode):04o})"
+    return find_exposed_parent(path)
+
+
 def _others_write(status: os.stat_result, owner: int) -> bool:
     """Return whether users other than the owner may write to a folder.
 

@@ -24,10 +24,11 @@ from cluster.session import require_running_cluster
 from jobs.child import principal_as_json
 from jobs.pipeline.stage.arguments import callers_config_dir
 from jobs.schedule import schedules
-from jobs.schedule.command import check_command
-from jobs.schedule.config import ScheduleAction, ScheduleConfig, ScheduleSpec
+from jobs.schedule.command import check_command, require_unchangeable
+from jobs.schedule.config import ScheduleAction, ScheduleConfig, ScheduleSpec, TriggerKind
 from jobs.schedule.cron import check_cron
 from jobs.schedule.listing import describe
+from jobs.schedule.triggers import check_uri
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 _STATES = {
@@ -52,16 +53,18 @@ def main(config: ScheduleConfig) -> None:
         return
     if config.name is None:
         raise ConfigError(f"Give the name of a schedule: `name=…`.{_known(ledger)}")
-    schedule = schedules.require(ledger, config.name)
-    _check(config, actor, schedule.name)
+    name = config.name
+    _check(config, actor, name, owner=_owner(ledger, name))
     if config.action is ScheduleAction.trigger:
-        trigger(ledger, actor, schedule.name)
+        trigger(ledger, actor, schedules.require(ledger, name).name)
         return
     state = _STATES[config.action]
-    if schedule.state == state:
-        raise ConfigError(f"Schedule '{schedule.name}' is {state} already.")
-    ledger.append(ScheduleStateChanged(schedule=schedule.name, state=state), actor=actor.name)
-    print(f"schedule {schedule.name} is {state}")
+    is_removal = state == schedules.REMOVED and schedules.events_of(ledger, name) is not None
+    # A schedule whose definition this release cannot read can be removed, too.
+    if not is_removal and schedules.require(ledger, name).state == state:
+        raise ConfigError(f"Schedule '{name}' is {state} already.")
+    ledger.append(ScheduleStateChanged(schedule=name, state=state), actor=actor.name)
+    print(f"schedule {name} is {state}")
 
 
 def apply(config: ScheduleConfig, ledger: Ledger, actor: Actor) -> None:
@@ -69,7 +72,7 @@ def apply(config: ScheduleConfig, ledger: Ledger, actor: Actor) -> None:
 
     Raises:
         ConfigError: No schedule is selected, or its definition is invalid.
-        AccessDenied: The caller may not define schedules.
+        AccessDenied: The caller may not define schedules, or the name belongs to another caller's schedule.
     """
     name, spec = HydraConfig.get().runtime.choices.get("schedule"), config.schedule
     if name is None or spec is None:
@@ -81,9 +84,10 @@ def apply(config: ScheduleConfig, ledger: Ledger, actor: Actor) -> None:
         raise ConfigError(
             f"'{name}' is no name of a schedule. Use at most 40 small letters, digits, - and _, a letter first."
         )
-    _check(config, actor, name)
+    _check(config, actor, name, owner=_owner(ledger, name))
     _check_spec(spec)
     config_dir = callers_config_dir()
+    require_unchangeable(str(Path.cwd()), config_dir)
     check_command(spec, config_dir=config_dir)
     principal = actor.principal
     applied = ScheduleApplied(
@@ -93,9 +97,10 @@ def apply(config: ScheduleConfig, ledger: Ledger, actor: Actor) -> None:
         config_dir=config_dir,
         principal=principal_as_json(principal),
     )
-    last, current = ledger.newest(ScheduleApplied, schedule=name), schedules.find(ledger, name)
-    if current is not None and last is not None and last.payload == applied.payload():
-        print(f"schedule {name} is {current.state} already, with this definition")
+    events = schedules.events_of(ledger, name)
+    if events is not None and events[0].payload == applied.payload():
+        state = schedules.require(ledger, name).state
+        print(f"schedule {name} is {state} already, with this definition")
         return
     ledger.append(applied, actor=actor.name)
     print(f"schedule {name} applied; it runs as {principal.subject} with the role {principal.role.value}")
@@ -110,13 +115,24 @@ def trigger(ledger: Ledger, actor: Actor, name: str) -> None:
     print(f"slot {slot} of schedule {name} is due")
 
 
-def _check(config: ScheduleConfig, actor: Actor, name: str) -> None:
-    actor.check(Action.schedule_runs, Resource(kind="schedule", name=name, region=config.cluster.region))
+def _owner(ledger: Ledger, name: str) -> str:
+    """Return the subject that applied a schedule; "" if there is no such schedule."""
+    events = schedules.events_of(ledger, name)
+    return "" if events is None else str(events[0].payload["principal"]["subject"])
+
+
+def _check(config: ScheduleConfig, actor: Actor, name: str, *, owner: str) -> None:
+    region = config.cluster.region
+    actor.check(
+        Action.schedule_runs, Resource(kind="schedule", name=name, registered_by=owner, region=region)
+    )
 
 
 def _check_spec(spec: ScheduleSpec) -> None:
     if spec.cron is not None:
         check_cron(spec.cron, spec.time_zone)
+    if spec.trigger is not None and spec.trigger.kind is TriggerKind.data:
+        check_uri(spec.trigger.of)
 
 
 def _action(config: ScheduleConfig) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import datetime as dt
 from collections import deque
 from dataclasses import dataclass
-from itertools import takewhile
 
 from jobs.schedule.config import Missed, Overlap, ScheduleSpec
-from jobs.schedule.cron import slots_after
+from jobs.schedule.cron import last_slot_before, slots_after
 
 MAX_SLOTS = 1000
 """Slots within the grace time that are considered at once at most; the next look finds the others."""
+MAX_MISSED = 20_000
+"""Missed slots that are counted at most. The others have no effect, and to compute those of a year would stop all other
+schedules for minutes."""
 MISSED = "missed: no scheduler ran"
 RUNNING = "the last run goes on"
 
@@ -53,9 +55,13 @@ def cron_slots(
     late = now - dt.timedelta(seconds=spec.grace_s)
     first, last, count = None, None, 0
     in_time: deque[dt.datetime] = deque(maxlen=None)
-    for slot in takewhile(lambda slot: slot <= now, slots_after(spec.cron, spec.time_zone, since)):
+    slots = slots_after(spec.cron, spec.time_zone, since)
+    while (slot := next(slots, None)) is not None and slot <= now:
         if slot < late:
             first, last, count = first or slot, slot, count + 1
+            if count == MAX_MISSED:
+                last = max(slot, last_slot_before(spec.cron, spec.time_zone, late))
+                slots = slots_after(spec.cron, spec.time_zone, last)
         else:
             in_time.append(slot)
             if len(in_time) == MAX_SLOTS:

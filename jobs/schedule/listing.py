@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterator
 
+from cluster.errors import ConfigError
 from cluster.ledger import Ledger
 from jobs.schedule import schedules
 from jobs.schedule.cron import slots_after
@@ -13,14 +14,21 @@ from jobs.schedule.schedules import ACTIVE, Schedule
 
 def describe(ledger: Ledger, *, now: dt.datetime) -> Iterator[str]:
     """Yield lines about every schedule: when it runs, its state, its last run and what was skipped last."""
-    found = [schedule for name in schedules.names(ledger) if (schedule := schedules.find(ledger, name))]
-    if not found:
+    names = schedules.names(ledger)
+    if not names:
         yield "no schedule is applied"
-    for schedule in found:
+    for name in names:
+        try:
+            schedule = schedules.find(ledger, name)
+        except ConfigError as error:
+            yield f"{name}  unreadable  {error}"
+            continue
+        if schedule is None:  # removed in the meantime
+            continue
         yield f"{schedule.name}  {schedule.state}  {when(schedule)}  {schedule.spec.command}"
         if schedule.spec.cron is not None and schedule.state == ACTIVE:
-            upcoming = next(slots_after(schedule.spec.cron, schedule.spec.time_zone, now))
-            yield f"    next: {_text(upcoming)}"
+            upcoming = next(slots_after(schedule.spec.cron, schedule.spec.time_zone, now), None)
+            yield f"    next: {'never' if upcoming is None else _text(upcoming)}"
         for slot in schedules.unfinished(ledger, schedule.name):
             is_running = schedules.has_started(ledger, schedule.name, slot.key)
             yield f"    {'running' if is_running else 'waiting'}: {slot.key} ({slot.reason})"

@@ -19,7 +19,7 @@ from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from jobs.child import access_token, execute, job_name, principal_from_json, renewed_token
 from jobs.schedule import schedules
-from jobs.schedule.command import command_line
+from jobs.schedule.command import command_line, require_unchangeable
 from jobs.schedule.scheduler import ACTOR
 from jobs.schedule.schedules import Schedule
 
@@ -37,6 +37,7 @@ def main(config: SlotConfig) -> None:
     """Run the slot, and exit with the exit code of its command."""
     record, ledger = require_recorded_cluster(config), open_ledger(config)
     schedule, name = schedules.require(ledger, config.name), job_name()
+    require_unchangeable(schedule.folder, schedule.config_dir)
     command = command_line(schedule)
     started = ScheduledRunStarted(schedule=schedule.name, slot=config.slot, job=name, command=command[2:])
     if ledger.append_once(started, actor=ACTOR, schedule=schedule.name, slot=config.slot) is None:

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import sqlalchemy as sa
 from prometheus_client import CollectorRegistry
 
-from cluster.errors import FalajError, RefusedError, first_line
+from cluster.errors import ConfigError, first_line
 from cluster.ledger import Ledger
 from cluster.ledger.events import ScheduledRunDue, ScheduledRunFinished, ScheduledRunSkipped
 from cluster.ledger.store import utc_now
@@ -79,6 +80,7 @@ class Scheduler:
         self._wait_until: dict[str, float] = {}
         self._read_at = -1
         self._states: list[State] = []
+        self._unreadable: list[str] = []
 
     def check_once(self) -> None:
         """Look at every schedule once. An error of one schedule does not stop the others."""
@@ -89,24 +91,37 @@ class Scheduler:
                 continue
             try:
                 self._check(state)
-            except (FalajError, RefusedError, OSError) as error:
+            except sa.exc.SQLAlchemyError:
+                raise
+            except Exception as error:  # noqa: BLE001 - a bad URI or file system of one must not stop the others
                 self._wait_until[name], is_healthy = now + AFTER_ERROR_S, False
                 LOG.warning("schedule %s: %s", name, first_line(error))
-        if is_healthy:
+        if is_healthy and not self._unreadable:
             self._metrics.last_look.set_to_current_time()
 
     def _read(self) -> list[State]:
         """Return the states of all schedules. They are read again only if the ledger has new events."""
         head = self._ledger.head()
         if head != self._read_at:
-            found = (schedules.find(self._ledger, name) for name in schedules.names(self._ledger))
-            self._states = [self._state(schedule) for schedule in found if schedule is not None]
+            self._unreadable = []
+            found = (self._find(name) for name in schedules.names(self._ledger))
+            self._states = [state for state in found if state is not None]
             self._read_at = head
             self._metrics.clear()
             for state in self._states:
                 success = schedules.last_success(self._ledger, state.schedule.name)
                 self._metrics.show(state.schedule.name, last_success=success, unfinished=len(state.waiting))
         return self._states
+
+    def _find(self, name: str) -> State | None:
+        """Return the state of a schedule, or None if it is gone, or if this release cannot read its definition."""
+        try:
+            schedule = schedules.find(self._ledger, name)
+            return None if schedule is None else self._state(schedule)
+        except ConfigError as error:
+            self._unreadable.append(name)
+            LOG.warning("schedule %s: %s", name, error)
+            return None
 
     def _state(self, schedule: Schedule) -> State:
         return State(

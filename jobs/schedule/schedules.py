@@ -10,8 +10,9 @@ from itertools import islice
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from cluster.errors import ConfigError, did_you_mean
+from cluster.errors import ConfigError, did_you_mean, first_line
 from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import (
@@ -60,10 +61,19 @@ def definition_of(spec: ScheduleSpec) -> dict[str, Any]:
 
 
 def spec_of(definition: dict[str, Any]) -> ScheduleSpec:
-    """Return the definition that an event has. Fields of a newer release are left out."""
+    """Return the definition that an event has. Fields of a newer release are left out.
+
+    Raises:
+        ConfigError: It is not a definition of this release.
+    """
     known = {field.name for field in dataclasses.fields(ScheduleSpec)}
     own = {key: value for key, value in definition.items() if key in known}
-    spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ScheduleSpec), own))
+    try:
+        spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ScheduleSpec), own))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"This release cannot read the schedule's definition: {first_line(error)}. Apply the schedule again."
+        ) from error
     assert isinstance(spec, ScheduleSpec)
     return spec
 
@@ -71,20 +81,34 @@ def spec_of(definition: dict[str, Any]) -> ScheduleSpec:
 def names(ledger: Ledger) -> list[str]:
     """Return the names of all schedules that are not removed."""
     applied = dict.fromkeys(entry.payload["schedule"] for entry in ledger.entries(ScheduleApplied))
-    return sorted(name for name in applied if find(ledger, name) is not None)
+    return sorted(name for name in applied if events_of(ledger, name) is not None)
 
 
-def find(ledger: Ledger, name: str) -> Schedule | None:
-    """Return a schedule, or None if there is none of this name or it was removed."""
+def events_of(ledger: Ledger, name: str) -> tuple[Entry, Entry] | None:
+    """Return the event that applied a schedule, and the one that decides its state, which can be the same.
+
+    Return None if there is no schedule of this name or it was removed.
+    """
     applied = ledger.newest(ScheduleApplied, schedule=name)
     if applied is None:
         return None
     changed = ledger.newest(ScheduleStateChanged, schedule=name)
-    state, since = ACTIVE, applied
-    if changed is not None and changed.seq > applied.seq:
-        state, since = str(changed.payload["state"]), changed
-    if state == REMOVED:
+    if changed is None or changed.seq < applied.seq:
+        return applied, applied
+    return None if changed.payload["state"] == REMOVED else (applied, changed)
+
+
+def find(ledger: Ledger, name: str) -> Schedule | None:
+    """Return a schedule, or None if there is none of this name or it was removed.
+
+    Raises:
+        ConfigError: Its definition is not one of this release.
+    """
+    events = events_of(ledger, name)
+    if events is None:
         return None
+    applied, since = events
+    state = ACTIVE if since is applied else str(since.payload["state"])
     return Schedule(
         name=name,
         spec=spec_of(applied.payload["definition"]),

@@ -10,7 +10,7 @@ from typing import Any
 
 import fsspec
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, first_line
 from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import ModelMonitored, OutcomesSummed, PipelineFinished
@@ -55,6 +55,18 @@ def look(
             return _data(trigger.of, position)
         case TriggerKind.always:
             return None if is_running else Triggered(position=str(ledger.head()), reason="always")
+
+
+def check_uri(uri: str) -> None:
+    """Require that a trigger can look at a URI.
+
+    Raises:
+        ConfigError: Its protocol is unknown, or lacks a package. Whether there are files is not checked.
+    """
+    try:
+        fsspec.core.url_to_fs(resolve(uri))
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"schedule.trigger.of: '{uri}' cannot be read: {first_line(error)}.") from error
 
 
 def snapshot(uri: str) -> str:

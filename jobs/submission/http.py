@@ -8,6 +8,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -31,6 +32,13 @@ MAX_FOLLOWERS = 8
 """Largest number of logs that one caller may follow at the same time."""
 MAX_ALL_FOLLOWERS = 64
 """The same, for all callers."""
+MAX_SUBMITTING = 4
+"""Largest number of submissions of one caller that wait for their check or are checked at the same time."""
+MAX_ALL_SUBMITTING = 32
+"""The same, for all callers."""
+CHECKERS = 2
+"""Threads that check submissions. A check takes up to seconds, so these requests have threads of their own: the others,
+such as stopping a job, do not wait for them."""
 MAX_MESSAGE = 2000
 RETRY_S = 5
 OFFSET = "x-log-offset"
@@ -71,6 +79,8 @@ class JobApi:
         self._record = record
         self._metrics = metrics
         self._followers: Counter[str] = Counter()
+        self._submitting: Counter[str] = Counter()
+        self._checkers = ThreadPoolExecutor(CHECKERS, thread_name_prefix="check")
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
@@ -88,10 +98,20 @@ class JobApi:
     async def _submit(self, request: Request) -> Response:
         principal = await self._principal(request)
         body = await read_json(request)
-        accepted = await _in_thread(lambda: self._desk.submit(principal, body))
+        subject = principal.subject
+        if self._submitting[subject] >= MAX_SUBMITTING or self._submitting.total() >= MAX_ALL_SUBMITTING:
+            raise TooManyJobs("Too many submissions are checked at the same time. Try again.")
+        self._submitting[subject] += 1
+        check = asyncio.get_running_loop().run_in_executor(self._checkers, self._desk.submit, principal, body)
+        check.add_done_callback(lambda _: self._has_submitted(subject))  # also if the client has gone
+        accepted = await check
         state = await _in_thread(lambda: self._desk.state(accepted.job.id))
         content = {"id": accepted.job.id, "status": state.status}
         return JSONResponse(content, status_code=202 if accepted.is_new else 200)
+
+    def _has_submitted(self, subject: str) -> None:
+        self._submitting[subject] -= 1
+        self._submitting += Counter()  # without the callers that have none
 
     async def _list(self, request: Request) -> Response:
         principal = await self._principal(request)

@@ -31,6 +31,8 @@ from jobs.submission.paths import PathRules
 
 MAX_OVERRIDES = 100
 MAX_CHARACTERS = 2000
+MAX_ALL_CHARACTERS = 10_000
+"""Characters of all overrides together. Hydra's parser is slow: it reads about 8,000 characters a second."""
 OF_THE_JOB = frozenset({"scaling", "replica"})
 """The platform's sections that a caller may set. They say how much a command uses, within what the cluster has."""
 RESERVED = frozenset(field.name for field in fields(PlatformConfig)) - OF_THE_JOB
@@ -65,6 +67,17 @@ class JobRules:
         require_command(module, self.settings.allowed_modules)
         if len(overrides) > MAX_OVERRIDES:
             raise ConfigError(f"A job has at most {MAX_OVERRIDES} overrides, got {len(overrides)}.")
+        if (length := sum(map(len, overrides))) > MAX_ALL_CHARACTERS:
+            raise ConfigError(
+                f"A job's overrides have at most {MAX_ALL_CHARACTERS:,} characters together, got {length:,}. Put long "
+                "lists into a file."
+            )
+        try:
+            self._check_overrides(module, overrides)
+        except RecursionError:
+            raise ConfigError("An override has too many values inside each other.") from None
+
+    def _check_overrides(self, module: str, overrides: Sequence[str]) -> None:
         for argument in overrides:
             self._check_syntax(argument)
         options = load_options(module, Modules())

@@ -29,8 +29,11 @@ CODE = frozenset(
     | {".yaml", ".yml", ".toml", ".cfg", ".ini", ".pem", ".key", ".jwt", ".db", ".lock"}
 )
 """Suffixes of code, configuration, keys and locks."""
+_CODE = "names a file with code, configuration or a key, or a pattern that could find one"
 _GLOB = re.compile(r"[*?\[]")
 _FILE = "file://"
+_STORAGE = "{storage}"
+"""A source's path may have this text. The command replaces it by the storage root."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +66,8 @@ class PathRules:
             Forbidden: as a path, it is outside the allowed places.
         """
         reason = self._uri_problem(text) if _is_remote(text) else self._path_problem(text)
+        if _STORAGE in text:
+            reason = f"has the placeholder `{_STORAGE}`"
         if reason:
             raise Forbidden(
                 f"Option '{option}' {reason}. A job reads and writes data in the project folder, in `jobs/` below the "
@@ -72,24 +77,37 @@ class PathRules:
             )
 
     def _uri_problem(self, text: str) -> str:
-        if "::" in text or ".." in text.split("/"):
-            return "is a URI with `::` or `..`"
+        path = text.partition("://")[2].removesuffix("/")
+        if "::" in text or not {"", ".", ".."}.isdisjoint(path.split("/")):
+            return "is a URI with `::`, `//`, `.` or `..`"
+        pattern = _GLOB.search(text)
+        if _may_find_code(path):
+            return _CODE
         for root in self.roots:
             if _is_below(text, root):
                 return "" if _folder_of_jobs(text, root) else "names the platform's own state"
+            # A folder is read with all that is below it, and so is what a pattern finds.
+            if _is_below(root, text.rstrip("/")) or (pattern and root.startswith(text[: pattern.start()])):
+                return "names a folder with the platform's own state"
         return (
             "" if any(_is_below(text, place) for place in self.allowed) else "names a URI that is not allowed"
         )
 
     def _path_problem(self, text: str) -> str:
         text = text.removeprefix(_FILE)
-        if not text or text.startswith("~"):
-            return "is empty (`null` means no value)" if not text else "names a home folder"
+        if not text:
+            return "is empty (`null` means no value)"
+        if Path(text).parts[:1] and Path(text).parts[0].startswith(
+            "~"
+        ):  # `./~` is one too, as in `storage.resolve`
+            return "names a home folder"
         pattern = _GLOB.search(text)
         if pattern is None:
             return self._problem(os.path.join(self.project, text))
         if ".." in text.split("/"):
             return "is a pattern with `..`"
+        if _may_find_code(text):
+            return _CODE
         folder, last = text[: pattern.start()].rpartition("/")[0], text.rpartition("/")[2]
         place = os.path.join(self.project, folder or ("/" if text.startswith("/") else ""))
         if "**" in text or _GLOB.search(text.removesuffix(last)):  # it can find all files below this folder
@@ -100,9 +118,6 @@ class PathRules:
         ):
             return "is a pattern that finds the platform's own state"
         return self._problem(os.path.join(place, last))
-
-    def _roots_in(self, folder: str) -> list[str]:
-        return [root for root in self.roots if os.path.dirname(root) == os.path.realpath(folder)]
 
     def _problem(self, path: str, *, below: str | None = None) -> str:
         """Return what is wrong with a path, or "". With `below`, all that is below this folder is meant."""
@@ -116,7 +131,7 @@ class PathRules:
             if _is_below(root, folder):
                 return "names a folder with the platform's own state"
         if PurePosixPath(real).suffix.lower() in CODE:
-            return "names a file with code, configuration or a key"
+            return _CODE
         if real == self.project:
             return "names the whole project folder"
         if _is_below(real, self.project):
@@ -127,6 +142,19 @@ class PathRules:
             if any(_is_below(real, place) for place in self.allowed)
             else "names a path outside these places"
         )
+
+
+def _may_find_code(pattern: str) -> bool:
+    """Return whether a pattern could find hidden files, or files with code, configuration or a key."""
+    last = pattern.rpartition("/")[2].lower()
+    signs, tail = set(_GLOB.findall(last)), re.split(r"[*?\[\]]", last)[-1]
+    if not signs:
+        return PurePosixPath(last).suffix in CODE
+    if _GLOB.match(last) and "." not in tail:
+        return True
+    if signs == {"?"}:  # also the end of a question in a plain text
+        return any(fnmatch(suffix, last[-len(suffix) :]) for suffix in CODE)
+    return any(tail.endswith(suffix) or suffix.endswith(tail) for suffix in CODE)
 
 
 def _is_remote(text: str) -> bool:

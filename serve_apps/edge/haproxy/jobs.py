@@ -14,15 +14,20 @@ _ID = "[A-Za-z0-9_-]{1,64}"
 
 
 def paths() -> str:
-    """Return rules that recognise the paths, and refuse wrong methods."""
+    """Return rules that recognise the paths, and refuse wrong methods.
+
+    `METH_GET` is also HEAD. The answer to HEAD ends at once here, but the service would go on with a followed log, and
+    the next request on this connection would wait for its end.
+    """
     return f"""    acl job_list path /v1/jobs
     acl job_one path_reg ^/v1/jobs/{_ID}$
+    acl job_get method GET
     acl job_log path_reg ^/v1/jobs/{_ID}/logs$
     http-request set-var(txn.action) str({ACTION}) if job_list or job_one or job_log
     acl jobs var(txn.action) -m str {ACTION}
-    {refuse(405, "This path takes GET and POST.")} hdr allow "GET, POST" if job_list !METH_GET !METH_POST
-    {refuse(405, "This path takes GET and DELETE.")} hdr allow "GET, DELETE" if job_one !METH_GET !{{ method DELETE }}
-    {refuse(405, "This path takes GET.")} hdr allow GET if job_log !METH_GET"""
+    {refuse(405, "This path takes GET and POST.")} hdr allow "GET, POST" if job_list !job_get !METH_POST
+    {refuse(405, "This path takes GET and DELETE.")} hdr allow "GET, DELETE" if job_one !job_get !{{ method DELETE }}
+    {refuse(405, "This path takes GET.")} hdr allow GET if job_log !job_get"""
 
 
 def forwarding_rules() -> str:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cluster.security.tokens.roles import Role
+from feature_jobs.store.ingestion import files
+from jobs.submission import paths
 from jobs.submission.forbidden import Forbidden
 from jobs.submission.modules import COMMANDS, require_command
 from jobs.submission.overrides import RESERVED
@@ -82,6 +84,15 @@ FORBIDDEN = {
     "source.path=**/*.pem": "path",
     "source.path=.fala[j]/keys/x": "path",
     "source.path=data/*/../../x": "path",
+    "source.path=./~/.aws/credentials": "path",
+    "source.path=.//~/x.parquet": "path",
+    "source.path=file://./~root/x.parquet": "path",
+    "source.path={storage}/keys/keyring.json": "path",
+    "source.path=data/{storage}/x.parquet": "path",
+    "source.path=alice.jw?": "path",
+    "source.path=?env": "path",
+    "source.path=conf/*": "path",
+    "source.path=data/*.pem": "path",
     "view=[income,/etc/passwd]": "path",
     "definitions=os": "module of an option",
     "definitions=feature_jobs._private": "module of an option",
@@ -202,6 +213,7 @@ def rules(tmp_path: Path) -> PathRules:
         *("income", "data/x.parquet", "link/x.parquet", "Asia/Dubai", "data/*.parquet", "data/**/x.parquet"),
         *("2020-01-01T00:00:00", ".falaj/jobs/t.parquet", ".falaj/jobs", "../shared/x.parquet"),
         *("s3://bucket/falaj/jobs/t.parquet", "s3://lake/raw", "s3://lake/raw/x.parquet", "by command"),
+        *("why?", "is v1.2 better?", "5 * 3 = 15", "s3://lake/raw/*/x.csv.gz"),
     ],
 )
 def test_texts_in_the_allowed_places_are_accepted(rules: PathRules, text: str) -> None:
@@ -222,9 +234,44 @@ def test_texts_in_the_allowed_places_are_accepted(rules: PathRules, text: str) -
             ".falaj/x",
             ".falaj/demo/x",
         ),
+        *(
+            "s3://lake/raw//x",
+            "s3://lake/raw/./x",
+            "s3://lake/raw/x.pem",
+            "s3://lake/raw/*",
+            "s3://lake/raw/x.p?m",
+        ),
+        *(
+            "./~root/x",
+            ".//~/x",
+            "file://.//~/x",
+            "x.PE?",
+            "data/x.p[y]",
+            "*env",
+            "[.]env",
+            "conf/*l",
+            "x.jwt*",
+        ),
     ],
 )
 def test_texts_outside_the_allowed_places_are_refused(rules: PathRules, text: str) -> None:
     """Links count as what they point to."""
     with pytest.raises(Forbidden, match="Option 'x'"):
         rules.check(text, option="x")
+
+
+@pytest.mark.parametrize(
+    "text", ["s3://bucket", "s3://bucket/", "s3://bucket/*/x.parquet", "s3://bucket/f*/x.json"]
+)
+def test_allowed_bucket_does_not_allow_the_state_in_it(tmp_path: Path, text: str) -> None:
+    """A folder is read with all that is below it. So no folder or pattern may contain the storage root."""
+    rules = PathRules(project=str(tmp_path), roots=("s3://bucket/falaj",), allowed=("s3://bucket",))
+    rules.check("s3://bucket/raw/x.parquet", option="x")
+    rules.check("s3://bucket/raw/*.parquet", option="x")
+    with pytest.raises(Forbidden, match="platform's own state"):
+        rules.check(text, option="x")
+
+
+def test_placeholder_of_sources_is_the_one_that_is_refused() -> None:
+    """The job service does not import the reader of sources, so it has a copy of the text."""
+    assert paths._STORAGE == files.STORAGE

@@ -122,3 +122,12 @@ def test_without_the_service_the_answer_is_503(edge: Edge) -> None:
     """It is JSON, too."""
     status, content = edge.call("/v1/jobs", token=edge.token(Role.admin))
     assert (status, content["code"]) == (503, 503)
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", JOB, f"{JOB}/logs"])
+def test_head_is_refused(edge: Edge, job_service: SocketEcho, path: str) -> None:
+    """The answer to HEAD is over at once, but a followed log is not. The next request would wait for its end."""
+    connection = edge.connect()
+    connection.request("HEAD", path, headers={"authorization": f"Bearer {edge.token()}"})
+    assert connection.getresponse().status == 405
+    connection.close()

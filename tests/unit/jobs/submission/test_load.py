@@ -1,0 +1,68 @@
+"""Tests that no caller can keep the service busy or break it with slow, deep or many submissions."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from jobs.submission.http import MAX_SUBMITTING
+from jobs.submission.overrides import MAX_ALL_CHARACTERS
+from tests.unit.jobs.submission.conftest import APPLY
+
+if TYPE_CHECKING:
+    from tests.unit.jobs.submission.conftest import Service
+
+INGEST = "feature_jobs.ingest"
+
+
+@pytest.mark.parametrize("value", ["[" * 900 + "]" * 900, "{a:" * 400 + "1" + "}" * 400])
+def test_deep_values_are_a_mistake(service: Service, value: str) -> None:
+    """They exceed Python's recursion limit. The answer is 400 with one line, and counts as a refused request."""
+    answers = [
+        service.call("POST", body={"module": INGEST, "overrides": [f"view={value}"]}) for _ in range(2)
+    ]
+    assert [status for status, _ in answers] == [400, 400], answers
+    assert [len(times) for times in service.desk._refused.values()] == [2]
+
+
+def test_all_overrides_together_have_a_limit(service: Service) -> None:
+    """Hydra parses 60,000 characters in ten seconds. The limit is checked before it parses anything."""
+    long = "view=[" + ",".join("a" for _ in range(900)) + "]"
+    overrides = [long] * (MAX_ALL_CHARACTERS // len(long) + 1)
+    started = time.monotonic()
+    status, content = service.call("POST", body={"module": INGEST, "overrides": overrides})
+    assert (status, "characters together" in content["error"]) == (400, True), content
+    assert time.monotonic() - started < 2
+
+
+def test_slow_checks_delay_no_other_request(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a caller's submissions are checked, jobs are listed and stopped. A fifth submission of the caller gets 429,
+    and another caller's is accepted afterwards."""
+    checked, submit = threading.Event(), type(service.desk).submit
+
+    def slow_submit(*arguments: Any) -> Any:
+        checked.wait(30)
+        return submit(*arguments)
+
+    monkeypatch.setattr(type(service.desk), "submit", slow_submit)
+    answers: list[int] = []
+    with service.client:  # one event loop for all requests, as in the service
+        threads = [
+            threading.Thread(target=lambda: answers.append(service.call("POST", body=APPLY)[0]))
+            for _ in range(MAX_SUBMITTING + 1)
+        ]
+        for thread in threads:
+            thread.start()
+        while not answers:
+            time.sleep(0.01)
+        assert answers == [429]
+        assert service.call("GET")[0] == 200
+        assert service.call("DELETE", "/v1/jobs/job-1")[0] == 404
+        checked.set()
+        for thread in threads:
+            thread.join()
+        assert sorted(answers) == [202] * MAX_SUBMITTING + [429]
+        assert service.call("POST", body=APPLY, subject="bob")[0] == 202
