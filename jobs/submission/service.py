@@ -36,9 +36,9 @@ from cluster.security.tokens.trust import Trust
 from cluster.session import ClusterRecord, record_path, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import resolve
-from jobs.submission.desk import JobDesk
 from jobs.submission.http import JobApi
 from jobs.submission.metrics import JobMetrics
+from jobs.submission.operations import JobOperations
 from jobs.submission.overrides import JobRules
 from jobs.submission.paths import PathRules
 from jobs.submission.ray_jobs import SubmittedJobs
@@ -95,9 +95,9 @@ def serve(
     if runner is None:
         return
     metrics.count_unfinished(lambda: len(runner.unfinished()))
-    desk = job_desk(config, record, ledger, runner)
-    keeper = start_flushing(desk.decisions, every_s=FLUSH_S, stopped=stopped)
-    with listening(JobApi(desk, record, metrics).app(), Path(record.jobs_socket)):
+    operations = job_operations(config, record, ledger, runner)
+    flusher = start_flushing(operations.decisions, every_s=FLUSH_S, stopped=stopped)
+    with listening(JobApi(operations, record, metrics).app(), Path(record.jobs_socket)):
         while not stopped.wait(EVERY_S):
             try:
                 if runner.check_once():
@@ -105,7 +105,7 @@ def serve(
             except (sa.exc.SQLAlchemyError, FalajError, RefusedError, OSError) as error:
                 LOG.warning("the jobs could not be read: %s", first_line(error))
                 stopped.wait(RETRY_S)
-    keeper.join(RETRY_S)
+    flusher.join(RETRY_S)
 
 
 def wait_for_jobs(
@@ -126,11 +126,13 @@ def wait_for_jobs(
     return None
 
 
-def job_desk(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, runner: JobRunner) -> JobDesk:
+def job_operations(
+    config: PlatformConfig, record: ClusterRecord, ledger: Ledger, runner: JobRunner
+) -> JobOperations:
     """Return what answers the requests, with the cluster's identity settings."""
     folder = config.jobs.config_dir
     settings = replace(config.jobs, config_dir=None if folder is None else resolve(folder))
-    return JobDesk(
+    return JobOperations(
         ledger=ledger,
         runner=runner,
         trust=Trust.of(config.identity.issuer, record.layout),

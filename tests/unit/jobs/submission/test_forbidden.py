@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cluster.security.tokens.roles import Role
-from jobs.submission.forbidden import Forbidden
+from jobs.submission.errors import JobForbidden
 from jobs.submission.modules import COMMANDS, require_command
 from jobs.submission.overrides import RESERVED
 from jobs.submission.paths import PathRules
@@ -139,7 +139,7 @@ def test_operators_own_modules_may_run() -> None:
     for module in ("shop", "shop.jobs.nightly", "check"):
         require_command(module, ["shop.*", "check"])
     for module in ("shopping", "check.more", "cluster.up"):
-        with pytest.raises(Forbidden):
+        with pytest.raises(JobForbidden):
             require_command(module, ["shop.*", "check", "cluster.*"])
     assert {"jobs.train", "jobs.pipeline", "serve_apps.deploy", INGEST} <= COMMANDS
 
@@ -226,5 +226,5 @@ def test_texts_in_the_allowed_places_are_accepted(rules: PathRules, text: str) -
 )
 def test_texts_outside_the_allowed_places_are_refused(rules: PathRules, text: str) -> None:
     """Links count as what they point to."""
-    with pytest.raises(Forbidden, match="Option 'x'"):
+    with pytest.raises(JobForbidden, match="Option 'x'"):
         rules.check(text, option="x")

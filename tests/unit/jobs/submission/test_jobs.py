@@ -106,7 +106,7 @@ def test_invalid_tokens_get_401_and_other_tenants_403(service: Service) -> None:
     assert service.call("GET", token=intent)[0] == 401
     other = service.token(Role.admin, tenant="other")
     assert [service.call(method, body=APPLY, token=other)[0] for method in ("GET", "POST")] == [403, 403]
-    service.desk.decisions.flush()
+    service.operations.decisions.flush()
     assert sum(entry.payload["count"] for entry in service.ledger.entries(StrangersRefused)) == 3
 
 
@@ -197,7 +197,7 @@ def test_few_jobs_run_at_the_same_time(new_service: Callable[..., Service]) -> N
 
 def test_with_an_oidc_issuer_the_caller_sends_the_intent(service: Service) -> None:
     """It must be of the caller and for the module. The ledger never has it, and its file is removed after the job."""
-    service.desk.issues_intents = False
+    service.operations.issues_intents = False
     principal = TokenVerifier.of(service.places).verify(service.token())
     intents = {
         "mine": mint_intent(service.places, principal, entrypoint=MODULE),
