@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -179,8 +178,3 @@ def access_token(places: Layout, principal: Principal) -> str:
         scope="" if models is None else " ".join(f"{MODEL_SCOPE}{model}" for model in models),
         ttl_s=TOKEN_TTL_S,
     )
-
-
-def job_name() -> str:
-    """Return the submission id of the Ray job that this process is; "" outside a job."""
-    return os.environ.get("RAY_JOB_SUBMISSION_ID", "")

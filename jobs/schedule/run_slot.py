@@ -17,7 +17,8 @@ from cluster.ledger import open_ledger
 from cluster.ledger.events import ScheduledRunFinished, ScheduledRunStarted
 from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
-from jobs.child import access_token, execute, job_name, principal_from_json, renewed_token
+from jobs.child import access_token, execute, principal_from_json, renewed_token
+from jobs.ray_jobs import current_job
 from jobs.schedule import schedules
 from jobs.schedule.command import command_line
 from jobs.schedule.scheduler import ACTOR
@@ -36,7 +37,7 @@ class SlotConfig(PlatformConfig):
 def main(config: SlotConfig) -> None:
     """Run the slot, and exit with the exit code of its command."""
     record, ledger = require_recorded_cluster(config), open_ledger(config)
-    schedule, name = schedules.require(ledger, config.name), job_name()
+    schedule, name = schedules.require(ledger, config.name), current_job()
     command = command_line(schedule)
     started = ScheduledRunStarted(schedule=schedule.name, slot=config.slot, job=name, command=command[2:])
     if ledger.append_once(started, actor=ACTOR, schedule=schedule.name, slot=config.slot) is None:

@@ -34,7 +34,7 @@ LOG = logging.getLogger("falaj.scheduler")
 
 
 class Jobs(Protocol):
-    """Runs slots as jobs. `ray_jobs.RayJobs` is the real one; tests have their own."""
+    """Runs slots as jobs. `ray_jobs.SlotJobs` is the real one; tests have their own."""
 
     def submit(self, job: str, schedule: Schedule, slot: str) -> None:
         """Start the process of a slot under a submission id. If there is a job with this id, do nothing."""
