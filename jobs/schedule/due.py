@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections import deque
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -11,7 +10,7 @@ from jobs.schedule.config import Missed, Overlap, ScheduleSpec
 from jobs.schedule.cron import slots_after
 
 MAX_SLOTS = 1000
-"""Slots within the grace time that are considered at once at most; the next look finds the others."""
+"""Slots within the grace time that are considered at once at most; the next check finds the others."""
 MISSED = "missed: no scheduler ran"
 RUNNING = "the last run goes on"
 
@@ -52,7 +51,7 @@ def cron_slots(
     assert spec.cron is not None
     late = now - dt.timedelta(seconds=spec.grace_s)
     first, last, count = None, None, 0
-    in_time: deque[dt.datetime] = deque(maxlen=None)
+    in_time: list[dt.datetime] = []
     for slot in takewhile(lambda slot: slot <= now, slots_after(spec.cron, spec.time_zone, since)):
         if slot < late:
             first, last, count = first or slot, slot, count + 1

@@ -29,7 +29,7 @@ from jobs.schedule.schedules import ACTIVE, Schedule, Slot
 ACTOR = "system:scheduler"
 TRIGGERS_EVERY_S = 5.0
 AFTER_ERROR_S = 10.0
-"""Seconds until a schedule is looked at again after an error, for example while Ray's job API does not answer."""
+"""Seconds until a schedule is checked again after an error, for example while Ray's job API does not answer."""
 LOG = logging.getLogger("falaj.scheduler")
 
 
@@ -75,13 +75,13 @@ class Scheduler:
         self._metrics = metrics or SchedulerMetrics(CollectorRegistry())
         self._jobs = jobs
         self._clock = clock
-        self._looked_at: dict[str, float] = {}
+        self._triggers_checked_at: dict[str, float] = {}
         self._wait_until: dict[str, float] = {}
         self._read_at = -1
         self._states: list[State] = []
 
     def check_once(self) -> None:
-        """Look at every schedule once. An error of one schedule does not stop the others."""
+        """Check every schedule once. An error of one schedule does not stop the others."""
         is_healthy = True
         for state in self._read():
             name, now = state.schedule.name, time.monotonic()
@@ -93,7 +93,7 @@ class Scheduler:
                 self._wait_until[name], is_healthy = now + AFTER_ERROR_S, False
                 LOG.warning("schedule %s: %s", name, first_line(error))
         if is_healthy:
-            self._metrics.last_look.set_to_current_time()
+            self._metrics.last_check.set_to_current_time()
 
     def _read(self) -> list[State]:
         """Return the states of all schedules. They are read again only if the ledger has new events."""
@@ -131,11 +131,11 @@ class Scheduler:
             since = dt.datetime.fromisoformat(position) if position else schedule.applied_at
             return cron_slots(spec, since=since, now=self._clock(), is_running=is_running)
         now = time.monotonic()
-        if now < self._looked_at.get(schedule.name, 0.0) + TRIGGERS_EVERY_S:
+        if now < self._triggers_checked_at.get(schedule.name, 0.0) + TRIGGERS_EVERY_S:
             return []
-        self._looked_at[schedule.name] = now
+        self._triggers_checked_at[schedule.name] = now
         assert spec.trigger is not None
-        found = triggers.look(
+        found = triggers.detect(
             spec.trigger,
             self._ledger,
             position=position,

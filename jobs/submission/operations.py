@@ -19,7 +19,7 @@ from cluster.security.authorization.policy import Action, Policy, Resource
 from cluster.security.tokens.intent import write_intent
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.trust import Trust
-from jobs.child import principal_as_json
+from jobs.principal_tokens import principal_as_json
 from jobs.submission import submitted
 from jobs.submission.errors import JobForbidden, JobNotFound, KeyTaken, TooManyJobs
 from jobs.submission.modules import MAX_NAME, PIPELINE

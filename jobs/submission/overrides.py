@@ -31,9 +31,9 @@ from jobs.submission.paths import PathRules
 
 MAX_OVERRIDES = 100
 MAX_CHARACTERS = 2000
-OF_THE_JOB = frozenset({"scaling", "replica"})
+CALLERS_SECTIONS = frozenset({"scaling", "replica"})
 """The platform's sections that a caller may set. They say how much a command uses, within what the cluster has."""
-RESERVED = frozenset(field.name for field in fields(PlatformConfig)) - OF_THE_JOB
+RESERVED = frozenset(field.name for field in fields(PlatformConfig)) - CALLERS_SECTIONS
 """Sections of the platform: tier, identity, storage, ledger, secrets, cluster with its region, and so on."""
 _ARGUMENT = re.compile(r"(?P<key>[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)=(?P<value>.*)")
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,100}")

@@ -138,8 +138,8 @@ class Service:
         self.ledger.append_once(event, actor="t", job=job)
         self.jobs.over[job] = True
 
-    def look(self) -> None:
-        """Look at every job now."""
+    def check(self) -> None:
+        """Check every job now."""
         for job in self.runner.unfinished():
             self.runner.watch(job)
         assert self.runner.check_once()

@@ -100,7 +100,7 @@ def test_forbidden_override_is_refused_and_recorded(service: Service, override: 
     assert (refused[0]["submitter"], refused[0]["role"]) == ("alice", "data_engineer")
     assert refused[0]["module"] == INGEST
     assert "/" not in refused[0]["option"]
-    service.look()
+    service.check()
     assert service.jobs.started == []
 
 

@@ -28,7 +28,8 @@ from cluster.security.tokens.issuer import TOKEN_TTL_S
 from cluster.security.tokens.principal import Principal, TokenVerifier
 from cluster.security.tokens.roles import Role
 from cluster.settings import PlatformConfig
-from jobs.child import access_token, execute
+from jobs.child_process import execute
+from jobs.principal_tokens import access_token
 from jobs.submission import logs, submitted
 from jobs.submission.http import MAX_BODY_BYTES
 from jobs.submission.run_job import callers_intent, command_line
@@ -56,7 +57,7 @@ def test_each_role_submits_or_is_denied_with_an_event(service: Service, role: Ro
     if role in SUBMITTERS:
         assert (status, content["status"], len(denied)) == (202, "pending", 0)
         assert [(job["job"], job["principal"]["role"]) for job in jobs] == [(content["id"], role.value)]
-        service.look()
+        service.check()
         assert service.jobs.started == [content["id"]]
     else:
         assert (status, jobs) == (403, [])
@@ -176,9 +177,9 @@ def test_caller_has_few_unfinished_jobs(new_service: Callable[..., Service]) -> 
     assert (status, "2 unfinished" in content["error"]) == (429, True)
     service.submit(subject="bob")
     assert service.call("POST", body=APPLY, subject="carol")[0] == 429
-    service.look()
+    service.check()
     service.finish(jobs[0])
-    service.look()
+    service.check()
     service.submit()
 
 
@@ -186,12 +187,12 @@ def test_few_jobs_run_at_the_same_time(new_service: Callable[..., Service]) -> N
     """The others wait, and start in their order."""
     service = new_service(max_running=2)
     jobs = [service.submit() for _ in range(4)]
-    service.look()
+    service.check()
     assert service.jobs.started == jobs[:2]
     service.start(jobs[0])
     service.finish(jobs[0])
-    service.look()
-    service.look()
+    service.check()
+    service.check()
     assert service.jobs.started == jobs[:3]
 
 
@@ -216,10 +217,10 @@ def test_with_an_oidc_issuer_the_caller_sends_the_intent(service: Service) -> No
     file = Path(service.places.keys) / "job_intents" / f"{job.id}.jwt"
     assert (file.read_text(), file.stat().st_mode & 0o777) == (intents["mine"], 0o600)
     assert intents["mine"] not in "".join(str(entry.payload) for entry in service.ledger.entries())
-    service.look()
+    service.check()
     service.start(job.id)
     service.finish(job.id)
-    service.look()
+    service.check()
     assert not file.exists()
 
 
@@ -227,9 +228,9 @@ def test_service_killed_between_event_and_start_starts_the_job_once(service: Ser
     """What the ledger has is done by the next service, and not twice."""
     job = service.submit()
     service.restart()
-    service.look()
+    service.check()
     service.restart()
-    service.look()
+    service.check()
     assert service.jobs.started == [job]
     service.start(job)
     service.finish(job)
@@ -241,10 +242,10 @@ def test_service_killed_between_event_and_start_starts_the_job_once(service: Ser
 def test_job_whose_process_was_killed_is_lost_and_not_repeated(service: Service) -> None:
     """A job that ended before its start is named, too. Neither is started again."""
     lost, unborn = service.submit(), service.submit()
-    service.look()
+    service.check()
     service.start(lost)
     service.jobs.over.update({lost: True, unborn: True})
-    service.look()
+    service.check()
     states = {job: service.call("GET", f"/v1/jobs/{job}")[1]["status"] for job in (lost, unborn)}
     assert states == {lost: "lost", unborn: "not started"}
     assert service.jobs.started == [lost, unborn]
@@ -254,15 +255,15 @@ def test_stop_works_at_every_moment(service: Service) -> None:
     """Before the start, while the job runs, after `kill -9` of the service, and after the end."""
     waiting, running, killed = service.submit(), service.submit(), service.submit()
     assert service.call("DELETE", f"/v1/jobs/{waiting}")[1]["status"] == "stopping"
-    service.look()
+    service.check()
     assert service.jobs.started == [running, killed]
     for job in (running, killed):
         service.start(job)
     service.call("DELETE", f"/v1/jobs/{running}")
     service.call("DELETE", f"/v1/jobs/{killed}")
     service.restart()
-    service.look()
-    service.look()
+    service.check()
+    service.check()
     assert sorted(service.jobs.stopped) == sorted([running, killed])
     for job in (waiting, running, killed):
         assert service.call("GET", f"/v1/jobs/{job}")[1]["status"] == "stopped"
@@ -275,7 +276,7 @@ def test_job_that_waited_too_long_is_not_started(service: Service) -> None:
     """The rights of its caller may have ended since."""
     job = service.submit()
     service.now += dt.timedelta(hours=2)
-    service.look()
+    service.check()
     assert service.jobs.started == []
     assert service.call("GET", f"/v1/jobs/{job}")[1]["status"] == "not started"
 
@@ -372,10 +373,10 @@ def test_child_ends_with_its_state_and_last_line(capfd: pytest.CaptureFixture[st
     """Exit code 2 is a refusal; any other failure is one, too, with the last line of the errors."""
     for code, state in ((0, "done"), (2, "refused"), (3, "failed")):
         script = f"echo out; echo one >&2; echo why >&2; exit {code}"
-        ended = execute(["sh", "-c", script], folder="/", environment=os.environ)
+        ended = execute(["sh", "-c", script], folder="/", variables={})
         assert (ended.exit_code, ended.state, ended.was_stopped) == (code, state, False)
         assert ended.reason == ("" if code == 0 else "why")
-    late = execute(["sleep", "60"], folder="/", environment=os.environ, timeout_s=0.1)
+    late = execute(["sleep", "60"], folder="/", variables={}, timeout_s=0.1)
     assert (late.state, "longer" in late.reason) == ("failed", True)
     assert capfd.readouterr().out == "out\n" * 3
 
