@@ -106,7 +106,7 @@ class JobOperations:
             KeyTaken, TooManyJobs: see there.
         """
         self._check(principal, Action.submit_jobs, self._resource(NEW, submitter=principal.subject))
-        self._refuse_too_many_refusals(principal)
+        self._limit_refusals(principal)
         try:
             request = self._validate(principal, body)
         except RefusedError:
@@ -122,9 +122,9 @@ class JobOperations:
         Raises:
             AccessDenied: the caller may see none.
         """
-        everyones = self._resource(ALL, submitter="")
+        all_jobs = self._resource(ALL, submitter="")
         sees_all = self.policy.decide(
-            principal, Action.read_jobs, everyones, environment=self.environment
+            principal, Action.read_jobs, all_jobs, environment=self.environment
         ).allowed
         if not sees_all:
             self._check(principal, Action.read_jobs, self._resource(ALL, submitter=principal.subject))
@@ -202,7 +202,7 @@ class JobOperations:
                     "overrides or another role or purpose."
                 )
             return Accepted(job=existing, is_new=False)
-        self._refuse_too_many(principal)
+        self._limit_jobs(principal)
         if request.intent is not None:
             self.intents.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_intent(self.intents / intent_name(job), request.intent)
@@ -240,7 +240,7 @@ class JobOperations:
         if principal_as_json(intent.principal) != principal_as_json(principal):
             raise Unauthenticated("The intent's subject, role, purpose, tenant or scope is not your token's.")
 
-    def _refuse_too_many(self, principal: Principal) -> None:
+    def _limit_jobs(self, principal: Principal) -> None:
         limits, unfinished = self.rules.settings, self.runner.unfinished()
         mine = sum(job.submitter == principal.subject for job in unfinished)
         if mine >= limits.max_per_caller:
@@ -253,7 +253,7 @@ class JobOperations:
                 f"This installation runs at most {limits.max_unfinished} jobs at a time. Try again."
             )
 
-    def _refuse_too_many_refusals(self, principal: Principal) -> None:
+    def _limit_refusals(self, principal: Principal) -> None:
         with self._lock:
             recent, now = self._refused_at[principal.subject], self.clock()
             while recent and recent[0] < now - REFUSED_S:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cluster.ledger.events import ScheduledRunFinished, ScheduledRunStarted
 from cluster.node.parts import Part, find_parts
 from tests.integration.conftest import refusal
+from tests.servers.polling import wait_until
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project
@@ -124,7 +124,4 @@ def _finished(project: Project) -> list[dict[str, Any]]:
 
 
 def _wait(is_reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300
-    while not is_reached():
-        assert time.monotonic() < deadline, "not reached within 300 s"
-        time.sleep(0.5)
+    wait_until(is_reached, "the state of the schedule", seconds=300)
