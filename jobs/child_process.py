@@ -12,14 +12,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.entrypoint import REFUSED
+from cluster import entrypoint
 from cluster.host.signals import set_on_signal
+from jobs.command_states import DONE, FAILED, REFUSED
 
 STOP_S = 10.0
 """Seconds that a child has to end by itself."""
 ERROR_CHARACTERS = 500
 """Longest stored line of a child's errors."""
-STOPPED = "the job was stopped"
+_STOPPED = "the job was stopped"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +29,7 @@ class Ended:
 
     exit_code: int
     state: str
-    """`done`, `refused` or `failed`."""
+    """`DONE`, `REFUSED` or `FAILED`."""
     seconds: float
     reason: str
     """Why it was ended, or the last line of its errors; "" after a success."""
@@ -61,13 +62,13 @@ def execute(
     errors = ErrorOutput(child)
     code, reason = wait(child, stopped, deadline=None if timeout_s is None else begun + timeout_s)
     errors.join()
-    state = {0: "done", REFUSED: "refused"}.get(code, "failed")
+    state = {0: DONE, entrypoint.REFUSED: REFUSED}.get(code, FAILED)
     return Ended(
         exit_code=code,
-        state="failed" if reason else state,
+        state=FAILED if reason else state,
         seconds=round(time.monotonic() - begun, 3),
         reason=reason or ("" if code == 0 else errors.last_line),
-        was_stopped=reason == STOPPED,
+        was_stopped=reason == _STOPPED,
     )
 
 
@@ -99,7 +100,7 @@ def wait(
     reason = ""
     while child.poll() is None:
         if stopped.wait(0.2):
-            reason = STOPPED
+            reason = _STOPPED
         elif deadline is not None and time.monotonic() > deadline:
             reason = "it ran longer than schedule.timeout_s"
         if reason:

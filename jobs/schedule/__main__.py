@@ -25,7 +25,7 @@ from jobs.pipeline.stage.arguments import callers_config_dir
 from jobs.principal_tokens import principal_as_json
 from jobs.schedule import schedules
 from jobs.schedule.command import check_command
-from jobs.schedule.config import ScheduleAction, ScheduleConfig, ScheduleSpec
+from jobs.schedule.config import ScheduleAction, ScheduleConfig
 from jobs.schedule.cron import check_cron
 from jobs.schedule.listing import describe
 
@@ -82,7 +82,8 @@ def apply(config: ScheduleConfig, ledger: Ledger, actor: Actor) -> None:
             f"'{name}' is no name of a schedule. Use at most 40 small letters, digits, - and _, a letter first."
         )
     _check(actor, name)
-    _check_spec(spec)
+    if spec.cron is not None:
+        check_cron(spec.cron, spec.time_zone)
     config_dir = callers_config_dir()
     check_command(spec, config_dir=config_dir)
     principal = actor.principal
@@ -112,11 +113,6 @@ def trigger(ledger: Ledger, actor: Actor, name: str) -> None:
 
 def _check(actor: Actor, name: str) -> None:
     actor.check(Action.schedule_runs, Resource(kind="schedule", name=name))
-
-
-def _check_spec(spec: ScheduleSpec) -> None:
-    if spec.cron is not None:
-        check_cron(spec.cron, spec.time_zone)
 
 
 def _action(config: ScheduleConfig) -> str:

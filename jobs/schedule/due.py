@@ -63,7 +63,7 @@ def cron_slots(
     if first is not None and last is not None:
         decisions += _missed(spec, first=first, last=last, count=count)
     for slot in in_time:
-        decisions.append(_in_time(spec, slot, is_running=is_running or any_due(decisions)))
+        decisions.append(_in_time(spec, slot, is_running=is_running or _any_due(decisions)))
     return decisions
 
 
@@ -73,11 +73,6 @@ def event_slot(spec: ScheduleSpec, *, position: str, reason: str, is_running: bo
     if is_running and spec.overlap is Overlap.skip:
         return Skipped(first=slot, last=slot, count=1, reason=RUNNING, position=position)
     return Due(slot=slot, reason=reason, position=position)
-
-
-def any_due(decisions: list[Due | Skipped]) -> bool:
-    """Return whether one of the decisions is a slot that must run."""
-    return any(isinstance(decision, Due) for decision in decisions)
 
 
 def _missed(spec: ScheduleSpec, *, first: dt.datetime, last: dt.datetime, count: int) -> list[Due | Skipped]:
@@ -94,6 +89,10 @@ def _missed(spec: ScheduleSpec, *, first: dt.datetime, last: dt.datetime, count:
         first=_text(first), last=_text(last), count=count - 1, reason=MISSED, position=_text(first)
     )
     return [before, run]
+
+
+def _any_due(decisions: list[Due | Skipped]) -> bool:
+    return any(isinstance(decision, Due) for decision in decisions)
 
 
 def _in_time(spec: ScheduleSpec, slot: dt.datetime, *, is_running: bool) -> Due | Skipped:

@@ -21,6 +21,7 @@ from cluster.errors import FalajError, RefusedError, first_line
 from cluster.ledger import Ledger
 from cluster.ledger.events import ScheduledRunDue, ScheduledRunFinished, ScheduledRunSkipped
 from cluster.ledger.store import utc_now
+from jobs.command_states import LOST, NO_RESULT, NO_START, NOT_STARTED
 from jobs.schedule import schedules, triggers
 from jobs.schedule.due import Due, Skipped, cron_slots, event_slot
 from jobs.schedule.metrics import SchedulerMetrics
@@ -174,11 +175,11 @@ class Scheduler:
         if is_over is False:
             return
         if schedules.has_started(self._ledger, schedule.name, slot.key):
-            self._finish(schedule, slot, job, state="lost", reason="its process ended without a result")
+            self._finish(schedule, slot, job, state=LOST, reason=NO_RESULT)
         elif is_over is None:
             self._jobs.submit(job, schedule, slot.key)
         else:
-            self._finish(schedule, slot, job, state="not started", reason="the job ended before its start")
+            self._finish(schedule, slot, job, state=NOT_STARTED, reason=NO_START)
 
     def _finish(self, schedule: Schedule, slot: Slot, job: str, *, state: str, reason: str) -> None:
         LOG.warning("schedule %s: slot %s is %s: %s", schedule.name, slot.key, state, reason)

@@ -22,11 +22,12 @@ from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, local
 from jobs.child_process import execute
+from jobs.command_states import STOPPED
 from jobs.principal_tokens import access_token, renewed_token
 from jobs.submission import submitted
 from jobs.submission.modules import PIPELINE
 from jobs.submission.runner import ACTOR, intent_name
-from jobs.submission.submitted import STOPPED, Job
+from jobs.submission.submitted import Job
 
 INTENTS = "job_intents"
 """Folder below `keys/` with the intents that callers sent."""

@@ -21,8 +21,9 @@ from cluster.errors import FalajError, RefusedError, first_line
 from cluster.ledger import Ledger
 from cluster.ledger.events import JobFinished
 from cluster.ledger.store import utc_now
+from jobs.command_states import LOST, NO_RESULT, NO_START, NOT_STARTED, STOPPED
 from jobs.submission import submitted
-from jobs.submission.submitted import LOST, NOT_STARTED, STOPPED, Job
+from jobs.submission.submitted import Job
 
 ACTOR = "system:jobs"
 CHECK_S = 3.0
@@ -126,12 +127,12 @@ class JobRunner:
                 self._jobs.stop(job.id)
             return False
         if submitted.has_started(self._ledger, job.id):
-            reason = "stopped by command" if is_stopped else "its process ended without a result"
+            reason = "stopped by command" if is_stopped else NO_RESULT
             return self._finish(job, STOPPED if is_stopped else LOST, reason)
         if is_stopped:
             return self._finish(job, STOPPED, "stopped before its start")
         if is_over:
-            return self._finish(job, NOT_STARTED, "the job ended before its start")
+            return self._finish(job, NOT_STARTED, NO_START)
         if self._clock() - job.submitted_at > MAX_WAIT:
             return self._finish(job, NOT_STARTED, "it could not be started within an hour")
         if len(self._running) < self._max_running:

@@ -19,7 +19,6 @@ from cluster.security.tokens.principal import Principal
 from jobs.principal_tokens import principal_as_json, principal_from_json
 
 PENDING, RUNNING, STOPPING = "pending", "running", "stopping"
-DONE, STOPPED, LOST, NOT_STARTED = "done", "stopped", "lost", "not started"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

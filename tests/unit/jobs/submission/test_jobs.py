@@ -1,8 +1,7 @@
-"""Tests of submitted jobs: who may do what, client keys, limits, logs, and a service that is killed at any moment."""
+"""Tests of submitted jobs: who may do what, client keys, limits, and a service that is killed at any moment."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import datetime as dt
 import os
@@ -27,9 +26,8 @@ from cluster.security.tokens.issuer import TOKEN_TTL_S
 from cluster.security.tokens.principal import Principal, TokenVerifier
 from cluster.security.tokens.roles import Role
 from cluster.settings import PlatformConfig
-from jobs.child_process import execute
 from jobs.principal_tokens import access_token
-from jobs.submission import logs, submitted
+from jobs.submission import submitted
 from jobs.submission.http import MAX_BODY_BYTES
 from jobs.submission.run_job import callers_intent, command_line
 from jobs.submission.service import listening
@@ -39,9 +37,6 @@ if TYPE_CHECKING:
     from tests.unit.jobs.submission.conftest import Service
 
 MODULE = "feature_jobs.apply"
-RAYS_LINES = (
-    b"INFO job_manager.py:581 -- Runtime env is setting up.\nRunning entrypoint for job j: cd /root\n"
-)
 SUBMITTERS = {Role.data_engineer, Role.data_scientist, Role.ml_engineer, Role.approver, Role.admin}
 
 
@@ -312,46 +307,6 @@ def test_command_line_has_the_overrides_as_they_are(
     assert command_line(job)[1:] == ["-m", MODULE, "--config-dir", str(tmp_path), *overrides]
 
 
-def test_log_is_followed_until_the_job_ends(service: Service) -> None:
-    """A stream starts at a position, and has all that was printed before the end."""
-    path = logs.log_file(record(service.root), "j")
-    path.parent.mkdir(parents=True)
-    path.write_bytes(RAYS_LINES + b"one\n")
-    asked = iter((False, False, False, True))
-
-    def is_over() -> bool:
-        over = next(asked)
-        with path.open("ab") as file:
-            file.write(b"more\n")
-        return over
-
-    async def read(*, offset: int, follow: bool) -> bytes:
-        stream = logs.stream(path, offset=offset, is_over=is_over, follow=follow)
-        return b"".join([data async for data in stream])
-
-    assert asyncio.run(read(offset=0, follow=False)) == b"one\nmore\n"
-    assert asyncio.run(read(offset=2, follow=True)) == b"e\n" + b"more\n" * 4
-    path.write_bytes(RAYS_LINES[:50])  # Ray's last line is not there yet
-    asked = iter((False, False, True))
-    assert asyncio.run(read(offset=0, follow=False)) == b""
-    assert asyncio.run(read(offset=0, follow=True)) == RAYS_LINES[:50] + b"more\n" * 3
-    missing = logs.stream(path.with_name("none"), offset=0, is_over=lambda: True, follow=True)
-    assert asyncio.run(anext(missing, None)) is None  # type: ignore[arg-type]
-
-
-def test_log_over_http(service: Service) -> None:
-    """The log is plain text, from the position that the client names."""
-    job = service.submit()
-    path = logs.log_file(record(service.root), job)
-    path.parent.mkdir(parents=True)
-    path.write_bytes(RAYS_LINES + b"<b>hello</b>\n")
-    service.finish(job)
-    headers = {"Authorization": f"Bearer {service.token()}"}
-    answer = service.client.get(f"/v1/jobs/{job}/logs?offset=3", headers=headers)
-    assert (answer.text, answer.headers["content-type"]) == ("hello</b>\n", "text/plain; charset=utf-8")
-    assert answer.headers["x-content-type-options"] == "nosniff"
-
-
 def test_socket_is_private(service: Service, tmp_path: Path) -> None:
     """Only the owner may connect. A socket file of a killed service does not stop the next one."""
     path = Path(f"/tmp/falaj-jobs-{os.getpid()}.sock")
@@ -365,15 +320,3 @@ def test_socket_is_private(service: Service, tmp_path: Path) -> None:
         assert connection.getresponse().status == 401
         connection.close()
     assert not path.exists()
-
-
-def test_child_ends_with_its_state_and_last_line(capfd: pytest.CaptureFixture[str]) -> None:
-    """Exit code 2 is a refusal; any other failure is one, too, with the last line of the errors."""
-    for code, state in ((0, "done"), (2, "refused"), (3, "failed")):
-        script = f"echo out; echo one >&2; echo why >&2; exit {code}"
-        ended = execute(["sh", "-c", script], folder="/", variables={})
-        assert (ended.exit_code, ended.state, ended.was_stopped) == (code, state, False)
-        assert ended.reason == ("" if code == 0 else "why")
-    late = execute(["sleep", "60"], folder="/", variables={}, timeout_s=0.1)
-    assert (late.state, "longer" in late.reason) == ("failed", True)
-    assert capfd.readouterr().out == "out\n" * 3
