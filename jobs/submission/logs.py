@@ -12,7 +12,7 @@ from jobs.ray_jobs import LAST_LINE_OF_RAY
 CHUNK = 64 * 1024
 POLL_S = 0.5
 MAX_SILENT_S = 1800.0
-"""A stream without new output for this time ends, because a client may have vanished without a word. Another one asks
+"""A stream without new output for this time ends, because its client may be gone. A client that is still there asks
 again, with the position that it has reached."""
 
 
