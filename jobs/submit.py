@@ -18,7 +18,7 @@ import ssl
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ TIMEOUT_S = 60.0
 PATIENCE_S = 120.0
 """How long this client tries again while the edge or the job service does not answer."""
 PAUSE_S = 1.0
+"""Seconds before the next try."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as of a shell."""
 _BLOCK = 64 * 1024
@@ -47,27 +48,8 @@ class EdgeUnavailable(FalajError):
     """The edge or the job service does not answer."""
 
 
-class NotAccepted(RefusedError):
+class RequestRefused(RefusedError):
     """The job service refused the request."""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.submit", description="Submit a command as a job, and follow its log."
-    )
-    parser.add_argument(
-        "arguments", nargs="*", metavar="module=… key=value", help="the command and its options"
-    )
-    parser.add_argument("--follow", metavar="ID", help="follow the log of a job instead")
-    parser.add_argument("--stop", metavar="ID", help="stop a job instead")
-    parser.add_argument("--list", action="store_true", help="list your newest jobs instead")
-    parser.add_argument("--key", help="text of your own: the same key and content start no second job")
-    parser.add_argument("--no-follow", action="store_true", help="print the job's id and end")
-    parser.add_argument("--token-file", help=f"file with your token, mode 0600 (default: {TOKEN_VARIABLE})")
-    parser.add_argument("--intent-file", help="with an OIDC issuer: file with the job's own token")
-    parser.add_argument("--edge", help="URL of the edge (default: the cluster of this folder)")
-    parser.add_argument("--ca-file", help="certificate authority of the edge (default: as --edge)")
-    return parser
 
 
 @dataclass(kw_only=True)
@@ -79,12 +61,12 @@ class EdgeClient:
     token: Callable[[], str]
     """Returns the token. A file is read for each request, because another process may renew it."""
 
-    def ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """Return the JSON answer. While nothing answers, try again.
+    def request(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        """Return the JSON answer. While the edge does not answer, try again.
 
         Raises:
-            NotAccepted: the answer is an error that another try would not change.
-            EdgeUnavailable: nothing has answered for `PATIENCE_S`.
+            RequestRefused: the answer is an error that another try would not change.
+            EdgeUnavailable: the edge has not answered for `PATIENCE_S`.
         """
         deadline = time.monotonic() + PATIENCE_S
         while True:
@@ -118,7 +100,7 @@ class EdgeClient:
             if response.status >= 500:
                 raise EdgeUnavailable(f"HTTP {response.status}")
             if response.status >= 400:
-                raise NotAccepted(_message(response))
+                raise RequestRefused(_message(response))
             yield response
         finally:
             connection.close()
@@ -126,9 +108,8 @@ class EdgeClient:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Do what the arguments say, and exit."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        sys.exit(run(given))
+        sys.exit(run(sys.argv[1:] if arguments is None else arguments))
     except RefusedError as error:
         refuse(error)
     except EdgeUnavailable as error:
@@ -136,30 +117,30 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(1)
 
 
-def run(given: Sequence[str]) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Do what the arguments say, and return the exit code.
 
     Raises:
         RefusedError: the arguments are wrong, or the job service refuses the request.
         EdgeUnavailable: the edge does not answer.
     """
-    if not MULTIRUN.isdisjoint(given):
+    if not MULTIRUN.isdisjoint(arguments):
         raise ConfigError(
             "A job runs one point. Submit each point of a multirun as a job of its own, for example in a loop of your "
             "shell, or use `module=jobs.sweep`."
         )
-    options = _parser().parse_intermixed_args(list(given))
+    options = _parser().parse_intermixed_args(list(arguments))
     client = edge_client(options)
     if options.list:
-        for job in client.ask("GET", "/v1/jobs")["jobs"]:
+        for job in client.request("GET", "/v1/jobs")["jobs"]:
             print(f"{job['id']}  {job['status']:<11}  {job['submitted_at'][:19]}  {job['module']}")
         return 0
     if options.stop:
-        print(f"job {options.stop} is {client.ask('DELETE', f'/v1/jobs/{options.stop}')['status']}")
+        print(f"job {options.stop} is {client.request('DELETE', f'/v1/jobs/{options.stop}')['status']}")
         return 0
     if options.follow:
         return follow(client, options.follow)
-    job = str(client.ask("POST", "/v1/jobs", submission(options))["id"])
+    job = str(client.request("POST", "/v1/jobs", submission(options))["id"])
     if options.no_follow:
         print(job)
         return 0
@@ -182,7 +163,7 @@ def submission(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def follow(client: EdgeClient, job: str) -> int:
-    """Print the log of a job until it ends, and return its exit code; 1 if it has none."""
+    """Print the log of a job until it ends, and return its exit code; see `exit_code`."""
     offset = 0
     try:
         while True:
@@ -190,7 +171,7 @@ def follow(client: EdgeClient, job: str) -> int:
                 offset += len(data)
                 sys.stdout.buffer.write(data)
                 sys.stdout.buffer.flush()
-            state = client.ask("GET", f"/v1/jobs/{job}")
+            state = client.request("GET", f"/v1/jobs/{job}")
             if "exit_code" in state:
                 break
         for data in client.log(job, offset):  # what it printed after the stream had ended
@@ -203,7 +184,7 @@ def follow(client: EdgeClient, job: str) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
-    except NotAccepted as error:  # for example, the token has expired
+    except RequestRefused as error:  # for example, the token has expired
         print(
             f"{error} Job {job} goes on. `python -m jobs.submit --follow {job}` shows its log.",
             file=sys.stderr,
@@ -211,12 +192,15 @@ def follow(client: EdgeClient, job: str) -> int:
         return 1
     reason = f": {state['reason']}" if state["reason"] else ""
     print(f"job {job} is {state['status']}{reason}", file=sys.stderr)
+    return exit_code(state)
+
+
+def exit_code(state: Mapping[str, Any]) -> int:
+    """Return the exit code of a job that is over; 1 if its process was killed by a signal, or never ran."""
     code = state["exit_code"]
-    return (
-        (REFUSED if state["status"] == "refused" else 1)
-        if code is None
-        else max(0, int(code)) or int(code < 0)
-    )
+    if code is None:
+        return REFUSED if state["status"] == "refused" else 1
+    return int(code) if code >= 0 else 1
 
 
 def edge_client(options: argparse.Namespace) -> EdgeClient:
@@ -245,6 +229,25 @@ def edge_client(options: argparse.Namespace) -> EdgeClient:
     path = Path(file)
     read_token_file(path)
     return EdgeClient(url=url, context=context, token=lambda: read_token_file(path))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.submit", description="Submit a command as a job, and follow its log."
+    )
+    parser.add_argument(
+        "arguments", nargs="*", metavar="module=… key=value", help="the command and its options"
+    )
+    parser.add_argument("--follow", metavar="ID", help="follow the log of a job instead")
+    parser.add_argument("--stop", metavar="ID", help="stop a job instead")
+    parser.add_argument("--list", action="store_true", help="list your newest jobs instead")
+    parser.add_argument("--key", help="text of your own: the same key and content start no second job")
+    parser.add_argument("--no-follow", action="store_true", help="print the job's id and end")
+    parser.add_argument("--token-file", help=f"file with your token, mode 0600 (default: {TOKEN_VARIABLE})")
+    parser.add_argument("--intent-file", help="with an OIDC issuer: file with the job's own token")
+    parser.add_argument("--edge", help="URL of the edge (default: the cluster of this folder)")
+    parser.add_argument("--ca-file", help="certificate authority of the edge (default: as --edge)")
+    return parser
 
 
 def _message(response: http.client.HTTPResponse) -> str:

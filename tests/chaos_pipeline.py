@@ -1,8 +1,8 @@
 """`make chaos-pipeline`: run the demo once without a failure, and once with `kill -9` at every stage.
 
-Of one stage the process that leads the run is killed, and of the next one the stage's own process. Then the same
-command runs again, until the demo is done. Both summaries must have the same results, and another run must have nothing
-to do. It takes about twenty minutes.
+During one stage, the process that leads the run is killed. During the next one, the stage's own process is killed. If
+the run has ended, the same command runs again, until the demo is done. Both summaries must have the same results, and
+another run must have nothing to do. It takes about twenty minutes.
 
     SEED=2 kills at other moments.
 """
@@ -65,7 +65,7 @@ def kill_job(job: str) -> bool:
     return is_killed
 
 
-def run_with_kills(project: Project, log: Path, draw: random.Random) -> list[str]:
+def run_with_kills(project: Project, log: Path, moments: random.Random) -> list[str]:
     """Run the demo to its end, and kill each stage once. Return what was killed."""
     killed: dict[str, str] = {}
     demo = start(project, log)
@@ -79,7 +79,7 @@ def run_with_kills(project: Project, log: Path, draw: random.Random) -> list[str
             time.sleep(0.1)
             continue
         name, job = new[0]
-        time.sleep(draw.uniform(0, LATEST_S))
+        time.sleep(moments.uniform(0, LATEST_S))
         if demo.poll() is not None:
             continue
         if len(killed) % 2 and kill_job(job):
@@ -93,7 +93,7 @@ def run_with_kills(project: Project, log: Path, draw: random.Random) -> list[str
 
 def main() -> int:
     """Compare the two runs."""
-    draw = random.Random(int(os.environ.get("SEED", "1")))
+    moments = random.Random(int(os.environ.get("SEED", "1")))
     with tempfile.TemporaryDirectory(prefix="falaj-chaos-") as folder:
         found = {}
         for name in ("whole", "killed"):
@@ -112,15 +112,15 @@ def main() -> int:
                         print(log.read_text()[-4000:])
                         return 1
                 else:
-                    killed = run_with_kills(project, log, draw)
+                    killed = run_with_kills(project, log, moments)
                     print(f"killed {len(killed)} times")
                 print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
                 found[name] = results(project)
                 head = project.ledger().head()
-                again = subprocess.run(
+                repeated = subprocess.run(
                     DEMO, cwd=project.root, env=project.env, check=True, capture_output=True
                 )
-                print(next(line for line in again.stdout.decode().splitlines() if "nothing to do" in line))
+                print(next(line for line in repeated.stdout.decode().splitlines() if "nothing to do" in line))
                 print(f"events of another run: {project.ledger().head() - head}", flush=True)
             finally:
                 project.run("cluster.down")

@@ -13,11 +13,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import logging
 import os
 import random
 import signal
 import socket
+import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import psutil
 
@@ -100,6 +103,13 @@ def end_process(process: psutil.Process, *, grace_s: float) -> None:
                 return
         process.kill()
         psutil.wait_procs([process], timeout=5.0)
+
+
+def exit_at_once() -> NoReturn:
+    """End this process with exit code 0, without waiting for its threads. Its logs and output are written first."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _is_selected(process: psutil.Process, only: Callable[[psutil.Process], bool]) -> bool:

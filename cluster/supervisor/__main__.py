@@ -10,7 +10,6 @@ import fcntl
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -85,9 +84,7 @@ def main(config: PlatformConfig) -> None:
                 supervisor.check_once()
             except Exception:
                 LOG.exception("a check of the cluster failed; the next one is in %.0f s", EVERY_S)
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(0)  # do not wait for a thread that starts a head or writes to the ledger
+    processes.exit_at_once()  # a thread may start a head, or write to the ledger
 
 
 class Membership:

@@ -32,7 +32,7 @@ from jobs.pipeline.run import Run
 from jobs.pipeline.stage import outputs
 from jobs.pipeline.stage.arguments import callers_arguments, callers_config_dir, pipeline_name
 from jobs.pipeline.stage.content import Platform
-from jobs.pipeline.stage.ray_jobs import Jobs, PatientJobs, RayJobs, end_job
+from jobs.pipeline.stage.ray_jobs import Jobs, PatientJobs, StageJobs, end_job
 from jobs.pipeline.state import RunState, State, newest_run, read_newest_run, read_run, seconds_since
 
 _UNUSED = {
@@ -97,7 +97,7 @@ class Pipeline:
             spec=config.pipeline,
             caller=caller,
             record=record,
-            jobs=PatientJobs(RayJobs(record)),
+            jobs=PatientJobs(StageJobs(record)),
         )
 
     @property

@@ -26,7 +26,7 @@ from jobs.pipeline.keys import Prepared, StageKeys, StageRefused
 from jobs.pipeline.plan import Plan
 from jobs.pipeline.stage import outputs
 from jobs.pipeline.stage.content import ABSENT, digest_path, flatten
-from jobs.pipeline.stage.ray_jobs import JobStatus, end_job
+from jobs.pipeline.stage.ray_jobs import end_job
 from jobs.pipeline.stage.requirements import unmet
 from jobs.pipeline.state import (
     StageState,
@@ -38,6 +38,7 @@ from jobs.pipeline.state import (
     record_graph,
     seconds_since,
 )
+from jobs.ray_jobs import JobStatus
 
 POLL_S = 0.3
 HEARTBEAT_S = 15.0

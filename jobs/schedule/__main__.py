@@ -21,11 +21,11 @@ from cluster.ledger.events import ScheduleApplied, ScheduledRunDue, ScheduleStat
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.session import require_running_cluster
-from jobs.child import principal_as_json
 from jobs.pipeline.stage.arguments import callers_config_dir
+from jobs.principal_tokens import principal_as_json
 from jobs.schedule import schedules
 from jobs.schedule.command import check_command, require_unchangeable
-from jobs.schedule.config import ScheduleAction, ScheduleConfig, ScheduleSpec, TriggerKind
+from jobs.schedule.config import ScheduleAction, ScheduleConfig, TriggerKind
 from jobs.schedule.cron import check_cron
 from jobs.schedule.listing import describe
 from jobs.schedule.triggers import check_uri
@@ -85,7 +85,10 @@ def apply(config: ScheduleConfig, ledger: Ledger, actor: Actor) -> None:
             f"'{name}' is no name of a schedule. Use at most 40 small letters, digits, - and _, a letter first."
         )
     _check(config, actor, name, owner=_owner(ledger, name))
-    _check_spec(spec)
+    if spec.cron is not None:
+        check_cron(spec.cron, spec.time_zone)
+    if spec.trigger is not None and spec.trigger.kind is TriggerKind.data:
+        check_uri(spec.trigger.of)
     config_dir = callers_config_dir()
     require_unchangeable(str(Path.cwd()), config_dir)
     check_command(spec, config_dir=config_dir)
@@ -126,13 +129,6 @@ def _check(config: ScheduleConfig, actor: Actor, name: str, *, owner: str) -> No
     actor.check(
         Action.schedule_runs, Resource(kind="schedule", name=name, registered_by=owner, region=region)
     )
-
-
-def _check_spec(spec: ScheduleSpec) -> None:
-    if spec.cron is not None:
-        check_cron(spec.cron, spec.time_zone)
-    if spec.trigger is not None and spec.trigger.kind is TriggerKind.data:
-        check_uri(spec.trigger.of)
 
 
 def _action(config: ScheduleConfig) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections import deque
 from dataclasses import dataclass
 
 from jobs.schedule.config import Missed, Overlap, ScheduleSpec
 from jobs.schedule.cron import last_slot_before, slots_after
 
 MAX_SLOTS = 1000
-"""Slots within the grace time that are considered at once at most; the next look finds the others."""
+"""Slots within the grace time that are considered at once at most; the next check finds the others."""
 MAX_MISSED = 20_000
 """Missed slots that are counted at most. The others have no effect, and to compute those of a year would stop all other
 schedules for minutes."""
@@ -54,7 +53,7 @@ def cron_slots(
     assert spec.cron is not None
     late = now - dt.timedelta(seconds=spec.grace_s)
     first, last, count = None, None, 0
-    in_time: deque[dt.datetime] = deque(maxlen=None)
+    in_time: list[dt.datetime] = []
     slots = slots_after(spec.cron, spec.time_zone, since)
     while (slot := next(slots, None)) is not None and slot <= now:
         if slot < late:
@@ -70,7 +69,7 @@ def cron_slots(
     if first is not None and last is not None:
         decisions += _missed(spec, first=first, last=last, count=count)
     for slot in in_time:
-        decisions.append(_in_time(spec, slot, is_running=is_running or any_due(decisions)))
+        decisions.append(_in_time(spec, slot, is_running=is_running or _any_due(decisions)))
     return decisions
 
 
@@ -80,11 +79,6 @@ def event_slot(spec: ScheduleSpec, *, position: str, reason: str, is_running: bo
     if is_running and spec.overlap is Overlap.skip:
         return Skipped(first=slot, last=slot, count=1, reason=RUNNING, position=position)
     return Due(slot=slot, reason=reason, position=position)
-
-
-def any_due(decisions: list[Due | Skipped]) -> bool:
-    """Return whether one of the decisions is a slot that must run."""
-    return any(isinstance(decision, Due) for decision in decisions)
 
 
 def _missed(spec: ScheduleSpec, *, first: dt.datetime, last: dt.datetime, count: int) -> list[Due | Skipped]:
@@ -101,6 +95,10 @@ def _missed(spec: ScheduleSpec, *, first: dt.datetime, last: dt.datetime, count:
         first=_text(first), last=_text(last), count=count - 1, reason=MISSED, position=_text(first)
     )
     return [before, run]
+
+
+def _any_due(decisions: list[Due | Skipped]) -> bool:
+    return any(isinstance(decision, Due) for decision in decisions)
 
 
 def _in_time(spec: ScheduleSpec, slot: dt.datetime, *, is_running: bool) -> Due | Skipped:

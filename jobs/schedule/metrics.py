@@ -11,9 +11,9 @@ class SchedulerMetrics:
     """Whether the scheduler works, and the last success and the waiting slots of each schedule."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.last_look = Gauge(
+        self.last_check = Gauge(
             "falaj_scheduler_last_success_timestamp_seconds",
-            "Unix time at which the scheduler last looked at all schedules without an error.",
+            "Unix time at which the scheduler last checked all schedules without an error.",
             registry=registry,
         )
         self._last_run = Gauge(

@@ -6,10 +6,8 @@ schedule's principal, and records the end. If another process has recorded this 
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from cluster.entrypoint import job
@@ -17,7 +15,9 @@ from cluster.ledger import open_ledger
 from cluster.ledger.events import ScheduledRunFinished, ScheduledRunStarted
 from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
-from jobs.child import access_token, execute, job_name, principal_from_json, renewed_token
+from jobs.child_process import execute
+from jobs.principal_tokens import access_token, principal_from_json, renewed_token
+from jobs.ray_jobs import current_job
 from jobs.schedule import schedules
 from jobs.schedule.command import command_line, require_unchangeable
 from jobs.schedule.scheduler import ACTOR
@@ -36,18 +36,18 @@ class SlotConfig(PlatformConfig):
 def main(config: SlotConfig) -> None:
     """Run the slot, and exit with the exit code of its command."""
     record, ledger = require_recorded_cluster(config), open_ledger(config)
-    schedule, name = schedules.require(ledger, config.name), job_name()
+    schedule, name = schedules.require(ledger, config.name), current_job()
     require_unchangeable(schedule.folder, schedule.config_dir)
     command = command_line(schedule)
     started = ScheduledRunStarted(schedule=schedule.name, slot=config.slot, job=name, command=command[2:])
     if ledger.append_once(started, actor=ACTOR, schedule=schedule.name, slot=config.slot) is None:
         print(f"slot {config.slot} of schedule {schedule.name} has run already")
         return
-    with callers_token(config, record, schedule) as token:
+    with principals_token(config, record, schedule) as variables:
         ended = execute(
             command,
             folder=schedule.folder,
-            environment=os.environ | token,
+            variables=variables,
             timeout_s=schedule.spec.timeout_s,
         )
     finished = ScheduledRunFinished(
@@ -63,22 +63,17 @@ def main(config: SlotConfig) -> None:
     sys.exit(ended.exit_code)
 
 
-@contextmanager
-def callers_token(
+def principals_token(
     config: PlatformConfig, record: ClusterRecord, schedule: Schedule
-) -> Iterator[dict[str, str]]:
-    """Keep a token of the schedule's principal in a private file, and yield the variable that names the file.
+) -> AbstractContextManager[dict[str, str]]:
+    """Return a context with the variable that names the file of a token of the schedule's principal.
 
-    With an OIDC issuer, the schedule's own option `identity.token_file` names the token, and nothing is yielded.
+    With an OIDC issuer there is no variable: the schedule's own option `identity.token_file` names the token.
     """
     if config.identity.issuer.url is not None:
-        yield {}
-        return
+        return nullcontext({})
     places, principal = record.layout, principal_from_json(schedule.principal)
-    with renewed_token(
-        places, kind="schedule", new_token=lambda: access_token(places, principal)
-    ) as variables:
-        yield variables
+    return renewed_token(places, kind="schedule", new_token=lambda: access_token(places, principal))
 
 
 if __name__ == "__main__":

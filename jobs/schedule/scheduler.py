@@ -22,6 +22,7 @@ from cluster.errors import ConfigError, first_line
 from cluster.ledger import Ledger
 from cluster.ledger.events import ScheduledRunDue, ScheduledRunFinished, ScheduledRunSkipped
 from cluster.ledger.store import utc_now
+from jobs.command_states import LOST, NO_RESULT, NO_START, NOT_STARTED
 from jobs.schedule import schedules, triggers
 from jobs.schedule.due import Due, Skipped, cron_slots, event_slot
 from jobs.schedule.metrics import SchedulerMetrics
@@ -30,12 +31,12 @@ from jobs.schedule.schedules import ACTIVE, Schedule, Slot
 ACTOR = "system:scheduler"
 TRIGGERS_EVERY_S = 5.0
 AFTER_ERROR_S = 10.0
-"""Seconds until a schedule is looked at again after an error, for example while Ray's job API does not answer."""
+"""Seconds until a schedule is checked again after an error, for example while Ray's job API does not answer."""
 LOG = logging.getLogger("falaj.scheduler")
 
 
 class Jobs(Protocol):
-    """Runs slots as jobs. `ray_jobs.RayJobs` is the real one; tests have their own."""
+    """Runs slots as jobs. `ray_jobs.SlotJobs` is the real one; tests have their own."""
 
     def submit(self, job: str, schedule: Schedule, slot: str) -> None:
         """Start the process of a slot under a submission id. If there is a job with this id, do nothing."""
@@ -76,14 +77,14 @@ class Scheduler:
         self._metrics = metrics or SchedulerMetrics(CollectorRegistry())
         self._jobs = jobs
         self._clock = clock
-        self._looked_at: dict[str, float] = {}
+        self._triggers_checked_at: dict[str, float] = {}
         self._wait_until: dict[str, float] = {}
         self._read_at = -1
         self._states: list[State] = []
         self._unreadable: list[str] = []
 
     def check_once(self) -> None:
-        """Look at every schedule once. An error of one schedule does not stop the others."""
+        """Check every schedule once. An error of one schedule does not stop the others."""
         is_healthy = True
         for state in self._read():
             name, now = state.schedule.name, time.monotonic()
@@ -97,7 +98,7 @@ class Scheduler:
                 self._wait_until[name], is_healthy = now + AFTER_ERROR_S, False
                 LOG.warning("schedule %s: %s", name, first_line(error))
         if is_healthy and not self._unreadable:
-            self._metrics.last_look.set_to_current_time()
+            self._metrics.last_check.set_to_current_time()
 
     def _read(self) -> list[State]:
         """Return the states of all schedules. They are read again only if the ledger has new events."""
@@ -146,11 +147,11 @@ class Scheduler:
             since = dt.datetime.fromisoformat(position) if position else schedule.applied_at
             return cron_slots(spec, since=since, now=self._clock(), is_running=is_running)
         now = time.monotonic()
-        if now < self._looked_at.get(schedule.name, 0.0) + TRIGGERS_EVERY_S:
+        if now < self._triggers_checked_at.get(schedule.name, 0.0) + TRIGGERS_EVERY_S:
             return []
-        self._looked_at[schedule.name] = now
+        self._triggers_checked_at[schedule.name] = now
         assert spec.trigger is not None
-        found = triggers.look(
+        found = triggers.detect(
             spec.trigger,
             self._ledger,
             position=position,
@@ -189,11 +190,11 @@ class Scheduler:
         if is_over is False:
             return
         if schedules.has_started(self._ledger, schedule.name, slot.key):
-            self._finish(schedule, slot, job, state="lost", reason="its process ended without a result")
+            self._finish(schedule, slot, job, state=LOST, reason=NO_RESULT)
         elif is_over is None:
             self._jobs.submit(job, schedule, slot.key)
         else:
-            self._finish(schedule, slot, job, state="not started", reason="the job ended before its start")
+            self._finish(schedule, slot, job, state=NOT_STARTED, reason=NO_START)
 
     def _finish(self, schedule: Schedule, slot: Slot, job: str, *, state: str, reason: str) -> None:
         LOG.warning("schedule %s: slot %s is %s: %s", schedule.name, slot.key, state, reason)

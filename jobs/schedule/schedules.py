@@ -23,10 +23,12 @@ from cluster.ledger.events import (
     ScheduledRunStarted,
     ScheduleStateChanged,
 )
+from jobs.command_states import DONE
 from jobs.schedule.config import ScheduleSpec, TriggerKind
 
 ACTIVE, PAUSED, REMOVED = "active", "paused", "removed"
-LOOK_BACK = 100
+MAX_RUNS = 100
+"""Largest number of runs that `last_success` reads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,9 +178,9 @@ def last_finished(ledger: Ledger, name: str) -> Entry | None:
 
 
 def last_success(ledger: Ledger, name: str) -> dt.datetime | None:
-    """Return when the last successful run ended, or None if none of the last `LOOK_BACK` runs succeeded."""
+    """Return when the last successful run ended, or None if none of the last `MAX_RUNS` runs succeeded."""
     finished = ledger.find(ScheduledRunFinished, newest_first=True, schedule=name)
-    done = (entry for entry in islice(finished, LOOK_BACK) if entry.payload["state"] == "done")
+    done = (entry for entry in islice(finished, MAX_RUNS) if entry.payload["state"] == DONE)
     return next((time_of(entry) for entry in done), None)
 
 

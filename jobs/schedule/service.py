@@ -6,9 +6,7 @@ Each cluster has one scheduler, on the head. A lock prevents a second one.
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import sys
 import threading
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import sqlalchemy as sa
 
 from cluster.entrypoint import job
 from cluster.errors import FalajError, RefusedError, first_line
+from cluster.host.processes import exit_at_once
 from cluster.host.signals import set_on_signal
 from cluster.ledger import open_ledger
 from cluster.metrics import new_registry, serve_metrics
@@ -50,9 +49,7 @@ def main(config: PlatformConfig) -> None:
                 scheduler.check_once()
             except (sa.exc.SQLAlchemyError, FalajError, RefusedError, OSError) as error:
                 LOG.warning("the schedules could not be read: %s", first_line(error))
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(0)  # do not wait for a thread of Ray's client
+    exit_at_once()  # a thread of Ray's client may wait
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from cluster.ledger.events import ModelMonitored, OutcomesSummed, PipelineFinish
 from cluster.storage import resolve
 from jobs.schedule.config import TriggerKind, TriggerSpec
 
-LISTED_FILES = 100_000
-"""A trigger looks at no more files than this."""
+MAX_FILES = 100_000
+"""Largest number of files that a trigger reads the names of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class Triggered:
     reason: str
 
 
-def look(
+def detect(
     trigger: TriggerSpec, ledger: Ledger, *, position: str, since: int, is_running: bool
 ) -> Triggered | None:
     """Return what happened after a position, or None if nothing happened.
@@ -37,7 +37,7 @@ def look(
     Several events since the last slot start one run.
 
     Args:
-        trigger: What to look for.
+        trigger: What to detect.
         ledger: The ledger.
         position: The schedule's position; "" before its first slot.
         since: `seq` of the event that applied or resumed the schedule.
@@ -73,13 +73,13 @@ def snapshot(uri: str) -> str:
     """Return a hash of the names, sizes and times of change of the files below a URI.
 
     Raises:
-        ConfigError: There are too many files to look at.
+        ConfigError: There are more than `MAX_FILES` files.
     """
     filesystem, path = fsspec.core.url_to_fs(resolve(uri), use_listings_cache=False)
     files = sorted(filesystem.find(path, detail=True).items()) if filesystem.exists(path) else []
-    if len(files) > LISTED_FILES:
+    if len(files) > MAX_FILES:
         raise ConfigError(
-            f"{uri} has {len(files)} files; a trigger looks at {LISTED_FILES} at most. Name a folder."
+            f"{uri} has {len(files)} files; a trigger can watch {MAX_FILES} at most. Name a folder."
         )
     content = [
         (name, details.get("size"), str(details.get("ETag") or details.get("mtime") or ""))

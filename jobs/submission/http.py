@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import sqlalchemy as sa
 from starlette.applications import Starlette
@@ -20,11 +20,12 @@ from starlette.routing import Route
 
 from cluster.errors import AccessDenied, FalajError, InvalidRequest, RefusedError, Unauthenticated
 from cluster.security.authorization.policy import Action
+from cluster.security.tokens.principal import Principal
 from cluster.session import ClusterRecord
 from jobs.submission import logs
-from jobs.submission.desk import JobDesk, JobNotFound, KeyTaken, TooManyJobs, describe
-from jobs.submission.forbidden import Forbidden
+from jobs.submission.errors import JobForbidden, JobNotFound, KeyTaken, TooManyJobs
 from jobs.submission.metrics import JobMetrics
+from jobs.submission.operations import JobOperations, as_json
 
 MAX_BODY_BYTES = 64 * 1024
 BODY_S = 10.0
@@ -44,11 +45,10 @@ RETRY_S = 5
 OFFSET = "x-log-offset"
 """Header of a log's answer: position of its first byte."""
 LOG = logging.getLogger("falaj.jobs")
-T = TypeVar("T")
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (Unauthenticated, 401),
     (AccessDenied, 403),
-    (Forbidden, 403),
+    (JobForbidden, 403),
     (JobNotFound, 404),
     (KeyTaken, 409),
     (TooManyJobs, 429),
@@ -69,13 +69,13 @@ class JobApi:
     """The application's endpoints.
 
     Args:
-        desk: answers the requests.
+        operations: what callers do with jobs.
         record: the running cluster, whose head has the logs.
         metrics: counts requests.
     """
 
-    def __init__(self, desk: JobDesk, record: ClusterRecord, metrics: JobMetrics) -> None:
-        self._desk = desk
+    def __init__(self, operations: JobOperations, record: ClusterRecord, metrics: JobMetrics) -> None:
+        self._operations = operations
         self._record = record
         self._metrics = metrics
         self._followers: Counter[str] = Counter()
@@ -102,10 +102,10 @@ class JobApi:
         if self._submitting[subject] >= MAX_SUBMITTING or self._submitting.total() >= MAX_ALL_SUBMITTING:
             raise TooManyJobs("Too many submissions are checked at the same time. Try again.")
         self._submitting[subject] += 1
-        check = asyncio.get_running_loop().run_in_executor(self._checkers, self._desk.submit, principal, body)
+        check = asyncio.get_running_loop().run_in_executor(self._checkers, self._operations.submit, principal, body)
         check.add_done_callback(lambda _: self._has_submitted(subject))  # also if the client has gone
         accepted = await check
-        state = await _in_thread(lambda: self._desk.state(accepted.job.id))
+        state = await asyncio.to_thread(self._operations.state, accepted.job.id)
         content = {"id": accepted.job.id, "status": state.status}
         return JSONResponse(content, status_code=202 if accepted.is_new else 200)
 
@@ -116,22 +116,22 @@ class JobApi:
     async def _list(self, request: Request) -> Response:
         principal = await self._principal(request)
         count = _number(request, "limit", default=50)
-        found = await _in_thread(lambda: self._desk.jobs(principal, count=count))
-        return JSONResponse({"jobs": [describe(job, state) for job, state in found]})
+        found = await asyncio.to_thread(self._operations.jobs, principal, count=count)
+        return JSONResponse({"jobs": [as_json(job, state) for job, state in found]})
 
     async def _show(self, request: Request) -> Response:
         principal = await self._principal(request)
-        job = await _in_thread(lambda: self._desk.job(principal, request.path_params["job"]))
-        return JSONResponse(describe(job, await _in_thread(lambda: self._desk.state(job.id))))
+        job = await asyncio.to_thread(self._operations.job, principal, request.path_params["job"])
+        return JSONResponse(as_json(job, await asyncio.to_thread(self._operations.state, job.id)))
 
     async def _stop(self, request: Request) -> Response:
         principal, job = await self._principal(request), request.path_params["job"]
-        state = await _in_thread(lambda: self._desk.stop(principal, job))
+        state = await asyncio.to_thread(self._operations.stop, principal, job)
         return JSONResponse({"id": job, "status": state.status}, status_code=200 if state.is_over else 202)
 
     async def _logs(self, request: Request) -> Response:
         principal, name = await self._principal(request), request.path_params["job"]
-        job = await _in_thread(lambda: self._desk.job(principal, name, action=Action.control_jobs))
+        job = await asyncio.to_thread(self._operations.job, principal, name, action=Action.control_jobs)
         offset, follow = _number(request, "offset", default=0), _flag(request, "follow", default=True)
         if self._followers[principal.subject] >= MAX_FOLLOWERS:
             raise TooManyJobs(f"You read {MAX_FOLLOWERS} logs already. Close one first.")
@@ -140,7 +140,7 @@ class JobApi:
         content = logs.stream(
             logs.log_file(self._record, job.id),
             offset=offset,
-            is_over=lambda: self._desk.state(job.id).is_over,
+            is_over=lambda: self._operations.state(job.id).is_over,
             follow=follow,
         )
         return StreamingResponse(
@@ -161,19 +161,19 @@ class JobApi:
             if not self._followers[subject]:
                 del self._followers[subject]
 
-    async def _principal(self, request: Request) -> Any:
+    async def _principal(self, request: Request) -> Principal:
         sent = request.headers.getlist("authorization")
         if len(sent) > 1:
             raise InvalidRequest("Send only one Authorization header.")
-        return await _in_thread(lambda: self._desk.authenticate(sent[0] if sent else None))
+        return await asyncio.to_thread(self._operations.authenticate, sent[0] if sent else None)
 
     def _endpoint(
-        self, operation: str, answer: Callable[[Request], Awaitable[Response]]
+        self, operation: str, handler: Callable[[Request], Awaitable[Response]]
     ) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             started = time.perf_counter()
             try:
-                response = await answer(request)
+                response = await handler(request)
             except ClientDisconnect:
                 response = error_response(400, "The client closed the connection.")
             except Exception as error:  # noqa: BLE001 - every error is answered, and unknown ones are logged
@@ -228,10 +228,6 @@ async def read_json(request: Request) -> Any:
     with suppress(ValueError, RecursionError):
         return json.loads(data)
     raise InvalidRequest("The body is not JSON.")
-
-
-async def _in_thread(call: Callable[[], T]) -> T:
-    return await asyncio.to_thread(call)
 
 
 async def _plain_error(request: Request, error: Exception) -> Response:

@@ -7,13 +7,12 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from cluster.session import ClusterRecord
+from jobs.ray_jobs import LAST_LINE_OF_RAY
 
 CHUNK = 64 * 1024
-_RAYS_LAST = b"Running entrypoint for job "
-"""Text of the last line that Ray writes before the command runs. It shows paths of the head."""
 POLL_S = 0.5
 MAX_SILENT_S = 1800.0
-"""A stream without new output for this time ends, because a client may have vanished without a word. Another one asks
+"""A stream without new output for this time ends, because its client may be gone. A client that is still there asks
 again, with the position that it has reached."""
 
 
@@ -49,7 +48,7 @@ async def stream(
 def _start(path: Path) -> int:
     """Return where the job's own output starts; 0 if Ray has not written its own lines yet."""
     head = _read(path, 0)
-    last = head.find(_RAYS_LAST)
+    last = head.find(LAST_LINE_OF_RAY.encode())
     return 0 if last < 0 else head.find(b"\n", last) + 1
 
 

@@ -10,7 +10,7 @@ from cluster.metrics import success_gauge
 
 
 class JobMetrics:
-    """Requests by operation and status, their durations, unfinished jobs, and the last look at all jobs."""
+    """Requests by operation and status, their durations, unfinished jobs, and the last check of all jobs."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
@@ -28,8 +28,8 @@ class JobMetrics:
         self._unfinished = Gauge(
             "falaj_jobs_unfinished", "Submitted jobs that are not finished.", registry=registry
         )
-        self.last_look = success_gauge(
-            registry, prefix="falaj_jobs", of="look at all unfinished jobs without an error"
+        self.last_check = success_gauge(
+            registry, prefix="falaj_jobs", of="check of all unfinished jobs without an error"
         )
 
     def count_unfinished(self, count: Callable[[], int]) -> None:

@@ -12,7 +12,7 @@ from cluster.entrypoint import PACKAGES
 from cluster.errors import did_you_mean
 from cluster.host.submission import MODULE, WITH_SUBMODULES
 from jobs.pipeline.stage.commands import STAGE_COMMANDS
-from jobs.submission.forbidden import Forbidden
+from jobs.submission.errors import JobForbidden
 
 PIPELINE = "jobs.pipeline"
 """It starts other commands as jobs, and gives them its own token."""
@@ -40,12 +40,12 @@ def require_command(module: str, allowed: Sequence[str]) -> None:
     """Require that a job may run a module.
 
     Raises:
-        Forbidden: it may not.
+        JobForbidden: it may not.
     """
     if module in COMMANDS or _is_named(module, allowed):
         return
     hint = did_you_mean(module, sorted(COMMANDS)) if MODULE.fullmatch(module) else ""
-    raise Forbidden(
+    raise JobForbidden(
         f"No job may run this module.{hint} The operator allows the installation's own modules with "
         "`cluster.up jobs.allowed_modules=[…]`.",
         rule="module",
@@ -56,12 +56,12 @@ def require_library(module: str, allowed: Sequence[str], *, option: str) -> None
     """Require that an option may name a module, such as definitions or a model family.
 
     Raises:
-        Forbidden: it may not.
+        JobForbidden: it may not.
     """
     is_ours = module.partition(".")[0] in PACKAGES and len(module) <= MAX_NAME
     if (is_ours and MODULE.fullmatch(module)) or _is_named(module, allowed):
         return
-    raise Forbidden(
+    raise JobForbidden(
         f"Option '{option}' names a module that no job may load. The operator allows the installation's own modules "
         "with `cluster.up jobs.allowed_modules=[…]`.",
         rule="module of an option",

@@ -25,7 +25,7 @@ from cluster.host.submission import SubmissionConfig
 from cluster.settings import PlatformConfig
 from jobs.pipeline.stage.commands import load_options
 from jobs.pipeline.stage.modules import Modules
-from jobs.submission.forbidden import Forbidden
+from jobs.submission.errors import JobForbidden
 from jobs.submission.modules import PIPELINE, require_command, require_library
 from jobs.submission.paths import PathRules
 
@@ -33,9 +33,9 @@ MAX_OVERRIDES = 100
 MAX_CHARACTERS = 2000
 MAX_ALL_CHARACTERS = 10_000
 """Characters of all overrides together. Hydra's parser is slow: it reads about 8,000 characters a second."""
-OF_THE_JOB = frozenset({"scaling", "replica"})
+CALLERS_SECTIONS = frozenset({"scaling", "replica"})
 """The platform's sections that a caller may set. They say how much a command uses, within what the cluster has."""
-RESERVED = frozenset(field.name for field in fields(PlatformConfig)) - OF_THE_JOB
+RESERVED = frozenset(field.name for field in fields(PlatformConfig)) - CALLERS_SECTIONS
 """Sections of the platform: tier, identity, storage, ledger, secrets, cluster with its region, and so on."""
 _ARGUMENT = re.compile(r"(?P<key>[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)=(?P<value>.*)")
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,100}")
@@ -60,7 +60,7 @@ class JobRules:
             overrides: its options.
 
         Raises:
-            Forbidden: no caller may start it.
+            JobForbidden: no caller may start it.
             ConfigError: the command refuses an option.
             RefusedError: the command's definitions cannot be loaded.
         """
@@ -94,7 +94,7 @@ class JobRules:
         match = _ARGUMENT.fullmatch(argument)
         if match is None or not argument.isprintable():
             name = _NAME.match(argument.lstrip("+~-"))
-            raise Forbidden(
+            raise JobForbidden(
                 "An override must be `key=value` in one line. A job takes no other arguments: no `+key`, `~key`, "
                 "`key@package`, `group/key`, no flags such as `--config-dir`, and no `-m`: submit each point of a "
                 "multirun as a job of its own, or use jobs.sweep.",
@@ -108,23 +108,23 @@ class JobRules:
                 f"An override has at most {MAX_CHARACTERS} characters, and its name at most 100."
             )
         if section == "hydra":
-            raise Forbidden("A job cannot change Hydra's own settings.", rule="hydra", option=key)
+            raise JobForbidden("A job cannot change Hydra's own settings.", rule="hydra", option=key)
         if section in RESERVED:
-            raise Forbidden(
+            raise JobForbidden(
                 f"Option '{key}' belongs to the installation or to the caller's token, so a job cannot set it. Leave "
                 "it out.",
                 rule="reserved",
                 option=key,
             )
         if section == "pipeline" and rest:
-            raise Forbidden(
+            raise JobForbidden(
                 "A job runs a declared pipeline as it is: `pipeline=<name>`. Its stages are code, so they are changed "
                 "in its file.",
                 rule="stages",
                 option=key,
             )
         if "${" in argument:
-            raise Forbidden(
+            raise JobForbidden(
                 f"Option '{key}' has an interpolation `${{…}}`, which could read the head's environment. Give the "
                 "value itself.",
                 rule="interpolation",
@@ -143,13 +143,13 @@ class JobRules:
         value = override.value()
         if self._is_group(key) or key == "pipeline":
             if not isinstance(value, str) or not _CHOICE.fullmatch(value):
-                raise Forbidden(
+                raise JobForbidden(
                     f"Option '{key}' must be the name of one of its choices.", rule="choice", option=key
                 )
             return
         for name, text in _texts(key, value):
             if "${" in text or not text.isprintable():
-                raise Forbidden(
+                raise JobForbidden(
                     f"Option '{key}' has an interpolation or a control character. Give the value itself.",
                     rule="interpolation",
                     option=key,
@@ -170,8 +170,8 @@ class JobRules:
         for name, stage in (config.pipeline.stages if config.pipeline is not None else {}).items():
             try:
                 require_command(stage.command, self.settings.allowed_modules)
-            except Forbidden:
-                raise Forbidden(
+            except JobForbidden:
+                raise JobForbidden(
                     f"Stage '{name}' of this pipeline runs a module that no job may run. The operator allows the "
                     "installation's own modules with `cluster.up jobs.allowed_modules=[…]`.",
                     rule="module of a stage",
@@ -183,7 +183,7 @@ def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
     """Yield the dotted name and the text of every text in a value.
 
     Raises:
-        Forbidden: the value is a sweep, or another form of Hydra's that is no value.
+        JobForbidden: the value is a sweep, or another form of Hydra's that is no value.
     """
     match value:
         case str():
@@ -195,7 +195,7 @@ def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
             for each in value:
                 yield from _texts(name, each)
         case _ if not isinstance(value, _PLAIN):
-            raise Forbidden(
+            raise JobForbidden(
                 f"Option '{name}' has several values. Submit a job for each of them, or use jobs.sweep.",
                 rule="sweep",
                 option=name,

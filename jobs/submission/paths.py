@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from cluster.session import ClusterRecord
 from cluster.storage import is_uri
-from jobs.submission.forbidden import Forbidden
+from jobs.submission.errors import JobForbidden
 
 OF_JOBS = "jobs"
 """Folder below the storage root that options of a job may name."""
@@ -63,13 +63,13 @@ class PathRules:
         """Require that an option may have this text.
 
         Raises:
-            Forbidden: as a path, it is outside the allowed places.
+            JobForbidden: as a path, it is outside the allowed places.
         """
         reason = self._uri_problem(text) if _is_remote(text) else self._path_problem(text)
         if _STORAGE in text:
             reason = f"has the placeholder `{_STORAGE}`"
         if reason:
-            raise Forbidden(
+            raise JobForbidden(
                 f"Option '{option}' {reason}. A job reads and writes data in the project folder, in `jobs/` below the "
                 "storage root, and in places that the operator named with `cluster.up jobs.allowed_paths=[…]`.",
                 rule="path",

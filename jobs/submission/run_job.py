@@ -6,10 +6,8 @@ rights, and records the end. If another process has recorded this job's start, i
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +21,13 @@ from cluster.security.tokens.issuer import TOKEN_TTL_S
 from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, local
-from jobs.child import access_token, execute, renewed_token
+from jobs.child_process import execute
+from jobs.command_states import STOPPED
+from jobs.principal_tokens import access_token, renewed_token
 from jobs.submission import submitted
 from jobs.submission.modules import PIPELINE
 from jobs.submission.runner import ACTOR, intent_name
-from jobs.submission.submitted import STOPPED, Job
+from jobs.submission.submitted import Job
 
 INTENTS = "job_intents"
 """Folder below `keys/` with the intents that callers sent."""
@@ -58,7 +58,7 @@ def main(config: RunJobConfig) -> None:
         print(f"job {found.id} has run already")
         return
     with callers_intent(config, record, found) as variables:
-        ended = execute(command, folder=record.project_root, environment=os.environ | variables)
+        ended = execute(command, folder=record.project_root, variables=variables)
     finished = JobFinished(
         job=found.id,
         state=STOPPED if ended.was_stopped else ended.state,
@@ -76,17 +76,17 @@ def command_line(found: Job) -> list[str]:
     return [sys.executable, "-m", found.module, *folder, *found.overrides]
 
 
-@contextmanager
-def callers_intent(config: PlatformConfig, record: ClusterRecord, found: Job) -> Iterator[dict[str, str]]:
-    """Yield the variable that names the file with the job's identity: the caller's, for this module only.
+def callers_intent(
+    config: PlatformConfig, record: ClusterRecord, found: Job
+) -> AbstractContextManager[dict[str, str]]:
+    """Return a context with the variable that names the file of the job's intent: the caller's, for this module only.
 
     With the development issuer, this process creates a short-lived intent and renews it until the command ends. A
     pipeline gets an access token, because each of its commands needs its own intent. With an OIDC issuer, the caller
     sent the intent, and nobody can renew it.
     """
     if config.identity.issuer.url is not None:
-        yield {FILE_VARIABLE: str(intent_folder(record.layout) / intent_name(found.id))}
-        return
+        return nullcontext({FILE_VARIABLE: str(intent_folder(record.layout) / intent_name(found.id))})
     places, principal = record.layout, found.principal
 
     def new_token() -> str:
@@ -94,8 +94,7 @@ def callers_intent(config: PlatformConfig, record: ClusterRecord, found: Job) ->
             return access_token(places, principal)
         return mint_intent(places, principal, entrypoint=found.module, ttl_s=TOKEN_TTL_S)
 
-    with renewed_token(places, kind="job", new_token=new_token) as variables:
-        yield variables
+    return renewed_token(places, kind="job", new_token=new_token)
 
 
 def intent_folder(places: Layout) -> Path:

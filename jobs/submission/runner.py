@@ -21,14 +21,15 @@ from cluster.errors import FalajError, RefusedError, first_line
 from cluster.ledger import Ledger
 from cluster.ledger.events import JobFinished
 from cluster.ledger.store import utc_now
+from jobs.command_states import LOST, NO_RESULT, NO_START, NOT_STARTED, STOPPED
 from jobs.submission import submitted
-from jobs.submission.submitted import LOST, NOT_STARTED, STOPPED, Job
+from jobs.submission.submitted import Job
 
 ACTOR = "system:jobs"
 CHECK_S = 3.0
-"""Seconds after which a running job is looked at again."""
+"""Seconds after which a running job is checked again."""
 AFTER_ERROR_S = 10.0
-"""Seconds until a job is looked at again after an error, for example while Ray's job API does not answer."""
+"""Seconds until a job is checked again after an error, for example while Ray's job API does not answer."""
 MAX_WAIT = dt.timedelta(hours=1)
 """A job that could not be started for this time is not started later, because its caller's rights may have ended."""
 LOG = logging.getLogger("falaj.jobs")
@@ -50,7 +51,7 @@ class Jobs(Protocol):
 @dataclass(slots=True)
 class _Watched:
     job: Job
-    look_at: float = 0.0
+    check_at: float = 0.0
     """Monotonic seconds."""
 
 
@@ -84,7 +85,7 @@ class JobRunner:
         self._watched = {job.id: _Watched(job) for job in submitted.unfinished_jobs(ledger)}
 
     def watch(self, job: Job) -> None:
-        """Look at a new or a stopped job at once."""
+        """Check a new or a stopped job at once."""
         with self._lock:
             self._watched[job.id] = _Watched(job)
 
@@ -94,12 +95,12 @@ class JobRunner:
             return [watched.job for watched in self._watched.values()]
 
     def check_once(self) -> bool:
-        """Look at every job that is due, and return whether there was no error.
+        """Check every job that is due, and return whether there was no error.
 
         An error of one job does not stop the others.
         """
         with self._lock:
-            due = [watched for watched in self._watched.values() if watched.look_at <= time.monotonic()]
+            due = [watched for watched in self._watched.values() if watched.check_at <= time.monotonic()]
         is_healthy = True
         for watched in due:
             wait_s = CHECK_S
@@ -108,7 +109,7 @@ class JobRunner:
             except (FalajError, RefusedError, OSError) as error:
                 LOG.warning("job %s: %s", watched.job.id, first_line(error))
                 is_over, is_healthy, wait_s = False, False, AFTER_ERROR_S
-            watched.look_at = time.monotonic() + wait_s
+            watched.check_at = time.monotonic() + wait_s
             if is_over:
                 self._forget(watched)
         return is_healthy
@@ -126,12 +127,12 @@ class JobRunner:
                 self._jobs.stop(job.id)
             return False
         if submitted.has_started(self._ledger, job.id):
-            reason = "stopped by command" if is_stopped else "its process ended without a result"
+            reason = "stopped by command" if is_stopped else NO_RESULT
             return self._finish(job, STOPPED if is_stopped else LOST, reason)
         if is_stopped:
             return self._finish(job, STOPPED, "stopped before its start")
         if is_over:
-            return self._finish(job, NOT_STARTED, "the job ended before its start")
+            return self._finish(job, NOT_STARTED, NO_START)
         if self._clock() - job.submitted_at > MAX_WAIT:
             return self._finish(job, NOT_STARTED, "it could not be started within an hour")
         if len(self._running) < self._max_running:

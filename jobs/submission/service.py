@@ -12,11 +12,11 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import sqlalchemy as sa
 import uvicorn
@@ -24,6 +24,7 @@ from starlette.types import ASGIApp
 
 from cluster.entrypoint import job
 from cluster.errors import FalajError, RefusedError, first_line
+from cluster.host.processes import exit_at_once
 from cluster.host.signals import set_on_signal
 from cluster.ledger import Ledger, open_ledger
 from cluster.metrics import new_registry, serve_metrics
@@ -36,9 +37,9 @@ from cluster.security.tokens.trust import Trust
 from cluster.session import ClusterRecord, record_path, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import resolve
-from jobs.submission.desk import JobDesk
 from jobs.submission.http import JobApi
 from jobs.submission.metrics import JobMetrics
+from jobs.submission.operations import JobOperations
 from jobs.submission.overrides import JobRules
 from jobs.submission.paths import PathRules
 from jobs.submission.ray_jobs import SubmittedJobs
@@ -49,6 +50,7 @@ EVERY_S = 0.5
 FLUSH_S = 60.0
 RETRY_S = 2.0
 LOG = logging.getLogger("falaj.jobs")
+T = TypeVar("T")
 
 
 @job("cluster", PlatformConfig)
@@ -64,73 +66,59 @@ def main(config: PlatformConfig) -> None:
     serve_metrics(registry, port=record.ports.get("jobs_metrics"))
     refusal = "Another job service (pid {pid}) runs for {folder}. `python -m cluster.status` shows it."
     with hold_lock(Path(record_path(config.storage)).with_name("jobs.lock"), refusal):
-        ledger = wait_for_ledger(config, stopped)
-        if ledger is not None:
-            serve(config, record, ledger, metrics, stopped)
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(0)  # do not wait for a thread of Ray's client
+        ledger = retry(lambda: open_ledger(config), stopped)
+        runner = None if ledger is None else retry(lambda: new_runner(config, record, ledger), stopped)
+        if ledger is not None and runner is not None:
+            serve(job_operations(config, record, ledger, runner), record, metrics, stopped)
+    exit_at_once()  # a thread of Ray's client may wait
 
 
-def wait_for_ledger(config: PlatformConfig, stopped: threading.Event) -> Ledger | None:
-    """Open the ledger. While its database is down, try again; return None if this process is stopped."""
+def retry(call: Callable[[], T], stopped: threading.Event) -> T | None:
+    """Return a call's result. While the ledger's database is down, call again; return None if stopped."""
     while not stopped.is_set():
         try:
-            return open_ledger(config)
+            return call()
         except sa.exc.SQLAlchemyError as error:
-            LOG.warning("the ledger cannot be opened: %s", first_line(error))
+            LOG.warning("the ledger cannot be read: %s", first_line(error))
             stopped.wait(RETRY_S)
     return None
 
 
 def serve(
-    config: PlatformConfig,
-    record: ClusterRecord,
-    ledger: Ledger,
-    metrics: JobMetrics,
-    stopped: threading.Event,
+    operations: JobOperations, record: ClusterRecord, metrics: JobMetrics, stopped: threading.Event
 ) -> None:
     """Answer requests and run jobs until `stopped` is set."""
-    runner = wait_for_jobs(config, ledger, record, stopped)
-    if runner is None:
-        return
+    runner = operations.runner
     metrics.count_unfinished(lambda: len(runner.unfinished()))
-    desk = job_desk(config, record, ledger, runner)
-    keeper = start_flushing(desk.decisions, every_s=FLUSH_S, stopped=stopped)
-    with listening(JobApi(desk, record, metrics).app(), Path(record.jobs_socket)):
+    flusher = start_flushing(operations.decisions, every_s=FLUSH_S, stopped=stopped)
+    with listening(JobApi(operations, record, metrics).app(), Path(record.jobs_socket)):
         while not stopped.wait(EVERY_S):
             try:
                 if runner.check_once():
-                    metrics.last_look.set_to_current_time()
+                    metrics.last_check.set_to_current_time()
             except (sa.exc.SQLAlchemyError, FalajError, RefusedError, OSError) as error:
                 LOG.warning("the jobs could not be read: %s", first_line(error))
                 stopped.wait(RETRY_S)
-    keeper.join(RETRY_S)
+    flusher.join(RETRY_S)
 
 
-def wait_for_jobs(
-    config: PlatformConfig, ledger: Ledger, record: ClusterRecord, stopped: threading.Event
-) -> JobRunner | None:
-    """Read the unfinished jobs. While the ledger's database is down, try again; return None if stopped."""
-    while not stopped.is_set():
-        try:
-            return JobRunner(
-                ledger,
-                SubmittedJobs(record),
-                intents=intent_folder(record.layout),
-                max_running=config.jobs.max_running,
-            )
-        except sa.exc.SQLAlchemyError as error:
-            LOG.warning("the jobs cannot be read: %s", first_line(error))
-            stopped.wait(RETRY_S)
-    return None
+def new_runner(config: PlatformConfig, record: ClusterRecord, ledger: Ledger) -> JobRunner:
+    """Return what runs the jobs. It reads the unfinished jobs from the ledger."""
+    return JobRunner(
+        ledger,
+        SubmittedJobs(record),
+        intents=intent_folder(record.layout),
+        max_running=config.jobs.max_running,
+    )
 
 
-def job_desk(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, runner: JobRunner) -> JobDesk:
-    """Return what answers the requests, with the cluster's identity settings."""
+def job_operations(
+    config: PlatformConfig, record: ClusterRecord, ledger: Ledger, runner: JobRunner
+) -> JobOperations:
+    """Return the operations of callers, with the cluster's identity settings."""
     folder = config.jobs.config_dir
     settings = replace(config.jobs, config_dir=None if folder is None else resolve(folder))
-    return JobDesk(
+    return JobOperations(
         ledger=ledger,
         runner=runner,
         trust=Trust.of(config.identity.issuer, record.layout),

@@ -16,10 +16,9 @@ from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import JobFinished, JobStarted, JobStopped, JobSubmitted
 from cluster.security.tokens.principal import Principal
-from jobs.child import principal_as_json, principal_from_json
+from jobs.principal_tokens import principal_as_json, principal_from_json
 
 PENDING, RUNNING, STOPPING = "pending", "running", "stopping"
-DONE, STOPPED, LOST, NOT_STARTED = "done", "stopped", "lost", "not started"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,14 +24,14 @@ from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.guardrail import METRICS, TRUTH, score, truths
 
 _KEYS = ("request_id", "row")
-_SHADOWS = "_of_shadow"
+_SHADOW_SUFFIX = "_of_shadow"
 """Suffix of the shadow's columns in a joined frame."""
 _ANSWER = ("probability", "label", "value")
 _VALUES = {Task.binary: "probability", Task.regression: "value"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShadowFinding:
+class ShadowComparison:
     """Figures over the rows that the shadow and a served version have both answered."""
 
     version: int = 0
@@ -51,7 +51,7 @@ class ShadowFinding:
     """Up to which time the logs of predictions and outcomes are complete."""
 
 
-def compare_shadow(config: RolloutConfig, ledger: Ledger, actor: Actor, version: int) -> ShadowFinding:
+def compare_shadow(config: RolloutConfig, ledger: Ledger, actor: Actor, version: int) -> ShadowComparison:
     """Read the logs of a model, and compare its shadow with the versions that answered the same requests.
 
     Args:
@@ -68,23 +68,23 @@ def compare_shadow(config: RolloutConfig, ledger: Ledger, actor: Actor, version:
     answers = read_log(predictions, store).answers
     signature = load_signature(registry.get(config.name, version), store)
     if copies.is_empty() or answers.is_empty():
-        return ShadowFinding(version=version, metric=METRICS[signature.task], logs=ages)
+        return ShadowComparison(version=version, metric=METRICS[signature.task], logs=ages)
     numbers = answers["version"].unique().to_list()
     parsers = {
         number: OutcomeParser(load_signature(registry.get(config.name, number), store)) for number in numbers
     }
     matched = match_outcomes(answers, iter_outcomes(outcomes, store), parsers).answers
     columns = [name for name in _ANSWER if name in copies.columns]
-    joined = matched.join(copies.select(*_KEYS, *columns), on=_KEYS, suffix=_SHADOWS)
-    of_shadow = joined.select("outcome", *(pl.col(name + _SHADOWS).alias(name) for name in columns))
+    joined = matched.join(copies.select(*_KEYS, *columns), on=_KEYS, suffix=_SHADOW_SUFFIX)
+    of_shadow = joined.select("outcome", *(pl.col(name + _SHADOW_SUFFIX).alias(name) for name in columns))
     return replace(compare(joined, of_shadow, signature), version=version, logs=ages)
 
 
-def compare(served: pl.DataFrame, shadow: pl.DataFrame, signature: ModelSignature) -> ShadowFinding:
-    """Compare two frames of answers to the same rows, in the same order, with their outcomes."""
+def compare(served: pl.DataFrame, shadow: pl.DataFrame, signature: ModelSignature) -> ShadowComparison:
+    """Compare two frames of answers to the same rows, in the same order. `served` has the outcomes."""
     task, metric = signature.task, METRICS[signature.task]
     if served.is_empty():
-        return ShadowFinding(metric=metric)
+        return ShadowComparison(metric=metric)
     equal = difference = None
     if task is not Task.regression:
         labels = (truths(frame["label"], signature) for frame in (served, shadow))
@@ -94,7 +94,7 @@ def compare(served: pl.DataFrame, shadow: pl.DataFrame, signature: ModelSignatur
     truth = pl.Series(TRUTH, truths(served["outcome"], signature), dtype=pl.Float64)
     known = [frame.with_columns(truth).filter(truth.is_not_null()) for frame in (served, shadow)]
     scores = [score(frame, signature) if frame.height else None for frame in known]
-    return ShadowFinding(
+    return ShadowComparison(
         rows=served.height,
         equal_labels=equal,
         mean_difference=difference,

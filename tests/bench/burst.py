@@ -32,7 +32,7 @@ from tests.projects import scoring
 from tests.servers.polling import wait_until
 
 PER_S, SECONDS = float(os.environ.get("PER_S", "60")), float(os.environ.get("SECONDS", "30"))
-TIMES = 10
+BURST_FACTOR = 10
 CONNECTIONS = int(os.environ.get("CONNECTIONS", "256"))
 """Connections of the client. The edge closes more than 500 of one address."""
 APP = f"{scoring.MODEL}-v1"
@@ -47,15 +47,26 @@ SCALING = (
     "replica.look_back_s=3",
 )
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """A column of the table."""
+
+    metric: str
+    title: str
+    width: int = 8
+    digits: int = 0
+    """Digits after the decimal point."""
+
+
 COLUMNS = (
-    ("sent", 8, 0),
-    ("answered", 10, 0),
-    ("refused_429", 8, 0),
-    ("failed", 8, 0),
-    ("p50_ms", 9, 1),
-    ("p99_ms", 9, 1),
+    Column(metric="sent", title="sent"),
+    Column(metric="answered", title="answered", width=10),
+    Column(metric="refused_429", title="429"),
+    Column(metric="failed", title="failed"),
+    Column(metric="p50_ms", title="p50 ms", width=9, digits=1),
+    Column(metric="p99_ms", title="p99 ms", width=9, digits=1),
 )
-"""Columns of the table: metric, width, digits after the point."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,9 +81,9 @@ class Phase:
 
 PHASES = (
     Phase(name="before", per_s=PER_S, seconds=10),
-    Phase(name="burst", per_s=TIMES * PER_S, seconds=SECONDS),
+    Phase(name="burst", per_s=BURST_FACTOR * PER_S, seconds=SECONDS),
     Phase(name="after", per_s=PER_S, seconds=20),
-    Phase(name="limited", per_s=TIMES * PER_S, seconds=10, principal=LIMITED),
+    Phase(name="limited", per_s=BURST_FACTOR * PER_S, seconds=10, principal=LIMITED),
 )
 
 
@@ -126,9 +137,10 @@ def send(project: Project, phase: Phase) -> list[Sent]:
     return load.sent
 
 
-def measured(project: Project) -> Iterator[dict[str, Any]]:
+def measure(project: Project) -> Iterator[dict[str, Any]]:
     """Run the phases, print a table, and yield the figures."""
-    print(f"{'':10}{'sent':>8}{'answered':>10}{'429':>8}{'failed':>8}{'p50 ms':>9}{'p99 ms':>9}  replicas")
+    titles = "".join(f"{column.title:>{column.width}}" for column in COLUMNS)
+    print(f"{'':10}{titles}  replicas")
     for phase in PHASES:
         with Replicas(project=project) as replicas:
             sent = send(project, phase)
@@ -144,7 +156,7 @@ def measured(project: Project) -> Iterator[dict[str, Any]]:
             "replicas": max(count for _, count in replicas.counts),
         }
         over_time = ", ".join(f"{count} at {at:.0f} s" for at, count in replicas.counts)
-        row = "".join(f"{figures[name]:>{width}.{digits}f}" for name, width, digits in COLUMNS)
+        row = "".join(f"{figures[column.metric]:>{column.width}.{column.digits}f}" for column in COLUMNS)
         print(f"{phase.name:10}{row}  {over_time}", flush=True)
         for one in [one for one in sent if one.status not in (200, 429)][:5]:
             print(f"    failed after {one.took_s:.2f} s: {one.status} {one.content}")
@@ -162,8 +174,8 @@ def main() -> None:
             "serve_apps.edge.limits", f"principal={LIMITED}", f"requests_per_s={LIMIT_PER_S}", check=True
         )
         wait_until(lambda: len(running_replicas(project.record, APP)) == 1, "one replica", seconds=60)
-        print(f"base rate {PER_S:.0f}/s, burst {TIMES * PER_S:.0f}/s for {SECONDS:.0f} s")
-        results = list(measured(project))
+        print(f"base rate {PER_S:.0f}/s, burst {BURST_FACTOR * PER_S:.0f}/s for {SECONDS:.0f} s")
+        results = list(measure(project))
     output = Path(".falaj/bench/burst.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cluster.ledger.events import ScheduledRunFinished, ScheduledRunStarted
 from cluster.node.parts import Part, find_parts
 from tests.integration.conftest import refusal
+from tests.servers.polling import wait_until
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project
 
-STAMP = """
+WRITE_CALLER = """
 from dataclasses import dataclass
 
 from cluster.entrypoint import job
@@ -27,18 +27,18 @@ from cluster.settings import PlatformConfig
 
 
 @dataclass(kw_only=True, slots=True)
-class StampConfig(PlatformConfig):
+class WriteCallerConfig(PlatformConfig):
     path: str = "???"
     refuse: bool = False
 
 
-@job(None, StampConfig)
-def main(config: StampConfig) -> None:
-    actor = create_actor(config, require_running_cluster(config), open_ledger(config), entrypoint="stamp")
+@job(None, WriteCallerConfig)
+def main(config: WriteCallerConfig) -> None:
+    actor = create_actor(config, require_running_cluster(config), open_ledger(config), entrypoint="write_caller")
     with open(config.path, "a") as file:
         file.write(f"{actor.name} {actor.principal.role.value}\\n")
     if config.refuse:
-        raise RefusedError("the stamp says no")
+        raise RefusedError("the command says no")
 
 
 if __name__ == "__main__":
@@ -48,18 +48,18 @@ if __name__ == "__main__":
 EVERY_FIVE_SECONDS = """
 cron: "* * * * * */5"
 overlap: skip
-command: stamp
+command: write_caller
 parameters: {{path: {path}, refuse: {refuse}}}
 """
 
 
 def test_schedule_runs_survives_a_kill_and_names_failures(falaj_cluster: Project) -> None:
     """Slots run as jobs with the rights of the caller, and go on after `kill -9` of the scheduler."""
-    project, stamps = falaj_cluster, falaj_cluster.root / "stamps.txt"
-    (project.root / "stamp.py").write_text(STAMP)
+    project, callers = falaj_cluster, falaj_cluster.root / "callers.txt"
+    (project.root / "write_caller.py").write_text(WRITE_CALLER)
     conf = project.root / "conf" / "schedule"
     conf.mkdir(parents=True)
-    (conf / "ticks.yaml").write_text(EVERY_FIVE_SECONDS.format(path=stamps, refuse="false"))
+    (conf / "ticks.yaml").write_text(EVERY_FIVE_SECONDS.format(path=callers, refuse="false"))
     options = ("action=apply", "schedule=ticks", "identity.role=data_engineer")
     applied = project.run("jobs.schedule", "--config-dir", "conf", *options)
     assert "role data_engineer" in applied.stdout, applied.stderr
@@ -70,14 +70,14 @@ def test_schedule_runs_survives_a_kill_and_names_failures(falaj_cluster: Project
     count = len(_finished(project))
     _wait(lambda: len(_finished(project)) >= count + 2)
     assert {run["state"] for run in _finished(project)} == {"done"}
-    assert {line.split()[1] for line in stamps.read_text().splitlines()} == {"data_engineer"}
+    assert {line.split()[1] for line in callers.read_text().splitlines()} == {"data_engineer"}
     started = [entry.payload["slot"] for entry in project.ledger().entries(ScheduledRunStarted)]
     assert len(started) == len(set(started))
 
-    (conf / "ticks.yaml").write_text(EVERY_FIVE_SECONDS.format(path=stamps, refuse="true"))
+    (conf / "ticks.yaml").write_text(EVERY_FIVE_SECONDS.format(path=callers, refuse="true"))
     project.run("jobs.schedule", "--config-dir", "conf", *options, check=True)
     _wait(lambda: _finished(project)[-1]["state"] == "refused")
-    assert _finished(project)[-1]["reason"] == "refused: the stamp says no"
+    assert _finished(project)[-1]["reason"] == "refused: the command says no"
     project.run("jobs.schedule", "action=pause", "name=ticks", check=True)
     assert "last run" in project.run("jobs.schedule", check=True).stdout
     _wait(lambda: "running" not in project.run("jobs.schedule", check=True).stdout)
@@ -124,7 +124,4 @@ def _finished(project: Project) -> list[dict[str, Any]]:
 
 
 def _wait(is_reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300
-    while not is_reached():
-        assert time.monotonic() < deadline, "not reached within 300 s"
-        time.sleep(0.5)
+    wait_until(is_reached, "the state of the schedule", seconds=300)

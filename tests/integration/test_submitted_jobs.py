@@ -13,7 +13,7 @@ from cluster.ledger.events import AccessDecided, JobFinished, JobRefused, JobSta
 from cluster.node.parts import Part, find_parts
 from cluster.security.tokens.intent import write_intent
 from cluster.security.tokens.roles import Role
-from jobs.pipeline.stage.ray_jobs import RayJobs
+from jobs.ray_jobs import RayJobs
 from tests.integration.client import Client
 from tests.integration.conftest import refusal
 from tests.servers.polling import wait_until

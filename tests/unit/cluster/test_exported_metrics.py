@@ -59,7 +59,7 @@ def uploader(registry: CollectorRegistry) -> None:
 
 def scheduler(registry: CollectorRegistry) -> None:
     metrics = SchedulerMetrics(registry)
-    metrics.last_look.set_to_current_time()
+    metrics.last_check.set_to_current_time()
     metrics.show("nightly", last_success=dt.datetime(2026, 1, 1, tzinfo=dt.UTC), unfinished=1)
 
 
@@ -68,7 +68,7 @@ def jobs(registry: CollectorRegistry) -> None:
     metrics.requests.labels("submit", "202").inc()
     metrics.seconds.labels("submit").observe(0.1)
     metrics.count_unfinished(lambda: 1)
-    metrics.last_look.set_to_current_time()
+    metrics.last_check.set_to_current_time()
 
 
 PROCESSES: dict[str, Callable[[CollectorRegistry], None]] = {

@@ -33,6 +33,7 @@ from cluster.ledger.events import (
     AliasMoved,
     CheckpointSigned,
     ClusterStopped,
+    JobStarted,
     LedgerEvent,
     Subject,
     UnknownEvent,
@@ -222,6 +223,24 @@ def test_concurrent_writers_never_fork_or_lose_an_event(tmp_path: Path) -> None:
     entries = list(verify_chain(Ledger(url).entries()))
     assert len(entries) == 100
     assert len({entry.payload["cluster_id"] for entry in entries}) == 100
+
+
+def _start_jobs(url: str) -> None:
+    ledger = Ledger(url)
+    for number in range(25):
+        ledger.append_once(JobStarted(job=f"{number}"), actor="t", job=f"{number}")
+
+
+def test_concurrent_writers_append_each_event_once(tmp_path: Path) -> None:
+    """Four processes append the same 25 events. A later try returns None."""
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    writers = [forks.context().Process(target=_start_jobs, args=(url,)) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [entry.payload["job"] for entry in Ledger(url).entries()] == [f"{number}" for number in range(25)]
+    assert Ledger(url).append_once(JobStarted(job="0"), actor="t", job="0") is None
 
 
 def test_checkpoints_are_signed_every_n_events(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from jobs.pipeline.context import RunContext
 from jobs.pipeline.plan import Caller, Plan, make_plan
 from jobs.pipeline.run import Run
 from jobs.pipeline.stage.content import Platform
-from jobs.pipeline.stage.ray_jobs import JobStatus
 from jobs.pipeline.state import RunState, read_run
+from jobs.ray_jobs import JobStatus
 from tests.samples.principals import who
 
 COPY = """

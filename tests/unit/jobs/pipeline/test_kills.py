@@ -19,7 +19,8 @@ from jobs.pipeline.keys import StageRefused
 from jobs.pipeline.plan import Caller
 from jobs.pipeline.run import Run
 from jobs.pipeline.stage import outputs
-from jobs.pipeline.stage.ray_jobs import JobsUnavailable, PatientJobs
+from jobs.pipeline.stage.ray_jobs import PatientJobs
+from jobs.ray_jobs import JobsUnavailable
 from tests.samples.principals import who
 from tests.unit.jobs.pipeline.conftest import World
 

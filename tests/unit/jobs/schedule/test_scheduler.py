@@ -35,6 +35,7 @@ from jobs.schedule.listing import describe
 from jobs.schedule.scheduler import ACTOR, Scheduler
 from jobs.schedule.schedules import Schedule
 from tests.processes import forks
+from tests.servers.polling import wait_until
 
 KILLS = int(os.environ.get("FALAJ_KILLS", "3"))
 SPEED = 10.0
@@ -129,7 +130,7 @@ def test_killed_scheduler_runs_every_slot_exactly_once(url: str, tmp_path: Path)
         process = forks.context().Process(target=schedule_all, args=(url, str(tmp_path), began, stop_at + 60))
         process.start()
         if number == KILLS:
-            _wait(lambda: len(_runs(tmp_path)) >= num_slots, timeout_s=60 + num_slots)
+            wait_until(lambda: len(_runs(tmp_path)) >= num_slots, "all runs", seconds=60 + num_slots)
         else:
             time.sleep(chance.uniform(0.1, 2 * num_slots / SPEED / KILLS))
         os.kill(process.pid or 0, signal.SIGKILL)
@@ -267,13 +268,6 @@ def test_endless_command_starts_again_when_it_has_ended(url: str, tmp_path: Path
     assert not list(ledger.entries(ScheduledRunSkipped))
 
 
-def test_one_of_many_callers_appends_an_event_once(url: str) -> None:
-    """`append_once` appends one event, and returns None to all other callers."""
-    event = ScheduledRunStarted(schedule="s", slot="1", job="j")
-    appended = [Ledger(url).append_once(event, actor="t", schedule="s", slot="1") for _ in range(3)]
-    assert [entry is None for entry in appended] == [False, True, True]
-
-
 def _scheduler(url: str, folder: Path, now: str) -> Scheduler:
     """Return a scheduler whose clock stands still."""
     return Scheduler(Ledger(url), ForkedJobs(folder, url=url), clock=lambda: _at(now))
@@ -300,11 +294,4 @@ def _check_until(scheduler: Scheduler, is_reached: Callable[[], bool]) -> None:
         scheduler.check_once()
         return is_reached()
 
-    _wait(check)
-
-
-def _wait(is_reached: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_reached():
-        assert time.monotonic() < deadline, f"not reached within {timeout_s:.0f} s"
-        time.sleep(0.02)
+    wait_until(check, seconds=60)

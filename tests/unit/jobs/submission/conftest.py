@@ -23,9 +23,9 @@ from cluster.security.tokens.trust import Trust
 from cluster.session import ClusterRecord
 from cluster.settings import IssuerConfig
 from cluster.storage import Layout
-from jobs.submission.desk import JobDesk
 from jobs.submission.http import JobApi
 from jobs.submission.metrics import JobMetrics
+from jobs.submission.operations import JobOperations
 from jobs.submission.overrides import JobRules
 from jobs.submission.paths import PathRules
 from jobs.submission.runner import JobRunner
@@ -80,7 +80,7 @@ class Service:
             clock=lambda: self.now,
         )
         roots = (str(self.root / ".falaj"),)
-        self.desk = JobDesk(
+        self.operations = JobOperations(
             ledger=self.ledger,
             runner=self.runner,
             trust=Trust.of(IssuerConfig(), self.places),
@@ -97,7 +97,7 @@ class Service:
             intents=intents,
             issues_intents=True,
         )
-        api = JobApi(self.desk, record(self.root), JobMetrics(CollectorRegistry()))
+        api = JobApi(self.operations, record(self.root), JobMetrics(CollectorRegistry()))
         self.client = TestClient(api.app())
 
     def token(self, role: Role = Role.data_engineer, *, subject: str = "alice", **claims: Any) -> str:
@@ -138,8 +138,8 @@ class Service:
         self.ledger.append_once(event, actor="t", job=job)
         self.jobs.over[job] = True
 
-    def look(self) -> None:
-        """Look at every job now."""
+    def check(self) -> None:
+        """Check every job now."""
         for job in self.runner.unfinished():
             self.runner.watch(job)
         assert self.runner.check_once()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ class DoubleEdge(EdgeClient):
         self.sent: list[tuple[str, str, Any]] = []
         self._log, self._end, self._interrupted = log, end, interrupted
 
-    def ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+    def request(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         self.sent.append((method, path, body))
         is_over = self.sent.count(("GET", "/v1/jobs/job-1", None)) > 2
         return {"id": "job-1", "status": "running"} | (self._end if is_over else {})
@@ -75,7 +74,7 @@ def test_expired_token_leaves_the_job_running(capfd: pytest.CaptureFixture[str])
 
     class Expired(DoubleEdge):
         def log(self, job: str, offset: int) -> Iterator[bytes]:
-            raise submit.NotAccepted("The token has expired.")
+            raise submit.RequestRefused("The token has expired.")
 
     assert submit.follow(Expired(b"", {}), "job-1") == 1
     assert "expired. Job job-1 goes on" in capfd.readouterr().err
@@ -95,7 +94,6 @@ def test_submission_has_module_overrides_and_always_a_key(
     assert len(first["key"]) == 32
     assert second["key"] == "k"
     assert capsys.readouterr().out == "job-1\njob-1\n"
-    json.dumps(first)
 
 
 @pytest.mark.parametrize(

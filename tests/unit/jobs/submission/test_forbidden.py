@@ -12,7 +12,7 @@ import pytest
 from cluster.security.tokens.roles import Role
 from feature_jobs.store.ingestion import files
 from jobs.submission import paths
-from jobs.submission.forbidden import Forbidden
+from jobs.submission.errors import JobForbidden
 from jobs.submission.modules import COMMANDS, require_command
 from jobs.submission.overrides import RESERVED
 from jobs.submission.paths import PathRules
@@ -111,7 +111,7 @@ def test_forbidden_override_is_refused_and_recorded(service: Service, override: 
     assert (refused[0]["submitter"], refused[0]["role"]) == ("alice", "data_engineer")
     assert refused[0]["module"] == INGEST
     assert "/" not in refused[0]["option"]
-    service.look()
+    service.check()
     assert service.jobs.started == []
 
 
@@ -150,7 +150,7 @@ def test_operators_own_modules_may_run() -> None:
     for module in ("shop", "shop.jobs.nightly", "check"):
         require_command(module, ["shop.*", "check"])
     for module in ("shopping", "check.more", "cluster.up"):
-        with pytest.raises(Forbidden):
+        with pytest.raises(JobForbidden):
             require_command(module, ["shop.*", "check", "cluster.*"])
     assert {"jobs.train", "jobs.pipeline", "serve_apps.deploy", INGEST} <= COMMANDS
 
@@ -256,7 +256,7 @@ def test_texts_in_the_allowed_places_are_accepted(rules: PathRules, text: str) -
 )
 def test_texts_outside_the_allowed_places_are_refused(rules: PathRules, text: str) -> None:
     """Links count as what they point to."""
-    with pytest.raises(Forbidden, match="Option 'x'"):
+    with pytest.raises(JobForbidden, match="Option 'x'"):
         rules.check(text, option="x")
 
 
@@ -268,7 +268,7 @@ def test_allowed_bucket_does_not_allow_the_state_in_it(tmp_path: Path, text: str
     rules = PathRules(project=str(tmp_path), roots=("s3://bucket/falaj",), allowed=("s3://bucket",))
     rules.check("s3://bucket/raw/x.parquet", option="x")
     rules.check("s3://bucket/raw/*.parquet", option="x")
-    with pytest.raises(Forbidden, match="platform's own state"):
+    with pytest.raises(JobForbidden, match="platform's own state"):
         rules.check(text, option="x")
 
 

@@ -1,4 +1,4 @@
-"""What callers may do with jobs: submit, list, look at, stop, and read the log. Every request needs a valid token."""
+"""What callers do with jobs: submit, list, show and stop them. Every request needs a valid token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import FalajError, InvalidRequest, RefusedError, Unauthenticated
+from cluster.errors import InvalidRequest, RefusedError, Unauthenticated
 from cluster.host.submission import MODULE
 from cluster.ledger import Ledger
 from cluster.ledger.events import JobRefused, JobStopped
@@ -19,9 +19,9 @@ from cluster.security.authorization.policy import Action, Policy, Resource
 from cluster.security.tokens.intent import write_intent
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.trust import Trust
-from jobs.child import principal_as_json
+from jobs.principal_tokens import principal_as_json
 from jobs.submission import submitted
-from jobs.submission.forbidden import Forbidden
+from jobs.submission.errors import JobForbidden, JobNotFound, KeyTaken, TooManyJobs
 from jobs.submission.modules import MAX_NAME, PIPELINE
 from jobs.submission.overrides import JobRules
 from jobs.submission.runner import JobRunner, intent_name
@@ -34,20 +34,9 @@ MAX_REFUSED = 30
 keep the service busy with checks."""
 REFUSED_S = 60.0
 NEW, ALL = "new", "*"
+"""Names, in the policies, of a job that does not exist yet, and of all jobs."""
 _FIELDS = frozenset({"module", "overrides", "key", "intent"})
 _BEARER = "bearer "
-
-
-class JobNotFound(FalajError):
-    """HTTP 404."""
-
-
-class KeyTaken(FalajError):
-    """HTTP 409: the client key belongs to a job with other content."""
-
-
-class TooManyJobs(FalajError):
-    """HTTP 429."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +59,8 @@ class Accepted:
 
 
 @dataclass(kw_only=True, slots=True)
-class JobDesk:
-    """Answers callers' requests. It is thread-safe."""
+class JobOperations:
+    """The operations of callers on jobs. It is thread-safe."""
 
     ledger: Ledger
     runner: JobRunner
@@ -88,9 +77,10 @@ class JobDesk:
     """Whether the platform's own issuer creates intents. If not, each caller sends one."""
     clock: Callable[[], float] = time.time
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _composing: threading.Lock = field(default_factory=threading.Lock)
-    """Hydra composes one configuration at a time."""
-    _refused: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
+    _hydra_lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while Hydra composes a configuration: it does one at a time."""
+    _refused_at: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
+    """Times of the last refused requests of each subject."""
 
     def authenticate(self, authorization: str | None) -> Principal:
         """Return the principal of an Authorization header.
@@ -111,17 +101,17 @@ class JobDesk:
 
         Raises:
             AccessDenied: the caller may not submit jobs.
-            Forbidden: no caller may submit this job. An event records it.
+            JobForbidden: no caller may submit this job. An event records it.
             InvalidRequest, ConfigError: the request is wrong.
             KeyTaken, TooManyJobs: see there.
         """
         self._check(principal, Action.submit_jobs, self._resource(NEW, submitter=principal.subject))
-        self._refuse_too_many_refusals(principal)
+        self._limit_refusals(principal)
         try:
-            request = self._checked(principal, body)
+            request = self._validate(principal, body)
         except RefusedError:
             with self._lock:
-                self._refused[principal.subject].append(self.clock())
+                self._refused_at[principal.subject].append(self.clock())
             raise
         with self._lock:
             return self._accept(principal, request)
@@ -132,9 +122,9 @@ class JobDesk:
         Raises:
             AccessDenied: the caller may see none.
         """
-        everyones = self._resource(ALL, submitter="")
+        all_jobs = self._resource(ALL, submitter="")
         sees_all = self.policy.decide(
-            principal, Action.read_jobs, everyones, environment=self.environment
+            principal, Action.read_jobs, all_jobs, environment=self.environment
         ).allowed
         if not sees_all:
             self._check(principal, Action.read_jobs, self._resource(ALL, submitter=principal.subject))
@@ -183,13 +173,13 @@ class JobDesk:
         """Return a job, or all jobs of a submitter, as the target of an action."""
         return Resource(kind="job", name=name, registered_by=submitter, tenant=tenant, region=self.region)
 
-    def _checked(self, principal: Principal, body: object) -> Submission:
-        """Return the submission in a body that may be accepted."""
+    def _validate(self, principal: Principal, body: object) -> Submission:
+        """Return the submission in a body, if the rules of this installation allow it."""
         request = parse(body)
         try:
-            with self._composing:
+            with self._hydra_lock:
                 self.rules.check(request.module, request.overrides)
-        except Forbidden as error:
+        except JobForbidden as error:
             self._record_refusal(principal, request.module, error)
             raise
         self._check_intent(principal, request)
@@ -212,7 +202,7 @@ class JobDesk:
                     "overrides or another role or purpose."
                 )
             return Accepted(job=existing, is_new=False)
-        self._refuse_too_many(principal)
+        self._limit_jobs(principal)
         if request.intent is not None:
             self.intents.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_intent(self.intents / intent_name(job), request.intent)
@@ -250,7 +240,7 @@ class JobDesk:
         if principal_as_json(intent.principal) != principal_as_json(principal):
             raise Unauthenticated("The intent's subject, role, purpose, tenant or scope is not your token's.")
 
-    def _refuse_too_many(self, principal: Principal) -> None:
+    def _limit_jobs(self, principal: Principal) -> None:
         limits, unfinished = self.rules.settings, self.runner.unfinished()
         mine = sum(job.submitter == principal.subject for job in unfinished)
         if mine >= limits.max_per_caller:
@@ -263,17 +253,17 @@ class JobDesk:
                 f"This installation runs at most {limits.max_unfinished} jobs at a time. Try again."
             )
 
-    def _refuse_too_many_refusals(self, principal: Principal) -> None:
+    def _limit_refusals(self, principal: Principal) -> None:
         with self._lock:
-            recent, now = self._refused[principal.subject], self.clock()
+            recent, now = self._refused_at[principal.subject], self.clock()
             while recent and recent[0] < now - REFUSED_S:
                 recent.popleft()
             if len(recent) >= MAX_REFUSED:
                 raise TooManyJobs(f"{MAX_REFUSED} refused requests in {REFUSED_S:.0f} s. Try again later.")
             if not recent:
-                del self._refused[principal.subject]
+                del self._refused_at[principal.subject]
 
-    def _record_refusal(self, principal: Principal, module: str, error: Forbidden) -> None:
+    def _record_refusal(self, principal: Principal, module: str, error: JobForbidden) -> None:
         refused = JobRefused(
             submitter=principal.subject,
             role=principal.role.value,
@@ -305,7 +295,7 @@ def parse(body: object) -> Submission:
     return Submission(module=module, overrides=list(overrides), key=key, intent=intent)
 
 
-def describe(job: Job, state: JobState) -> dict[str, Any]:
+def as_json(job: Job, state: JobState) -> dict[str, Any]:
     """Return a job as JSON."""
     ended = {"exit_code": state.exit_code, "seconds": state.seconds, "reason": state.reason}
     return {

@@ -1,0 +1,111 @@
+"""Run a command as a child process: of a schedule, or of a submitted job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster import entrypoint
+from cluster.host.signals import set_on_signal
+from jobs.command_states import DONE, FAILED, REFUSED
+
+STOP_S = 10.0
+"""Seconds that a child has to end by itself."""
+ERROR_CHARACTERS = 500
+"""Longest stored line of a child's errors."""
+_STOPPED = "the job was stopped"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """How a child ended."""
+
+    exit_code: int
+    state: str
+    """`DONE`, `REFUSED` or `FAILED`."""
+    seconds: float
+    reason: str
+    """Why it was ended, or the last line of its errors; "" after a success."""
+    was_stopped: bool
+    """Whether it was ended because this process was stopped."""
+
+
+def execute(
+    command: Sequence[str], *, folder: str, variables: Mapping[str, str], timeout_s: float | None = None
+) -> Ended:
+    """Run a command, and return how it ended. If this process gets SIGTERM or SIGINT, the child is ended.
+
+    Args:
+        command: Program and arguments.
+        folder: Folder to run in.
+        variables: Added to the environment of this process.
+        timeout_s: Seconds after which the child is ended.
+    """
+    begun, stopped = time.monotonic(), threading.Event()
+    set_on_signal([signal.SIGTERM, signal.SIGINT], stopped)
+    child = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=os.environ | variables,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    errors = ErrorOutput(child)
+    code, reason = wait(child, stopped, deadline=None if timeout_s is None else begun + timeout_s)
+    errors.join()
+    state = {0: DONE, entrypoint.REFUSED: REFUSED}.get(code, FAILED)
+    return Ended(
+        exit_code=code,
+        state=FAILED if reason else state,
+        seconds=round(time.monotonic() - begun, 3),
+        reason=reason or ("" if code == 0 else errors.last_line),
+        was_stopped=reason == _STOPPED,
+    )
+
+
+class ErrorOutput(threading.Thread):
+    """Thread that copies a child's standard error to this process's, and stores the last line."""
+
+    def __init__(self, child: subprocess.Popen[str]) -> None:
+        super().__init__(daemon=True)
+        self._child = child
+        self.last_line = ""
+        self.start()
+
+    def run(self) -> None:
+        assert self._child.stderr is not None
+        for line in self._child.stderr:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            self.last_line = line.strip()[:ERROR_CHARACTERS] or self.last_line
+
+
+def wait(
+    child: subprocess.Popen[str], stopped: threading.Event, *, deadline: float | None
+) -> tuple[int, str]:
+    """Wait for a child. End it if this process is stopped, or at the deadline.
+
+    Returns:
+        The exit code, and why the child was ended, or "".
+    """
+    reason = ""
+    while child.poll() is None:
+        if stopped.wait(0.2):
+            reason = _STOPPED
+        elif deadline is not None and time.monotonic() > deadline:
+            reason = "it ran longer than schedule.timeout_s"
+        if reason:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(STOP_S)
+            child.kill()
+    return child.wait(), reason
