@@ -102,7 +102,9 @@ class JobApi:
         if self._submitting[subject] >= MAX_SUBMITTING or self._submitting.total() >= MAX_ALL_SUBMITTING:
             raise TooManyJobs("Too many submissions are checked at the same time. Try again.")
         self._submitting[subject] += 1
-        check = asyncio.get_running_loop().run_in_executor(self._checkers, self._operations.submit, principal, body)
+        check = asyncio.get_running_loop().run_in_executor(
+            self._checkers, self._operations.submit, principal, body
+        )
         check.add_done_callback(lambda _: self._has_submitted(subject))  # also if the client has gone
         accepted = await check
         state = await asyncio.to_thread(self._operations.state, accepted.job.id)
