@@ -139,7 +139,7 @@ def stop_and_resume(project: Project, folder: Path) -> None:
     write_pipeline(folder, least=500)
     planned = run(project, folder, "jobs.pipeline", "pipeline=own", "action=plan")
     assert "9 stages, no faults" in planned.stdout, planned.stderr
-    stopped = run(project, folder, "jobs.pipeline", "pipeline=own", "run=first")
+    stopped = run(project, folder, "jobs.pipeline", "pipeline=own", "run=own-1")
     assert "'fleet' does not meet a requirement: entities is 400, but must be >= 500" in refusal(stopped)
     assert states(project, "own")["ingest"] == "waiting"
 
@@ -149,7 +149,7 @@ def stop_and_resume(project: Project, folder: Path) -> None:
     assert states(project, "own") == dict.fromkeys(STAGES, "done")
     ends = [entry.payload for entry in project.ledger().entries(PipelineFinished)]
     own = [(end["run"], end["state"]) for end in ends if end["pipeline"] == "own"]
-    assert own == [("first", "failed"), ("first", "done")]
+    assert own == [("own-1", "failed"), ("own-1", "done")]
 
 
 def require_reaction_to_drift(project: Project, folder: Path) -> None:

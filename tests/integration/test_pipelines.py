@@ -20,6 +20,8 @@ from tests.integration.test_ray_jobs import ARITHMETIC, DEFINITIONS, job_details
 from tests.servers.polling import wait_until
 
 if TYPE_CHECKING:
+    from cluster.ledger import Ledger
+    from cluster.ledger.events.base import LedgerEvent
     from tests.integration.conftest import Project
 
 CHECK = """
@@ -107,20 +109,22 @@ def states(project: Project, name: str = "loans") -> dict[str, str]:
     return {name: stage.state.value for name, stage in run.stages.items()}
 
 
+def own_events(ledger: Ledger, kind: type[LedgerEvent]) -> list[dict[str, Any]]:
+    """Return the events of the pipeline `loans`. Other tests run other pipelines on the same cluster."""
+    return [dict(entry.payload) for entry in ledger.entries(kind) if entry.payload["pipeline"] == "loans"]
+
+
 def require_events(project: Project) -> None:
     """Require the events of a run that failed, was corrected and was resumed."""
     ledger = project.ledger()
     assert newest_run(ledger, "loans") == "first"
-    finished = [
-        entry.payload for entry in ledger.entries(PipelineFinished) if entry.payload["pipeline"] == "loans"
-    ]
-    assert [event["state"] for event in finished] == ["failed", "done"]
-    attempts = [entry.payload["stage"] for entry in ledger.entries(StageStarted)]
+    assert [event["state"] for event in own_events(ledger, PipelineFinished)] == ["failed", "done"]
+    attempts = [event["stage"] for event in own_events(ledger, StageStarted)]
     assert sorted(attempts) == sorted([*STAGES, "check"])  # the check ran again, because it had failed
 
     details = job_details(project, "loans-first-train-1")
     assert details["metadata"] == {"pipeline": "loans", "run": "first", "stage": "train"}
-    results = {entry.payload["stage"]: entry.payload["result"] for entry in ledger.entries(StageFinished)}
+    results = {event["stage"]: event["result"] for event in own_events(ledger, StageFinished)}
     assert results["ingest"] == {"rows_in": 400, "rows_stored": 400, "rows_quarantined": 0}
     assert results["training_set"]["rows"] == 400
     assert results["train"]["version"] == 1

@@ -64,7 +64,7 @@ def test_trigger_that_fails_stops_no_other_schedule(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
     """An unknown protocol, or an object store without a login, raises an error of its library. Before, it ended the
-    scheduler again and again. `last_look` shows the error."""
+    scheduler again and again. `last_check` shows the error."""
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(variable, raising=False)
@@ -74,7 +74,7 @@ def test_trigger_that_fails_stops_no_other_schedule(
     scheduler = Scheduler(ledger, NoJobs(), clock=lambda: later)
     scheduler.check_once()
     assert due(ledger) == {"whole"}
-    assert scheduler._metrics.last_look._value.get() == 0
+    assert scheduler._metrics.last_check._value.get() == 0
 
 
 def test_unknown_protocol_is_refused_when_the_schedule_is_applied() -> None:

@@ -25,7 +25,7 @@ def test_deep_values_are_a_mistake(service: Service, value: str) -> None:
         service.call("POST", body={"module": INGEST, "overrides": [f"view={value}"]}) for _ in range(2)
     ]
     assert [status for status, _ in answers] == [400, 400], answers
-    assert [len(times) for times in service.desk._refused.values()] == [2]
+    assert [len(times) for times in service.operations._refused.values()] == [2]
 
 
 def test_all_overrides_together_have_a_limit(service: Service) -> None:
@@ -41,13 +41,13 @@ def test_all_overrides_together_have_a_limit(service: Service) -> None:
 def test_slow_checks_delay_no_other_request(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a caller's submissions are checked, jobs are listed and stopped. A fifth submission of the caller gets 429,
     and another caller's is accepted afterwards."""
-    checked, submit = threading.Event(), type(service.desk).submit
+    checked, submit = threading.Event(), type(service.operations).submit
 
     def slow_submit(*arguments: Any) -> Any:
         checked.wait(30)
         return submit(*arguments)
 
-    monkeypatch.setattr(type(service.desk), "submit", slow_submit)
+    monkeypatch.setattr(type(service.operations), "submit", slow_submit)
     answers: list[int] = []
     with service.client:  # one event loop for all requests, as in the service
         threads = [
