@@ -33,6 +33,9 @@ MAX_REFUSED = 30
 """A caller with this many refused requests in `REFUSED_S` gets 429, so that nobody can fill the ledger with events, or
 keep the service busy with checks."""
 REFUSED_S = 60.0
+MAX_NEW = 60
+"""A caller with this many new jobs in `REFUSED_S` gets 429. Each new job is up to four events, also if it is stopped at
+once."""
 NEW, ALL = "new", "*"
 _FIELDS = frozenset({"module", "overrides", "key", "intent"})
 _BEARER = "bearer "
@@ -91,6 +94,7 @@ class JobDesk:
     _composing: threading.Lock = field(default_factory=threading.Lock)
     """Hydra composes one configuration at a time."""
     _refused: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
+    _new: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
 
     def authenticate(self, authorization: str | None) -> Principal:
         """Return the principal of an Authorization header.
@@ -116,7 +120,7 @@ class JobDesk:
             KeyTaken, TooManyJobs: see there.
         """
         self._check(principal, Action.submit_jobs, self._resource(NEW, submitter=principal.subject))
-        self._refuse_too_many_refusals(principal)
+        self._refuse_too_frequent(principal)
         try:
             request = self._checked(principal, body)
         except RefusedError:
@@ -220,6 +224,7 @@ class JobDesk:
             job, principal, request.module, request.overrides, config_dir=self.rules.settings.config_dir
         )
         self.ledger.append_once(event, actor=principal.subject, job=job)
+        self._new[principal.subject].append(self.clock())
         found = submitted.find(self.ledger, job)
         assert found is not None
         self.runner.watch(found)
@@ -263,15 +268,17 @@ class JobDesk:
                 f"This installation runs at most {limits.max_unfinished} jobs at a time. Try again."
             )
 
-    def _refuse_too_many_refusals(self, principal: Principal) -> None:
+    def _refuse_too_frequent(self, principal: Principal) -> None:
+        counts = (("refused requests", self._refused, MAX_REFUSED), ("new jobs", self._new, MAX_NEW))
         with self._lock:
-            recent, now = self._refused[principal.subject], self.clock()
-            while recent and recent[0] < now - REFUSED_S:
-                recent.popleft()
-            if len(recent) >= MAX_REFUSED:
-                raise TooManyJobs(f"{MAX_REFUSED} refused requests in {REFUSED_S:.0f} s. Try again later.")
-            if not recent:
-                del self._refused[principal.subject]
+            for of_what, times, limit in counts:
+                recent, now = times[principal.subject], self.clock()
+                while recent and recent[0] < now - REFUSED_S:
+                    recent.popleft()
+                if len(recent) >= limit:
+                    raise TooManyJobs(f"{limit} {of_what} in {REFUSED_S:.0f} s. Try again later.")
+                if not recent:
+                    del times[principal.subject]
 
     def _record_refusal(self, principal: Principal, module: str, error: Forbidden) -> None:
         refused = JobRefused(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from jobs.submission.desk import MAX_NEW, REFUSED_S
 from jobs.submission.http import MAX_SUBMITTING
 from jobs.submission.overrides import MAX_ALL_CHARACTERS
 from tests.unit.jobs.submission.conftest import APPLY
@@ -66,3 +67,18 @@ def test_slow_checks_delay_no_other_request(service: Service, monkeypatch: pytes
             thread.join()
         assert sorted(answers) == [202] * MAX_SUBMITTING + [429]
         assert service.call("POST", body=APPLY, subject="bob")[0] == 202
+
+
+def test_jobs_that_are_stopped_at_once_have_a_limit(service: Service) -> None:
+    """Such jobs are finished, so their number is not limited otherwise, and each is three events or more."""
+    statuses = []
+    for _ in range(MAX_NEW + 2):
+        status, content = service.call("POST", body=APPLY)
+        statuses.append(status)
+        if status == 202:
+            service.call("DELETE", f"/v1/jobs/{content['id']}")
+            service.look()
+    assert statuses == [202] * MAX_NEW + [429] * 2
+    assert service.call("POST", body=APPLY, subject="bob")[0] == 202
+    service.desk.clock = lambda: time.time() + REFUSED_S
+    assert service.call("POST", body=APPLY)[0] == 202
