@@ -55,6 +55,9 @@ _INTENT = re.compile(r"[A-Za-z0-9_.]{1,100}-[0-9a-f]{32}\.jwt")
 _SERVICE = "service:"
 _WORDS = re.compile(r"[A-Za-z ]{1,32}")
 MAX_PARTS = 32
+MAX_TUNNELS = 256
+"""Largest number of connections from nodes to the dashboard and the job service. Callers open them, and nodes need the
+other connections (`transport.MAX_CONNECTIONS`) for reports and keys."""
 LEAVE_REASONS = ("left", "down", "failed")
 DASHBOARD, JOBS = "dashboard", "jobs"
 """Services on the head that a node is connected to."""
@@ -97,6 +100,7 @@ class NodeService:
     """Monotonic seconds at which this service admitted a node."""
     _started_at: float = field(init=False)
     _joining: threading.Lock = field(default_factory=threading.Lock)
+    _tunnels: threading.Semaphore = field(default_factory=lambda: threading.BoundedSemaphore(MAX_TUNNELS))
 
     def __post_init__(self) -> None:
         self._started_at = self.clock()
@@ -108,7 +112,17 @@ class NodeService:
         try:
             while (request := receive(connection, idle_s=idle_s, read_s=READ_S)) is not None:
                 if (service := request.get("op")) in (DASHBOARD, JOBS):
-                    self._connect_to(str(service), connection, peer)
+                    if self._tunnels.acquire(blocking=False):
+                        try:
+                            self._connect_to(str(service), connection, peer)
+                        finally:
+                            self._tunnels.release()
+                    else:
+                        LOG.warning(
+                            "%d nodes' connections to the %s are open: one more was refused",
+                            MAX_TUNNELS,
+                            service,
+                        )
                     return
                 answer = self.metrics.measure(request, functools.partial(self.answer, peer=peer))
                 send(connection, answer, timeout_s=READ_S)

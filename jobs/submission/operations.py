@@ -33,6 +33,9 @@ MAX_REFUSED = 30
 """A caller with this many refused requests in `REFUSED_S` gets 429, so that nobody can fill the ledger with events, or
 keep the service busy with checks."""
 REFUSED_S = 60.0
+MAX_NEW = 60
+"""A caller with this many new jobs in `REFUSED_S` gets 429. Each new job is up to four events, also if it is stopped at
+once."""
 NEW, ALL = "new", "*"
 """Names, in the policies, of a job that does not exist yet, and of all jobs."""
 _FIELDS = frozenset({"module", "overrides", "key", "intent"})
@@ -81,6 +84,8 @@ class JobOperations:
     """Held while Hydra composes a configuration: it does one at a time."""
     _refused_at: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
     """Times of the last refused requests of each subject."""
+    _accepted_at: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
+    """Times of the last new jobs of each subject."""
 
     def authenticate(self, authorization: str | None) -> Principal:
         """Return the principal of an Authorization header.
@@ -106,7 +111,7 @@ class JobOperations:
             KeyTaken, TooManyJobs: see there.
         """
         self._check(principal, Action.submit_jobs, self._resource(NEW, submitter=principal.subject))
-        self._limit_refusals(principal)
+        self._limit_frequency(principal)
         try:
             request = self._validate(principal, body)
         except RefusedError:
@@ -210,6 +215,7 @@ class JobOperations:
             job, principal, request.module, request.overrides, config_dir=self.rules.settings.config_dir
         )
         self.ledger.append_once(event, actor=principal.subject, job=job)
+        self._accepted_at[principal.subject].append(self.clock())
         found = submitted.find(self.ledger, job)
         assert found is not None
         self.runner.watch(found)
@@ -253,15 +259,20 @@ class JobOperations:
                 f"This installation runs at most {limits.max_unfinished} jobs at a time. Try again."
             )
 
-    def _limit_refusals(self, principal: Principal) -> None:
+    def _limit_frequency(self, principal: Principal) -> None:
+        counts = (
+            ("refused requests", self._refused_at, MAX_REFUSED),
+            ("new jobs", self._accepted_at, MAX_NEW),
+        )
         with self._lock:
-            recent, now = self._refused_at[principal.subject], self.clock()
-            while recent and recent[0] < now - REFUSED_S:
-                recent.popleft()
-            if len(recent) >= MAX_REFUSED:
-                raise TooManyJobs(f"{MAX_REFUSED} refused requests in {REFUSED_S:.0f} s. Try again later.")
-            if not recent:
-                del self._refused_at[principal.subject]
+            for of_what, times, limit in counts:
+                recent, now = times[principal.subject], self.clock()
+                while recent and recent[0] < now - REFUSED_S:
+                    recent.popleft()
+                if len(recent) >= limit:
+                    raise TooManyJobs(f"{limit} {of_what} in {REFUSED_S:.0f} s. Try again later.")
+                if not recent:
+                    del times[principal.subject]
 
     def _record_refusal(self, principal: Principal, module: str, error: JobForbidden) -> None:
         refused = JobRefused(

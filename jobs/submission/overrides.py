@@ -190,6 +190,7 @@ def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
             yield name, value
         case dict():
             for key, each in value.items():
+                yield from _texts(name, key)  # a command could use it as a path
                 yield from _texts(f"{name}.{key}", each)
         case list():
             for each in value:

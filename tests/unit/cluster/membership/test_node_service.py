@@ -201,7 +201,8 @@ def test_dashboard_is_reachable_on_the_nodes_loopback(head: Head) -> None:
 
 
 def test_job_service_is_reachable_at_the_nodes_own_socket(head: Head) -> None:
-    """Only the owner may connect. While the job service is down, a connection ends without an answer."""
+    """Only the owner may connect. While the job service is down, or too many connections to it are open, a connection
+    ends without an answer. The node's other requests are answered then, too."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         _, client = head.join()
         head.service.record = replace(head.record, runtime_dir=folder)
@@ -218,6 +219,10 @@ def test_job_service_is_reachable_at_the_nodes_own_socket(head: Head) -> None:
                 answering.start()
                 assert ask_socket(path) == b"hello"
                 answering.join(10)
+                head.service._tunnels = threading.BoundedSemaphore(1)
+                head.service._tunnels.acquire()
+                assert ask_socket(path) == b""
+                assert client.request("nodes")
             assert path.stat().st_mode & 0o777 == 0o600
         finally:
             stopped.set()

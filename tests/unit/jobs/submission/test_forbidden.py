@@ -94,6 +94,7 @@ FORBIDDEN = {
     "source.path=conf/*": "path",
     "source.path=data/*.pem": "path",
     "view=[income,/etc/passwd]": "path",
+    "view={/etc/passwd: 1}": "path",
     "definitions=os": "module of an option",
     "definitions=feature_jobs._private": "module of an option",
     "definitions=../evil": "module of an option",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from jobs.submission.desk import MAX_NEW, REFUSED_S
 from jobs.submission.http import MAX_SUBMITTING
 from jobs.submission.overrides import MAX_ALL_CHARACTERS
 from tests.unit.jobs.submission.conftest import APPLY
@@ -25,7 +26,7 @@ def test_deep_values_are_a_mistake(service: Service, value: str) -> None:
         service.call("POST", body={"module": INGEST, "overrides": [f"view={value}"]}) for _ in range(2)
     ]
     assert [status for status, _ in answers] == [400, 400], answers
-    assert [len(times) for times in service.operations._refused.values()] == [2]
+    assert [len(times) for times in service.operations._refused_at.values()] == [2]
 
 
 def test_all_overrides_together_have_a_limit(service: Service) -> None:
@@ -66,3 +67,18 @@ def test_slow_checks_delay_no_other_request(service: Service, monkeypatch: pytes
             thread.join()
         assert sorted(answers) == [202] * MAX_SUBMITTING + [429]
         assert service.call("POST", body=APPLY, subject="bob")[0] == 202
+
+
+def test_jobs_that_are_stopped_at_once_have_a_limit(service: Service) -> None:
+    """Such jobs are finished, so their number is not limited otherwise, and each is three events or more."""
+    statuses = []
+    for _ in range(MAX_NEW + 2):
+        status, content = service.call("POST", body=APPLY)
+        statuses.append(status)
+        if status == 202:
+            service.call("DELETE", f"/v1/jobs/{content['id']}")
+            service.look()
+    assert statuses == [202] * MAX_NEW + [429] * 2
+    assert service.call("POST", body=APPLY, subject="bob")[0] == 202
+    service.operations.clock = lambda: time.time() + REFUSED_S
+    assert service.call("POST", body=APPLY)[0] == 202
