@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from jobs.submission.desk import MAX_NEW, REFUSED_S
 from jobs.submission.http import MAX_SUBMITTING
+from jobs.submission.operations import MAX_NEW, REFUSED_S
 from jobs.submission.overrides import MAX_ALL_CHARACTERS
 from tests.unit.jobs.submission.conftest import APPLY
 
@@ -77,7 +77,7 @@ def test_jobs_that_are_stopped_at_once_have_a_limit(service: Service) -> None:
         statuses.append(status)
         if status == 202:
             service.call("DELETE", f"/v1/jobs/{content['id']}")
-            service.look()
+            service.check()
     assert statuses == [202] * MAX_NEW + [429] * 2
     assert service.call("POST", body=APPLY, subject="bob")[0] == 202
     service.operations.clock = lambda: time.time() + REFUSED_S
