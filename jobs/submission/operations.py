@@ -267,7 +267,7 @@ class JobOperations:
         with self._lock:
             for of_what, times, limit in counts:
                 recent, now = times[principal.subject], self.clock()
-                while recent and recent[0] < now - REFUSED_S:
+                while recent and not now - REFUSED_S <= recent[0] <= now:  # later: the clock was set back
                     recent.popleft()
                 if len(recent) >= limit:
                     raise TooManyJobs(f"{limit} {of_what} in {REFUSED_S:.0f} s. Try again later.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from jobs.submission.http import MAX_SUBMITTING
-from jobs.submission.operations import MAX_NEW, REFUSED_S
+from jobs.submission.operations import MAX_NEW
 from jobs.submission.overrides import MAX_ALL_CHARACTERS
 from tests.unit.jobs.submission.conftest import APPLY
 
@@ -70,7 +70,8 @@ def test_slow_checks_delay_no_other_request(service: Service, monkeypatch: pytes
 
 
 def test_jobs_that_are_stopped_at_once_have_a_limit(service: Service) -> None:
-    """Such jobs are finished, so their number is not limited otherwise, and each is three events or more."""
+    """Such jobs are finished, so nothing else limits their number, and each is three events or more. The limit ends
+    if the clock is set back."""
     statuses = []
     for _ in range(MAX_NEW + 2):
         status, content = service.call("POST", body=APPLY)
@@ -80,5 +81,6 @@ def test_jobs_that_are_stopped_at_once_have_a_limit(service: Service) -> None:
             service.check()
     assert statuses == [202] * MAX_NEW + [429] * 2
     assert service.call("POST", body=APPLY, subject="bob")[0] == 202
-    service.operations.clock = lambda: time.time() + REFUSED_S
-    assert service.call("POST", body=APPLY)[0] == 202
+    for moved_s in (-24 * 3600, 0.0):
+        service.operations.clock = lambda moved_s=moved_s: time.time() + moved_s
+        assert service.call("POST", body=APPLY)[0] == 202
