@@ -27,7 +27,7 @@ from tests.nodes.failures import FAILURES, VICTIM, Failure, with_movable_clock
 from tests.nodes.falaj import Falaj
 from tests.nodes.report import table, write_report
 from tests.nodes.three_nodes import ThreeNodes, three_computers
-from tests.nodes.trial import BEFORE_S, run_trial
+from tests.nodes.trial import BEFORE_S, Trial, run_trial
 from tests.projects import scoring
 
 PREDICT_PER_S, PUSH_PER_S = 20.0, 4.0
@@ -65,6 +65,7 @@ def chosen() -> list[Failure]:
 def measure(system: Falaj | ray_serve.RayServe, failure: Failure) -> dict[str, Any]:
     """Let one failure happen, and return its figures."""
     trial = run_trial(system, failure, system.load(), per_s=system.per_s)
+    keep_requests(trial, OUTPUT.parent / "chaos_nodes" / f"{type(system).__name__}_{failure.name}.csv")
     figures = {**asdict(trial.outcome), "repair_s": trial.repair_s, **asdict(system.lost(trial.sent))}
     if failure.name == "head" and isinstance(system, Falaj):
         figures |= measure_deploy(system, failure)
@@ -94,6 +95,17 @@ def measure_deploy(system: Falaj, failure: Failure) -> dict[str, Any]:
         "deploy_failed_elsewhere": trial.outcome.failed_elsewhere,
         "deploy_lost": lost.records + lost.pushes,
     }
+
+
+def keep_requests(trial: Trial, path: Path) -> None:
+    """Write all requests of a trial to a file, to find out when answers were late. Times are relative to the first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first = min(one.at for one in trial.sent)
+    lines = (
+        f"{one.at - first:.3f},{one.took_s:.3f},{one.server},{one.kind},{one.status}\n"
+        for one in sorted(trial.sent, key=lambda one: one.at)
+    )
+    path.write_text("sent_s,took_s,server,kind,status\n" + "".join(lines))
 
 
 def keep_logs(cluster: ThreeNodes, folder: Path) -> None:
