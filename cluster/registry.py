@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from cluster.artifact import (
     verify_files,
 )
 from cluster.errors import ArtifactTampered, ModelNotFound, did_you_mean
+from cluster.known_fields import known_fields
 from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import AliasMoved, ArtifactRefused, ModelRegistered
@@ -265,16 +266,10 @@ class Registry:
         return ModelVersion(
             **event
             | {
-                "lineage": _lineage(event["lineage"]),
+                "lineage": Lineage(**known_fields(Lineage, event["lineage"])),
                 "uri": self._storage.model(event["name"], event["version"]),
             }
         )
-
-
-def _lineage(recorded: Mapping[str, Any]) -> Lineage:
-    """Return a recorded lineage. Events of other releases may have other fields, which are left out."""
-    known = {part.name for part in fields(Lineage)}
-    return Lineage(**{name: value for name, value in recorded.items() if name in known})
 
 
 def _create_folder(uri: str) -> bool:

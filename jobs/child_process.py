@@ -102,7 +102,7 @@ def wait(
         if stopped.wait(0.2):
             reason = _STOPPED
         elif deadline is not None and time.monotonic() > deadline:
-            reason = "it ran longer than schedule.timeout_s"
+            reason = "it ran longer than timeout_s"
         if reason:
             child.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):

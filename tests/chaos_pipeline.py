@@ -2,7 +2,7 @@
 
 During one stage, the process that leads the run is killed. During the next one, the stage's own process is killed. If
 the run has ended, the same command runs again, until the demo is done. Both summaries must have the same results, and
-another run must have nothing to do. It takes about twenty minutes.
+another run must have nothing to do.
 
     SEED=2 kills at other moments.
 """

@@ -23,6 +23,7 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from cluster.errors import CommitConflict, RecordLogCorrupt
 from cluster.host.fsync import sync_file, sync_folder
+from cluster.known_fields import known_fields
 from cluster.records.columns import LINE, SEGMENT, schema, to_record
 from cluster.security.encryption.parquet import ProtectedFiles, Protection
 from cluster.storage import file_system, is_uri
@@ -183,7 +184,7 @@ class LogTable:
         """Return all compactions by table version."""
         history = [] if self._table is None else self._table.history()
         return {
-            int(entry["version"]): Compaction(**json.loads(entry[_METADATA_KEY]))
+            int(entry["version"]): Compaction(**known_fields(Compaction, json.loads(entry[_METADATA_KEY])))
             for entry in history
             if _METADATA_KEY in entry
         }

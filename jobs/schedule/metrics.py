@@ -6,15 +6,15 @@ import datetime as dt
 
 from prometheus_client import CollectorRegistry, Gauge
 
+from cluster.metrics import success_gauge
+
 
 class SchedulerMetrics:
     """Whether the scheduler works, and the last success and the waiting slots of each schedule."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.last_check = Gauge(
-            "falaj_scheduler_last_success_timestamp_seconds",
-            "Unix time at which the scheduler last checked all schedules without an error.",
-            registry=registry,
+        self.last_check = success_gauge(
+            registry, prefix="falaj_scheduler", of="check of all schedules without an error"
         )
         self._last_run = Gauge(
             "falaj_schedule_last_success_timestamp_seconds",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cluster.errors import ConfigError, did_you_mean, first_line
+from cluster.known_fields import known_fields
 from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import (
@@ -68,8 +68,7 @@ def spec_of(definition: dict[str, Any]) -> ScheduleSpec:
     Raises:
         ConfigError: It is not a definition of this release.
     """
-    known = {field.name for field in dataclasses.fields(ScheduleSpec)}
-    own = {key: value for key, value in definition.items() if key in known}
+    own = known_fields(ScheduleSpec, definition)
     try:
         spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ScheduleSpec), own))
     except (OmegaConfBaseException, ValueError, TypeError) as error:

@@ -30,12 +30,12 @@ from jobs.submission.submitted import Job, JobState
 MAX_KEY = 200
 MAX_LISTED = 200
 MAX_REFUSED = 30
-"""A caller with this many refused requests in `REFUSED_S` gets 429, so that nobody can fill the ledger with events, or
-keep the service busy with checks."""
+"""Most refused requests of a caller in `REFUSED_S`. Further requests get 429. So nobody can fill the ledger with events
+or keep the service busy."""
 REFUSED_S = 60.0
 MAX_NEW = 60
-"""A caller with this many new jobs in `REFUSED_S` gets 429. Each new job is up to four events, also if it is stopped at
-once."""
+"""Most new jobs of a caller in `REFUSED_S`. Further requests get 429. Each job has up to four events, also if it is
+stopped at once."""
 NEW, ALL = "new", "*"
 """Names, in the policies, of a job that does not exist yet, and of all jobs."""
 _FIELDS = frozenset({"module", "overrides", "key", "intent"})

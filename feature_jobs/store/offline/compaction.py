@@ -20,6 +20,7 @@ from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, RemoveAction
 
 from cluster.errors import Inconsistent, SourceError
+from cluster.known_fields import known_fields
 from feature_jobs.store.offline import tables as offline
 from feature_jobs.store.offline.tables import BucketFile, Snapshot, Target
 from feature_jobs.store.types.schema import BUCKET
@@ -82,7 +83,7 @@ class Rewrite(NamedTuple):
 def past_rewrites(table: DeltaTable) -> dict[int, Rewrite]:
     """Return every rewrite in the table's history by table version."""
     return {
-        int(entry["version"]): Rewrite(**json.loads(entry[_KEY]))
+        int(entry["version"]): Rewrite(**known_fields(Rewrite, json.loads(entry[_KEY])))
         for entry in table.history()
         if _KEY in entry
     }

@@ -22,6 +22,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, RemoveAction
 
 from cluster.errors import CommitConflict, SchemaMismatch, TrainingSetError
+from cluster.known_fields import known_fields
 from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.parquet import ProtectedFile, Protection
 from cluster.security.keys.access import KeyAccess
@@ -319,7 +320,7 @@ def find_batch(table: DeltaTable, ingest_id: str) -> tuple[Batch, int] | None:
     """Find a batch in the table's history, newest first, and return it with the table version that added it."""
     for entry in table.history():
         if _BATCH_KEY in entry:
-            batch = Batch(**json.loads(entry[_BATCH_KEY]))
+            batch = Batch(**known_fields(Batch, json.loads(entry[_BATCH_KEY])))
             if batch.ingest_id == ingest_id:
                 return batch, int(entry["version"])
     return None

@@ -1,4 +1,4 @@
-"""Tests that one broken schedule neither stops the others nor hides, and that nobody else controls a schedule."""
+"""Tests of a broken schedule among others, and of a schedule of another caller."""
 
 from __future__ import annotations
 
