@@ -115,6 +115,8 @@ def test_wrong_schedules_are_refused_in_one_line(falaj_cluster: Project) -> None
     (folder / "right.yaml").write_text("cron: 1 1 1 1 *\ncommand: feature_jobs.apply\n")
     right = ("--config-dir", "wrong", "action=apply", "schedule=right")
     assert "auditor" in refusal(project.run("jobs.schedule", *right, "identity.role=auditor"))
+    misspelt = project.run("jobs.schedule", "--config-dir", "wrong", "action=apply", "schedule=rigth")
+    assert "no choice 'rigth'. Did you mean 'right'?" in refusal(misspelt)
     assert "no_such" in refusal(project.run("jobs.schedule", "action=pause", "name=no_such"))
 
 
