@@ -44,7 +44,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "materialize": ("feature_jobs.materialize", "definitions=loans", "view=income", f"as_of={loan.AS_OF}"),
     "compact": ("feature_jobs.compact", "definitions=loans", "view=income"),
     "train": ("jobs.train", *loan.TRAIN),
-    "evaluate": ("jobs.evaluate", NAME, "version=1", *loan.DATA[1:]),
+    "evaluate": ("jobs.evaluate", NAME, "version=1", "training_set=loans.parquet"),
     "deploy": ("serve_apps.deploy", NAME, "version=1"),
     "deploy restore": ("serve_apps.deploy", "action=restore"),
     "rollout show": (*ROLLOUT, "action=show"),
@@ -52,7 +52,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "rollout check": (*ROLLOUT, "action=check"),
     "limits": ("serve_apps.edge.limits", "tenant=bank", "requests_per_s=100"),
     "skew": ("feature_jobs.skew", NAME),
-    "monitor": ("jobs.monitor", NAME, *loan.DATA[1:], "min_rows=10"),
+    "monitor": ("jobs.monitor", NAME, "reference=loans.parquet", "label=repaid", "min_rows=10"),
     "compact_log": ("jobs.compact_log", NAME),
     "lineage": ("cluster.lineage", "--model", "loan", "--version", "1"),
     "records.nodes": ("cluster.records.nodes",),
@@ -60,18 +60,21 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 
 def prepare(project: Project) -> None:
-    """Make a project with two served versions, a rollout between them, and answers in the log."""
+    """Make a project with two served versions, a rollout between them, and answers with outcomes in the logs."""
     project.up()
     loan.prepare(project)
     for module, *arguments in (
         ("jobs.train", *loan.TRAIN),
-        ("serve_apps.rollout", "action=start", NAME, "version=2", "weight=10"),
+        ("serve_apps.rollout", "action=start", NAME, "version=2", "weight=50"),
     ):
         project.run_python("-m", module, *arguments, check=True)
     shop = loan.Shop(project)
     for customer in range(ANSWERS):
         status, answer = shop.predict(customer)
         assert status == 200, answer
+        outcome = {"prediction_id": answer["prediction_id"], "outcome": customer % 2}
+        body = {"model": "loan", "outcomes": [outcome]}
+        assert shop.call("/v1/outcomes", body)[0] == 200
 
 
 def lengthen(project: Project, count: int) -> None:

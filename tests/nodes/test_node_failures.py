@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from cluster.ledger.events import JobFinished
+from cluster.security.tokens.issuer import write_private_file
+from cluster.security.tokens.roles import Role
 from tests.nodes import workload
 from tests.nodes.failures import FAILURES, VICTIM
 from tests.nodes.falaj import Falaj, Lost
@@ -35,6 +38,21 @@ def fail(system: Falaj, name: str) -> Trial:
     print(trial.outcome)
     assert system.lost(trial.sent) == NOTHING
     return trial
+
+
+def test_job_sent_to_any_edge_runs_on_the_head(system: Falaj) -> None:
+    """Edges of nodes that joined pass it on. Its log comes back the same way; the client exits as the job did."""
+    cluster = system.cluster
+    token = cluster.head.root / "engineer.jwt"
+    write_private_file(token, cluster.token(role=Role.data_engineer).encode())
+    for computer in cluster.computers.values():
+        edge = ("--edge", cluster.edges[computer.name], "--ca-file", cluster.certificate_authority)
+        job = ("module=feature_jobs.apply", "plan=true")
+        answer = computer.run("jobs.submit", "--token-file", str(token), *edge, *job, check=False)
+        assert answer.returncode == 0, answer.stderr
+        assert "census" in answer.stdout
+    finished = [entry.payload for entry in cluster.ledger.entries(JobFinished)]
+    assert [event["exit_code"] for event in finished] == [0, 0, 0]
 
 
 def test_killed_replica_costs_no_request(system: Falaj) -> None:
