@@ -24,10 +24,10 @@ from cluster.storage import Layout, local
 from jobs.child_process import execute
 from jobs.command_states import STOPPED
 from jobs.principal_tokens import access_token, renewed_token
-from jobs.submission import submitted
+from jobs.submission import recorded_jobs
 from jobs.submission.modules import PIPELINE
+from jobs.submission.recorded_jobs import Job
 from jobs.submission.runner import ACTOR, intent_name
-from jobs.submission.submitted import Job
 
 INTENTS = "job_intents"
 """Folder below `keys/` with the intents that callers sent."""
@@ -46,12 +46,12 @@ def main(config: RunJobConfig) -> None:
     """Run the job's command, and exit with its exit code."""
     record, ledger = require_recorded_cluster(config), open_ledger(config)
     apply_cluster_record(record, config)
-    found = submitted.find(ledger, config.job)
+    found = recorded_jobs.find(ledger, config.job)
     if found is None:
         raise ConfigError(f"No job '{config.job}' was submitted.")
     command = command_line(found)
     started = JobStarted(job=found.id, command=command[2:])
-    if submitted.is_stopped(ledger, found.id):
+    if recorded_jobs.is_stopped(ledger, found.id):
         print(f"job {found.id} was stopped")
         return
     if ledger.append_once(started, actor=ACTOR, job=found.id) is None:
