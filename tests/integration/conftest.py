@@ -107,7 +107,7 @@ class Project:
             if connection.status == psutil.CONN_LISTEN and connection.pid in mine
         }
 
-    def stranger(self) -> Project:
+    def without_cluster_variables(self) -> Project:
         """Return the same project with an environment that has no `RAY_` or `FALAJ_` variable."""
         env = {name: value for name, value in self.env.items() if not name.startswith(("RAY_", "FALAJ_"))}
         return Project(root=self.root, ports=self.ports, env=env)
