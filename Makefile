@@ -31,14 +31,15 @@ install: $(STAMP)
 
 # Installs exactly what the locks name (`--no-deps`). Another requirements.lock, or another build of PyTorch, starts
 # with an empty environment: otherwise old packages would stay, and pip would keep the CPU build, because it has the same version.
+# Python compiles a module at its first import. pip would compile all 40,000, of which most are never imported.
 $(STAMP): requirements.lock requirements-$(TORCH).lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
 		{ echo "refused: Falaj needs Python 3.11 or 3.12, $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=…"; exit 2; }
 	@command -v c++ >/dev/null || { echo "refused: no C++ compiler (c++) found; DeepSpeed needs one. Install g++."; exit 2; }
 	@echo "installing the pinned lock into $(VENV); this takes some minutes the first time"
 	@[ -e $@ ] && cmp -s requirements.lock $(VENV)/requirements.lock || $(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements.lock
-	@$(BIN)/pip install --quiet --no-deps --requirement requirements-$(TORCH).lock
+	@$(BIN)/pip install --quiet --no-compile --no-deps --require-hashes --requirement requirements.lock
+	@$(BIN)/pip install --quiet --no-compile --no-deps --requirement requirements-$(TORCH).lock
 	@$(BIN)/pip install --quiet --no-deps --editable .
 	@cp requirements.lock $(VENV)/
 	@touch $@
@@ -55,9 +56,10 @@ down: $(STAMP)
 
 test: unit integration
 
-# Two processes with a cluster each share the test files. The tests mostly wait, so two run faster than one.
+# Three processes with a cluster each share the test files. The tests mostly wait, so three run faster than one.
+# tests/integration/conftest.py orders the files; otherwise xdist would start with those that have most tests.
 integration: $(STAMP)
-	@$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile
+	@$(BIN)/python -m pytest tests/integration -n 3 --dist loadfile --no-loadscope-reorder
 
 # Four processes, each of which imports only what its tests need. Each uses one thread, because LightGBM and Polars in
 # parallel processes would otherwise compete for the cores. Tests that import a model engine run in unit-engines.

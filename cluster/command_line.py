@@ -86,6 +86,12 @@ def option_names(schema: type[Any]) -> list[str]:
     return _names(OmegaConf.to_container(OmegaConf.structured(schema)), "")
 
 
+def is_table(schema: type[Any], name: str) -> bool:
+    """Return whether an option's value is a table with names that the caller chooses, such as `versions`."""
+    option_type = _type_of(schema, name.split(".")) if name else None
+    return any(typing.get_origin(member) is dict for member in _union_members(option_type))
+
+
 def _names(values: Any, prefix: str) -> list[str]:
     if not isinstance(values, dict):
         return []

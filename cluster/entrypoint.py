@@ -29,7 +29,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cluster.command_line import given_names, option_names, quote_texts
+from cluster.command_line import given_names, is_table, option_names, quote_texts
 from cluster.errors import ConfigError, RefusedError, did_you_mean, refusal_behind, suggest_name
 from cluster.host.this_node import forget_node
 from cluster.session import use_recorded_places
@@ -273,8 +273,14 @@ def _composition_message(error: Exception, schema: type[Any]) -> str:
     if unknown:
         name = unknown[1]
         known, group = option_names(schema), name.partition(".")[0]
-        if group in known:
-            known += _group_options(group)
+        of_group = _group_options(group) if group in known else []
+        for table in (name, name.rpartition(".")[0]):
+            if not of_group and is_table(schema, table):
+                return (
+                    f"Option '{table}' has no such entries. To add one, write `+{table}.NAME=VALUE`, for several "
+                    f"`+{table}={{NAME: VALUE, …}}`."
+                )
+        known += of_group
         return f"No option '{name}'.{suggest_name(name, known)} `--help` lists the options."
     choice = re.search(r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':([^:]*)", text)
     if choice:

@@ -73,7 +73,11 @@ from cluster.node.scheduling import wait_for_turn
 from cluster.security.encryption.disks import is_protected_at_rest
 from cluster.security.encryption.scratch import memory_folder, remove_abandoned
 from cluster.security.keys.keyring import check_keyring
-from cluster.security.private_folder import ensure_private_folder, remove_access_of_others
+from cluster.security.private_folder import (
+    ensure_private_folder,
+    remove_access_of_others,
+    require_unchangeable,
+)
 from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tokens.issuer import ensure_issuer, ensure_secret
 from cluster.security.tokens.principal import current_actor
@@ -303,8 +307,8 @@ def check(config: PlatformConfig) -> None:
         ClusterAlreadyUp: A cluster runs for this storage root.
         CompilerMissing: No C++ compiler is installed.
         PortInUse: A port is in use.
-        ConfigError: A dangerous environment variable is set, the tier does not allow the key store, or
-            `cluster.address` is not an address of this machine.
+        ConfigError: A dangerous environment variable is set, the tier does not allow the key store, another user can
+            change `jobs.config_dir`, or `cluster.address` is not an address of this machine.
     """
     if (record := find_running_record(config.storage)) is not None:
         raise _already_up(record)
@@ -312,6 +316,8 @@ def check(config: PlatformConfig) -> None:
     require_compiler()
     check_keyring(config.secrets, tier=config.tier)
     check_durability(config)
+    if config.jobs.config_dir is not None:
+        require_unchangeable(resolve(config.jobs.config_dir), loads="A submitted job")
     require_redis(config.cluster.gcs)
     require_own_address("cluster.address", config.cluster.address)
     require_own_address("cluster.edge_host", edge_hosts(config.cluster)[0])

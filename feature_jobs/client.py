@@ -135,8 +135,8 @@ class FeatureStore:
         Args:
             overrides: Configuration as on a command line, such as "tier=enterprise_gpu".
             purpose: The purpose that the data is used for.
-            role: The role of the machine's user, if the dev issuer issues the token.
-            token_file: File with an intent or a token, to use instead of the dev issuer.
+            role: The role of the machine's user, if the development issuer issues the token.
+            token_file: File with an intent or a token, to use instead of the development issuer.
             storage_root: The project's storage root. By default, that of the working directory or the environment.
 
         Raises:

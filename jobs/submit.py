@@ -212,8 +212,8 @@ def edge_client(options: argparse.Namespace) -> EdgeClient:
     file = options.token_file or os.environ.get(TOKEN_VARIABLE)
     if file is None:
         raise ConfigError(
-            "Give your token: --token-file FILE. With the dev issuer, `python -m cluster.security.identity token "
-            "--sub … --role … --output FILE` makes one."
+            "Give your token: --token-file FILE. With the development issuer, `python -m cluster.security.identity "
+            "token --sub … --role … --output FILE` makes one."
         )
     record = None if options.edge else find_record(StorageConfig())
     if options.edge is None and record is None:

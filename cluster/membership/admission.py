@@ -30,7 +30,7 @@ from cluster.storage import local, write_bytes
 
 ACTOR = "system:head"
 SHARED_FILES = ("ray_token", "edge_proof", "issuer.pub.pem", "jwks.json")
-"""Files below `keys/` that every node gets. The keyring and the private keys of dev issuer and ledger stay here."""
+"""Files below `keys/` that every node gets. The keyring and the private keys of the issuer and the ledger stay here."""
 _REGION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 """Value of a label of a Ray node."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")

@@ -5,7 +5,7 @@ passes requests for keys to the head, whose key broker decides. The relay of a n
 (`cluster.join vault=true`) decides itself, by the same policies, and can use keys without the head.
 
 The relay also makes Ray's dashboard reachable on the node's loopback address and the job service at the node's own
-socket, and updates the dev issuer's public keys of the node.
+socket, and updates the development issuer's public keys of the node.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _is_own(client: socket.socket) -> bool:
 
 
 def follow_issuer(head: HeadClient, path: Path, stopped: threading.Event) -> None:
-    """Keep the dev issuer's public keys up to date."""
+    """Keep the development issuer's public keys up to date."""
     while not stopped.wait(KEYS_EVERY_S):
         try:
             text = head.request("jwks")

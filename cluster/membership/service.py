@@ -1,8 +1,8 @@
 """The head's answers to nodes: who may join, keys from the key broker, intents, tokens of replicas, the dashboard.
 
 Every request but `join` needs the certificate of a node of this cluster. Requests for keys go to the key broker with
-the caller's own token, so the policies decide as on the head. The private key of the dev issuer stays on the head: a
-node gets tokens of replicas, and the intents of jobs whose random names its workers know.
+the caller's own token, so the policies decide as on the head. The private key of the development issuer stays on the
+head: a node gets tokens of replicas, and the intents of jobs whose random names its workers know.
 """
 
 from __future__ import annotations
@@ -295,7 +295,9 @@ class NodeService:
                 f"The head issues tokens of replicas only ({_SERVICE}…), not of '{subject[:100]}'."
             )
         if self.config.identity.issuer.url is not None:
-            raise ConfigError("This cluster's issuer is not the dev issuer. Set identity.service_token_file.")
+            raise ConfigError(
+                "This cluster's issuer is not the development issuer. Set identity.service_token_file."
+            )
         return mint_token(
             self.record.layout, subject=subject, role=Role.service, purpose=purpose, ttl_s=TOKEN_TTL_S
         )

@@ -208,7 +208,7 @@ def _identify(
         )
     if record.node_id is not None:
         raise ConfigError(
-            "The dev issuer is on the head. Run the command there, or make an intent there with `python -m "
+            "The development issuer is on the head. Run the command there, or make an intent there with `python -m "
             f"cluster.security.identity intent --entrypoint {entrypoint} …` and name its file with "
             "identity.token_file=…"
         )

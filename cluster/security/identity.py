@@ -34,10 +34,10 @@ from cluster.storage import Layout, layout
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m cluster.security.identity", description="Tokens of the dev issuer."
+        prog="python -m cluster.security.identity", description="Tokens of the development issuer."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    token = commands.add_parser("token", help="mint a short-lived token from the dev issuer")
+    token = commands.add_parser("token", help="mint a short-lived token from the development issuer")
     intent = commands.add_parser(
         "intent", help="mint a token that runs a single job: identity.token_file=FILE"
     )

@@ -84,6 +84,28 @@ def find_change_by_others(path: Path) -> str | None:
     return find_exposed_parent(path)
 
 
+def require_unchangeable(*folders: str | None, loads: str) -> None:
+    """Require that no other user of this machine can change the content of folders.
+
+    Args:
+        folders: the folders; None is no folder.
+        loads: what loads code or configurations from them, for the message.
+
+    Raises:
+        ConfigError: another user can change a folder, or there is no such folder.
+    """
+    for folder in folders:
+        try:
+            problem = None if folder is None else find_change_by_others(Path(folder))
+        except OSError as error:
+            problem = f"{folder} cannot be read: {error.strerror}"
+        if problem is not None:
+            raise ConfigError(
+                f"{loads} loads code or configurations from the folder {folder}, so no other user may change it, but "
+                f"{problem}. Correct that, or use another folder."
+            )
+
+
 def _others_write(status: os.stat_result, owner: int) -> bool:
     """Return whether users other than the owner may write to a folder.
 

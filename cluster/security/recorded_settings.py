@@ -40,8 +40,8 @@ def apply_cluster_record(record: ClusterRecord, config: PlatformConfig) -> None:
     if Tier.enterprise_gpu in (config.tier, Tier(record.tier or config.tier.value)):
         if config.identity.issuer.url is None:
             raise ConfigError(
-                f"Tier {Tier.enterprise_gpu.value} does not accept the dev issuer, and identity.issuer.url is not set. "
-                "Start the cluster with identity.issuer.url=https://… of your OIDC issuer."
+                f"Tier {Tier.enterprise_gpu.value} does not accept the development issuer, and identity.issuer.url is "
+                "not set. Start the cluster with identity.issuer.url=https://… of your OIDC issuer."
             )
         config.tier = Tier.enterprise_gpu
 

@@ -23,19 +23,19 @@ BATCH_SIZE = 500
 class OutcomesConfig(PlatformConfig):
     """Configuration of one run of the outcome client."""
 
-    name: str = "employment"
+    name: str = "???"
     """Model name."""
     answers: str = "???"
     """Parquet file that `jobs.pipeline.traffic` wrote."""
     people: str = "???"
     """Parquet file with the entity key and the true label."""
-    key: str = "person_id"
+    key: str = "???"
     """Entity key column."""
-    label: str = "employed"
+    label: str = "???"
     """Label column."""
     observed_at: str = "???"
     """ISO 8601 time at which the outcomes became known."""
-    purpose: str = "employment_statistics"
+    purpose: str = ""
     """Purpose of the client's token."""
 
 

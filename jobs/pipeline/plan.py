@@ -187,7 +187,10 @@ def _content_faults(
             *_missing_files(planned, written),
             *_unknown_parts(planned, known[name]),
             *_denied(planned, known[name], caller),
-            *(requirement_fault(key, value) for key, value in planned.stage.require.items()),
+            *(
+                requirement_fault(key, value, single=planned.facts.single)
+                for key, value in planned.stage.require.items()
+            ),
         ]
         yield from (f"Stage '{name}': {message}" for message in messages if message)
 

@@ -27,11 +27,11 @@ REQUEST_TIMEOUT_S = 60
 class TrafficConfig(PlatformConfig):
     """Configuration of one run of the scoring client."""
 
-    name: str = "employment"
+    name: str = "???"
     """Model name."""
     people: str = "???"
     """Parquet file with the entity key and `event_timestamp`."""
-    key: str = "person_id"
+    key: str = "???"
     """Entity key column."""
     as_of: str = "???"
     """ISO 8601 time at which features are read."""
@@ -43,7 +43,7 @@ class TrafficConfig(PlatformConfig):
     """Number of parallel connections."""
     answers: str = "???"
     """Parquet file to write: key, prediction_id, variant, status, latency_ms."""
-    purpose: str = "employment_statistics"
+    purpose: str = ""
     """Purpose of the client's token."""
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ def main(config: TrafficConfig) -> None:
     """Send the requests, write the answers and print the statuses."""
     people_uri = resolve(config.people)
     if not exists(people_uri):
-        raise SourceError(f"No people at {people_uri}. Run `python -m feature_jobs.census.source` first.")
+        raise SourceError(f"{people_uri} does not exist. Name a Parquet file with people=…")
     people = pl.DataFrame(pl.from_arrow(read_parquet(people_uri)))
     keys = choose_people(people, key=config.key, offset=config.offset, count=config.requests)
     started = time.perf_counter()

@@ -19,12 +19,13 @@ from cluster.errors import ConfigError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ScheduleApplied, ScheduledRunDue, ScheduleStateChanged
 from cluster.security.acting import Actor, create_actor
-from cluster.security.authorization.policy import Action, Resource
+from cluster.security.authorization.policy import Action
+from cluster.security.private_folder import require_unchangeable
 from cluster.session import require_running_cluster
 from jobs.pipeline.stage.arguments import callers_config_dir
 from jobs.principal_tokens import principal_as_json
 from jobs.schedule import schedules
-from jobs.schedule.command import check_command, require_unchangeable
+from jobs.schedule.command import LOADS, check_command
 from jobs.schedule.config import ScheduleAction, ScheduleConfig, TriggerKind
 from jobs.schedule.cron import check_cron
 from jobs.schedule.listing import describe
@@ -90,7 +91,7 @@ def apply(config: ScheduleConfig, ledger: Ledger, actor: Actor) -> None:
     if spec.trigger is not None and spec.trigger.kind is TriggerKind.data:
         check_uri(spec.trigger.of)
     config_dir = callers_config_dir()
-    require_unchangeable(str(Path.cwd()), config_dir)
+    require_unchangeable(str(Path.cwd()), config_dir, loads=LOADS)
     check_command(spec, config_dir=config_dir)
     principal = actor.principal
     applied = ScheduleApplied(
@@ -125,10 +126,7 @@ def _owner(ledger: Ledger, name: str) -> str:
 
 
 def _check(config: ScheduleConfig, actor: Actor, name: str, *, owner: str) -> None:
-    region = config.cluster.region
-    actor.check(
-        Action.schedule_runs, Resource(kind="schedule", name=name, registered_by=owner, region=region)
-    )
+    actor.check(Action.schedule_runs, schedules.resource(name, owner=owner, region=config.cluster.region))
 
 
 def _action(config: ScheduleConfig) -> str:

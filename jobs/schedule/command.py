@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from cluster.errors import ConfigError
-from cluster.security.private_folder import find_change_by_others
 from jobs.pipeline.stage.arguments import arguments
 from jobs.pipeline.stage.commands import load_options
 from jobs.pipeline.stage.modules import Modules
@@ -14,6 +12,8 @@ from jobs.schedule.config import ScheduleSpec
 from jobs.schedule.schedules import Schedule
 
 CONFIG_DIR = "--config-dir"
+LOADS = "A schedule's run"
+"""What loads a schedule's folders, for the message of `require_unchangeable`."""
 
 
 def command_line(schedule: Schedule) -> list[str]:
@@ -25,24 +25,6 @@ def module_and_options(spec: ScheduleSpec, *, config_dir: str | None) -> list[st
     """Return the module and its options."""
     folder = () if config_dir is None else (CONFIG_DIR, config_dir)
     return [spec.command, *folder, *arguments(spec.parameters)]
-
-
-def require_unchangeable(*folders: str | None) -> None:
-    """Require that no other user of this machine can change what a run loads: modules and configurations.
-
-    Raises:
-        ConfigError: Another user can change a folder, or there is no such folder.
-    """
-    for folder in folders:
-        try:
-            problem = None if folder is None else find_change_by_others(Path(folder))
-        except OSError as error:
-            problem = f"{folder} cannot be read: {error.strerror}"
-        if problem is not None:
-            raise ConfigError(
-                f"A schedule runs code of the folder {folder} with its caller's rights, so no other user may change "
-                f"it, but {problem}. Correct that, or apply the schedule in another folder."
-            )
 
 
 def check_command(spec: ScheduleSpec, *, config_dir: str | None) -> None:

@@ -88,6 +88,9 @@ class ScheduleSpec:
     grace_s: float = 60.0
     """A slot that is at most this many seconds late is not missed."""
     overlap: Overlap = Overlap.wait
+    max_waiting: int = 10
+    """With overlap=wait: most slots that wait for the run that goes on. Slots that find no room until their grace time
+    is over are missed, and one event counts them. A trigger without room starts one run later."""
     timeout_s: float | None = None
     """A run is ended after this many seconds. Null sets no limit."""
 
@@ -96,6 +99,8 @@ class ScheduleSpec:
             raise ValueError("A schedule needs either schedule.cron or schedule.trigger.")
         if self.grace_s < 0:
             raise ValueError(f"schedule.grace_s must not be negative, got {self.grace_s}.")
+        if self.max_waiting < 1:
+            raise ValueError(f"schedule.max_waiting must be at least 1, got {self.max_waiting}.")
         if self.timeout_s is not None and self.timeout_s <= 0:
             raise ValueError(f"schedule.timeout_s must be positive, or null, got {self.timeout_s}.")
 

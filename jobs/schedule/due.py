@@ -14,6 +14,7 @@ MAX_MISSED = 20_000
 """Missed slots that are counted at most. The others have no effect, and to compute those of a year would stop all other
 schedules for minutes."""
 MISSED = "missed: no scheduler ran"
+CROWDED = "missed: too many slots waited"
 RUNNING = "the last run goes on"
 
 
@@ -37,20 +38,34 @@ class Skipped:
     position: str
 
 
+def has_room(spec: ScheduleSpec, *, num_unfinished: int) -> bool:
+    """Return whether one more slot may wait, besides the one that runs."""
+    return spec.overlap is Overlap.skip or num_unfinished <= spec.max_waiting
+
+
 def cron_slots(
-    spec: ScheduleSpec, *, since: dt.datetime, now: dt.datetime, is_running: bool
+    spec: ScheduleSpec,
+    *,
+    since: dt.datetime,
+    now: dt.datetime,
+    num_unfinished: int = 0,
+    was_crowded: bool = False,
 ) -> list[Due | Skipped]:
     """Return what to do about the slots after `since`, up to `now`, in order.
 
-    If a clock is set back, `now` lies before `since`, and no slot is due until the clock has passed `since` again.
+    While too many slots wait, nothing is decided. A later call decides, and then a slot can be missed. If a clock is
+    set back, `now` lies before `since`, and no slot is due until the clock has passed `since` again.
 
     Args:
         spec: The schedule.
         since: The last slot that was decided, or the time at which the schedule was applied.
         now: The present time.
-        is_running: Whether a slot of this schedule is not finished.
+        num_unfinished: How many slots of this schedule are due and not finished.
+        was_crowded: Whether too many slots waited at the last check. It decides the reason of missed slots.
     """
     assert spec.cron is not None
+    if not has_room(spec, num_unfinished=num_unfinished):
+        return []
     late = now - dt.timedelta(seconds=spec.grace_s)
     first, last, count = None, None, 0
     in_time: list[dt.datetime] = []
@@ -67,9 +82,13 @@ def cron_slots(
                 break
     decisions: list[Due | Skipped] = []
     if first is not None and last is not None:
-        decisions += _missed(spec, first=first, last=last, count=count)
+        reason = CROWDED if was_crowded else MISSED
+        decisions += _missed(spec, first=first, last=last, count=count, reason=reason)
     for slot in in_time:
-        decisions.append(_in_time(spec, slot, is_running=is_running or _any_due(decisions)))
+        num_due = num_unfinished + sum(isinstance(decision, Due) for decision in decisions)
+        if not has_room(spec, num_unfinished=num_due):
+            break
+        decisions.append(_in_time(spec, slot, is_running=num_due > 0))
     return decisions
 
 
@@ -81,9 +100,11 @@ def event_slot(spec: ScheduleSpec, *, position: str, reason: str, is_running: bo
     return Due(slot=slot, reason=reason, position=position)
 
 
-def _missed(spec: ScheduleSpec, *, first: dt.datetime, last: dt.datetime, count: int) -> list[Due | Skipped]:
+def _missed(
+    spec: ScheduleSpec, *, first: dt.datetime, last: dt.datetime, count: int, reason: str
+) -> list[Due | Skipped]:
     if spec.missed is Missed.skip:
-        return [_skipped(first, last, count, MISSED)]
+        return [_skipped(first, last, count, reason)]
     run = Due(
         slot=_text(last),
         reason=f"missed, runs once for {count} slot{'s' if count > 1 else ''}",
@@ -92,13 +113,9 @@ def _missed(spec: ScheduleSpec, *, first: dt.datetime, last: dt.datetime, count:
     if count == 1:
         return [run]
     before = Skipped(
-        first=_text(first), last=_text(last), count=count - 1, reason=MISSED, position=_text(first)
+        first=_text(first), last=_text(last), count=count - 1, reason=reason, position=_text(first)
     )
     return [before, run]
-
-
-def _any_due(decisions: list[Due | Skipped]) -> bool:
-    return any(isinstance(decision, Due) for decision in decisions)
 
 
 def _in_time(spec: ScheduleSpec, slot: dt.datetime, *, is_running: bool) -> Due | Skipped:

@@ -1,25 +1,33 @@
 """`python -m jobs.schedule.run_slot name=<schedule> slot=<slot>`: run a slot's command.
 
-The scheduler submits it as a job. The process records the start, runs the command as a child with a token of the
-schedule's principal, and records the end. If another process has recorded this slot's start, it does nothing.
+The scheduler submits it as a job. The process checks the right of the schedule's principal and the folders again,
+because both can have changed since the schedule was applied. Then it records the start, runs the command as a child
+with a token of this principal, and records the end. If another process has recorded this slot's start, it does nothing.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from cluster.entrypoint import job
-from cluster.ledger import open_ledger
+from cluster.errors import RefusedError, first_line
+from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ScheduledRunFinished, ScheduledRunStarted
+from cluster.security.authorization.audit import DecisionRecorder
+from cluster.security.authorization.policy import Action, Policy
+from cluster.security.private_folder import require_unchangeable
+from cluster.security.recorded_settings import apply_cluster_record
 from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from jobs.child_process import execute
+from jobs.command_states import NOT_STARTED
 from jobs.principal_tokens import access_token, principal_from_json, renewed_token
 from jobs.ray_jobs import current_job
 from jobs.schedule import schedules
-from jobs.schedule.command import command_line, require_unchangeable
+from jobs.schedule.command import LOADS, command_line
 from jobs.schedule.scheduler import ACTOR
 from jobs.schedule.schedules import Schedule
 
@@ -36,8 +44,20 @@ class SlotConfig(PlatformConfig):
 def main(config: SlotConfig) -> None:
     """Run the slot, and exit with the exit code of its command."""
     record, ledger = require_recorded_cluster(config), open_ledger(config)
+    apply_cluster_record(record, config)
     schedule, name = schedules.require(ledger, config.name), current_job()
-    require_unchangeable(schedule.folder, schedule.config_dir)
+    if schedules.has_started(ledger, schedule.name, config.slot):
+        print(f"slot {config.slot} of schedule {schedule.name} has run already")
+        return
+    try:
+        require_unchangeable(schedule.folder, schedule.config_dir, loads=LOADS)
+        check_right(config, ledger, schedule)
+    except RefusedError as error:
+        refused = ScheduledRunFinished(
+            schedule=schedule.name, slot=config.slot, job=name, state=NOT_STARTED, reason=first_line(error)
+        )
+        ledger.append_once(refused, actor=ACTOR, schedule=schedule.name, slot=config.slot)
+        raise
     command = command_line(schedule)
     started = ScheduledRunStarted(schedule=schedule.name, slot=config.slot, job=name, command=command[2:])
     if ledger.append_once(started, actor=ACTOR, schedule=schedule.name, slot=config.slot) is None:
@@ -61,6 +81,21 @@ def main(config: SlotConfig) -> None:
     )
     ledger.append_once(finished, actor=ACTOR, schedule=schedule.name, slot=config.slot)
     sys.exit(ended.exit_code)
+
+
+def check_right(config: PlatformConfig, ledger: Ledger, schedule: Schedule) -> None:
+    """Require that the schedule's principal may still schedule runs. The policies or the environment can have changed.
+
+    Raises:
+        AccessDenied: The principal may not. The denial is also an event.
+    """
+    principal, environment = principal_from_json(schedule.principal), config.identity.environment
+    policy, decisions = Policy.load(region=config.cluster.region), DecisionRecorder(ledger.append)
+    target = schedules.resource(schedule.name, owner=principal.subject, region=config.cluster.region)
+    decision = policy.decide(principal, Action.schedule_runs, target, environment=environment)
+    decisions.record_decision(principal, Action.schedule_runs, target, decision, at=time.time())
+    decisions.flush()
+    policy.check(principal, Action.schedule_runs, target, environment=environment)
 
 
 def principals_token(

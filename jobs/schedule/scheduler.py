@@ -24,7 +24,7 @@ from cluster.ledger.events import ScheduledRunDue, ScheduledRunFinished, Schedul
 from cluster.ledger.store import utc_now
 from jobs.command_states import LOST, NO_RESULT, NO_START, NOT_STARTED
 from jobs.schedule import schedules, triggers
-from jobs.schedule.due import Due, Skipped, cron_slots, event_slot
+from jobs.schedule.due import Due, Skipped, cron_slots, event_slot, has_room
 from jobs.schedule.metrics import SchedulerMetrics
 from jobs.schedule.schedules import ACTIVE, Schedule, Slot
 
@@ -79,6 +79,8 @@ class Scheduler:
         self._clock = clock
         self._triggers_checked_at: dict[str, float] = {}
         self._wait_until: dict[str, float] = {}
+        self._crowded: set[str] = set()
+        """Schedules of which too many slots waited at the last check."""
         self._read_at = -1
         self._states: list[State] = []
         self._unreadable: list[str] = []
@@ -142,10 +144,17 @@ class Scheduler:
 
     def _decisions(self, state: State) -> list[Due | Skipped]:
         schedule, position, is_running = state.schedule, state.position, bool(state.waiting)
-        spec = schedule.spec
+        spec, num_unfinished = schedule.spec, len(state.waiting)
+        if not has_room(spec, num_unfinished=num_unfinished):
+            self._crowded.add(schedule.name)
+            return []
+        was_crowded = schedule.name in self._crowded
+        self._crowded.discard(schedule.name)
         if spec.cron is not None:
             since = dt.datetime.fromisoformat(position) if position else schedule.applied_at
-            return cron_slots(spec, since=since, now=self._clock(), is_running=is_running)
+            return cron_slots(
+                spec, since=since, now=self._clock(), num_unfinished=num_unfinished, was_crowded=was_crowded
+            )
         now = time.monotonic()
         if now < self._triggers_checked_at.get(schedule.name, 0.0) + TRIGGERS_EVERY_S:
             return []

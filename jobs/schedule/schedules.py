@@ -23,6 +23,7 @@ from cluster.ledger.events import (
     ScheduledRunStarted,
     ScheduleStateChanged,
 )
+from cluster.security.authorization.policy import Resource
 from jobs.command_states import DONE
 from jobs.schedule.config import ScheduleSpec, TriggerKind
 
@@ -132,6 +133,17 @@ def require(ledger: Ledger, name: str) -> Schedule:
     if schedule is None:
         raise ConfigError(f"No schedule '{name}'.{did_you_mean(name, names(ledger))}")
     return schedule
+
+
+def resource(name: str, *, owner: str, region: str) -> Resource:
+    """Return a schedule as the target of an action.
+
+    Args:
+        name: Its name.
+        owner: The subject that applied it; "" if there is no such schedule.
+        region: The region of the process that decides.
+    """
+    return Resource(kind="schedule", name=name, registered_by=owner, region=region)
 
 
 def unfinished(ledger: Ledger, name: str) -> list[Slot]:

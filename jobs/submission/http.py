@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +16,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from cluster.errors import AccessDenied, FalajError, InvalidRequest, RefusedError, Unauthenticated
 from cluster.security.authorization.policy import Action
@@ -24,8 +24,10 @@ from cluster.security.tokens.principal import Principal
 from cluster.session import ClusterRecord
 from jobs.submission import logs
 from jobs.submission.errors import JobForbidden, JobNotFound, KeyTaken, TooManyJobs
+from jobs.submission.limits import InProgress
 from jobs.submission.metrics import JobMetrics
-from jobs.submission.operations import JobOperations, as_json
+from jobs.submission.operations import JobOperations
+from jobs.submission.requests import as_json
 
 MAX_BODY_BYTES = 64 * 1024
 BODY_S = 10.0
@@ -65,6 +67,20 @@ class BodyRefused(Exception):
         self.status = status
 
 
+class LogResponse(StreamingResponse):
+    """A stream that calls `on_end` once, also if the client has gone before its first byte."""
+
+    def __init__(self, content: AsyncIterator[bytes], *, on_end: Callable[[], None], **options: Any) -> None:
+        super().__init__(content, **options)
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
+
+
 class JobApi:
     """The application's endpoints.
 
@@ -78,8 +94,8 @@ class JobApi:
         self._operations = operations
         self._record = record
         self._metrics = metrics
-        self._followers: Counter[str] = Counter()
-        self._submitting: Counter[str] = Counter()
+        self._following = InProgress(MAX_FOLLOWERS, most_of_all=MAX_ALL_FOLLOWERS, of_what="logs")
+        self._submitting = InProgress(MAX_SUBMITTING, most_of_all=MAX_ALL_SUBMITTING, of_what="submissions")
         self._checkers = ThreadPoolExecutor(CHECKERS, thread_name_prefix="check")
 
     def app(self) -> Starlette:
@@ -98,22 +114,16 @@ class JobApi:
     async def _submit(self, request: Request) -> Response:
         principal = await self._principal(request)
         body = await read_json(request)
-        subject = principal.subject
-        if self._submitting[subject] >= MAX_SUBMITTING or self._submitting.total() >= MAX_ALL_SUBMITTING:
-            raise TooManyJobs("Too many submissions are checked at the same time. Try again.")
-        self._submitting[subject] += 1
+        self._submitting.begin(principal.subject)
         check = asyncio.get_running_loop().run_in_executor(
             self._checkers, self._operations.submit, principal, body
         )
-        check.add_done_callback(lambda _: self._has_submitted(subject))  # also if the client has gone
+        # Also if the client has gone.
+        check.add_done_callback(lambda _: self._submitting.end(principal.subject))
         accepted = await check
         state = await asyncio.to_thread(self._operations.state, accepted.job.id)
         content = {"id": accepted.job.id, "status": state.status}
         return JSONResponse(content, status_code=202 if accepted.is_new else 200)
-
-    def _has_submitted(self, subject: str) -> None:
-        self._submitting[subject] -= 1
-        self._submitting += Counter()  # without the callers that have none
 
     async def _list(self, request: Request) -> Response:
         principal = await self._principal(request)
@@ -133,35 +143,25 @@ class JobApi:
 
     async def _logs(self, request: Request) -> Response:
         principal, name = await self._principal(request), request.path_params["job"]
-        job = await asyncio.to_thread(self._operations.job, principal, name, action=Action.control_jobs)
         offset, follow = _number(request, "offset", default=0), _flag(request, "follow", default=True)
-        if self._followers[principal.subject] >= MAX_FOLLOWERS:
-            raise TooManyJobs(f"You read {MAX_FOLLOWERS} logs already. Close one first.")
-        if self._followers.total() >= MAX_ALL_FOLLOWERS:
-            raise TooManyJobs("Too many logs are read at the same time. Try again.")
+        self._following.begin(principal.subject)
+        try:
+            job = await asyncio.to_thread(self._operations.job, principal, name, action=Action.control_jobs)
+        except BaseException:
+            self._following.end(principal.subject)
+            raise
         content = logs.stream(
             logs.log_file(self._record, job.id),
             offset=offset,
             is_over=lambda: self._operations.state(job.id).is_over,
             follow=follow,
         )
-        return StreamingResponse(
-            self._counted(principal.subject, content),
+        return LogResponse(
+            _without_errors(content),
             media_type="text/plain; charset=utf-8",
             headers={OFFSET: str(offset), "cache-control": "no-store", "x-content-type-options": "nosniff"},
+            on_end=lambda: self._following.end(principal.subject),
         )
-
-    async def _counted(self, subject: str, content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        self._followers[subject] += 1
-        try:
-            async for data in content:
-                yield data
-        except (sa.exc.SQLAlchemyError, OSError) as error:  # the client asks again from its position
-            LOG.warning("a log ended early: %s", type(error).__name__)
-        finally:
-            self._followers[subject] -= 1
-            if not self._followers[subject]:
-                del self._followers[subject]
 
     async def _principal(self, request: Request) -> Principal:
         sent = request.headers.getlist("authorization")
@@ -230,6 +230,15 @@ async def read_json(request: Request) -> Any:
     with suppress(ValueError, RecursionError):
         return json.loads(data)
     raise InvalidRequest("The body is not JSON.")
+
+
+async def _without_errors(content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield a log's bytes. An error ends the stream early, and the client asks again from its position."""
+    try:
+        async for data in content:
+            yield data
+    except (sa.exc.SQLAlchemyError, OSError) as error:
+        LOG.warning("a log ended early: %s", type(error).__name__)
 
 
 async def _plain_error(request: Request, error: Exception) -> Response:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from cluster.errors import InvalidRequest, RefusedError, Unauthenticated
 from cluster.host.submission import MODULE
@@ -20,37 +18,21 @@ from cluster.security.tokens.intent import write_intent
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.trust import Trust
 from jobs.principal_tokens import principal_as_json
-from jobs.submission import submitted
+from jobs.submission import recorded_jobs
 from jobs.submission.errors import JobForbidden, JobNotFound, KeyTaken, TooManyJobs
+from jobs.submission.limits import MAX_NEW, MAX_REFUSED, Frequency
 from jobs.submission.modules import MAX_NAME, PIPELINE
 from jobs.submission.overrides import JobRules
+from jobs.submission.recorded_jobs import Job, JobState
+from jobs.submission.requests import Submission, parse
 from jobs.submission.runner import JobRunner, intent_name
-from jobs.submission.submitted import Job, JobState
 
-MAX_KEY = 200
 MAX_LISTED = 200
-MAX_REFUSED = 30
-"""Most refused requests of a caller in `REFUSED_S`. Further requests get 429. So nobody can fill the ledger with events
-or keep the service busy."""
-REFUSED_S = 60.0
-MAX_NEW = 60
-"""Most new jobs of a caller in `REFUSED_S`. Further requests get 429. Each job has up to four events, also if it is
-stopped at once."""
+MAX_READ = 1000
+"""Most jobs of a caller that are read for a list. Older ones are not listed."""
 NEW, ALL = "new", "*"
 """Names, in the policies, of a job that does not exist yet, and of all jobs."""
-_FIELDS = frozenset({"module", "overrides", "key", "intent"})
 _BEARER = "bearer "
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Submission:
-    """A valid request to submit a job."""
-
-    module: str
-    overrides: list[str]
-    key: str | None = None
-    intent: str | None = field(default=None, repr=False)
-    """The caller's intent; only with an OIDC issuer, because the platform cannot create intents then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,10 +64,8 @@ class JobOperations:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _hydra_lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while Hydra composes a configuration: it does one at a time."""
-    _refused_at: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
-    """Times of the last refused requests of each subject."""
-    _accepted_at: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
-    """Times of the last new jobs of each subject."""
+    _refused: Frequency = field(default_factory=lambda: Frequency(MAX_REFUSED, of_what="refused requests"))
+    _accepted: Frequency = field(default_factory=lambda: Frequency(MAX_NEW, of_what="new jobs"))
 
     def authenticate(self, authorization: str | None) -> Principal:
         """Return the principal of an Authorization header.
@@ -111,18 +91,20 @@ class JobOperations:
             KeyTaken, TooManyJobs: see there.
         """
         self._check(principal, Action.submit_jobs, self._resource(NEW, submitter=principal.subject))
-        self._limit_frequency(principal)
+        for frequency in (self._refused, self._accepted):
+            frequency.require_room(principal.subject, now=self.clock())
         try:
             request = self._validate(principal, body)
         except RefusedError:
-            with self._lock:
-                self._refused_at[principal.subject].append(self.clock())
+            self._refused.count(principal.subject, now=self.clock())
             raise
         with self._lock:
             return self._accept(principal, request)
 
     def jobs(self, principal: Principal, *, count: int) -> list[tuple[Job, JobState]]:
-        """Return the newest jobs that the caller may see: an admin or auditor sees all, others see their own.
+        """Return the newest jobs that the caller may see.
+
+        An admin or auditor sees all. Others see their own, without those that have rights which their token lacks.
 
         Raises:
             AccessDenied: the caller may see none.
@@ -133,9 +115,13 @@ class JobOperations:
         ).allowed
         if not sees_all:
             self._check(principal, Action.read_jobs, self._resource(ALL, submitter=principal.subject))
-        submitter = None if sees_all else principal.subject
-        found = submitted.newest_jobs(self.ledger, submitter=submitter, count=min(count, MAX_LISTED))
-        return [(job, submitted.state_of(self.ledger, job.id)) for job in found]
+        most = min(count, MAX_LISTED)
+        if sees_all:
+            found = recorded_jobs.newest_jobs(self.ledger, submitter=None, count=most)
+        else:
+            own = recorded_jobs.newest_jobs(self.ledger, submitter=principal.subject, count=MAX_READ)
+            found = [job for job in own if covers(principal, job.principal)][:most]
+        return [(job, recorded_jobs.state_of(self.ledger, job.id)) for job in found]
 
     def job(self, principal: Principal, job: str, *, action: Action = Action.read_jobs) -> Job:
         """Return a job.
@@ -144,39 +130,49 @@ class JobOperations:
             JobNotFound: there is no such job.
             AccessDenied: the caller may not do the action with this job.
         """
-        found = submitted.find(self.ledger, job)
+        found = recorded_jobs.find(self.ledger, job)
         if found is None:
             self._check(principal, action, self._resource(ALL, submitter=principal.subject))
             raise JobNotFound(f"No job '{job}'.")
-        submitter = found.principal
+        owner = found.principal
+        exceeds_token = not covers(principal, owner)
         self._check(
             principal,
             action,
-            self._resource(job, submitter=submitter.subject, tenant=submitter.tenant),
+            self._resource(job, submitter=owner.subject, tenant=owner.tenant, exceeds_token=exceeds_token),
         )
         return found
 
     def state(self, job: str) -> JobState:
         """Return how far a job has come."""
-        return submitted.state_of(self.ledger, job)
+        return recorded_jobs.state_of(self.ledger, job)
 
     def stop(self, principal: Principal, job: str) -> JobState:
         """Stop a job; if it is over, change nothing. Return its state.
 
         Raises:
             JobNotFound: there is no such job.
-            AccessDenied: the caller is neither its submitter nor an admin.
+            AccessDenied: the caller is neither an admin nor its submitter with a token that covers the job.
         """
         found = self.job(principal, job, action=Action.control_jobs)
-        if not submitted.state_of(self.ledger, job).is_over:
+        if not recorded_jobs.state_of(self.ledger, job).is_over:
             stopped = JobStopped(job=job, subject=principal.subject)
             self.ledger.append_once(stopped, actor=principal.subject, job=job)
             self.runner.watch(found)
-        return submitted.state_of(self.ledger, job)
+        return recorded_jobs.state_of(self.ledger, job)
 
-    def _resource(self, name: str, *, submitter: str, tenant: str = "default") -> Resource:
+    def _resource(
+        self, name: str, *, submitter: str, tenant: str = "default", exceeds_token: bool = False
+    ) -> Resource:
         """Return a job, or all jobs of a submitter, as the target of an action."""
-        return Resource(kind="job", name=name, registered_by=submitter, tenant=tenant, region=self.region)
+        return Resource(
+            kind="job",
+            name=name,
+            registered_by=submitter,
+            tenant=tenant,
+            region=self.region,
+            exceeds_token=exceeds_token,
+        )
 
     def _validate(self, principal: Principal, body: object) -> Submission:
         """Return the submission in a body, if the rules of this installation allow it."""
@@ -197,9 +193,9 @@ class JobOperations:
             self.policy.check(principal, action, resource, environment=self.environment)
 
     def _accept(self, principal: Principal, request: Submission) -> Accepted:
-        job = submitted.new_id(principal, request.key)
-        content = submitted.content_hash(principal, request.module, request.overrides)
-        existing = None if request.key is None else submitted.find(self.ledger, job)
+        job = recorded_jobs.new_id(principal, request.key)
+        content = recorded_jobs.content_hash(principal, request.module, request.overrides)
+        existing = None if request.key is None else recorded_jobs.find(self.ledger, job)
         if existing is not None:
             if existing.content != content:
                 raise KeyTaken(
@@ -211,12 +207,12 @@ class JobOperations:
         if request.intent is not None:
             self.intents.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_intent(self.intents / intent_name(job), request.intent)
-        event = submitted.submitted_event(
+        event = recorded_jobs.submitted_event(
             job, principal, request.module, request.overrides, config_dir=self.rules.settings.config_dir
         )
         self.ledger.append_once(event, actor=principal.subject, job=job)
-        self._accepted_at[principal.subject].append(self.clock())
-        found = submitted.find(self.ledger, job)
+        self._accepted.count(principal.subject, now=self.clock())
+        found = recorded_jobs.find(self.ledger, job)
         assert found is not None
         self.runner.watch(found)
         return Accepted(job=found, is_new=True)
@@ -259,21 +255,6 @@ class JobOperations:
                 f"This installation runs at most {limits.max_unfinished} jobs at a time. Try again."
             )
 
-    def _limit_frequency(self, principal: Principal) -> None:
-        counts = (
-            ("refused requests", self._refused_at, MAX_REFUSED),
-            ("new jobs", self._accepted_at, MAX_NEW),
-        )
-        with self._lock:
-            for of_what, times, limit in counts:
-                recent, now = times[principal.subject], self.clock()
-                while recent and not now - REFUSED_S <= recent[0] <= now:  # later: the clock was set back
-                    recent.popleft()
-                if len(recent) >= limit:
-                    raise TooManyJobs(f"{limit} {of_what} in {REFUSED_S:.0f} s. Try again later.")
-                if not recent:
-                    del times[principal.subject]
-
     def _record_refusal(self, principal: Principal, module: str, error: JobForbidden) -> None:
         refused = JobRefused(
             submitter=principal.subject,
@@ -285,37 +266,13 @@ class JobOperations:
         self.ledger.append(refused, actor=principal.subject)
 
 
-def parse(body: object) -> Submission:
-    """Return the submission in a JSON body.
+def covers(caller: Principal, owner: Principal) -> bool:
+    """Return whether a token has all rights of a job, so that its caller may read what the job printed.
 
-    Raises:
-        InvalidRequest: the body has another form.
+    A job without a purpose has no right that needs one.
     """
-    if not isinstance(body, dict) or not body.keys() <= _FIELDS:
-        raise InvalidRequest("A job is an object with 'module', and perhaps 'overrides' and 'key'.")
-    module, overrides, key = body.get("module"), body.get("overrides", []), body.get("key")
-    if not isinstance(module, str) or not module:
-        raise InvalidRequest("'module' must name the command, such as 'feature_jobs.ingest'.")
-    if not isinstance(overrides, list) or not all(isinstance(each, str) for each in overrides):
-        raise InvalidRequest("'overrides' must be a list of texts, such as ['view=income'].")
-    if key is not None and not (isinstance(key, str) and 0 < len(key) <= MAX_KEY and key.isprintable()):
-        raise InvalidRequest(f"'key' must be printable text of at most {MAX_KEY} characters.")
-    intent = body.get("intent")
-    if intent is not None and not isinstance(intent, str):
-        raise InvalidRequest("'intent' must be a token.")
-    return Submission(module=module, overrides=list(overrides), key=key, intent=intent)
-
-
-def as_json(job: Job, state: JobState) -> dict[str, Any]:
-    """Return a job as JSON."""
-    ended = {"exit_code": state.exit_code, "seconds": state.seconds, "reason": state.reason}
-    return {
-        "id": job.id,
-        "status": state.status,
-        "module": job.module,
-        "overrides": list(job.overrides),
-        "submitter": job.submitter,
-        "role": job.principal.role.value,
-        "submitted_at": job.submitted_at.isoformat(),
-        **(ended if state.is_over else {}),
-    }
+    return (
+        (caller.tenant, caller.role) == (owner.tenant, owner.role)
+        and owner.purpose in ("", caller.purpose)
+        and (caller.models is None or (owner.models is not None and set(owner.models) <= set(caller.models)))
+    )

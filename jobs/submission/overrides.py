@@ -22,6 +22,7 @@ from cluster.command_line import quote_texts
 from cluster.entrypoint import Options
 from cluster.errors import ConfigError
 from cluster.host.submission import SubmissionConfig
+from cluster.security.private_folder import require_unchangeable
 from cluster.settings import PlatformConfig
 from jobs.pipeline.stage.commands import load_options
 from jobs.pipeline.stage.modules import Modules
@@ -35,6 +36,8 @@ MAX_ALL_CHARACTERS = 10_000
 """Characters of all overrides together. Hydra's parser is slow: it reads about 8,000 characters a second."""
 CALLERS_SECTIONS = frozenset({"scaling", "replica"})
 """The platform's sections that a caller may set. They say how much a command uses, within what the cluster has."""
+LOADS = "A submitted job"
+"""What loads `jobs.config_dir`, for the message of `require_unchangeable`."""
 RESERVED = frozenset(field.name for field in fields(PlatformConfig)) - CALLERS_SECTIONS
 """Sections of the platform: tier, identity, storage, ledger, secrets, cluster with its region, and so on."""
 _ARGUMENT = re.compile(r"(?P<key>[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)=(?P<value>.*)")
@@ -85,6 +88,7 @@ class JobRules:
             raise ConfigError(f"'{module}' is no command. Its `main` needs the decorator `job`.")
         for override in self._parsed(overrides, options):
             self._check_value(override)
+        self._check_folder()
         config = options.compose(overrides, config_dir=self.settings.config_dir)
         if module == PIPELINE:
             self._check_stages(config)
@@ -164,6 +168,17 @@ class JobRules:
         folder = self.settings.config_dir
         own = folder is not None and (Path(self.paths.project) / folder / key).is_dir()
         return own or files("configs").joinpath(key).is_dir()
+
+    def _check_folder(self) -> None:
+        """Require that only the operator can change the installation's configurations."""
+        try:
+            require_unchangeable(self.settings.config_dir, loads=LOADS)
+        except ConfigError:
+            raise JobForbidden(
+                "Another user of the head can change the installation's configurations, or they cannot be read. Ask "
+                "the operator to correct the folder `jobs.config_dir`.",
+                rule="config_dir",
+            ) from None
 
     def _check_stages(self, config: Any) -> None:
         """Require that a job may run every stage of a pipeline."""

@@ -22,7 +22,7 @@ from cluster.session import ClusterRecord
 from cluster.storage import is_uri
 from jobs.submission.errors import JobForbidden
 
-OF_JOBS = "jobs"
+JOBS_FOLDER = "jobs"
 """Folder below the storage root that options of a job may name."""
 CODE = frozenset(
     {".py", ".pyc", ".pyi", ".pth", ".so", ".sh", ".cedar"}
@@ -85,7 +85,7 @@ class PathRules:
             return _CODE
         for root in self.roots:
             if _is_below(text, root):
-                return "" if _folder_of_jobs(text, root) else "names the platform's own state"
+                return "" if _is_in_jobs_folder(text, root) else "names the platform's own state"
             # A folder is read with all that is below it, and so is what a pattern finds.
             if _is_below(root, text.rstrip("/")) or (pattern and root.startswith(text[: pattern.start()])):
                 return "names a folder with the platform's own state"
@@ -127,7 +127,7 @@ class PathRules:
             if is_uri(root):
                 continue
             if _is_below(real, root):
-                return "" if _folder_of_jobs(real, root) else "names the platform's own state"
+                return "" if _is_in_jobs_folder(real, root) else "names the platform's own state"
             if _is_below(root, folder):
                 return "names a folder with the platform's own state"
         if PurePosixPath(real).suffix.lower() in CODE:
@@ -171,5 +171,5 @@ def _is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(f"{folder.rstrip('/')}/")
 
 
-def _folder_of_jobs(path: str, root: str) -> bool:
-    return path.removeprefix(root).strip("/").split("/")[0] == OF_JOBS
+def _is_in_jobs_folder(path: str, root: str) -> bool:
+    return path.removeprefix(root).strip("/").split("/")[0] == JOBS_FOLDER

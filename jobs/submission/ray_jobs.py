@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobs.ray_jobs import ProjectJobs
-from jobs.submission.submitted import Job
+from jobs.submission.recorded_jobs import Job
 
 
 class SubmittedJobs(ProjectJobs):

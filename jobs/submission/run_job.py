@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.entrypoint import job
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, first_line
 from cluster.ledger import open_ledger
 from cluster.ledger.events import JobFinished, JobStarted
+from cluster.security.private_folder import require_unchangeable
 from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tokens.intent import FILE_VARIABLE, mint_intent
 from cluster.security.tokens.issuer import TOKEN_TTL_S
@@ -22,12 +23,13 @@ from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, local
 from jobs.child_process import execute
-from jobs.command_states import STOPPED
+from jobs.command_states import NOT_STARTED, STOPPED
 from jobs.principal_tokens import access_token, renewed_token
-from jobs.submission import submitted
+from jobs.submission import recorded_jobs
 from jobs.submission.modules import PIPELINE
+from jobs.submission.overrides import LOADS
+from jobs.submission.recorded_jobs import Job
 from jobs.submission.runner import ACTOR, intent_name
-from jobs.submission.submitted import Job
 
 INTENTS = "job_intents"
 """Folder below `keys/` with the intents that callers sent."""
@@ -46,12 +48,21 @@ def main(config: RunJobConfig) -> None:
     """Run the job's command, and exit with its exit code."""
     record, ledger = require_recorded_cluster(config), open_ledger(config)
     apply_cluster_record(record, config)
-    found = submitted.find(ledger, config.job)
+    found = recorded_jobs.find(ledger, config.job)
     if found is None:
         raise ConfigError(f"No job '{config.job}' was submitted.")
+    if recorded_jobs.has_started(ledger, found.id):
+        print(f"job {found.id} has run already")
+        return
+    try:
+        require_unchangeable(found.config_dir, loads=LOADS)
+    except ConfigError as error:
+        refused = JobFinished(job=found.id, state=NOT_STARTED, reason=first_line(error))
+        ledger.append_once(refused, actor=ACTOR, job=found.id)
+        raise
     command = command_line(found)
     started = JobStarted(job=found.id, command=command[2:])
-    if submitted.is_stopped(ledger, found.id):
+    if recorded_jobs.is_stopped(ledger, found.id):
         print(f"job {found.id} was stopped")
         return
     if ledger.append_once(started, actor=ACTOR, job=found.id) is None:

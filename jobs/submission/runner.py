@@ -22,8 +22,8 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import JobFinished
 from cluster.ledger.store import utc_now
 from jobs.command_states import LOST, NO_RESULT, NO_START, NOT_STARTED, STOPPED
-from jobs.submission import submitted
-from jobs.submission.submitted import Job
+from jobs.submission import recorded_jobs
+from jobs.submission.recorded_jobs import Job
 
 ACTOR = "system:jobs"
 CHECK_S = 3.0
@@ -82,7 +82,7 @@ class JobRunner:
         self._clock = clock
         self._running: set[str] = set()
         self._lock = threading.Lock()
-        self._watched = {job.id: _Watched(job) for job in submitted.unfinished_jobs(ledger)}
+        self._watched = {job.id: _Watched(job) for job in recorded_jobs.unfinished_jobs(ledger)}
 
     def watch(self, job: Job) -> None:
         """Check a new or a stopped job at once."""
@@ -119,14 +119,14 @@ class JobRunner:
         is_over = self._jobs.is_over(job.id)
         (self._running.add if is_over is False else self._running.discard)(job.id)
         # The ledger is read after that, because a job records its end before it is over.
-        if submitted.state_of(self._ledger, job.id).is_over:
+        if recorded_jobs.state_of(self._ledger, job.id).is_over:
             return True
-        is_stopped = submitted.is_stopped(self._ledger, job.id)
+        is_stopped = recorded_jobs.is_stopped(self._ledger, job.id)
         if is_over is False:
             if is_stopped:
                 self._jobs.stop(job.id)
             return False
-        if submitted.has_started(self._ledger, job.id):
+        if recorded_jobs.has_started(self._ledger, job.id):
             reason = "stopped by command" if is_stopped else NO_RESULT
             return self._finish(job, STOPPED if is_stopped else LOST, reason)
         if is_stopped:

@@ -34,6 +34,18 @@ from tests.projects import loan
 from tests.projects.loan import Shop
 
 NUM_REPLICA_PORTS = 1000
+FIRST = (
+    *("nodes", "promotion", "object_store", "network", "gpu_share", "lost_machines"),
+    *("training", "cluster", "own_project", "nothing_lost", "scaling", "protection", "serving", "schedules"),
+)
+"""Files of tests that run first: those that start clusters of their own, then those that take longest. So no process
+runs a long file alone at the end, and the clusters of single files have ended before all processes have theirs."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files in `FIRST` first, in this order."""
+    order = {f"test_{name}": number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +119,7 @@ class Project:
             if connection.status == psutil.CONN_LISTEN and connection.pid in mine
         }
 
-    def stranger(self) -> Project:
+    def without_cluster_variables(self) -> Project:
         """Return the same project with an environment that has no `RAY_` or `FALAJ_` variable."""
         env = {name: value for name, value in self.env.items() if not name.startswith(("RAY_", "FALAJ_"))}
         return Project(root=self.root, ports=self.ports, env=env)

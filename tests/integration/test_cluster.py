@@ -88,7 +88,7 @@ def attached_driver(project: Project) -> Iterator[subprocess.Popen[str]]:
             driver.kill()
 
 
-def test_everything_answers_and_nothing_open_answers_a_stranger(falaj_cluster: Project) -> None:
+def test_everything_answers_and_nothing_open_answers_without_a_token(falaj_cluster: Project) -> None:
     """Each endpoint answers, and protected endpoints require a token.
 
     The edge uses TLS with a certificate of our CA. Ray's dashboard requires Ray's token; through the edge, it
@@ -208,7 +208,7 @@ def test_a_shell_below_the_project_needs_no_variables(falaj_cluster: Project) ->
     """A command in a subfolder finds the cluster's record in a parent folder."""
     below = falaj_cluster.root / "notebooks" / "one"
     below.mkdir(parents=True)
-    result = falaj_cluster.stranger().run("cluster.status", "--json", cwd=below, check=True)
+    result = falaj_cluster.without_cluster_variables().run("cluster.status", "--json", cwd=below, check=True)
     assert json.loads(result.stdout)["cluster_id"] == falaj_cluster.record.cluster_id
 
 

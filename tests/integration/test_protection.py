@@ -302,7 +302,7 @@ def test_compacted_and_under_newer_keys_a_table_gives_the_same_training_set(clin
     assert kinds.count("KeysRotated") == 8, "one of each key"
 
 
-def test_a_stranger_gets_no_key(clinic: Project, tmp_path: Path) -> None:
+def test_another_process_without_a_token_gets_no_key(clinic: Project, tmp_path: Path) -> None:
     """A forged token gets no key."""
     (tmp_path / "forged.jwt").touch(mode=0o600)
     (tmp_path / "forged.jwt").write_text("eyJhbGciOiJub25lIn0.eyJzdWIiOiJldmUifQ.")

@@ -28,13 +28,15 @@ from cluster.settings import StorageConfig
 from cluster.storage import Layout
 from tests.integration.test_object_store import write_rows
 from tests.nodes.namespaces import Machine, network
-from tests.processes.commands import run_process
+from tests.processes.commands import COMMAND_TIMEOUT_S, checked, run_process
+from tests.processes.forked_commands import run_forked
 from tests.projects import loan
 from tests.servers.object_store import BUCKET, object_store
 from tests.servers.postgresql import running_server
 from tests.servers.redis_server import running_redis
 
 SECOND = "second-region"
+NEW_PROCESSES = ("cluster.up", "cluster.join")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +50,22 @@ class Computer:
     """Options of every command on the head."""
 
     def run(self, module: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run `python -m module args` on this machine."""
-        return run_process(
-            self.machine.command(sys.executable, "-m", module, *args),
+        """Run `python -m module args` on this machine, in a forked process.
+
+        The commands that start the processes of a node are new processes themselves.
+        """
+        if module in NEW_PROCESSES:
+            line = self.machine.command(sys.executable, "-m", module, *args)
+            return run_process(line, cwd=self.root, env=self.env, check=check)
+        result = run_forked(
+            module,
+            *args,
             cwd=self.root,
             env=self.env,
-            check=check,
+            timeout_s=COMMAND_TIMEOUT_S,
+            namespace=self.machine.namespace,
         )
+        return checked(result) if check else result
 
     def join(
         self, head: str, token: Path, *args: str, check: bool = True

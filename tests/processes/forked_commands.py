@@ -8,6 +8,7 @@ a new Python instead.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -33,10 +34,22 @@ PRELOADED = (
 """Modules that most commands import. None of them starts a thread, because a fork would lose the thread."""
 
 
+_NEW_NETWORK = 0x40000000
+"""`CLONE_NEWNET` of Linux."""
+
+
 def run_forked(
-    module: str, *args: str, cwd: Path, env: dict[str, str], timeout_s: float
+    module: str, *args: str, cwd: Path, env: dict[str, str], timeout_s: float, namespace: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a forked process, and return its output and exit code.
+
+    Args:
+        module: the command's module.
+        args: its arguments.
+        cwd: folder to run in.
+        env: environment of the command.
+        timeout_s: longest time in seconds.
+        namespace: name of the network namespace to run in; None for that of this process.
 
     Raises:
         subprocess.TimeoutExpired: The command did not end in time, and was killed.
@@ -47,7 +60,8 @@ def run_forked(
         out, err = Path(folder, "out"), Path(folder, "err")
         for path in (out, err):
             path.touch(mode=0o600)  # the files exist even if the process ends too early
-        process = context.Process(target=_main, args=(module, args, str(cwd), env, str(out), str(err)))
+        where = (str(cwd), env, str(out), str(err), namespace)
+        process = context.Process(target=_main, args=(module, args, *where))
         process.start()
         process.join(timeout_s)
         if process.is_alive():
@@ -62,8 +76,18 @@ def run_forked(
         )
 
 
-def _main(module: str, args: tuple[str, ...], cwd: str, env: dict[str, str], out: str, err: str) -> None:
+def _main(
+    module: str,
+    args: tuple[str, ...],
+    cwd: str,
+    env: dict[str, str],
+    out: str,
+    err: str,
+    namespace: str | None,
+) -> None:
     """Run the command in this process, then exit with its exit code."""
+    if namespace is not None:
+        _enter(namespace)
     for path, descriptor in ((os.devnull, 0), (out, 1), (err, 2)):
         opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         os.dup2(opened, descriptor)
@@ -91,3 +115,11 @@ def _main(module: str, args: tuple[str, ...], cwd: str, env: dict[str, str], out
         sys.stdout.flush()
         sys.stderr.flush()
     sys.exit(code)
+
+
+def _enter(namespace: str) -> None:
+    """Move this process to a network namespace that `ip netns` has made. Python 3.12 has `os.setns` for this."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/var/run/netns/{namespace}", "rb") as file:
+        if libc.setns(file.fileno(), _NEW_NETWORK):
+            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {namespace}")

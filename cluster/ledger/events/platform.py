@@ -136,7 +136,10 @@ class AccessDecided(LedgerEvent):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StrangersRefused(LedgerEvent):
-    """Unauthenticated requests that were refused for one reason within one period."""
+    """Unauthenticated requests that were refused for one reason within one period.
+
+    Elsewhere they are called unauthenticated. The name of the event stays, because ledgers have it.
+    """
 
     reason: str
     count: int

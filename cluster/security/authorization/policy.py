@@ -130,6 +130,8 @@ class Resource:
     """Subject that registered the model; required to release it in production."""
     serves: bool = False
     """Whether the ledger records that the resource serves requests now."""
+    exceeds_token: bool = False
+    """Whether the resource is a job with rights that the principal's token does not have."""
 
     @classmethod
     def from_key(cls, key: KeyAttributes) -> Resource:
@@ -322,6 +324,7 @@ def _entities(subject: _Subject, resource: Resource) -> list[dict[str, Any]]:
                 "tenant": resource.tenant,
                 "registered_by": resource.registered_by,
                 "serves": resource.serves,
+                "exceeds_token": resource.exceeds_token,
             },
             "parents": [],
         },

@@ -1,8 +1,8 @@
 """Address and identity for the key broker, as plain data for workers. Each process opens its own connection.
 
 A worker can run on another node than its job. There the paths are the node's own (`cluster/host/this_node.py`). A node
-that joined has no dev issuer and not the job's intent: it gets the tokens through its key broker's socket from the
-head.
+that joined has no development issuer and not the job's intent: it gets the tokens through its key broker's socket from
+the head.
 """
 
 from __future__ import annotations

@@ -164,8 +164,8 @@ def replace_private_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
 def _refuse_in_production(tier: Tier) -> None:
     if tier is Tier.enterprise_gpu:
         raise ConfigError(
-            f"Tier {tier.value} does not allow the dev issuer: its key file could sign tokens of every principal. "
-            "Set identity.issuer.url to an OIDC issuer."
+            f"Tier {tier.value} does not allow the development issuer: its key file could sign tokens of every "
+            "principal. Set identity.issuer.url to an OIDC issuer."
         )
 
 
@@ -187,7 +187,7 @@ def _install(keys: Path, key: ECKey, *, old: list[dict[str, Any]]) -> None:
 def no_issuer(path: Path) -> ConfigError:
     """Return the error for a missing file of the development issuer."""
     return ConfigError(
-        f"No issuer at {path}. Run `python -m cluster.up` first. It creates the dev issuer, unless "
+        f"No issuer at {path}. Run `python -m cluster.up` first. It creates the development issuer, unless "
         "identity.issuer.url names another issuer. Then get tokens from that one."
     )
 

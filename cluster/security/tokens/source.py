@@ -32,7 +32,7 @@ class TokenSource:
     intent: str = ""
     """Name of a job's intent in the folder `keys/intents` below `root`, which the job keeps fresh."""
     root: str = ""
-    """The node's own folder (`Layout.disk`) with the intent or with the dev issuer's keys, if there is no file."""
+    """The node's own folder (`Layout.disk`) with the intent or the development issuer's keys, if there is no file."""
     subject: str = ""
     role: Role = Role.service
     purpose: str = ""
@@ -53,7 +53,7 @@ class TokenSource:
             raise Unauthenticated(f"The token cannot be read: {error}. Check identity.token_file.") from error
 
     def path(self) -> Path | None:
-        """Return the file with the token, or None if the dev issuer mints it."""
+        """Return the file with the token, or None if the development issuer mints it."""
         if self.intent:
             return Path(Layout(self.root).keys) / INTENTS / self.intent
         return None if self.file is None else Path(self.file)

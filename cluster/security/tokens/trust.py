@@ -45,7 +45,7 @@ class Trust:
             return cls(keys=keys, tokens=TokenVerifier(keys), intents=IntentVerifier(keys))
         if issuer.url == ISSUER:
             raise ConfigError(
-                f"identity.issuer.url={ISSUER} is the dev issuer's name. Set it to null to use the dev issuer."
+                f"identity.issuer.url={ISSUER} is the development issuer's name. Set it to null to use this issuer."
             )
         fetch = (
             jwks_fetcher(issuer.jwks_url, ca_file=issuer.ca_file)

@@ -27,6 +27,9 @@ from feature_jobs.store.streaming.micro_batches import MAX_ROWS
 T = TypeVar("T")
 ANSWER_S = 10.0
 """Timeout in seconds for a broker's answer about the topic."""
+CODE_PROPERTIES = ("plugin.library.paths", "ssl.engine.", "ssl.providers", "sasl.kerberos.", "interceptors")
+"""Properties, or beginnings of their names, with which librdkafka loads a library or, for Kerberos, runs a shell
+command."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +155,7 @@ def librdkafka_properties(reading: ConsumerSettings) -> dict[str, str | bool]:
     """Return the properties for librdkafka: the properties in the file, and those that the platform needs.
 
     Raises:
-        ConfigError: the file cannot be read, or a line is not `name=value`.
+        ConfigError: the file cannot be read, a line is not `name=value`, or a property could run code.
     """
     configured: dict[str, str | bool] = {}
     if reading.properties_file is not None:
@@ -168,6 +171,12 @@ def librdkafka_properties(reading: ConsumerSettings) -> dict[str, str | bool]:
                 if not equals:
                     raise ConfigError(
                         f"kafka.properties_file {reading.properties_file}, line {number} is not name=value."
+                    )
+                if name.strip().startswith(CODE_PROPERTIES):
+                    raise ConfigError(
+                        f"kafka.properties_file {reading.properties_file}, line {number}: {name.strip()} could load a "
+                        "library or run a command, so it is not allowed. Remove the line. To log in, use "
+                        "sasl.mechanism PLAIN, SCRAM-SHA-512 or OAUTHBEARER, or a client certificate."
                     )
                 configured[name.strip()] = value.strip()
     return configured | {

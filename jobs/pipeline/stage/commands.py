@@ -44,6 +44,9 @@ class Facts:
     """Modules that the configuration names, such as definitions."""
     always: bool = False
     """Whether the command's result depends on the time at which it runs."""
+    single: frozenset[str] | None = None
+    """The only names without dots that the result has once, if it has other names several times. A requirement must
+    write another name as a whole. None if this is not known."""
 
 
 def load_options(module: str, modules: Modules) -> Options[Any] | None:
@@ -184,7 +187,9 @@ def _train(config: Any) -> Facts:
 
 def _evaluate(config: Any) -> Facts:
     needs = ((Action.register_model, _version(config)),)
-    return Facts(files=_files(config), reads=(_model(config),), needs=needs)
+    # Each slice has every metric.
+    single = frozenset({"name", "version", "family", "column", "value"}) if config.slices else None
+    return Facts(files=_files(config), reads=(_model(config),), needs=needs, single=single)
 
 
 def _monitor(config: Any) -> Facts:

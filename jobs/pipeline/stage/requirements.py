@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from cluster.errors import suggest_name
@@ -20,8 +20,19 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }
 
 
-def requirement_fault(name: str, wanted: Any) -> str:
-    """Return what is wrong with a requirement, or "" if nothing is."""
+def requirement_fault(name: str, wanted: Any, *, single: Collection[str] | None = None) -> str:
+    """Return what is wrong with a requirement, or "" if nothing is.
+
+    Args:
+        name: What is required.
+        wanted: What it must satisfy.
+        single: The only names without dots that the result has once; None if this is not known.
+    """
+    if single is not None and "." not in name and name not in single:
+        return (
+            f"require.{name}: the result has several values of this name, one for each slice. Write the whole name, "
+            f"such as metrics.{name}."
+        )
     if isinstance(wanted, str) and wanted[:1] in tuple("<>=!") and not _COMPARISON.fullmatch(wanted.strip()):
         return f"require.{name} is '{wanted}'. Write a comparison with a number, such as '>0'."
     if wanted is None or isinstance(wanted, dict | list):

@@ -16,7 +16,7 @@ from serve_apps.edge.haproxy.counters import Counter
 
 REPORT_INTERVAL_S = 60.0
 """Seconds between two reports to the ledger."""
-TABLE = "strangers_counted"
+TABLE = "unauthenticated_counted"
 SHOW_COMMAND = f"show table {TABLE}"
 LOG_LEVEL = "emerg"
 
@@ -41,7 +41,7 @@ _REPLICA_REFUSALS = len(Reason)
 def table() -> str:
     """Return the section of the table with the counts. The table exists as long as the worker."""
     stored = f"gpc({len(Reason) + 1}),http_err_cnt"
-    return f"backend {TABLE}\n    stick-table type string len 9 size 1 store {stored}\n"
+    return f"backend {TABLE}\n    stick-table type string len 15 size 1 store {stored}\n"
 
 
 def rules() -> str:
@@ -49,7 +49,7 @@ def rules() -> str:
     anonymous = "!{ var(txn.principal) -m found }"
     number = int(Counter.refusals)
     lines = [
-        f"    tcp-request session track-sc{number} str(strangers) table {TABLE}",
+        f"    tcp-request session track-sc{number} str(unauthenticated) table {TABLE}",
         *(
             f"    http-after-response sc-inc-gpc({index},{number}) if {anonymous} {{ status {_STATUSES[reason]} }}"
             for index, reason in enumerate(Reason)

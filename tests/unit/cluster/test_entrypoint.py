@@ -15,9 +15,10 @@ from ray.exceptions import RayTaskError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster.command_line import quote_texts
-from cluster.entrypoint import RESULT_VARIABLE, introduction, job
-from cluster.errors import SourceError
+from cluster.entrypoint import RESULT_VARIABLE, Options, introduction, job
+from cluster.errors import ConfigError, SourceError
 from cluster.settings import PlatformConfig
+from feature_jobs.training_set import TrainingSetConfig
 from tests.processes.commands import run_main
 
 PROGRAM = """
@@ -138,6 +139,16 @@ class ModelConfig(PlatformConfig):
     """A configuration with a section whose options are in `configs/model/`."""
 
     model: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize("override", ["versions={income: 1}", "versions.income=1"])
+def test_entry_of_a_table_is_added_with_a_plus(override: str) -> None:
+    """Before, the message was: No option 'versions'. Did you mean 'versions'?"""
+    options = Options(config_name="training_set", schema=TrainingSetConfig)
+    needed = ["service=s", "entities=e", "output=o"]
+    with pytest.raises(ConfigError, match=r"Option 'versions' has no such entries.*`\+versions\.NAME=VALUE`"):
+        options.compose([*needed, override])
+    assert options.compose([*needed, f"+{override}"]).versions == {"income": 1}
 
 
 @job("train", ModelConfig)

@@ -325,7 +325,7 @@ def test_state_folders_of_an_earlier_release_become_private(
 
 
 def test_production_tier_requires_another_issuer(config: PlatformConfig, record: ClusterRecord) -> None:
-    """With another issuer, the dev issuer's key file is not created."""
+    """With another issuer, the development issuer's key file is not created."""
     config.tier = Tier.enterprise_gpu
     with pytest.raises(ConfigError, match="OIDC issuer"):
         up.prepare(config, record)

@@ -111,7 +111,7 @@ def test_job_on_another_node_uses_its_own_socket_and_token(
 def test_replica_on_another_node_gets_its_token_from_the_head(
     record: ClusterRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The dev issuer's private key is not there."""
+    """The development issuer's private key is not there."""
     asked: list[dict[str, object]] = []
     monkeypatch.setattr(key_access, "ask_broker", lambda path, request: asked.append(request) or "token")
     key_access._fetched.cache_clear()

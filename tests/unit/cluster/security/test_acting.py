@@ -209,7 +209,7 @@ def test_contradiction_of_the_cluster_is_refused(
 
 
 def test_oidc_issuer_of_the_cluster_is_not_bypassed(places: Layout, ledger: Ledger) -> None:
-    """The dev issuer's key may be left from an earlier use of the folder. Its tokens are refused."""
+    """The development issuer's key may be left from an earlier use of the folder. Its tokens are refused."""
     issuer = dataclasses.asdict(IssuerConfig(url="https://127.0.0.1:1"))
     with pytest.raises(ConfigError, match="A job needs an intent of https://127"):
         create_actor(config(places), record(places, issuer=issuer), ledger, entrypoint=JOB)
@@ -222,7 +222,7 @@ def test_enterprise_tier_never_accepts_the_dev_issuer(places: Layout, ledger: Le
     if side == "config":
         job_config.tier = tier
     cluster_record = record(places, tier=tier.value if side == "record" else None)
-    with pytest.raises(ConfigError, match="does not accept the dev issuer"):
+    with pytest.raises(ConfigError, match="does not accept the development issuer"):
         create_actor(job_config, cluster_record, ledger, entrypoint=JOB)
 
 
@@ -272,7 +272,7 @@ def test_log_lines_name_the_principal(
 def test_ledger_reader_needs_a_token_of_the_clusters_issuer(
     places: Layout, ledger: Ledger, tmp_path: Path
 ) -> None:
-    """A token of the dev issuer is refused if the cluster uses another issuer, and is counted."""
+    """A token of the development issuer is refused if the cluster uses another issuer, and is counted."""
     issuer, dev = Issuer(), tmp_path / "dev.jwt"
     write_intent(dev, mint_token(places, subject="eve", role=Role.auditor, purpose=""))
     trusted = dataclasses.asdict(IssuerConfig(url=issuer.url))

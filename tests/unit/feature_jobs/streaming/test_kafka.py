@@ -223,6 +223,30 @@ def test_properties_file_cannot_change_exactly_once_settings(tmp_path: Path) -> 
         librdkafka_properties(ConsumerSettings(source=source, properties_file=file))
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "plugin.library.paths=/tmp/evil.so",
+        "  plugin.library.paths = evil",
+        "ssl.engine.location=/tmp/evil.so",
+        "ssl.engine.id=evil",
+        "ssl.providers=default,evil",
+        "sasl.kerberos.kinit.cmd=id",
+        "sasl.kerberos.principal=$(id)",
+        "interceptors=evil",
+    ],
+)
+def test_properties_that_could_run_code_are_refused(tmp_path: Path, line: str) -> None:
+    """librdkafka loads a library as soon as it gets such a property, and Kerberos' properties are part of a shell
+    command. The message names the line and the property, but not the value."""
+    file = tmp_path / "kafka.properties"
+    file.write_text(f"sasl.mechanism=PLAIN\n{line}\n")
+    reading = ConsumerSettings(source=KafkaSource("a:1", TOPIC, event_timestamp="at"), properties_file=file)
+    with pytest.raises(ConfigError, match=rf"line 2: {line.partition('=')[0].strip()} could load") as error:
+        librdkafka_properties(reading)
+    assert "evil" not in str(error.value)
+
+
 def test_killed_consumer_loses_and_duplicates_no_rows(
     tmp_path: Path, access: KeyAccess, broker: MockBroker, open_project: Callable[..., PushProject]
 ) -> None:

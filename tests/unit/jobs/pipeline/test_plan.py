@@ -56,6 +56,34 @@ def faults(world: World, role: Role = Role.admin, **stages: StageConfig) -> list
     return list(world.plan(PipelineSpec(stages=stages), role).faults)
 
 
+def test_requirement_whose_name_will_be_ambiguous_is_a_fault(world: World) -> None:
+    """With slices, each slice has every metric, so the plan asks for the whole name. Other names are single."""
+    demo = composed("pipeline=census")
+    for required, fault in (
+        ({"auc": 0.8}, "require.auc: the result has several values of this name"),
+        ({"metrics.auc": 0.8, "family": "lightgbm"}, None),
+    ):
+        demo.stages["evaluate_lightgbm"].require = required
+        found = list(world.plan(demo).faults)
+        assert len(found) == (fault is not None), found
+        assert fault is None or f"Stage 'evaluate_lightgbm': {fault}" in found[0]
+    demo.stages["evaluate_lightgbm"].parameters["slices"] = []
+    demo.stages["evaluate_lightgbm"].require = {"auc": 0.8}
+    assert world.plan(demo).faults == ()
+
+
+def test_clients_of_the_demo_have_no_defaults_of_the_census(world: World) -> None:
+    """The pipeline's file names model, key, label and purpose, so the clients serve every model."""
+    census = composed("pipeline=census").stages
+    for name, expected in (
+        ("traffic_2017", {"name": "employment", "key": "person_id", "purpose": "employment_statistics"}),
+        ("outcomes_broken", {"name": "employment", "key": "person_id", "label": "employed"}),
+    ):
+        assert expected.items() <= census[name].parameters.items()
+    [fault] = faults(world, a=stage("jobs.pipeline.traffic", people="x", answers="y", as_of="2020-01-01"))
+    assert "name" in fault
+
+
 def test_the_demo_has_no_faults(world: World) -> None:
     """The census pipeline can be planned in an empty installation. Each stage follows what it needs."""
     plan = world.plan(composed("pipeline=census"))

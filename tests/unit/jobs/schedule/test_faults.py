@@ -10,15 +10,22 @@ import pytest
 
 from cluster.errors import ConfigError
 from cluster.ledger import Ledger
-from cluster.ledger.events import ScheduleApplied, ScheduledRunDue, ScheduleStateChanged
+from cluster.ledger.events import (
+    PipelineFinished,
+    ScheduleApplied,
+    ScheduledRunDue,
+    ScheduledRunFinished,
+    ScheduledRunSkipped,
+    ScheduleStateChanged,
+)
 from cluster.security.authorization.policy import Action, Policy, Resource
+from cluster.security.private_folder import require_unchangeable
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.roles import Role
 from jobs.schedule import schedules
-from jobs.schedule.command import require_unchangeable
 from jobs.schedule.config import Missed, ScheduleSpec, TriggerKind, TriggerSpec
 from jobs.schedule.cron import last_slot_before, slots_after
-from jobs.schedule.due import MAX_MISSED, Due, Skipped, cron_slots
+from jobs.schedule.due import CROWDED, MAX_MISSED, Due, Skipped, cron_slots
 from jobs.schedule.listing import describe
 from jobs.schedule.scheduler import Scheduler
 from jobs.schedule.schedules import Schedule
@@ -103,7 +110,7 @@ def test_expression_with_a_year_ends(ledger: Ledger) -> None:
     assert [slot.year for slot in slots_after(expression, "UTC", NOW)] == [2027]
     after = dt.datetime(2028, 1, 1, tzinfo=dt.UTC)
     spec = ScheduleSpec(cron=expression)
-    assert cron_slots(spec, since=after, now=after + HOUR, is_running=False) == []
+    assert cron_slots(spec, since=after, now=after + HOUR) == []
     apply(ledger, "once", spec)
     assert "    next: never" in list(describe(ledger, now=after))
 
@@ -111,7 +118,7 @@ def test_expression_with_a_year_ends(ledger: Ledger) -> None:
 def test_slots_of_a_year_are_decided_at_once() -> None:
     """There are 31 million. Only the first ones are counted, the last one runs, and so do those in time."""
     spec, began = ScheduleSpec(cron="* * * * * *", grace_s=1.5), time.monotonic()
-    decided = cron_slots(spec, since=NOW - 24 * 365 * HOUR, now=NOW, is_running=False)
+    decided = cron_slots(spec, since=NOW - 24 * 365 * HOUR, now=NOW)
     assert time.monotonic() - began < 20
     assert [type(decision) for decision in decided] == [Skipped, Due, Due, Due]
     assert isinstance(decided[0], Skipped)
@@ -122,10 +129,42 @@ def test_slots_of_a_year_are_decided_at_once() -> None:
         ScheduleSpec(cron="* * * * * *", missed=Missed.skip),
         since=NOW - 48 * HOUR,
         now=NOW,
-        is_running=False,
     )
     assert isinstance(skipped[0], Skipped)
     assert skipped[0].position == "2026-11-30T11:58:59+00:00"
+
+
+def test_fast_cron_with_a_slow_run_makes_few_events(ledger: Ledger) -> None:
+    """A run goes on for an hour, and a slot is due each second. Few slots wait, and the ledger does not grow. After the
+    run, one event counts the missed slots."""
+    apply(ledger, "fast", ScheduleSpec(cron="* * * * * *", max_waiting=3))
+    clock = [dt.datetime.now(dt.UTC)]
+    scheduler = Scheduler(ledger, NoJobs(), clock=lambda: clock[0])
+    for _ in range(600):
+        clock[0] += dt.timedelta(seconds=6)
+        scheduler.check_once()
+    waiting = schedules.unfinished(ledger, "fast")
+    assert (len(waiting), list(ledger.entries(ScheduledRunSkipped))) == (4, [])
+    finished = ScheduledRunFinished(schedule="fast", slot=waiting[0].key, job="j", state="done")
+    ledger.append(finished, actor="t")
+    scheduler.check_once()
+    [skipped] = ledger.entries(ScheduledRunSkipped)
+    assert (skipped.payload["count"] > 3500, skipped.payload["reason"]) == (True, CROWDED)
+    assert len(schedules.unfinished(ledger, "fast")) == 4
+
+
+def test_trigger_without_room_starts_one_run_later(ledger: Ledger) -> None:
+    """While too many slots wait, events are not detected. They are not lost."""
+    spec = ScheduleSpec(trigger=TriggerSpec(kind=TriggerKind.pipeline, of="p"), max_waiting=1)
+    apply(ledger, "after", spec)
+    for number in range(6):
+        ledger.append(PipelineFinished(pipeline="p", run=str(number), state="done"), actor="t")
+        Scheduler(ledger, NoJobs()).check_once()
+    first, _ = schedules.unfinished(ledger, "after")
+    ledger.append(ScheduledRunFinished(schedule="after", slot=first.key, job="j", state="done"), actor="t")
+    Scheduler(ledger, NoJobs()).check_once()
+    assert len(list(ledger.entries(ScheduledRunDue))) == 3
+    assert list(ledger.entries(ScheduledRunDue))[-1].payload["reason"] == "run 5 of pipeline p is done"
 
 
 def test_last_slot_before_is_the_last_of_all_slots() -> None:
@@ -161,14 +200,14 @@ def test_folder_that_others_may_change_is_refused(tmp_path: Path) -> None:
     """They could put a module or a configuration there. The sticky bit does not prevent new files."""
     own, conf = tmp_path / "project", tmp_path / "project" / "conf"
     conf.mkdir(parents=True)
-    require_unchangeable(str(own), str(conf), None)
+    require_unchangeable(str(own), str(conf), None, loads="x")
     for mode in (0o777, 0o1777):
         conf.chmod(mode)
         with pytest.raises(ConfigError, match=r"conf.*can be changed by others"):
-            require_unchangeable(str(own), str(conf))
+            require_unchangeable(str(own), str(conf), loads="x")
     conf.chmod(0o700)
     own.chmod(0o777)
     with pytest.raises(ConfigError, match="can be changed by others"):
-        require_unchangeable(str(conf))
+        require_unchangeable(str(conf), loads="x")
     with pytest.raises(ConfigError, match="cannot be read"):
-        require_unchangeable(str(own / "missing"))
+        require_unchangeable(str(own / "missing"), loads="x")

@@ -10,7 +10,7 @@ import pytest
 from cluster.errors import ConfigError
 from jobs.schedule.config import Missed, Overlap, ScheduleSpec, TriggerKind, TriggerSpec
 from jobs.schedule.cron import check_cron, slots_after
-from jobs.schedule.due import Due, Skipped, cron_slots, event_slot
+from jobs.schedule.due import CROWDED, Due, Skipped, cron_slots, event_slot
 
 NOON = dt.datetime(2026, 11, 30, 12, tzinfo=dt.UTC)
 MINUTE = dt.timedelta(minutes=1)
@@ -62,9 +62,9 @@ def spec(**settings: object) -> ScheduleSpec:
     return ScheduleSpec(**{"cron": "* * * * *", "grace_s": 90.0, **settings})  # type: ignore[arg-type]
 
 
-def decide(schedule: ScheduleSpec, *, minutes: float, is_running: bool = False) -> list[Due | Skipped]:
+def decide(schedule: ScheduleSpec, *, minutes: float, num_unfinished: int = 0) -> list[Due | Skipped]:
     """Return the decisions this many minutes after the last slot."""
-    return cron_slots(schedule, since=NOON, now=NOON + minutes * MINUTE, is_running=is_running)
+    return cron_slots(schedule, since=NOON, now=NOON + minutes * MINUTE, num_unfinished=num_unfinished)
 
 
 def test_every_slot_within_the_grace_time_runs() -> None:
@@ -73,7 +73,7 @@ def test_every_slot_within_the_grace_time_runs() -> None:
     assert decided == [
         Due(slot="2026-11-30T12:01:00+00:00", reason="cron", position="2026-11-30T12:01:00+00:00")
     ]
-    assert len(decide(spec(grace_s=1e6), minutes=60)) == 60
+    assert len(decide(spec(grace_s=1e6, max_waiting=99), minutes=60)) == 60
     assert decide(spec(), minutes=0.5) == []
 
 
@@ -94,12 +94,29 @@ def test_missed_slots_run_once_or_are_skipped() -> None:
 
 def test_overlapping_slot_waits_or_is_skipped() -> None:
     """While a run goes on, a slot waits for its end, or is skipped with the reason."""
-    assert [type(d) for d in decide(spec(), minutes=1, is_running=True)] == [Due]
-    skipped = decide(spec(overlap=Overlap.skip), minutes=1, is_running=True)
+    assert [type(d) for d in decide(spec(), minutes=1, num_unfinished=1)] == [Due]
+    skipped = decide(spec(overlap=Overlap.skip), minutes=1, num_unfinished=1)
     assert [(d.first, d.reason) for d in skipped if isinstance(d, Skipped)] == [
         ("2026-11-30T12:01:00+00:00", "the last run goes on")
     ]
     assert [type(d) for d in decide(spec(overlap=Overlap.skip, grace_s=999), minutes=2)] == [Due, Skipped]
+
+
+def test_few_slots_wait_and_the_others_are_missed() -> None:
+    """While too many wait, nothing is decided, so nothing is stored. With room again, one event counts the slots whose
+    grace time is over, and the last of them runs. A slot within its grace time waits."""
+    crowd = spec(max_waiting=2, grace_s=150.0)
+    assert [type(d) for d in decide(crowd, minutes=3)] == [Due, Due, Due]
+    assert decide(crowd, minutes=1.5, num_unfinished=3) == []
+    decided = cron_slots(crowd, since=NOON, now=NOON + 60 * MINUTE, num_unfinished=1, was_crowded=True)
+    assert [type(d) for d in decided] == [Skipped, Due, Due]
+    assert isinstance(decided[0], Skipped)
+    assert (decided[0].count, decided[0].reason) == (56, CROWDED)
+    assert [d.slot[11:16] for d in decided if isinstance(d, Due)] == ["12:57", "12:58"]
+    skips = cron_slots(
+        spec(max_waiting=2, missed=Missed.skip), since=NOON, now=NOON + 60 * MINUTE, num_unfinished=2
+    )
+    assert [type(d) for d in skips] == [Skipped, Due]
 
 
 def test_clock_that_is_set_back_repeats_no_slot() -> None:
@@ -123,6 +140,7 @@ def test_event_during_a_run_waits_or_is_skipped() -> None:
         ({"cron": "* * * * *", "trigger": TriggerSpec(kind=TriggerKind.always)}, "schedule.cron or"),
         ({"cron": "* * * * *", "grace_s": -1.0}, "grace_s"),
         ({"cron": "* * * * *", "timeout_s": 0.0}, "timeout_s"),
+        ({"cron": "* * * * *", "max_waiting": 0}, "max_waiting"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, object], named: str) -> None:

@@ -28,8 +28,8 @@ from jobs.submission.metrics import JobMetrics
 from jobs.submission.operations import JobOperations
 from jobs.submission.overrides import JobRules
 from jobs.submission.paths import PathRules
+from jobs.submission.recorded_jobs import Job
 from jobs.submission.runner import JobRunner
-from jobs.submission.submitted import Job
 
 APPLY = {"module": "feature_jobs.apply", "overrides": ["plan=true"]}
 

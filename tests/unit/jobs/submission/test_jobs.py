@@ -27,7 +27,7 @@ from cluster.security.tokens.principal import Principal, TokenVerifier
 from cluster.security.tokens.roles import Role
 from cluster.settings import PlatformConfig
 from jobs.principal_tokens import access_token
-from jobs.submission import submitted
+from jobs.submission import recorded_jobs
 from jobs.submission.http import MAX_BODY_BYTES
 from jobs.submission.run_job import callers_intent, command_line
 from jobs.submission.service import listening
@@ -94,7 +94,7 @@ def test_invalid_tokens_get_401_and_other_tenants_403(service: Service) -> None:
     """An intent is no access token."""
     assert service.client.get("/v1/jobs").status_code == 401
     assert service.call("GET", token="none")[0] == 401
-    found = submitted.find(service.ledger, service.submit())
+    found = recorded_jobs.find(service.ledger, service.submit())
     assert found is not None
     with callers_intent(PlatformConfig(), record(service.root), found) as variables:
         intent = Path(next(iter(variables.values()))).read_text()
@@ -277,7 +277,7 @@ def test_job_that_waited_too_long_is_not_started(service: Service) -> None:
 def test_job_acts_with_the_callers_rights_and_no_more(service: Service) -> None:
     """Subject, role, purpose, tenant and models are the token's. The intent is for the module only."""
     token = service.token(Role.ml_engineer, subject="mia", purpose="fraud", scope="model:a model:b")
-    job = submitted.find(service.ledger, service.call("POST", body=APPLY, token=token)[1]["id"])
+    job = recorded_jobs.find(service.ledger, service.call("POST", body=APPLY, token=token)[1]["id"])
     assert job is not None
     with callers_intent(PlatformConfig(), record(service.root), job) as variables:
         path = Path(next(iter(variables.values())))
@@ -302,7 +302,7 @@ def test_command_line_has_the_overrides_as_they_are(
     """The installation's folder of configurations comes with them."""
     service = new_service(config_dir=str(tmp_path))
     overrides = ["plan=true", "definitions=feature_jobs.census"]
-    job = submitted.find(service.ledger, service.submit({**APPLY, "overrides": overrides}))
+    job = recorded_jobs.find(service.ledger, service.submit({**APPLY, "overrides": overrides}))
     assert job is not None
     assert command_line(job)[1:] == ["-m", MODULE, "--config-dir", str(tmp_path), *overrides]
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from starlette.requests import ClientDisconnect
 
-from jobs.submission.http import MAX_SUBMITTING
-from jobs.submission.operations import MAX_NEW
+from jobs.submission import http
+from jobs.submission.http import MAX_SUBMITTING, LogResponse
+from jobs.submission.limits import MAX_NEW
 from jobs.submission.overrides import MAX_ALL_CHARACTERS
 from tests.unit.jobs.submission.conftest import APPLY
 
@@ -26,7 +30,7 @@ def test_deep_values_are_a_mistake(service: Service, value: str) -> None:
         service.call("POST", body={"module": INGEST, "overrides": [f"view={value}"]}) for _ in range(2)
     ]
     assert [status for status, _ in answers] == [400, 400], answers
-    assert [len(times) for times in service.operations._refused_at.values()] == [2]
+    assert service.operations._refused.total() == 2
 
 
 def test_all_overrides_together_have_a_limit(service: Service) -> None:
@@ -67,6 +71,61 @@ def test_slow_checks_delay_no_other_request(service: Service, monkeypatch: pytes
             thread.join()
         assert sorted(answers) == [202] * MAX_SUBMITTING + [429]
         assert service.call("POST", body=APPLY, subject="bob")[0] == 202
+
+
+def test_log_counts_from_its_request_on(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests for logs that wait for their check count, so with a limit of two the third gets 429. Afterwards none
+    counts."""
+    monkeypatch.setattr(http, "MAX_FOLLOWERS", 2)
+    service.restart()
+    job, checked, find = service.submit(), threading.Event(), type(service.operations).job
+
+    def slow_find(*arguments: Any, **options: Any) -> Any:
+        checked.wait(30)
+        return find(*arguments, **options)
+
+    monkeypatch.setattr(type(service.operations), "job", slow_find)
+    answers: list[int] = []
+
+    def read(name: str) -> None:
+        answers.append(service.client.get(f"/v1/jobs/{name}/logs?follow=false", headers=headers).status_code)
+
+    headers = {"Authorization": f"Bearer {service.token()}"}
+    with service.client:
+        threads = [threading.Thread(target=read, args=(name,)) for name in (job, "job-none", job)]
+        for thread in threads:
+            thread.start()
+        while not answers:
+            time.sleep(0.01)
+        assert answers == [429]
+        checked.set()
+        for thread in threads:
+            thread.join()
+        assert len(answers) == 3
+        assert set(answers) <= {200, 404, 429}
+        for _ in range(3):
+            read(job)
+        assert answers[3:] == [200] * 3
+
+
+def test_log_of_a_client_that_has_gone_counts_no_more() -> None:
+    """It is gone before the first byte, so the stream itself never starts."""
+    ended: list[bool] = []
+
+    async def content() -> AsyncIterator[bytes]:
+        yield b"never sent"
+
+    async def send(message: Any) -> None:
+        raise OSError("the client has gone")
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    response = LogResponse(content(), on_end=lambda: ended.append(True))
+    scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(response(scope, receive, send))
+    assert ended == [True]
 
 
 def test_jobs_that_are_stopped_at_once_have_a_limit(service: Service) -> None:

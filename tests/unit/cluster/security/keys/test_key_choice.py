@@ -84,7 +84,7 @@ def in_vault(tmp_path: Path, double: VaultDouble, secret_file: Path) -> Platform
 
 @contextlib.contextmanager
 def serving(config: PlatformConfig, stopped: threading.Event) -> Iterator[tuple[Path, Layout]]:
-    """Run a broker over the configured store, with the real policies and tokens of the dev issuer."""
+    """Run a broker over the configured store, with the real policies and tokens of the development issuer."""
     folder = Path(tempfile.mkdtemp(prefix="fk-"))
     places, policy = Layout(str(folder / "root")), Policy.load()
     ensure_issuer(places)

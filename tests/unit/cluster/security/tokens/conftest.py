@@ -1,4 +1,4 @@
-"""Fixtures of the tests of tokens: a dev issuer in a storage root, and an OIDC issuer on loopback."""
+"""Fixtures of the tests of tokens: a development issuer in a storage root, and an OIDC issuer on loopback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.servers.oidc_issuer import Issuer
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Layout:
-    """A storage root with a dev issuer that no test changes."""
+    """A storage root with a development issuer that no test changes."""
     places = Layout(str(tmp_path_factory.mktemp("root")))
     ensure_issuer(places)
     return places
@@ -24,7 +24,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Layout:
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> Layout:
-    """A storage root whose dev issuer the test may change."""
+    """A storage root whose development issuer the test may change."""
     places = Layout(str(tmp_path / "root"))
     ensure_issuer(places)
     return places

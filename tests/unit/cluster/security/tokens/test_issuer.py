@@ -1,4 +1,4 @@
-"""The dev issuer: its keys, their rotation, and its command line."""
+"""The development issuer: its keys, their rotation, and its command line."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_command_mints_an_intent_for_one_job(fresh: Layout, tmp_path: Path) -> N
 
 
 def test_production_tier_refuses_the_dev_issuer(fresh: Layout, tmp_path: Path) -> None:
-    """The dev issuer is neither created nor rotated."""
+    """The development issuer is neither created nor rotated."""
     with pytest.raises(ConfigError, match="OIDC"):
         ensure_issuer(Layout(str(tmp_path / "other")), tier=Tier.enterprise_gpu)
     assert not (tmp_path / "other").exists()

@@ -26,7 +26,7 @@ def intent_of(issuer: Issuer, **changes: object) -> str:
 
 @pytest.mark.parametrize("by_discovery", [True, False])
 def test_only_the_configured_issuer_is_trusted(issuer: Issuer, places: Layout, by_discovery: bool) -> None:
-    """Independent of how its keys are found. Tokens of the dev issuer are then refused."""
+    """Independent of how its keys are found. Tokens of the development issuer are then refused."""
     config = IssuerConfig(url=issuer.url, jwks_url=None if by_discovery else f"{issuer.url}/jwks")
     trust = Trust.of(config, places)
     assert trust.verify(issuer.token()).subject == "alice"

@@ -66,7 +66,9 @@ def test_every_role_reaches_the_job_service(
     assert not {"cookie", "x-falaj-proof", "x-ray-authorization"} & heard.keys()
 
 
-def test_strangers_and_other_tenants_do_not_reach_it(edge: Edge, job_service: SocketEcho) -> None:
+def test_unauthenticated_requests_and_other_tenants_do_not_reach_it(
+    edge: Edge, job_service: SocketEcho
+) -> None:
     """The edge answers them itself, with the status of every other path."""
     assert edge.call("/v1/jobs")[0] == 401
     assert edge.call("/v1/jobs", token=edge.token(Role.admin, tenant="other"))[0] == 403

@@ -50,9 +50,9 @@ def test_events_add_up_to_the_workers_counts(workers: list[list[int]]) -> None:
 
 def test_counts_are_parsed_from_haproxys_table() -> None:
     """An empty table counts nothing."""
-    assert parse_counts("# table: strangers_counted, type: string, size:1, used:0\n") == {
+    assert parse_counts("# table: unauthenticated_counted, type: string, size:1, used:0\n") == {
         Reason.identity: 0,
         Reason.request: 0,
     }
-    table_text = "0x1: key=strangers use=1 exp=0 shard=0 http_err_cnt=5 gpc0=7 gpc1=2 gpc2=4\n"
+    table_text = "0x1: key=unauthenticated use=1 exp=0 shard=0 http_err_cnt=5 gpc0=7 gpc1=2 gpc2=4\n"
     assert parse_counts(table_text) == {Reason.identity: 7, Reason.request: 3}

@@ -11,13 +11,24 @@ from itertools import islice
 from typing import Any
 
 import rfc8785
+import sqlalchemy as sa
 
 from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import JobFinished, JobStarted, JobStopped, JobSubmitted
+from cluster.ledger.projection import Projection
 from cluster.security.tokens.principal import Principal
 from jobs.principal_tokens import principal_as_json, principal_from_json
 
+METADATA = sa.MetaData()
+UNFINISHED = sa.Table(
+    "unfinished_jobs_1",
+    METADATA,
+    sa.Column("job", sa.String(128), primary_key=True),
+    sa.Column("seq", sa.BigInteger, nullable=False),
+)
+"""The jobs that are not finished, each with the `seq` of its `JobSubmitted`."""
+_CHANGES = frozenset({JobSubmitted.__name__, JobFinished.__name__})
 PENDING, RUNNING, STOPPING = "pending", "running", "stopping"
 
 
@@ -90,11 +101,19 @@ def newest_jobs(ledger: Ledger, *, submitter: str | None, count: int) -> list[Jo
 
 
 def unfinished_jobs(ledger: Ledger) -> Iterator[Job]:
-    """Yield the jobs that are not finished, in the order in which they were submitted."""
-    finished = {entry.payload["job"] for entry in ledger.find(JobFinished)}
-    for entry in ledger.find(JobSubmitted):
-        if entry.payload["job"] not in finished:
-            yield job_of(entry)
+    """Yield the jobs that are not finished, in the order in which they were submitted.
+
+    A projection has them, so the number of finished jobs does not matter.
+    """
+    projection = Projection(
+        ledger, name=UNFINISHED.name, metadata=METADATA, wanted=_CHANGES.__contains__, apply=_apply
+    )
+    with projection.reading() as connection:
+        positions = connection.execute(sa.select(UNFINISHED.c.seq).order_by(UNFINISHED.c.seq)).scalars().all()
+    for seq in positions:
+        entry = ledger.get(seq)
+        assert entry is not None
+        yield job_of(entry)
 
 
 def state_of(ledger: Ledger, job: str) -> JobState:
@@ -136,6 +155,14 @@ def job_of(entry: Entry) -> Job:
         config_dir=payload["config_dir"],
         submitted_at=dt.datetime.fromisoformat(entry.time),
     )
+
+
+def _apply(connection: sa.Connection, entry: Entry) -> None:
+    """Add a submitted job, or remove a finished one."""
+    job = entry.payload["job"]
+    connection.execute(UNFINISHED.delete().where(UNFINISHED.c.job == job))
+    if entry.type == JobSubmitted.__name__:
+        connection.execute(UNFINISHED.insert().values(job=job, seq=entry.seq))
 
 
 def _digest(value: Any) -> str:
