@@ -22,6 +22,9 @@ POWER = 0.9
 MAX_UNITS = 10**9
 """A test that needs more units than this is impossible."""
 _TAIL = 1e-7
+_POINTS = 101
+"""Number of values of the control arm over which a power is averaged."""
+_HALVINGS = 30
 
 
 def units_for_no_harm(share: float, *, limit: float, error: float, power: float = POWER) -> int:
@@ -72,39 +75,34 @@ def smallest_effect(
     return float(multiple) * deviation * math.sqrt(arms / units)
 
 
-def power_of_coin(units: int, share: float, control_share: float, *, ratio: float, error: float) -> float:
-    """Return the probability that the coin test finds harm after so many units in each arm.
-
-    Args:
-        units: Number of units of each arm in the window.
-        share: Share of the treatment's units that fail.
-        control_share: Share of the control's units that fail.
-        ratio: Rate ratio that the policy tolerates.
-        error: Error of the window.
-    """
-    low, high = binom.ppf([_TAIL, 1 - _TAIL], units, control_share)
-    control = np.unique(np.linspace(low, high, 101).round())
-    needed = _failures_that_show_harm(control, units, ratio=ratio, error=error)
-    # Each number stands for those up to the next one, so the result is slightly too high or low between them.
-    edges = np.append((control[1:] + control[:-1]) // 2, units)
-    weights = np.diff(binom.cdf(edges, units, control_share), prepend=0.0)
-    return float((weights * binom.sf(needed - 1, units, share)).sum())
-
-
 def smallest_share(
     units: int, control_share: float, *, ratio: float, error: float, power: float = POWER
 ) -> float:
     """Return the smallest share of failing units that the coin test finds, or 1 if it finds none.
 
-    Arguments are those of `power_of_coin`, and the probability to find the share.
+    Args:
+        units: Number of units of each arm in the window.
+        control_share: Share of the control's units that fail.
+        ratio: Rate ratio that the policy tolerates.
+        error: Error of the window.
+        power: Probability that the share is found.
     """
+    least, greatest = binom.ppf([_TAIL, 1 - _TAIL], units, control_share)
+    control = np.unique(np.linspace(least, greatest, _POINTS).round())
+    needed = _failures_that_show_harm(control, units, ratio=ratio, error=error)
+    # Each number of failing control units stands for those that are nearer to it than to the next one.
+    edges = np.append((control[1:] + control[:-1]) // 2, units)
+    weights = np.diff(binom.cdf(edges, units, control_share), prepend=0.0)
+
+    def is_found(share: float) -> bool:
+        return bool((weights * binom.sf(needed - 1, units, share)).sum() >= power)
+
     low, high = control_share, 1.0
-    if power_of_coin(units, high, control_share, ratio=ratio, error=error) < power:
+    if not is_found(high):
         return 1.0
-    for _ in range(30):
+    for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        found = power_of_coin(units, middle, control_share, ratio=ratio, error=error) >= power
-        low, high = (low, middle) if found else (middle, high)
+        low, high = (low, middle) if is_found(middle) else (middle, high)
     return high
 
 

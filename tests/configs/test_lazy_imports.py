@@ -45,6 +45,7 @@ USED = {
     "serve_apps.edge.__main__": {"sqlalchemy"},
     "serve_apps.rollout.__main__": {"sqlalchemy"},
     "serve_apps.deploy": {"sqlalchemy"} | RAY_SERVE,
+    "cluster.statistics.verdict": {"numpy", "scipy"},
     "feature_jobs.apply": {"numpy", "pyarrow", "sqlalchemy"},
     "feature_jobs.census": {"numpy", "pyarrow", "sqlalchemy"},
     "feature_jobs.ingest": TABLES,

@@ -1,8 +1,8 @@
-"""Error rates and power of the rollout statistics, measured by simulation. Tests and `make bench` use the same functions."""
+"""Error rates and power of the rollout statistics, by simulation. Tests and `make bench` use the same functions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import numpy as np
@@ -11,7 +11,7 @@ from cluster.statistics.breaker import LastRequests, is_open
 from cluster.statistics.coin import is_harm
 from cluster.statistics.comparisons import improvement, is_reached, is_worse
 from cluster.statistics.effects import adjusted_difference, difference_of_means
-from cluster.statistics.evidence import MetricCounts
+from cluster.statistics.evidence import EventCounts, Evidence, MetricCounts
 from cluster.statistics.mixtures import FloatArray
 from cluster.statistics.moments import Moments
 from cluster.statistics.no_harm import is_no_harm
@@ -30,12 +30,12 @@ from cluster.statistics.policy import (
     Step,
     UnitEvent,
 )
-from cluster.statistics.sample_ratio import log_evidence_of_mismatch
-from tests.samples.rollout_traffic import NUM_LOOKS, WEIGHTS, Look, Version, simulate
+from cluster.statistics.sample_ratio import Split, log_evidence_of_mismatch
+from tests.samples.rollout_traffic import LOOKS, NUM_LOOKS, WEIGHTS, Look, Version, simulate
 
 QUALITY = Metric(name="quality")
 CPU = Metric(name="cpu", form=Form.ratio, better=Better.low)
-GOAL = Goal(metric="quality", kind=GoalKind.superiority, expected=0.02)
+GOAL = Goal(metric="quality", kind=GoalKind.superiority, expected=0.03)
 POLICY = Policy(
     steps=tuple(Step(weight=weight, bake_s=DAY_S / 2) for weight in WEIGHTS),
     metrics=(QUALITY, CPU),
@@ -193,8 +193,8 @@ def failing_share(
 def late_harm(draw: np.random.Generator, *, runs: int, units: int = 500, with_windows: bool = True) -> float:
     """Return how often harm is found that begins with a unit's 200th request.
 
-    Each unit sends 50 requests a day for eight days. 1 % of them fail, and 4 % of the treatment's from the 200th request
-    on. Without windows, a unit counts once in the whole rollout, and the first window has the whole error.
+    Each unit sends 50 requests a day for eight days. 1 % of them fail; from a unit's 200th request on, 4 % of the
+    treatment's. Without windows, a unit counts once in the whole rollout, and the first window has the whole error.
     """
     the, found = the_plan(), np.zeros(runs, dtype=bool)
     days, a_day = 8, 50
@@ -244,7 +244,7 @@ def false_no_harm(draw: np.random.Generator, *, runs: int, share: float, limit: 
 def requests_until_break(draw: np.random.Generator, *, runs: int, units: int = 30) -> FloatArray:
     """Return, for each run, the number of failed requests of the treatment until the breaker fires.
 
-    All requests of the treatment fail and 1 % of the champion's do. Both arms get requests of random units equally often.
+    All requests of the treatment fail, and 1 % of the champion's. Both arms get requests of random units equally often.
     """
     needed = np.full(runs, np.inf)
     for run in range(runs):
@@ -279,3 +279,29 @@ def spread_of_cuped(draw: np.random.Generator, *, runs: int) -> tuple[float, flo
     plain, adjusted = difference_of_means(*arms), adjusted_difference(*arms)
     said = float((adjusted.standard_error**2).mean() / plain.estimate.var())
     return float(adjusted.estimate.var() / plain.estimate.var()), said
+
+
+def evidence_at(look: Look, number: int) -> Evidence:
+    """Return all counts of a simulated run at one look, as a controller would give them to `judge`."""
+    step, in_step = divmod(number, LOOKS)
+    events = {}
+    for event, counts in look.events.items():
+        ours, theirs = (int(counts[arm, step, in_step]) for arm in (0, 1))
+        events[event] = EventCounts(treatment=ours, control=theirs, watched=ours)
+    metrics = {}
+    for name, arms in (("quality", look.quality), ("cpu", look.cpu)):
+        treatment, control = (
+            Moments(**{field.name: float(getattr(arm, field.name)[number]) for field in fields(arm)})
+            for arm in arms
+        )
+        splits = (Split(expected=0.5, treatment=int(treatment.units), control=int(control.units)),)
+        metrics[name] = MetricCounts(treatment=treatment, control=control, splits=splits)
+    return Evidence(
+        step=step,
+        window=step,
+        step_s=(in_step + 1) * DAY_S / LOOKS,
+        total_s=(number + 1) * DAY_S / LOOKS,
+        watched_units=int(look.units[step, in_step]),
+        events=events,
+        metrics=metrics,
+    )

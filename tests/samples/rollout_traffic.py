@@ -1,11 +1,11 @@
-"""Simulated rollouts: units that come again, rates that drift, outcomes that come late. Both arms are as a hash makes them.
+"""Simulated rollouts: units that come again, rates that drift, outcomes that come late. A hash makes the arms.
 
 Times are in days. A run has five steps of a day, with 20 looks each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,6 +45,8 @@ class Look:
     quality: tuple[Moments, Moments]
     """Moments of the units' share of right predictions. Each field has NUM_LOOKS numbers."""
     cpu: tuple[Moments, Moments]
+    units: FloatArray
+    """Number of the treatment's units that came in the step so far. The shape is [steps, LOOKS]."""
 
 
 def simulate(draw: np.random.Generator, treatment: Version, control: Version, *, units: int = 20_000) -> Look:
@@ -65,13 +67,15 @@ def simulate(draw: np.random.Generator, treatment: Version, control: Version, *,
     frailty = draw.gamma(2.0, 0.5, units)
     versions = [treatment, control]
     arms = is_control.astype(np.int64)
-    requests = np.stack([draw.poisson(requests_a_day) * (entry <= step) for step in range(len(WEIGHTS))])
+    requests = np.zeros((len(WEIGHTS), units), dtype=np.int64)
+    for step, of_step in enumerate(requests):
+        of_step[entry <= step] = draw.poisson(requests_a_day[entry <= step])
     events = {}
     for event in UnitEvent:
         rate = np.array([version.rates[event] for version in versions])[arms] * frailty
         events[event] = _first_events(draw, rate, requests, arms)
     quality, cpu = _metrics(draw, requests, arms, versions)
-    return Look(events=events, quality=quality, cpu=cpu)
+    return Look(events=events, quality=quality, cpu=cpu, units=_arrivals(requests[:, arms == 0]))
 
 
 def drift(step: int) -> float:
@@ -84,13 +88,21 @@ def _first_events(
 ) -> FloatArray:
     counts = np.zeros((2, len(WEIGHTS), LOOKS))
     for step, of_step in enumerate(requests):
-        share = np.clip(rate * drift(step), 0, 1)
-        number = draw.geometric(np.maximum(share, 1e-12))  # of the first request that has the event
-        happened = (number <= of_step) & (share > 0)
-        look = (number[happened] - draw.random(happened.sum())) / of_step[happened] * LOOKS
+        active = np.flatnonzero(of_step)
+        share = np.clip(rate[active] * drift(step), 1e-12, 1)
+        number = draw.geometric(share)  # of the first request that has the event
+        happened = number <= of_step[active]
+        unit = active[happened]
+        look = (number[happened] - draw.random(len(unit))) / of_step[unit] * LOOKS
         for arm in (0, 1):
-            counts[arm, step] = np.bincount(look[arms[happened] == arm].astype(int), minlength=LOOKS)[:LOOKS]
+            counts[arm, step] = np.bincount(look[arms[unit] == arm].astype(int), minlength=LOOKS)[:LOOKS]
     return counts.cumsum(-1)
+
+
+def _arrivals(requests: np.ndarray) -> FloatArray:
+    """Return how many units have come at each look of a step, if their first requests come evenly."""
+    come = (requests > 0).sum(1)
+    return np.floor(come[:, None] * np.arange(1, LOOKS + 1) / LOOKS)
 
 
 def _metrics(
@@ -115,24 +127,29 @@ def _metrics(
 def _moments_by_arm(
     look: np.ndarray, arms: np.ndarray, values: FloatArray, second: FloatArray
 ) -> tuple[Moments, Moments]:
-    def sums(weights: FloatArray, arm: int) -> FloatArray:
-        chosen = arms == arm
-        return np.bincount(look[chosen], weights=weights[chosen], minlength=NUM_LOOKS + 1)[
-            :NUM_LOOKS
-        ].cumsum()
+    """Return the moments of treatment and control at each look."""
+    cell = 2 * look + arms
 
-    def moments(arm: int) -> Moments:
-        of: Callable[[FloatArray], FloatArray] = lambda weights: sums(weights, arm)  # noqa: E731
-        units = of(np.ones(len(arms)))
-        safe = np.maximum(units, 1)
-        mean, second_mean = of(values) / safe, of(second) / safe
-        return Moments(
-            units=units,
-            mean=mean,
-            squares=of(values**2) - units * mean**2,
-            second_mean=second_mean,
-            second_squares=of(second**2) - units * second_mean**2,
-            products=of(values * second) - units * mean * second_mean,
+    def sums(weights: FloatArray | None = None) -> FloatArray:
+        """Return the sum of the units that have entered at each look, for both arms: [2, NUM_LOOKS]."""
+        of_cells = np.bincount(cell, weights=weights, minlength=2 * NUM_LOOKS + 2)[: 2 * NUM_LOOKS]
+        return np.asarray(of_cells.reshape(NUM_LOOKS, 2).T.cumsum(1), np.float64)
+
+    units = sums()
+    safe = np.maximum(units, 1)
+    mean, second_mean = sums(values) / safe, sums(second) / safe
+    squares = sums(values**2) - units * mean**2
+    second_squares = sums(second**2) - units * second_mean**2
+    products = sums(values * second) - units * mean * second_mean
+    treatment, control = (
+        Moments(
+            units=units[arm],
+            mean=mean[arm],
+            squares=squares[arm],
+            second_mean=second_mean[arm],
+            second_squares=second_squares[arm],
+            products=products[arm],
         )
-
-    return moments(0), moments(1)
+        for arm in (0, 1)
+    )
+    return treatment, control

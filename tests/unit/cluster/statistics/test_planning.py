@@ -10,6 +10,7 @@ import pytest
 from cluster.errors import RolloutError
 from cluster.statistics.coin import is_harm
 from cluster.statistics.no_harm import is_no_harm
+from cluster.statistics.plan_report import describe
 from cluster.statistics.planning import Baseline, plan
 from cluster.statistics.policy import (
     DAY_S,
@@ -42,16 +43,16 @@ def test_last_step_has_the_units_that_the_goal_still_needs() -> None:
     """The goal counts the units of all steps."""
     steps = the_plan().steps
     total = sum(step.units for step in steps)
-    assert total == units_for_mean(0.02, deviation=0.35, error=0.05)
+    assert total == units_for_mean(0.03, deviation=0.35, error=0.05)
     assert [step.units for step in steps[:-1]] == [steps[0].units] * 4
     assert all(step.duration_s >= DAY_S / 2 for step in steps)
 
 
 def test_fewer_units_need_more_time() -> None:
-    slow = plan(POLICY, replace(TRAFFIC, units_per_hour=1_500, outcome_delay_s=3_600))
+    slow = plan(POLICY, replace(TRAFFIC, units_per_hour=300, outcome_delay_s=3_600))
     units = slow.steps[0].units
-    assert slow.steps[0].duration_s == pytest.approx(units / 15 * 3600)
-    assert slow.steps[-1].duration_s == pytest.approx(slow.steps[-1].units / 750 * 3600 + 3600)
+    assert slow.steps[0].duration_s == pytest.approx(units / 3 * 3600)
+    assert slow.steps[-1].duration_s == pytest.approx(slow.steps[-1].units / 150 * 3600 + 3600)
     assert slow.duration_s == sum(step.duration_s for step in slow.steps)
 
 
@@ -75,8 +76,8 @@ def test_missing_or_impossible_baseline_is_refused(changed: dict[str, object], w
 
 
 def test_goal_beyond_the_expected_improvement_is_refused() -> None:
-    goal = replace(GOAL, margin=Margin(size=0.03))
-    with pytest.raises(RolloutError, match="expected improvement 0.02 is not beyond the margin 0.03"):
+    goal = replace(GOAL, margin=Margin(size=0.04))
+    with pytest.raises(RolloutError, match=r"expected improvement 0\.03 is not beyond the margin 0\.04"):
         plan(replace(POLICY, goals=(goal,)), TRAFFIC)
 
 
@@ -140,3 +141,15 @@ def test_limit_that_is_too_near_is_refused() -> None:
     guardrails = (EventGuardrail(event=UnitEvent.failure, limit=0.01),)
     with pytest.raises(RolloutError, match="clearly above the champion's share"):
         plan(replace(POLICY, event_guardrails=guardrails), TRAFFIC)
+
+
+def test_plan_in_words_has_steps_harm_errors_and_time() -> None:
+    """What an operator reads before a rollout starts."""
+    lines = describe(the_plan())
+    assert lines[0].startswith("step 1: 1 %, 277 units an arm, 12.0 h; finds harm in 90 % of cases")
+    assert "failure from 9." in lines[0]
+    assert lines[6].startswith("guardrail cpu: finds a difference of 0.1")
+    assert lines[7] == (
+        "errors: 1.00% for each guardrail over 13 windows, 5.0% for each goal, 0.1% for a mismatch"
+    )
+    assert lines[8] == "all steps: 60.0 h, 108.0 h before the deadline"
