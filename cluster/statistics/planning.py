@@ -226,9 +226,14 @@ def _require_baselines(policy: Policy, traffic: Traffic) -> None:
     for guardrail in policy.event_guardrails:
         if guardrail.event not in traffic.events:
             raise RolloutError(f"The plan needs the champion's share of units with '{guardrail.event}'.")
-    for name in policy.compared_metrics:
+    for name, margin in policy.margins:
         if name not in traffic.metrics:
             raise RolloutError(f"The plan needs mean and deviation of the metric '{name}'.")
+        mean = traffic.metrics[name].mean
+        if margin.is_relative and mean <= 0:
+            raise RolloutError(
+                f"Metric '{name}' has the mean {mean:g}, so its margin cannot be relative. Give a size."
+            )
 
 
 def _require_time(draft: Plan, steps: tuple[PlannedStep, ...]) -> Plan:

@@ -76,7 +76,7 @@ class Margin:
     size: float = 0.0
     """In the unit of the metric, at least 0."""
     is_relative: bool = False
-    """The size is a share of the control's value, such as 0.1 for 10 %. Not for paired metrics."""
+    """The size is a share of the control's value, such as 0.1 for 10 %. For metrics above 0 that are not paired."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.size < math.inf:
@@ -204,12 +204,7 @@ class Policy:
         return next(metric for metric in self.metrics if metric.name == name)
 
     @property
-    def compared_metrics(self) -> tuple[str, ...]:
-        """Names of the metrics that a goal or guardrail uses."""
-        return tuple(name for name, _ in self._margins)
-
-    @property
-    def _margins(self) -> list[tuple[str, Margin]]:
+    def margins(self) -> list[tuple[str, Margin]]:
         """Metric and margin of each goal, and of each guardrail on a metric."""
         goals = [(goal.metric, goal.margin) for goal in self.goals]
         return goals + [(guardrail.metric, guardrail.margin) for guardrail in self.metric_guardrails]
@@ -224,7 +219,7 @@ class Policy:
         for kind, names in (("metrics", known), ("event_guardrails", events)):
             if len(set(names)) < len(names):
                 raise ValueError(f"{kind} must have different names, got {', '.join(names)}.")
-        for name, margin in self._margins:
+        for name, margin in self.margins:
             if name not in known:
                 raise ValueError(f"No metric '{name}'. Known: {', '.join(known) or 'none'}.")
             if margin.is_relative and self.metric(name).form is Form.paired:

@@ -229,7 +229,7 @@ def mismatch(draw: np.random.Generator, *, runs: int, share: float, ramping: boo
     for number in range(len(WEIGHTS)):
         sums[0, :, :, number] = (ours * (step == number)).cumsum(1)
         sums[1, :, :, number] = ((a_look - ours) * (step == number)).cumsum(1)
-    hits = log_evidence_of_mismatch(*sums, expected) >= -np.log(POLICY.errors.mismatch)
+    hits = log_evidence_of_mismatch(sums[0], sums[1], expected) >= -np.log(POLICY.errors.mismatch)
     return detection(hits, np.arange(a_look, looks * a_look + 1, a_look))
 
 

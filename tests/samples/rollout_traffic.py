@@ -102,7 +102,7 @@ def _first_events(
 def _arrivals(requests: np.ndarray) -> FloatArray:
     """Return how many units have come at each look of a step, if their first requests come evenly."""
     come = (requests > 0).sum(1)
-    return np.floor(come[:, None] * np.arange(1, LOOKS + 1) / LOOKS)
+    return np.asarray(np.floor(come[:, None] * np.arange(1, LOOKS + 1) / LOOKS), np.float64)
 
 
 def _metrics(

@@ -67,6 +67,10 @@ def test_policy_that_cannot_finish_is_refused() -> None:
     [
         ({"events": {}}, "share of units with 'failure'"),
         ({"metrics": {}}, "mean and deviation of the metric 'quality'"),
+        (
+            {"metrics": {**TRAFFIC.metrics, "cpu": Baseline(mean=-1, deviation=1)}},
+            "'cpu' has the mean -1, so its margin cannot be relative",
+        ),
         ({"events": dict.fromkeys(UnitEvent, 0.06)}, "cannot prove its limit: 6.000%"),
     ],
 )
