@@ -24,9 +24,9 @@ from cluster.statistics.mixtures import FloatArray
 
 CONCENTRATION = 500.0
 """K. A mismatch of about 2 points, such as 48 to 52, is found fastest."""
-_NODES = np.linspace(-9, 9, 73)
+_NODES = np.linspace(-9, 9, 37)
 """Points of the trapezoidal rule, in standard deviations around the maximum."""
-_NEWTON_STEPS = 30
+_NEWTON_STEPS = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

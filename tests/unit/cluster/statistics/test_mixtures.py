@@ -47,6 +47,17 @@ def test_closed_form_is_the_integral(ones: int, total: int, p0: float) -> None:
     assert log_e_above(ones, total, p0) == pytest.approx(np.log(average), abs=1e-9)
 
 
+PAIRS = [(0, 0), (5, 5), (50, 30), (48_000, 52_000), (3_000, 0), (10**6, 10)]
+
+
+@pytest.mark.parametrize(("treatment", "control"), PAIRS)
+def test_integral_over_steps_is_the_closed_form_if_all_expect_half(treatment: int, control: int) -> None:
+    """A share that differs from 1/2 by 1e-13 selects the integral. How the units divide over steps changes nothing."""
+    closed = log_evidence_of_mismatch([treatment], [control])
+    parts = ([0.25 * units, 0.75 * units] for units in (treatment, control))
+    assert log_evidence_of_mismatch(*parts, [0.5, 0.5 + 1e-13]) == pytest.approx(float(closed), abs=1e-6)
+
+
 @given(st.integers(0, 300), LIMITS)
 def test_mean_of_the_e_value_is_one_under_the_null(total: int, p0: float) -> None:
     """Exactly 1 if the share is the limit, less if the share is below it."""
