@@ -31,6 +31,7 @@ from cluster.statistics.policy import (
     UnitEvent,
 )
 from cluster.statistics.sample_ratio import Split, log_evidence_of_mismatch
+from cluster.statistics.sequences import tuning
 from tests.samples.rollout_traffic import LOOKS, NUM_LOOKS, WEIGHTS, Look, Version, simulate
 
 QUALITY = Metric(name="quality")
@@ -279,6 +280,32 @@ def spread_of_cuped(draw: np.random.Generator, *, runs: int) -> tuple[float, flo
     plain, adjusted = difference_of_means(*arms), adjusted_difference(*arms)
     said = float((adjusted.standard_error**2).mean() / plain.estimate.var())
     return float(adjusted.estimate.var() / plain.estimate.var()), said
+
+
+def goal_by_form(draw: np.random.Generator, *, form: Form, runs: int, effect: float = 0.0) -> Detection:
+    """Return when superiority is found in a metric of this form, in 50 looks up to 5,000 units an arm.
+
+    A unit has a gamma-distributed size, which is its covariate and its denominator. Its value is the size plus noise,
+    and in the treatment the effect, too.
+    """
+    looks, batch = 50, 100
+    metric = Metric(name="value", form=form)
+    variance = tuning(looks * batch, error=POLICY.errors.goals)
+    goal = Goal(metric="value", kind=GoalKind.superiority)
+    hits = np.zeros((runs, looks), dtype=bool)
+    arms = [Moments(), Moments()]
+    for look in range(looks):
+        size = draw.gamma(2.0, 1.0, (2, runs, batch))
+        values = size + draw.normal(0, 0.5, size.shape)
+        values[0] += effect * (size[0] if form is Form.ratio else 1)
+        if form is Form.paired:
+            added = [Moments.of(draw.normal(effect, 0.5, (runs, batch))), Moments()]
+        else:
+            added = [Moments.of(values[arm], size[arm]) for arm in (0, 1)]
+        arms = [arm.merge(more) for arm, more in zip(arms, added, strict=True)]
+        counts = MetricCounts(treatment=arms[0], control=arms[1])
+        hits[:, look] = is_reached(goal, metric, counts, error=POLICY.errors.goals, variance=variance)
+    return detection(hits, batch * np.arange(1, looks + 1))
 
 
 def evidence_at(look: Look, number: int) -> Evidence:

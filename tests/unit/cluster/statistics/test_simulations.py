@@ -10,10 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cluster.statistics.policy import UnitEvent
+from cluster.statistics.policy import Form, UnitEvent
 from tests.samples.rollout_simulations import (
     failing_share,
     false_no_harm,
+    goal_by_form,
     late_harm,
     mismatch,
     requests_until_break,
@@ -67,6 +68,21 @@ def test_two_points_more_are_found_within_20000_units(draw: np.random.Generator)
     assert found.found >= 0.95
     assert found.mean_units < 6_000
     assert superiority(draw, runs=RUNS, treatment=0.1, control=0.1).found <= 0.05
+
+
+@pytest.mark.parametrize("form", Form)
+def test_each_form_of_a_metric_is_rarely_better_by_chance(draw: np.random.Generator, form: Form) -> None:
+    """Means, ratios by the delta method, CUPED and paired differences, at 50 looks."""
+    assert goal_by_form(draw, form=form, runs=RUNS).found <= 0.05
+
+
+def test_cuped_needs_fewer_units(draw: np.random.Generator) -> None:
+    """The covariate explains eight ninths of the variance, so less than a third of the units are enough."""
+    plain, adjusted = (
+        goal_by_form(draw, form=form, runs=100, effect=0.15) for form in (Form.mean, Form.adjusted)
+    )
+    assert adjusted.found == 1
+    assert adjusted.mean_units < plain.mean_units / 3
 
 
 def test_late_harm_is_found_only_with_windows(draw: np.random.Generator) -> None:
