@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.errors import RolloutError
 from cluster.statistics.policy import (
@@ -77,7 +77,8 @@ class PlannedStep:
     """Number of units of each arm that the step needs."""
     duration_s: float
     smallest_shares: Mapping[UnitEvent, float]
-    """For each event: the smallest share of the treatment's units that is found with these units in 90 % of cases."""
+    """For each event: the smallest share of the treatment's units that is found in 90 % of cases, with the units that
+    come in the step's first window."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,9 +152,9 @@ def plan(policy: Policy, traffic: Traffic) -> Plan:
             for guardrail in policy.metric_guardrails
         },
     )
-    steps = [_planned_step(draft, traffic, number, per_step) for number in range(len(policy.steps) - 1)]
-    steps.append(_planned_step(draft, traffic, len(steps), last))
-    return _require_time(draft, tuple(steps))
+    for _ in policy.steps[:-1]:
+        draft = _with_next_step(draft, traffic, per_step)
+    return _require_time(_with_next_step(draft, traffic, last))
 
 
 def num_arms(metric: Metric) -> int:
@@ -204,22 +205,28 @@ def _units_of_no_harm(guardrail: EventGuardrail, policy: Policy, traffic: Traffi
     return units
 
 
-def _planned_step(draft: Plan, traffic: Traffic, number: int, units: int) -> PlannedStep:
-    """Return a step with so many units. The last step also waits for the outcomes of its units."""
-    policy = draft.policy
+def _with_next_step(draft: Plan, traffic: Traffic, units: int) -> Plan:
+    """Return the plan with one more step, of so many units. The last step also waits for the outcomes of its units."""
+    policy, number = draft.policy, len(draft.steps)
     step = policy.steps[number]
     seconds = units / (traffic.units_per_hour / 3600 * step.weight / 100) + policy.unit_watch_s
     if number == len(policy.steps) - 1 and policy.goals:
         seconds += traffic.outcome_delay_s
+    window = min(number + math.floor(draft.duration_s / DAY_S), draft.num_windows - 1)
+    in_window = math.ceil(units * min(DAY_S / seconds, 1))
     shares = {
         guardrail.event: smallest_share(
-            units, traffic.events[guardrail.event], ratio=guardrail.ratio, error=draft.window_error(number)
+            in_window,
+            traffic.events[guardrail.event],
+            ratio=guardrail.ratio,
+            error=draft.window_error(window),
         )
         for guardrail in policy.event_guardrails
     }
-    return PlannedStep(
+    planned = PlannedStep(
         weight=step.weight, units=units, duration_s=max(step.bake_s, seconds), smallest_shares=shares
     )
+    return replace(draft, steps=(*draft.steps, planned))
 
 
 def _require_baselines(policy: Policy, traffic: Traffic) -> None:
@@ -236,27 +243,18 @@ def _require_baselines(policy: Policy, traffic: Traffic) -> None:
             )
 
 
-def _require_time(draft: Plan, steps: tuple[PlannedStep, ...]) -> Plan:
-    """Return the plan with its steps.
+def _require_time(complete: Plan) -> Plan:
+    """Return the plan.
 
     Raises:
         RolloutError: the steps need more time than the deadline.
     """
-    policy = draft.policy
-    needed = sum(step.duration_s for step in steps)
-    if needed > policy.deadline_s:
-        longest = max(steps, key=lambda step: step.duration_s)
+    needed, deadline_s = complete.duration_s, complete.policy.deadline_s
+    if needed > deadline_s:
+        longest = max(complete.steps, key=lambda step: step.duration_s)
         raise RolloutError(
-            f"The rollout needs {needed / 3600:.1f} h, but its deadline is after {policy.deadline_s / 3600:.1f} h. Its "
+            f"The rollout needs {needed / 3600:.1f} h, but its deadline is after {deadline_s / 3600:.1f} h. Its "
             f"longest step, {longest.weight:g} %, needs {longest.duration_s / 3600:.1f} h for {longest.units:,} units "
             "an arm. Give a later deadline, greater limits or margins, or fewer small steps."
         )
-    return Plan(
-        policy=policy,
-        steps=steps,
-        guardrail_error=draft.guardrail_error,
-        num_windows=draft.num_windows,
-        goal_tunings=draft.goal_tunings,
-        guardrail_tuning=draft.guardrail_tuning,
-        smallest_effects=draft.smallest_effects,
-    )
+    return complete

@@ -216,7 +216,10 @@ class Policy:
     def _validate_names(self) -> None:
         known = [metric.name for metric in self.metrics]
         events = [guardrail.event.value for guardrail in self.event_guardrails]
-        for kind, names in (("metrics", known), ("event_guardrails", events)):
+        goals = [goal.metric for goal in self.goals]
+        guarded = [guardrail.metric for guardrail in self.metric_guardrails]
+        lists = {"metrics": known, "event_guardrails": events, "goals": goals, "metric_guardrails": guarded}
+        for kind, names in lists.items():
             if len(set(names)) < len(names):
                 raise ValueError(f"{kind} must have different names, got {', '.join(names)}.")
         for name, margin in self.margins:

@@ -49,10 +49,15 @@ def test_last_step_has_the_units_that_the_goal_still_needs() -> None:
 
 
 def test_fewer_units_need_more_time() -> None:
+    """A window of a day then has fewer units, so it finds only greater harm."""
     slow = plan(POLICY, replace(TRAFFIC, units_per_hour=300, outcome_delay_s=3_600))
     units = slow.steps[0].units
     assert slow.steps[0].duration_s == pytest.approx(units / 3 * 3600)
     assert slow.steps[-1].duration_s == pytest.approx(slow.steps[-1].units / 150 * 3600 + 3600)
+    assert (
+        slow.steps[0].smallest_shares[UnitEvent.failure]
+        > the_plan().steps[0].smallest_shares[UnitEvent.failure]
+    )
     assert slow.duration_s == sum(step.duration_s for step in slow.steps)
 
 

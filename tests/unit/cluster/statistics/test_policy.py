@@ -41,6 +41,7 @@ RELATIVE = Margin(size=0.1, is_relative=True)
         (lambda: replace(POLICY, steps=(Step(weight=5), Step(weight=5))), "increasing"),
         (lambda: replace(POLICY, event_guardrails=()), "event_guardrails"),
         (lambda: replace(POLICY, event_guardrails=(FAILURE, FAILURE)), "different names"),
+        (lambda: replace(POLICY, goals=POLICY.goals * 2), "goals must have different names"),
         (lambda: replace(POLICY, metrics=POLICY.metrics[:1]), "No metric 'cpu'. Known: quality"),
         (lambda: replace(POLICY, deadline_s=0), "deadline_s"),
         (lambda: replace(POLICY, watch_s=-1), "watch_s"),
