@@ -2,7 +2,7 @@
 
 Each line is a share of 2,000 runs, or a number of units or requests. Even splits and tolerated ratios have 10,000 runs,
 and whole rollouts of versions that differ have 500 or 250. It takes about a minute of CPU. `RUNS` changes the number of
-runs, and `CASES=goal,breaker` measures only cases that begin so. The figures of `docs/statistics.md` are from this table.
+runs, and `CASES=goal,breaker` measures only cases that begin so. `docs/statistics.md` has the figures of this table.
 """
 
 from __future__ import annotations
