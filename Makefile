@@ -80,12 +80,13 @@ unit-engines:
 unit-serving:
 	@$(UNIT) tests/unit/serve_apps --ignore=tests/unit/serve_apps/predictor/test_engines.py
 
-# Crash tests with fifty kills, property tests with forty times the examples, and a longer load on a cluster while
-# parts of it are killed.
+# Crash tests with fifty kills, property tests with forty times the examples, a longer load on a cluster while parts of
+# it are killed, and the arms of 100,000 units.
 chaos: $(STAMP)
 	@FALAJ_KILLS=50 $(BIN)/python -m pytest tests/unit -k kill
 	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/unit
 	@FALAJ_LOAD_S=20 $(BIN)/python -m pytest -s tests/integration/test_nothing_lost.py
+	@FALAJ_UNITS=100000 $(BIN)/python -m pytest tests/unit/serve_apps/edge/haproxy/test_config.py -k same_arm
 
 # Needs root for network namespaces, and PostgreSQL, redis-server, iproute2 and a C compiler (Debian: apt-get install).
 # Alone, because its requests have deadlines. It needs root for network namespaces, and is skipped loudly without them.

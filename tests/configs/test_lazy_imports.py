@@ -76,3 +76,9 @@ def test_commands_import_only_what_they_use() -> None:
 def test_status_imports_no_large_package() -> None:
     """On one machine, the state of a cluster is read from its processes. The ledger is not needed for it."""
     assert imported("cluster.entrypoint", "cluster.status") == {"cluster.status": set()}
+
+
+def test_statistics_import_only_numpy_and_scipy() -> None:
+    """So a verdict depends on nothing but its arguments."""
+    module = "cluster.statistics.verdict"
+    assert imported("cluster.errors", module) == {module: {"numpy", "scipy"}}
