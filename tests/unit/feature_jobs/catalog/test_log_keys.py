@@ -13,7 +13,7 @@ from cluster.registry import Lineage, ModelVersion
 from cluster.security.keys.store import KeyInfo
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, Sensitivity
 from feature_jobs.store.catalog.specifications import Definitions, apply, service_spec
-from serve_apps.predictor.log_keys import (
+from feature_jobs.store.catalog.log_keys import (
     NO_COMMON_PURPOSE,
     log_keys,
     merged_key,
