@@ -249,7 +249,7 @@ def _delta(uri: str) -> Source:
     try:
         table = DeltaTable(uri)
         features = set(table.protocol().reader_features or ())
-        actions = pa.record_batch(table.get_add_actions(flatten=True)).to_pylist()
+        actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
         schema = pa.schema(table.schema().to_arrow())
     except DeltaError as error:
         raise SourceError(f"{uri} cannot be read as a Delta table: {str(error)[:200]}") from error
