@@ -20,19 +20,20 @@ from cluster.ledger.store import utc_now
 from cluster.placement import Selector, find_nodes
 from cluster.security.acting import Actor, create_actor
 from cluster.session import attach, require_running_cluster
-from cluster.storage import exists, is_uri, json_text, layout, local, read_bytes, sha256, write_bytes
+from cluster.storage import is_uri, layout, local, sha256, write_bytes
 from feature_jobs.batches.work import Work
 from jobs.score.config import ScoreConfig
 from jobs.score.files import (
     MANIFEST,
-    RUN,
     FileOfRows,
     Manifest,
     PartResult,
     digest,
     is_empty,
     read_results,
+    read_run,
     remove_left_behind,
+    write_run,
 )
 from jobs.score.lock import run_lock
 from jobs.score.part import score_part
@@ -75,16 +76,20 @@ def score(config: ScoreConfig, ledger: Ledger, actor: Actor) -> ScoringFinished:
     plan = make_plan(config, ledger, actor, now=utc_now())
     run = plan.started.run
     if (found := ledger.newest(ScoringFinished, run=run)) is not None:
-        print(
-            f"run {run} is finished; nothing to do. For a new run, give another output or id", file=sys.stderr
-        )
+        if read_run(plan.started.output) != run:
+            raise ConfigError(
+                f"Run '{run}' is finished, and its output {plan.started.output} is gone. Give another `run`."
+            )
+        print(f"run {run} is finished; nothing to do. For a new run, give another output", file=sys.stderr)
         return ScoringFinished(**found.payload)
     with run_lock(local(layout(config.storage).runs), run):
         require_own_folder(plan)
-        if plan.is_new:
-            ledger.append_once(plan.started, actor=actor.name, run=run)
         folder = plan.scoring.folder
-        write_bytes(f"{folder.uri}/{RUN}", json_text({"run": run}).encode())
+        write_run(folder.uri, run)
+        if plan.is_new and ledger.append_once(plan.started, actor=actor.name, run=run) is None:
+            raise ConfigError(
+                f"Another command has just started run '{run}'. Run this one again to continue it."
+            )
         results = score_parts(config, plan)
         remove_left_behind(folder)
         finished = finish(plan, results)
@@ -101,16 +106,12 @@ def require_own_folder(plan: Plan) -> None:
     uri = plan.scoring.folder.uri
     if is_empty(uri):
         return
-    has_run = exists(f"{uri}/{RUN}")
-    if has_run and f'"{plan.started.run}"' in read_bytes(f"{uri}/{RUN}").decode():
+    run = read_run(uri)
+    if run == plan.started.run:
         return
-    if has_run:
+    if run is not None:
         raise ConfigError(
-            f"The folder {uri} has the files of another run, with other rows or settings. Give another output."
-        )
-    if not plan.is_new:  # killed before the folder got its first file, and somebody else wrote there
-        raise ConfigError(
-            f"The folder {uri} has files of others. Remove them to continue run {plan.started.run}."
+            f"The output {uri} has the files of run '{run}', with other rows or settings. Give another output."
         )
     raise ConfigError(f"The output {uri} is not an empty folder. Give another output.")
 

@@ -161,6 +161,20 @@ def read_results(folder: Folder) -> dict[int, PartResult]:
     return results
 
 
+def write_run(uri: str, run: str) -> None:
+    """Say which run the files of a folder belong to."""
+    write_bytes(f"{uri}/{RUN}", json_text({"run": run}).encode())
+
+
+def read_run(uri: str) -> str | None:
+    """Return the id of the run that a folder's files belong to; None if the folder does not say it."""
+    try:
+        run = json.loads(read_bytes(f"{uri}/{RUN}"))["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return run if isinstance(run, str) else None
+
+
 def remove_left_behind(folder: Folder) -> None:
     """Remove the incomplete files of killed processes."""
     for place in (folder.uri, f"{folder.uri}/{_SET_ASIDE}", f"{folder.uri}/{_PARTS}"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from feature_jobs.store.offline.tables import Snapshot
 from feature_jobs.store.types.schema import EVENT
 from feature_jobs.view_tables import view_snapshot
 from jobs.score.config import InputFormat, InputsFrom, ScoreConfig
-from jobs.score.files import Folder
+from jobs.score.files import Folder, read_run
 from jobs.score.inputs import FeatureRead, InputPlan, needed_columns, needed_service, row_keys, text_dtype
 from jobs.score.part import RESERVED, Scoring, columns_to_read
 from jobs.score.rights import Rights
@@ -101,7 +102,7 @@ def make_plan(config: ScoreConfig, ledger: Ledger, actor: Actor, *, now: dt.date
             "keep_inputs": inputs,
         },
     )
-    wanted = replace(wanted, run=config.run or default_id(wanted))
+    wanted = replace(wanted, run=choose_run(config, wanted, ledger))
     found = ledger.newest(ScoringStarted, run=wanted.run)
     started = wanted if found is None else require_same(ScoringStarted(**found.payload), wanted)
     read = None
@@ -208,10 +209,21 @@ def _exportable_kept(config: ScoreConfig, kept: list[str], source: Source, right
     return allowed
 
 
-def default_id(wanted: ScoringStarted) -> str:
-    """Return the id of a run without one: a hash of all that decides its rows, but not of the time of its start."""
-    fields = _compared(wanted)
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+def choose_run(config: ScoreConfig, wanted: ScoringStarted, ledger: Ledger) -> str:
+    """Return the run's id.
+
+    Without an id in the configuration, it is that of the run in the output folder, if the run has the same settings and
+    rows. Otherwise it is a new one: a hash of all that decides the rows, with a number if there was such a run before.
+    """
+    if config.run is not None:
+        return config.run
+    here = read_run(wanted.output)
+    found = None if here is None else ledger.newest(ScoringStarted, run=here)
+    if here is not None and found and _compared(ScoringStarted(**found.payload)) == _compared(wanted):
+        return here
+    base = hashlib.sha256(json.dumps(_compared(wanted), sort_keys=True).encode()).hexdigest()[:16]
+    names = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if ledger.newest(ScoringStarted, run=name) is None)
 
 
 def require_same(started: ScoringStarted, wanted: ScoringStarted) -> ScoringStarted:

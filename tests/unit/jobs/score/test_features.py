@@ -19,6 +19,7 @@ from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import KeyAccess
 from cluster.security.tokens.roles import Role
 from feature_jobs.store import FeatureService, Field, Missing, Sensitivity
+from feature_jobs.store.catalog.specifications import service_spec
 from feature_jobs.store.definitions.missing import Default
 from jobs.score.config import InputsFrom
 from tests.projects.features import PEOPLE, START, FeatureProject
@@ -51,7 +52,7 @@ def project(store: FeatureProject, tmp_path: Path, access: KeyAccess) -> Iterato
 
 def register(project: ScoringProject, store: FeatureProject, *inputs: str) -> ModelVersion:
     """Register a model whose value is the sum of its inputs, divided by 100."""
-    spec = apply_service_of(store)
+    spec = service_spec(store.ledger, "credit").version
     signature = ModelSignature(
         task=Task.regression,
         inputs=tuple(InputSpec(name=name, dtype="double") for name in inputs or (AMOUNT,)),
@@ -61,12 +62,6 @@ def register(project: ScoringProject, store: FeatureProject, *inputs: str) -> Mo
     )
     lineage = Lineage(service="credit", service_version=spec)
     return project.register(signature, write=write_model, lineage=lineage)
-
-
-def apply_service_of(store: FeatureProject) -> str:
-    from feature_jobs.store.catalog.specifications import service_spec
-
-    return service_spec(store.ledger, "credit").version
 
 
 def entities(*hours: float | None) -> pa.Table:
@@ -117,7 +112,7 @@ def test_as_of_now_reads_the_newest_values(project: ScoringProject, store: Featu
     )
     assert values(project, "earlier") == [float(3 * PEOPLE + person) for person in range(PEOPLE)]
     assert project.scores("earlier")["as_of"].unique().to_list() == [START + dt.timedelta(hours=4)]
-    with pytest.raises(RefusedError, match="no column 'event_timestamp'.*inputs_from=latest"):
+    with pytest.raises(RefusedError, match=r"no column 'event_timestamp'.*inputs_from=latest"):
         project.score(output="join")
 
 
@@ -192,7 +187,7 @@ def test_csv_rows_are_joined(project: ScoringProject, store: FeatureProject) -> 
 def test_a_stored_training_set_is_scored(project: ScoringProject, store: FeatureProject) -> None:
     """It is read with its keys. Any other file below the storage root is refused."""
     register(project, store)
-    store.build("../.falaj/jobs/train".removeprefix("../"))
+    store.build(".falaj/jobs/train")
     path = project.root / ".falaj/jobs/train.parquet"
     project.score(input=str(path), output=".falaj/jobs/scores")
     assert values(project, ".falaj/jobs/scores") == [float(5 * PEOPLE + person) for person in range(PEOPLE)]

@@ -221,6 +221,6 @@ def test_other_files_in_the_output_are_not_touched(project: ScoringProject, tmp_
     with pytest.raises(RefusedError, match="is not an empty folder"):
         project.score()
     project.score(output="other")
-    with pytest.raises(RefusedError, match="files of another run"):
+    with pytest.raises(RefusedError, match="has the files of run"):
         project.score(output="other", keep=["note"])
     assert (tmp_path / "scores" / "mine.txt").read_text() == "mine"
