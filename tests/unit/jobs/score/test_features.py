@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -18,13 +19,14 @@ from cluster.registry import Lineage, ModelVersion
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import KeyAccess
 from cluster.security.tokens.roles import Role
-from feature_jobs.store import FeatureService, Field, Missing, Sensitivity
+from feature_jobs.store import FeatureService, Field, Missing, OnDemandTransform, Sensitivity
 from feature_jobs.store.catalog.specifications import service_spec
 from feature_jobs.store.definitions.missing import Default
 from jobs.score.config import InputsFrom
-from tests.projects.features import PEOPLE, START, FeatureProject
+from jobs.score.inputs import needed_service
+from tests.projects.features import INCOME, PEOPLE, START, FeatureProject
 from tests.projects.scoring import ScoringProject
-from tests.projects.views import apply_service, make_view
+from tests.projects.views import apply_service, make_spec, make_view, service_of
 from tests.servers.replica import write_model
 
 AMOUNT = "income__amount"
@@ -62,6 +64,21 @@ def register(project: ScoringProject, store: FeatureProject, *inputs: str) -> Mo
     )
     lineage = Lineage(service="credit", service_version=spec)
     return project.register(signature, write=write_model, lineage=lineage)
+
+
+def ratio(table: pa.Table) -> pa.Table:
+    """Divide whole numbers. For a row with an amount of 0, Arrow raises an error."""
+    amount = table["income__amount"].cast(pa.int64())
+    return pa.table({"ratio": pc.divide(table["asked"], amount).cast(pa.float64())})
+
+
+TERMS = OnDemandTransform(
+    "terms",
+    inputs=[Field("asked", "int64")],
+    sources=[INCOME],
+    schema=[Field("ratio", "float64")],
+    transform=ratio,
+)
 
 
 def entities(*hours: float | None) -> pa.Table:
@@ -172,6 +189,42 @@ def test_a_default_replaces_a_missing_feature(project: ScoringProject, store: Fe
     project.write({"person_id": [3, 999]})
     project.score(inputs_from=InputsFrom.latest)
     assert values(project) == [5.0 * PEOPLE + 3, 7.0]
+
+
+def test_on_demand_features_are_computed(project: ScoringProject, store: FeatureProject) -> None:
+    """From inputs of the rows, as from a request's. A row for which the transform fails is set aside."""
+    apply_service(store.ledger, FeatureService("credit", views=[INCOME], on_demand=[TERMS]))
+    register(project, store, "terms__ratio")
+    store.ingest(9, amount=pa.array([float(person % 5) for person in range(PEOPLE)]))
+    project.write({"person_id": list(range(PEOPLE)), "asked": [60] * PEOPLE})
+    finished = project.score(inputs_from=InputsFrom.latest, max_bad_share=0.5)
+    assert finished.set_aside == {"an on-demand transform failed": 4}
+    assert values(project) == [60 // (person % 5) for person in range(PEOPLE) if person % 5]
+    project.write({"person_id": list(range(PEOPLE))})
+    with pytest.raises(RefusedError, match="no column 'asked', which inputs_from=latest needs"):
+        project.score(inputs_from=InputsFrom.latest, output="refused")
+
+
+def test_only_the_views_that_the_model_needs_are_read(project: ScoringProject, store: FeatureProject) -> None:
+    """Another view of the service has no rows, and the caller may not read it. A view that has a needed join key is
+    read."""
+    other = make_view("home", schema=[Field("size", "float64")])
+    apply_service(store.ledger, FeatureService("credit", views=[INCOME, other]))
+    register(project, store)
+    project.write(entities(4))
+    assert project.score().scored == PEOPLE
+    person = make_spec("person", ["person_id"], home_id="int64")
+    home, income = (
+        make_spec("home", ["home_id"], size="float64"),
+        make_spec("income", ["person_id"], amount="float64"),
+    )
+    spec = service_of(person, home, income)
+    for wanted, columns, views in (
+        ("home__size", {"person_id"}, ["person", "home"]),
+        ("home__size", {"home_id"}, ["home"]),
+        ("income__amount", {"person_id"}, ["income"]),
+    ):
+        assert [view.name for view in needed_service(spec, [wanted], columns).views] == views
 
 
 def test_csv_rows_are_joined(project: ScoringProject, store: FeatureProject) -> None:
