@@ -6,6 +6,8 @@ ids, or from a column that was copied from the input.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import polars as pl
 import pyarrow as pa
 
@@ -139,7 +141,7 @@ def match_by_id(
     return with_outcomes(rows, values, truths), ours.height - of_rows.height
 
 
-def with_outcomes(rows: pl.DataFrame, values: list[object], truths: OutcomeParser) -> pl.DataFrame:
+def with_outcomes(rows: pl.DataFrame, values: Sequence[object], truths: OutcomeParser) -> pl.DataFrame:
     """Add the columns `outcome`, and `odd_outcome`: whether the value is no class or number of the model."""
     parsed = [None if value is None else truths.parse(value) for value in values]
     invalid = [value is not None and one is None for value, one in zip(values, parsed, strict=True)]
