@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.security.keys.access import KeyAccess
-from tests.projects.scoring import KEY, ScoringProject
+from tests.projects.batch_scoring import KEY, ScoringProject
 from tests.servers.key_broker import running_broker
 
 KEYS = (

@@ -24,8 +24,8 @@ from feature_jobs.store.catalog.specifications import service_spec
 from feature_jobs.store.definitions.missing import Default
 from jobs.score.config import InputsFrom
 from jobs.score.inputs import needed_service
+from tests.projects.batch_scoring import ScoringProject
 from tests.projects.features import INCOME, PEOPLE, START, FeatureProject
-from tests.projects.scoring import ScoringProject
 from tests.projects.views import apply_service, make_spec, make_view, service_of
 from tests.servers.replica import write_model
 

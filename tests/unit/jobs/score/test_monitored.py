@@ -20,7 +20,7 @@ from jobs.monitor.figures import compute_figures
 from jobs.monitor.frames import build_frames
 from jobs.monitor.logged import ServedLog
 from jobs.monitor.scored import match_by_id, read_scored
-from tests.projects.scoring import MODEL, ScoringProject
+from tests.projects.batch_scoring import MODEL, ScoringProject
 from tests.samples.signatures import of_each_task
 
 INPUTS = (

@@ -23,7 +23,7 @@ from jobs.score import files
 from jobs.score.config import InputFormat
 from jobs.score.lock import run_lock
 from jobs.score.source import InputFile, Source, parts_of
-from tests.projects.scoring import ScoringProject
+from tests.projects.batch_scoring import ScoringProject
 from tests.unit.jobs.score.test_scores import SIGNATURES, people
 
 

@@ -18,7 +18,7 @@ from cluster.registry import Registry
 from cluster.runtime import InputSpec, Model, ModelSignature, load_model
 from cluster.security.keys.access import key_store
 from cluster.storage import layout
-from tests.projects.scoring import MODEL, ScoringProject, Write
+from tests.projects.batch_scoring import MODEL, ScoringProject, Write
 from tests.samples.network import as_int8, write_network
 from tests.samples.signatures import of_each_task
 from tests.samples.trees import write_trees

@@ -19,7 +19,7 @@ from cluster.ledger.events import ScoringFinished
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.runtime.signature import ONNX_FILE, ONNX_INPUT, ONNX_OUTPUT, SIGNATURE_FILE
 from jobs.score.set_aside import Reasons, TooManyBadRows
-from tests.projects.scoring import ScoringProject
+from tests.projects.batch_scoring import ScoringProject
 
 INPUTS = (InputSpec(name="age", dtype="double"), InputSpec(name="codes", dtype="float", length=2))
 SIGNATURE = ModelSignature(task=Task.regression, inputs=INPUTS, label="y")
