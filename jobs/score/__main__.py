@@ -39,7 +39,7 @@ from jobs.score.lock import run_lock
 from jobs.score.part import score_part
 from jobs.score.plan import Plan, make_plan
 from jobs.score.set_aside import too_many
-from jobs.score.source import parts_of
+from jobs.score.source import Part, parts_of
 
 PROGRESS_S = 10.0
 """Seconds between two lines about the progress."""
@@ -124,7 +124,7 @@ def score_parts(config: ScoreConfig, plan: Plan) -> list[PartResult]:
     """
     parts = parts_of(plan.source, config.part_rows)
     results = read_results(plan.scoring.folder)
-    missing = [part for part in parts if part.number not in results]
+    missing = [part for part in parts if not is_done(part, results.get(part.number))]
     if len(missing) < len(parts):
         print(f"continuing: {len(parts) - len(missing)} of {len(parts)} parts are done", flush=True)
     work = Work(config.task_values, lambda: attach_for_tasks(config, plan))
@@ -132,11 +132,19 @@ def score_parts(config: ScoreConfig, plan: Plan) -> list[PartResult]:
     work.expect(values, is_large=config.placement.region is not None)
     scoring = replace(plan.scoring, in_tasks=work.in_tasks)
     block = work.put(scoring)
-    progress = _Progress(plan, results.values())
+    again = {part.number for part in missing}
+    progress = _Progress(plan, (result for number, result in results.items() if number not in again))
     for result in work.run_all(score_part, ((block, part) for part in missing)):
         results[result.number] = result
         progress.add(result)
     return [results[part.number] for part in parts]
+
+
+def is_done(part: Part, result: PartResult | None) -> bool:
+    """Return whether a result accounts for all rows of a part."""
+    if result is None:
+        return False
+    return result.rows == part.rows == result.scored + sum(result.set_aside.values())
 
 
 def attach_for_tasks(config: ScoreConfig, plan: Plan) -> Selector:

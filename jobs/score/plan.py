@@ -296,7 +296,8 @@ def input_plan(signature: ModelSignature, read: FeatureRead | None, source: Sour
     """Return how inputs are made, with the types of the columns of CSV."""
     types: dict[str, str] = {}
     if source.format is InputFormat.csv:
-        types[EVENT] = "timestamp"
+        if read is None or read.as_of is None:
+            types[EVENT] = "timestamp"
         if read is None:
             types |= {spec.name: text_dtype(spec) for spec in signature.inputs}
         else:

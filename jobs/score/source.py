@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -133,14 +134,20 @@ def parts_of(source: Source, part_rows: int) -> list[Part]:
     """Cut the input into parts of at most `part_rows` rows. A CSV file is one part."""
     parts: list[Part] = []
     for file in source.files:
+        whole = replace(file, row_groups=())  # a part is sent to a worker
         if source.format is InputFormat.csv:
-            parts.append(Part(number=len(parts), file=file, rows=file.rows, first_row=file.first_row))
+            parts.append(Part(number=len(parts), file=whole, rows=file.rows, first_row=file.first_row))
             continue
         for groups, skip, rows, start in _ranges(file.row_groups, part_rows):
             first_row = file.first_row + start
             parts.append(
                 Part(
-                    number=len(parts), file=file, row_groups=groups, skip=skip, rows=rows, first_row=first_row
+                    number=len(parts),
+                    file=whole,
+                    row_groups=groups,
+                    skip=skip,
+                    rows=rows,
+                    first_row=first_row,
                 )
             )
     return parts
@@ -260,7 +267,8 @@ def _delta(uri: str) -> Source:
         )
     partitions, paths = {}, []
     for action in sorted(actions, key=lambda action: str(action["path"])):
-        path = action["path"] if "://" in action["path"] else f"{uri}/{action['path']}"
+        name = unquote(action["path"])  # Delta's log has the paths URL-encoded
+        path = name if "://" in name else f"{uri}/{name}"
         prefix = "partition."
         partitions[path] = tuple(
             (name.removeprefix(prefix), value) for name, value in action.items() if name.startswith(prefix)

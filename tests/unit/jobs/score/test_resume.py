@@ -162,6 +162,6 @@ def test_parts_cover_each_row_once(groups: list[list[int]], part_rows: int) -> N
     assert covered == list(range(first))
     assert all(part.rows <= part_rows for part in parts)
     for part in parts:
-        sizes = [part.file.row_groups[number] for number in part.row_groups or ()]
+        sizes = [groups[int(part.file.path)][number] for number in part.row_groups or ()]
         assert part.skip + part.rows <= sum(sizes)
         assert part.skip == 0 or len(sizes) == 1

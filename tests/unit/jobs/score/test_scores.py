@@ -17,11 +17,12 @@ from cluster.ledger.events import ScoringFinished, ScoringStarted
 from cluster.registry import Registry
 from cluster.runtime import InputSpec, Model, ModelSignature, load_model
 from cluster.security.keys.access import key_store
-from cluster.storage import layout
+from cluster.storage import file_system, layout, list_files, read_parquet
 from tests.projects.batch_scoring import MODEL, ScoringProject, Write
 from tests.samples.network import as_int8, write_network
 from tests.samples.signatures import of_each_task
 from tests.samples.trees import write_trees
+from tests.servers.object_store import object_store_environment
 
 INPUTS = (
     InputSpec(name="age", dtype="double"),
@@ -138,7 +139,9 @@ def test_parquet_csv_and_delta_give_the_same_scores(project: ScoringProject) -> 
     project.write(table.slice(200), "folder/b.parquet")
     text = pl.DataFrame(pl.from_arrow(table)).write_csv()
     (project.root / "rows.csv.gz").write_bytes(gzip.compress(text.encode()))
-    sexes = pl.DataFrame(pl.from_arrow(table)).with_columns(pl.col("sex").fill_null("x"))
+    sexes = pl.DataFrame(pl.from_arrow(table)).with_columns(
+        pl.col("sex").replace("x", "x y/%").fill_null("x")
+    )
     write_deltalake(str(project.root / "delta"), sexes.to_arrow(), partition_by=["sex"])
     expected = project.scores().select("person_id", "probability", "label")
     for name in ("folder", "folder/*.parquet", "rows.csv.gz", "delta"):
@@ -147,6 +150,24 @@ def test_parquet_csv_and_delta_give_the_same_scores(project: ScoringProject) -> 
         actual = project.scores(output).select("person_id", "probability", "label")
         same = actual.with_columns(pl.col("person_id").cast(pl.Int64)).sort("person_id")
         assert same.equals(expected), name
+
+
+def test_input_and_output_can_be_in_an_object_store(project: ScoringProject) -> None:
+    """At any fsspec URI. A part that is done is not written again, and the scores are those of local files."""
+    project.register(SIGNATURES.binary)
+    path = Path(project.write(people(), row_group_size=100))
+    project.score(part_rows=100)
+    with object_store_environment() as bucket:
+        fs, folder = file_system(f"{bucket}/data")
+        fs.pipe_file(f"{folder}/rows.parquet", path.read_bytes())
+        output = f"{bucket}/out/scores"
+        finished = project.score(input=f"{bucket}/data", output=output, part_rows=100)
+        assert project.score(input=f"{bucket}/data", output=output, part_rows=100) == finished
+        names = sorted(name.rpartition("/")[2] for name in list_files(output, ".parquet"))
+        tables = [read_parquet(f"{output}/{name}") for name in names]
+    assert names == [f"part-{number:05}-00000.parquet" for number in range(5)]
+    scores = pl.DataFrame(pl.from_arrow(pa.concat_tables(tables)))
+    assert scores["probability"].equals(project.scores()["probability"])
 
 
 def test_an_unwritten_kind_of_input_is_refused_in_one_line(project: ScoringProject) -> None:
