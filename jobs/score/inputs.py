@@ -22,7 +22,7 @@ from feature_jobs.store.offline.training_set import Part, complete, join_in_proc
 from feature_jobs.store.on_demand import transforms_to_run
 from feature_jobs.store.types.columns import replace_columns, to_numpy
 from feature_jobs.store.types.schema import EVENT
-from jobs.score.set_aside import Bools, Reasons
+from jobs.score.set_aside import Bools, Reasons, take
 
 _ARROW_TO_DTYPE = {
     "double": "float64",
@@ -143,11 +143,11 @@ def model_rows(
     table = typed(table, plan.text_types, reasons, keys=keys)
     if plan.read is None:
         positions = np.flatnonzero(reasons.good)
-        return table, ModelRows(positions, table.take(pa.array(positions)))
+        return table, ModelRows(positions, take(table, positions))
     read = plan.read
     _require_entities(table, read, reasons)
     positions = np.flatnonzero(reasons.good)
-    entities = table.take(pa.array(positions))
+    entities = take(table, positions)
     if read.as_of is not None:
         entities = _at(entities, read.as_of)
     joined = join_views(
@@ -160,7 +160,7 @@ def model_rows(
     rows, absent_by_view = joined.table, joined.absent
     left = np.flatnonzero(reasons.good[positions])
     if left.size < positions.size:
-        rows, positions = rows.take(pa.array(left)), positions[left]
+        rows, positions = take(rows, left), positions[left]
         absent_by_view = {name: absent.take(pa.array(left)) for name, absent in absent_by_view.items()}
     return table, _completed(read.spec, rows, absent_by_view, positions, reasons)
 
@@ -192,7 +192,7 @@ def _completed(
         reason=lambda _: "an on-demand transform failed",
     )
     left = np.flatnonzero(reasons.good[positions])
-    rows = rows.take(pa.array(left))
+    rows = take(rows, left)
     absent = {name: mask.take(pa.array(left)) for name, mask in absent.items()}
     return ModelRows(positions[left], complete(spec, rows, absent))
 

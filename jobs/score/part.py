@@ -21,7 +21,7 @@ from jobs.score.files import FileOfRows, Folder, PartResult, scores_name, set_as
 from jobs.score.inputs import InputPlan, ModelRows, model_rows
 from jobs.score.predicting import answer_columns, predict
 from jobs.score.reading import Chunk, read_part
-from jobs.score.set_aside import Reasons
+from jobs.score.set_aside import Reasons, take
 from jobs.score.source import Part, Source
 
 TIME = pa.timestamp("us", "UTC")
@@ -138,7 +138,7 @@ def output_table(
     }
     columns |= answer_columns(predictions)
     result = pa.table(columns)
-    kept = table.select(list(scoring.kept_columns)).take(pa.array(scored.positions))
+    kept = take(table.select(list(scoring.kept_columns)), scored.positions)
     more = dict(zip(kept.column_names, kept.columns, strict=True))
     more |= {name: scored.table[name] for name in scoring.input_columns}
     return append_columns(result, more)

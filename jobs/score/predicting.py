@@ -16,7 +16,7 @@ from cluster.runtime import Model, Precision, Predictions, Task
 from cluster.runtime.encoding import Matrix
 from cluster.runtime.predictions import Scores
 from jobs.score.inputs import ModelRows
-from jobs.score.set_aside import Reasons
+from jobs.score.set_aside import Reasons, take
 
 BATCH_ROWS = 65_536
 
@@ -40,7 +40,7 @@ def predict(model: Model, rows: ModelRows, reasons: Reasons) -> tuple[ModelRows,
     good = reasons.good[rows.positions]
     if not good.all():
         kept = np.flatnonzero(good)
-        rows, scores = ModelRows(rows.positions[kept], rows.table.take(pa.array(kept))), scores[kept]
+        rows, scores = ModelRows(rows.positions[kept], take(rows.table, kept)), scores[kept]
     return rows, Predictions(signature=model.signature, scores=scores)
 
 
@@ -53,7 +53,7 @@ def _predict_batch(model: Model, rows: ModelRows, start: int, stop: int, reasons
     except InvalidRequest:
         reasons.reject_failing(positions, _encoding(model, table), InvalidRequest)
         usable = np.flatnonzero(reasons.good[positions])
-        matrix = model.encode(table.take(pa.array(usable)))
+        matrix = model.encode(take(table, usable))
     scores = np.full((len(positions), *_score_shape(model)), np.nan)
     scores[usable] = _scores(model, matrix, positions[usable], reasons)
     finite = np.isfinite(scores[usable]).reshape(usable.size, -1).all(axis=1)

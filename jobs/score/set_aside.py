@@ -24,6 +24,11 @@ class TooManyBadRows(RefusedError):
     """A run sets aside more rows than its limit allows."""
 
 
+def take(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
+    """Return some rows of a table, in ascending order. All rows are not copied."""
+    return table if rows.size == table.num_rows else table.take(pa.array(rows))
+
+
 def too_many(count: int, limit: int, reasons: Counter[str], *, in_part: bool = False) -> TooManyBadRows:
     """Return the error for more bad rows than the limit allows. It names the most frequent reason."""
     reason, _ = reasons.most_common(1)[0]
