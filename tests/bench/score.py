@@ -7,8 +7,8 @@ output below the storage root (`protected`).
 
 The systems take turns. The results are medians of the wall time of whole processes with their start. `start_s` is the
 time of the command for a thousand rows in a Ray task; `times_loop_after_start` leaves it out. `peak_worker_mib` is the
-largest growth of one process of the cluster while the command runs, `peak_worker_mib_few` for a million rows. Labels and
-scores of both systems must be equal, or the benchmark fails.
+largest growth of one process of the cluster while the command runs, `peak_worker_mib_few` for a million rows. Labels
+and scores of both systems must be equal, or the benchmark fails.
 
     python tests/bench/score.py --loop FOLDER INPUT OUTPUT    (the loop alone; the benchmark runs it as a process)
 """
