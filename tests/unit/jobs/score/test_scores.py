@@ -23,6 +23,7 @@ from tests.samples.network import as_int8, write_network
 from tests.samples.signatures import of_each_task
 from tests.samples.trees import write_trees
 from tests.servers.object_store import object_store_environment
+from tests.servers.replica import running_replica
 
 INPUTS = (
     InputSpec(name="age", dtype="double"),
@@ -89,6 +90,26 @@ def test_scores_equal_online_answers(
             }
     else:
         assert actual == expected
+
+
+@pytest.mark.parametrize("precision", ["trees", "int8"])
+def test_scores_equal_a_replicas_answers(tmp_path: Path, precision: str) -> None:
+    """The same rows, sent to a real replica over HTTP, one by one."""
+    signature = SIGNATURES.multiclass if precision == "trees" else as_int8(SIGNATURES.multiclass)
+    (tmp_path / ".falaj").mkdir()
+    write: Write = write_trees if precision == "trees" else write_network
+    with running_replica(tmp_path / ".falaj", signature, write=write) as replica:
+        project = ScoringProject(tmp_path, replica.keys)
+        project.write(people(40))
+        project.score()
+        scores = project.scores().select("probabilities", "label").to_dicts()
+        for row, score in zip(people(40).select(["age", "sex", "income"]).to_pylist(), scores, strict=True):
+            status, answer = replica.json(
+                f"/v1/models/{MODEL}:predict", {"entities": [{"person_id": 1}], "features": row}
+            )
+            assert status == 200
+            assert answer["predictions"] == [score]
+        project.close()
 
 
 def flat(value: Any) -> Any:
