@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from tests.integration.conftest import Project, new_project
 ROWS, FEW, TINY, GROUP = 5_000_000, 1_000_000, 1_000, 1_000_000
 NUMBERS, CATEGORIES = 20, 4
 BATCH = 65_536
+FOLDERS = {"plain": "scores", "protected": ".falaj/jobs"}
 UNITS = {"rows_per_s": "1/s", "times_loop": "1", "times_loop_after_start": "1", "start_s": "s"}
 MODEL = ("name=bench", "model=lightgbm", "model.rounds=200", "model.num_threads=1", "label=y")
 
@@ -156,31 +157,33 @@ def require_equal(project: Project, output: str, looped: Path) -> None:
     assert ours.combine_chunks().equals(pq.read_table(looped, columns=names).combine_chunks()), "not equal"
 
 
-def measure(project: Project, count: int, turns: int) -> dict[tuple[str, str], float]:
+def measure(project: Project, count: int, turns: int, cases: Sequence[str]) -> dict[tuple[str, str], float]:
     """Measure, and return the results by system and metric."""
     model = train(project)
     sources = {number: write_rows(project.root, number) for number in (TINY, min(FEW, count), count)}
-    seconds: dict[str, list[float]] = {"loop": [], "plain": [], "protected": []}
+    seconds: dict[str, list[float]] = {name: [] for name in ("loop", *cases)}
     peaks: list[float] = []
-    start = [run_falaj(project, sources[TINY], f"tiny{turn}") for turn in range(turns + 1)]
+    start_s = statistics.median([run_falaj(project, sources[TINY], f"tiny{turn}") for turn in range(3)][1:])
+    print(f"start {start_s:.1f} s", flush=True)
     with peak_memory(project, peaks):
         run_falaj(project, sources[min(FEW, count)], "few")
     for turn in range(turns):
         seconds["loop"].append(run_loop(model, sources[count], project.root / "loop.parquet"))
-        with peak_memory(project, peaks):
-            seconds["plain"].append(run_falaj(project, sources[count], f"plain{turn}"))
-        require_equal(project, f"plain{turn}", project.root / "loop.parquet")
-        seconds["protected"].append(run_falaj(project, sources[count], f".falaj/jobs/{turn}"))
-        shutil.rmtree(project.root / f"plain{turn}")
-        shutil.rmtree(project.root / f".falaj/jobs/{turn}")
-        print(", ".join(f"{name} {values[-1]:.1f} s" for name, values in seconds.items()), flush=True)
+        print(f"loop {seconds['loop'][-1]:.1f} s", flush=True)
+        for name in cases:
+            output = f"{FOLDERS[name]}/{turn}"
+            with peak_memory(project, peaks):
+                seconds[name].append(run_falaj(project, sources[count], output))
+            print(f"{name} {seconds[name][-1]:.1f} s", flush=True)
+            if name == "plain":
+                require_equal(project, output, project.root / "loop.parquet")
+            shutil.rmtree(project.root / output)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     results = {(name, "rows_per_s"): count / value for name, value in medians.items()}
-    results |= {(name, "times_loop"): medians["loop"] / medians[name] for name in ("plain", "protected")}
-    start_s = statistics.median(start[1:])
-    results["plain", "start_s"] = start_s
-    for name in ("plain", "protected"):
+    for name in cases:
+        results[name, "times_loop"] = medians["loop"] / medians[name]
         results[name, "times_loop_after_start"] = medians["loop"] / (medians[name] - start_s)
+    results["plain", "start_s"] = start_s
     results["plain", "peak_worker_mib_few"] = peaks[0]
     results["plain", "peak_worker_mib"] = max(peaks[1:])
     return results
@@ -192,6 +195,7 @@ def main() -> None:
     parser.add_argument("--loop", nargs=3, type=Path)
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", choices=FOLDERS, default=list(FOLDERS))
     given = parser.parse_args()
     if given.loop:
         loop(*given.loop)
@@ -200,7 +204,7 @@ def main() -> None:
         project = new_project(Path(folder) / "project")
         project.up()
         try:
-            measured = measure(project, given.rows, given.turns)
+            measured = measure(project, given.rows, given.turns, given.cases)
         finally:
             project.run("cluster.down")
     results: list[dict[str, Any]] = []
