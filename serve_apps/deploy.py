@@ -28,10 +28,10 @@ from cluster.session import attach
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
 from cluster.supervisor.head import mark_restored
+from feature_jobs.store.catalog.log_keys import log_keys, merged_key
 from serve_apps.apps import DeployFailed, app_name, ensure_model, wait_for_recovery
 from serve_apps.deployed_settings import with_deployed_settings
 from serve_apps.edge.control.waiting import wait_until_applied
-from serve_apps.predictor.log_keys import log_keys, merged_key
 from serve_apps.rollout.assignment import require_variant
 from serve_apps.rollout.serving_state import ModelState, States, read_states
 from serve_apps.shared_apps import APPLICATIONS, ensure_shared_apps, restore_shared_apps

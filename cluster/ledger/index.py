@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from cluster.ledger.chain import Entry
 from cluster.ledger.database import EVENTS, METADATA, POSITIONS
 
-NAME = "event_index_3"
+NAME = "event_index_4"
 """Name of the table and of its position. A release that changes `KEYS` must change the number in this name, because two
 releases can share one ledger."""
 
@@ -86,6 +86,8 @@ KEYS: dict[str, tuple[Key, ...]] = {
     "ScheduledRunFinished": (Key(("schedule",)), Key(("schedule", "slot"))),
     "ScheduledRunSkipped": (Key(("schedule",)), Key(("schedule",), having="position")),
     "ScheduledRunStarted": (Key(("schedule", "slot")),),
+    "ScoringFinished": (Key(("run",)),),
+    "ScoringStarted": (Key(("run",)),),
     "ShadowStarted": (Key(("model",)),),
     "ShadowStopped": (Key(("model",)),),
     "StageFinished": (Key(("run",)), Key(("pipeline", "stage"))),

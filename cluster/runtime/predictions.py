@@ -59,6 +59,15 @@ class Predictions:
             case _:
                 return [{"value": score} for score in self.scores.tolist()]
 
+    def class_codes(self) -> npt.NDArray[np.int64]:
+        """Return the position of each row's predicted class in the signature's classes, as `rows` predicts it.
+
+        All rows are computed together. The scores must be finite, and the task must not be a regression.
+        """
+        if self.signature.task is Task.binary:
+            return (self.scores >= self.signature.threshold).astype(np.int64)
+        return np.asarray(self.scores.argmax(axis=1), dtype=np.int64)
+
     def labels(self) -> list[Label]:
         """Return the predicted class of each row; empty for a regression."""
         return [row["label"] for row in self.rows() if "label" in row]

@@ -23,6 +23,7 @@ from jobs.monitor.logged import ServedVersion, read_served_log
 from jobs.monitor.plots import performance_plot
 from jobs.monitor.reference import reference_rows
 from jobs.monitor.report import Output, alerting_chunks, describe
+from jobs.monitor.scored import read_scored
 from jobs.train.data import TrainingSet, read_training_set
 
 MAX_VARIANT_CHARS = 100
@@ -40,7 +41,10 @@ def main(config: MonitorConfig) -> dict[str, Any]:
     places = layout(config.storage)
     source = read_training_set(config.reference, protected_files(actor.access), places=places, ledger=ledger)
     folder = f"{places.monitor(config.name)}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    logged = read_served_log(config, ledger, key_store(actor.access))
+    if config.predictions is not None:
+        logged = read_scored(config, ledger, actor.access)
+    else:
+        logged = read_served_log(config, ledger, key_store(actor.access))
     for age in logged.ages:
         print(f"log: {age}", flush=True)
     run = MonitorRun(config, source, reference_uri, folder, ledger, actor, ages_as_json(logged.ages))

@@ -27,6 +27,10 @@ class MonitorConfig(PlatformConfig):
     """Training set (Parquet). Its held-out rows are the reference; each version scores them again."""
     label: str
     """Column of the reference with the true values."""
+    predictions: str | None = None
+    """Output folder of `jobs.score`. Its scores are measured, not those of the prediction log."""
+    outcome: str | None = None
+    """Column of `predictions` with the true values. None takes them from the outcome log."""
     timestamp: str = "event_timestamp"
     """Column of the reference with the event time."""
     period: Period = Period.year
@@ -39,3 +43,9 @@ class MonitorConfig(PlatformConfig):
     """A chunk with fewer rows gets no figures. A chunk with fewer outcomes gets no realised performance."""
     output: str | None = None
     """File to write all figures to, as JSON."""
+
+    def __post_init__(self) -> None:
+        if self.outcome is not None and self.predictions is None:
+            raise ValueError(
+                "outcome is a column of predictions. Give predictions=…, the output of jobs.score."
+            )

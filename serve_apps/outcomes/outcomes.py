@@ -28,8 +28,8 @@ from cluster.security.keys.store import KeyNotFound, KeyStore
 from cluster.session import require_running_cluster
 from cluster.settings_conversion import from_plain
 from cluster.storage import layout
+from feature_jobs.store.catalog.log_keys import outcome_key
 from serve_apps.outcomes.sums import OutcomeSums
-from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.request import shortened, to_utc
 from serve_apps.replica.access import AccessCheck
 from serve_apps.replica.http import LOG, Unavailable, answer, read_json, refusal

@@ -19,9 +19,9 @@ from cluster.security.tls.certificates import CA_NAME
 from cluster.session import ClusterRecord, require_running_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout, layout
+from feature_jobs.store.catalog.log_keys import prediction_key, serving_purpose, with_read_features
 from feature_jobs.store.catalog.specifications import FieldSpec, service_spec
 from feature_jobs.store.online.reader import FeatureReader, open_online_store
-from serve_apps.predictor.log_keys import prediction_key, serving_purpose, with_read_features
 from serve_apps.predictor.on_demand_inputs import on_demand_inputs
 from serve_apps.predictor.shadow import Shadowing
 from serve_apps.replica.access import AccessCheck

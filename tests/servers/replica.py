@@ -42,11 +42,11 @@ from cluster.settings import (
 from cluster.settings_conversion import to_plain
 from cluster.storage import Layout, layout
 from feature_jobs.store import FeatureService
+from feature_jobs.store.catalog.log_keys import outcome_key
 from feature_jobs.store.catalog.protection import view_keys
 from feature_jobs.store.catalog.specifications import Definitions, apply
 from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
-from serve_apps.predictor.log_keys import outcome_key
 from serve_apps.predictor.predictor import Predictor
 from serve_apps.replica.edge_headers import EdgeHeaders, edge_proof
 from tests.projects.push import INCOME

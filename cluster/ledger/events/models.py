@@ -224,3 +224,55 @@ class ModelMonitored(LedgerEvent):
     """Maps figure and then chunk to the reason why the figure has no value or no threshold for the chunk."""
     left_out: dict[str, Json] = field(default_factory=dict)
     """Maps reason to the number of records that no figure includes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoringStarted(LedgerEvent):
+    """A run of batch scoring began. The fields are all that decides which rows it writes, so a resumed run reads them.
+
+    A run without `ScoringFinished` is not finished: it was stopped, or refused its rows.
+    """
+
+    run: str
+    model: str
+    version: int
+    inputs_from: str
+    """Where the inputs come from: `join`, `latest` or `given`."""
+    as_of: str
+    """The time that features are read at, and at which the rows count as scored."""
+    service: str
+    service_version: str
+    table_versions: dict[str, int]
+    """Maps feature view to Delta table version."""
+    input: str
+    input_hash: str
+    """SHA-256 of the hashes of all input files."""
+    input_version: int | None
+    """Version of the input, if it is a Delta table."""
+    rows: int
+    output: str
+    keep: list[str]
+    """Columns of the input that are copied to the output."""
+    settings: dict[str, Json]
+    """Other settings that decide the rows or their order in files."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoringFinished(LedgerEvent):
+    """All rows of a run are in its output."""
+
+    run: str
+    model: str
+    version: int
+    input_hash: str
+    rows: int
+    scored: int
+    set_aside: dict[str, int]
+    """Number of rows without a score, by reason."""
+    output: str
+    manifest_hash: str
+    """SHA-256 of the output's manifest, which has the hash of each file."""
+    columns: list[str]
+    """Columns of the output."""
+    left_out: list[str]
+    """Inputs that the output lacks, because the caller may not export them."""

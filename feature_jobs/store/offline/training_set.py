@@ -7,7 +7,7 @@ in this process, many rows in one Ray task per bucket. `bucket_join.py` describe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -94,6 +94,34 @@ def assemble(
         TrainingSetError: a join key or the timestamp is missing or has the wrong type, or a column has the name of a
             feature.
     """
+    joined = join_views(spec, snapshots, entities, join_parts=join_parts, cutoff=cutoff)
+    return BuiltTrainingSet(
+        table=complete(spec, joined.table, joined.absent),
+        hidden=joined.hidden,
+        absent={name: absent.true_count for name, absent in joined.absent.items()},
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JoinedViews:
+    """Entity rows with the features of all views, before defaults and on-demand transforms."""
+
+    table: pa.Table
+    hidden: dict[str, int]
+    """As in `BuiltTrainingSet`."""
+    absent: dict[str, pa.Array]
+    """By view, whether each entity row has no result, or only an expired one."""
+
+
+def join_views(
+    spec: ServiceSpec,
+    snapshots: dict[str, Snapshot],
+    entities: pa.Table,
+    *,
+    join_parts: JoinParts,
+    cutoff: bool = True,
+) -> JoinedViews:
+    """Join entity rows with the features of all views. Arguments and errors are those of `assemble`."""
     times = event_times(entities)
     present = set(entities.column_names)
     _require_no_features(spec, present)
@@ -115,12 +143,20 @@ def assemble(
         features[view.name] = join_view(view, snapshot, splits[same], join_parts, cutoff=cutoff)
         columns = zip(view.columns, features[view.name].table.columns, strict=True)
         output = append_columns(output, dict(columns))
-    output = fill_offline(spec.missing, output, {name: part.absent for name, part in features.items()})
-    return BuiltTrainingSet(
-        table=append_on_demand(spec, output),
+    return JoinedViews(
+        table=output,
         hidden={name: part.hidden for name, part in features.items()},
-        absent={name: part.absent.true_count for name, part in features.items()},
+        absent={name: part.absent for name, part in features.items()},
     )
+
+
+def complete(spec: ServiceSpec, table: pa.Table, absent: Mapping[str, pa.Array]) -> pa.Table:
+    """Fill defaults into joined rows, and append the columns of on-demand transforms.
+
+    Raises:
+        TrainingSetError, DefinitionError: as `append_on_demand`.
+    """
+    return append_on_demand(spec, fill_offline(spec.missing, table, absent))
 
 
 def _require_no_features(spec: ServiceSpec, columns: Collection[str]) -> None:

@@ -24,7 +24,16 @@ from feature_jobs.training_set import manifest_path
 from jobs.pipeline.graph import Files
 from jobs.pipeline.stage.modules import Modules
 
-_READS = ("training_set", "params_from", "people", "reference", "entities", "manifest")
+_READS = (
+    "training_set",
+    "params_from",
+    "people",
+    "reference",
+    "entities",
+    "manifest",
+    "input",
+    "predictions",
+)
 """Options of Falaj's commands that name a file to read."""
 _WRITES = ("output", "folder")
 _ENTRYPOINT = "cluster.entrypoint"
@@ -196,6 +205,13 @@ def _monitor(config: Any) -> Facts:
     return Facts(files=_files(config), reads=(_model(config), _log(config)))
 
 
+def _score(config: Any) -> Facts:
+    # The model's signature, which is not read here, names the feature service.
+    reads_features = config.inputs_from.value != "given"
+    needs = ((Action.predict, _model(config)),)
+    return Facts(files=_files(config), reads=(_model(config),), needs=needs, always=reads_features)
+
+
 def _compact_log(config: Any) -> Facts:
     model = _model(config)
     return Facts(reads=(model, _log(config)), needs=((Action.compact_log, model),))
@@ -267,6 +283,7 @@ _FACTS: dict[str, Callable[[Any], Facts]] = {
     "jobs.monitor": _monitor,
     "jobs.pipeline.outcomes": _outcomes,
     "jobs.pipeline.traffic": _traffic,
+    "jobs.score": _score,
     "jobs.sweep": _sweep,
     "jobs.train": _train,
     "serve_apps.deploy": _deploy,

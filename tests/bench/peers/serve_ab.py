@@ -39,9 +39,9 @@ from cluster.security.keys.access import key_store, service_access
 from cluster.session import require_running_cluster
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.storage import layout
+from feature_jobs.store.catalog.log_keys import prediction_key, serving_purpose
 from feature_jobs.store.catalog.specifications import service_spec
 from feature_jobs.store.online.reader import FeatureReader, open_online_store
-from serve_apps.predictor.log_keys import prediction_key, serving_purpose
 from serve_apps.predictor.request import parse_predict
 from serve_apps.replica.access import AccessCheck
 from serve_apps.replica.http import answer, read_json, refusal

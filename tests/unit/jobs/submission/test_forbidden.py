@@ -153,7 +153,7 @@ def test_operators_own_modules_may_run() -> None:
     for module in ("shopping", "check.more", "cluster.up"):
         with pytest.raises(JobForbidden):
             require_command(module, ["shop.*", "check", "cluster.*"])
-    assert {"jobs.train", "jobs.pipeline", "serve_apps.deploy", INGEST} <= COMMANDS
+    assert {"jobs.train", "jobs.score", "jobs.pipeline", "serve_apps.deploy", INGEST} <= COMMANDS
 
 
 def test_pipeline_with_a_stage_that_no_job_may_run_is_refused(service: Service) -> None:

@@ -308,3 +308,23 @@ def test_submitters_control_their_own_jobs_only(policy: Policy, role: Role) -> N
         assert controls == (role is AD or (is_own and submits))
         assert policy.decide(principal, Action.read_jobs, mine).allowed == (controls or role is AU)
         assert policy.decide(principal, Action.submit_jobs, mine).allowed == (submits or role is AD)
+
+
+def test_only_scoring_may_write_scores(policy: Policy) -> None:
+    """Those who may read predictions read scores. The job may not wrap the keys of the prediction log, so that it
+    cannot forge records."""
+    key = Resource(kind="key", name="scores/loan/personal", column_class="personal")
+    log_key = Resource(kind="key", name="predictions/loan/personal", column_class="personal")
+    for role in (Role.data_scientist, Role.ml_engineer):
+        scoring = who(role, "credit", entrypoint="jobs.score")
+        for action in (Action.create_key, Action.wrap_key):
+            assert policy.decide(scoring, action, key).allowed
+            assert not policy.decide(who(role, "credit"), action, key).allowed
+        assert not policy.decide(scoring, Action.wrap_key, log_key).allowed
+    public = dataclasses.replace(key, column_class="public")
+    assert not policy.decide(
+        who(Role.data_scientist, "credit", entrypoint="jobs.score"), Action.create_key, public
+    ).allowed
+    for role in Role:
+        may = role in (Role.data_scientist, Role.ml_engineer, Role.approver, Role.admin)
+        assert policy.decide(who(role, "credit"), Action.unwrap_key, key).allowed == may

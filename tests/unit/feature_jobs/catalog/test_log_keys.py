@@ -12,8 +12,7 @@ from cluster.ledger import Ledger
 from cluster.registry import Lineage, ModelVersion
 from cluster.security.keys.store import KeyInfo
 from feature_jobs.store import Entity, FeatureService, FeatureView, Field, FileSource, Sensitivity
-from feature_jobs.store.catalog.specifications import Definitions, apply, service_spec
-from serve_apps.predictor.log_keys import (
+from feature_jobs.store.catalog.log_keys import (
     NO_COMMON_PURPOSE,
     log_keys,
     merged_key,
@@ -21,6 +20,7 @@ from serve_apps.predictor.log_keys import (
     prediction_key,
     with_read_features,
 )
+from feature_jobs.store.catalog.specifications import Definitions, apply, service_spec
 from tests.samples.model_versions import model_version
 
 PERSON = Entity("person", join_keys=["id"])

@@ -1,4 +1,4 @@
-"""Keys of a model's logs, and permissions of its callers. Both are as strict as for the features that the model uses.
+"""Keys of a model's logs and scores, and permissions of its callers: as strict as for the features that it uses.
 
 Outcomes and clients' values have no declared column class. So outcomes, and predictions of a model without a feature
 service, are encrypted under a key of the class sensitive. A prediction says something about a person, so its class is
@@ -16,13 +16,23 @@ from cluster.registry import ModelVersion
 from cluster.security.authorization.policy import Resource
 from cluster.security.keys.store import KeyInfo
 from feature_jobs.store.catalog.protection import NO_COMMON_PURPOSE, view_resources
-from feature_jobs.store.catalog.specifications import FieldSpec, ViewSpec, service_spec
+from feature_jobs.store.catalog.specifications import FieldSpec, ServiceSpec, ViewSpec, service_spec
 from feature_jobs.store.definitions.views import Sensitivity
 
 
 def prediction_key(ledger: Ledger, version: ModelVersion) -> str:
     """Return the name of the key that encrypts a version's predictions."""
     return f"predictions/{version.name}/{_log_class(_fields(ledger, version)).value}"
+
+
+def scores_key(ledger: Ledger, version: ModelVersion, *, region: str) -> KeyInfo:
+    """Return the key of files with a version's scores, as `jobs.score` writes them below the storage root.
+
+    It has the class, purposes and region of the key of the version's predictions. It is another key, so that a job that
+    may write scores cannot forge records of the prediction log.
+    """
+    info = log_keys(ledger, version, region=region)[0]
+    return replace(info, name=f"scores/{version.name}/{info.column_class}")
 
 
 def outcome_key(model: str) -> str:
@@ -92,6 +102,38 @@ def with_read_features(model: Resource, views: list[ViewSpec], *, region: str) -
         region=other_regions[0] if other_regions else model.region,
         purposes=_common_purposes(resources),
     )
+
+
+def column_resources(spec: ServiceSpec, *, region: str) -> dict[str, Resource]:
+    """Return the resource of each column of a service, for the policies.
+
+    A column of an on-demand transform may be used only for purposes that all views of the service allow.
+
+    Args:
+        spec: the service.
+        region: the installation's region, for views without a region.
+    """
+    by_class = {
+        (view.name, resource.column_class): resource
+        for view in spec.views
+        for resource in view_resources(view, region=region)
+    }
+    resources = {
+        column: by_class[view.name, field.sensitivity]
+        for view in spec.views
+        for column, field in zip(view.columns, view.fields, strict=True)
+    }
+    purposes = _common_purposes(spec.views)
+    for transform in spec.on_demand:
+        for column, field in zip(transform.columns, transform.fields, strict=True):
+            resources[column] = Resource(
+                kind="feature service",
+                name=spec.name,
+                column_class=field.sensitivity,
+                purposes=purposes,
+                region=region,
+            )
+    return resources
 
 
 def _common_purposes(limited: Sequence[ViewSpec] | Sequence[Resource]) -> tuple[str, ...]:

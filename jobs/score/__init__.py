@@ -1,0 +1,1 @@
+"""Batch scoring: predictions for many rows, written to files."""
