@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from cluster.ledger.chain import Entry
 from cluster.ledger.database import EVENTS, METADATA, POSITIONS
 
-NAME = "event_index_3"
+NAME = "event_index_4"
 """Name of the table and of its position. A release that changes `KEYS` must change the number in this name, because two
 releases can share one ledger."""
 
@@ -68,7 +68,12 @@ KEYS: dict[str, tuple[Key, ...]] = {
     "JobStopped": (Key(("job",)),),
     "JobSubmitted": (Key(()), Key(("job",)), Key(("submitter",))),
     "ModelDeployed": (Key(("name", "version")),),
-    "ModelRegistered": (Key(("name",)),),
+    "ModelEvaluated": (Key(("name", "version")),),
+    "ModelMonitored": (Key(("model", "version")),),
+    "ModelRegistered": (Key(("name",)), Key(("name", "version"))),
+    "ModelReinstated": (Key(("name", "version")),),
+    "ModelReproduced": (Key(("name", "version")),),
+    "ModelRetired": (Key(("name", "version")),),
     "OutcomesCompacted": (Key(("model", "table_version")),),
     "PipelineCancelled": (Key(("run",)),),
     "PipelineFinished": (Key(("run",)),),

@@ -1,0 +1,85 @@
+"""Compare the scores of a version's ONNX graph with those of the network that it was exported from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cluster.errors import RefusedError
+from cluster.registry import ModelVersion
+from cluster.runtime.device_choice import Hardware
+from cluster.runtime.encoding import Matrix
+from cluster.runtime.loader import read_file
+from cluster.runtime.predictions import Scores
+from cluster.runtime.signature import NETWORK_FILE, ONNX_FILE, WEIGHTS_FILE, Precision
+from cluster.security.keys.store import KeyStore
+
+MAX_FLOAT32, MAX_INT8 = 1e-4, 0.1
+"""Largest difference of a score: of a probability, or as a share of the range of the scores of a regression."""
+
+
+def measure_parity(
+    version: ModelVersion,
+    store: KeyStore,
+    matrix: Matrix,
+    scores: Scores,
+    *,
+    precision: Precision,
+    is_number: bool,
+) -> dict[str, Any]:
+    """Return how far the graph's scores differ from the network's; empty if the version has not both.
+
+    Args:
+        version: The version.
+        store: Key store with the model's key.
+        matrix: Encoded rows.
+        scores: Scores of the graph for these rows.
+        precision: Precision of the graph. The network's is float32.
+        is_number: Whether a score is a number and not a probability. Then the range of the scores is the measure.
+    """
+    if not {ONNX_FILE, NETWORK_FILE, WEIGHTS_FILE} <= version.files.keys():
+        return {}
+    from cluster.runtime.torch_engine import TorchEngine  # imports torch
+
+    shape, weights = (read_file(version, name, store) for name in (NETWORK_FILE, WEIGHTS_FILE))
+    network = TorchEngine(shape, weights, hardware=Hardware(num_threads=2)).scores(matrix)
+    return compare_scores(network, scores, precision=precision, is_number=is_number)
+
+
+def compare_scores(
+    original: Scores, other: Scores, *, precision: Precision, is_number: bool
+) -> dict[str, Any]:
+    """Return the differences of two models' scores on the same rows, and the largest difference that is allowed."""
+    differences = np.abs(other - original.reshape(other.shape))
+    share = MAX_INT8 if precision is Precision.int8 else MAX_FLOAT32
+    return {
+        "precision": precision.value,
+        "rows": len(original),
+        "mean_score_difference": float(differences.mean()),
+        "largest_score_difference": float(differences.max()),
+        "bound": share * (max(1.0, float(np.ptp(original))) if is_number else 1.0),
+    }
+
+
+def require_parity(parity: dict[str, Any], *, model: str) -> None:
+    """Require that the scores are close.
+
+    Args:
+        parity: What `compare_scores` returned; may be empty.
+        model: Name of the model, for the error message.
+
+    Raises:
+        RefusedError: They differ by more than the bound.
+    """
+    if parity and not parity["largest_score_difference"] <= parity["bound"]:
+        raise RefusedError(
+            f"The {parity['precision']} ONNX graph of {model} gives scores that differ from the original by up to "
+            f"{parity['largest_score_difference']:.2g} on {parity['rows']} rows; at most {parity['bound']:.2g} is "
+            "allowed. "
+            + (
+                "Train it with model.precision=float32."
+                if parity["precision"] == Precision.int8.value
+                else "Export the graph again."
+            )
+        )

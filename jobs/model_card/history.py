@@ -1,0 +1,79 @@
+"""The ledger's entries about one model version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.ledger import Ledger
+from cluster.ledger.chain import Entry
+from cluster.ledger.events import (
+    LedgerEvent,
+    ModelEvaluated,
+    ModelMonitored,
+    ModelReinstated,
+    ModelReproduced,
+    ModelRetired,
+)
+from cluster.lineage.trace import ModelTrace, read_entries, trace_model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class History:
+    """Everything that the ledger has about one version."""
+
+    trace: ModelTrace
+    """Registration, training set, source columns and deployments."""
+    evaluation: Entry | None
+    """The newest evaluation on held-out rows, or else the newest one."""
+    other_evaluations: list[Entry]
+    """The newest evaluation of each other data set."""
+    monitored: list[Entry]
+    """The newest monitoring run of each variant."""
+    reproduced: Entry | None
+    retired: Entry | None
+    """The retirement, if it is in force."""
+
+
+def read_history(ledger: Ledger, model: str, version: int | str) -> History:
+    """Find the entries about a version with the event index.
+
+    Raises:
+        ModelNotFound: There is no such version.
+    """
+    trace = trace_model(read_entries(ledger, model, version), model, version)
+    named = {"name": trace.model, "version": trace.version}
+    evaluations = _newest_of_each(
+        ledger.find(ModelEvaluated, newest_first=True, **named),
+        lambda entry: (entry.payload["data_hash"], entry.payload.get("chosen_rows", "")),
+    )
+    held_out = [entry for entry in evaluations if entry.payload.get("chosen_rows", "") != "all"]
+    evaluation = next(iter([*held_out, *evaluations]), None)
+    monitored = ledger.find(ModelMonitored, newest_first=True, model=trace.model, version=trace.version)
+    return History(
+        trace=trace,
+        evaluation=evaluation,
+        other_evaluations=[entry for entry in evaluations if entry is not evaluation],
+        monitored=_newest_of_each(monitored, lambda entry: entry.payload["variant"]),
+        reproduced=ledger.newest(ModelReproduced, **named),
+        retired=retirement(ledger, trace.model, trace.version),
+    )
+
+
+def retirement(ledger: Ledger, name: str, version: int) -> Entry | None:
+    """Return the retirement of a version if it is in force."""
+
+    def newest(kind: type[LedgerEvent]) -> Entry | None:
+        return ledger.newest(kind, name=name, version=version)
+
+    retired, reinstated = newest(ModelRetired), newest(ModelReinstated)
+    if retired is None or (reinstated is not None and reinstated.seq > retired.seq):
+        return None
+    return retired
+
+
+def _newest_of_each(newest_first: Any, key: Any) -> list[Entry]:
+    found: dict[Any, Entry] = {}
+    for entry in newest_first:
+        found.setdefault(key(entry), entry)
+    return list(found.values())
