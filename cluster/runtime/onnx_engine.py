@@ -51,7 +51,7 @@ class OnnxEngine:
             actual = precision_of(onnx.load_from_string(data))
         except (*RUN_ERRORS, DecodeError) as error:
             raise RefusedError(
-                f"{ONNX_FILE} cannot be loaded by ONNX Runtime: {_first_line(error)}"
+                f"{ONNX_FILE} cannot be loaded by ONNX Runtime: {first_line(error)}"
             ) from error
         if actual is not precision:
             raise RefusedError(
@@ -99,7 +99,7 @@ class OnnxEngine:
             scores = self._session.run([ONNX_OUTPUT], {ONNX_INPUT: rows})[0]
         except RUN_ERRORS as error:
             raise RefusedError(
-                f"{ONNX_FILE} does not run on '{ONNX_INPUT}' of shape {list(rows.shape)}: {_first_line(error)} A graph "
+                f"{ONNX_FILE} does not run on '{ONNX_INPUT}' of shape {list(rows.shape)}: {first_line(error)} A graph "
                 "for a fixed number of rows must declare this number as the first dimension."
             ) from error
         return np.asarray(scores, dtype=np.float64)
@@ -157,7 +157,8 @@ def _names(tensors: list[Any]) -> str:
     return ", ".join(f"'{tensor.name}'" for tensor in tensors) or "none"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message; the rest of ONNX Runtime's messages is about its own source."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

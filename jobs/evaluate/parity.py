@@ -48,17 +48,26 @@ def measure_parity(
 
 
 def compare_scores(
-    original: Scores, other: Scores, *, precision: Precision, is_number: bool
+    original: Scores, other: Scores, *, precision: Precision, is_number: bool, bound: float | None = None
 ) -> dict[str, Any]:
-    """Return the differences of two models' scores on the same rows, and the largest difference that is allowed."""
+    """Return the differences of two models' scores on the same rows, and the largest difference that is allowed.
+
+    Args:
+        original: Scores of the original model.
+        other: Scores of the model that was made from it.
+        precision: Precision of the other model.
+        is_number: See `measure_parity`.
+        bound: Largest difference that is allowed; None takes the bound of the precision.
+    """
     differences = np.abs(other - original.reshape(other.shape))
-    share = MAX_INT8 if precision is Precision.int8 else MAX_FLOAT32
+    if bound is None:
+        bound = MAX_INT8 if precision is Precision.int8 else MAX_FLOAT32
     return {
         "precision": precision.value,
         "rows": len(original),
         "mean_score_difference": float(differences.mean()),
         "largest_score_difference": float(differences.max()),
-        "bound": share * (max(1.0, float(np.ptp(original))) if is_number else 1.0),
+        "bound": bound * (max(1.0, float(np.ptp(original))) if is_number else 1.0),
     }
 
 

@@ -42,7 +42,7 @@ def read_history(ledger: Ledger, model: str, version: int | str) -> History:
         ModelNotFound: There is no such version.
     """
     trace = trace_model(read_entries(ledger, model, version), model, version)
-    named = {"name": trace.model, "version": trace.version}
+    named: dict[str, Any] = {"name": trace.model, "version": trace.version}
     evaluations = _newest_of_each(
         ledger.find(ModelEvaluated, newest_first=True, **named),
         lambda entry: (entry.payload["data_hash"], entry.payload.get("chosen_rows", "")),

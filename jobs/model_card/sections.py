@@ -269,7 +269,7 @@ def _groups(entry: Entry) -> Iterator[Section]:
             f"difference {_with_interval(rates, OPPORTUNITY)}"
         )
         head = [column, "rows", "selection rate", "true positive rate"]
-        tables.append(Table(head=head, rows=rows, caption=caption))
+        tables.append(Table(head=head, rows=rows, caption=f"Rates by {column}"))
         drawings.append(Figure(drawing=figures.group_rates(rates["groups"], column), caption=caption))
     yield Section(title="Groups", tables=tables, figures=drawings, events=[entry])
 
@@ -284,7 +284,7 @@ def _inputs(entry: Entry) -> Iterator[Section]:
             "describes the model, and does not say what causes the label."
         )
         rows = [[name, number(value)] for name, value in largest.items()]
-        tables.append(Table(head=["input", "attribution"], rows=rows, caption=caption))
+        tables.append(Table(head=["input", "attribution"], rows=rows, caption="Attributions"))
         drawings.append(Figure(drawing=figures.bars(largest, label="Attributions"), caption=caption))
     if robustness:
         caption = (
@@ -299,7 +299,13 @@ def _inputs(entry: Entry) -> Iterator[Section]:
         rows += [
             [f"{share} of all values", number(v), ABSENT] for share, v in robustness["some_missing"].items()
         ]
-        tables.append(Table(head=["changed input", "missing", "shifted"], rows=rows, caption=caption))
+        tables.append(
+            Table(
+                head=["changed input", "missing", "shifted"],
+                rows=rows,
+                caption=f"{robustness['metric']} with changed inputs",
+            )
+        )
         drawings.append(Figure(drawing=figures.robustness(robustness, shown=SHOWN), caption=caption))
     yield Section(title="Inputs", tables=tables, figures=drawings, events=[entry])
 

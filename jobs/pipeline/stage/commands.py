@@ -24,7 +24,7 @@ from feature_jobs.training_set import manifest_path
 from jobs.pipeline.graph import Files
 from jobs.pipeline.stage.modules import Modules
 
-_READS = ("training_set", "params_from", "people", "reference", "entities", "manifest")
+_READS = ("training_set", "params_from", "people", "reference", "entities", "manifest", "artifact")
 """Options of Falaj's commands that name a file to read."""
 _WRITES = ("output", "folder")
 _ENTRYPOINT = "cluster.entrypoint"
@@ -206,6 +206,11 @@ def _import_model(config: Any) -> Facts:
     return Facts(files=Files((resolve(config.file),)), needs=((Action.register_model, "model:imported"),))
 
 
+def _register(config: Any) -> Facts:
+    model = _model(config)
+    return Facts(files=_files(config), writes=(model,), needs=((Action.register_model, model),))
+
+
 def _deploy(config: Any) -> Facts:
     needs = ((Action.deploy, _version(config)),)
     return Facts(reads=(_model(config),), writes=(_serving(config),), needs=needs)
@@ -262,6 +267,7 @@ _FACTS: dict[str, Callable[[Any], Facts]] = {
     "jobs.monitor": _monitor,
     "jobs.pipeline.outcomes": _outcomes,
     "jobs.pipeline.traffic": _traffic,
+    "jobs.register": _register,
     "jobs.sweep": _sweep,
     "jobs.train": _train,
     "serve_apps.deploy": _deploy,
