@@ -8,14 +8,12 @@ from typing import Any
 from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import (
-    LedgerEvent,
     ModelEvaluated,
     ModelMonitored,
-    ModelReinstated,
     ModelReproduced,
-    ModelRetired,
 )
 from cluster.lineage.trace import ModelTrace, read_entries, trace_model
+from cluster.registry import retirement
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,18 +56,6 @@ def read_history(ledger: Ledger, model: str, version: int | str) -> History:
         reproduced=ledger.newest(ModelReproduced, **named),
         retired=retirement(ledger, trace.model, trace.version),
     )
-
-
-def retirement(ledger: Ledger, name: str, version: int) -> Entry | None:
-    """Return the retirement of a version if it is in force."""
-
-    def newest(kind: type[LedgerEvent]) -> Entry | None:
-        return ledger.newest(kind, name=name, version=version)
-
-    retired, reinstated = newest(ModelRetired), newest(ModelReinstated)
-    if retired is None or (reinstated is not None and reinstated.seq > retired.seq):
-        return None
-    return retired
 
 
 def _newest_of_each(newest_first: Any, key: Any) -> list[Entry]:
