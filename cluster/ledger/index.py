@@ -70,7 +70,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
     "ModelDeployed": (Key(("name", "version")),),
     "ModelEvaluated": (Key(("name", "version")),),
     "ModelMonitored": (Key(("model", "version")),),
-    "ModelRegistered": (Key(("name",)), Key(("name", "version"))),
+    "ModelRegistered": (Key(("name",)),),
     "ModelReinstated": (Key(("name", "version")),),
     "ModelReproduced": (Key(("name", "version")),),
     "ModelRetired": (Key(("name", "version")),),

@@ -171,7 +171,7 @@ def _options(num_threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors are raised
     # A spinning worker thread would use the core that the next request needs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options

@@ -38,10 +38,10 @@ def choose_providers(
 
 
 def find_providers(hardware: Hardware, precision: Precision, *, available: Collection[str]) -> list[Any]:
-    """Return the providers for this process. If a GPU is reserved, its memory is read with torch."""
-    if hardware.device == CPU:
+    """Return the providers for this process. If the GPU is used, the size of its memory is read with torch."""
+    if choose_providers(hardware, precision, available=available, gpu_bytes=0) == [CPU_PROVIDER]:
         return [CPU_PROVIDER]
-    import torch  # takes seconds, so it is imported only with a reserved GPU
+    import torch  # takes seconds, so it is imported only if the GPU is used
 
     total = int(torch.cuda.get_device_properties(hardware.device).total_memory)
     return choose_providers(hardware, precision, available=available, gpu_bytes=total)

@@ -24,12 +24,13 @@ from jobs.evaluate.measuring import (
     require_binary,
     required_values,
 )
-from jobs.evaluate.parity import measure_parity, require_parity
+from jobs.evaluate.parity import measure_parity
 from jobs.evaluate.report import describe
 from jobs.evaluate.requirements import check_requirements, require_met
 from jobs.evaluate.rows import score_rows, select
 from jobs.evaluate.slices import slice_metrics, smallest_slice
 from jobs.metrics import score
+from jobs.parity import require_parity
 from jobs.train.data import TrainingSet, read_training_set
 from jobs.train.version_rows import held_out_rows, recorded_training_set, require_same_rows
 

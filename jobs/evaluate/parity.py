@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from cluster.errors import RefusedError
 from cluster.registry import ModelVersion
 from cluster.runtime.device_choice import Hardware
 from cluster.runtime.encoding import Matrix
@@ -14,9 +11,7 @@ from cluster.runtime.loader import read_file
 from cluster.runtime.predictions import Scores
 from cluster.runtime.signature import NETWORK_FILE, ONNX_FILE, WEIGHTS_FILE, Precision
 from cluster.security.keys.store import KeyStore
-
-MAX_FLOAT32, MAX_INT8 = 1e-4, 0.1
-"""Largest difference of a score: of a probability, or as a share of the range of the scores of a regression."""
+from jobs.parity import compare_scores
 
 
 def measure_parity(
@@ -45,50 +40,3 @@ def measure_parity(
     shape, weights = (read_file(version, name, store) for name in (NETWORK_FILE, WEIGHTS_FILE))
     network = TorchEngine(shape, weights, hardware=Hardware(num_threads=2)).scores(matrix)
     return compare_scores(network, scores, precision=precision, is_number=is_number)
-
-
-def compare_scores(
-    original: Scores, other: Scores, *, precision: Precision, is_number: bool, bound: float | None = None
-) -> dict[str, Any]:
-    """Return the differences of two models' scores on the same rows, and the largest difference that is allowed.
-
-    Args:
-        original: Scores of the original model.
-        other: Scores of the model that was made from it.
-        precision: Precision of the other model.
-        is_number: See `measure_parity`.
-        bound: Largest difference that is allowed; None takes the bound of the precision.
-    """
-    differences = np.abs(other - original.reshape(other.shape))
-    if bound is None:
-        bound = MAX_INT8 if precision is Precision.int8 else MAX_FLOAT32
-    return {
-        "precision": precision.value,
-        "rows": len(original),
-        "mean_score_difference": float(differences.mean()),
-        "largest_score_difference": float(differences.max()),
-        "bound": bound * (max(1.0, float(np.ptp(original))) if is_number else 1.0),
-    }
-
-
-def require_parity(parity: dict[str, Any], *, model: str) -> None:
-    """Require that the scores are close.
-
-    Args:
-        parity: What `compare_scores` returned; may be empty.
-        model: Name of the model, for the error message.
-
-    Raises:
-        RefusedError: They differ by more than the bound.
-    """
-    if parity and not parity["largest_score_difference"] <= parity["bound"]:
-        raise RefusedError(
-            f"The {parity['precision']} ONNX graph of {model} gives scores that differ from the original by up to "
-            f"{parity['largest_score_difference']:.2g} on {parity['rows']} rows; at most {parity['bound']:.2g} is "
-            "allowed. "
-            + (
-                "Train it with model.precision=float32."
-                if parity["precision"] == Precision.int8.value
-                else "Export the graph again."
-            )
-        )

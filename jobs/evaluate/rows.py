@@ -13,8 +13,9 @@ from cluster.errors import TrainingSetError, did_you_mean
 from cluster.registry import ModelVersion
 from cluster.runtime import Model, Predictions
 from cluster.runtime.encoding import Matrix
+from jobs.train.config import SplitConfig
 from jobs.train.data import TrainingSet
-from jobs.train.split import Mask, recorded_split
+from jobs.train.split import Mask, recorded_split, resolve_split
 from jobs.train.target import Target, encode_target, label_column
 from jobs.train.version_rows import has_no_split
 
@@ -72,7 +73,10 @@ def entity_columns(version: ModelVersion, source: TrainingSet, configured: list[
                 raise TrainingSetError(f"The data has no column '{name}'.{did_you_mean(name, known)}")
         return configured
     keys = [name for name in source.join_keys if name in known]
-    split = None if has_no_split(version) else recorded_split(version, source).column
+    # A registered artifact has no split, but its reference may have a key by which training would split.
+    split = (
+        resolve_split(SplitConfig(), source) if has_no_split(version) else recorded_split(version, source)
+    ).column
     if split in known and (split in keys or not keys):
         return [str(split)]
     return keys

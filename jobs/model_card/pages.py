@@ -7,7 +7,7 @@ from importlib import resources
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from jobs.model_card.sections import Card
+from jobs.model_card.content import Card
 
 _SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_{}[]<>()#|~"})
 

@@ -29,8 +29,8 @@ from cluster.security.encryption.scratch import memory_folder, scratch_directory
 from cluster.security.keys.access import key_store
 from cluster.session import require_running_cluster
 from cluster.storage import exists, json_text, layout, local, read_bytes, resolve
-from jobs.evaluate.parity import MAX_INT8, compare_scores, require_parity
 from jobs.metrics import headline, score
+from jobs.parity import MAX_INT8, compare_scores, require_parity
 from jobs.register.adapt import adapt
 from jobs.register.artifact import Artifact, read_artifact
 from jobs.register.compare import artifact_scores, comparable_rows

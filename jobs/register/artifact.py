@@ -189,7 +189,7 @@ def _with_tensor(model: onnx.ModelProto, scores: _Scores) -> onnx.ModelProto:
 
 
 def drop_unused(graph: onnx.GraphProto) -> None:
-    """Remove the nodes that no output needs, such as those of the labels."""
+    """Remove the nodes and constants that no output needs, such as those of the labels."""
     needed, kept = {one.name for one in graph.output}, []
     for node in reversed(graph.node):
         if needed.isdisjoint(node.output):
@@ -202,6 +202,9 @@ def drop_unused(graph: onnx.GraphProto) -> None:
                 needed.update(one.name for one in inner.output)
     del graph.node[:]
     graph.node.extend(reversed(kept))
+    constants = [one for one in graph.initializer if one.name in needed]
+    del graph.initializer[:]
+    graph.initializer.extend(constants)
 
 
 def _find_scores(model: onnx.ModelProto, *, path: str, wanted: str | None) -> _Scores:

@@ -20,9 +20,10 @@ from cluster.ledger.events import (
     ModelRetired,
 )
 from jobs.model_card import __main__ as command
+from jobs.model_card.content import Card
 from jobs.model_card.history import read_history
 from jobs.model_card.pages import render_html, render_markdown
-from jobs.model_card.sections import Card, card
+from jobs.model_card.sections import card
 
 METRICS: dict[str, Any] = {
     "rows": 400,
@@ -209,6 +210,24 @@ def test_the_newest_held_out_evaluation_is_the_main_one(tmp_path: Path) -> None:
     assert "0.83" in quality
     assert "0.8123" not in text
     assert "0.55" in others
+
+
+def test_a_later_run_does_not_hide_what_an_earlier_run_measured(tmp_path: Path) -> None:
+    """A gate such as `require.auc=0.8` measures no groups. Both events are named."""
+    gate = evaluated(fairness={}, slices={}, threshold={}, metrics=METRICS | {"auc": 0.83})
+    text = render_markdown(make(ledger_with(tmp_path, evaluated(), gate)))
+    assert "0.83" in text
+    assert "Fairness by sex" in text
+    assert "From event 2 (ModelEvaluated)." in text
+    assert "From events 3 (ModelEvaluated), 2 (ModelEvaluated)." in text
+
+
+def test_inputs_are_sorted_by_their_attribution(tmp_path: Path) -> None:
+    """The ledger sorts keys by name."""
+    inputs = {"a": 0.1, "b": 0.3, "c": 0.2}
+    attributions = {"method": "tree SHAP", "rows": 9, "inputs": inputs}
+    text = render_markdown(make(ledger_with(tmp_path, evaluated(attributions=attributions))))
+    assert text.index("| b | 0.3") < text.index("| c | 0.2") < text.index("| a | 0.1")
 
 
 def test_a_retired_version_is_marked(tmp_path: Path) -> None:
