@@ -65,14 +65,11 @@ def _training(history: History) -> Section:
     trace = history.trace
     lineage = trace.registered.payload["lineage"]
     config, built = lineage.get("config", {}), trace.training_set
-    split = config.get("split") or {}
     facts = {
         "hash of the rows": short(lineage.get("training_set_hash")),
         "rows": integer(built.payload["rows"]) if built else ABSENT,
         "feature service": _service(lineage),
-        "held out": f"{split['column'] or 'drawn by the seed'}, one in {split['modulo']}"
-        if split
-        else ABSENT,
+        "held out": _held_out(config.get("split") or {}),
         "seed": str(lineage.get("seed", ABSENT)),
         "code": str(lineage.get("git_commit", ABSENT)),
     }
@@ -155,6 +152,12 @@ def _evidence(history: History) -> Section:
     tables.append(Table(head=["event", "type", "time", "hash"], rows=rows))
     text = "Everything above is in these events. `python -m cluster.ledger verify` checks the chain that they are in."
     return Section(title="Evidence", text=text, tables=tables)
+
+
+def _held_out(split: dict[str, Any]) -> str:
+    if split.get("from_time"):
+        return f"from {split['from_time']} on"
+    return f"{split['column'] or 'drawn by the seed'}, one in {split['modulo']}" if split else ABSENT
 
 
 def _service(lineage: dict[str, Any]) -> str:

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 import pyarrow as pa
 from onnx import TensorProto
 
 from cluster.errors import RefusedError
 from cluster.runtime.onnx_engine import RUN_ERRORS, first_line
 from cluster.runtime.predictions import Scores
-from jobs.register.artifact import NUMBERS, TEXT, Artifact, GraphInput
+from jobs.register.artifact import NUMBERS, TEXT, Artifact, GraphInput, open_session
 
 MAX_ROWS = 20_000
 """At most this many reference rows are compared, evenly spread."""
@@ -69,9 +68,7 @@ def artifact_scores(
     Raises:
         RefusedError: The graph does not run on these rows.
     """
-    session = ort.InferenceSession(
-        artifact.tensor_model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    session = open_session(artifact.tensor_model)
     feeds = {
         one.name: np.column_stack([_values(table[name], one) for name in names]) for one, names in columns
     }
