@@ -27,7 +27,13 @@ from cluster.errors import ArtifactTampered, ModelNotFound, did_you_mean
 from cluster.known_fields import known_fields
 from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
-from cluster.ledger.events import AliasMoved, ArtifactRefused, ModelRegistered
+from cluster.ledger.events import (
+    AliasMoved,
+    ArtifactRefused,
+    ModelRegistered,
+    ModelReinstated,
+    ModelRetired,
+)
 from cluster.ledger.projection import Projection
 from cluster.ledger.reservations import reserve_number
 from cluster.security.authorization.policy import Resource
@@ -70,6 +76,8 @@ class Lineage:
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration of the training job."""
     seed: int = 0
+    libraries: dict[str, str] = field(default_factory=dict)
+    """Maps library to its version. Empty in versions of older releases."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +97,8 @@ class ModelVersion:
     """Warnings of the training job. Versions of older releases have none."""
     origin: dict[str, Any] = field(default_factory=dict)
     """Where an imported version comes from; empty if it was trained here."""
+    contents: dict[str, str] = field(default_factory=dict)
+    """Maps file name to the SHA-256 of its content before encryption. Versions of older releases have none."""
     registered_by: str = ""
     """Subject that registered the version."""
 
@@ -139,7 +149,7 @@ class Registry:
         parts = allowed_files(source)
         store.ensure(model_key(name))
         version = self._reserve(name)
-        files = self._store_files(source, parts, name=name, version=version, store=store)
+        files, contents = self._store_files(source, parts, name=name, version=version, store=store)
         manifest = manifest_bytes(files)
         write_bytes(f"{self._storage.model(name, version)}/{MANIFEST}", manifest)
         event = ModelRegistered(
@@ -153,6 +163,7 @@ class Registry:
             metrics=replace_non_finite(dict(metrics)),
             warnings=list(warnings),
             origin=dict(origin or {}),
+            contents=contents,
         )
         self._ledger.append(event, actor=actor)
         return self.get(name, version)
@@ -239,16 +250,18 @@ class Registry:
 
     def _store_files(
         self, source: Path, parts: Iterable[str], *, name: str, version: int, store: KeyStore
-    ) -> dict[str, str]:
-        """Encrypt and store the files of a version, and return the SHA-256 of each encrypted file."""
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Encrypt and store the files of a version. Return the SHA-256 of each file after and before encryption."""
         folder = self._storage.model(name, version)
         files: dict[str, str] = {}
+        contents: dict[str, str] = {}
         for part in parts:
             data = (source / part).read_bytes()
             sealed = seal_file(data, name=name, version=version, part=part, store=store)
             write_bytes(f"{folder}/{part}", sealed)
             files[part] = hashlib.sha256(sealed).hexdigest()
-        return files
+            contents[part] = hashlib.sha256(data).hexdigest()
+        return files, contents
 
     def _reserve(self, name: str) -> int:
         """Reserve the next version number in the ledger's database.
@@ -264,12 +277,21 @@ class Registry:
 
     def _version(self, event: dict[str, Any]) -> ModelVersion:
         return ModelVersion(
-            **event
+            **known_fields(ModelVersion, event)
             | {
                 "lineage": Lineage(**known_fields(Lineage, event["lineage"])),
                 "uri": self._storage.model(event["name"], event["version"]),
             }
         )
+
+
+def retirement(ledger: Ledger, name: str, version: int) -> Entry | None:
+    """Return the retirement of a version if it is in force."""
+    retired = ledger.newest(ModelRetired, name=name, version=version)
+    reinstated = ledger.newest(ModelReinstated, name=name, version=version)
+    if retired is None or (reinstated is not None and reinstated.seq > retired.seq):
+        return None
+    return retired
 
 
 def _create_folder(uri: str) -> bool:

@@ -19,7 +19,8 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 NUM_BINS = 10
-_EPSILON = 1e-15
+EPSILON = 1e-15
+"""Probabilities are clipped at this from below before a logarithm."""
 
 
 def score(predictions: Predictions, target: npt.NDArray[Any]) -> dict[str, Any]:
@@ -41,9 +42,14 @@ def score(predictions: Predictions, target: npt.NDArray[Any]) -> dict[str, Any]:
     return finite_metrics
 
 
+def headline_metric(task: Task) -> str:
+    """Return the name of the main metric of a task."""
+    return {Task.binary: "auc", Task.multiclass: "accuracy", Task.regression: "rmse"}[task]
+
+
 def headline(task: Task, metrics: dict[str, Any]) -> str:
     """Return the main metric of the task as text, for example `auc 0.8123`."""
-    name = {Task.binary: "auc", Task.multiclass: "accuracy", Task.regression: "rmse"}[task]
+    name = headline_metric(task)
     value = metrics[name]
     if value is not None:
         return f"{name} {value:.6g}" if task is Task.regression else f"{name} {value:.4f}"
@@ -120,7 +126,7 @@ def log_loss(probabilities: Floats, target: Integers) -> float | None:
     if len(target) == 0:
         return None
     of_true_class = probabilities[np.arange(len(target)), target]
-    return float(-np.log(np.clip(of_true_class, _EPSILON, 1.0)).mean())
+    return float(-np.log(np.clip(of_true_class, EPSILON, 1.0)).mean())
 
 
 def calibration(
@@ -130,7 +136,7 @@ def calibration(
 
     All bins have the same width. Empty bins are left out.
     """
-    bin_of_row = np.clip((probabilities * num_bins).astype(np.int64), 0, num_bins - 1)
+    bin_of_row = bin_numbers(probabilities, num_bins=num_bins)
     bins: list[dict[str, float | int]] = []
     for number in range(num_bins):
         inside = bin_of_row == number
@@ -146,6 +152,11 @@ def calibration(
             }
         )
     return bins
+
+
+def bin_numbers(probabilities: Floats, *, num_bins: int) -> Integers:
+    """Return the number of the bin of each probability, from 0."""
+    return np.clip((probabilities * num_bins).astype(np.int64), 0, num_bins - 1)
 
 
 def expected_calibration_error(bins: list[dict[str, float | int]]) -> float | None:

@@ -1,6 +1,7 @@
 """`python -m serve_apps.deploy name=m version=1`: serve a model version; the first one becomes the champion.
 
-`action=remove name=m version=1` removes the application of a version that gets no requests.
+`action=remove name=m version=1` removes the application of a version that gets no requests. `action=retire name=m
+version=1` marks a version that must not be deployed any more.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from feature_jobs.store.catalog.log_keys import log_keys, merged_key
 from serve_apps.apps import DeployFailed, app_name, ensure_model, wait_for_recovery
 from serve_apps.deployed_settings import with_deployed_settings
 from serve_apps.edge.control.waiting import wait_until_applied
+from serve_apps.retirement import reinstate, require_not_retired, retire
 from serve_apps.rollout.assignment import require_variant
 from serve_apps.rollout.serving_state import ModelState, States, read_states
 from serve_apps.shared_apps import APPLICATIONS, ensure_shared_apps, restore_shared_apps
@@ -46,6 +48,10 @@ class DeployAction(enum.Enum):
     """After the cluster was down, start all applications that get requests according to the ledger."""
     remove = "remove"
     """Remove the application of a version that is not the champion, a running treatment or a shadow."""
+    retire = "retire"
+    """Mark a version that is not deployed, so that it is not deployed any more."""
+    reinstate = "reinstate"
+    """End a retirement."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,7 +66,7 @@ class DeployConfig(PlatformConfig):
     variant: str = CHAMPION
     """Name of the version in answers and logs."""
     reason: str = "by command"
-    """Reason of a removal."""
+    """Reason of a removal, a retirement or the end of one."""
     as_deployed: bool = False
     """Whether to restore each application with the settings that it was deployed with (`replica`, `online`, its purpose
     and its token). If False, the settings of this command are used."""
@@ -73,6 +79,8 @@ UNUSED = {
     DeployAction.deploy: ("reason", "as_deployed"),
     DeployAction.restore: ("name", "version", "variant", "reason"),
     DeployAction.remove: ("variant", "as_deployed"),
+    DeployAction.retire: ("variant", "as_deployed"),
+    DeployAction.reinstate: ("variant", "as_deployed"),
 }
 """Options that an action does not use."""
 
@@ -94,6 +102,12 @@ def main(config: DeployConfig) -> None:
             version = registry.get(require_name(config), config.version)
             app = remove(config, ledger, actor, version, reason=config.reason)
             print(f"removed {version.name} version {version.version}, application {app}")
+        case DeployAction.retire | DeployAction.reinstate:
+            require_number(config.version)
+            version = registry.get(require_name(config), config.version)
+            change = retire if config.action is DeployAction.retire else reinstate
+            change(config, ledger, actor, version, reason=config.reason)
+            print(f"{config.action.value}d {version.name} version {version.version}")
         case DeployAction.deploy:
             version = registry.get(require_name(config), config.version)
             app = deploy(config, ledger, actor, version, variant=config.variant)
@@ -141,8 +155,11 @@ def deploy(
 
     Raises:
         AccessDenied: the actor may not deploy the version.
+        RefusedError: the version is retired.
     """
     actor.check(Action.deploy, version.resource(region=config.cluster.region))
+    registry = Registry(ledger, layout(config.storage))
+    require_not_retired(ledger, registry, version)
     keys = key_store(actor.access)
     for info in log_keys(ledger, version, region=config.cluster.region):
         with contextlib.suppress(KeyNotFound):
@@ -156,6 +173,7 @@ def deploy(
             name=version.name, version=version.version, variant=variant, app=app, route_prefix=f"/{app}"
         )
         ledger.append(event, actor=actor.name)
+        require_not_retired(ledger, registry, version)
     return app
 
 

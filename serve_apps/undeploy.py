@@ -22,7 +22,7 @@ def require_number(version: str) -> None:
     """
     if not version.isdecimal():
         given = "" if version == LATEST else f", not '{version}'"
-        raise RefusedError(f"Give the number of the version to remove, for example `version=2`{given}.")
+        raise RefusedError(f"Give the number of the version, for example `version=2`{given}.")
 
 
 def remove(

@@ -1,8 +1,8 @@
 """Chooses the device and the engine for a model version, once, when the version is loaded.
 
 A network runs in torch, built from its shape and weights, if the replica has a GPU and torch finds it. Everything else
-runs on the CPU: an ONNX graph in ONNX Runtime, and trees in LightGBM. Two kinds of networks always stay on the CPU: a
-version that was registered (and evaluated) as int8, and a version that was registered without its network's shape.
+runs in ONNX Runtime (a graph) or in LightGBM (trees). ONNX Runtime uses the GPU if it was built for it, but a version
+that was registered (and evaluated) as int8 stays on the CPU. So do trees.
 """
 
 from __future__ import annotations

@@ -40,6 +40,12 @@ class LightGBMEngine:
             return self._row.scores(matrix)
         return np.asarray(self._booster.predict(matrix, num_threads=self._num_threads), dtype=np.float64)
 
+    def contributions(self, matrix: Matrix) -> Scores:
+        """Return the SHAP values of a float32 matrix: [rows, inputs, raw scores per row], without the base value."""
+        values = self._booster.predict(matrix, pred_contrib=True, num_threads=self._num_threads)
+        by_score = np.asarray(values, dtype=np.float64).reshape(len(matrix), -1, self.num_inputs + 1)
+        return by_score[:, :, :-1].transpose(0, 2, 1)
+
 
 def _validate(text: str) -> None:
     """Validate the positions of all trees, because LightGBM aborts the process if a position is wrong."""

@@ -92,12 +92,8 @@ def _load(names: Collection[str], read: ReadFile, hardware: Hardware) -> Model:
 def _engine(signature: ModelSignature, names: Collection[str], read: ReadFile, hardware: Hardware) -> Engine:
     # Engines are imported here: LightGBM and torch take seconds to import, and a replica needs only one engine.
     runner = choose_runner(names, signature.precision, hardware)
-    if hardware.device != CPU and runner is not Runner.torch:
-        LOG.warning(
-            "a GPU is reserved for a model that runs on the CPU in %s: only a float32 network with a %s uses a GPU",
-            runner.value,
-            NETWORK_FILE,
-        )
+    if hardware.device != CPU and runner is Runner.lightgbm:
+        LOG.warning("a GPU is reserved for a model that runs on the CPU: trees use no GPU")
     match runner:
         case Runner.lightgbm:
             from cluster.runtime.lightgbm_engine import LightGBMEngine
@@ -107,9 +103,7 @@ def _engine(signature: ModelSignature, names: Collection[str], read: ReadFile, h
         case Runner.onnx:
             from cluster.runtime.onnx_engine import OnnxEngine
 
-            return OnnxEngine(
-                read(ONNX_FILE), precision=signature.precision, num_threads=hardware.num_threads
-            )
+            return OnnxEngine(read(ONNX_FILE), precision=signature.precision, hardware=hardware)
         case Runner.torch:
             from cluster.runtime.torch_engine import TorchEngine
 

@@ -58,6 +58,11 @@ class Model:
         self.encode = Encoder(signature)
         self._check_scores()
 
+    @property
+    def engine(self) -> Engine:
+        """The engine that runs the model."""
+        return self._engine
+
     def predict(self, columns: Columns) -> Predictions:
         """Predict for named columns, given as lists or as an Arrow table. Columns that are not inputs are ignored.
 

@@ -1,4 +1,4 @@
-"""Engine for ONNX graphs, with ONNX Runtime on the CPU.
+"""Engine for ONNX graphs, with ONNX Runtime on the CPU, or on a GPU if the replica has one (`onnx_providers.py`).
 
 A graph has one input, `inputs`, and one used output, `scores`; `docs/guides/own-models.md` defines the contract. Some
 graphs of other tools run unchanged: the matrix is cast to the input's float type, and a graph with a fixed number of
@@ -16,7 +16,9 @@ from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from cluster.errors import RefusedError
+from cluster.runtime.device_choice import Hardware
 from cluster.runtime.encoding import Matrix
+from cluster.runtime.onnx_providers import find_providers, report_provider
 from cluster.runtime.predictions import Scores
 from cluster.runtime.signature import ONNX_FILE, ONNX_INPUT, ONNX_OUTPUT, Precision
 
@@ -29,6 +31,7 @@ RUN_ERRORS = (
     ort_state.RuntimeException,
 )
 """Errors of ONNX Runtime for a graph that it cannot load or run."""
+ONE_THREAD = Hardware()
 _INPUTS: dict[str, type[Any]] = {"tensor(float)": np.float32, "tensor(double)": np.float64}
 _OUTPUTS = {*_INPUTS, "tensor(float16)"}
 
@@ -37,7 +40,7 @@ class OnnxEngine:
     """An ONNX graph that computes `scores` from `inputs`, floats [rows, inputs]."""
 
     def __init__(
-        self, data: bytes, *, precision: Precision = Precision.float32, num_threads: int = 1
+        self, data: bytes, *, precision: Precision = Precision.float32, hardware: Hardware = ONE_THREAD
     ) -> None:
         """Build a session from the file's bytes, so that the graph cannot load data from other files.
 
@@ -45,18 +48,20 @@ class OnnxEngine:
             RefusedError: The data is not an ONNX graph, has another precision, or violates the contract.
         """
         try:
-            self._session = ort.InferenceSession(
-                data, _options(num_threads), providers=["CPUExecutionProvider"]
-            )
+            providers = find_providers(hardware, precision, available=ort.get_available_providers())
+            self._session = ort.InferenceSession(data, _options(hardware.num_threads), providers=providers)
             actual = precision_of(onnx.load_from_string(data))
         except (*RUN_ERRORS, DecodeError) as error:
             raise RefusedError(
-                f"{ONNX_FILE} cannot be loaded by ONNX Runtime: {_first_line(error)}"
+                f"{ONNX_FILE} cannot be loaded by ONNX Runtime: {first_line(error)}"
             ) from error
         if actual is not precision:
             raise RefusedError(
                 f"{ONNX_FILE} is {actual.value}, but the version was registered as {precision.value}. Train it again."
             )
+        self.provider: str = self._session.get_providers()[0]
+        """ONNX Runtime's name of the provider that runs the graph."""
+        report_provider(self.provider, hardware, precision)
         graph_input = _require_input(self._session)
         _require_output(self._session)
         self._dtype = _INPUTS[graph_input.type]
@@ -99,7 +104,7 @@ class OnnxEngine:
             scores = self._session.run([ONNX_OUTPUT], {ONNX_INPUT: rows})[0]
         except RUN_ERRORS as error:
             raise RefusedError(
-                f"{ONNX_FILE} does not run on '{ONNX_INPUT}' of shape {list(rows.shape)}: {_first_line(error)} A graph "
+                f"{ONNX_FILE} does not run on '{ONNX_INPUT}' of shape {list(rows.shape)}: {first_line(error)} A graph "
                 "for a fixed number of rows must declare this number as the first dimension."
             ) from error
         return np.asarray(scores, dtype=np.float64)
@@ -157,7 +162,8 @@ def _names(tensors: list[Any]) -> str:
     return ", ".join(f"'{tensor.name}'" for tensor in tensors) or "none"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message; the rest of ONNX Runtime's messages is about its own source."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -165,7 +171,7 @@ def _options(num_threads: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors are raised
     # A spinning worker thread would use the core that the next request needs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options

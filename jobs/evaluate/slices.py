@@ -8,12 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cluster.errors import TrainingSetError, did_you_mean
 from cluster.runtime import Predictions
+from jobs.evaluate.rows import group_values
 from jobs.metrics import score
-
-MAX_VALUES = 100
-"""A column to slice by may have at most this many values."""
 
 
 def slice_metrics(
@@ -36,7 +33,8 @@ def slice_metrics(
         TrainingSetError: A column is unknown or has too many values to slice by.
     """
     return {
-        column: _metrics_by_value(predictions, target, _values(table, column), min_rows) for column in columns
+        column: _metrics_by_value(predictions, target, group_values(table, column), min_rows)
+        for column in columns
     }
 
 
@@ -48,21 +46,6 @@ def smallest_slice(slices: dict[str, Any]) -> dict[str, Any] | None:
         for value, metrics in by_value.items()
     ]
     return min(slices_with_rows, key=lambda slice_: int(slice_["rows"]), default=None)
-
-
-def _values(table: pa.Table, column: str) -> npt.NDArray[np.str_]:
-    if column not in table.column_names:
-        raise TrainingSetError(
-            f"The training set has no column '{column}' to slice by.{did_you_mean(column, table.column_names)}"
-        )
-    values = np.array(
-        ["null" if value is None else str(value) for value in table.column(column).to_pylist()], dtype=np.str_
-    )
-    if len(np.unique(values)) > MAX_VALUES:
-        raise TrainingSetError(
-            f"Column '{column}' has more than {MAX_VALUES} different values; slice by a column with fewer."
-        )
-    return values
 
 
 def _metrics_by_value(

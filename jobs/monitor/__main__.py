@@ -1,4 +1,4 @@
-"""`python -m jobs.monitor name=m reference=train.parquet label=y`: performance and drift of each served version."""
+"""`python -m jobs.monitor name=m`: performance and drift of each served version."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from jobs.monitor.config import MonitorConfig
 from jobs.monitor.figures import Figures, measure_version
 from jobs.monitor.logged import ServedVersion, read_served_log
 from jobs.monitor.plots import performance_plot
-from jobs.monitor.reference import reference_rows
+from jobs.monitor.reference import References, reference_rows
 from jobs.monitor.report import Output, alerting_chunks, describe
 from jobs.monitor.scored import read_scored
-from jobs.train.data import TrainingSet, read_training_set
+from jobs.train.data import read_training_set
 
 MAX_VARIANT_CHARS = 100
 """Largest number of characters of a variant's name in a file name; a longer name is cut and gets a hash."""
@@ -33,13 +33,17 @@ MAX_VARIANT_CHARS = 100
 @job("monitor", MonitorConfig, timed=True)
 def main(config: MonitorConfig) -> dict[str, Any]:
     """Measure each version under each of its variants. Print and write the results, and append one event for each."""
-    reference_uri = resolve(config.reference)
-    if not exists(reference_uri):
-        raise TrainingSetError(f"No reference at {reference_uri}. Give the training set of the model.")
+    if config.reference is not None and not exists(resolve(config.reference)):
+        raise TrainingSetError(
+            f"No reference at {resolve(config.reference)}. Give the training set of the model."
+        )
     ledger = open_ledger(config)
     actor = create_actor(config, attach(config), ledger, entrypoint="jobs.monitor")
     places = layout(config.storage)
-    source = read_training_set(config.reference, protected_files(actor.access), places=places, ledger=ledger)
+    files = protected_files(actor.access)
+    references = References(
+        config.reference, lambda path: read_training_set(path, files, places=places, ledger=ledger)
+    )
     folder = f"{places.monitor(config.name)}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     if config.predictions is not None:
         logged = read_scored(config, ledger, actor.access)
@@ -47,7 +51,7 @@ def main(config: MonitorConfig) -> dict[str, Any]:
         logged = read_served_log(config, ledger, key_store(actor.access))
     for age in logged.ages:
         print(f"log: {age}", flush=True)
-    run = MonitorRun(config, source, reference_uri, folder, ledger, actor, ages_as_json(logged.ages))
+    run = MonitorRun(config, references, folder, ledger, actor, ages_as_json(logged.ages))
     output = Output()
     for served in logged.served:
         figures = run.monitor(served, left_out=logged.left_out(served))
@@ -63,9 +67,8 @@ class MonitorRun:
     """What all versions of one monitoring run have in common."""
 
     config: MonitorConfig
-    source: TrainingSet
-    """Training set whose held-out rows are the reference."""
-    reference_uri: str
+    references: References
+    """Reads the reference of each version."""
     folder: str
     """Folder for the results."""
     ledger: Ledger
@@ -80,7 +83,8 @@ class MonitorRun:
             served: Answers of the version.
             left_out: Number of rows and outcomes that no figure includes, by reason.
         """
-        reference = reference_rows(self.source, served.version, self.config)
+        path, source = self.references.of(served.version)
+        reference = reference_rows(source, served.version, self.config)
         figures = measure_version(self.config, served, reference, access=self.actor.access)
         figures |= {"left_out": left_out, "logs": self.logs}
         for line in describe(served.name, figures):
@@ -91,7 +95,7 @@ class MonitorRun:
             self.config,
             served,
             figures,
-            reference_hash=sha256(self.reference_uri),
+            reference_hash=sha256(resolve(path)),
             results=f"{results}.json",
         )
         self.ledger.append(event, actor=self.actor.name)

@@ -23,10 +23,11 @@ class MonitorConfig(PlatformConfig):
 
     name: str
     """Model name."""
-    reference: str
-    """Training set (Parquet). Its held-out rows are the reference; each version scores them again."""
-    label: str
-    """Column of the reference with the true values."""
+    reference: str | None = None
+    """Training set (Parquet). Its held-out rows are the reference; each version scores them again. None takes each
+    version's own training set, or the reference rows that it was registered with."""
+    label: str | None = None
+    """Column of the reference with the true values. None takes each version's own label."""
     predictions: str | None = None
     """Output folder of `jobs.score`. Its scores are measured, not those of the prediction log."""
     outcome: str | None = None

@@ -110,11 +110,13 @@ def _measure(
     access: KeyAccess,
     reference: pl.DataFrame,
     served: pl.DataFrame,
-    label: str,
+    label: str | None,
     min_outcomes: int,
 ) -> Figures:
     model = load_model(version, key_store(access))
-    frames = build_frames(model=model, reference=reference, served=served, label=label)
+    frames = build_frames(
+        model=model, reference=reference, served=served, label=label or model.signature.label
+    )
     return compute_figures(frames, served, min_outcomes=min_outcomes)
 
 

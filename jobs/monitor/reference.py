@@ -1,6 +1,10 @@
-"""Select the rows of the reference that a version is compared with."""
+"""Find the reference of a version, and select the rows of it that the version is compared with."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import polars as pl
 
@@ -9,7 +13,41 @@ from cluster.registry import ModelVersion
 from jobs.monitor.config import MonitorConfig
 from jobs.train.config import AUTO, SplitConfig
 from jobs.train.data import TrainingSet
-from jobs.train.split import version_held_out_mask
+from jobs.train.version_rows import held_out_rows, recorded_training_set, require_same_rows
+
+
+class References:
+    """Reads the reference of each version: the configured file, or the version's own training set."""
+
+    def __init__(self, configured: str | None, read: Callable[[str], TrainingSet]) -> None:
+        """Keep what is needed to read.
+
+        Args:
+            configured: Path of the reference of all versions; None takes each version's own.
+            read: Reads a training set.
+        """
+        self._configured = configured
+        self._read = functools.cache(read)
+
+    def of(self, version: ModelVersion) -> Reference:
+        """Return the reference of a version.
+
+        Raises:
+            TrainingSetError: The file is missing, is not known, or is not what the version was trained on any more.
+        """
+        if self._configured is not None:
+            return Reference(self._configured, self._read(self._configured))
+        path = recorded_training_set(version)
+        source = self._read(path)
+        require_same_rows(version, source, path=path, option="reference")
+        return Reference(path, source)
+
+
+class Reference(NamedTuple):
+    """A training set with its path."""
+
+    path: str
+    source: TrainingSet
 
 
 def reference_rows(source: TrainingSet, version: ModelVersion, config: MonitorConfig) -> pl.DataFrame:
@@ -34,7 +72,7 @@ def reference_rows(source: TrainingSet, version: ModelVersion, config: MonitorCo
     if split.column is not None:
         override = None if split.column == AUTO else split
         advice = "Give the training set, or set `split.column=null` for rows that no version was fitted on."
-        mask = version_held_out_mask(version, source, override=override, advice=advice)
+        mask = held_out_rows(version, source, override=override, advice=advice)
         reference = reference.filter(pl.Series(mask))
     if reference.is_empty():
         raise TrainingSetError(

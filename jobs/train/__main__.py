@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -224,4 +225,11 @@ def requested_precision(parameters: Any) -> Precision:
 
 
 if __name__ == "__main__":
-    main()
+    if any(argument.startswith("reproduce=") for argument in sys.argv[1:]):
+        from jobs.train.reproduce import (
+            main as reproduce,
+        )  # it also imports the command that builds training sets
+
+        reproduce()
+    else:
+        main()

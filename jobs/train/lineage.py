@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import platform
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from cluster.registry import Lineage
 from cluster.storage import project_root
 from jobs.train.config import TrainConfig
 from jobs.train.data import TrainingSet
+
+LIBRARIES = (
+    "deepspeed",
+    "lightgbm",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "pyarrow",
+    "ray",
+    "scikit-learn",
+    "torch",
+)
 
 
 def build_lineage(config: TrainConfig, source: TrainingSet, parameters: Any) -> Lineage:
@@ -25,7 +39,22 @@ def build_lineage(config: TrainConfig, source: TrainingSet, parameters: Any) -> 
         config=to_json_values(dataclasses.asdict(config))
         | {"parameters": to_json_values(dataclasses.asdict(parameters))},
         seed=config.seed,
+        libraries=library_versions(),
     )
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that a model's weights depend on."""
+    installed = {name: version(name) for name in LIBRARIES if _is_installed(name)}
+    return {"python": platform.python_version()} | installed
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def git_commit() -> str:

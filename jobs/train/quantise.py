@@ -17,15 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from cluster.errors import ConfigError
-from cluster.runtime import Precision
+from cluster.runtime import Precision, Task
 from cluster.runtime.onnx_engine import precision_of
 from cluster.runtime.predictions import Predictions
 from cluster.runtime.signature import ONNX_FILE
+from jobs.parity import compare_scores, require_parity
 
 _LAYERS = ("Gemm", "MatMul")
 _PASS_THROUGH = ("Dropout", "Identity")
@@ -92,12 +92,21 @@ def quantisation_cost(float32: Predictions, int8: Predictions, metrics: dict[str
         float32: Predictions of the float32 graph on the held-out rows.
         int8: Predictions of the int8 graph on the same rows.
         metrics: Metrics of the float32 graph.
+
+    Raises:
+        RefusedError: The scores differ too much.
     """
-    difference = np.abs(int8.scores - float32.scores)
+    parity = compare_scores(
+        float32.scores,
+        int8.scores,
+        precision=Precision.int8,
+        is_number=float32.signature.task is Task.regression,
+    )
+    require_parity(parity, model="the network")
     return {
         "float32": metrics,
-        "mean_score_difference": float(difference.mean()),
-        "largest_score_difference": float(difference.max()),
+        "mean_score_difference": parity["mean_score_difference"],
+        "largest_score_difference": parity["largest_score_difference"],
     }
 
 

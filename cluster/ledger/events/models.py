@@ -33,6 +33,48 @@ class ModelRegistered(LedgerEvent):
     """Warnings of the training job, such as an input that reveals the label."""
     origin: dict[str, Json] = field(default_factory=dict)
     """Where an imported version comes from: installation, version, ledger and parity. Empty if trained here."""
+    contents: dict[str, str] = field(default_factory=dict)
+    """Maps file name to the SHA-256 in hex of its content before encryption. So equal weights have equal hashes. Older
+    events do not have this field."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRetired(LedgerEvent):
+    """A version must not be deployed any more."""
+
+    name: str
+    version: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelReinstated(LedgerEvent):
+    """A retired version may be deployed again."""
+
+    name: str
+    version: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelReproduced(LedgerEvent):
+    """A version was trained again from its lineage, and both results were compared."""
+
+    name: str
+    version: int
+    copy_name: str
+    copy_version: int
+    """The version that was trained for the comparison. It is retired."""
+    training_set: str
+    """`found`, or `rebuilt` from the manifest."""
+    same_files: dict[str, bool]
+    """Maps file name to whether the content is the same, byte for byte."""
+    largest_difference: float | None
+    """Largest difference of a weight; None if the weights cannot be compared number by number."""
+    metrics: dict[str, Json]
+    """Maps metric to its value in the original and in the copy. Only metrics that differ."""
+    libraries: dict[str, Json]
+    """Maps library to its version in the original and in the copy. Only libraries that differ."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +104,22 @@ class ModelEvaluated(LedgerEvent):
     rows: int
     metrics: dict[str, Json]
     slices: dict[str, Json]
+    chosen_rows: str = ""
+    """`held_out` or `all`. Older events have neither this field nor the next fields."""
+    intervals: dict[str, Json] = field(default_factory=dict)
+    """Confidence intervals: level, replicates, entities, and `metrics` by name."""
+    fairness: dict[str, Json] = field(default_factory=dict)
+    """By column: rates of each group, and the differences between the groups."""
+    threshold: dict[str, Json] = field(default_factory=dict)
+    """The threshold with the lowest stated cost on the validation rows, and its cost on the evaluated rows."""
+    robustness: dict[str, Json] = field(default_factory=dict)
+    """The main metric with missing and shifted inputs."""
+    attributions: dict[str, Json] = field(default_factory=dict)
+    """How much each input contributes to the scores, and by which method this was computed."""
+    parity: dict[str, Json] = field(default_factory=dict)
+    """How far the scores of the ONNX graph differ from those of the network."""
+    requirements: dict[str, Json] = field(default_factory=dict)
+    """By metric: the required bound, the value, and whether it is met."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

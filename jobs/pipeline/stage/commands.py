@@ -33,6 +33,7 @@ _READS = (
     "manifest",
     "input",
     "predictions",
+    "artifact",
 )
 """Options of Falaj's commands that name a file to read."""
 _WRITES = ("output", "folder")
@@ -227,6 +228,11 @@ def _import_model(config: Any) -> Facts:
     return Facts(files=Files((resolve(config.file),)), needs=((Action.register_model, "model:imported"),))
 
 
+def _register(config: Any) -> Facts:
+    model = _model(config)
+    return Facts(files=_files(config), writes=(model,), needs=((Action.register_model, model),))
+
+
 def _deploy(config: Any) -> Facts:
     needs = ((Action.deploy, _version(config)),)
     return Facts(reads=(_model(config),), writes=(_serving(config),), needs=needs)
@@ -283,6 +289,7 @@ _FACTS: dict[str, Callable[[Any], Facts]] = {
     "jobs.monitor": _monitor,
     "jobs.pipeline.outcomes": _outcomes,
     "jobs.pipeline.traffic": _traffic,
+    "jobs.register": _register,
     "jobs.score": _score,
     "jobs.sweep": _sweep,
     "jobs.train": _train,

@@ -20,9 +20,11 @@ from jobs.monitor.config import MonitorConfig
 from jobs.pipeline.config import PipelineConfig
 from jobs.pipeline.outcomes import OutcomesConfig
 from jobs.pipeline.traffic import TrafficConfig
+from jobs.register.config import RegisterConfig
 from jobs.sweep.config import SweepConfig
 from jobs.train import lightgbm
 from jobs.train.config import TrainConfig
+from jobs.train.reproduce import ReproduceConfig
 from jobs.train.tabular_network import family as tabular_network
 
 
@@ -47,6 +49,8 @@ def defaults(schema: type[Any]) -> dict[str, Any]:
         ("compact_log", CompactLogConfig),
         ("export_model", ExportModelConfig),
         ("import_model", ImportModelConfig),
+        ("register", RegisterConfig),
+        ("reproduce", ReproduceConfig),
         ("pipeline", PipelineConfig),
         ("traffic", TrafficConfig),
         ("outcomes", OutcomesConfig),

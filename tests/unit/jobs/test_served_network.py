@@ -134,7 +134,7 @@ def test_an_int8_version_runs_on_the_cpu_even_with_a_gpu(
     gpu = Hardware(device=CUDA)
     matrix = rows(BINARY, 10)
     scores = open_model(quantised, hardware=gpu).predict_matrix(matrix).scores
-    assert "a GPU is reserved for a model that runs on the CPU in onnx" in caplog.text
+    assert "a GPU is reserved, but an int8 graph runs on the CPU" in caplog.text
     assert np.array_equal(scores, open_model(quantised).predict_matrix(matrix).scores)
     assert parse_signature((quantised / SIGNATURE_FILE).read_bytes()) == as_int8(BINARY)
     older = json.loads(BINARY.to_json())
