@@ -20,6 +20,7 @@ from cluster.errors import FalajError, RefusedError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ModelDeployed, ServingRestored
 from cluster.registry import CHAMPION, ModelVersion, Registry
+from cluster.runtime.loader import require_rows
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store
@@ -141,7 +142,9 @@ def deploy(
 
     Raises:
         AccessDenied: the actor may not deploy the version.
+        RefusedError: the version is a language model.
     """
+    require_rows(version)
     actor.check(Action.deploy, version.resource(region=config.cluster.region))
     keys = key_store(actor.access)
     for info in log_keys(ledger, version, region=config.cluster.region):
