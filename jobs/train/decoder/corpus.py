@@ -7,7 +7,7 @@ of the files are in memory. Each token is read when it is needed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,11 +71,14 @@ class Parts:
     """Documents that fitting never uses; the model is evaluated on them."""
 
 
-def read_corpus(text: str) -> Corpus:
-    """Find and hash text files. Empty files are left out.
+def read_corpus(text: str, *, excluded: Sequence[str] = ()) -> Corpus:
+    """Find and hash text files. Empty files are left out, and so are hidden files and folders below the given one.
+
+    They would often be no texts, such as `.git`, or secrets, such as `.env`: a model can repeat what it was trained on.
 
     Args:
         text: A folder (all files below it), a file, or a pattern such as `docs/**/*.md`; a path, or a URI of fsspec.
+        excluded: Folders whose files are left out, for example the storage root.
 
     Raises:
         TrainingSetError: There is no file with text, or a file cannot be read.
@@ -84,6 +87,8 @@ def read_corpus(text: str) -> Corpus:
     fs, path = file_system(uri)
     try:
         found = fs.find(path) if fs.isdir(path) else [name for name in fs.glob(path) if fs.isfile(name)]
+        outside = tuple(f"{file_system(resolve(folder))[1].rstrip('/')}/" for folder in excluded)
+        found = [name for name in found if not (_is_hidden(name, path) or name.startswith(outside))]
         documents = tuple(_document(fs, name) for name in sorted(found))
     except OSError as error:
         raise TrainingSetError(f"text={text} cannot be read: {error}") from error
@@ -127,6 +132,12 @@ def split_corpus(corpus: Corpus, *, modulo: int, remainder: int, validation_shar
 
 def _part(corpus: Corpus, documents: Iterable[Document]) -> Corpus:
     return Corpus(uri=corpus.uri, documents=tuple(documents))
+
+
+def _is_hidden(name: str, text: str) -> bool:
+    """Return whether a part of a file's path is hidden that the caller's folder or pattern does not name."""
+    named = text.split("/")
+    return any(part.startswith(".") and part not in named for part in name.split("/"))
 
 
 def _document(fs: object, path: str) -> Document:

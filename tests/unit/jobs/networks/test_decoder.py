@@ -185,7 +185,7 @@ def test_the_decoder_beats_a_bigram_model_on_held_out_files() -> None:
     parts = standard_library()
     torch.manual_seed(0)
     parameters = Parameters(width=64, depth=2, heads=4, length=128, batch_size=8, learning_rate=0.005)
-    model, steps = build(parameters), 400
+    model, steps = build(parameters), 250
     rows = PackedRows(parts.fit, length=parameters.length, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=parameters.learning_rate, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -47,6 +47,17 @@ def test_a_folder_a_pattern_and_a_file_are_read(tmp_path: Path) -> None:
     assert names(f"{folder}/b.txt") == ["b.txt"]
 
 
+def test_hidden_files_and_the_storage_root_are_not_read(tmp_path: Path) -> None:
+    """A folder named by the caller may be hidden itself."""
+    folder = write(tmp_path / ".notes", a="a")
+    (folder / ".env").write_text("password")
+    write(folder / ".git", config="config")
+    write(folder / "state", key="key")
+    for text in (str(folder), f"{folder}/**"):
+        corpus = read_corpus(text, excluded=[str(folder / "state")])
+        assert [Path(document.path).name for document in corpus.documents] == ["a.txt"]
+
+
 def test_files_of_another_file_system_are_read(tmp_path: Path) -> None:
     """Any URI of fsspec."""
     memory = fsspec.filesystem("memory")
