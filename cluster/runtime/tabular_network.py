@@ -93,27 +93,15 @@ class ScoringNetwork(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return probabilities [rows] or [rows, classes], or values [rows]."""
+        outputs: Tensor = self.network(inputs)
         shape = self.network.shape
-        return to_scores(
-            self.network(inputs), Task(shape.task), mean=shape.target_mean, scale=shape.target_scale
-        )
-
-
-def to_scores(outputs: Tensor, task: Task, *, mean: float, scale: float) -> Tensor:
-    """Return a network's outputs [rows, outputs] as probabilities [rows] or [rows, classes], or as values [rows].
-
-    Args:
-        outputs: Logits, or values that are standardised with `mean` and `scale`.
-        task: Kind of prediction.
-        mean, scale: Mean and standard deviation of a regression's target.
-    """
-    match task:
-        case Task.binary:
-            return torch.sigmoid(outputs).squeeze(1)
-        case Task.multiclass:
-            return torch.softmax(outputs, 1)
-        case Task.regression:
-            return (outputs * scale + mean).squeeze(1)
+        match Task(shape.task):
+            case Task.binary:
+                return torch.sigmoid(outputs).squeeze(1)
+            case Task.multiclass:
+                return torch.softmax(outputs, 1)
+            case Task.regression:
+                return (outputs * shape.target_scale + shape.target_mean).squeeze(1)
 
 
 def _layers(num_features: int, shape: NetworkShape) -> list[nn.Module]:

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from cluster.runtime import ModelSignature, Task
 from jobs.train.data import Dataset
+from jobs.train.network.protocol import NetworkSignature
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SampleSignature:
-    """What a network must know of its inputs and outputs."""
-
-    task: Task
-    num_outputs: int
-    width: int
-    categorical: list[int]
-    cardinalities: list[int]
-    numeric: list[int]
-    means: list[float]
-    scales: list[float]
-    target_mean: float = 0.0
-    target_scale: float = 1.0
-
-
-def row_signature(signature: ModelSignature, dataset: Dataset | None = None) -> SampleSignature:
+def row_signature(signature: ModelSignature, dataset: Dataset | None = None) -> NetworkSignature:
     """Return the signature of a network, with the statistics of a data set, or those of `tests.samples.network`."""
     columns, categorical = signature.matrix_columns, signature.categorical
     numeric = [place for place in range(signature.width) if place not in categorical]
@@ -38,7 +21,7 @@ def row_signature(signature: ModelSignature, dataset: Dataset | None = None) -> 
         target_mean, target_scale = float(target.mean()), float(target.std())
     if signature.task is not Task.regression:
         target_mean, target_scale = 0.0, 1.0
-    return SampleSignature(
+    return NetworkSignature(
         task=signature.task,
         num_outputs=signature.num_scores,
         width=signature.width,

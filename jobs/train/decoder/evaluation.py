@@ -42,14 +42,22 @@ class Bits:
         return self.bits / max(1, self.num_bytes)
 
 
-def bits_per_byte(network: torch.nn.Module, rows: PackedRows, *, batch_size: int) -> float:
-    """Return a network's bits per byte on all rows. The network is in evaluation mode afterwards."""
+def bits_per_byte(
+    network: torch.nn.Module, rows: PackedRows, *, batch_size: int, max_rows: int | None = None
+) -> float:
+    """Return a network's bits per byte. The network is in evaluation mode afterwards.
+
+    Args:
+        network: Decoder.
+        rows: Rows to evaluate on.
+        batch_size: Rows of a batch.
+        max_rows: If there are more rows, so many of them are used, at equal distances.
+    """
     network.eval()
     device = next(network.parameters()).device
     total = Bits()
     with torch.no_grad():
-        for start in range(0, len(rows), batch_size):
-            inputs, target = rows.in_order(start, start + batch_size)
+        for inputs, target in _batches(rows, batch_size, max_rows):
             logits = network(torch.from_numpy(inputs).to(device)).float()
             nats = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1),
@@ -67,23 +75,24 @@ class Bigram:
     def __init__(self, corpus: Corpus) -> None:
         """Count all pairs of neighbouring tokens of a corpus."""
         counts = np.zeros(VOCABULARY * VOCABULARY, dtype=np.int64)
-        for batch in _blocks(corpus):
+        for batch in _batches(PackedRows(corpus, length=_BLOCK), 1, None):
             counts += np.bincount(_pairs(batch), minlength=len(counts))
         smoothed = counts.reshape(VOCABULARY, VOCABULARY) + SMOOTHING
         self._bits = -np.log2(smoothed / smoothed.sum(1, keepdims=True)).ravel()
 
-    def bits_per_byte(self, corpus: Corpus) -> float:
-        """Return the bits per byte on a corpus."""
+    def bits_per_byte(self, rows: PackedRows, *, batch_size: int, max_rows: int | None = None) -> float:
+        """Return the bits per byte. For arguments see the function `bits_per_byte`."""
         total = Bits()
-        for batch in _blocks(corpus):
+        for batch in _batches(rows, batch_size, max_rows):
             total.add(float(self._bits[_pairs(batch)].sum()), batch.target)
         return total.per_byte
 
 
-def _blocks(corpus: Corpus) -> Iterator[Batch]:
-    rows = PackedRows(corpus, length=_BLOCK)
-    for number in range(len(rows)):
-        yield rows.in_order(number, number + 1)
+def _batches(rows: PackedRows, batch_size: int, max_rows: int | None) -> Iterator[Batch]:
+    count = len(rows) if max_rows is None else min(len(rows), max_rows)
+    for start in range(0, count, batch_size):
+        positions = np.arange(start, min(count, start + batch_size), dtype=np.int64)
+        yield rows.take(positions * len(rows) // count)
 
 
 def _pairs(batch: Batch) -> npt.NDArray[np.int64]:

@@ -7,11 +7,13 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.runtime.signature import DECODER_FILE, WEIGHTS_FILE
 from jobs.train.decoder.network import IGNORED, Decoder, DecoderShape
+from jobs.train.decoder.rows import Tokens
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,12 +57,21 @@ class Parameters:
         return DecoderShape(width=self.width, depth=self.depth, heads=self.heads, dropout=self.dropout)
 
 
-def build(parameters: Parameters) -> Decoder:
+@dataclass(frozen=True, slots=True)
+class TextSignature:
+    """A decoder needs to know nothing of its texts. This class has what the training loop asks for."""
+
+    def encode_target(self, target: Tokens) -> torch.Tensor:
+        """Return the next tokens as a tensor."""
+        return torch.from_numpy(np.ascontiguousarray(target))
+
+
+def build(signature: TextSignature, parameters: Parameters) -> Decoder:
     """Return the network with random weights."""
     return Decoder(parameters.shape)
 
 
-def loss(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def loss(outputs: torch.Tensor, target: torch.Tensor, signature: TextSignature) -> torch.Tensor:
     """Return the cross-entropy of all tokens that have a next token, in nats, divided by the number of all tokens.
 
     The divisor is the same for all rows. So the mean over the parts of a batch is the mean over the batch.
@@ -68,13 +79,16 @@ def loss(outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     Args:
         outputs: Logits, [rows, length, VOCABULARY].
         target: Next tokens, int64 [rows, length].
+        signature: See `TextSignature`.
     """
     logits = outputs.float().flatten(0, 1)
     total = torch.nn.functional.cross_entropy(logits, target.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / target.numel()
 
 
-def write_model(network: Decoder, folder: Path) -> None:
+def export(
+    network: Decoder, signature: TextSignature, parameters: Parameters, folder: Path, sample: object
+) -> None:
     """Write `decoder.json` (the shape) and `model.safetensors` (the weights)."""
     weights = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     save_file(weights, str(folder / WEIGHTS_FILE))
@@ -82,7 +96,7 @@ def write_model(network: Decoder, folder: Path) -> None:
 
 
 def read_model(folder: Path) -> Decoder:
-    """Return the network that `write_model` wrote."""
+    """Return the network that `export` wrote."""
     network = Decoder(DecoderShape(**json.loads((folder / DECODER_FILE).read_text())))
     network.load_state_dict(load_file(str(folder / WEIGHTS_FILE)))
     return network

@@ -27,6 +27,11 @@ class Batch(NamedTuple):
     target: Tokens
     """The next token of each input, or `IGNORED` after the last token of the corpus."""
 
+    @property
+    def matrix(self) -> Tokens:
+        """The inputs, under the name that the training loop uses."""
+        return self.inputs
+
 
 class _Piece(NamedTuple):
     """Bytes of one document that belong into one row."""

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from cluster.runtime import Precision
 from cluster.runtime.encoding import Matrix
 from cluster.runtime.signature import WEIGHTS_FILE
-from jobs.train.ft_transformer.network import FTTransformer, RowSignature, ScoringTransformer, Size
+from jobs.train.ft_transformer.network import FTTransformer, Size
+from jobs.train.network.protocol import NetworkSignature, Scoring, task_loss
 from jobs.train.onnx_export import export_graph
-from jobs.train.tabular_network.loop import loss as task_loss
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,7 +56,7 @@ class Parameters:
                 raise ValueError(f"model.{name} must be between 0 and 1, got {getattr(self, name)}.")
 
 
-def build(signature: RowSignature, parameters: Parameters) -> FTTransformer:
+def build(signature: NetworkSignature, parameters: Parameters) -> FTTransformer:
     """Return the network with random weights."""
     size = Size(
         width=parameters.width,
@@ -69,14 +69,12 @@ def build(signature: RowSignature, parameters: Parameters) -> FTTransformer:
     return FTTransformer(signature, size)
 
 
-def loss(outputs: torch.Tensor, target: torch.Tensor, signature: RowSignature) -> torch.Tensor:
-    """Return the mean loss of a batch."""
-    return task_loss(outputs, target, signature.task)
+loss = task_loss
 
 
 def export(
     network: torch.nn.Module,
-    signature: RowSignature,
+    signature: NetworkSignature,
     parameters: Parameters,
     folder: Path,
     sample: Matrix,
@@ -93,6 +91,6 @@ def export(
     Raises:
         Inconsistent: The scores of the graph and of the network differ.
     """
-    export_graph(ScoringTransformer(network, signature), folder, sample=sample)
+    export_graph(Scoring(network, signature), folder, sample=sample)
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     save_file(weights, str(folder / WEIGHTS_FILE))

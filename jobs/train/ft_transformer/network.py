@@ -10,62 +10,13 @@ Serving needs only the exported graph. So this module is with the training code,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cluster.runtime.signature import Task
-from cluster.runtime.tabular_network import MAX_DEVIATIONS, to_scores
-
-
-class RowSignature(Protocol):
-    """What the network must know of its inputs and outputs. All of it comes from the rows to fit on."""
-
-    @property
-    def task(self) -> Task: ...
-    @property
-    def num_outputs(self) -> int:
-        """1 for a binary task and a regression, else the number of classes."""
-        ...
-
-    @property
-    def width(self) -> int:
-        """Number of matrix columns."""
-        ...
-
-    @property
-    def categorical(self) -> list[int]:
-        """Positions of the categorical columns."""
-        ...
-
-    @property
-    def cardinalities(self) -> list[int]:
-        """Number of known categories of each categorical column."""
-        ...
-
-    @property
-    def numeric(self) -> list[int]:
-        """Positions of the numeric columns."""
-        ...
-
-    @property
-    def means(self) -> list[float]:
-        """Mean of each numeric column, without missing values."""
-        ...
-
-    @property
-    def scales(self) -> list[float]:
-        """Standard deviation of each numeric column; 1 for a constant."""
-        ...
-
-    @property
-    def target_mean(self) -> float: ...
-    @property
-    def target_scale(self) -> float:
-        """A regression learns the target standardised with this mean and scale. Other tasks have 0 and 1."""
-        ...
+from cluster.runtime.tabular_network import MAX_DEVIATIONS
+from jobs.train.network.protocol import NetworkSignature
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +44,7 @@ class FeatureTokenizer(nn.Module):
     added to its token. A missing or unknown category has a row of its own.
     """
 
-    def __init__(self, signature: RowSignature, width: int) -> None:
+    def __init__(self, signature: NetworkSignature, width: int) -> None:
         super().__init__()
         self.has_categories, self.has_numbers = bool(signature.categorical), bool(signature.numeric)
         numbers, inputs = len(signature.numeric), len(signature.numeric) + len(signature.categorical)
@@ -196,7 +147,7 @@ class Block(nn.Module):
 class FTTransformer(nn.Module):
     """Computes logits [rows, outputs] from encoded rows, float32 [rows, inputs]."""
 
-    def __init__(self, signature: RowSignature, size: Size) -> None:
+    def __init__(self, signature: NetworkSignature, size: Size) -> None:
         super().__init__()
         self.tokenizer = FeatureTokenizer(signature, size.width)
         self.blocks = nn.ModuleList(
@@ -212,17 +163,3 @@ class FTTransformer(nn.Module):
             tokens = block(tokens)
         logits: Tensor = self.head(functional.relu(self.norm(tokens[:, 0])))
         return logits
-
-
-class ScoringTransformer(nn.Module):
-    """The network for serving: without dropout, and with scores in the runtime's format instead of logits."""
-
-    def __init__(self, network: nn.Module, signature: RowSignature) -> None:
-        super().__init__()
-        self.network, self.signature = network, signature
-        self.eval()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return probabilities [rows] or [rows, classes], or values [rows]."""
-        mean, scale = self.signature.target_mean, self.signature.target_scale
-        return to_scores(self.network(inputs), self.signature.task, mean=mean, scale=scale)

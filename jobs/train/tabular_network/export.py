@@ -6,11 +6,10 @@ Replicas on CPU load an ONNX graph whose input is the encoded matrix. Replicas w
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cluster.runtime.encoding import Matrix
 from cluster.runtime.signature import NETWORK_FILE, WEIGHTS_FILE
@@ -32,6 +31,12 @@ def export(shape: NetworkShape, weights: Path, folder: Path, *, sample: Matrix) 
     """
     network = TabularNetwork(shape)
     network.load_state_dict(load_file(str(weights)))
+    write_files(network, folder, sample=sample)
+
+
+def write_files(network: TabularNetwork, folder: Path, *, sample: Matrix) -> None:
+    """Write the files of a network. For errors see `export`."""
     export_graph(ScoringNetwork(network), folder, sample=sample)
-    shutil.copyfile(weights, folder / WEIGHTS_FILE)
-    (folder / NETWORK_FILE).write_text(json.dumps(asdict(shape)))
+    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+    save_file(weights, str(folder / WEIGHTS_FILE))
+    (folder / NETWORK_FILE).write_text(json.dumps(asdict(network.shape)))

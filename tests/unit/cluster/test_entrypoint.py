@@ -151,7 +151,8 @@ def train(config: ModelConfig) -> None:
         ("model.learnig_rate=1", "No option 'model.learnig_rate'. Did you mean 'model.learning_rate'?"),
         (
             "model=lightgmb",
-            "Option 'model' has no choice 'lightgmb'. Did you mean 'lightgbm'? Known: lightgbm, tabular_network.",
+            "Option 'model' has no choice 'lightgmb'. Did you mean 'lightgbm'? Known: decoder, ft_transformer, "
+            "lightgbm, tabular_network.",
         ),
     ],
 )

@@ -23,6 +23,9 @@ from jobs.pipeline.traffic import TrafficConfig
 from jobs.sweep.config import SweepConfig
 from jobs.train import lightgbm
 from jobs.train.config import TrainConfig
+from jobs.train.decoder import family as decoder
+from jobs.train.decoder.config import TrainTextConfig
+from jobs.train.ft_transformer import family as ft_transformer
 from jobs.train.tabular_network import family as tabular_network
 
 
@@ -41,6 +44,7 @@ def defaults(schema: type[Any]) -> dict[str, Any]:
     ("name", "schema"),
     [
         ("train", TrainConfig),
+        ("train_text", TrainTextConfig),
         ("sweep", SweepConfig),
         ("evaluate", EvaluateConfig),
         ("monitor", MonitorConfig),
@@ -61,8 +65,14 @@ def test_a_commands_yaml_has_the_dataclass_defaults(name: str, schema: type[Any]
 
 
 @pytest.mark.parametrize(
-    ("model", "schema"), [("lightgbm", lightgbm.Parameters), ("tabular_network", tabular_network.Parameters)]
+    ("model", "schema"),
+    [
+        ("lightgbm", lightgbm.Parameters),
+        ("tabular_network", tabular_network.Parameters),
+        ("ft_transformer", ft_transformer.Parameters),
+        ("decoder", decoder.Parameters),
+    ],
 )
-def test_a_familys_yaml_has_the_dataclass_defaults(model: str, schema: type[Any]) -> None:
+def test_a_familys_yaml_has_the_dataclass_defaults(command: str, model: str, schema: type[Any]) -> None:
     """In addition, the YAML file names the family."""
-    assert composed("train", f"model={model}")["model"] == {"family": model} | defaults(schema)
+    assert composed(command, f"model={model}")["model"] == {"family": model} | defaults(schema)
