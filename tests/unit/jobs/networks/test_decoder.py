@@ -6,6 +6,7 @@ import math
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from cluster.runtime.signature import LANGUAGE_MODEL
 from cluster.security.keys.keyring import Keyring
 from cluster.storage import Layout
 from jobs.promotion.exporting import find_source
+from jobs.train.decoder.config import TextSplitConfig, TrainTextConfig
 from jobs.train.decoder.corpus import Parts, read_corpus, split_corpus
 from jobs.train.decoder.evaluation import Bigram, bits_per_byte
 from jobs.train.decoder.family import Parameters, TextSignature, build, export, loss, read_model
@@ -160,6 +162,24 @@ def test_wrong_parameters_are_refused(parameters: dict[str, float], message: str
     """The message names the parameter and its value."""
     with pytest.raises(ValueError, match=message):
         Parameters(**parameters)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "a b"}, "name must be letters, digits"),
+        ({"validation_share": 0.95}, "validation_share must be between 0 and 0.9"),
+        ({"evaluated_rows": 0}, "evaluated_rows must be at least 1"),
+        ({"run": "a/b"}, "run must be letters, digits"),
+        ({"seed": -1}, "seed must be between 0"),
+    ],
+)
+def test_wrong_options_of_a_text_run_are_refused(options: dict[str, Any], message: str) -> None:
+    """When the configuration is loaded, before files are read."""
+    with pytest.raises(ValueError, match=message):
+        TrainTextConfig(**({"name": "m", "text": "docs"} | options))
+    with pytest.raises(ValueError, match=r"split\.remainder must be 0-9, got 10"):
+        TextSplitConfig(remainder=10)
 
 
 def test_a_bigram_model_predicts_what_it_counted(tmp_path: Path) -> None:
