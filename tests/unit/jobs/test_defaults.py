@@ -65,12 +65,12 @@ def test_a_commands_yaml_has_the_dataclass_defaults(name: str, schema: type[Any]
 
 
 @pytest.mark.parametrize(
-    ("model", "schema"),
+    ("command", "model", "schema"),
     [
-        ("lightgbm", lightgbm.Parameters),
-        ("tabular_network", tabular_network.Parameters),
-        ("ft_transformer", ft_transformer.Parameters),
-        ("decoder", decoder.Parameters),
+        ("train", "lightgbm", lightgbm.Parameters),
+        ("train", "tabular_network", tabular_network.Parameters),
+        ("train", "ft_transformer", ft_transformer.Parameters),
+        ("train_text", "decoder", decoder.Parameters),
     ],
 )
 def test_a_familys_yaml_has_the_dataclass_defaults(command: str, model: str, schema: type[Any]) -> None:
