@@ -107,7 +107,8 @@ def training_workers(project: Project) -> list[psutil.Process]:
 def test_a_killed_run_ends_as_if_nothing_had_happened(project: Project) -> None:
     """A worker is killed inside an epoch, then the whole job, and then a worker is stopped by SIGSTOP.
 
-    The same command ends with the weights of a whole run. Once it is finished, the command prints the version. With another setting, it is refused and names the setting.
+    The same command ends with the weights of a whole run. Once it is finished, the command prints the version. With
+    another setting, it is refused and names the setting.
     """
     arguments = ("model=tabular_network", *DATA, *LONG, *EVERY_20, "deepspeed=zero2")
     project.run("jobs.train", *arguments, "run=whole", "output=whole.json", check=True)
