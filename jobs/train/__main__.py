@@ -60,8 +60,8 @@ def main(config: TrainConfig) -> dict[str, Any] | None:
         compare(config)
         return None
     family = resolve_family(model_with_best_parameters(config))
-    if not family.is_network:
-        refuse_unused(("deepspeed",), by=f"model={family.name}")
+    if family.name == "lightgbm":
+        refuse_unused(("deepspeed",), by="model=lightgbm")
     ledger = open_ledger(config)
     actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="jobs.train")
     model = Resource(kind="model", name=config.name, region=config.cluster.region)
@@ -77,6 +77,7 @@ def main(config: TrainConfig) -> dict[str, Any] | None:
     finished = find_finished(ledger, model=config.name, run=run)
     if finished is not None:
         record_finished(ledger, model=config.name, run=run, result=finished, actor=actor.name)
+        remove_state(files_of_run(config, actor))
         return describe_finished(config, family, ledger, finished.version)
     prepared = prepare_and_describe(config, source, threshold=config.threshold)
     record_started(
@@ -118,8 +119,7 @@ def train(
     attach(config)
     places = layout(config.storage)
     key_store(actor.access).ensure(model_key(config.name))
-    assert config.run is not None
-    files = run_files(places.root, model=config.name, run=config.run, access=actor.access)
+    files = files_of_run(config, actor)
     # The model folder is in memory if there is room, because the model's files are not encrypted before the model is
     # registered.
     with (
@@ -134,9 +134,21 @@ def train(
         warnings = [*prepared.warnings, *result.warnings]
         trained = TrainedModel(family.name, folder, lineage, result.metrics, warnings)
         version = register(config, trained, ledger, actor)
+    remove_state(files)
+    return version
+
+
+def files_of_run(config: TrainConfig, actor: Actor) -> RunFiles:
+    """Return the files of the run."""
+    assert config.run is not None
+    root = layout(config.storage).root
+    return run_files(root, model=config.name, run=config.run, access=actor.access)
+
+
+def remove_state(files: RunFiles) -> None:
+    """Remove the checkpoints of a finished run. Its metrics stay."""
     files.remove("checkpoints")
     files.remove("best")
-    return version
 
 
 def describe_finished(

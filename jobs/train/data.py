@@ -144,11 +144,12 @@ def open_training_set(path: str, access: KeyAccess, *, places: Layout, ledger: L
             stored = find_stored_training_set(uri, manifest_uri, places=places, ledger=ledger)
             table = open_row_file(uri, access, protection=stored.protection, place=stored.aad)
             require_row_hash(table, stored, uri)
+            is_checked = True
         else:
-            table = open_row_file(uri, access)
+            table, is_checked = open_row_file(uri, access), False
         if not table.num_rows:
             raise TrainingSetError(f"Training set {uri} has no rows.")
-        manifest = read_manifest(manifest_uri, table) if exists(manifest_uri) else {}
+        manifest = read_manifest(manifest_uri, table, is_checked=is_checked) if exists(manifest_uri) else {}
     except ProtectedFileCorrupt as error:
         raise TrainingSetError(f"{uri} cannot be read: {error}") from error
     return TrainingSet(
@@ -166,8 +167,13 @@ def built_at(manifest: dict[str, Any], ledger: Ledger) -> str:
     return entry.time if entry is not None and entry.type == TrainingSetBuilt.__name__ else ""
 
 
-def read_manifest(uri: str, table: pa.Table | RowFile) -> dict[str, Any]:
+def read_manifest(uri: str, table: pa.Table | RowFile, *, is_checked: bool = False) -> dict[str, Any]:
     """Read the manifest of a training set and compare it with the table.
+
+    Args:
+        uri: The manifest.
+        table: The rows.
+        is_checked: Whether the hash of the rows is known to be the manifest's.
 
     Raises:
         TrainingSetError: The manifest cannot be read, or describes another file.
@@ -188,7 +194,7 @@ def read_manifest(uri: str, table: pa.Table | RowFile) -> dict[str, Any]:
             f"{uri} describes {rows} rows, but the file has {table.num_rows}{missing_text}. "
             "Build the training set again."
         )
-    if "row_hash" in manifest and not has_row_hash(table, manifest["row_hash"]):
+    if "row_hash" in manifest and not is_checked and not has_row_hash(table, manifest["row_hash"]):
         raise TrainingSetError(
             f"{uri} does not describe the rows of the file. Build the training set again, or delete the manifest to "
             "train on the file as it is."

@@ -37,7 +37,7 @@ class Parameters:
     patience: int = 30
     """Early stopping ends the fit when the validation loss has not improved for this many rounds."""
     num_threads: int = 2
-    segment_rounds: int = 200
+    segment_rounds: int = 250
     """Rounds between two checkpoints. It changes the trees of later rounds, because each segment has its own seeds."""
 
     def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
 """Peak memory of a training worker that reads 1M and 10M rows of 24 columns: `python tests/bench/train_memory.py`.
 
 Each size has a process of its own. It reads the first steps of two epochs, and the validation rows, as a worker does.
-With `trees`, the process fills LightGBM's data set and fits one segment instead.
+With `trees`, the process fills LightGBM's data set and fits two segments instead. Two numbers after `network` or
+`trees` are other numbers of rows.
 """
 
 from __future__ import annotations
@@ -48,10 +49,9 @@ def write_rows(path: str, rows: int, files: object) -> None:
 
 def read_rows(file: RowFile, kind: str) -> None:
     """Do a worker's work, and print its peak memory in MiB."""
-    draw = np.random.default_rng(1).random(file.num_rows)
-    parts = np.where(draw < 0.25, Part.held_out, np.where(draw < 0.3, Part.validation, Part.fit)).astype(
-        np.uint8
-    )
+    # A worker gets the parts with one byte for each row. They are drawn here in the same size.
+    part_of = np.array([Part.held_out] * 5 + [Part.validation] + [Part.fit] * 14, np.uint8)
+    parts = part_of[np.random.default_rng(1).integers(len(part_of), size=file.num_rows, dtype=np.uint8)]
     rows = EncodedRows(rows=file, signature=SIGNATURE, parts=parts)
     if kind == "trees":
         labels = np.asarray(file["y"].to_numpy())
@@ -68,10 +68,10 @@ def read_rows(file: RowFile, kind: str) -> None:
     print(json.dumps({"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
 
-def main(kind: str) -> None:
+def main(kind: str, sizes: tuple[int, ...]) -> None:
     """Measure both sizes and print the ratio."""
     peaks = []
-    for rows in SIZES:
+    for rows in sizes:
         with tempfile.TemporaryDirectory() as folder, running_broker("rows") as access:
             path = str(Path(folder) / "rows.parquet")
             pid = os.fork()
@@ -104,4 +104,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         worker(sys.argv[2])
     else:
-        main(sys.argv[1] if len(sys.argv) > 1 else "network")
+        given = tuple(int(size) for size in sys.argv[2:])
+        main(sys.argv[1] if len(sys.argv) > 1 else "network", given or SIZES)

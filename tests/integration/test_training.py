@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -95,26 +96,34 @@ def wait_for_step(files: RunFiles, epoch: int, step: int) -> None:
     wait_until(lambda: any(name[:2] >= (epoch, step) for name in files.checkpoints()), seconds=180)
 
 
-def test_a_killed_run_ends_as_if_nothing_had_happened(project: Project) -> None:
-    """A worker is killed inside an epoch, then the whole job. The same command ends with the weights of a whole run.
+def training_workers(project: Project) -> list[psutil.Process]:
+    return [
+        process
+        for process in processes.find(project.record.cluster_id)
+        if "RayTrainWorker" in " ".join(process.cmdline())
+    ]
 
-    Once it is finished, the command prints the version. With another setting, it is refused and names the setting.
+
+def test_a_killed_run_ends_as_if_nothing_had_happened(project: Project) -> None:
+    """A worker is killed inside an epoch, then the whole job, and then a worker is stopped by SIGSTOP.
+
+    The same command ends with the weights of a whole run. Once it is finished, the command prints the version. With
+    another setting, it is refused and names the setting.
     """
     arguments = ("model=tabular_network", *DATA, *LONG, *EVERY_20, "deepspeed=zero2")
     project.run("jobs.train", *arguments, "run=whole", "output=whole.json", check=True)
-    command = [sys.executable, "-m", "jobs.train", *arguments, "run=broken", "output=broken.json"]
+    limits = ("checkpoint.stall_after=5", "output=broken.json")
+    command = [sys.executable, "-m", "jobs.train", *arguments, "run=broken", *limits]
     files = run_files(str(project.storage_root), model="tiny", run="broken", access=project.owner)
     with subprocess.Popen(command, cwd=project.root, env=project.env) as job:
         wait_for_step(files, 1, 20)
-        workers = [
-            process
-            for process in processes.find(project.record.cluster_id)
-            if "RayTrainWorker" in " ".join(process.cmdline())
-        ]
-        workers[0].kill()
+        training_workers(project)[0].kill()
         wait_for_step(files, 3, 20)
         job.kill()
-    project.run("jobs.train", *arguments, "run=broken", "output=broken.json", check=True)
+    with subprocess.Popen(command, cwd=project.root, env=project.env) as job:
+        wait_for_step(files, 5, 20)
+        training_workers(project)[0].suspend()
+        assert job.wait(180) == 0
     whole, broken = output(project, "whole.json"), output(project, "broken.json")
     assert broken["version"] != whole["version"]
     assert weights(project, broken["version"]) == weights(project, whole["version"])

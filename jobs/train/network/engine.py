@@ -5,11 +5,13 @@ DeepSpeed is imported inside the functions that need it, because its import comp
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from jobs.train.network.plan import LoopConfig
 
 Parts = dict[str, bytes]
 """Files of one rank's state, by name."""
-_TAG = "state"
+_TAG, _UNIVERSAL = "state", "universal"
 
 
 def start_engine(config: LoopConfig, *, workers: int) -> Any:
@@ -151,13 +153,46 @@ def engine_state(engine: Any) -> Parts:
     return parts
 
 
-def load_engine_state(engine: Any, parts: Parts) -> None:
-    """Load the state that `engine_state` returned, of all ranks. It must be authentic, because it has pickles."""
+def load_engine_state(engine: Any, parts: Parts, *, is_resharded: bool = False) -> None:
+    """Load the state that `engine_state` returned, of all ranks. It must be authentic, because it has pickles.
+
+    Args:
+        engine: Engine of this rank.
+        parts: Files of all ranks.
+        is_resharded: Whether another number of workers has saved the state. ZeRO 1 to 3 then load it through
+            DeepSpeed's universal checkpoint. With ZeRO 0, rank 0's state is the whole state.
+    """
     with scratch_directory(scratch_parent()) as folder:
         (folder / _TAG).mkdir()
         for name, content in parts.items():
             (folder / _TAG / name).write_bytes(content)
-        engine.load_checkpoint(str(folder), tag=_TAG)
+        if not (is_resharded and engine.zero_optimization()):
+            engine.load_checkpoint(str(folder), tag=_TAG)
+            return
+        _convert(folder / _TAG, folder / _UNIVERSAL)
+        engine._config.load_universal_checkpoint = True
+        try:
+            engine.load_checkpoint(str(folder), tag=_UNIVERSAL)
+        finally:
+            engine._config.load_universal_checkpoint = False
+
+
+def _convert(source: Path, target: Path) -> None:
+    """Convert a state into a universal checkpoint, as DeepSpeed's `ds_to_universal.py` does. It prints its progress."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    target.mkdir()
+    arguments = SimpleNamespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(arguments)
 
 
 def scratch_parent() -> Path:

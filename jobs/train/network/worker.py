@@ -73,7 +73,12 @@ def _observer(
     if files is None:
         return NoCheckpoints(lambda metrics: ray.train.report(_epoch_metrics(metrics)))
     checkpoint: CheckpointConfig = settings["checkpoint"]
-    return Saver(files, checkpoint, rank, report=report)
+    return Saver(files, checkpoint, rank, report=report, ask_draining=is_draining)
+
+
+def is_draining() -> bool:
+    """Return whether Ray will end a node of this run soon. All ranks call this together."""
+    return ray.train.get_preemption_info() is not None
 
 
 def progress_report(metrics: StepMetrics, steps: Steps, *, is_epoch: bool) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Batch(NamedTuple):
 
 
 class RowReader:
-    """Reads the batches of one rank. It holds one window of rows and a bounded cache."""
+    """Reads the batches of one rank. It holds two windows of rows and a bounded cache."""
 
     def __init__(self, rows: EncodedRows, *, seed: int, window_rows: int = WINDOW_ROWS) -> None:
         self._rows, self._cache = rows, GroupCache(rows)
@@ -41,12 +42,8 @@ class RowReader:
         position, end = first_step * batch_rows, steps * batch_rows
         held: list[Batch] = []
         num_held = 0
-        for window in windows:
-            if position >= end:
-                return
-            if window.end <= position:
-                continue
-            shuffled = self._shuffled(window)
+        needed = [window for window in windows if window.end > position and window.start < end]
+        for window, shuffled in self._prefetched(needed):
             while position < min(window.end, end):
                 begin = position - window.start
                 taken = min(batch_rows - num_held, window.rows - begin)
@@ -83,6 +80,15 @@ class RowReader:
             for begin in range(0, count, EVALUATION_ROWS):
                 rows = slice(begin, begin + EVALUATION_ROWS)
                 yield Batch(chosen.matrix[rows], chosen.target[rows])
+
+    def _prefetched(self, windows: list[Window]) -> Iterator[tuple[Window, Batch]]:
+        """Yield the rows of each window. A thread reads the next window meanwhile, so two windows are in memory."""
+        with ThreadPoolExecutor(1, "rows") as thread:
+            coming = [thread.submit(self._shuffled, window) for window in windows[:1]]
+            for index, window in enumerate(windows):
+                shuffled = coming.pop().result()
+                coming = [thread.submit(self._shuffled, after) for after in windows[index + 1 : index + 2]]
+                yield window, shuffled
 
     def _shuffled(self, window: Window) -> Batch:
         groups = [self._cache.read(group).of(Part.fit) for group in window.groups]

@@ -41,7 +41,6 @@ def run_settings(config: PlatformConfig, family: str, parameters: Any, data_hash
     """Return everything that determines the model, by dotted name."""
     content = {name: value for name, value in to_json_values(asdict(config)).items() if name in _SETTINGS}
     content["model"] = to_json_values(asdict(parameters)) | {"family": family}
-    content["scaling"] = {"num_workers": config.scaling.num_workers}
     content["data"] = {"hash": data_hash}
     return _flat(content)
 

@@ -11,13 +11,12 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
-from cluster.errors import ConfigError
 from jobs.train.config import CheckpointConfig
 from jobs.train.network.engine import Parts, consolidated_weights, engine_state, load_engine_state
 from jobs.train.network.loop import LoopState, Rank, StepMetrics, random_states, set_random_states
@@ -33,6 +32,8 @@ from jobs.train.run.files import (
 
 DECIDE_STEPS = 8
 """After so many steps, rank 0 tells the other ranks whether a checkpoint is due by time."""
+ASK_S = 5.0
+"""Seconds between two questions to Ray whether a node of the run is drained. The question is a barrier."""
 UPLOAD_TIMEOUT_S = 600.0
 """Longest time in seconds that rank 0 waits for the uploads of the other ranks."""
 _POLL_S = 0.1
@@ -51,18 +52,29 @@ class Saver:
         *,
         report: Report = lambda metrics, is_epoch: None,
         warn: Callable[[str], None] = print,
+        ask_draining: Callable[[], bool] = lambda: False,
     ) -> None:
+        """Prepare the saver of one rank.
+
+        Args:
+            files: Files of the run.
+            config: When to save, and what to keep.
+            rank: Place of this process.
+            report: Gets the metrics on rank 0.
+            warn: Gets warnings on rank 0.
+            ask_draining: Returns whether a node of the run will end soon. All ranks call it together.
+        """
         self._files, self._config, self._rank = files, config, rank
-        self._report, self._warn = report, warn
-        self._saved_at = time.monotonic()
+        self._report, self._warn, self._ask_draining = report, warn, ask_draining
+        self._saved_at = self._asked_at = time.monotonic()
+        self._is_draining = False
         self._metrics: list[StepMetrics] = []
         self._upload = _Upload()
 
     def restore(self, engine: Any) -> LoopState | None:
         """Load the newest complete checkpoint.
 
-        Raises:
-            ConfigError: The checkpoint has another number of workers.
+        If it has another number of workers, the random generators keep the states that the seed gave them.
         """
         found: list[CheckpointName | None] = [None]
         checkpoint = None
@@ -76,15 +88,17 @@ class Saver:
             return None
         if checkpoint is None:
             checkpoint = read_checkpoint(self._files, found[0])
-        if checkpoint.workers != self._rank.workers:
-            raise ConfigError(
-                f"Run '{self._files.run}' has checkpoints of {checkpoint.workers} workers. Set "
-                f"scaling.num_workers={checkpoint.workers}."
-            )
-        own = pickle.loads(checkpoint.parts.pop(_rank_part(self._rank.rank)))  # noqa: S301 (it is authentic)
-        load_engine_state(engine, checkpoint.parts)
-        set_random_states(own["random"])
-        return LoopState(**own["state"])
+        ranks = [
+            pickle.loads(checkpoint.parts.pop(_rank_part(rank)))  # noqa: S301 (it is authentic)
+            for rank in range(checkpoint.workers)
+        ]
+        if checkpoint.workers == self._rank.workers:
+            own = ranks[self._rank.rank]
+            load_engine_state(engine, checkpoint.parts)
+            set_random_states(own["random"])
+            return LoopState(**own["state"])
+        load_engine_state(engine, checkpoint.parts, is_resharded=True)
+        return _divided(LoopState(**ranks[0]["state"]), [one["state"]["loss_sum"] for one in ranks])
 
     def after_step(self, engine: Any, state: LoopState) -> None:
         """Save a checkpoint if one is due."""
@@ -112,11 +126,18 @@ class Saver:
         steps, seconds = self._config.every_steps, self._config.every_s
         if steps is not None and state.step % steps == 0:
             return True
-        if seconds is None or state.step % DECIDE_STEPS:
+        if state.step % DECIDE_STEPS:
             return False
-        decision = [time.monotonic() - self._saved_at >= seconds]
-        torch.distributed.broadcast_object_list(decision, src=0)
-        return decision[0]
+        now = time.monotonic()
+        is_late = seconds is not None and now - self._saved_at >= seconds
+        decisions = [is_late, not self._is_draining and now - self._asked_at >= ASK_S]
+        torch.distributed.broadcast_object_list(decisions, src=0)
+        is_due, must_ask = decisions
+        if must_ask:
+            self._asked_at = now
+            self._is_draining = self._ask_draining()
+            is_due |= self._is_draining
+        return is_due
 
     def _save(self, engine: Any, state: LoopState, *, weights: dict[str, torch.Tensor] | None) -> None:
         self._upload.wait()
@@ -208,6 +229,11 @@ class NoCheckpoints:
 
     def log(self, metrics: StepMetrics) -> None:
         """Do nothing."""
+
+
+def _divided(state: LoopState, loss_sums: Sequence[float]) -> LoopState:
+    """Return the state for another number of workers. Each gets the mean of the sums of losses."""
+    return replace(state, loss_sum=sum(loss_sums) / len(loss_sums))
 
 
 def _rank_part(rank: int) -> str:

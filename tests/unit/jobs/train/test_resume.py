@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.security.keys.access import KeyAccess
@@ -65,6 +66,10 @@ class Results:
     """A fit for each ZeRO stage, then two of the frozen network."""
     unbroken: dict[str, Any]
     continued: dict[str, Any]
+    resharded: list[dict[str, Any]]
+    """For ZeRO 0 to 3: a run of two workers, then one, then two, without dropout."""
+    other_stages: list[tuple[dict[str, Any], dict[str, Any]]]
+    """An unbroken and a continued run of ZeRO stage 0, then of stage 3."""
     folder: Path
     files: RunFiles
     """Files of the continued run."""
@@ -87,7 +92,24 @@ def results(tmp_path_factory: pytest.TempPathFactory, access: KeyAccess) -> Resu
     ]
     with_dropout = loop(row_file, dropout=0.3, zero_stage=2)
     first, second = (run_files(str(folder), model="m", run=run, access=access) for run in ("a", "b"))
-    alone = run_group([Curve(stages[0]), Curve(frozen[0])], workers=1)
+    others: list[SavedRun] = []
+    for stage in (0, 3):
+        config = loop(row_file, dropout=0.3, zero_stage=stage)
+        for run, stopped_at in (("a", None), ("b", 13), ("b", None)):
+            files = run_files(str(folder), model="m", run=f"{run}{stage}", access=access)
+            others.append(SavedRun(config, files, EVERY_5, stopped_at=stopped_at))
+
+    def resharded(stopped_at: int | None) -> list[SavedRun]:
+        return [
+            SavedRun(
+                config,
+                run_files(str(folder), model="m", run=f"r{config.deepspeed.zero_stage}", access=access),
+                EVERY_5,
+                stopped_at=stopped_at,
+            )
+            for config in stages
+        ]
+
     together = run_group(
         [
             *(Curve(one) for one in [*stages, *frozen]),
@@ -96,14 +118,20 @@ def results(tmp_path_factory: pytest.TempPathFactory, access: KeyAccess) -> Resu
             SavedRun(with_dropout, second, EVERY_5, stopped_at=37),
             HalfWritten(second),
             SavedRun(with_dropout, second, EVERY_5),
+            *others,
+            *resharded(13),
         ],
         workers=2,
     )
+    alone = run_group([Curve(stages[0]), Curve(frozen[0]), *resharded(37)], workers=1)
+    ends = run_group(resharded(None), workers=2)
     return Results(
-        alone=alone,
+        alone=alone[:2],
         together=together[:6],
         unbroken=together[6],
         continued=together[10],
+        resharded=ends,
+        other_stages=[(together[11], together[13]), (together[14], together[16])],
         folder=folder,
         files=second,
     )
@@ -130,6 +158,19 @@ def test_a_stopped_run_ends_with_the_weights_of_an_unbroken_one(results: Results
     assert results.continued["continued_at"] == (1, 15)
     assert results.continued["losses"] == results.unbroken["losses"][1:]
     assert equal(results.continued["weights"], results.unbroken["weights"])
+    for unbroken, continued in results.other_stages:
+        assert continued["continued_at"] == (0, 10)
+        assert continued["losses"] == unbroken["losses"]
+        assert equal(continued["weights"], unbroken["weights"])
+
+
+def test_a_run_continues_with_another_number_of_workers(results: Results) -> None:
+    """Two workers, then one, then two: the loss of the last epoch is that of a run that kept two workers."""
+    for curve, end in zip(results.together[:4], results.resharded, strict=True):
+        assert end["continued_at"] == (1, 15)
+        assert end["losses"][-1]["training_loss"] == pytest.approx(np.mean(curve["losses"][33:]), abs=1e-5)
+        for name, weights in curve["weights"].items():
+            assert weights == pytest.approx(end["weights"][name], abs=1e-4)
 
 
 def test_checkpoints_are_encrypted_and_old_ones_are_removed(results: Results) -> None:

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.errors import ConfigError
 from cluster.ledger import Ledger
 from cluster.ledger.events import ModelRegistered
 from cluster.registry import Lineage
 from cluster.security.keys.access import KeyAccess
-from jobs.train.config import TrainAction, TrainConfig
+from jobs.train.config import CheckpointConfig, TrainAction, TrainConfig
 from jobs.train.lightgbm import Parameters
+from jobs.train.network.loop import LoopState, Rank
 from jobs.train.run.compare import comparison_plot, comparison_table, read_run
 from jobs.train.run.files import run_files
 from jobs.train.run.identity import (
@@ -29,6 +31,7 @@ from jobs.train.run.identity import (
     record_started,
     run_settings,
 )
+from jobs.train.run.saver import DECIDE_STEPS, Saver
 
 OWNER: dict[str, str] = {"model": "m", "run": "a"}
 
@@ -100,6 +103,27 @@ def test_a_run_needs_its_options() -> None:
     with pytest.raises(ValueError, match="label is missing"):
         TrainConfig(name="m", training_set="t")
     assert new_run_id() != new_run_id()
+
+
+def test_a_notice_that_a_node_ends_leads_to_one_checkpoint(
+    tmp_path: Path, access: KeyAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray is asked every few seconds, and not any more after the notice."""
+    monkeypatch.setattr("jobs.train.run.saver.ASK_S", 0.0)
+    answers = [False, True]
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        saver = Saver(
+            run_files(str(tmp_path), model="m", run="a", access=access),
+            CheckpointConfig(every_s=None, every_steps=100),
+            Rank(),
+            ask_draining=lambda: answers.pop(0),
+        )
+        due = [step for step in range(1, 101) if saver._is_due(LoopState(step=step))]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert due == [2 * DECIDE_STEPS, 100]
 
 
 def test_two_runs_are_compared(ledger: Ledger, tmp_path: Path, access: KeyAccess) -> None:
