@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed$(if $(filter gpu,$(TORCH)),-gpu)
 PACKAGES := cluster feature_jobs jobs serve_apps
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-nodes down test integration failures image image-test unit unit-ground unit-features unit-engines unit-serving chaos chaos-nodes chaos-pipeline soak lint format bench lock audit coverage clean
+.PHONY: help install demo demo-nodes down test integration failures image image-test unit unit-ground unit-features unit-engines unit-serving chaos chaos-nodes chaos-pipeline soak gpu lint format bench lock audit coverage clean
 
 help:
 	@echo "make demo    install, start a local cluster, run the whole loop, write .falaj/demo/report.html"
@@ -25,6 +25,7 @@ help:
 	@echo "make audit   known vulnerabilities of the locked packages       make coverage   lines that unit tests run"
 	@echo "make image   the container image localhost/falaj, built with buildah as root; BASE=<image>, TAG=<name>"
 	@echo "make image-test    build the image, run it with runc, call it from another network namespace; takes minutes"
+	@echo "make gpu     measure a GPU: steps of a 350M decoder, memory, and ONNX on CUDA; at most eight minutes"
 	@echo "make soak    ten minutes of requests; no request may fail, no process may grow"
 
 install: $(STAMP)
@@ -102,6 +103,10 @@ chaos-pipeline: $(STAMP)
 
 soak: $(STAMP)
 	@$(BIN)/python tests/soak.py
+
+# Not a part of `make test`, because it needs a GPU. Without one it says so, and measures nothing.
+gpu: $(STAMP)
+	@$(BIN)/python tests/gpu/run.py
 
 # buildah needs no daemon, and mmdebstrap makes the base image from Debian's packages, so no registry is needed.
 image:

@@ -30,7 +30,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cluster.command_line import given_names, is_table, option_names, quote_texts
-from cluster.errors import ConfigError, RefusedError, did_you_mean, refusal_behind, suggest_name
+from cluster.errors import (
+    ConfigError,
+    RefusedError,
+    TrainingFailed,
+    did_you_mean,
+    refusal_behind,
+    suggest_name,
+)
 from cluster.host.this_node import forget_node
 from cluster.session import use_recorded_places
 from cluster.settings import PlatformConfig
@@ -123,6 +130,9 @@ class Command(Generic[C]):
         except Exception as error:
             # Ray wraps a worker's refusal in its own error, whose message is a traceback.
             refusal = refusal_behind(error)
+            if isinstance(refusal, TrainingFailed):
+                print(f"failed: {' '.join(str(refusal).split())}", file=sys.stderr, flush=True)
+                sys.exit(1)
             if not isinstance(refusal, RefusedError):
                 raise
             refuse(refusal)

@@ -17,7 +17,6 @@
     │   │   └── CommitConflict        another job committed to the table at the same time; nothing was stored
     │   ├── BatchRejected             too many bad rows, or a failed batch rule: nothing was stored
     │   ├── TrainingSetError
-    │   ├── TrainingFailed            training gave no usable model: the loss is NaN, or no trial of a sweep finished
     │   ├── SkewFound                 a served feature differs from the offline value
     │   ├── ModelNotFound
     │   ├── ArtifactTampered          a file differs from the registered one
@@ -32,6 +31,8 @@
     │   ├── Unauthenticated           HTTP 401
     │   │   └── KeysUnknown           the issuer has never answered, so its keys are unknown
     │   └── AccessDenied              HTTP 403
+    ├── TrainingFailed                training gave no usable model: the loss is NaN, memory was too small, or no trial
+    │                                 of a sweep finished: exit code 1, one line
     ├── ModelFailed                   a model gave no usable score: HTTP 503
     ├── KeyStoreUnavailable           the broker is down: exit code 1
     ├── OnlineStoreUnavailable        the store is unreachable or full: exit code 1, HTTP 503
@@ -125,7 +126,7 @@ class TrainingSetError(RefusedError):
     """A training set cannot be built or used."""
 
 
-class TrainingFailed(RefusedError):
+class TrainingFailed(FalajError):
     """Training gave no usable model."""
 
 
@@ -206,13 +207,13 @@ class Inconsistent(FalajError):
 
 
 def refusal_behind(error: BaseException) -> BaseException:
-    """Return the `RefusedError` of a worker that a Ray error contains, or the error itself if it contains none."""
+    """Return the `RefusedError` or `TrainingFailed` of a worker that a Ray error contains, or the error itself."""
     queue: list[BaseException] = [error]
     while queue:
         current = queue.pop(0)
         # Ray's wrapper is also an instance of the class that it wraps; its message is a traceback.
         wrapped = getattr(current, "cause", None)
-        if isinstance(current, RefusedError) and wrapped is None:
+        if isinstance(current, RefusedError | TrainingFailed) and wrapped is None:
             return current
         failures = getattr(current, "worker_failures", None)  # Ray Train: maps rank to error
         causes = [wrapped, current.__cause__, *(failures.values() if isinstance(failures, dict) else ())]

@@ -313,13 +313,25 @@ def sha256(uri: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_parquet(table: pa.Table, uri: str) -> int:
-    """Write a table as one Parquet file, atomically, and return the file's size in bytes."""
+def write_parquet(table: pa.Table, uri: str, *, row_group_rows: int | None = None) -> int:
+    """Write a table as one Parquet file, atomically, and return the file's size in bytes.
+
+    Args:
+        table: Rows to write.
+        uri: Path or URI of the file.
+        row_group_rows: Largest number of rows of a row group; Arrow's default is 2^20.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", use_dictionary=dictionary_columns(table.schema))
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=dictionary_columns(table.schema),
+        row_group_size=row_group_rows,
+    )
     data = sink.getvalue()
     write_bytes(uri, data)
     return int(data.size)

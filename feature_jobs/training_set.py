@@ -54,6 +54,8 @@ from feature_jobs.store.types.schema import EVENT
 from feature_jobs.view_tables import view_snapshot
 
 TASK_ROWS = 3_000_000
+ROW_GROUP_ROWS = 65_536
+"""Rows of a row group. Training reads a training set row group by row group."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -290,9 +292,11 @@ def write_training_set(
     """Write the rows. They are encrypted only if the path is below the storage root."""
     place = training_set_aad(output, places)
     if place is not None:
-        protected_files(access).write(table, output, training_set_protection(spec), place=place)
+        protected_files(access).write(
+            table, output, training_set_protection(spec), place=place, row_group_rows=ROW_GROUP_ROWS
+        )
     else:
-        write_parquet(table, output)
+        write_parquet(table, output, row_group_rows=ROW_GROUP_ROWS)
 
 
 def manifest_path(output: str) -> str:

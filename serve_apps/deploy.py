@@ -21,6 +21,7 @@ from cluster.errors import FalajError, RefusedError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ModelDeployed, ServingRestored
 from cluster.registry import CHAMPION, ModelVersion, Registry
+from cluster.runtime.loader import require_rows
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.keys.access import key_store
@@ -155,8 +156,9 @@ def deploy(
 
     Raises:
         AccessDenied: the actor may not deploy the version.
-        RefusedError: the version is retired.
+        RefusedError: the version is retired, or a language model.
     """
+    require_rows(version)
     actor.check(Action.deploy, version.resource(region=config.cluster.region))
     registry = Registry(ledger, layout(config.storage))
     require_not_retired(ledger, registry, version)

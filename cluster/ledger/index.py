@@ -81,6 +81,8 @@ KEYS: dict[str, tuple[Key, ...]] = {
     "PredictionsCompacted": (Key(("model", "table_version")),),
     "QuarantineReplayed": (Key(("replay_id",)),),
     "RowsRemoved": (Key(("view", "table_version")),),
+    "RunFinished": (Key(("model", "run")),),
+    "RunStarted": (Key(("model", "run")), Key(("run",))),
     "ScheduleApplied": (Key(("schedule",)),),
     "ScheduleStateChanged": (Key(("schedule",)),),
     "ScheduledRunDue": (

@@ -12,6 +12,7 @@ from cluster.registry import ModelVersion
 from cluster.runtime.device_choice import CPU, LOG, Hardware, Runner, choose_runner
 from cluster.runtime.model import Engine, Model
 from cluster.runtime.signature import (
+    LANGUAGE_MODEL,
     LIGHTGBM_FILE,
     NETWORK_FILE,
     ONNX_FILE,
@@ -28,6 +29,19 @@ ReadFile = Callable[[str], bytes]
 ONE_CPU = Hardware()
 
 
+def require_rows(version: ModelVersion) -> None:
+    """Require that a version predicts from a table's rows.
+
+    Raises:
+        RefusedError: The version is a language model.
+    """
+    if version.task == LANGUAGE_MODEL:
+        raise RefusedError(
+            f"{version.name} version {version.version} is a language model (family {version.family}). Such versions "
+            "are only trained and registered: they cannot be deployed, and no command scores rows with them."
+        )
+
+
 def load_model(version: ModelVersion, store: KeyStore, *, hardware: Hardware = ONE_CPU) -> Model:
     """Load a registered version.
 
@@ -39,8 +53,9 @@ def load_model(version: ModelVersion, store: KeyStore, *, hardware: Hardware = O
     Raises:
         ArtifactTampered: A file differs from the registered one.
         AccessDenied, KeyRevoked: The key store refuses the key.
-        RefusedError: The files are the registered ones, but not a valid model.
+        RefusedError: The files are the registered ones, but not a valid model, or a language model.
     """
+    require_rows(version)
     verify_files(version.uri, version.manifest_hash)
     return _load(version.files, lambda name: read_file(version, name, store), hardware)
 
@@ -67,8 +82,9 @@ def load_signature(version: ModelVersion, store: KeyStore) -> ModelSignature:
 
     Raises:
         ArtifactTampered, AccessDenied, KeyRevoked: See `read_file`.
-        RefusedError: The file is not a signature.
+        RefusedError: The file is not a signature, or the version is a language model.
     """
+    require_rows(version)
     return parse_signature(read_file(version, SIGNATURE_FILE, store))
 
 

@@ -20,7 +20,7 @@ from cluster.registry import ModelVersion
 from cluster.runtime import Precision, open_model, parse_signature
 from cluster.runtime.device_choice import Hardware
 from cluster.runtime.encoding import Matrix
-from cluster.runtime.loader import read_file
+from cluster.runtime.loader import read_file, require_rows
 from cluster.runtime.predictions import Scores
 from cluster.runtime.signature import ONNX_FILE, SIGNATURE_FILE
 from cluster.security.authorization.policy import Resource
@@ -91,7 +91,9 @@ def find_source(ledger: Ledger, version: ModelVersion) -> Source:
 
     Raises:
         DefinitionsDiffer: The version's feature service was never applied here.
+        RefusedError: The version is a language model.
     """
+    require_rows(version)
     return Source(ledger=ledger, version=version, applied=definition_entries(ledger, version.lineage))
 
 

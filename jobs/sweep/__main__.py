@@ -30,24 +30,21 @@ from cluster.ledger.events import SweepFinished
 from cluster.placement import find_nodes, here
 from cluster.security.acting import create_actor
 from cluster.security.authorization.policy import Action, Resource
-from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.run_files import RunFolder, run_folder
 from cluster.session import attach, require_running_cluster
 from cluster.storage import layout, replace_non_finite, resolve, write_json
 from jobs.sweep.config import SweepConfig
 from jobs.sweep.results import Trial, best_trial, trial_from_result
-from jobs.train.data import Dataset, read_training_set
+from jobs.train.data import open_training_set
 from jobs.train.describe import prepare_and_describe
-from jobs.train.families import FitContext, resolve_family
+from jobs.train.families import FitContext, ResolvedFamily, resolve_family
+from jobs.train.network.fit import build_trainer, prepare_fit, run_trainer
+from jobs.train.network.loop import METRIC
+from jobs.train.network.worker import fit_alone
+from jobs.train.rows.encoded import Part
+from jobs.train.rows.training_data import TrainingData
 from jobs.train.split import resolve_split
-from jobs.train.tabular_network.family import (
-    Parameters,
-    build_trainer,
-    loop_config,
-    prepare_fit,
-    run_trainer,
-)
-from jobs.train.tabular_network.loop import METRIC, fit_alone
+from jobs.train.tabular_network.family import Parameters
 
 TRIAL_CPUS = 0.5
 """Logical CPUs that a trial's own process reserves while its workers train."""
@@ -65,14 +62,14 @@ def main(config: SweepConfig) -> dict[str, Any]:
     ledger = open_ledger(config)
     actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="jobs.sweep")
     actor.check(Action.train_model, Resource(kind="model", name=config.name, region=config.cluster.region))
-    source = read_training_set(
-        config.training_set, protected_files(actor.access), places=layout(config.storage), ledger=ledger
+    source = open_training_set(
+        config.training_set, actor.access, places=layout(config.storage), ledger=ledger
     )
     config = replace(config, split=resolve_split(config.split, source))
     prepared = prepare_and_describe(config, source)
-    dataset = limit_fit_rows(prepared.dataset, config.sweep.rows, seed=config.seed)
+    data = limit_fit_rows(prepared.data, config.sweep.rows, seed=config.seed)
     attach(config)
-    trials = run_trials(config, dataset, family.parameters)
+    trials = run_trials(config, data, family)
     best = best_trial(trials)
     finished = [trial for trial in trials if trial.cause is None]
     results = [replace_non_finite(asdict(trial)) for trial in trials]
@@ -95,12 +92,12 @@ def main(config: SweepConfig) -> dict[str, Any]:
     return output
 
 
-def run_trials(config: SweepConfig, dataset: Dataset, parameters: Parameters) -> list[Trial]:
+def run_trials(config: SweepConfig, data: TrainingData, family: ResolvedFamily) -> list[Trial]:
     """Run all trials and return their results."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     concurrent = concurrent_trials(config, available=resources.get("CPU", 0))
     print(
-        f"{config.sweep.trials} trials, {concurrent} at once, each with {int(dataset.fit.sum())} rows to fit on "
+        f"{config.sweep.trials} trials, {concurrent} at once, each with {int(data.fit.sum())} rows to fit on "
         f"(sweep.epochs={config.sweep.epochs})",
         flush=True,
     )
@@ -109,13 +106,13 @@ def run_trials(config: SweepConfig, dataset: Dataset, parameters: Parameters) ->
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with run_folder(layout(config.storage), for_all_nodes=this_node() is not None) as runs:
-        grid = build_tuner(config, dataset, parameters, runs=runs, concurrent=concurrent).fit()
+        grid = build_tuner(config, data, family, runs=runs, concurrent=concurrent).fit()
     deadline_s = config.sweep.trial_deadline_s
     return [trial_from_result(grid[number], deadline_s=deadline_s) for number in range(len(grid))]
 
 
 def build_tuner(
-    config: SweepConfig, dataset: Dataset, parameters: Parameters, *, runs: RunFolder, concurrent: int
+    config: SweepConfig, data: TrainingData, family: ResolvedFamily, *, runs: RunFolder, concurrent: int
 ) -> tune.Tuner:
     """Return the tuner of a sweep with `concurrent` parallel trials. `runs` is for temporary files."""
     sweep = config.sweep
@@ -137,8 +134,8 @@ def build_tuner(
             "learning_rate": tune.loguniform(*sweep.learning_rate),
             "width": tune.choice(list(sweep.width)),
             "fixed": {
-                "dataset": ray.put(dataset),
-                "parameters": asdict(parameters) | {"epochs": sweep.epochs},
+                "data": ray.put(data),
+                "model": config.model | {"epochs": sweep.epochs},
                 "num_workers": sweep.num_workers,
                 "context": context,
             },
@@ -185,12 +182,12 @@ def run_trial(settings: dict[str, Any]) -> None:
     """Run one trial: fit a network for a few epochs, and report its metrics to Tune."""
     fixed = settings["fixed"]
     searched = {name: settings[name] for name in ("learning_rate", "width")}
-    parameters = Parameters(**(fixed["parameters"] | searched))
-    dataset: Dataset = ray.get(fixed["dataset"])
+    family = resolve_family(fixed["model"] | searched)
+    data: TrainingData = ray.get(fixed["data"])
     context: FitContext = replace(fixed["context"], run_name=f"trial-{tune.get_context().get_trial_id()}")
-    network_fit = prepare_fit(dataset, parameters, context)
+    network_fit = prepare_fit(data, family, context, num_workers=fixed["num_workers"])
     if not fixed["num_workers"]:
-        fit_alone(loop_config(network_fit), report=tune.report)
+        fit_alone(network_fit.loop_config(), report=tune.report)
         return
     callbacks = [TuneReportCallback()]  # type: ignore[no-untyped-call]
     run_trainer(build_trainer(network_fit, num_workers=fixed["num_workers"], callbacks=callbacks))
@@ -220,14 +217,15 @@ def concurrent_trials(config: SweepConfig, *, available: float) -> int:
     return min(config.sweep.concurrent_trials, int(available // needed))
 
 
-def limit_fit_rows(dataset: Dataset, max_rows: int, *, seed: int) -> Dataset:
-    """Return the dataset with at most `max_rows` rows to fit on. The seed decides which rows."""
-    positions = np.flatnonzero(dataset.fit)
+def limit_fit_rows(data: TrainingData, max_rows: int, *, seed: int) -> TrainingData:
+    """Return the data with at most `max_rows` rows to fit on. The seed decides which rows."""
+    positions = np.flatnonzero(data.fit)
     if len(positions) <= max_rows:
-        return dataset
-    fit = np.zeros_like(dataset.fit)
-    fit[np.random.default_rng(seed).choice(positions, max_rows, replace=False)] = True
-    return replace(dataset, fit=fit)
+        return data
+    parts = data.parts.copy()
+    parts[positions] = Part.unused
+    parts[np.random.default_rng(seed).choice(positions, max_rows, replace=False)] = Part.fit
+    return data.with_parts(parts)
 
 
 if __name__ == "__main__":

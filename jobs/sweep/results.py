@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import RefusedError, TrainingFailed, refusal_behind
-from jobs.train.tabular_network.loop import METRIC
+from jobs.train.network.loop import METRIC
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +63,7 @@ def error_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(original).splitlines() if line.strip()]
     if not lines:
         return type(original).__name__
-    return lines[0] if isinstance(original, RefusedError) else lines[-1]
+    return lines[0] if isinstance(original, RefusedError | TrainingFailed) else lines[-1]
 
 
 def best_trial(trials: list[Trial]) -> Trial:

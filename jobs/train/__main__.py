@@ -1,47 +1,65 @@
-"""`python -m jobs.train model=lightgbm name=m training_set=t.parquet label=y`: fit, evaluate and register a version."""
+"""`python -m jobs.train model=lightgbm name=m training_set=t.parquet label=y`: fit, evaluate and register a version.
+
+Each training is a run. `run=<id>` continues the run with this id from its last checkpoint, or prints the version that
+the run has registered. Without `run`, the job makes an id and prints it.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cluster.artifact import model_key
 from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, RefusedError, TrainingFailed
 from cluster.host.this_node import this_node
 from cluster.ledger import Ledger, open_ledger
 from cluster.placement import find_nodes
 from cluster.registry import Lineage, ModelVersion, Registry
-from cluster.runtime import ModelSignature, Precision, Predictions, open_model
-from cluster.runtime.device_choice import Hardware
-from cluster.runtime.predictions import check_scores
-from cluster.runtime.signature import SIGNATURE_FILE
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
-from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.run_files import RunFolder, run_folder
 from cluster.security.encryption.scratch import memory_folder, scratch_directory
 from cluster.security.keys.access import key_store
 from cluster.session import attach, require_running_cluster
-from cluster.storage import exists, json_text, layout, local, read_bytes, resolve, write_json
-from jobs.metrics import headline, score
-from jobs.train.config import TrainConfig
-from jobs.train.data import Dataset, read_training_set
-from jobs.train.describe import prepare_and_describe, print_warnings
+from cluster.storage import exists, json_text, layout, local, read_bytes, resolve, write_bytes, write_json
+from jobs.metrics import headline
+from jobs.train.config import TrainAction, TrainConfig
+from jobs.train.data import TrainingSet, load_dataset, open_training_set
+from jobs.train.describe import Prepared, prepare_and_describe, print_warnings
 from jobs.train.families import FitContext, ResolvedFamily, resolve_family
 from jobs.train.lineage import build_lineage, to_json_values
+from jobs.train.rows.training_data import TrainingData
+from jobs.train.run.compare import comparison_plot, comparison_table, read_run
+from jobs.train.run.evaluation import evaluate_held_out, requested_precision
+from jobs.train.run.files import RunFiles, run_files
+from jobs.train.run.identity import (
+    check_settings,
+    find_finished,
+    new_run_id,
+    record_failed,
+    record_finished,
+    record_started,
+    run_settings,
+)
 from jobs.train.split import resolve_split
+
+MEMORY_LIMIT_BYTES = 2**31
+"""A family with `fit` gets all rows in memory. If they need more than this, it is refused."""
 
 
 @job("train", TrainConfig, timed=True)
-def main(config: TrainConfig) -> dict[str, Any]:
-    """Train one version and register it."""
+def main(config: TrainConfig) -> dict[str, Any] | None:
+    """Train one version and register it, or compare two runs."""
+    if config.action is TrainAction.compare:
+        compare(config)
+        return None
     family = resolve_family(model_with_best_parameters(config))
     if family.name == "lightgbm":
         refuse_unused(("deepspeed",), by="model=lightgbm")
@@ -50,34 +68,111 @@ def main(config: TrainConfig) -> dict[str, Any]:
     model = Resource(kind="model", name=config.name, region=config.cluster.region)
     actor.check(Action.train_model, model)
     actor.check(Action.register_model, model)
-    source = read_training_set(
-        config.training_set, protected_files(actor.access), places=layout(config.storage), ledger=ledger
+    source = open_training_set(
+        config.training_set, actor.access, places=layout(config.storage), ledger=ledger
     )
-    config = replace(config, split=resolve_split(config.split, source))
-    dataset, data_warnings = prepare_and_describe(config, source, threshold=config.threshold)
+    run = config.run or new_run_id()
+    config = replace(config, split=resolve_split(config.split, source), run=run)
+    settings = run_settings(config, family.name, family.parameters, source.hash)
+    is_continued = check_settings(ledger, model=config.name, run=run, settings=settings)
+    finished = find_finished(ledger, model=config.name, run=run)
+    if finished is not None:
+        record_finished(ledger, model=config.name, run=run, result=finished, actor=actor.name)
+        remove_state(files_of_run(config, actor))
+        return describe_finished(config, family, ledger, finished.version)
+    prepared = prepare_and_describe(config, source, threshold=config.threshold)
+    record_started(
+        ledger, model=config.name, run=run, family=family.name, settings=settings, actor=actor.name
+    )
+    print(f"run {run} {'continues' if is_continued else 'starts'}", flush=True)
+    try:
+        version = train(config, family, source, prepared, ledger, actor)
+    except (RefusedError, TrainingFailed) as error:
+        record_failed(ledger, model=config.name, run=run, reason=type(error).__name__, actor=actor.name)
+        raise
+    result = find_finished(ledger, model=config.name, run=run)
+    assert result is not None
+    record_finished(ledger, model=config.name, run=run, result=result, actor=actor.name)
+    print(f"registered {version.name} version {version.version} {headline(config.task, version.metrics)}")
+    return write_output(config, version)
+
+
+def compare(config: TrainConfig) -> None:
+    """Print two runs side by side, and write their plot to the configured file."""
+    ledger = open_ledger(config)
+    actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="jobs.train")
+    root = layout(config.storage).root
+    runs = [read_run(ledger, run, root=root, access=actor.access) for run in config.runs]
+    print("\n".join(comparison_table(runs)))
+    if config.output is not None:
+        write_bytes(resolve(config.output), comparison_plot(runs).encode())
+
+
+def train(
+    config: TrainConfig,
+    family: ResolvedFamily,
+    source: TrainingSet,
+    prepared: Prepared,
+    ledger: Ledger,
+    actor: Actor,
+) -> ModelVersion:
+    """Fit, evaluate and register a version."""
     attach(config)
     places = layout(config.storage)
+    key_store(actor.access).ensure(model_key(config.name))
+    files = files_of_run(config, actor)
     # The model folder is in memory if there is room, because the model's files are not encrypted before the model is
     # registered.
     with (
-        run_folder(places, for_all_nodes=family.runs_anywhere and this_node() is not None) as checkpoints,
+        run_folder(places, for_all_nodes=family.runs_anywhere and this_node() is not None) as ray_files,
         scratch_directory(memory_folder(otherwise=local(places.runs))) as folder,
     ):
-        fit(config, family, dataset, folder=folder, checkpoints=checkpoints)
+        fit(config, family, prepared.data, folder=folder, files=files, ray_files=ray_files)
         lineage = build_lineage(config, source, family.parameters)
-        result = evaluate_held_out(folder, dataset, requested_precision(family.parameters))
+        result = evaluate_held_out(folder, prepared.data, requested_precision(family.parameters))
         print_warnings(result.warnings)
         write_model_files(folder, lineage, result.metrics)
-        warnings = [*data_warnings, *result.warnings]
+        warnings = [*prepared.warnings, *result.warnings]
         trained = TrainedModel(family.name, folder, lineage, result.metrics, warnings)
         version = register(config, trained, ledger, actor)
-    print(f"registered {version.name} version {version.version} {headline(config.task, result.metrics)}")
+    remove_state(files)
+    return version
+
+
+def files_of_run(config: TrainConfig, actor: Actor) -> RunFiles:
+    """Return the files of the run."""
+    assert config.run is not None
+    root = layout(config.storage).root
+    return run_files(root, model=config.name, run=config.run, access=actor.access)
+
+
+def remove_state(files: RunFiles) -> None:
+    """Remove the checkpoints of a finished run. Its metrics stay."""
+    files.remove("checkpoints")
+    files.remove("best")
+
+
+def describe_finished(
+    config: TrainConfig, family: ResolvedFamily, ledger: Ledger, number: int
+) -> dict[str, Any]:
+    """Print and return the version that a finished run has registered."""
+    version = Registry(ledger, layout(config.storage)).get(config.name, number)
+    print(
+        f"run {config.run} is finished: {version.name} version {version.version} "
+        f"{headline(config.task, version.metrics)}"
+    )
+    return write_output(config, version)
+
+
+def write_output(config: TrainConfig, version: ModelVersion) -> dict[str, Any]:
+    """Return the command's result, and write it to the configured file."""
     output = {
         "name": version.name,
         "version": version.version,
-        "family": family.name,
-        "metrics": result.metrics,
-        "warnings": warnings,
+        "family": version.family,
+        "metrics": version.metrics,
+        "warnings": version.warnings,
+        "run": config.run,
     }
     if config.output is not None:
         write_json(resolve(config.output), output)
@@ -85,28 +180,69 @@ def main(config: TrainConfig) -> dict[str, Any]:
 
 
 def fit(
-    config: TrainConfig, family: ResolvedFamily, dataset: Dataset, *, folder: Path, checkpoints: RunFolder
+    config: TrainConfig,
+    family: ResolvedFamily,
+    data: TrainingData,
+    *,
+    folder: Path,
+    files: RunFiles,
+    ray_files: RunFolder,
 ) -> None:
-    """Fit the model and write its files into `folder`."""
+    """Fit the model and write its files into `folder`.
+
+    Args:
+        config: Configuration of the run.
+        family: Family of the model.
+        data: The training set.
+        folder: Folder for the model's files.
+        files: Files of the run, for its checkpoints.
+        ray_files: Folder for Ray Train's own files.
+    """
     context = FitContext(
         folder=folder,
-        runs=checkpoints.path,
-        file_system=checkpoints.file_system,
+        runs=ray_files.path,
+        file_system=ray_files.file_system,
         seed=config.seed,
         scaling=config.scaling,
         deepspeed=config.deepspeed,
-        run_name=f"{config.name}-{family.name}-{int(time.time())}",
-        selector=find_nodes(config.placement, on_this_node=why_on_this_node(family, checkpoints)),
+        checkpoint=config.checkpoint,
+        run_name=f"{config.name}-{family.name}-{config.run}",
+        selector=find_nodes(config.placement, on_this_node=why_on_this_node(family, ray_files)),
+        files=files,
     )
-    fitted = permute_labels(dataset, seed=config.seed) if config.label_permutation else dataset
-    family.module.fit(fitted, family.parameters, context)
+    if config.label_permutation:
+        data = data.with_target(np.random.default_rng(config.seed).permutation(data.target))
+    if family.is_network:
+        from jobs.train.network.fit import fit_network  # imports torch and Ray Train
+
+        fit_network(data, family, context)
+    elif hasattr(family.module, "fit_rows"):
+        family.module.fit_rows(data, family.parameters, context)
+    else:
+        require_room(data)
+        family.module.fit(load_dataset(data.rows), family.parameters, context)
+
+
+def require_room(data: TrainingData) -> None:
+    """Require that all rows fit into memory, for a family with `fit`.
+
+    Raises:
+        ConfigError: They need more than `MEMORY_LIMIT_BYTES`.
+    """
+    num_bytes = 4 * len(data.parts) * data.signature.width
+    if num_bytes > MEMORY_LIMIT_BYTES:
+        raise ConfigError(
+            f"All rows need {num_bytes / 2**30:.1f} GiB, and a family with `fit` gets at most "
+            f"{MEMORY_LIMIT_BYTES / 2**30:.0f} GiB in memory. Write `build` and `loss` instead; see "
+            "jobs/train/network/protocol.py."
+        )
 
 
 def why_on_this_node(family: ResolvedFamily, checkpoints: RunFolder) -> str | None:
     """Return why only this node can fit the family; None if other nodes can."""
     if not family.runs_anywhere:
         return "a family of your own may use this node's disk"
-    if family.name != "lightgbm" and checkpoints.file_system is None:  # LightGBM writes no checkpoints
+    if family.name != "lightgbm" and checkpoints.file_system is None:  # LightGBM's task returns its trees
         return "its checkpoints are on this node's disk"
     return None
 
@@ -161,67 +297,6 @@ def model_with_best_parameters(config: TrainConfig) -> dict[str, Any]:
     if not isinstance(best, dict):
         raise ConfigError(f"params_from={uri} has no 'best' parameters; it must be the output of a sweep.")
     return config.model | best
-
-
-def permute_labels(dataset: Dataset, *, seed: int) -> Dataset:
-    """Return the same rows with shuffled labels."""
-    return replace(dataset, target=np.random.default_rng(seed).permutation(dataset.target))
-
-
-class HeldOutResult(NamedTuple):
-    """Metrics and warnings of a model on the held-out rows."""
-
-    metrics: dict[str, Any]
-    warnings: list[str]
-
-
-def evaluate_held_out(folder: Path, dataset: Dataset, precision: Precision) -> HeldOutResult:
-    """Write the model's signature into the model folder, and evaluate the model on the held-out rows.
-
-    With the precision int8, the model is quantised and the int8 model is evaluated. The metrics then also have
-    `quantised_from`: the metrics of the float32 model, and how far the scores of both models differ.
-
-    Raises:
-        ConfigError: The model cannot be quantised to int8.
-    """
-    float32 = predict_held_out(folder, dataset, dataset.signature)
-    target = dataset.target[dataset.held_out]
-    metrics = score(float32, target)
-    is_constant = len(float32.scores) > 1 and bool((float32.scores == float32.scores[0]).all())
-    warnings = ["the model gives all held-out rows the same score: it learned nothing"] if is_constant else []
-    if precision is Precision.float32:
-        return HeldOutResult(metrics, warnings)
-    from jobs.train.quantise import quantisation_cost, quantise  # imports ONNX and ONNX Runtime
-
-    quantise(folder)
-    int8 = predict_held_out(folder, dataset, replace(dataset.signature, precision=precision))
-    cost = quantisation_cost(float32, int8, metrics)
-    return HeldOutResult(score(int8, target) | {"quantised_from": cost}, warnings)
-
-
-def predict_held_out(folder: Path, dataset: Dataset, signature: ModelSignature) -> Predictions:
-    """Write the signature into the model folder, load the model and predict the held-out rows.
-
-    Raises:
-        RefusedError: The files are no valid model, or the scores do not fit the task.
-    """
-    (folder / SIGNATURE_FILE).write_text(signature.to_json())
-    model = open_model(folder, hardware=Hardware(num_threads=2))
-    predictions = model.predict_matrix(dataset.matrix[dataset.held_out])
-    check_scores(predictions)
-    return predictions
-
-
-def requested_precision(parameters: Any) -> Precision:
-    """Return the precision to register the model with. It is float32 for a family without the parameter `precision`.
-
-    Raises:
-        ConfigError: A user's own family declares `precision` with another type.
-    """
-    precision = getattr(parameters, "precision", Precision.float32)
-    if not isinstance(precision, Precision):
-        raise ConfigError(f"model.precision must be a cluster.runtime.Precision, got {precision!r}.")
-    return precision
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ import numpy.typing as npt
 from cluster.errors import TrainingSetError
 from cluster.runtime import Task
 from jobs.metrics import roc_auc
-from jobs.train.data import Dataset
+from jobs.train.rows.training_data import TrainingData
 
 Floats = npt.NDArray[np.float32]
 Target = npt.NDArray[Any]
 
-SAMPLE = 20_000
-"""The search for leaks uses at most this many rows."""
 MIN_ROWS = 20
 """An input with fewer non-missing values is not checked for leaks."""
 MIN_OF_CLASS = 5
@@ -38,7 +36,7 @@ input, always predicts its most frequent class. E2 is the same without the input
 rows."""
 
 
-def check_rows(dataset: Dataset) -> list[str]:
+def check_rows(data: TrainingData) -> list[str]:
     """Check that a model can be fitted to the data and evaluated on it.
 
     Returns:
@@ -48,16 +46,17 @@ def check_rows(dataset: Dataset) -> list[str]:
         TrainingSetError: The label has only one value in the rows to fit on, or only one class in the held-out rows.
     """
     return [
-        *_check_target(dataset),
-        *_duplicate_inputs(dataset),
-        *_constant_inputs(dataset),
-        *_leaking_inputs(dataset),
+        *_check_target(data),
+        *_conflicting_labels(data),
+        *_duplicate_inputs(data),
+        *_constant_inputs(data),
+        *_leaking_inputs(data),
     ]
 
 
-def _check_target(dataset: Dataset) -> list[str]:
-    label, task = dataset.signature.label, dataset.signature.task
-    fit, held_out = dataset.target[dataset.fit], dataset.target[dataset.held_out]
+def _check_target(data: TrainingData) -> list[str]:
+    label, task = data.signature.label, data.signature.task
+    fit, held_out = data.target[data.fit], data.target[data.held_out]
     if len(np.unique(fit)) < 2:
         raise TrainingSetError(
             f"All {len(fit)} rows to fit on have the same value of label '{label}', so there is nothing to learn. "
@@ -74,21 +73,25 @@ def _check_target(dataset: Dataset) -> list[str]:
     return [
         f"no {part} row has label '{label}' = {', '.join(absent)}"
         for part, rows in (("training", fit), ("held-out", held_out))
-        if (absent := _absent_classes(dataset, rows))
+        if (absent := _absent_classes(data, rows))
     ]
 
 
-def _absent_classes(dataset: Dataset, rows: Target) -> list[str]:
+def _absent_classes(data: TrainingData, rows: Target) -> list[str]:
     present = set(np.unique(rows).tolist())
-    return [repr(name) for code, name in enumerate(dataset.signature.classes or ()) if code not in present]
+    return [repr(name) for code, name in enumerate(data.signature.classes or ()) if code not in present]
 
 
-def _duplicate_inputs(dataset: Dataset) -> list[str]:
+def _conflicting_labels(data: TrainingData) -> list[str]:
+    count = data.num_conflicts
+    return [f"{count} rows have the same entity and time as another row, and another label"] if count else []
+
+
+def _duplicate_inputs(data: TrainingData) -> list[str]:
     """Return a warning for each group of inputs that are equal in all rows to fit on."""
-    names_by_values: dict[bytes, list[str]] = defaultdict(list)
-    rows = dataset.matrix[dataset.fit]
-    for position, name in enumerate(dataset.signature.matrix_names):
-        names_by_values[np.ascontiguousarray(rows[:, position]).tobytes()].append(name)
+    names_by_values: dict[str, list[str]] = defaultdict(list)
+    for name, digest in zip(data.signature.matrix_names, data.statistics.column_digests, strict=True):
+        names_by_values[digest].append(name)
     return [
         f"inputs {', '.join(map(repr, names))} have the same values; one of them is enough"
         for names in names_by_values.values()
@@ -96,28 +99,24 @@ def _duplicate_inputs(dataset: Dataset) -> list[str]:
     ]
 
 
-def _constant_inputs(dataset: Dataset) -> list[str]:
+def _constant_inputs(data: TrainingData) -> list[str]:
     """Return a warning for each input that has no value, or only one value, in the rows to fit on."""
-    rows = dataset.matrix[dataset.fit]
-    columns = dataset.signature.matrix_names
-    empty = [name for position, name in enumerate(columns) if np.isnan(rows[:, position]).all()]
-    constant = [
-        name
-        for position, name in enumerate(columns)
-        if name not in empty and (rows[:, position] == rows[0, position]).all()
-    ]
+    names, statistics = data.signature.matrix_names, data.statistics
     return [
-        *(f"input '{name}' has no value in any row to fit on" for name in empty),
-        *(f"input '{name}' has the same value in all rows to fit on" for name in constant),
+        *(
+            f"input '{names[n]}' has no value in any row to fit on"
+            for n in np.flatnonzero(statistics.is_empty)
+        ),
+        *(
+            f"input '{names[n]}' has the same value in all rows to fit on"
+            for n in np.flatnonzero(statistics.is_constant & ~statistics.is_empty)
+        ),
     ]
 
 
-def _leaking_inputs(dataset: Dataset) -> list[str]:
+def _leaking_inputs(data: TrainingData) -> list[str]:
     """Return a warning for each input that reveals the label: a copy of the label, or a consequence of it."""
-    sample = np.flatnonzero(dataset.fit)
-    if len(sample) > SAMPLE:
-        sample = np.random.default_rng(0).choice(sample, SAMPLE, replace=False)
-    rows, target, signature = dataset.matrix[sample], dataset.target[sample], dataset.signature
+    rows, target, signature = data.statistics.sample, data.statistics.sample_target, data.signature
     warnings = []
     for position, spec in enumerate(signature.matrix_columns):
         leak = _describe_leak(

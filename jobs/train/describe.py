@@ -11,7 +11,8 @@ import pyarrow as pa
 from cluster.runtime import InputSpec, Task
 from jobs.train.checks import check_rows
 from jobs.train.config import LearningConfig
-from jobs.train.data import Dataset, TrainingSet, prepare
+from jobs.train.data import TrainingSet
+from jobs.train.rows.training_data import TrainingData, prepare_rows
 from jobs.train.split import describe_split
 
 SHOWN = 12
@@ -21,7 +22,7 @@ SHOWN = 12
 class Prepared(NamedTuple):
     """A data set that is ready for a fit, and the warnings about the data."""
 
-    dataset: Dataset
+    data: TrainingData
     warnings: list[str]
 
 
@@ -31,11 +32,11 @@ def prepare_and_describe(config: LearningConfig, source: TrainingSet, *, thresho
     Raises:
         TrainingSetError: A model cannot be fitted to the data, or not be evaluated on it.
     """
-    dataset = prepare(config, source, threshold=threshold)
-    print("\n".join(describe_data(config, source, dataset)), flush=True)
-    warnings = check_rows(dataset)
+    data = prepare_rows(config, source, threshold=threshold)
+    print("\n".join(describe_data(config, source, data)), flush=True)
+    warnings = check_rows(data)
     print_warnings(warnings)
-    return Prepared(dataset, warnings)
+    return Prepared(data, warnings)
 
 
 def print_warnings(warnings: Sequence[str]) -> None:
@@ -44,24 +45,24 @@ def print_warnings(warnings: Sequence[str]) -> None:
         print(f"warning: {warning}", flush=True)
 
 
-def describe_data(config: LearningConfig, source: TrainingSet, dataset: Dataset) -> list[str]:
+def describe_data(config: LearningConfig, source: TrainingSet, data: TrainingData) -> list[str]:
     """Return the description of a data set as lines of text.
 
     Args:
         config: Configuration in which `split.column` is not `auto` any more.
         source: The training set.
-        dataset: The data set that was prepared from the training set.
+        data: The data that was prepared from the training set.
     """
-    counts = [int(mask.sum()) for mask in (dataset.fit, dataset.validation, dataset.held_out)]
+    counts = [int(mask.sum()) for mask in (data.fit, data.validation, data.held_out)]
     split = describe_split(config.split, source.table)
-    inputs = dataset.signature.inputs
+    inputs = data.signature.inputs
     lines = [
         f"{source.table.num_rows} rows: {counts[0]} to fit on, {counts[1]} for early stopping, {counts[2]} held out "
-        f"({split})",
+        f"({split}){_describe_unused(data)}",
         f"{len(inputs)} inputs: {_first_names([_describe_input(spec) for spec in inputs])}",
-        _describe_label(dataset),
+        _describe_label(data),
     ]
-    omitted = omitted_columns(config, source, dataset.signature.columns)
+    omitted = omitted_columns(config, source, data.signature.columns)
     if omitted:
         names = _first_names([f"{name} ({reason})" for name, reason in omitted.items()])
         lines.append(f"not among the inputs: {names}; `inputs=[…]` selects inputs by name")
@@ -95,13 +96,18 @@ def _omission_reason(field: pa.Field, config: LearningConfig, source: TrainingSe
     return "identifier, judging by its name"
 
 
+def _describe_unused(data: TrainingData) -> str:
+    count = int(data.unused.sum())
+    return f"; {count} not used, because their outcome window is open" if count else ""
+
+
 def _describe_input(spec: InputSpec) -> str:
     return spec.name if spec.categories is None else f"{spec.name} ({len(spec.categories)} categories)"
 
 
-def _describe_label(dataset: Dataset) -> str:
-    signature = dataset.signature
-    target = dataset.target
+def _describe_label(data: TrainingData) -> str:
+    signature = data.signature
+    target = data.target
     if signature.task is Task.regression:
         return f"label {signature.label}: from {target.min():.4g} to {target.max():.4g}, mean {target.mean():.4g}"
     shares = np.bincount(target.astype(np.int64), minlength=len(signature.classes or ())) / len(target)

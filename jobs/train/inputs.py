@@ -31,11 +31,12 @@ def learn_signature(
         TrainingSetError: An input is missing, or has a type that models cannot take.
     """
     table, manifest = source.table, source.manifest
-    rows = table.filter(pa.array(fit))
+    rows_to_fit = pa.array(fit)
     declared = {column["name"]: column for column in manifest.get("columns", [])}
     try:
         inputs = tuple(
-            _input(rows[name], name, config, declared.get(name, {})) for name in input_names(config, source)
+            _input(table[name].filter(rows_to_fit), name, config, declared.get(name, {}))
+            for name in input_names(config, source)
         )
         return ModelSignature(
             task=config.task,

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import lightgbm
 import ray
-from lightgbm.callback import CallbackEnv
 from ray.util.queue import Queue
 
-from cluster.errors import TrainingFailed
 from cluster.placement import options
-from cluster.runtime import Task
+from cluster.runtime import ModelSignature, Task
 from cluster.runtime.signature import LIGHTGBM_FILE
-from jobs.train.data import Dataset
 from jobs.train.families import FitContext
-from jobs.train.progress import LINES, Report, display_progress, divergence_message, send_report
-
-_VALIDATION = "validation"
+from jobs.train.progress import LINES, Report, display_progress, send_report
+from jobs.train.rows.encoded import EncodedRows, Part
+from jobs.train.rows.training_data import TrainingData
+from jobs.train.run.files import RunFiles
+from jobs.train.target import Target
+from jobs.train.trees.rows import build_dataset
+from jobs.train.trees.segments import OnRound, SegmentedFit, SegmentPlan, merge_segments
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,10 +37,12 @@ class Parameters:
     patience: int = 30
     """Early stopping ends the fit when the validation loss has not improved for this many rounds."""
     num_threads: int = 2
+    segment_rounds: int = 250
+    """Rounds between two checkpoints. It changes the trees of later rounds, because each segment has its own seeds."""
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or self.patience < 1:
-            raise ValueError("model.rounds and model.patience must be at least 1.")
+        if min(self.rounds, self.patience, self.segment_rounds) < 1:
+            raise ValueError("model.rounds, model.patience and model.segment_rounds must be at least 1.")
         if not 0 < self.learning_rate <= 1:
             raise ValueError(f"model.learning_rate must be between 0 and 1, got {self.learning_rate}.")
 
@@ -59,51 +59,82 @@ class Fitted:
     """Name and value of the best validation loss."""
 
 
-def fit(dataset: Dataset, parameters: Parameters, context: FitContext) -> None:
-    """Fit the trees and write them to the model folder in LightGBM's text format."""
+def fit_rows(data: TrainingData, parameters: Parameters, context: FitContext) -> None:
+    """Fit the trees, continuing after the run's last segment, and write them in LightGBM's text format."""
     print(f"fitting trees: at most {parameters.rounds} rounds, patience {parameters.patience}", flush=True)
     remote = _fit.options(num_cpus=parameters.num_threads, **options(context.selector))
-    with display_progress(unit="round", total=parameters.rounds) as reports:
-        fitted = ray.get(remote.remote(dataset, parameters, context.seed, reports))
+    targets = {part: data.target[data.parts == part] for part in (Part.fit, Part.validation)}
+    with display_progress(unit="round", total=parameters.rounds, run=context.run_name) as reports:
+        fitted = ray.get(remote.remote(data.rows, targets, parameters, context.seed, context.files, reports))
     print(f"fitted: the best round is {fitted.best_round}, {fitted.loss}", flush=True)
     (context.folder / LIGHTGBM_FILE).write_text(fitted.text)
 
 
 @ray.remote
-def _fit(dataset: Dataset, parameters: Parameters, seed: int, reports: Queue | None) -> Fitted:
-    train = lightgbm.Dataset(
-        dataset.matrix[dataset.fit],
-        dataset.target[dataset.fit],
-        categorical_feature=dataset.signature.categorical,
+def _fit(
+    rows: EncodedRows,
+    targets: dict[Part, Target],
+    parameters: Parameters,
+    seed: int,
+    files: RunFiles | None,
+    reports: Queue | None,
+) -> Fitted:
+    return fit_trees(
+        rows,
+        targets,
+        parameters,
+        seed,
+        files=files,
+        on_round=_report_rounds(reports, every=max(1, parameters.rounds // LINES)),
     )
-    validation = train.create_valid(dataset.matrix[dataset.validation], dataset.target[dataset.validation])
-    try:
-        booster = lightgbm.train(
-            _settings(dataset, parameters, seed),
-            train,
-            num_boost_round=parameters.rounds,
-            valid_sets=[validation],
-            valid_names=[_VALIDATION],
-            callbacks=[
-                _report_rounds(reports, every=max(1, parameters.rounds // LINES)),
-                lightgbm.early_stopping(parameters.patience, verbose=False),
-            ],
-        )
-    except lightgbm.basic.LightGBMError as error:
-        message = str(error).partition(" at /")[0]  # the rest is a line number in LightGBM's own source
-        raise TrainingFailed(f"LightGBM refuses these parameters or rows: {message}.") from error
-    ((name, loss),) = booster.best_score[_VALIDATION].items()
+
+
+def fit_trees(
+    rows: EncodedRows,
+    targets: dict[Part, Target],
+    parameters: Parameters,
+    seed: int,
+    *,
+    files: RunFiles | None,
+    on_round: OnRound,
+) -> Fitted:
+    """Fit the trees in this process.
+
+    Args:
+        rows: All rows.
+        targets: Target of the rows to fit on and of the validation rows.
+        parameters: Hyper-parameters.
+        seed: Seed of the run.
+        files: Files of the run, for its checkpoints. None keeps none.
+        on_round: Called after each round.
+
+    Raises:
+        TrainingFailed: A loss is NaN or infinite, or LightGBM refuses the parameters or rows.
+    """
+    settings = _settings(rows.signature, parameters, seed)
+    train = build_dataset(rows, Part.fit, targets[Part.fit], settings=settings)
+    validation = build_dataset(
+        rows, Part.validation, targets[Part.validation], settings=settings, reference=train
+    )
+    plan = SegmentPlan(
+        rounds=parameters.rounds,
+        segment_rounds=parameters.segment_rounds,
+        patience=parameters.patience,
+        seed=seed,
+    )
+    segments = SegmentedFit(rows, train, validation, settings=settings, plan=plan, files=files).run(on_round)
+    last = segments[-1]
     return Fitted(
-        text=str(booster.model_to_string(num_iteration=booster.best_iteration)),
-        best_round=booster.best_iteration,
-        loss=f"{_VALIDATION} {name} {loss:.4f}",
+        text=merge_segments(segments),
+        best_round=last.best_round,
+        loss=f"{last.loss_name} {last.best_loss:.4f}",
     )
 
 
-def _settings(dataset: Dataset, parameters: Parameters, seed: int) -> dict[str, Any]:
+def _settings(signature: ModelSignature, parameters: Parameters, seed: int) -> dict[str, Any]:
     """Return the settings in LightGBM's format."""
     return {
-        **_objective(dataset),
+        **_objective(signature),
         "learning_rate": parameters.learning_rate,
         "num_leaves": parameters.num_leaves,
         "min_data_in_leaf": parameters.min_data_in_leaf,
@@ -120,26 +151,21 @@ def _settings(dataset: Dataset, parameters: Parameters, seed: int) -> dict[str, 
     }
 
 
-def _report_rounds(reports: Queue | None, *, every: int) -> Callable[[CallbackEnv], None]:
-    """Return a callback that sends a report every `every` rounds, and ends the fit if a loss is NaN or infinite."""
+def _report_rounds(reports: Queue | None, *, every: int) -> OnRound:
+    """Return a function that sends a report every `every` rounds."""
 
-    def after_round(env: CallbackEnv) -> None:
-        completed = env.iteration + 1
-        losses = {f"{data} {name}": float(loss) for data, name, loss, *_ in env.evaluation_result_list or ()}
-        for name, loss in losses.items():
-            if not math.isfinite(loss):
-                raise TrainingFailed(divergence_message(f"{name} loss", loss, f"round {completed}"))
+    def after_round(completed: int, losses: dict[str, float]) -> None:
         if reports is not None and (completed == 1 or completed % every == 0):
             send_report(reports, Report(completed=completed, losses=losses))
 
     return after_round
 
 
-def _objective(dataset: Dataset) -> dict[str, str | int]:
-    match dataset.signature.task:
+def _objective(signature: ModelSignature) -> dict[str, str | int]:
+    match signature.task:
         case Task.binary:
             return {"objective": "binary"}
         case Task.multiclass:
-            return {"objective": "multiclass", "num_class": dataset.signature.num_scores}
+            return {"objective": "multiclass", "num_class": signature.num_scores}
         case Task.regression:
             return {"objective": "regression"}

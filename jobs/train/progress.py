@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,36 +18,53 @@ from ray.util.queue import Empty, Queue
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cluster.errors import ConfigError
+
 LINES = 20
 """If the output is not a terminal, one run prints at most about this many lines."""
 _POLL_S = 0.2
 """Seconds to wait for a report before the driver checks whether the fit has ended."""
+_CLAIM_S = 15.0
+"""Seconds to wait for a killed job to give its run free."""
+_NAMESPACE = "training_runs"
 _JOIN_TIMEOUT_S = 10.0
 """Timeout in seconds for printing the last reports after the fit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """Progress of a fit after one epoch or round."""
+    """Progress of a fit."""
 
     completed: int
     """Number of completed epochs or rounds."""
     losses: dict[str, float]
     """Losses by name."""
+    is_whole: bool = True
+    """Whether an epoch or round has just been completed. If not, only a terminal shows the report."""
+    step: str = ""
+    """Steps of the epoch that are done, such as `20/48`; empty if there are no steps."""
+    rows_per_s: float = 0.0
+    """Rows of all workers per second; 0 if unknown."""
+    remaining_s: float | None = None
+    """Estimated seconds until the end; None if unknown."""
 
 
 ShowReport = Callable[[Report], None]
 
 
 @contextlib.contextmanager
-def display_progress(*, unit: str, total: int) -> Iterator[Queue]:
+def display_progress(*, unit: str, total: int, run: str = "") -> Iterator[Queue]:
     """Yield a queue. Until the `with` block ends, print each report that is put into the queue.
 
     Args:
         unit: Name of what is counted: `epoch` or `round`.
         total: Largest possible number of epochs or rounds.
+        run: Unique name of the run. No other job can have the same run at the same time.
+
+    Raises:
+        ConfigError: Another job has the run.
     """
-    queue = Queue(actor_options={"num_cpus": 0})
+    queue = _claim_queue(run) if run else Queue(actor_options={"num_cpus": 0})
     finished = threading.Event()
 
     def show_reports(show: ShowReport) -> None:
@@ -70,6 +88,20 @@ def display_progress(*, unit: str, total: int) -> Iterator[Queue]:
             finished.set()
             thread.join(_JOIN_TIMEOUT_S)
             queue.shutdown(force=True)  # also ends the thread if the queue's process never started
+
+
+def _claim_queue(run: str) -> Queue:
+    """Return a queue whose process has the run's name. The name is free again when the job that has it ends."""
+    deadline = time.monotonic() + _CLAIM_S
+    while True:
+        try:
+            return Queue(actor_options={"num_cpus": 0, "name": run, "namespace": _NAMESPACE})
+        except ValueError as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"Run '{run}' is running in another job. Wait for its end, or give another run=…"
+                ) from error
+            time.sleep(_POLL_S)
 
 
 def send_report(reports: Queue, report: Report) -> None:
@@ -101,6 +133,16 @@ def _losses_text(report: Report) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in report.losses.items())
 
 
+def _details(report: Report) -> str:
+    """Return step, rows per second and the remaining time, as far as they are known."""
+    parts = [f"step {report.step}"] if report.step else []
+    if report.rows_per_s:
+        parts.append(f"{report.rows_per_s:,.0f} rows/s")
+    if report.remaining_s is not None:
+        parts.append(f"{report.remaining_s:.0f} s left")
+    return ", ".join([*parts, _losses_text(report)])
+
+
 @contextlib.contextmanager
 def _display(unit: str, total: int) -> Iterator[ShowReport]:
     """Yield a function that shows a report on this process's standard output."""
@@ -109,6 +151,8 @@ def _display(unit: str, total: int) -> Iterator[ShowReport]:
         every = max(1, total // LINES)
 
         def print_line(report: Report) -> None:
+            if not report.is_whole:
+                return
             if report.completed % every == 0 or report.completed in (1, total):
                 print(f"  {describe(report, unit=unit, total=total)}", flush=True)
 
@@ -119,6 +163,6 @@ def _display(unit: str, total: int) -> Iterator[ShowReport]:
         task = bar.add_task(f"{unit}s", total=total, losses="")
 
         def update_bar(report: Report) -> None:
-            bar.update(task, completed=report.completed, losses=_losses_text(report))
+            bar.update(task, completed=report.completed, losses=_details(report))
 
         yield update_bar

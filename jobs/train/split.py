@@ -7,7 +7,8 @@ monitoring read the split of the version.
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +19,15 @@ import xxhash
 from cluster.errors import TrainingSetError, did_you_mean
 from cluster.registry import ModelVersion
 from jobs.train.arrow_types import is_text, value_type
-from jobs.train.config import AUTO, SplitConfig
+from jobs.train.config import AUTO, SplitConfig, parse_time
 
 if TYPE_CHECKING:
     from jobs.train.data import TrainingSet
+    from jobs.train.rows.file import RowFile
 
 Mask = npt.NDArray[np.bool_]
+EVENT = "event_timestamp"
+"""Column with the time of each row."""
 
 
 def resolve_split(split: SplitConfig, source: TrainingSet) -> SplitConfig:
@@ -31,6 +35,8 @@ def resolve_split(split: SplitConfig, source: TrainingSet) -> SplitConfig:
 
     The column is the first join key that splits the rows into two non-empty parts.
     """
+    if split.from_time is not None:
+        return replace(split, column=None)
     if split.column != AUTO or AUTO in source.table.column_names:
         return split
     columns = [name for name in _entity_columns(source) if _can_split(source.table[name])]
@@ -42,7 +48,7 @@ def resolve_split(split: SplitConfig, source: TrainingSet) -> SplitConfig:
     return choices[0] if choices else replace(split, column=None)
 
 
-def held_out_mask(split: SplitConfig, table: pa.Table, *, seed: int) -> Mask:
+def held_out_mask(split: SplitConfig, table: pa.Table | RowFile, *, seed: int) -> Mask:
     """Return the mask of the held-out rows.
 
     Args:
@@ -53,6 +59,9 @@ def held_out_mask(split: SplitConfig, table: pa.Table, *, seed: int) -> Mask:
     Raises:
         TrainingSetError: The split's column is missing, has nulls, or has a type that cannot be split by.
     """
+    if split.from_time is not None:
+        start = parse_time(split.from_time, name="split.from_time")
+        return np.asarray(event_times(table) >= microseconds(start))
     if split.column is None:
         draw = np.random.default_rng(seed).integers(split.modulo, size=table.num_rows)
         return np.asarray(draw == split.remainder)
@@ -69,7 +78,11 @@ def held_out_mask(split: SplitConfig, table: pa.Table, *, seed: int) -> Mask:
         )
     if pa.types.is_dictionary(column.type):
         column = column.cast(value_type(column))
-    numbers = column.to_numpy() if pa.types.is_integer(column.type) else _hashes(column)
+    numbers: npt.NDArray[Any]
+    if not pa.types.is_integer(column.type):
+        numbers = _hashes(column, seed=split.seed or 0)
+    else:
+        numbers = column.to_numpy() if split.seed is None else mix(column.to_numpy(), seed=split.seed)
     return np.asarray(numbers % split.modulo == split.remainder)
 
 
@@ -100,6 +113,7 @@ def version_held_out_mask(
     if (
         override is None
         and split.column is None
+        and split.from_time is None
         and version.lineage.training_set_hash not in ("", source.hash)
     ):
         raise TrainingSetError(
@@ -116,11 +130,13 @@ def recorded_split(version: ModelVersion, source: TrainingSet) -> SplitConfig:
     return resolve_split(SplitConfig(**settings), source)
 
 
-def describe_split(split: SplitConfig, table: pa.Table) -> str:
+def describe_split(split: SplitConfig, table: pa.Table | RowFile) -> str:
     """Describe the rule of the split."""
+    if split.from_time is not None:
+        return f"event_timestamp from {split.from_time} on"
     if split.column is None:
         return f"drawn by the seed, one in {split.modulo}; `split.column=…` keeps all rows of an entity on one side"
-    is_number = pa.types.is_integer(table[split.column].type)
+    is_number = pa.types.is_integer(table.schema.field(split.column).type) and split.seed is None
     value = split.column if is_number else f"hash of {split.column}"
     return f"{value} % {split.modulo} == {split.remainder}"
 
@@ -139,10 +155,41 @@ def _can_split(column: pa.ChunkedArray) -> bool:
     return not column.null_count and (pa.types.is_integer(dtype) or is_text(dtype))
 
 
-def _hashes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+def event_times(table: pa.Table | RowFile) -> npt.NDArray[np.int64]:
+    """Return the event times of all rows in microseconds since 1970.
+
+    Raises:
+        TrainingSetError: The table has no such column, or not in every row.
+    """
+    if EVENT not in table.column_names:
+        raise TrainingSetError(f"The training set has no column '{EVENT}', so its rows have no times.")
+    column = table[EVENT]
+    if not pa.types.is_timestamp(column.type) or column.null_count:
+        raise TrainingSetError(
+            f"Column '{EVENT}' must be a time in every row; it is {column.type} with {column.null_count} nulls."
+        )
+    return np.asarray(column.cast(pa.timestamp("us", column.type.tz)).cast(pa.int64()).to_numpy())
+
+
+def microseconds(time: datetime) -> int:
+    """Return a time in microseconds since 1970."""
+    return (time - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+
+
+def mix(values: npt.NDArray[Any], *, seed: int) -> npt.NDArray[np.uint64]:
+    """Return a hash of each whole number (the finaliser of SplitMix64: Steele, Lea, Flood 2014)."""
+    with np.errstate(over="ignore"):
+        state = values.astype(np.int64).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(seed + 1)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return state ^ (state >> np.uint64(31))
+
+
+def _hashes(column: pa.ChunkedArray, *, seed: int) -> npt.NDArray[np.int64]:
     """Return the xxh32 hash of each value. It is the same on every machine."""
     values = pc.unique(column)
     hash_of_value = np.array(
-        [xxhash.xxh32_intdigest(str(value).encode()) for value in values.to_pylist()], dtype=np.int64
+        [xxhash.xxh32_intdigest(str(value).encode(), seed=seed) for value in values.to_pylist()],
+        dtype=np.int64,
     )
     return np.asarray(hash_of_value[pc.index_in(column, value_set=values).to_numpy()])

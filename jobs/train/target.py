@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,16 @@ from cluster.runtime import Task
 from cluster.runtime.signature import Label
 from jobs.train.arrow_types import is_text, value_type
 
+if TYPE_CHECKING:
+    from jobs.train.rows.file import RowFile
+
 Target = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
 MAX_CLASSES = 1000
 """A multiclass label may have at most this many classes."""
 
 
-def label_column(table: pa.Table, label: str) -> pa.ChunkedArray:
+def label_column(table: pa.Table | RowFile, label: str) -> pa.ChunkedArray:
     """Return the label column.
 
     Raises:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from cluster.artifact import open_file
+from cluster.host import processes
+from cluster.security.keys.access import key_store
+from jobs.train.run.files import RunFiles, run_files
+from tests.servers.polling import wait_until
 
 if TYPE_CHECKING:
     from tests.integration.conftest import Project
@@ -71,6 +80,61 @@ def test_a_network_of_any_stage_is_exported_whole(project: Project, stage: str) 
     assert {Path(name).suffix for name in files} <= {".onnx", ".safetensors", ".json"}
 
 
+LONG = ("model.width=8", "model.depth=1", "model.epochs=8", "model.batch_size=16")
+EVERY_20 = ("checkpoint.every_steps=20", "checkpoint.log_every=1")
+
+
+def weights(project: Project, version: int) -> bytes:
+    path = project.storage_root / "models" / "tiny" / str(version) / "model.safetensors"
+    return open_file(
+        path.read_bytes(), name="tiny", version=version, part=path.name, store=key_store(project.owner)
+    )
+
+
+def wait_for_step(files: RunFiles, epoch: int, step: int) -> None:
+    """Wait until a run has a checkpoint from this position on."""
+    wait_until(lambda: any(name[:2] >= (epoch, step) for name in files.checkpoints()), seconds=180)
+
+
+def training_workers(project: Project) -> list[psutil.Process]:
+    return [
+        process
+        for process in processes.find(project.record.cluster_id)
+        if "RayTrainWorker" in " ".join(process.cmdline())
+    ]
+
+
+def test_a_killed_run_ends_as_if_nothing_had_happened(project: Project) -> None:
+    """A worker is killed inside an epoch, then the whole job, and then a worker is stopped by SIGSTOP.
+
+    The same command ends with the weights of a whole run. Once it is finished, the command prints the version. With
+    another setting, it is refused and names the setting.
+    """
+    arguments = ("model=tabular_network", *DATA, *LONG, *EVERY_20, "deepspeed=zero2")
+    project.run("jobs.train", *arguments, "run=whole", "output=whole.json", check=True)
+    limits = ("checkpoint.stall_after=5", "output=broken.json")
+    command = [sys.executable, "-m", "jobs.train", *arguments, "run=broken", *limits]
+    files = run_files(str(project.storage_root), model="tiny", run="broken", access=project.owner)
+    with subprocess.Popen(command, cwd=project.root, env=project.env) as job:
+        wait_for_step(files, 1, 20)
+        training_workers(project)[0].kill()
+        wait_for_step(files, 3, 20)
+        job.kill()
+    with subprocess.Popen(command, cwd=project.root, env=project.env) as job:
+        wait_for_step(files, 5, 20)
+        training_workers(project)[0].suspend()
+        assert job.wait(180) == 0
+    whole, broken = output(project, "whole.json"), output(project, "broken.json")
+    assert broken["version"] != whole["version"]
+    assert weights(project, broken["version"]) == weights(project, whole["version"])
+    assert broken["metrics"] == whole["metrics"]
+    again = project.run("jobs.train", *arguments, "run=broken", check=True)
+    assert f"run broken is finished: tiny version {broken['version']}" in again.stdout
+    other = project.run("jobs.train", *arguments, "run=broken", "seed=1")
+    assert other.returncode == 2
+    assert "started with seed=0, not 1" in other.stderr
+
+
 def test_a_sweep_ends_and_its_best_is_trained(project: Project) -> None:
     """A sweep ends even if not all trials fit at once: they do not wait for each other for ever."""
     small = ("sweep.trials=2", "sweep.rows=500", *SMALL[1:2])
@@ -83,15 +147,15 @@ def test_a_sweep_ends_and_its_best_is_trained(project: Project) -> None:
 def test_a_sweep_that_diverges_says_so_for_each_trial(project: Project) -> None:
     """No trial wins with a loss of NaN.
 
-    The exit code is 2, each trial prints one line, and no file is written.
+    The exit code is 1, each trial prints one line, and no file is written.
     """
     broken = ("model.weight_decay=1e30", "sweep.trials=1", "sweep.rows=200", *SMALL[1:2])
     result = project.run("jobs.sweep", *DATA, *broken, "output=none.json")
-    assert result.returncode == 2, result.stderr
-    *trials, refused = result.stderr.splitlines()
+    assert result.returncode == 1, result.stderr
+    *trials, failed = result.stderr.splitlines()
     assert [line[:7] for line in trials] == ["trial 1"], result.stderr
     assert all("loss is nan in epoch 1 of 1" in line for line in trials)
-    assert "None of 1 trials has a finite validation_loss" in refused
+    assert "None of 1 trials has a finite validation_loss" in failed
     assert not (project.root / "none.json").exists()
 
 
@@ -100,6 +164,33 @@ def test_permuted_labels_teach_nothing(project: Project) -> None:
     arguments = ("model=lightgbm", *DATA, "label_permutation=true", "output=broken.json")
     project.run("jobs.train", *arguments, check=True)
     assert output(project, "broken.json")["metrics"]["auc"] < 0.7
+
+
+def test_a_decoder_is_registered_and_not_deployed(project: Project) -> None:
+    """Two workers train on text files. The version has no pickle, and a second command with its run prints it."""
+    draw = np.random.default_rng(0)
+    (project.root / "texts").mkdir()
+    for number in range(80):
+        words = draw.choice(["the", "cat", "saw", "a", "dog", "bird"], 80)
+        (project.root / "texts" / f"{number}.txt").write_text(" ".join(words))
+    small = ("model.width=16", "model.depth=1", "model.heads=2", "model.length=64", "model.epochs=3")
+    arguments = ("name=notes", "text=texts", *small, "run=first", "output=notes.json")
+    trained = project.run("jobs.train_text", *arguments, check=True)
+    assert "80 files" in trained.stdout
+    decoder = output(project, "notes.json")
+    assert 0 < decoder["metrics"]["bits_per_byte"] < 8
+    folder = Path(project.storage_root) / "models" / "notes" / str(decoder["version"])
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "decoder.json", "manifest.json", "metrics.json", "model.safetensors",
+    }  # fmt: skip
+    again = project.run("jobs.train_text", *arguments, check=True)
+    assert "run first is finished: notes version 1" in again.stdout
+    refused = project.run("serve_apps.deploy", "name=notes")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("refused: notes version 1 is a language model"), refused.stderr
+    wrong = project.run("jobs.train", "model=decoder", *DATA)
+    assert wrong.returncode == 2
+    assert "python -m jobs.train_text" in wrong.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from cluster.registry import Lineage, ModelVersion
 
 
-def model_version(lineage: Lineage | None = None, *, name: str = "m", version: int = 1) -> ModelVersion:
+def model_version(
+    lineage: Lineage | None = None, *, name: str = "m", version: int = 1, task: str = "binary"
+) -> ModelVersion:
     """Return a version without files."""
     return ModelVersion(
         name=name,
         version=version,
         family="f",
-        task="binary",
+        task=task,
         uri="",
         manifest_hash="",
         files={},

@@ -19,6 +19,37 @@ class SweepFinished(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RunStarted(LedgerEvent):
+    """A training run started. A run that continues has no second event."""
+
+    model: str
+    run: str
+    family: str
+    settings: dict[str, Json]
+    """Everything that determines the model, by dotted name, such as `model.epochs` and `data.hash`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFinished(LedgerEvent):
+    """A training run registered its version."""
+
+    model: str
+    run: str
+    version: int
+    metrics: dict[str, Json]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFailed(LedgerEvent):
+    """A training run ended without a model. The same id continues the run."""
+
+    model: str
+    run: str
+    reason: str
+    """Type of the error. A message may contain values of rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelRegistered(LedgerEvent):
     name: str
     version: int

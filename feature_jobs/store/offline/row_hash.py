@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -17,24 +18,39 @@ import pyarrow.compute as pc
 from feature_jobs.store.types.columns import to_numpy
 
 
-def row_hash(table: pa.Table) -> str:
-    """Return the SHA-256, in hex, of names, types, validity and values."""
+class Columns(Protocol):
+    """Named columns: a table, or a file that is read column by column."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Names and types, without the columns' data."""
+        ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def __getitem__(self, name: str, /) -> pa.ChunkedArray: ...
+
+
+def row_hash(table: pa.Table | Columns) -> str:
+    """Return the SHA-256, in hex, of names, types, validity and values. One column is in memory at a time."""
     return _hash(table, lists_as_text=False)
 
 
-def has_row_hash(table: pa.Table, expected: str) -> bool:
+def has_row_hash(table: pa.Table | Columns, expected: str) -> bool:
     """Return whether a table has this hash. A hash of an earlier release, which hashed lists as text, matches too."""
     if row_hash(table) == expected:
         return True
     return any(map(_is_list, table.schema.types)) and _hash(table, lists_as_text=True) == expected
 
 
-def _hash(table: pa.Table, *, lists_as_text: bool) -> str:
-    columns = [_plain(table[name]) for name in table.column_names]
-    types = [str(column.type) if lists_as_text else _type_name(column.type) for column in columns]
-    header = [table.num_rows, *zip(table.column_names, types, strict=True)]
+def _hash(table: pa.Table | Columns, *, lists_as_text: bool) -> str:
+    types = [_plain_type(field.type) for field in table.schema]
+    names = [str(dtype) if lists_as_text else _type_name(dtype) for dtype in types]
+    header = [table.num_rows, *zip(table.schema.names, names, strict=True)]
     digest = hashlib.sha256(json.dumps(header).encode())
-    for column in columns:
+    for name in table.schema.names:
+        column = _plain(table[name])
         valid = to_numpy(column.is_valid())
         digest.update(np.packbits(valid).tobytes())
         for part in (
@@ -44,13 +60,18 @@ def _hash(table: pa.Table, *, lists_as_text: bool) -> str:
     return digest.hexdigest()
 
 
+def _plain_type(dtype: pa.DataType) -> pa.DataType:
+    """Return the type of a dictionary's values, and one type for all text."""
+    plain = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
+    return pa.string() if pa.types.is_large_string(plain) or pa.types.is_string_view(plain) else plain
+
+
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Decode a dictionary, and give text one type."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
-        return column.cast(pa.string())
-    return column
+    plain = _plain_type(column.type)
+    return column if column.type == plain else column.cast(plain)
 
 
 def _is_list(dtype: pa.DataType) -> bool:

@@ -16,7 +16,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster.command_line import quote_texts
 from cluster.entrypoint import RESULT_VARIABLE, Options, introduction, job
-from cluster.errors import ConfigError, SourceError
+from cluster.errors import ConfigError, SourceError, TrainingFailed
 from cluster.settings import PlatformConfig
 from feature_jobs.training_set import TrainingSetConfig
 from tests.processes.commands import run_main
@@ -162,7 +162,8 @@ def train(config: ModelConfig) -> None:
         ("model.learnig_rate=1", "No option 'model.learnig_rate'. Did you mean 'model.learning_rate'?"),
         (
             "model=lightgmb",
-            "Option 'model' has no choice 'lightgmb'. Did you mean 'lightgbm'? Known: lightgbm, tabular_network.",
+            "Option 'model' has no choice 'lightgmb'. Did you mean 'lightgbm'? Known: decoder, ft_transformer, "
+            "lightgbm, tabular_network.",
         ),
     ],
 )
@@ -269,6 +270,20 @@ def test_command_without_a_file_has_the_options_of_its_schema(
     assert json.loads((tmp_path / "result.json").read_text()) == {"rows": 5}
     assert "No option 'row'. Did you mean 'rows'?" in run_main(own, "row=5").stderr
     assert own.options.compose(["path=a b"]) == OwnConfig(path="a b")
+
+
+@job("platform", PlatformConfig)
+def failed_in_worker(config: PlatformConfig) -> None:
+    """Raise a failed training as Ray would wrap it."""
+    failure = TrainingFailed("The loss is nan in epoch 1. Lower model.learning_rate.")
+    raise RayTaskError("f", "Traceback …\n  File …", failure).as_instanceof_cause()
+
+
+def test_failed_training_exits_with_1_and_one_line() -> None:
+    """The line names the setting to change. There is no traceback."""
+    result = run_main(failed_in_worker)
+    expected = (1, "failed: The loss is nan in epoch 1. Lower model.learning_rate.\n")
+    assert (result.returncode, result.stderr) == expected
 
 
 def test_timed_command_prints_its_duration() -> None:

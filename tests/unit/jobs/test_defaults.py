@@ -24,6 +24,9 @@ from jobs.register.config import RegisterConfig
 from jobs.sweep.config import SweepConfig
 from jobs.train import lightgbm
 from jobs.train.config import TrainConfig
+from jobs.train.decoder import family as decoder
+from jobs.train.decoder.config import TrainTextConfig
+from jobs.train.ft_transformer import family as ft_transformer
 from jobs.train.reproduce import ReproduceConfig
 from jobs.train.tabular_network import family as tabular_network
 
@@ -43,6 +46,7 @@ def defaults(schema: type[Any]) -> dict[str, Any]:
     ("name", "schema"),
     [
         ("train", TrainConfig),
+        ("train_text", TrainTextConfig),
         ("sweep", SweepConfig),
         ("evaluate", EvaluateConfig),
         ("monitor", MonitorConfig),
@@ -65,8 +69,14 @@ def test_a_commands_yaml_has_the_dataclass_defaults(name: str, schema: type[Any]
 
 
 @pytest.mark.parametrize(
-    ("model", "schema"), [("lightgbm", lightgbm.Parameters), ("tabular_network", tabular_network.Parameters)]
+    ("command", "model", "schema"),
+    [
+        ("train", "lightgbm", lightgbm.Parameters),
+        ("train", "tabular_network", tabular_network.Parameters),
+        ("train", "ft_transformer", ft_transformer.Parameters),
+        ("train_text", "decoder", decoder.Parameters),
+    ],
 )
-def test_a_familys_yaml_has_the_dataclass_defaults(model: str, schema: type[Any]) -> None:
+def test_a_familys_yaml_has_the_dataclass_defaults(command: str, model: str, schema: type[Any]) -> None:
     """In addition, the YAML file names the family."""
-    assert composed("train", f"model={model}")["model"] == {"family": model} | defaults(schema)
+    assert composed(command, f"model={model}")["model"] == {"family": model} | defaults(schema)

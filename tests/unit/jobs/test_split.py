@@ -15,9 +15,10 @@ from cluster.registry import Lineage, ModelVersion
 from jobs.monitor.config import MonitorConfig
 from jobs.monitor.reference import reference_rows
 from jobs.train.config import LearningConfig, SplitConfig, TrainConfig
-from jobs.train.data import TrainingSet, join_keys, prepare
+from jobs.train.data import TrainingSet, join_keys
 from jobs.train.describe import describe_data, omitted_columns
 from jobs.train.lineage import build_lineage
+from jobs.train.rows.training_data import prepare_rows
 from jobs.train.split import held_out_mask, resolve_split, version_held_out_mask
 from jobs.train.tabular_network.family import Parameters
 from tests.samples.model_versions import model_version
@@ -82,7 +83,8 @@ def test_training_records_the_column_that_auto_resolved_to() -> None:
     data = source(keys=("order_id",))
     chosen = TrainConfig(name="m", training_set="t", label="y", split=resolve_split(SplitConfig(), data))
     recorded = build_lineage(chosen, data, Parameters()).config["split"]
-    assert recorded == {"column": "order_id", "modulo": 4, "remainder": 3}
+    drawn = {"column": "order_id", "modulo": 4, "remainder": 3}
+    assert recorded == drawn | {"seed": None, "from_time": None}
     mask = version_held_out_mask(version(recorded), data, advice="")
     assert np.array_equal(np.flatnonzero(mask), np.arange(3, ROWS, 4))
 
@@ -123,7 +125,7 @@ def test_training_describes_its_data_and_the_omitted_columns() -> None:
     """Rows, inputs, classes, and the reason for each omitted column."""
     data = source(keys=("order_id",))
     settings = config(split=resolve_split(SplitConfig(), data))
-    lines = describe_data(settings, data, prepare(settings, data))
+    lines = describe_data(settings, data, prepare_rows(settings, data))
     assert lines[0] == ("400 rows: 270 to fit on, 30 for early stopping, 100 held out (order_id % 4 == 3)")
     assert lines[1] == "1 inputs: income__amount"
     assert lines[2] == "label y: 2 classes, 0 (66.8%), 1 (33.2%)"

@@ -31,9 +31,11 @@ from jobs.train.__main__ import model_with_best_parameters, why_on_this_node
 from jobs.train.config import LearningConfig, SplitConfig, TrainConfig
 from jobs.train.data import TrainingSet, prepare, read_training_set
 from jobs.train.families import resolve_family
+from jobs.train.network.engine import learning_rate
+from jobs.train.network.protocol import network_signature
+from jobs.train.rows.training_data import prepare_rows
 from jobs.train.tabular_network.export import export
 from jobs.train.tabular_network.family import Parameters, network_shape
-from jobs.train.tabular_network.loop import learning_rate
 
 ROWS = 200
 
@@ -109,8 +111,8 @@ def test_a_list_of_fixed_length_becomes_one_input_per_position() -> None:
         assert [(spec.name, spec.length) for spec in data.signature.inputs] == [("age", None), ("x", 2)]
         assert data.matrix[4].tolist() == [4.0, 4.0, 1.0]
         assert np.isnan(data.matrix[5]).tolist() == [False, True, True]
-    shape = network_shape(data, Parameters())
-    assert (shape.numeric, shape.categorical) == ([0, 1, 2], [])
+    signature = network_signature(prepare_rows(config(inputs=["age", "x"]), declared))
+    assert (signature.numeric, signature.categorical) == ([0, 1, 2], [])
 
 
 @pytest.mark.parametrize(
@@ -167,10 +169,10 @@ def test_the_exported_graph_gives_finite_scores_for_every_task(
 ) -> None:
     """Including rows with missing values. `export` itself compares the scores with those of the network."""
     values = [n % target for n in range(ROWS)]
-    data = prepare(
-        config(task=task), source(y=values, age=[None if n % 7 == 0 else float(n) for n in range(ROWS)])
-    )
-    shape = network_shape(data, Parameters(width=8, depth=1, embedding_dim=2))
+    rows = source(y=values, age=[None if n % 7 == 0 else float(n) for n in range(ROWS)])
+    data = prepare(config(task=task), rows)
+    signature = network_signature(prepare_rows(config(task=task), rows))
+    shape = network_shape(signature, Parameters(width=8, depth=1, embedding_dim=2))
     torch.manual_seed(0)
     network = TabularNetwork(shape)
     weights = tmp_path / "w.safetensors"
@@ -186,7 +188,7 @@ def test_the_exported_graph_gives_finite_scores_for_every_task(
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:
     """The peak is at the end of the warm-up."""
-    rates = [learning_rate(0.01, step / 100) for step in range(101)]
+    rates = [learning_rate(0.01, step / 100, warmup_share=0.1) for step in range(101)]
     assert max(rates) == pytest.approx(0.01)
     assert rates.index(max(rates)) == 10
     assert rates[-1] == pytest.approx(0.0)
@@ -260,6 +262,20 @@ def test_params_from_without_best_parameters_is_refused(tmp_path: Path, content:
     settings = TrainConfig(name="m", training_set="t", label="y", params_from=str(tmp_path / "s.json"))
     with pytest.raises(ConfigError, match="output of a sweep"):
         model_with_best_parameters(settings)
+
+
+def test_a_family_is_refused_by_the_command_that_has_other_data() -> None:
+    """The message names the other command. A decoder needs text files, the other families a training set."""
+    with pytest.raises(
+        ConfigError, match=r"model=decoder is fitted to text files. Use `python -m jobs.train_text`"
+    ):
+        resolve_family({"family": "decoder"})
+    with pytest.raises(
+        ConfigError, match=r"model=lightgbm is fitted to a training set. Use `python -m jobs.train`"
+    ):
+        resolve_family({"family": "lightgbm"}, reads_text=True)
+    with pytest.raises(ConfigError, match=r"Unknown model family 'decodr'. Known: decoder"):
+        resolve_family({"family": "decodr"}, reads_text=True)
 
 
 def test_an_impossible_split_is_refused() -> None:

@@ -18,11 +18,13 @@ from jobs.metrics import headline, regression_metrics
 from jobs.sweep.results import best_trial, trial_from_result
 from jobs.train.checks import check_rows
 from jobs.train.config import LearningConfig, SplitConfig
-from jobs.train.data import Dataset, TrainingSet, prepare
-from jobs.train.lightgbm import _report_rounds
+from jobs.train.data import TrainingSet, prepare
+from jobs.train.network.plan import Steps, describe_steps, plan_steps
+from jobs.train.network.protocol import network_signature
 from jobs.train.progress import Report, _display, describe
-from jobs.train.tabular_network.family import Parameters, describe_steps, network_shape, rows_per_step
-from jobs.train.tabular_network.loop import steps_per_epoch
+from jobs.train.rows.training_data import TrainingData, prepare_rows
+from jobs.train.tabular_network.family import Parameters
+from jobs.train.trees.segments import Segment, _update
 
 ROWS = 400
 DRAW = np.random.default_rng(0)
@@ -32,12 +34,12 @@ VALUE = DRAW.normal(size=ROWS) * 1000
 THREE = DRAW.integers(0, 3, ROWS)
 
 
-def dataset(label: Any = LABEL, *, task: Task = Task.binary, **inputs: Any) -> Dataset:
+def dataset(label: Any = LABEL, *, task: Task = Task.binary, **inputs: Any) -> TrainingData:
     table = pa.table({"row_id": range(ROWS), "noise": NOISE, **inputs, "y": label})
     config = LearningConfig(
         name="m", training_set="t", label="y", task=task, split=SplitConfig(column="row_id")
     )
-    return prepare(config, TrainingSet(table=table, manifest={}, hash="h"))
+    return prepare_rows(config, TrainingSet(table=table, manifest={}, hash="h"))
 
 
 def with_held_out_label(value: int) -> list[int]:
@@ -123,37 +125,51 @@ def test_a_duplicate_input_or_column_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "batch", "steps"), [(50_000, 1024, 48), (20_000, 1024, 19), (2025, 64, 31), (100, 16, 6)]
+    ("rows", "batch", "num_steps"), [(50_000, 1024, 48), (20_000, 1024, 19), (2025, 64, 31), (100, 16, 6)]
 )
-def test_small_data_gets_small_batches(rows: int, batch: int, steps: int) -> None:
+def test_small_data_gets_small_batches(rows: int, batch: int, num_steps: int) -> None:
     """At least 16 steps per epoch if there are enough rows; at most 1,024 rows per step."""
-    data = SimpleNamespace(fit=np.ones(rows, np.bool_))
-    assert rows_per_step(data, Parameters()) == batch  # type: ignore[arg-type]
-    assert steps_per_epoch(rows, batch_size=batch, workers=1) == steps
+    steps = plan_steps(rows, Parameters(epochs=3), workers=[1], accumulation=1)
+    assert steps == Steps(epochs=3, steps=steps.steps, batch_rows=batch)
+    assert steps.steps == num_steps
+
+
+def test_a_batch_is_divided_among_workers_and_passes() -> None:
+    """It has the same rows for every number of workers. Workers that do not divide it, or without rows, are refused."""
+    assert plan_steps(1000, Parameters(), workers=[3], accumulation=2).batch_rows == 30
+    assert plan_steps(270, Parameters(batch_size=1024), workers=[1, 2], accumulation=1).batch_rows == 270
+    with pytest.raises(
+        ConfigError, match=r"batch_size=100 cannot be divided among 3 workers .*batch_size=99"
+    ):
+        plan_steps(1000, Parameters(batch_size=100), workers=[3], accumulation=1)
+    with pytest.raises(ConfigError, match="300 workers are too many for 270 rows"):
+        plan_steps(270, Parameters(), workers=[300], accumulation=1)
 
 
 def test_a_batch_size_with_one_step_gives_a_warning() -> None:
-    """The description has the numbers of rows and steps. More workers than rows are refused."""
-    description = describe_steps(dataset(), Parameters(batch_size=1024), num_workers=2)
-    assert "8 epochs of 1 steps of 1024 rows (270 rows to fit on)" in description
-    assert "warning: model.batch_size=1024 gives only 1 steps per epoch" in description
-    assert "warning" not in describe_steps(dataset(), Parameters(), num_workers=2)
-    with pytest.raises(ConfigError, match="300 workers are too many for 270 rows"):
-        describe_steps(dataset(), Parameters(), num_workers=300)
+    """The description has the numbers of rows and steps."""
+
+    def description(parameters: Parameters) -> str:
+        steps = plan_steps(270, parameters, workers=[2], accumulation=1)
+        return describe_steps(steps, 270, parameters, workers=[2])
+
+    assert "8 epochs of 1 steps of 270 rows (270 rows to fit on)" in description(Parameters(batch_size=1024))
+    assert "warning: model.batch_size=1024 gives only 1 steps" in description(Parameters(batch_size=1024))
+    assert "warning" not in description(Parameters())
 
 
 def test_huge_inputs_have_a_finite_mean_and_scale() -> None:
     """Their sum overflows in float32."""
-    shape = network_shape(dataset(huge=np.full(ROWS, 3e38)), Parameters())
-    assert shape.means[1] == pytest.approx(3e38)
-    assert all(map(math.isfinite, shape.scales))
+    signature = network_signature(dataset(huge=np.full(ROWS, 3e38)))
+    assert signature.means[1] == pytest.approx(3e38)
+    assert all(map(math.isfinite, signature.scales))
 
 
 def test_a_nan_loss_ends_the_fit_in_the_first_round() -> None:
     """The message names the loss and the round."""
     env = SimpleNamespace(iteration=0, evaluation_result_list=[("validation", "l2", math.nan, False)])
     with pytest.raises(TrainingFailed, match=r"validation l2 loss is nan in round 1.*learning_rate"):
-        _report_rounds(None, every=1)(env)  # type: ignore[arg-type]
+        _update(Segment(), env, lambda completed, losses: None)  # type: ignore[arg-type]
 
 
 def test_a_long_fit_logs_about_twenty_lines(capsys: pytest.CaptureFixture[str]) -> None:

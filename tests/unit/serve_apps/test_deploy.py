@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from serve_apps.deploy import describe
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from cluster.errors import RefusedError
+from cluster.ledger import Ledger
+from cluster.runtime.signature import LANGUAGE_MODEL
+from cluster.settings import PlatformConfig
+from serve_apps.deploy import deploy, describe
 from serve_apps.rollout.serving_state import ModelState, Rollout, Shadow
 from tests.samples.model_versions import model_version
 
@@ -21,3 +30,12 @@ def test_deployment_describes_the_traffic_of_the_version() -> None:
     assert "running rollout" in describe(VERSION, ModelState(rollout=rollout), app="m-v2", champion=1)
     shadow = ModelState(shadow=Shadow(version=2, app="m-v2", share=10))
     assert "as a shadow" in describe(VERSION, shadow, app="m-v2", champion=1)
+
+
+def test_a_language_model_is_refused(tmp_path: Path) -> None:
+    """Before keys are created and an application starts. The message says why in one line."""
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    version = model_version(task=LANGUAGE_MODEL)
+    with pytest.raises(RefusedError, match=r"^m version 1 is a language model .* cannot be deployed.*\.$"):
+        deploy(PlatformConfig(), ledger, cast(Any, None), version, variant="champion")
+    assert ledger.head() == 0

@@ -60,7 +60,15 @@ class ProtectedFiles:
         self._factory.remove_cache_entries_for_all_tokens()
         self._cached_since = time.monotonic()
 
-    def write(self, table: pa.Table, uri: str, protection: Protection, *, place: str | None = None) -> int:
+    def write(
+        self,
+        table: pa.Table,
+        uri: str,
+        protection: Protection,
+        *,
+        place: str | None = None,
+        row_group_rows: int | None = None,
+    ) -> int:
         """Write a table as one file, completely or not at all, and return the file's size in bytes.
 
         Args:
@@ -69,6 +77,7 @@ class ProtectedFiles:
             protection: the columns' keys.
             place: where the file belongs, such as its path within the storage root. It is stored in the file, and a
                 read that expects another place fails.
+            row_group_rows: largest number of rows of a row group; Arrow's default is 2^20.
 
         Raises:
             KeyNotFound, KeyRevoked, AccessDenied: errors of the key store.
@@ -90,7 +99,7 @@ class ProtectedFiles:
             write_page_checksum=True,
             encryption_properties=self._encryption(by_key, protection) if by_key else None,
         ) as writer:
-            writer.write_table(table)
+            writer.write_table(table, row_group_size=row_group_rows)
         data = sink.getvalue()
         try:
             read_footer(pa.BufferReader(data)).check(protection, place)
@@ -282,6 +291,20 @@ class ProtectedFile:
     def num_row_groups(self) -> int:
         """Number of row groups. No key is needed."""
         return int(self._open(None).num_row_groups)
+
+    @property
+    def row_group_sizes(self) -> list[int]:
+        """Number of rows of each row group. No key is needed."""
+        metadata = self._open(None).metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Names and types of the columns, as `read` returns them. No key is needed."""
+        schema = self._open(None).schema_arrow
+        metadata = dict(schema.metadata or {})
+        metadata.pop(PLACE, None)
+        return schema.with_metadata(metadata or None)
 
     def read(self, columns: Sequence[str] | None = None, *, row_group: int | None = None) -> pa.Table:
         """Return some columns, by default all, of one row group or of all. For errors see `ProtectedFiles.read`."""

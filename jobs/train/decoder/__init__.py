@@ -1,0 +1,1 @@
+"""The decoder family: a causal language model of bytes, trained on text files."""

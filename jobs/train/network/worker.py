@@ -1,0 +1,115 @@
+"""Entry points of a training process: as one of Ray Train's workers, or alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.util.queue import Queue
+
+from cluster.errors import RefusedError, TrainingFailed, refusal_behind
+from jobs.train.config import CheckpointConfig
+from jobs.train.network.loop import METRIC, TRAINING_LOSS, Rank, StepMetrics, run_loop
+from jobs.train.network.plan import LoopConfig, Steps
+from jobs.train.progress import Report, send_report
+from jobs.train.run.files import RunFiles
+from jobs.train.run.saver import NoCheckpoints, Saver
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """Why a fit ended. A worker returns it, because Ray Train would try the same fit again after an error."""
+
+    message: str
+    is_refusal: bool
+    """Whether the caller's input is the cause, and not the fit."""
+
+    def error(self) -> Exception:
+        """Return the error to raise in the driver."""
+        return RefusedError(self.message) if self.is_refusal else TrainingFailed(self.message)
+
+
+def train_worker(settings: dict[str, Any]) -> Failure | None:
+    """Fit a network as one of Ray Train's workers, and keep the run's checkpoints.
+
+    Args:
+        settings: `loop` (reference to a `LoopConfig`), `files` (`RunFiles` or None), `checkpoint` and `reports`.
+    """
+    context = ray.train.get_context()
+    rank = Rank(rank=context.get_world_rank(), workers=context.get_world_size())
+    config: LoopConfig = ray.get(settings["loop"])
+    reports: Queue | None = settings["reports"] if rank.rank == 0 else None
+    try:
+        observer = _observer(settings, config, rank, reports)
+        run_loop(config, rank, observer)
+        if isinstance(observer, Saver):
+            observer.close()
+    except torch.OutOfMemoryError:
+        return Failure(
+            message="The device has too little memory. Lower model.batch_size, or raise "
+            "deepspeed.gradient_accumulation or deepspeed.zero_stage.",
+            is_refusal=False,
+        )
+    except (RefusedError, TrainingFailed) as error:
+        if isinstance(error, RefusedError) and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # the other ranks may wait for this one
+        return Failure(message=str(refusal_behind(error)), is_refusal=isinstance(error, RefusedError))
+    return None
+
+
+def _observer(
+    settings: dict[str, Any], config: LoopConfig, rank: Rank, reports: Queue | None
+) -> Saver | NoCheckpoints:
+    def report(metrics: StepMetrics, is_epoch: bool) -> None:
+        if reports is not None:
+            send_report(reports, progress_report(metrics, config.steps, is_epoch=is_epoch))
+
+    files: RunFiles | None = settings["files"]
+    if files is None:
+        return NoCheckpoints(lambda metrics: ray.train.report(_epoch_metrics(metrics)))
+    checkpoint: CheckpointConfig = settings["checkpoint"]
+    return Saver(files, checkpoint, rank, report=report, ask_draining=is_draining)
+
+
+def is_draining() -> bool:
+    """Return whether Ray will end a node of this run soon. All ranks call this together."""
+    return ray.train.get_preemption_info() is not None
+
+
+def progress_report(metrics: StepMetrics, steps: Steps, *, is_epoch: bool) -> Report:
+    """Return what the driver shows."""
+    done = metrics.epoch * steps.steps + metrics.step
+    remaining = (steps.total - done) * steps.batch_rows
+    return Report(
+        completed=metrics.epoch + 1 if is_epoch else metrics.epoch,
+        losses={name: metrics.values[name] for name in (TRAINING_LOSS, METRIC) if name in metrics.values},
+        is_whole=is_epoch,
+        step=f"{metrics.step}/{steps.steps}",
+        rows_per_s=metrics.rows_per_s,
+        remaining_s=remaining / metrics.rows_per_s if metrics.rows_per_s else None,
+    )
+
+
+def fit_alone(config: LoopConfig, report: Callable[[dict[str, Any]], None]) -> None:
+    """Fit a network in this process only, without checkpoints.
+
+    Args:
+        config: Configuration of the fit.
+        report: Called with the metrics of each epoch.
+    """
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed needs it even with one process
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        run_loop(config, Rank(), NoCheckpoints(lambda metrics: report(_epoch_metrics(metrics))))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _epoch_metrics(metrics: StepMetrics) -> dict[str, Any]:
+    return metrics.values | {"epoch": metrics.epoch}

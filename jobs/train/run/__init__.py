@@ -1,0 +1,1 @@
+"""Runs: their ids, their settings in the ledger, their checkpoints and their metrics."""

@@ -1,0 +1,150 @@
+"""The identity of runs in the ledger, and the comparison of two runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.errors import ConfigError
+from cluster.ledger import Ledger
+from cluster.ledger.events import ModelRegistered
+from cluster.registry import Lineage
+from cluster.security.keys.access import KeyAccess
+from jobs.train.config import CheckpointConfig, TrainAction, TrainConfig
+from jobs.train.lightgbm import Parameters
+from jobs.train.network.loop import LoopState, Rank
+from jobs.train.run.compare import comparison_plot, comparison_table, read_run
+from jobs.train.run.files import run_files
+from jobs.train.run.identity import (
+    Finished,
+    check_settings,
+    find_finished,
+    new_run_id,
+    record_failed,
+    record_finished,
+    record_started,
+    run_settings,
+)
+from jobs.train.run.saver import DECIDE_STEPS, Saver
+
+OWNER: dict[str, str] = {"model": "m", "run": "a"}
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    ledger = Ledger(f"sqlite:///{tmp_path}/l.db")
+    yield ledger
+    ledger.close()
+
+
+def settings(data: str = "h", **changes: Any) -> dict[str, Any]:
+    config = TrainConfig(**{"name": "m", "training_set": "t", "label": "y"} | changes)
+    return run_settings(config, "lightgbm", Parameters(), data)
+
+
+def start(ledger: Ledger, run: str = "a", **changes: Any) -> None:
+    record_started(ledger, model="m", run=run, family="lightgbm", settings=settings(**changes), actor="me")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, r"started with seed=0, not 1"),
+        ({"data": "other"}, r"data\.hash=h, not other"),
+        ({"exclude": ["age"]}, r"exclude=\[\], not \['age'\]"),
+    ],
+)
+def test_a_run_with_other_settings_or_data_is_refused(
+    ledger: Ledger, changes: dict[str, Any], message: str
+) -> None:
+    """The message names the setting. Settings that do not change the model may differ."""
+    assert not check_settings(ledger, **OWNER, settings=settings())
+    start(ledger)
+    assert check_settings(ledger, **OWNER, settings=settings(output="elsewhere.json"))
+    with pytest.raises(ConfigError, match=message):
+        check_settings(ledger, **OWNER, settings=settings(**changes))
+
+
+def test_a_run_is_finished_once(ledger: Ledger) -> None:
+    """A failed run is not finished. A run that was killed after the registration is."""
+    start(ledger)
+    record_failed(ledger, **OWNER, reason="TrainingFailed", actor="me")
+    assert find_finished(ledger, **OWNER) is None
+    registered = ModelRegistered(
+        name="m",
+        version=3,
+        family="lightgbm",
+        task="binary",
+        manifest_hash="",
+        files={},
+        lineage=asdict(Lineage(config={"run": "a"})),
+        metrics={"auc": 0.5},
+    )
+    ledger.append(registered, actor="me")
+    result = find_finished(ledger, **OWNER)
+    assert result == Finished(3, {"auc": 0.5})
+    for _ in range(2):
+        record_finished(ledger, **OWNER, result=result, actor="me")
+    assert find_finished(ledger, model="m", run="b") is None
+    assert ledger.head() == 4
+
+
+def test_a_run_needs_its_options() -> None:
+    """A comparison needs two runs and nothing else. A new id differs from the last one."""
+    assert TrainConfig(action=TrainAction.compare, runs=["a", "b"]).runs == ["a", "b"]
+    with pytest.raises(ValueError, match="two runs"):
+        TrainConfig(action=TrainAction.compare, runs=["a"])
+    with pytest.raises(ValueError, match="label is missing"):
+        TrainConfig(name="m", training_set="t")
+    assert new_run_id() != new_run_id()
+
+
+def test_a_notice_that_a_node_ends_leads_to_one_checkpoint(
+    tmp_path: Path, access: KeyAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray is asked every few seconds, and not any more after the notice."""
+    monkeypatch.setattr("jobs.train.run.saver.ASK_S", 0.0)
+    answers = [False, True]
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        saver = Saver(
+            run_files(str(tmp_path), model="m", run="a", access=access),
+            CheckpointConfig(every_s=None, every_steps=100),
+            Rank(),
+            ask_draining=lambda: answers.pop(0),
+        )
+        due = [step for step in range(1, 101) if saver._is_due(LoopState(step=step))]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert due == [2 * DECIDE_STEPS, 100]
+
+
+def test_two_runs_are_compared(ledger: Ledger, tmp_path: Path, access: KeyAccess) -> None:
+    """The table has settings that differ, losses by step, and metrics. The plot is SVG."""
+    for run, seed, auc in (("a", 0, 0.7), ("b", 1, 0.8)):
+        start(ledger, run, seed=seed)
+        metrics = [
+            {"epoch": 0, "step": step, "values": {"training_loss": auc / step}, "rows_per_s": 1.0}
+            for step in range(1, 31)
+        ]
+        run_files(str(tmp_path), model="m", run=run, access=access).write(
+            "metrics/000000-000000030", json.dumps(metrics).encode()
+        )
+        record_finished(ledger, model="m", run=run, result=Finished(1, {"auc": auc}), actor="me")
+    runs = [read_run(ledger, run, root=str(tmp_path), access=access) for run in ("a", "b")]
+    lines = comparison_table(runs)
+    assert lines[0].split() == ["a", "b"]
+    assert lines[1].split() == ["seed", "0", "1"]
+    assert lines[-1].split() == ["auc", "0.7", "0.8"]
+    assert "training_loss, epoch 1 step 30" in lines[-2]
+    assert len(lines) < 20
+    assert comparison_plot(runs).count("<polyline") == 2
+    with pytest.raises(ConfigError, match="No run 'c'"):
+        read_run(ledger, "c", root=str(tmp_path), access=access)
