@@ -1,6 +1,6 @@
 """`python -m cluster.supervisor.container [key=value …]`: run a cluster in the foreground, as a container's program.
 
-It runs `cluster.up` with its own options. If the ledger lists deployed models, the supervisor then restores them, so a
+It runs `cluster.up` with its own options. The supervisor then starts the models that the ledger lists as serving, so a
 container that was replaced serves again. SIGTERM ends the cluster like `cluster.down`, and this program exits 0. If the
 supervisor dies, nothing else in a container would start it again, so this program does.
 """
@@ -15,13 +15,10 @@ import threading
 
 from cluster.entrypoint import job
 from cluster.host.signals import set_on_signal
-from cluster.ledger import open_ledger
-from cluster.ledger.events import ModelDeployed
 from cluster.node.locks import container_lock
 from cluster.node.parts import Part, find_parts
 from cluster.session import find_own_record
 from cluster.settings import PlatformConfig
-from cluster.supervisor.head import request_restore
 
 CHECK_EVERY_S = 10.0
 LOG = logging.getLogger("falaj.container")
@@ -37,7 +34,6 @@ def main(config: PlatformConfig) -> None:
         code = run("cluster.up", *options)
         if code:
             sys.exit(code)
-        restore_models(config)
         while not stopped.wait(CHECK_EVERY_S):
             if not supervisor_runs(config):
                 LOG.error("the supervisor has died; starting it again")
@@ -54,13 +50,6 @@ def run(module: str, *options: str) -> int:
     return subprocess.run(
         [sys.executable, "-m", module, *options], check=False, start_new_session=True
     ).returncode
-
-
-def restore_models(config: PlatformConfig) -> None:
-    """Let the supervisor start the models that should serve according to the ledger."""
-    record = find_own_record(config.storage)
-    if record is not None and open_ledger(config).last(ModelDeployed) is not None:
-        request_restore(record)
 
 
 def supervisor_runs(config: PlatformConfig) -> bool:

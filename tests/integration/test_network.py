@@ -46,6 +46,12 @@ class NetworkProject(Project):
             storage=StorageConfig(root=str(self.storage_root)), ledger=LedgerConfig(url=self.ledger_url)
         )
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Options of `cluster.up`."""
+        names = f"cluster.edge_names=[{EDGE_NAME}]"
+        return f"cluster.address={self.host}", names, f"ledger.url={self.ledger_url}"
+
     def run(self, module: str, *args: str, **more: Any) -> subprocess.CompletedProcess[str]:
         return super().run(module, *args, f"ledger.url={self.ledger_url}", **more)
 
@@ -65,7 +71,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetworkProject
     with running_server() as url:
         base = new_project(tmp_path_factory.mktemp("network"))
         project = NetworkProject(root=base.root, ports=base.ports, env=base.env, ledger_url=url, host=host)
-        project.up(f"cluster.address={host}", f"cluster.edge_names=[{EDGE_NAME}]", f"ledger.url={url}")
+        project.up(*project.options)
         try:
             loan.prepare(project)
             project.run("jobs.train", *loan.TRAIN, check=True)
@@ -151,6 +157,14 @@ def test_command_ends_when_both_edges_have_its_change(network: NetworkProject, s
     network.run(*rollout, "action=rollback", check=True)
     assert network.split() == second_split(second)
     assert network.split().endswith("|none|-|0|10000")
+
+
+def test_models_serve_again_after_the_cluster_was_down(network: NetworkProject) -> None:
+    """`cluster.down` and `cluster.up` change nothing for clients: the ledger says what serves."""
+    network.run("cluster.down", check=True)
+    assert "the deployed models start next" in network.up(*network.options).stdout
+    port = network.ports["edge"]
+    wait_until(lambda: predict(network, network.host, port)[0] == 200, "the model serves again", seconds=120)
 
 
 def second_split(edge: Running) -> str:
