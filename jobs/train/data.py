@@ -277,13 +277,27 @@ def open_outcomes(config: LearningConfig, source: TrainingSet) -> Mask:
     Raises:
         TrainingSetError: The rows have no times, or nothing says up to which time outcomes are known.
     """
-    if config.outcome_window_days is None:
+    return open_rows(source, window_days=config.outcome_window_days, known_until=config.outcomes_until)
+
+
+def open_rows(source: TrainingSet, *, window_days: float | None, known_until: str | None) -> Mask:
+    """Return the mask of the rows whose outcome may change after a time.
+
+    Args:
+        source: The training set.
+        window_days: An outcome is final so many days after its row. None means that all outcomes are final.
+        known_until: Time up to which outcomes are known; None means the time when the training set was built.
+
+    Raises:
+        TrainingSetError: The rows have no times, or nothing says up to which time outcomes are known.
+    """
+    if window_days is None:
         return np.zeros(source.table.num_rows, np.bool_)
-    known_until = config.outcomes_until or source.built_at
+    known_until = known_until or source.built_at
     if not known_until:
         raise TrainingSetError(
             "outcome_window_days needs the time up to which outcomes are known, and this training set has no manifest "
             "that says when it was built. Set outcomes_until=2026-01-31."
         )
-    final = parse_time(known_until, name="outcomes_until") - timedelta(days=config.outcome_window_days)
+    final = parse_time(known_until, name="outcomes_until") - timedelta(days=window_days)
     return np.asarray(event_times(source.table) > microseconds(final))

@@ -10,7 +10,7 @@ import numpy as np
 from cluster.errors import TrainingSetError
 from cluster.registry import ModelVersion
 from jobs.train.config import SplitConfig
-from jobs.train.data import TrainingSet
+from jobs.train.data import TrainingSet, open_rows
 from jobs.train.split import Mask, validation_mask, version_held_out_mask
 
 ALL_ROWS = "all"
@@ -67,7 +67,8 @@ def held_out_rows(
     """
     if override is None and has_no_split(version):
         return np.ones(source.table.num_rows, np.bool_)
-    return version_held_out_mask(version, source, override=override, advice=advice)
+    held_out = version_held_out_mask(version, source, override=override, advice=advice)
+    return held_out & ~_open_rows(version, source)
 
 
 def validation_rows(version: ModelVersion, source: TrainingSet) -> Mask:
@@ -83,7 +84,18 @@ def validation_rows(version: ModelVersion, source: TrainingSet) -> Mask:
             "set; a registered artifact has none."
         )
     held_out = version_held_out_mask(version, source, advice="Name the training set.")
-    return validation_mask(held_out, share=share, seed=version.lineage.seed)
+    not_for_training = held_out | _open_rows(version, source)
+    return validation_mask(not_for_training, share=share, seed=version.lineage.seed)
+
+
+def _open_rows(version: ModelVersion, source: TrainingSet) -> Mask:
+    """Return the mask of the rows that a version's training left out, because their outcome could still change."""
+    config = version.lineage.config
+    if version.lineage.training_set_hash != source.hash:
+        return np.zeros(source.table.num_rows, np.bool_)
+    return open_rows(
+        source, window_days=config.get("outcome_window_days"), known_until=config.get("outcomes_until")
+    )
 
 
 def has_no_split(version: ModelVersion) -> bool:

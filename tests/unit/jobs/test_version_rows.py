@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -58,6 +60,28 @@ def test_the_validation_rows_are_those_of_training() -> None:
     assert np.array_equal(validation_rows(trained(), source()), dataset.validation)
     assert np.array_equal(held_out_rows(trained(), source(), advice=""), dataset.held_out)
     assert not (dataset.fit & dataset.validation).any()
+
+
+def test_rows_with_open_outcomes_belong_to_no_part() -> None:
+    """They are judged by neither training nor evaluation, because their outcome may change."""
+    window = {"outcome_window_days": 1.0, "outcomes_until": "1970-01-02T00:00:00.000100Z"}
+    config = LearningConfig(
+        name="m", training_set="t", label="y", seed=5, split=SplitConfig(column="person_id"), **window
+    )
+    dataset, version = prepare(config, timed_source()), trained(**window)
+    assert np.array_equal(validation_rows(version, timed_source()), dataset.validation)
+    held_out = held_out_rows(version, timed_source(), advice="")
+    assert np.array_equal(held_out, dataset.held_out)
+    assert held_out[:101].any()
+    assert not held_out[101:].any()
+
+
+def timed_source() -> TrainingSet:
+    """Return rows one microsecond apart, from 1970 on."""
+    plain = source()
+    times = pa.array(range(ROWS), pa.timestamp("us", tz="UTC"))
+    position = plain.table.column_names.index("event_timestamp")
+    return replace(plain, table=plain.table.set_column(position, "event_timestamp", times))
 
 
 def test_other_data_has_no_validation_rows() -> None:
