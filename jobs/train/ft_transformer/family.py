@@ -21,7 +21,7 @@ from jobs.train.onnx_export import export_graph
 class Parameters:
     """Hyper-parameters of the FT-Transformer."""
 
-    learning_rate: float = 0.001
+    learning_rate: float = 0.004
     width: int = 32
     """Length of a token. `heads` divides it."""
     depth: int = 2
@@ -29,11 +29,11 @@ class Parameters:
     heads: int = 4
     hidden_factor: float = 4 / 3
     """Hidden units of a block's feed-forward network, as a multiple of `width`."""
-    attention_dropout: float = 0.2
+    attention_dropout: float = 0.1
     dropout: float = 0.1
     """Dropout between the two layers of a block's feed-forward network."""
     weight_decay: float = 1e-5
-    epochs: int = 8
+    epochs: int = 12
     batch_size: int | None = None
     """Rows per step, of all workers together. None derives it from the number of rows."""
     precision: Precision = Precision.float32

@@ -145,9 +145,8 @@ def test_it_learns_an_interaction(task: Task) -> None:
     signature = row_signature(dataset.signature, dataset)
     torch.manual_seed(0)
     model = build(signature, PARAMETERS)
-    scaled = (dataset.target - signature.target_mean) / signature.target_scale
     inputs = torch.tensor(dataset.matrix[dataset.fit])
-    target = torch.tensor(scaled[dataset.fit].astype(np.float32))
+    target = signature.encode_target(dataset.target[dataset.fit])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
     for step in range(150):
         batch = torch.from_numpy(np.random.default_rng(step).integers(0, len(inputs), 256))
