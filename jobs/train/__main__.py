@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +224,8 @@ def requested_precision(parameters: Any) -> Precision:
 
 
 if __name__ == "__main__":
+    import sys
+
     if any(argument.startswith("reproduce=") for argument in sys.argv[1:]):
         from jobs.train.reproduce import (
             main as reproduce,

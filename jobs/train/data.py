@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from cluster.errors import DefinitionError, TrainingSetError
@@ -20,7 +21,7 @@ from feature_jobs.store.offline.stored_training_set import read_stored_training_
 from jobs.train.arrow_types import without_string_views
 from jobs.train.config import LearningConfig
 from jobs.train.inputs import learn_signature
-from jobs.train.split import Mask, describe_split, held_out_mask, resolve_split, validation_mask
+from jobs.train.split import Mask, describe_split, held_out_mask, resolve_split
 from jobs.train.target import Target, encode_target, label_column
 
 
@@ -147,8 +148,12 @@ def prepare(config: LearningConfig, source: TrainingSet, *, threshold: float = 0
     """
     split = resolve_split(config.split, source)
     held_out = held_out_mask(split, source.table, seed=config.seed)
-    validation = validation_mask(held_out, share=config.validation_share, seed=config.seed)
-    fit = ~held_out & ~validation
+    rest = np.flatnonzero(~held_out)
+    order = np.random.default_rng(config.seed).permutation(rest)
+    num_validation = max(1, int(len(rest) * config.validation_share))
+    validation, fit = np.zeros(len(held_out), np.bool_), np.zeros(len(held_out), np.bool_)
+    validation[order[:num_validation]] = True
+    fit[order[num_validation:]] = True
     for name, mask in (("held-out", held_out), ("training", fit)):
         if not mask.any():
             raise TrainingSetError(

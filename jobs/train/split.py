@@ -73,15 +73,6 @@ def held_out_mask(split: SplitConfig, table: pa.Table, *, seed: int) -> Mask:
     return np.asarray(numbers % split.modulo == split.remainder)
 
 
-def validation_mask(held_out: Mask, *, share: float, seed: int) -> Mask:
-    """Return the mask of the rows for early stopping: a share of the rows that are not held out, drawn by the seed."""
-    rest = np.flatnonzero(~held_out)
-    order = np.random.default_rng(seed).permutation(rest)
-    validation = np.zeros(len(held_out), np.bool_)
-    validation[order[: max(1, int(len(rest) * share))]] = True
-    return validation
-
-
 def version_held_out_mask(
     version: ModelVersion, source: TrainingSet, *, override: SplitConfig | None = None, advice: str
 ) -> Mask:

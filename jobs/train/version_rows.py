@@ -11,7 +11,7 @@ from cluster.errors import TrainingSetError
 from cluster.registry import ModelVersion
 from jobs.train.config import SplitConfig
 from jobs.train.data import TrainingSet
-from jobs.train.split import Mask, validation_mask, version_held_out_mask
+from jobs.train.split import Mask, version_held_out_mask
 
 ALL_ROWS = "all"
 """Value of `rows` in the lineage of a registered artifact: its reference rows have no split."""
@@ -84,6 +84,15 @@ def validation_rows(version: ModelVersion, source: TrainingSet) -> Mask:
         )
     held_out = version_held_out_mask(version, source, advice="Name the training set.")
     return validation_mask(held_out, share=share, seed=version.lineage.seed)
+
+
+def validation_mask(held_out: Mask, *, share: float, seed: int) -> Mask:
+    """Return the mask of the rows that `jobs.train.data` draws for early stopping from those that are not held out."""
+    rest = np.flatnonzero(~held_out)
+    order = np.random.default_rng(seed).permutation(rest)
+    validation = np.zeros(len(held_out), np.bool_)
+    validation[order[: max(1, int(len(rest) * share))]] = True
+    return validation
 
 
 def has_no_split(version: ModelVersion) -> bool:
