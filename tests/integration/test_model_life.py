@@ -109,6 +109,7 @@ def test_a_retired_version_is_not_deployed(project: Project) -> None:
 
 def test_monitoring_knows_the_reference_of_each_version(project: Project) -> None:
     """Without reference, label and split, also for a registered artifact."""
+    assert loan.Shop(project).predict(1)[0] == 200
     for name in ("loan", "sk"):
         result = project.run("jobs.monitor", f"name={name}", f"output={name}.json", check=True)
         assert "champion v1" in result.stdout
