@@ -108,11 +108,11 @@ def test_int8_scores_are_close_to_float32(tmp_path: Path) -> None:
 def test_a_replica_with_a_gpu_runs_the_graph_on_the_cpu(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The runtime has no class for this network, so it cannot run it in torch."""
+    """The installed ONNX Runtime is the one for CPUs, and the replica says so."""
     write(SIGNATURES.binary, tmp_path)
     model = open_model(tmp_path, hardware=Hardware(device=CUDA))
     assert len(model.predict_matrix(rows(SIGNATURES.binary, 3)).scores) == 3
-    assert "a GPU is reserved for a model that runs on the CPU in onnx" in caplog.text
+    assert "a GPU is reserved, but the ONNX graph runs on the CPU" in caplog.text
 
 
 def interaction(task: Task) -> Dataset:
