@@ -25,6 +25,9 @@ from tests.unit.jobs.train.conftest import write_people
 
 TABULAR = "jobs.train.tabular_network.family"
 FROZEN = frozen_network.__name__
+pytestmark = pytest.mark.timeout(
+    1500
+)  # five processes that import torch and DeepSpeed start one after another
 EVERY_5 = CheckpointConfig(every_steps=5, log_every=1)
 
 
