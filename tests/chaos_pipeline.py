@@ -28,6 +28,8 @@ from jobs.pipeline.state import State, read_newest_run
 from tests.integration.conftest import Project, new_project
 
 DEMO = (sys.executable, "-m", "jobs.pipeline.census")
+OF_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets this variable of a job's processes. Its value has the job's id."""
 LATEST_S = 3.0
 """A stage is killed at a random moment in its first seconds."""
 TIMED = ("seconds", "rollback_ms", "ledger")
@@ -59,7 +61,7 @@ def kill_job(job: str) -> bool:
     is_killed = False
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("RAY_JOB_SUBMISSION_ID") == job and "-m" in process.cmdline():
+            if job in process.environ().get(OF_JOB, "") and "-m" in process.cmdline():
                 process.kill()
                 is_killed = True
     return is_killed
@@ -123,7 +125,7 @@ def main() -> int:
                 print(next(line for line in repeated.stdout.decode().splitlines() if "nothing to do" in line))
                 print(f"events of another run: {project.ledger().head() - head}", flush=True)
             finally:
-                project.run("cluster.down")
+                project.run_python("-m", "cluster.down", check=True)
     different = [name for name in found["whole"] if found["whole"][name] != found["killed"][name]]
     for name in different:
         print(f"{name}: {found['whole'][name]} without a failure, {found['killed'][name]} with kills")
