@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cluster.errors import did_you_mean, suggest_name
+from cluster.errors import suggest_name
 
 METRICS = (
     "accuracy", "auc", "bias", "brier", "ece", "log_loss", "mae", "mean_probability", "positive_rate", "r2", "rmse",
@@ -17,34 +17,23 @@ METRICS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """Known names of a result."""
+    """Known names of a result. It can have others too."""
 
     names: tuple[str, ...]
-    are_all: bool
-    """Whether the result has no other names."""
 
     def fault(self, name: str) -> str:
-        """Return what is wrong with a required name; "" if nothing is known to be wrong.
-
-        If the result can have other names too, only a name that looks like a misspelled known one is a fault.
-        """
+        """Return what is wrong with a required name that looks like a misspelled known one; else ""."""
         if name in self.names or any(known.endswith(f".{name}") for known in self.names):
             return ""
         short = [known.rpartition(".")[2] if "." not in name else known for known in self.names]
-        guess = did_you_mean(name, short) if self.are_all else suggest_name(name, short)
-        if not guess:
-            return ""
-        return f"require.{name}: the result has no value of this name.{guess}"
+        guess = suggest_name(name, short)
+        return f"require.{name}: the result has no value of this name.{guess}" if guess else ""
 
 
-_OF_MODEL = Results(
-    names=("name", "version", "family", *(f"metrics.{name}" for name in METRICS)), are_all=False
-)
+_OF_MODEL = Results(names=("name", "version", "family", *(f"metrics.{name}" for name in METRICS)))
 RESULTS = {
-    "feature_jobs.ingest": Results(names=("rows_in", "rows_stored", "rows_quarantined"), are_all=True),
-    "feature_jobs.training_set": Results(
-        names=("service", "rows", "row_hash", "hidden_share"), are_all=False
-    ),
+    "feature_jobs.ingest": Results(names=("rows_in", "rows_stored", "rows_quarantined")),
+    "feature_jobs.training_set": Results(names=("service", "rows", "row_hash", "hidden_share")),
     "jobs.evaluate": _OF_MODEL,
     "jobs.train": _OF_MODEL,
 }
@@ -58,7 +47,7 @@ def returned(tree: ast.Module) -> Results | None:
     """
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     names = _names(functions, "main", seen=frozenset())
-    return None if not names else Results(names=tuple(sorted(names)), are_all=True)
+    return None if not names else Results(names=tuple(sorted(names)))
 
 
 def _names(functions: dict[str, ast.FunctionDef], name: str, *, seen: frozenset[str]) -> set[str] | None:
@@ -69,9 +58,7 @@ def _names(functions: dict[str, ast.FunctionDef], name: str, *, seen: frozenset[
         if not isinstance(statement, ast.Return):
             continue
         match statement.value:
-            case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) for key in keys):
-                if not all(isinstance(value, _FIGURES) for value in values):
-                    return None  # nested names are joined by dots
+            case ast.Dict(keys=keys) if all(isinstance(key, ast.Constant) for key in keys):
                 names |= {str(key.value) for key in keys if isinstance(key, ast.Constant)}
             case ast.Call(func=ast.Name(called)):
                 found = _names(functions, called, seen=seen | {name})
