@@ -286,7 +286,7 @@ def _names_beside(cause: BaseException | None, name: str) -> list[str]:
     table = name.rpartition(".")[0]
     if not isinstance(section, DictConfig) or not table:
         return []
-    return [f"{table}.{key}" for key in section]
+    return [f"{table}.{key}" for key in map(str, section)]
 
 
 def _yaml_message(error: yaml.MarkedYAMLError) -> str:

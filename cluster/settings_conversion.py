@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, TypeVar, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from cluster.errors import ConfigError, suggest_name
@@ -61,15 +61,15 @@ def unquoted(text: str) -> str:
     return text[1:-1].replace("\\'", "'")
 
 
-def _describe_interpolations(config: DictConfig) -> str:
+def _describe_interpolations(config: DictConfig | ListConfig) -> str:
     """Return a sentence for each `${name}` that has no value in a configuration, with the nearest name that has one."""
     wanted = dict.fromkeys(_interpolations(OmegaConf.to_container(config, resolve=False)))
-    missing = [name for name in wanted if not _is_there(config, name)]
     sentences = []
-    for name in missing:
-        table = name.rpartition(".")[0]
-        section = OmegaConf.select(config, table) if table else config
-        known = [f"{table}.{key}".lstrip(".") for key in section] if isinstance(section, DictConfig) else []
+    for name in wanted:
+        table, _, key = name.rpartition(".")
+        if key in _keys(config, table):
+            continue
+        known = [f"{table}.{key}".lstrip(".") for key in _keys(config, table)]
         sentences.append(f"`${{{name}}}` has no value.{suggest_name(name, known)}")
     return " ".join(sentences)
 
@@ -87,10 +87,10 @@ def _interpolations(values: Any) -> Iterator[str]:
                 yield from _interpolations(value)
 
 
-def _is_there(config: DictConfig, name: str) -> bool:
-    table, _, key = name.rpartition(".")
+def _keys(config: DictConfig | ListConfig, table: str) -> list[str]:
+    """Return the keys of a section; none if it is no section."""
     section = OmegaConf.select(config, table) if table else config
-    return isinstance(section, DictConfig) and key in OmegaConf.to_container(section, resolve=False)
+    return [str(key) for key in section] if isinstance(section, DictConfig) else []
 
 
 def _describe(error: OmegaConfBaseException) -> str:

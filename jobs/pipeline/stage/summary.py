@@ -18,7 +18,6 @@ _SHOWN = (
     "set_aside",
     "auc",
     "accuracy",
-    "logloss",
     "log_loss",
     "rmse",
     "mae",
@@ -31,7 +30,7 @@ _MAX_VALUES = 5
 def summarize(result: Mapping[str, Any]) -> str:
     """Return the figures of a flat result in one line; "" if it has none.
 
-    A figure that the result has several times, for example one for each slice, is not shown.
+    Of a figure that the result has several times, for example for each slice, only the whole one is shown.
     """
     if isinstance(result.get(SUMMARY), str):
         return " ".join(result[SUMMARY].split())
@@ -42,9 +41,10 @@ def summarize(result: Mapping[str, Any]) -> str:
     }
     known: dict[str, Any] = {}
     for short in _SHOWN:
-        names = [short] if short in figures else [name for name in figures if name.endswith(f".{short}")]
-        if len(names) == 1:
-            known[short] = figures[names[0]]
+        whole = next((name for name in (short, f"metrics.{short}") if name in figures), None)
+        nested = [name for name in figures if name.endswith(f".{short}")]
+        if whole is not None or len(nested) == 1:
+            known[short] = figures[whole or nested[0]]
     others = {name: value for name, value in figures.items() if "." not in name}
     shown = list((known | others).items())[:_MAX_VALUES]
     return ", ".join(f"{name} {_text(value)}" for name, value in shown)

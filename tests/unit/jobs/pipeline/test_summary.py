@@ -14,6 +14,7 @@ from tests.unit.jobs.pipeline.conftest import World, branches
         ({"rows_in": 4000, "rows_stored": 3990, "rows_quarantined": 10}, "4,000 3,990 10"),
         ({"name": "m", "version": 2, "metrics.log_loss": 0.5, "metrics.auc": 0.91234}, "2 0.9123 0.5"),
         ({"slices.a.auc": 0.7, "slices.b.auc": 0.8}, ""),
+        ({"metrics.auc": 0.75, "slices.a.auc": 0.7, "slices.b.auc": 0.8}, "0.75"),
         ({"row_hash": "ab", "rows": 5, "hidden_share.view": 0.1}, "5"),
         ({"ok": True}, ""),
         ({"summary": "serving m\nversion 2", "version": 2}, "serving m version 2"),
