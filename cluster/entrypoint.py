@@ -281,10 +281,10 @@ def _group_options(group: str) -> set[str]:
 
 
 def _names_beside(cause: BaseException | None, name: str) -> list[str]:
-    """Return the dotted names in the section of the file that has no option of this name."""
+    """Return the dotted names in the section of the file that has no option of this name; none without a section."""
     section = getattr(cause, "parent_node", None)
     table = name.rpartition(".")[0]
-    if not isinstance(section, DictConfig) or not table:
+    if not isinstance(section, DictConfig) or not table or section._get_full_key(None) != table:
         return []
     return [f"{table}.{key}" for key in map(str, section)]
 
