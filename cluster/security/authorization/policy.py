@@ -238,7 +238,12 @@ class Policy:
         """
         decision = self.decide(principal, action, resource, environment=environment)
         if not decision.allowed:
-            roles = self._permitted_roles(principal, action, resource, environment)
+            others = {role: replace(principal, role=role) for role in Role}
+            roles = [
+                role
+                for role, other in others.items()
+                if self.decide(other, action, resource, environment=environment).allowed
+            ]
             raise AccessDenied(self._refusal(principal, action, resource, decision, roles))
         return decision
 
@@ -285,30 +290,19 @@ class Policy:
         ids = result.diagnostics.id_annotations_by_reason
         return Decision(allowed=result.allowed, policies=tuple(sorted(ids.values())))
 
-    def _permitted_roles(
-        self, principal: Principal, action: Action, resource: Resource, environment: str
-    ) -> list[Role]:
-        """Return the other roles that may do the action for the same subject and purpose."""
-        others = [role for role in Role if role is not principal.role]
-        return [
-            role
-            for role in others
-            if self.decide(replace(principal, role=role), action, resource, environment=environment).allowed
-        ]
-
     def _refusal(
         self,
         principal: Principal,
         action: Action,
         resource: Resource,
         decision: Decision,
-        permitted: Sequence[Role],
+        roles: Sequence[Role],
     ) -> str:
         attempt = f"{action.replace('_', ' ')} on {resource.kind} '{resource.name}' ({resource.column_class})"
         purpose = f" for purpose '{principal.purpose}'" if principal.purpose else " without a purpose"
         if not decision.policies:
-            roles = f"the role {' or '.join(permitted)}" if permitted else "another role"
-            reason = f"no policy permits it. Use {roles}, or ask an admin."
+            role = f"the role {' or '.join(roles)}" if roles else "another role"
+            reason = f"no policy permits it. Use {role}, or ask an admin."
         else:
             advice = [self._parsed.advice.get(name, "") for name in decision.policies]
             reason = " ".join([f"forbidden by {', '.join(decision.policies)}.", *filter(None, advice)])
