@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -51,6 +52,8 @@ REFUSED = 2
 RESULT_VARIABLE = "FALAJ_RESULT"
 """Environment variable with the file that a command writes its result to, as JSON. A pipeline sets it."""
 HELP = {"--help", "-h"}
+_CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException, yaml.MarkedYAMLError)
+"""What Hydra raises for an invalid command line or file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +78,11 @@ class Options(Generic[C]):
         try:
             # Composing is slow, so it is done once for each file, and values are set in a copy.
             return load(_set_values(_compose_once(self.config_name, path), overrides), self.schema)
-        except (HydraException, OmegaConfBaseException, ConfigError):
+        except (*_CONFIGURATION_ERRORS, ConfigError):
             pass
         try:
             return load(_compose(self.config_name, [*overrides, *path]), self.schema)
-        except (HydraException, OmegaConfBaseException) as error:
+        except _CONFIGURATION_ERRORS as error:
             raise self.composition_error(error) from error
 
     def composition_error(self, error: Exception) -> ConfigError:
@@ -89,6 +92,8 @@ class Options(Generic[C]):
                 f"`{error.override}` is not a valid `key=value`. Put a value with special characters in "
                 "quotes: `key='value'`."
             )
+        if isinstance(error, yaml.MarkedYAMLError):
+            return ConfigError(_yaml_message(error))
         return ConfigError(_composition_message(error, self.schema))
 
 
@@ -112,7 +117,7 @@ class Command(Generic[C]):
             hydra.main(version_base=None, config_path="pkg://configs", config_name=self.options.config_name)(
                 self._run
             )()
-        except (HydraException, OmegaConfBaseException) as error:
+        except _CONFIGURATION_ERRORS as error:
             refuse(self.options.composition_error(error))
 
     def _run(self, config: DictConfig) -> None:
@@ -275,6 +280,25 @@ def _group_options(group: str) -> set[str]:
     return {f"{group}.{key}" for option in options for key in map(str, option)}
 
 
+def _names_beside(cause: BaseException | None, name: str) -> list[str]:
+    """Return the dotted names in the section of the file that has no option of this name; none without a section."""
+    section = getattr(cause, "parent_node", None)
+    table = name.rpartition(".")[0]
+    if not isinstance(section, DictConfig) or not table or section._get_full_key(None) != table:
+        return []
+    return [f"{table}.{key}" for key in map(str, section)]
+
+
+def _yaml_message(error: yaml.MarkedYAMLError) -> str:
+    """Return the place and the problem of a file that is not valid YAML, as one line."""
+    mark = error.problem_mark or error.context_mark
+    place = "" if mark is None else f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: "
+    return (
+        f"{place}not valid YAML: {error.problem or error.context}. Check the indentation, and put a text with ':', "
+        "'#' or '{' in quotes."
+    )
+
+
 def _composition_message(error: Exception, schema: type[Any]) -> str:
     """Return Hydra's message as one line. For an unknown option, suggest the nearest known one."""
     cause = error.__cause__
@@ -290,7 +314,7 @@ def _composition_message(error: Exception, schema: type[Any]) -> str:
                     f"Option '{table}' has no such entries. To add one, write `+{table}.NAME=VALUE`, for several "
                     f"`+{table}={{NAME: VALUE, …}}`."
                 )
-        known += of_group
+        known += [*of_group, *_names_beside(cause, name)]
         return f"No option '{name}'.{suggest_name(name, known)} `--help` lists the options."
     choice = re.search(r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':([^:]*)", text)
     if choice:

@@ -6,16 +6,19 @@ Also convert the dataclasses to plain values, which can be sent to other process
 from __future__ import annotations
 
 import enum
+import re
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, TypeVar, cast
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, suggest_name
 from cluster.settings import PlatformConfig
 
 T = TypeVar("T")
+_INTERPOLATION = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
 
 def load(config: DictConfig, schema: type[T]) -> T:
@@ -27,6 +30,8 @@ def load(config: DictConfig, schema: type[T]) -> T:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), config)
         return cast(T, OmegaConf.to_object(merged))
+    except InterpolationKeyError as error:
+        raise ConfigError(_describe_interpolations(merged) or _describe(error)) from error
     except OmegaConfBaseException as error:
         raise ConfigError(_describe(error)) from error
     except ValueError as error:
@@ -54,6 +59,38 @@ def quoted(value: Any) -> str:
 def unquoted(text: str) -> str:
     """Return the text of a value that `quoted` returned. Hydra's parser would take as long as a short command."""
     return text[1:-1].replace("\\'", "'")
+
+
+def _describe_interpolations(config: DictConfig | ListConfig) -> str:
+    """Return a sentence for each `${name}` that has no value in a configuration, with the nearest name that has one."""
+    wanted = dict.fromkeys(_interpolations(OmegaConf.to_container(config, resolve=False)))
+    sentences = []
+    for name in wanted:
+        table, _, key = name.rpartition(".")
+        if key in _keys(config, table):
+            continue
+        known = [f"{table}.{key}".lstrip(".") for key in _keys(config, table)]
+        sentences.append(f"`${{{name}}}` has no value.{suggest_name(name, known)}")
+    return " ".join(sentences)
+
+
+def _interpolations(values: Any) -> Iterator[str]:
+    """Yield the dotted names that the texts of nested values interpolate."""
+    match values:
+        case str():
+            yield from _INTERPOLATION.findall(values)
+        case dict():
+            for value in values.values():
+                yield from _interpolations(value)
+        case list():
+            for value in values:
+                yield from _interpolations(value)
+
+
+def _keys(config: DictConfig | ListConfig, table: str) -> list[str]:
+    """Return the keys of a section; none if it is no section."""
+    section = OmegaConf.select(config, table) if table else config
+    return [str(key) for key in section] if isinstance(section, DictConfig) else []
 
 
 def _describe(error: OmegaConfBaseException) -> str:

@@ -186,16 +186,16 @@ def _show_health(cluster_health: Health) -> None:
 def _show_text(record: ClusterRecord, cluster_health: Health) -> None:
     role = "" if record.node_id is None else f", node {record.node_id} of the head at {record.head}"
     print(f"cluster {record.cluster_id}{role}, up since {record.started_at}")
-    print(f"project        {record.project_root}")
-    print(f"state          {record.storage_root}")
-    print(addresses(record))
-    print(f"key broker     {record.key_socket}")
-    print(f"certificate    {describe_certificate(record, ray_started_at=_raylet_started_at(cluster_health))}")
     print("Serve applications")
     silent = silent_replicas(record)
     for name, status in applications(record).items() or {"none": ""}.items():
         mark = f"  <- does not answer: {', '.join(silent[name])}" if name in silent else ""
         print(f"  {name} {status}{mark}")
+    print(f"project        {record.project_root}")
+    print(f"state          {record.storage_root}")
+    print(addresses(record))
+    print(f"key broker     {record.key_socket}")
+    print(f"certificate    {describe_certificate(record, ray_started_at=_raylet_started_at(cluster_health))}")
     port_names = {port: name for name, port in record.ports.items()}
     print("listening")
     for address, names in listeners(record).items():

@@ -20,6 +20,9 @@ STOP_S = 10.0
 """Seconds that a child has to end by itself."""
 ERROR_CHARACTERS = 500
 """Longest stored line of a child's errors."""
+MAX_REFUSALS = 5
+"""A command can give several reasons of a refusal. At most this many are stored."""
+_REFUSAL = "refused: "
 _STOPPED = "the job was stopped"
 
 
@@ -32,7 +35,7 @@ class Ended:
     """`DONE`, `REFUSED` or `FAILED`."""
     seconds: float
     reason: str
-    """Why it was ended, or the last line of its errors; "" after a success."""
+    """Why it was ended, its reasons of a refusal, or the last line of its errors; "" after a success."""
     was_stopped: bool
     """Whether it was ended because this process was stopped."""
 
@@ -67,26 +70,36 @@ def execute(
         exit_code=code,
         state=FAILED if reason else state,
         seconds=round(time.monotonic() - begun, 3),
-        reason=reason or ("" if code == 0 else errors.last_line),
+        reason=reason or errors.reason(state),
         was_stopped=reason == _STOPPED,
     )
 
 
 class ErrorOutput(threading.Thread):
-    """Thread that copies a child's standard error to this process's, and stores the last line."""
+    """Thread that copies a child's standard error to this process's, and stores the last line and the refusals."""
 
     def __init__(self, child: subprocess.Popen[str]) -> None:
         super().__init__(daemon=True)
         self._child = child
         self.last_line = ""
+        self.refusals: list[str] = []
         self.start()
+
+    def reason(self, state: str) -> str:
+        """Return why the child ended in a state; "" after a success."""
+        if state == REFUSED and self.refusals:
+            return " ".join(dict.fromkeys(self.refusals))
+        return "" if state == DONE else self.last_line
 
     def run(self) -> None:
         assert self._child.stderr is not None
         for line in self._child.stderr:
             sys.stderr.write(line)
             sys.stderr.flush()
-            self.last_line = line.strip()[:ERROR_CHARACTERS] or self.last_line
+            text = line.strip()[:ERROR_CHARACTERS]
+            self.last_line = text or self.last_line
+            if text.startswith(_REFUSAL) and len(self.refusals) < MAX_REFUSALS:
+                self.refusals.append(text.removeprefix(_REFUSAL))
 
 
 def wait(

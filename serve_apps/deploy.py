@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ray.exceptions import RayError
 
@@ -87,8 +88,8 @@ UNUSED = {
 
 
 @job("deploy", DeployConfig, timed=True)
-def main(config: DeployConfig) -> None:
-    """Deploy, restore or remove applications."""
+def main(config: DeployConfig) -> dict[str, Any] | None:
+    """Deploy, restore or remove applications. The result of a deployment says which version gets the requests."""
     refuse_unused(UNUSED[config.action], by=f"action={config.action.value}")
     ledger = open_ledger(config)
     record = attach(config)
@@ -117,7 +118,16 @@ def main(config: DeployConfig) -> None:
                 registry.move_alias(version.name, CHAMPION, version.version, actor=actor.name, reason=reason)
             wait_until_applied(config, ledger, ledger.head(), app=app)
             state = read_states(ledger).get(version.name, ModelState())
-            print(describe(version, state, app=app, champion=registry.aliases(version.name)[CHAMPION]))
+            champion = registry.aliases(version.name)[CHAMPION]
+            summary = describe(version, state, app=app, champion=champion)
+            print(summary)
+            return {
+                "version": version.version,
+                "champion": champion,
+                "application": app,
+                "summary": summary,
+            }
+    return None
 
 
 def describe(version: ModelVersion, state: ModelState, *, app: str, champion: int) -> str:

@@ -60,14 +60,21 @@ def require_free_ports(ports: Mapping[str, int], config: ClusterConfig) -> None:
         config: The machine's addresses.
 
     Raises:
-        PortInUse: A port is in use.
+        PortInUse: Ports are in use. The message names all of them.
     """
-    for name, port in ports.items():
-        if _is_taken(name, port, config):
-            raise PortInUse(
-                f"Port {port} ({name}) is in use by {processes.listener_name(port)}. Free it, or set "
-                f"cluster.ports.{name}=…"
-            )
+    taken = {name: port for name, port in ports.items() if _is_taken(name, port, config)}
+    if len(taken) == 1:
+        [(name, port)] = taken.items()
+        raise PortInUse(
+            f"Port {port} ({name}) is in use by {processes.listener_name(port)}. Free it, or set "
+            f"cluster.ports.{name}=…"
+        )
+    if taken:
+        uses = ", ".join(
+            f"{port} ({name}) by {processes.listener_name(port)}" for name, port in taken.items()
+        )
+        options = " ".join(f"cluster.ports.{name}=…" for name in taken)
+        raise PortInUse(f"Ports are in use: {uses}. Free them, or set {options}")
 
 
 def _is_taken(name: str, port: int, config: ClusterConfig) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.errors import RefusedError
 from cluster.ledger import Ledger
-from cluster.ledger.events import StageFinished
+from cluster.ledger.events import DeploymentRemoved, ModelDeployed, StageFinished
 from cluster.storage import is_uri
 from jobs.pipeline.graph import covers, is_path, substitute
 from jobs.pipeline.plan import Plan, PlannedStage, own_paths
@@ -123,6 +124,7 @@ class StageKeys:
         """Return how a stage was last done, if its key is the same now and its files are still there.
 
         A stage that is always run, because it reads a log or depends on the time, is done only if this run did it.
+        A deployment is done only as long as nobody removed the version.
         """
         stage = prepared.planned.stage
         last = last_done(self._ledger, self._pipeline, stage.name)
@@ -132,7 +134,23 @@ class StageKeys:
             return None
         if any(is_path(path) and digest_path(path) != digest for path, digest in last.outputs.items()):
             return None
+        if stage.command == "serve_apps.deploy" and self._is_removed(prepared, last):
+            return None
         return None if unmet(stage.require, last.result) else last
+
+    def _is_removed(self, prepared: Prepared, last: StageFinished) -> bool:
+        """Return whether the deployed version was removed since the stage was done, and not deployed again."""
+        finished = self._ledger.newest(StageFinished, pipeline=self._pipeline, stage=last.stage)
+        since = 0 if finished is None else finished.seq
+        for part in prepared.planned.facts.writes:
+            names: dict[str, Any] = {"name": part.partition(":")[2]}
+            if "version" in last.result:  # a stage of an earlier release has no result
+                names["version"] = last.result["version"]
+            removed = self._ledger.newest(DeploymentRemoved, **names)
+            deployed = self._ledger.newest(ModelDeployed, **names)
+            if removed and removed.seq > since and (deployed is None or deployed.seq < removed.seq):
+                return True
+        return False
 
     def _input_hash(self, part: str, ancestors: set[str], done: Mapping[str, StageFinished]) -> str:
         """Return the hash of an input: as the last earlier stages wrote it, or else of its present content.

@@ -18,6 +18,7 @@ from feature_jobs.store.catalog.specifications import ViewSpec, load_definitions
 from jobs.pipeline.config import PipelineSpec
 from jobs.pipeline.graph import Graph, Stage, build_graph, is_path, references, substitute, touches
 from jobs.pipeline.stage.arguments import arguments
+from jobs.pipeline.stage.columns import column_faults
 from jobs.pipeline.stage.commands import Facts, describe, load_options
 from jobs.pipeline.stage.content import digest_json, path_exists
 from jobs.pipeline.stage.modules import Modules
@@ -182,13 +183,17 @@ def _content_faults(
 ) -> Iterator[str]:
     """Yield faults of files, parts, permissions and requirements, in the order in which the stages run."""
     for name, planned in stages.items():
-        written = [path for other in graph.ancestors(name) for path in stages[other].writes if is_path(path)]
+        ancestors = graph.ancestors(name)
+        earlier = [stages[other].stage for other in ancestors]
+        written = [path for other in ancestors for path in stages[other].writes if is_path(path)]
         messages = [
             *_missing_files(planned, written),
             *_unknown_parts(planned, known[name]),
             *_denied(planned, known[name], caller),
+            *column_faults(planned.stage, earlier, known[name].views, known[name].services),
             *(
                 requirement_fault(key, value, single=planned.facts.single)
+                or (planned.facts.results.fault(key) if planned.facts.results else "")
                 for key, value in planned.stage.require.items()
             ),
         ]

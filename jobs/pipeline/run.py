@@ -28,6 +28,7 @@ from jobs.pipeline.stage import outputs
 from jobs.pipeline.stage.content import ABSENT, digest_path, flatten
 from jobs.pipeline.stage.ray_jobs import end_job
 from jobs.pipeline.stage.requirements import unmet
+from jobs.pipeline.stage.summary import summarize
 from jobs.pipeline.state import (
     StageState,
     State,
@@ -260,7 +261,7 @@ class Run:
             return False
         outputs.accept(writes)
         self._done[name] = event
-        self._print(name, f"{event.seconds:.1f} s")
+        self._print(name, " · ".join(filter(None, [f"{event.seconds:.1f} s", summarize(result)])))
         return True
 
     def _judge(self, attempt: Attempt, status: JobStatus, result: dict[str, Any]) -> tuple[State, str]:

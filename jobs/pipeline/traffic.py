@@ -8,19 +8,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import aiohttp
 import polars as pl
 import xxhash
 
 from cluster.entrypoint import job
-from cluster.errors import Inconsistent, SourceError
+from cluster.errors import ConfigError, Inconsistent, SourceError, did_you_mean
 from cluster.settings import PlatformConfig
 from cluster.storage import exists, read_parquet, resolve, write_parquet
 from jobs.pipeline.census.client import edge_access
 
 REQUEST_TIMEOUT_S = 60
+EntityKey = int | str
+"""Value of the entity key."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,7 +58,7 @@ class TrafficConfig(PlatformConfig):
 class Answer:
     """Response to one request."""
 
-    key: int
+    key: EntityKey
     prediction_id: str | None
     """None if the request failed."""
     variant: str | None
@@ -64,11 +67,27 @@ class Answer:
     latency_ms: float
 
 
-def choose_people(people: pl.DataFrame, *, key: str, offset: int, count: int) -> list[int]:
+def choose_people(people: pl.DataFrame, *, key: str, offset: int, count: int) -> list[EntityKey]:
     """Return the keys of `count` people. They are ordered by a hash, so that the order in the file has no influence."""
     return sorted(people[key], key=lambda value: xxhash.xxh32_intdigest(str(value).encode()))[
         offset : offset + count
     ]
+
+
+def answers_frame(answers: Sequence[Answer], *, key: str, key_type: pl.DataType) -> pl.DataFrame:
+    """Return the answers as a table, in which the key has its type from the file of people.
+
+    No type is guessed from the values, because the first answers may all be failures.
+    """
+    columns: dict[str, pl.DataType] = {
+        "key": key_type,
+        "prediction_id": pl.String(),
+        "variant": pl.String(),
+        "status": pl.Int64(),
+        "latency_ms": pl.Float64(),
+    }
+    rows = [asdict(answer) for answer in answers]
+    return pl.DataFrame(rows, schema=columns).rename({"key": key})
 
 
 @job("traffic", TrafficConfig)
@@ -78,11 +97,15 @@ def main(config: TrafficConfig) -> None:
     if not exists(people_uri):
         raise SourceError(f"{people_uri} does not exist. Name a Parquet file with people=…")
     people = pl.DataFrame(pl.from_arrow(read_parquet(people_uri)))
+    if config.key not in people.columns:
+        raise ConfigError(
+            f"{people_uri} has no column '{config.key}'.{did_you_mean(config.key, people.columns)}"
+        )
     keys = choose_people(people, key=config.key, offset=config.offset, count=config.requests)
     started = time.perf_counter()
     answers = asyncio.run(_send(config, keys))
     seconds = time.perf_counter() - started
-    frame = pl.DataFrame(answers).rename({"key": config.key})
+    frame = answers_frame(answers, key=config.key, key_type=people.schema[config.key])
     write_parquet(frame.to_arrow(), resolve(config.answers))
     statuses = Counter(answer.status for answer in answers)
     print(
@@ -94,7 +117,7 @@ def main(config: TrafficConfig) -> None:
         )
 
 
-async def _send(config: TrafficConfig, keys: list[int]) -> list[Answer]:
+async def _send(config: TrafficConfig, keys: list[EntityKey]) -> list[Answer]:
     """Score all people over `config.connections` parallel connections."""
     access = edge_access(config, purpose=config.purpose)
     url = f"{access.url}/v1/models/{config.name}:predict"
@@ -116,7 +139,7 @@ async def _send(config: TrafficConfig, keys: list[int]) -> list[Answer]:
     return answers
 
 
-async def _predict(client: aiohttp.ClientSession, url: str, config: TrafficConfig, key: int) -> Answer:
+async def _predict(client: aiohttp.ClientSession, url: str, config: TrafficConfig, key: EntityKey) -> Answer:
     """Send the request of one person."""
     body = {"entities": [{config.key: key}], "as_of": config.as_of}
     started = time.perf_counter()

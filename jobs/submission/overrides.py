@@ -89,7 +89,15 @@ class JobRules:
         for override in self._parsed(overrides, options):
             self._check_value(override)
         self._check_folder()
-        config = options.compose(overrides, config_dir=self.settings.config_dir)
+        try:
+            config = options.compose(overrides, config_dir=self.settings.config_dir)
+        except ConfigError as error:
+            if "has no choice" not in str(error) or self.settings.config_dir is not None:
+                raise
+            raise ConfigError(
+                f"{error} For configurations of your own, the operator names their folder with `cluster.up "
+                "jobs.config_dir=…`."
+            ) from error
         if module == PIPELINE:
             self._check_stages(config)
 

@@ -34,8 +34,8 @@ from __future__ import annotations
 import enum
 import functools
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -238,7 +238,13 @@ class Policy:
         """
         decision = self.decide(principal, action, resource, environment=environment)
         if not decision.allowed:
-            raise AccessDenied(self._refusal(principal, action, resource, decision))
+            others = {role: replace(principal, role=role) for role in Role}
+            roles = [
+                role
+                for role, other in others.items()
+                if self.decide(other, action, resource, environment=environment).allowed
+            ]
+            raise AccessDenied(self._refusal(principal, action, resource, decision, roles))
         return decision
 
     def roles_for(self, action: Action) -> frozenset[Role]:
@@ -284,11 +290,19 @@ class Policy:
         ids = result.diagnostics.id_annotations_by_reason
         return Decision(allowed=result.allowed, policies=tuple(sorted(ids.values())))
 
-    def _refusal(self, principal: Principal, action: Action, resource: Resource, decision: Decision) -> str:
+    def _refusal(
+        self,
+        principal: Principal,
+        action: Action,
+        resource: Resource,
+        decision: Decision,
+        roles: Sequence[Role],
+    ) -> str:
         attempt = f"{action.replace('_', ' ')} on {resource.kind} '{resource.name}' ({resource.column_class})"
         purpose = f" for purpose '{principal.purpose}'" if principal.purpose else " without a purpose"
         if not decision.policies:
-            reason = "no policy permits it. Use another role that may, or ask an admin for one."
+            role = f"the role {' or '.join(roles)}" if roles else "another role"
+            reason = f"no policy permits it. Use {role}, or ask an admin."
         else:
             advice = [self._parsed.advice.get(name, "") for name in decision.policies]
             reason = " ".join([f"forbidden by {', '.join(decision.policies)}.", *filter(None, advice)])

@@ -23,6 +23,7 @@ from feature_jobs.store.definitions.sources import FileSource
 from feature_jobs.training_set import manifest_path
 from jobs.pipeline.graph import Files
 from jobs.pipeline.stage.modules import Modules
+from jobs.pipeline.stage.results import RESULTS, Results, returned
 
 _READS = (
     "training_set",
@@ -57,6 +58,8 @@ class Facts:
     single: frozenset[str] | None = None
     """The only names without dots that the result has once, if it has other names several times. A requirement must
     write another name as a whole. None if this is not known."""
+    results: Results | None = None
+    """Names of the result; None if they are not known."""
 
 
 def load_options(module: str, modules: Modules) -> Options[Any] | None:
@@ -125,10 +128,16 @@ def describe(command: str, config: Any) -> Facts:
     """
     facts = _FACTS.get(command)
     if facts is not None:
-        return facts(config)
+        return replace(facts(config), results=RESULTS.get(command))
     if command.partition(".")[0] in PACKAGES:
         raise ConfigError(f"{command} cannot be a stage. Run it alone, before or after the pipeline.")
-    return Facts()
+    return Facts(results=_returned(command))
+
+
+def _returned(command: str) -> Results | None:
+    """Return the names of the result of a user's own command, as its source shows them."""
+    found = Modules().main(command)
+    return None if found is None else returned(ast.parse(found[1].read_bytes(), str(found[1])))
 
 
 def _apply(config: Any) -> Facts:

@@ -21,3 +21,9 @@ def test_child_that_runs_too_long_is_ended() -> None:
     """The reason says so."""
     late = execute(["sleep", "60"], folder="/", variables={}, timeout_s=0.1)
     assert (late.state, "longer" in late.reason) == ("failed", True)
+
+
+def test_all_reasons_of_a_refusal_are_the_reason() -> None:
+    """A pipeline gives one line for each fault. The reason lacks the word `refused`, which the state says already."""
+    script = "echo working >&2; echo refused: a is wrong. >&2; echo refused: b is wrong. >&2; exit 2"
+    assert execute(["sh", "-c", script], folder="/", variables={}).reason == "a is wrong. b is wrong."

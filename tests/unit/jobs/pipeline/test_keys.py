@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster import entrypoint
+from cluster.ledger.events import DeploymentRemoved, LedgerEvent, ModelDeployed, StageFinished
 from jobs.pipeline.config import PipelineSpec, StageConfig
 from jobs.pipeline.graph import build_graph
 from jobs.pipeline.keys import Prepared, StageKeys
@@ -135,3 +136,38 @@ def test_a_reader_of_a_folder_or_pattern_waits_for_its_writers() -> None:
         "d": (),
         "e": (),
     }
+
+
+def test_a_removed_deployment_is_done_again(world: World) -> None:
+    """The version that the stage deployed counts, and not another one. Who deploys it by hand has done the stage."""
+    stage = StageConfig(command="serve_apps.deploy", parameters={"name": "loan", "version": "2"})
+    plan = make_plan(PipelineSpec(stages={"d": stage}), world.caller())
+    keys = StageKeys("p", plan, ledger=world.ledger, platform=Platform(world.ledger, world.places))
+    prepared = keys.prepare("d", {})
+    done = StageFinished(
+        pipeline="p",
+        run="r1",
+        stage="d",
+        job="j",
+        key=prepared.key,
+        state="done",
+        exit_code=0,
+        seconds=1.0,
+        result={"version": 2},
+    )
+
+    def is_done_after(event: LedgerEvent) -> bool:
+        world.ledger.append(event, actor="alice")
+        return keys.reusable(prepared, "r2") is not None
+
+    deployed = ModelDeployed(
+        name="loan", version=2, variant="champion", app="loan-v2", route_prefix="/loan-v2"
+    )
+    removed = DeploymentRemoved(name="loan", version=2, app="loan-v2", reason="by command")
+    world.ledger.append(deployed, actor="alice")
+    assert is_done_after(done)
+    assert is_done_after(dataclasses.replace(removed, version=1, app="loan-v1"))
+    assert not is_done_after(removed)
+    assert is_done_after(deployed)
+    assert not is_done_after(removed)
+    assert is_done_after(done)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from hydra import compose, initialize_config_module
 
@@ -290,3 +291,86 @@ def test_an_import_and_an_export_of_a_model_are_known(world: World) -> None:
     )
     assert any("m.falaj does not exist" in line for line in found)
     assert any("unknown model 'm'" in line for line in found)
+
+
+FIGURES = """
+from dataclasses import dataclass
+from cluster.entrypoint import job
+from cluster.settings import PlatformConfig
+
+@dataclass(kw_only=True, slots=True)
+class FiguresConfig(PlatformConfig):
+    pass
+
+@job(None, FiguresConfig)
+def main(config: FiguresConfig) -> dict[str, float]:
+    return figures()
+
+def figures() -> dict[str, float]:
+    return {"rows": 1, "missing_share": 0.0}
+"""
+
+
+@pytest.mark.parametrize(
+    ("require", "fault"),
+    [
+        (
+            {"missing_shre": "<=0.05"},
+            "require.missing_shre: the result has no value of this name. Did you mean 'missing_share'?",
+        ),
+        ({"missing_share": "<=0.05", "rows": ">0"}, None),
+        ({"something_else": 1}, None),
+    ],
+)
+def test_a_misspelled_figure_of_an_own_command_is_a_fault(
+    world: World, require: dict[str, Any], fault: str | None
+) -> None:
+    """The source of the command shows its figures. It may have others that the source does not show."""
+    (world.root / "figures_check.py").write_text(FIGURES)
+    found = faults(world, a=stage("figures_check", require=require))
+    assert found == ([f"Stage 'a': {fault}"] if fault else [])
+
+
+@pytest.mark.parametrize(
+    ("label", "require", "columns", "fault"),
+    [
+        ("y", {"auc": 0.8}, ["person_id", "event_timestamp", "y"], None),
+        ("yy", {}, ["person_id", "event_timestamp", "y"], "has no label 'yy'. Did you mean 'y'?"),
+        ("income__age", {}, ["person_id", "event_timestamp"], None),
+        ("y", {"metrics.acu": 0.8}, ["person_id", "event_timestamp", "y"], "Did you mean 'metrics.auc'?"),
+        ("y", {"auuc": 0.8}, ["person_id", "event_timestamp", "y"], "Did you mean 'auc'?"),
+        ("y", {}, ["person", "event_timestamp", "y"], "has no column 'person_id'. Did you mean 'person'?"),
+        ("y", {}, ["person_id", "y"], "has no column 'event_timestamp'."),
+    ],
+)
+def test_a_wrong_label_key_or_metric_is_a_fault(
+    world: World, label: str, require: dict[str, Any], columns: list[str], fault: str | None
+) -> None:
+    """The file of the entities exists before the run, and the training set is made of it."""
+    (world.root / "store.py").write_text(
+        "from feature_jobs.store import FeatureService\n"
+        "from tests.projects.views import make_view\n"
+        'credit = FeatureService("credit", views=[make_view()])\n'
+    )
+    pl.DataFrame({name: ["1"] for name in columns}).write_parquet(world.root / "people.parquet")
+    found = faults(
+        world,
+        apply=stage("feature_jobs.apply", definitions="store"),
+        rows=stage(
+            "feature_jobs.training_set",
+            service="credit",
+            entities="people.parquet",
+            output="t.parquet",
+            after=["apply"],
+        ),
+        train=stage(
+            "jobs.train",
+            name="loan",
+            training_set="t.parquet",
+            label=label,
+            model="lightgbm",
+            require=require,
+        ),
+    )
+    assert len(found) == (fault is not None), found
+    assert fault is None or fault in found[0]

@@ -53,6 +53,16 @@ def test_ledger_of_an_earlier_release_is_read_once(service: Service) -> None:
     assert unfinished(service.ledger) == []
 
 
+def test_a_pipeline_of_your_own_without_the_operators_folder_is_refused_with_the_option(
+    new_service: Callable[..., Service],
+) -> None:
+    """A job cannot name a folder of configurations itself."""
+    body = {"module": "jobs.pipeline", "overrides": ["pipeline=bikes"]}
+    status, content = new_service().call("POST", body=body)
+    assert (status, "has no choice 'bikes'" in content["error"]) == (400, True)
+    assert "`cluster.up jobs.config_dir=…`" in content["error"]
+
+
 def test_folder_that_others_may_change_starts_no_job(
     new_service: Callable[..., Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

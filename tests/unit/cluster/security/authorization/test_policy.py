@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.errors import AccessDenied
 from cluster.security.authorization.policy import EDGE_ACTIONS, POLICY_FOLDER, Action, Policy, Resource
 from cluster.security.keys.store import COLUMN_CLASSES
 from cluster.security.tokens.principal import Principal
@@ -328,3 +329,10 @@ def test_only_scoring_may_write_scores(policy: Policy) -> None:
     for role in Role:
         may = role in (Role.data_scientist, Role.ml_engineer, Role.approver, Role.admin)
         assert policy.decide(who(role, "credit"), Action.unwrap_key, key).allowed == may
+
+
+def test_a_refusal_names_the_roles_that_may() -> None:
+    """So the caller knows whom to ask."""
+    view = Resource(kind="feature view", name="income", region="local")
+    with pytest.raises(AccessDenied, match=r"Use the role data_engineer or admin, or ask an admin\.$"):
+        Policy.load().check(who(Role.data_scientist), Action.apply_definitions, view)
