@@ -19,7 +19,7 @@ from cluster.host import processes
 from cluster.host.this_node import forget_node
 from cluster.ledger import open_ledger
 from cluster.ledger.checkpoint import ensure_signer
-from cluster.ledger.events import ClusterStarted, ModelDeployed
+from cluster.ledger.events import ClusterStarted
 from cluster.membership.join_token import ensure_join_key
 from cluster.membership.shared_state import require_shared_state
 from cluster.node.certificates import ensure_certificates
@@ -93,7 +93,7 @@ from cluster.session import (
 from cluster.settings import PlatformConfig, PortsConfig
 from cluster.storage import check_durability, layout, local, resolve
 from cluster.supervisor.daemons import save_commands
-from cluster.supervisor.head import RESTORE_MODULE, request_restore, restore_is_due
+from cluster.supervisor.head import restore_is_due, restore_models
 from cluster.supervisor.lost_head import has_other_nodes, has_saved_state, record_end
 
 __all__ = ["environment", "shared_overrides"]
@@ -287,21 +287,6 @@ def _start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
         name="supervisor",
         log=supervisor_log(config),
     )
-
-
-def restore_models(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Let the supervisor start the models that should serve according to the ledger, after this command has ended."""
-    if open_ledger(config).last(ModelDeployed) is None:
-        return
-    if config.identity.issuer.url is not None and config.identity.supervisor_token_file is None:
-        print(
-            f"the deployed models are not started, because identity.supervisor_token_file is not set. Run `python -m "
-            f"{RESTORE_MODULE} action=restore`",
-            flush=True,
-        )
-        return
-    request_restore(record)
-    print("the deployed models start next; `python -m cluster.status` shows when they serve", flush=True)
 
 
 def _already_up(record: ClusterRecord) -> ClusterAlreadyUp:

@@ -27,7 +27,6 @@ from cluster.storage import json_text, layout, local, resolve, write_json
 from jobs.train.decoder.config import TrainTextConfig
 from jobs.train.decoder.corpus import Corpus, Parts, read_corpus, split_corpus
 from jobs.train.families import FitContext, ResolvedFamily, resolve_family
-from jobs.train.lineage import git_commit, to_json_values
 from jobs.train.run.files import run_files
 from jobs.train.run.identity import (
     check_settings,
@@ -38,6 +37,7 @@ from jobs.train.run.identity import (
     record_started,
     run_settings,
 )
+from jobs.train.run.lineage import git_commit, to_json_values
 
 
 @job("train_text", TrainTextConfig, timed=True)

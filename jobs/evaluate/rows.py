@@ -15,8 +15,8 @@ from cluster.runtime import Model, Predictions
 from cluster.runtime.encoding import Matrix
 from jobs.train.config import SplitConfig
 from jobs.train.data import TrainingSet
+from jobs.train.rows.target import Target, encode_target, label_column
 from jobs.train.split import Mask, recorded_split, resolve_split
-from jobs.train.target import Target, encode_target, label_column
 from jobs.train.version_rows import has_no_split
 
 MAX_VALUES = 100

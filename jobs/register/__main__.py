@@ -38,8 +38,8 @@ from jobs.register.config import RegisterConfig
 from jobs.register.fills import fill_warning, typical_values, whole_positions
 from jobs.register.signature import graph_columns, read_signature
 from jobs.train.data import TrainingSet, read_training_set
-from jobs.train.lineage import to_json_values
-from jobs.train.target import encode_target, label_column
+from jobs.train.rows.target import encode_target, label_column
+from jobs.train.run.lineage import to_json_values
 from jobs.train.version_rows import ALL_ROWS
 
 FAMILY = "onnx"

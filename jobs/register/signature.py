@@ -10,11 +10,11 @@ from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.runtime.signature import NUMERIC, Label
 from jobs.register.artifact import TEXT, Artifact, GraphInput
 from jobs.register.config import RegisterConfig
-from jobs.train.arrow_types import is_text, value_type
 from jobs.train.config import LearningConfig, SplitConfig
 from jobs.train.data import TrainingSet
 from jobs.train.inputs import input_names
-from jobs.train.target import label_column, learn_classes
+from jobs.train.rows.arrow_types import is_text, value_type
+from jobs.train.rows.target import label_column, learn_classes
 
 
 def read_signature(config: RegisterConfig, artifact: Artifact, source: TrainingSet) -> ModelSignature:

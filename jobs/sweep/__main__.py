@@ -42,9 +42,9 @@ from jobs.train.network.fit import build_trainer, prepare_fit, run_trainer
 from jobs.train.network.loop import METRIC
 from jobs.train.network.worker import fit_alone
 from jobs.train.rows.encoded import Part
-from jobs.train.rows.training_data import TrainingData
 from jobs.train.split import resolve_split
 from jobs.train.tabular_network.family import Parameters
+from jobs.train.training_data import TrainingData
 
 TRIAL_CPUS = 0.5
 """Logical CPUs that a trial's own process reserves while its workers train."""

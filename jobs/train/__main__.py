@@ -34,8 +34,6 @@ from jobs.train.config import TrainAction, TrainConfig
 from jobs.train.data import TrainingSet, load_dataset, open_training_set
 from jobs.train.describe import Prepared, prepare_and_describe, print_warnings
 from jobs.train.families import FitContext, ResolvedFamily, resolve_family
-from jobs.train.lineage import build_lineage, to_json_values
-from jobs.train.rows.training_data import TrainingData
 from jobs.train.run.compare import comparison_plot, comparison_table, read_run
 from jobs.train.run.evaluation import evaluate_held_out, requested_precision
 from jobs.train.run.files import RunFiles, run_files
@@ -48,7 +46,9 @@ from jobs.train.run.identity import (
     record_started,
     run_settings,
 )
+from jobs.train.run.lineage import build_lineage, to_json_values
 from jobs.train.split import resolve_split
+from jobs.train.training_data import TrainingData
 
 MEMORY_LIMIT_BYTES = 2**31
 """A family with `fit` gets all rows in memory. If they need more than this, it is refused."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from cluster.errors import TrainingSetError
 from cluster.runtime import Task
 from jobs.metrics import roc_auc
-from jobs.train.rows.training_data import TrainingData
+from jobs.train.training_data import TrainingData
 
 Floats = npt.NDArray[np.float32]
 Target = npt.NDArray[Any]

@@ -216,7 +216,7 @@ class TrainConfig(LearningConfig):
             return
         for name in ("name", "training_set", "label"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is missing. Set {name}=…")
+                raise ValueError(f"`{name}=…` is missing.")
         # `slots=True` replaces the class, so zero-argument super() would refer to the original class and fail.
         LearningConfig.__post_init__(self)
         if not 0.0 < self.threshold < 1.0:

@@ -26,11 +26,12 @@ from feature_jobs.store.offline.stored_training_set import (
     require_row_hash,
     training_set_aad,
 )
-from jobs.train.arrow_types import without_string_views
 from jobs.train.config import LearningConfig, parse_time
 from jobs.train.inputs import learn_signature
+from jobs.train.rows.arrow_types import without_string_views
 from jobs.train.rows.encoded import EncodedRows, Part, Parts
 from jobs.train.rows.file import RowFile, RowGroups, TableRows, open_row_file
+from jobs.train.rows.target import Target
 from jobs.train.split import (
     Mask,
     describe_split,
@@ -40,7 +41,6 @@ from jobs.train.split import (
     resolve_split,
     validation_mask,
 )
-from jobs.train.target import Target
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

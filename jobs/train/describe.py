@@ -12,8 +12,8 @@ from cluster.runtime import InputSpec, Task
 from jobs.train.checks import check_rows
 from jobs.train.config import LearningConfig
 from jobs.train.data import TrainingSet
-from jobs.train.rows.training_data import TrainingData, prepare_rows
 from jobs.train.split import describe_split
+from jobs.train.training_data import TrainingData, prepare_rows
 
 SHOWN = 12
 """A printed list has at most this many names."""

@@ -13,10 +13,10 @@ from cluster.errors import TrainingSetError, did_you_mean
 from cluster.runtime import InputSpec, ModelSignature
 from cluster.runtime.signature import Label
 from feature_jobs.store.types.dtypes import list_of
-from jobs.train.arrow_types import is_text, value_type
 from jobs.train.config import LearningConfig
+from jobs.train.rows.arrow_types import is_text, value_type
+from jobs.train.rows.target import label_column, learn_classes
 from jobs.train.split import Mask, resolve_split
-from jobs.train.target import label_column, learn_classes
 
 if TYPE_CHECKING:
     from jobs.train.data import TrainingSet

@@ -14,9 +14,9 @@ from cluster.runtime.signature import LIGHTGBM_FILE
 from jobs.train.families import FitContext
 from jobs.train.progress import LINES, Report, display_progress, send_report
 from jobs.train.rows.encoded import EncodedRows, Part
-from jobs.train.rows.training_data import TrainingData
+from jobs.train.rows.target import Target
 from jobs.train.run.files import RunFiles
-from jobs.train.target import Target
+from jobs.train.training_data import TrainingData
 from jobs.train.trees.rows import build_dataset
 from jobs.train.trees.segments import OnRound, SegmentedFit, SegmentPlan, merge_segments
 

@@ -18,8 +18,8 @@ import xxhash
 
 from cluster.errors import TrainingSetError, did_you_mean
 from cluster.registry import ModelVersion
-from jobs.train.arrow_types import is_text, value_type
 from jobs.train.config import AUTO, SplitConfig, parse_time
+from jobs.train.rows.arrow_types import is_text, value_type
 
 if TYPE_CHECKING:
     from jobs.train.data import TrainingSet

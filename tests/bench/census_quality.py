@@ -26,17 +26,17 @@ from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess
 from feature_jobs.census.source import ATTRIBUTES, records
 from jobs.metrics import roc_auc
-from jobs.train.arrow_types import without_string_views
 from jobs.train.config import DeepSpeedConfig, LearningConfig
 from jobs.train.data import Dataset, TrainingSet, load_dataset
 from jobs.train.families import ResolvedFamily, resolve_family
 from jobs.train.lightgbm import fit_trees
 from jobs.train.network.plan import LoopConfig, plan_steps
 from jobs.train.network.protocol import network_signature
+from jobs.train.rows.arrow_types import without_string_views
 from jobs.train.rows.batches import TableBatches
 from jobs.train.rows.encoded import Part
 from jobs.train.rows.file import open_row_file
-from jobs.train.rows.training_data import TrainingData, prepare_rows
+from jobs.train.training_data import TrainingData, prepare_rows
 from tests.processes.training import Curve, run_group
 from tests.servers.key_broker import running_broker
 

@@ -16,8 +16,8 @@ from jobs.train.config import CheckpointConfig
 from jobs.train.network.engine import consolidated_weights
 from jobs.train.network.loop import LoopState, Rank, StepMetrics, run_loop
 from jobs.train.network.plan import LoopConfig
+from jobs.train.network.saver import NoCheckpoints, Saver
 from jobs.train.run.files import RunFiles
-from jobs.train.run.saver import NoCheckpoints, Saver
 
 TIMEOUT_S = 550.0
 Fit = Callable[[Rank], Any]

@@ -389,7 +389,6 @@ def files_of(table: DeltaTable) -> tuple[BucketFile, ...]:
     # Not `pa.table`, and no time columns: for either of them Arrow would import pandas.
     actions = pa.RecordBatchReader.from_stream(table.get_add_actions(flatten=True)).read_all()
     columns = actions.select(["path", f"partition.{BUCKET}", "num_records", "size_bytes"])
-    rows: list[dict[str, Any]] = columns.to_pylist()
     return tuple(
         BucketFile(
             path=row["path"],
@@ -397,5 +396,5 @@ def files_of(table: DeltaTable) -> tuple[BucketFile, ...]:
             rows=int(row["num_records"]),
             size_bytes=int(row["size_bytes"]),
         )
-        for row in sorted(rows, key=lambda row: str(row["path"]))
+        for row in sorted(columns.to_pylist(), key=lambda row: str(row["path"]))
     )

@@ -13,8 +13,8 @@ from cluster.runtime import Precision
 from cluster.runtime.encoding import Matrix
 from cluster.runtime.signature import WEIGHTS_FILE
 from jobs.train.ft_transformer.network import FTTransformer, Size
+from jobs.train.network.onnx_export import export_graph
 from jobs.train.network.protocol import NetworkSignature, Scoring, task_loss
-from jobs.train.onnx_export import export_graph
 
 
 @dataclass(kw_only=True, slots=True)

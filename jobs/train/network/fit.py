@@ -21,8 +21,8 @@ from jobs.train.network.worker import Failure, train_worker
 from jobs.train.progress import display_progress
 from jobs.train.rows.batches import TableBatches
 from jobs.train.rows.encoded import Part
-from jobs.train.rows.training_data import TrainingData
 from jobs.train.run.files import best_path
+from jobs.train.training_data import TrainingData
 
 MAX_RESTARTS = 3
 """A run restarts its workers at most this often after the death of one. A new submission of the run goes on."""

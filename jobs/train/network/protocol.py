@@ -29,9 +29,9 @@ import torch
 
 from cluster.runtime import Task
 from cluster.runtime.encoding import Matrix
-from jobs.train.onnx_export import export_graph
-from jobs.train.rows.training_data import TrainingData
-from jobs.train.target import Target
+from jobs.train.network.onnx_export import export_graph
+from jobs.train.rows.target import Target
+from jobs.train.training_data import TrainingData
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ import numpy as np
 from cluster.runtime.encoding import Matrix
 from jobs.train.rows.encoded import EncodedRows, GroupCache, Part
 from jobs.train.rows.order import WINDOW_ROWS, Window, windows_of
-from jobs.train.target import Target
+from jobs.train.rows.target import Target
 
 EVALUATION_ROWS = 4096
 """Rows of a batch in which a model is evaluated."""

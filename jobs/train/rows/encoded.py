@@ -15,7 +15,7 @@ from cluster.errors import TrainingSetError
 from cluster.runtime import ModelSignature
 from cluster.runtime.encoding import Encoder, Matrix
 from jobs.train.rows.file import RowGroups
-from jobs.train.target import Target, encode_target
+from jobs.train.rows.target import Target, encode_target
 
 Parts = npt.NDArray[np.uint8]
 """For each row of a training set, its `Part`."""

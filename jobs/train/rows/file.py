@@ -15,7 +15,7 @@ import pyarrow as pa
 from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import KeyAccess
-from jobs.train.arrow_types import without_string_views
+from jobs.train.rows.arrow_types import without_string_views
 
 
 class RowGroups(Protocol):

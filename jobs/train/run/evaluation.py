@@ -15,7 +15,7 @@ from cluster.runtime.predictions import check_scores
 from cluster.runtime.signature import SIGNATURE_FILE
 from jobs.metrics import score
 from jobs.train.rows.encoded import Part
-from jobs.train.rows.training_data import TrainingData
+from jobs.train.training_data import TrainingData
 
 
 class HeldOutResult(NamedTuple):

@@ -16,7 +16,7 @@ from cluster.errors import ConfigError
 from cluster.ledger import Ledger
 from cluster.ledger.events import ModelRegistered, RunFailed, RunFinished, RunStarted
 from cluster.settings import PlatformConfig
-from jobs.train.lineage import to_json_values
+from jobs.train.run.lineage import to_json_values
 
 _SETTINGS = (
     *("name", "label", "task", "deepspeed", "split", "inputs", "exclude", "validation_share"),

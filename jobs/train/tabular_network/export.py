@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cluster.runtime.encoding import Matrix
 from cluster.runtime.signature import NETWORK_FILE, WEIGHTS_FILE
 from cluster.runtime.tabular_network import NetworkShape, ScoringNetwork, TabularNetwork
-from jobs.train.onnx_export import export_graph
+from jobs.train.network.onnx_export import export_graph
 
 
 def export(shape: NetworkShape, weights: Path, folder: Path, *, sample: Matrix) -> None:

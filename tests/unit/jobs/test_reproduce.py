@@ -19,7 +19,6 @@ from cluster.storage import Layout
 from jobs.train import lightgbm
 from jobs.train.config import SplitConfig, TrainConfig
 from jobs.train.data import TrainingSet
-from jobs.train.lineage import build_lineage, library_versions
 from jobs.train.reproduce import (
     ReproduceConfig,
     compare,
@@ -28,6 +27,7 @@ from jobs.train.reproduce import (
     require_trained_here,
     training_config,
 )
+from jobs.train.run.lineage import build_lineage, library_versions
 from tests.samples.model_versions import model_version
 
 

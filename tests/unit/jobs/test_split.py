@@ -17,10 +17,10 @@ from jobs.monitor.reference import reference_rows
 from jobs.train.config import LearningConfig, SplitConfig, TrainConfig
 from jobs.train.data import TrainingSet, join_keys
 from jobs.train.describe import describe_data, omitted_columns
-from jobs.train.lineage import build_lineage
-from jobs.train.rows.training_data import prepare_rows
+from jobs.train.run.lineage import build_lineage
 from jobs.train.split import held_out_mask, resolve_split, version_held_out_mask
 from jobs.train.tabular_network.family import Parameters
+from jobs.train.training_data import prepare_rows
 from tests.samples.model_versions import model_version
 
 ROWS = 400

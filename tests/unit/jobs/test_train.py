@@ -33,9 +33,9 @@ from jobs.train.data import TrainingSet, prepare, read_training_set
 from jobs.train.families import resolve_family
 from jobs.train.network.engine import learning_rate
 from jobs.train.network.protocol import network_signature
-from jobs.train.rows.training_data import prepare_rows
 from jobs.train.tabular_network.export import export
 from jobs.train.tabular_network.family import Parameters, network_shape
+from jobs.train.training_data import prepare_rows
 
 ROWS = 200
 

@@ -22,8 +22,8 @@ from jobs.train.data import TrainingSet, prepare
 from jobs.train.network.plan import Steps, describe_steps, plan_steps
 from jobs.train.network.protocol import network_signature
 from jobs.train.progress import Report, _display, describe
-from jobs.train.rows.training_data import TrainingData, prepare_rows
 from jobs.train.tabular_network.family import Parameters
+from jobs.train.training_data import TrainingData, prepare_rows
 from jobs.train.trees.segments import Segment, _update
 
 ROWS = 400

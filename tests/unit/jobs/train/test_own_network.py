@@ -20,7 +20,7 @@ from jobs.train.families import resolve_family
 from jobs.train.network.engine import checkpoint_activations, deepspeed_config
 from jobs.train.network.plan import LoopConfig, Steps
 from jobs.train.network.protocol import export_network, network_signature
-from jobs.train.rows.training_data import TrainingData, prepare_rows
+from jobs.train.training_data import TrainingData, prepare_rows
 from tests.samples import frozen_network
 from tests.unit.jobs.train.conftest import people
 

@@ -16,9 +16,9 @@ from jobs.train.network.plan import LoopConfig, plan_steps
 from jobs.train.network.protocol import network_signature
 from jobs.train.rows.batches import TableBatches
 from jobs.train.rows.file import RowFile
-from jobs.train.rows.training_data import prepare_rows
 from jobs.train.run.files import RunFiles, find_checkpoint, run_files
 from jobs.train.tabular_network.family import Parameters
+from jobs.train.training_data import prepare_rows
 from tests.processes.training import Curve, HalfWritten, SavedRun, checkpoint_bytes, run_group
 from tests.samples import frozen_network
 from tests.unit.jobs.train.conftest import write_people

@@ -22,8 +22,8 @@ from jobs.train.rows.batches import RowReader
 from jobs.train.rows.encoded import EncodedRows, GroupCache, Part
 from jobs.train.rows.file import RowFile
 from jobs.train.rows.order import windows_of
-from jobs.train.rows.training_data import count_conflicts, prepare_rows
 from jobs.train.split import mix
+from jobs.train.training_data import count_conflicts, prepare_rows
 from tests.unit.jobs.train.conftest import GROUP_ROWS, ROWS, people
 
 

@@ -19,6 +19,7 @@ from cluster.security.keys.access import KeyAccess
 from jobs.train.config import CheckpointConfig, TrainAction, TrainConfig
 from jobs.train.lightgbm import Parameters
 from jobs.train.network.loop import LoopState, Rank
+from jobs.train.network.saver import DECIDE_STEPS, Saver
 from jobs.train.run.compare import comparison_plot, comparison_table, read_run
 from jobs.train.run.files import run_files
 from jobs.train.run.identity import (
@@ -31,7 +32,6 @@ from jobs.train.run.identity import (
     record_started,
     run_settings,
 )
-from jobs.train.run.saver import DECIDE_STEPS, Saver
 
 OWNER: dict[str, str] = {"model": "m", "run": "a"}
 
@@ -100,7 +100,7 @@ def test_a_run_needs_its_options() -> None:
     assert TrainConfig(action=TrainAction.compare, runs=["a", "b"]).runs == ["a", "b"]
     with pytest.raises(ValueError, match="two runs"):
         TrainConfig(action=TrainAction.compare, runs=["a"])
-    with pytest.raises(ValueError, match="label is missing"):
+    with pytest.raises(ValueError, match="`label=…` is missing"):
         TrainConfig(name="m", training_set="t")
     assert new_run_id() != new_run_id()
 
@@ -109,7 +109,7 @@ def test_a_notice_that_a_node_ends_leads_to_one_checkpoint(
     tmp_path: Path, access: KeyAccess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray is asked every few seconds, and not any more after the notice."""
-    monkeypatch.setattr("jobs.train.run.saver.ASK_S", 0.0)
+    monkeypatch.setattr("jobs.train.network.saver.ASK_S", 0.0)
     answers = [False, True]
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

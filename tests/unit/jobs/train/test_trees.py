@@ -14,8 +14,8 @@ from jobs.train.data import TrainingSet, load_dataset
 from jobs.train.lightgbm import Fitted, Parameters, _settings, fit_trees
 from jobs.train.rows.encoded import Part
 from jobs.train.rows.file import RowFile
-from jobs.train.rows.training_data import TrainingData, prepare_rows
 from jobs.train.run.files import RunFiles, run_files
+from jobs.train.training_data import TrainingData, prepare_rows
 from tests.processes.training import checkpoint_bytes
 
 PARAMETERS = Parameters(rounds=40, patience=40, segment_rounds=10, num_threads=1, num_leaves=7)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from cluster.errors import TrainingSetError, did_you_mean
 from cluster.runtime import Task
 from cluster.runtime.signature import Label
-from jobs.train.arrow_types import is_text, value_type
+from jobs.train.rows.arrow_types import is_text, value_type
 
 if TYPE_CHECKING:
     from jobs.train.rows.file import RowFile

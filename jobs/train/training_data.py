@@ -13,8 +13,8 @@ from jobs.train.data import TrainingSet, assign_parts
 from jobs.train.inputs import learn_signature
 from jobs.train.rows.encoded import EncodedRows, Part, Parts
 from jobs.train.rows.statistics import Statistics, measure
+from jobs.train.rows.target import Target, encode_target, label_column
 from jobs.train.split import EVENT, Mask
-from jobs.train.target import Target, encode_target, label_column
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
