@@ -93,7 +93,8 @@ from cluster.session import (
 from cluster.settings import PlatformConfig, PortsConfig
 from cluster.storage import check_durability, layout, local, resolve
 from cluster.supervisor.daemons import save_commands
-from cluster.supervisor.head import restore_is_due, restore_models
+from cluster.supervisor.deployed_models import restore_models
+from cluster.supervisor.head import restore_is_due
 from cluster.supervisor.lost_head import has_other_nodes, has_saved_state, record_end
 
 __all__ = ["environment", "shared_overrides"]

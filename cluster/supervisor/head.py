@@ -16,8 +16,6 @@ import psutil
 
 from cluster.errors import ConfigError
 from cluster.host import processes
-from cluster.ledger import open_ledger
-from cluster.ledger.events import ModelDeployed
 from cluster.node.launch import (
     StartFailed,
     cluster_overrides,
@@ -50,21 +48,6 @@ def restore_is_due(record: ClusterRecord) -> bool:
 def request_restore(record: ClusterRecord) -> None:
     """Let the supervisor restore the applications that should serve according to the ledger."""
     _marker(record).touch()
-
-
-def restore_models(config: PlatformConfig, record: ClusterRecord) -> None:
-    """Let the supervisor start the models that should serve according to the ledger, after this command has ended."""
-    if open_ledger(config).last(ModelDeployed) is None:
-        return
-    if config.identity.issuer.url is not None and config.identity.supervisor_token_file is None:
-        print(
-            f"the deployed models are not started, because identity.supervisor_token_file is not set. Run `python -m "
-            f"{RESTORE_MODULE} action=restore`",
-            flush=True,
-        )
-        return
-    request_restore(record)
-    print("the deployed models start next; `python -m cluster.status` shows when they serve", flush=True)
 
 
 def mark_restored(record: ClusterRecord) -> None:
