@@ -117,10 +117,12 @@ def test_once_awake_it_is_addressed_directly_and_scaled_while_it_is_asked(versio
     The load is short requests, one after the other. A count of ongoing requests that is taken now and then
     never sees them.
     """
-    assert version.call(PREDICT, BODY)[0] == 200
-    wait_until(
-        lambda: bool(version.backend()) and not version.is_woken_by_serve(), "addressed directly", seconds=90
-    )
+
+    def is_addressed_directly() -> bool:
+        assert version.call(PREDICT, BODY)[0] == 200  # keeps it awake
+        return bool(version.backend()) and not version.is_woken_by_serve()
+
+    wait_until(is_addressed_directly, "addressed directly", seconds=90)
     first = version.replicas()
     statuses: set[int] = set()
 
@@ -163,10 +165,12 @@ def test_a_killed_champion_is_not_taken_for_one_that_sleeps(version: Version) ->
 
     A champion has no fallback, so its requests wait until Serve has restarted it.
     """
-    assert version.call(PREDICT, BODY)[0] == 200
-    wait_until(
-        lambda: bool(version.backend()) and not version.is_woken_by_serve(), "addressed directly", seconds=90
-    )
+
+    def is_addressed_directly() -> bool:
+        assert version.call(PREDICT, BODY)[0] == 200  # keeps it awake
+        return bool(version.backend()) and not version.is_woken_by_serve()
+
+    wait_until(is_addressed_directly, "addressed directly", seconds=90)
     for replica in version.deployment()["replicas"]:
         if replica["state"] == "RUNNING":
             os.kill(replica["pid"], signal.SIGKILL)
