@@ -97,6 +97,11 @@ class RunFiles:
         with contextlib.suppress(FileNotFoundError):
             fs.rm(full_path, recursive=True)
 
+    def remove_state(self) -> None:
+        """Remove the checkpoints and weights of a finished run. Its metrics stay."""
+        self.remove("checkpoints")
+        self.remove("best")
+
     def checkpoints(self) -> list[CheckpointName]:
         """Return the folders of checkpoints, also of incomplete ones, the newest first."""
         names = [CheckpointName.parse(name) for name in self.names("checkpoints")]
