@@ -21,7 +21,14 @@ from jobs.train.lightgbm import Parameters
 from jobs.train.network.loop import LoopState, Rank
 from jobs.train.network.saver import DECIDE_STEPS, Saver
 from jobs.train.run.compare import comparison_plot, comparison_table, read_run
-from jobs.train.run.files import run_files
+from jobs.train.run.files import (
+    CheckpointName,
+    best_path,
+    newest_complete,
+    remove_old,
+    run_files,
+    write_manifest,
+)
 from jobs.train.run.identity import (
     Finished,
     check_settings,
@@ -146,6 +153,19 @@ def test_a_notice_that_a_node_ends_leads_to_one_checkpoint(
     finally:
         torch.distributed.destroy_process_group()
     assert due == [2 * DECIDE_STEPS, 100]
+
+
+def test_an_incomplete_checkpoint_is_not_the_newest(tmp_path: Path, access: KeyAccess) -> None:
+    """A killed attempt has a later name and other weights. The weights of the complete checkpoint are kept."""
+    files = run_files(str(tmp_path), model="m", run="a", access=access)
+    complete = CheckpointName(epoch=2, step=0, best_epoch=0, attempt="a")
+    for name in (complete, CheckpointName(epoch=2, step=0, best_epoch=1, attempt="b")):
+        files.write(f"checkpoints/{name.text()}/rank-0", b"state")
+        files.write(best_path(name.best_epoch), b"weights")
+    write_manifest(files, complete, workers=1, parts=["rank-0"])
+    assert newest_complete(files) == complete
+    remove_old(files, keep=1)
+    assert files.read(best_path(newest_complete(files).best_epoch)) == b"weights"
 
 
 def test_two_runs_are_compared(ledger: Ledger, tmp_path: Path, access: KeyAccess) -> None:
