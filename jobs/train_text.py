@@ -11,7 +11,6 @@ from typing import Any
 
 from cluster.artifact import model_key
 from cluster.entrypoint import job
-from cluster.errors import RefusedError, TrainingFailed
 from cluster.host.this_node import this_node
 from cluster.ledger import Ledger, open_ledger
 from cluster.placement import find_nodes
@@ -23,21 +22,15 @@ from cluster.security.encryption.run_files import run_folder
 from cluster.security.encryption.scratch import memory_folder, scratch_directory
 from cluster.security.keys.access import key_store
 from cluster.session import attach, require_running_cluster
-from cluster.storage import json_text, layout, local, resolve, write_json
+from cluster.storage import layout, local
 from jobs.train.decoder.config import TrainTextConfig
 from jobs.train.decoder.corpus import Corpus, Parts, read_corpus, split_corpus
 from jobs.train.families import FitContext, ResolvedFamily, resolve_family
-from jobs.train.run.files import run_files
-from jobs.train.run.identity import (
-    check_settings,
-    find_finished,
-    new_run_id,
-    record_failed,
-    record_finished,
-    record_started,
-    run_settings,
-)
+from jobs.train.run.files import RunFiles, run_files
+from jobs.train.run.identity import new_run_id, run_settings
 from jobs.train.run.lineage import git_commit, to_json_values
+from jobs.train.run.record import Run
+from jobs.train.run.registration import TrainedModel, register, write_output
 
 
 @job("train_text", TrainTextConfig, timed=True)
@@ -56,33 +49,37 @@ def main(config: TrainTextConfig) -> dict[str, Any]:
         remainder=config.split.remainder,
         validation_share=config.validation_share,
     )
-    run = config.run or new_run_id()
-    config = replace(config, run=run)
-    settings = run_settings(config, family.name, family.parameters, corpus.hash)
-    is_continued = check_settings(ledger, model=config.name, run=run, settings=settings)
-    finished = find_finished(ledger, model=config.name, run=run)
-    if finished is not None:
-        record_finished(ledger, model=config.name, run=run, result=finished, actor=actor.name)
-        version = Registry(ledger, layout(config.storage)).get(config.name, finished.version)
-        print(f"run {run} is finished: {describe(version)}")
-        return write_output(config, version)
+    run_id = config.run or new_run_id()
+    config = replace(config, run=run_id)
+    run = Run(
+        ledger=ledger,
+        model=config.name,
+        run=run_id,
+        family=family.name,
+        settings=run_settings(config, family.name, family.parameters, corpus.hash),
+        actor=actor.name,
+    )
+    is_continued = run.check_settings()
+    number = run.finished_version()
+    if number is not None:
+        files_of_run(config, actor).remove_state()
+        version = Registry(ledger, layout(config.storage)).get(config.name, number)
+        print(f"run {run_id} is finished: {describe(version)}")
+        return write_output(version, run=run_id, path=config.output)
     from jobs.train.decoder.fit import describe_text  # imports torch and Ray Train
 
     print(describe_text(corpus, parts), flush=True)
-    record_started(
-        ledger, model=config.name, run=run, family=family.name, settings=settings, actor=actor.name
-    )
-    print(f"run {run} {'continues' if is_continued else 'starts'}", flush=True)
-    try:
+    with run.recorded(is_continued=is_continued):
         version = train(config, family, corpus, parts, ledger, actor)
-    except (RefusedError, TrainingFailed) as error:
-        record_failed(ledger, model=config.name, run=run, reason=type(error).__name__, actor=actor.name)
-        raise
-    result = find_finished(ledger, model=config.name, run=run)
-    assert result is not None
-    record_finished(ledger, model=config.name, run=run, result=result, actor=actor.name)
     print(f"registered {describe(version)}")
-    return write_output(config, version)
+    return write_output(version, run=run_id, path=config.output)
+
+
+def files_of_run(config: TrainTextConfig, actor: Actor) -> RunFiles:
+    """Return the files of the run."""
+    assert config.run is not None
+    root = layout(config.storage).root
+    return run_files(root, model=config.name, run=config.run, access=actor.access)
 
 
 def state_folders(config: TrainTextConfig) -> list[str]:
@@ -105,8 +102,7 @@ def train(
     attach(config)
     places = layout(config.storage)
     key_store(actor.access).ensure(model_key(config.name))
-    assert config.run is not None
-    files = run_files(places.root, model=config.name, run=config.run, access=actor.access)
+    files = files_of_run(config, actor)
     with (
         # The workers read the text where this command reads it, so they run on this node.
         run_folder(places, for_all_nodes=this_node() is not None) as ray_files,
@@ -129,22 +125,17 @@ def train(
         warnings = text_warnings(metrics)
         for warning in warnings:
             print(f"warning: {warning}", flush=True)
-        lineage = build_text_lineage(config, family, corpus)
-        (folder / "config.json").write_text(json_text(lineage.config))
-        (folder / "metrics.json").write_text(json_text(metrics))
-        version = Registry(ledger, places).register(
-            folder,
+        trained = TrainedModel(
             name=config.name,
             family=family.name,
             task=LANGUAGE_MODEL,
-            lineage=lineage,
+            folder=folder,
+            lineage=build_text_lineage(config, family, corpus),
             metrics=metrics,
             warnings=warnings,
-            store=key_store(actor.access),
-            actor=actor.name,
         )
-    files.remove("checkpoints")
-    files.remove("best")
+        version = register(trained, ledger, places, actor)
+    files.remove_state()
     return version
 
 
@@ -166,21 +157,6 @@ def describe(version: ModelVersion) -> str:
         f"{version.name} version {version.version}: {metrics['bits_per_byte']:.3f} bits per byte on held-out files "
         f"(a bigram model has {metrics['bigram_bits_per_byte']:.3f})"
     )
-
-
-def write_output(config: TrainTextConfig, version: ModelVersion) -> dict[str, Any]:
-    """Return the command's result, and write it to the configured file."""
-    output = {
-        "name": version.name,
-        "version": version.version,
-        "family": version.family,
-        "metrics": version.metrics,
-        "warnings": version.warnings,
-        "run": config.run,
-    }
-    if config.output is not None:
-        write_json(resolve(config.output), output)
-    return output
 
 
 if __name__ == "__main__":

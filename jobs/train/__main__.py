@@ -10,25 +10,25 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from cluster.artifact import model_key
 from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
-from cluster.errors import ConfigError, RefusedError, TrainingFailed
+from cluster.errors import ConfigError
 from cluster.host.this_node import this_node
 from cluster.ledger import Ledger, open_ledger
 from cluster.placement import find_nodes
-from cluster.registry import Lineage, ModelVersion, Registry
+from cluster.registry import ModelVersion, Registry
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.encryption.run_files import RunFolder, run_folder
 from cluster.security.encryption.scratch import memory_folder, scratch_directory
 from cluster.security.keys.access import key_store
 from cluster.session import attach, require_running_cluster
-from cluster.storage import exists, json_text, layout, local, read_bytes, resolve, write_bytes, write_json
+from cluster.storage import exists, layout, local, read_bytes, resolve, write_bytes
 from jobs.metrics import headline
 from jobs.train.config import TrainAction, TrainConfig
 from jobs.train.data import TrainingSet, load_dataset, open_training_set
@@ -37,16 +37,10 @@ from jobs.train.families import FitContext, ResolvedFamily, resolve_family
 from jobs.train.run.compare import comparison_plot, comparison_table, read_run
 from jobs.train.run.evaluation import evaluate_held_out, requested_precision
 from jobs.train.run.files import RunFiles, run_files
-from jobs.train.run.identity import (
-    check_settings,
-    find_finished,
-    new_run_id,
-    record_failed,
-    record_finished,
-    record_started,
-    run_settings,
-)
-from jobs.train.run.lineage import build_lineage, to_json_values
+from jobs.train.run.identity import new_run_id, run_settings
+from jobs.train.run.lineage import build_lineage
+from jobs.train.run.record import Run
+from jobs.train.run.registration import TrainedModel, register, write_output
 from jobs.train.split import resolve_split
 from jobs.train.training_data import TrainingData
 
@@ -71,30 +65,26 @@ def main(config: TrainConfig) -> dict[str, Any] | None:
     source = open_training_set(
         config.training_set, actor.access, places=layout(config.storage), ledger=ledger
     )
-    run = config.run or new_run_id()
-    config = replace(config, split=resolve_split(config.split, source), run=run)
-    settings = run_settings(config, family.name, family.parameters, source.hash)
-    is_continued = check_settings(ledger, model=config.name, run=run, settings=settings)
-    finished = find_finished(ledger, model=config.name, run=run)
-    if finished is not None:
-        record_finished(ledger, model=config.name, run=run, result=finished, actor=actor.name)
-        remove_state(files_of_run(config, actor))
-        return describe_finished(config, family, ledger, finished.version)
-    prepared = prepare_and_describe(config, source, threshold=config.threshold)
-    record_started(
-        ledger, model=config.name, run=run, family=family.name, settings=settings, actor=actor.name
+    run_id = config.run or new_run_id()
+    config = replace(config, split=resolve_split(config.split, source), run=run_id)
+    run = Run(
+        ledger=ledger,
+        model=config.name,
+        run=run_id,
+        family=family.name,
+        settings=run_settings(config, family.name, family.parameters, source.hash),
+        actor=actor.name,
     )
-    print(f"run {run} {'continues' if is_continued else 'starts'}", flush=True)
-    try:
+    is_continued = run.check_settings()
+    number = run.finished_version()
+    if number is not None:
+        files_of_run(config, actor).remove_state()
+        return describe_finished(config, ledger, number)
+    prepared = prepare_and_describe(config, source, threshold=config.threshold)
+    with run.recorded(is_continued=is_continued):
         version = train(config, family, source, prepared, ledger, actor)
-    except (RefusedError, TrainingFailed) as error:
-        record_failed(ledger, model=config.name, run=run, reason=type(error).__name__, actor=actor.name)
-        raise
-    result = find_finished(ledger, model=config.name, run=run)
-    assert result is not None
-    record_finished(ledger, model=config.name, run=run, result=result, actor=actor.name)
     print(f"registered {version.name} version {version.version} {headline(config.task, version.metrics)}")
-    return write_output(config, version)
+    return write_output(version, run=config.run, path=config.output)
 
 
 def compare(config: TrainConfig) -> None:
@@ -131,11 +121,17 @@ def train(
         lineage = build_lineage(config, source, family.parameters)
         result = evaluate_held_out(folder, prepared.data, requested_precision(family.parameters))
         print_warnings(result.warnings)
-        write_model_files(folder, lineage, result.metrics)
-        warnings = [*prepared.warnings, *result.warnings]
-        trained = TrainedModel(family.name, folder, lineage, result.metrics, warnings)
-        version = register(config, trained, ledger, actor)
-    remove_state(files)
+        trained = TrainedModel(
+            name=config.name,
+            family=family.name,
+            task=config.task.value,
+            folder=folder,
+            lineage=lineage,
+            metrics=result.metrics,
+            warnings=[*prepared.warnings, *result.warnings],
+        )
+        version = register(trained, ledger, places, actor)
+    files.remove_state()
     return version
 
 
@@ -146,37 +142,14 @@ def files_of_run(config: TrainConfig, actor: Actor) -> RunFiles:
     return run_files(root, model=config.name, run=config.run, access=actor.access)
 
 
-def remove_state(files: RunFiles) -> None:
-    """Remove the checkpoints of a finished run. Its metrics stay."""
-    files.remove("checkpoints")
-    files.remove("best")
-
-
-def describe_finished(
-    config: TrainConfig, family: ResolvedFamily, ledger: Ledger, number: int
-) -> dict[str, Any]:
+def describe_finished(config: TrainConfig, ledger: Ledger, number: int) -> dict[str, Any]:
     """Print and return the version that a finished run has registered."""
     version = Registry(ledger, layout(config.storage)).get(config.name, number)
     print(
         f"run {config.run} is finished: {version.name} version {version.version} "
         f"{headline(config.task, version.metrics)}"
     )
-    return write_output(config, version)
-
-
-def write_output(config: TrainConfig, version: ModelVersion) -> dict[str, Any]:
-    """Return the command's result, and write it to the configured file."""
-    output = {
-        "name": version.name,
-        "version": version.version,
-        "family": version.family,
-        "metrics": version.metrics,
-        "warnings": version.warnings,
-        "run": config.run,
-    }
-    if config.output is not None:
-        write_json(resolve(config.output), output)
-    return output
+    return write_output(version, run=config.run, path=config.output)
 
 
 def fit(
@@ -245,38 +218,6 @@ def why_on_this_node(family: ResolvedFamily, checkpoints: RunFolder) -> str | No
     if family.name != "lightgbm" and checkpoints.file_system is None:  # LightGBM's task returns its trees
         return "its checkpoints are on this node's disk"
     return None
-
-
-class TrainedModel(NamedTuple):
-    """A fitted and evaluated model, ready to be registered."""
-
-    family: str
-    folder: Path
-    """Folder with the model's files."""
-    lineage: Lineage
-    metrics: dict[str, Any]
-    warnings: list[str]
-
-
-def register(config: TrainConfig, trained: TrainedModel, ledger: Ledger, actor: Actor) -> ModelVersion:
-    """Register a trained model as the next version of `config.name`."""
-    return Registry(ledger, layout(config.storage)).register(
-        trained.folder,
-        name=config.name,
-        family=trained.family,
-        task=config.task.value,
-        lineage=trained.lineage,
-        metrics=trained.metrics,
-        warnings=trained.warnings,
-        store=key_store(actor.access),
-        actor=actor.name,
-    )
-
-
-def write_model_files(folder: Path, lineage: Lineage, metrics: dict[str, Any]) -> None:
-    """Write the training configuration and the metrics into the model folder."""
-    (folder / "config.json").write_text(json_text(to_json_values(lineage.config)))
-    (folder / "metrics.json").write_text(json_text(metrics))
 
 
 def model_with_best_parameters(config: TrainConfig) -> dict[str, Any]:

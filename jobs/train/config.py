@@ -30,6 +30,30 @@ def parse_time(text: str, *, name: str) -> datetime:
     return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
 
 
+def check_remainder(modulo: int, remainder: int) -> None:
+    """Check the rule that holds rows or files out of training."""
+    if modulo < 2:
+        raise ValueError(f"split.modulo must be at least 2, got {modulo}.")
+    if not 0 <= remainder < modulo:
+        raise ValueError(f"split.remainder must be 0-{modulo - 1}, got {remainder}.")
+
+
+def check_common(*, name: str, validation_share: float, seed: int) -> None:
+    """Check the options that each configuration of a training has."""
+    if not MODEL_NAME.fullmatch(name):
+        raise ValueError(f"name must be letters, digits, '_' and '-', at most 64, got '{name}'.")
+    if not 0.0 < validation_share < 0.9:
+        raise ValueError(f"validation_share must be between 0 and 0.9, got {validation_share}.")
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"seed must be between 0 and 2^31 - 1, got {seed}.")
+
+
+def check_run(run: str | None) -> None:
+    """Check the id of a run. None is valid."""
+    if run is not None and not RUN_ID.fullmatch(run):
+        raise ValueError(f"run must be letters, digits, '.', '_' and '-', at most 64, got '{run}'.")
+
+
 @dataclass(kw_only=True, slots=True)
 class SplitConfig:
     """Rule that selects the rows to hold out of training."""
@@ -55,10 +79,7 @@ class SplitConfig:
             parse_time(self.from_time, name="split.from_time")
         if self.seed is not None and not 0 <= self.seed < 2**31:
             raise ValueError(f"split.seed must be between 0 and 2^31 - 1, got {self.seed}.")
-        if self.modulo < 2:
-            raise ValueError(f"split.modulo must be at least 2, got {self.modulo}.")
-        if not 0 <= self.remainder < self.modulo:
-            raise ValueError(f"split.remainder must be 0-{self.modulo - 1}, got {self.remainder}.")
+        check_remainder(self.modulo, self.remainder)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -164,14 +185,9 @@ class LearningConfig(PlatformConfig):
             raise ValueError(f"outcome_window_days must be positive, got {self.outcome_window_days}.")
         if self.outcomes_until is not None:
             parse_time(self.outcomes_until, name="outcomes_until")
-        if not MODEL_NAME.fullmatch(self.name):
-            raise ValueError(f"name must be letters, digits, '_' and '-', at most 64, got '{self.name}'.")
-        if not 0.0 < self.validation_share < 0.9:
-            raise ValueError(f"validation_share must be between 0 and 0.9, got {self.validation_share}.")
+        check_common(name=self.name, validation_share=self.validation_share, seed=self.seed)
         if self.max_categories < 2:
             raise ValueError(f"max_categories must be at least 2, got {self.max_categories}.")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must be between 0 and 2^31 - 1, got {self.seed}.")
 
 
 class TrainAction(enum.Enum):
@@ -208,8 +224,7 @@ class TrainConfig(LearningConfig):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        if self.run is not None and not RUN_ID.fullmatch(self.run):
-            raise ValueError(f"run must be letters, digits, '.', '_' and '-', at most 64, got '{self.run}'.")
+        check_run(self.run)
         if self.action is TrainAction.compare:
             if len(self.runs) != 2:
                 raise ValueError(f"action=compare needs two runs, such as runs=[a,b], got {len(self.runs)}.")

@@ -97,12 +97,7 @@ def read_training_set(path: str, files: ProtectedFiles, *, places: Layout, ledge
     Raises:
         TrainingSetError: The file is missing, unreadable or empty, or differs from the training set that was built.
     """
-    uri = resolve(path)
-    if not exists(uri):
-        raise TrainingSetError(
-            f"No training set at {uri}. Build one with `python -m feature_jobs.training_set`."
-        )
-    manifest_uri = f"{uri.removesuffix('.parquet')}.manifest.json"
+    uri, manifest_uri = _find_files(path)
     try:
         if training_set_aad(uri, places) is not None:
             table = read_stored_training_set(uri, manifest_uri, places=places, ledger=ledger, files=files)
@@ -114,13 +109,7 @@ def read_training_set(path: str, files: ProtectedFiles, *, places: Layout, ledge
         raise TrainingSetError(f"Training set {uri} has no rows.")
     table = without_string_views(table)
     manifest = read_manifest(manifest_uri, table) if exists(manifest_uri) else {}
-    return TrainingSet(
-        table=table,
-        manifest=manifest,
-        hash=manifest.get("row_hash") or sha256(uri),
-        join_keys=join_keys(manifest, ledger),
-        built_at=built_at(manifest, ledger),
-    )
+    return _training_set(uri, table, manifest, ledger)
 
 
 def open_training_set(path: str, access: KeyAccess, *, places: Layout, ledger: Ledger) -> TrainingSet:
@@ -134,12 +123,7 @@ def open_training_set(path: str, access: KeyAccess, *, places: Layout, ledger: L
         places: Folders below the storage root.
         ledger: Ledger with an event for each training set that was built.
     """
-    uri = resolve(path)
-    if not exists(uri):
-        raise TrainingSetError(
-            f"No training set at {uri}. Build one with `python -m feature_jobs.training_set`."
-        )
-    manifest_uri = f"{uri.removesuffix('.parquet')}.manifest.json"
+    uri, manifest_uri = _find_files(path)
     try:
         if training_set_aad(uri, places) is not None:
             stored = find_stored_training_set(uri, manifest_uri, places=places, ledger=ledger)
@@ -153,6 +137,22 @@ def open_training_set(path: str, access: KeyAccess, *, places: Layout, ledger: L
         manifest = read_manifest(manifest_uri, table, is_checked=is_checked) if exists(manifest_uri) else {}
     except ProtectedFileCorrupt as error:
         raise TrainingSetError(f"{uri} cannot be read: {error}") from error
+    return _training_set(uri, table, manifest, ledger)
+
+
+def _find_files(path: str) -> tuple[str, str]:
+    """Return the URIs of a training set and of its manifest. Only the training set must exist."""
+    uri = resolve(path)
+    if not exists(uri):
+        raise TrainingSetError(
+            f"No training set at {uri}. Build one with `python -m feature_jobs.training_set`."
+        )
+    return uri, f"{uri.removesuffix('.parquet')}.manifest.json"
+
+
+def _training_set(
+    uri: str, table: pa.Table | RowFile, manifest: dict[str, Any], ledger: Ledger
+) -> TrainingSet:
     return TrainingSet(
         table=table,
         manifest=manifest,

@@ -25,7 +25,7 @@ LINES = 20
 _POLL_S = 0.2
 """Seconds to wait for a report before the driver checks whether the fit has ended."""
 _CLAIM_S = 15.0
-"""Seconds to wait for a killed job to give its run free."""
+"""Seconds to wait until a killed job has released its run."""
 _NAMESPACE = "training_runs"
 _JOIN_TIMEOUT_S = 10.0
 """Timeout in seconds for printing the last reports after the fit."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.settings import PlatformConfig
-from jobs.train.config import MODEL_NAME, RUN_ID, CheckpointConfig, DeepSpeedConfig
+from jobs.train.config import CheckpointConfig, DeepSpeedConfig, check_common, check_remainder, check_run
 
 
 @dataclass(kw_only=True, slots=True)
@@ -18,10 +18,7 @@ class TextSplitConfig:
     remainder: int = 9
 
     def __post_init__(self) -> None:
-        if self.modulo < 2:
-            raise ValueError(f"split.modulo must be at least 2, got {self.modulo}.")
-        if not 0 <= self.remainder < self.modulo:
-            raise ValueError(f"split.remainder must be 0-{self.modulo - 1}, got {self.remainder}.")
+        check_remainder(self.modulo, self.remainder)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,13 +46,7 @@ class TrainTextConfig(PlatformConfig):
     """File to write name, version and metrics to, as JSON."""
 
     def __post_init__(self) -> None:
-        if not MODEL_NAME.fullmatch(self.name):
-            raise ValueError(f"name must be letters, digits, '_' and '-', at most 64, got '{self.name}'.")
-        if self.run is not None and not RUN_ID.fullmatch(self.run):
-            raise ValueError(f"run must be letters, digits, '.', '_' and '-', at most 64, got '{self.run}'.")
-        if not 0.0 < self.validation_share < 0.9:
-            raise ValueError(f"validation_share must be between 0 and 0.9, got {self.validation_share}.")
+        check_common(name=self.name, validation_share=self.validation_share, seed=self.seed)
+        check_run(self.run)
         if self.evaluated_rows < 1:
             raise ValueError(f"evaluated_rows must be at least 1, got {self.evaluated_rows}.")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must be between 0 and 2^31 - 1, got {self.seed}.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,9 +73,10 @@ class Parts:
 
 
 def read_corpus(text: str, *, excluded: Sequence[str] = ()) -> Corpus:
-    """Find and hash text files. Empty files are left out, and so are hidden files and folders below the given one.
+    """Find and hash text files. Empty files are left out.
 
-    They would often be no texts, such as `.git`, or secrets, such as `.env`: a model can repeat what it was trained on.
+    Hidden files and folders are left out, too, unless `text` names them. Many of them are not texts (`.git`), or have
+    secrets (`.env`), and a model can repeat what it was trained on.
 
     Args:
         text: A folder (all files below it), a file, or a pattern such as `docs/**/*.md`; a path, or a URI of fsspec.
@@ -135,14 +137,14 @@ def _part(corpus: Corpus, documents: Iterable[Document]) -> Corpus:
 
 
 def _is_hidden(name: str, text: str) -> bool:
-    """Return whether a part of a file's path is hidden that the caller's folder or pattern does not name."""
+    """Return whether a path has a hidden file or folder that the caller's folder or pattern does not name."""
     named = text.split("/")
     return any(part.startswith(".") and part not in named for part in name.split("/"))
 
 
-def _document(fs: object, path: str) -> Document:
+def _document(fs: Any, path: str) -> Document:
     digest, size = hashlib.sha256(), 0
-    with fs.open(path, "rb") as file:  # type: ignore[attr-defined]
+    with fs.open(path, "rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             size += len(block)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from cluster.runtime.signature import DECODER_FILE, WEIGHTS_FILE
 from jobs.train.decoder.network import IGNORED, Decoder, DecoderShape
 from jobs.train.decoder.rows import Tokens
+from jobs.train.network.parameters import check_parameters
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,21 +35,13 @@ class Parameters:
     """Rows per step, of all workers together."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
+        check_parameters(self, counts=("width", "depth", "heads"), shares=("dropout",))
         if self.length < 2:
             raise ValueError(f"model.length must be at least 2, got {self.length}.")
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"model.width must be a multiple of 2 · model.heads, got {self.width} and {self.heads}."
             )
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"model.learning_rate must be between 0 and 1, got {self.learning_rate}.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"model.weight_decay must be finite and not negative, got {self.weight_decay}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout must be between 0 and 1, got {self.dropout}.")
 
     @property
     def shape(self) -> DecoderShape:

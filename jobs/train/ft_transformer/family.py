@@ -14,6 +14,7 @@ from cluster.runtime.encoding import Matrix
 from cluster.runtime.signature import WEIGHTS_FILE
 from jobs.train.ft_transformer.network import FTTransformer, Size
 from jobs.train.network.onnx_export import export_graph
+from jobs.train.network.parameters import check_parameters
 from jobs.train.network.protocol import NetworkSignature, Scoring, task_loss
 
 
@@ -40,20 +41,11 @@ class Parameters:
     """Precision of the weights that are registered and served. Training always uses float32."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "epochs", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
+        check_parameters(self, counts=("width", "depth", "heads"), shares=("attention_dropout", "dropout"))
         if self.width % self.heads:
             raise ValueError(f"model.heads must divide model.width, got {self.heads} and {self.width}.")
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"model.learning_rate must be between 0 and 1, got {self.learning_rate}.")
         if not 0 < self.hidden_factor < math.inf:
             raise ValueError(f"model.hidden_factor must be finite and positive, got {self.hidden_factor}.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"model.weight_decay must be finite and not negative, got {self.weight_decay}.")
-        for name in ("attention_dropout", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be between 0 and 1, got {getattr(self, name)}.")
 
 
 def build(signature: NetworkSignature, parameters: Parameters) -> FTTransformer:

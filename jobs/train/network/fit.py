@@ -21,7 +21,7 @@ from jobs.train.network.worker import Failure, train_worker
 from jobs.train.progress import display_progress
 from jobs.train.rows.batches import TableBatches
 from jobs.train.rows.encoded import Part
-from jobs.train.run.files import best_path
+from jobs.train.run.files import best_path, newest_complete
 from jobs.train.training_data import TrainingData
 
 MAX_RESTARTS = 3
@@ -134,7 +134,7 @@ def run_fit(network_fit: NetworkFit, *, sample: Matrix) -> None:
         run_trainer(build_trainer(network_fit, num_workers=num_workers, reports=reports))
     files = context.files
     assert files is not None
-    checkpoint = files.checkpoints()[0]
+    checkpoint = newest_complete(files)
     export_network(
         family.module,
         network_fit.signature,

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,20 +66,6 @@ class NetworkSignature:
                 return torch.from_numpy(target.astype(np.int64))
             case Task.regression:
                 return torch.from_numpy(((target - self.target_mean) / self.target_scale).astype(np.float32))
-
-
-class NetworkFamily(Protocol):
-    """The names that a module must have to be a network family."""
-
-    Parameters: type[Any]
-
-    def build(self, signature: NetworkSignature, parameters: Any) -> torch.nn.Module:
-        """Return the network with its first weights."""
-        ...
-
-    def loss(self, outputs: Any, target: torch.Tensor, signature: NetworkSignature) -> torch.Tensor:
-        """Return the mean loss of a batch."""
-        ...
 
 
 def network_signature(data: TrainingData) -> NetworkSignature:

@@ -56,7 +56,13 @@ class RowReader:
 
     def validation(self, *, rank: int, workers: int) -> Iterator[Batch]:
         """Yield the validation rows of the groups that belong to this rank."""
-        return self._evaluation(Part.validation, rank=rank, workers=workers)
+        for group, count in enumerate(self._rows.counts(Part.validation)):
+            if group % workers != rank or not count:
+                continue
+            chosen = self._cache.read(group).of(Part.validation)
+            for begin in range(0, count, EVALUATION_ROWS):
+                rows = slice(begin, begin + EVALUATION_ROWS)
+                yield Batch(chosen.matrix[rows], chosen.target[rows])
 
     def validation_steps(self, *, workers: int) -> int:
         """Return the largest number of validation batches of a rank."""
@@ -71,15 +77,6 @@ class RowReader:
         group = next(group for group, count in enumerate(self._rows.counts(Part.validation)) if count)
         chosen = self._cache.read(group).of(Part.validation)
         return Batch(chosen.matrix[:1], chosen.target[:1])
-
-    def _evaluation(self, part: Part, *, rank: int, workers: int) -> Iterator[Batch]:
-        for group, count in enumerate(self._rows.counts(part)):
-            if group % workers != rank or not count:
-                continue
-            chosen = self._cache.read(group).of(part)
-            for begin in range(0, count, EVALUATION_ROWS):
-                rows = slice(begin, begin + EVALUATION_ROWS)
-                yield Batch(chosen.matrix[rows], chosen.target[rows])
 
     def _prefetched(self, windows: list[Window]) -> Iterator[tuple[Window, Batch]]:
         """Yield the rows of each window. A thread reads the next window meanwhile, so two windows are in memory."""

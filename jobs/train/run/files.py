@@ -97,6 +97,11 @@ class RunFiles:
         with contextlib.suppress(FileNotFoundError):
             fs.rm(full_path, recursive=True)
 
+    def remove_state(self) -> None:
+        """Remove the checkpoints and weights of a finished run. Its metrics stay."""
+        self.remove("checkpoints")
+        self.remove("best")
+
     def checkpoints(self) -> list[CheckpointName]:
         """Return the folders of checkpoints, also of incomplete ones, the newest first."""
         names = [CheckpointName.parse(name) for name in self.names("checkpoints")]
@@ -154,11 +159,20 @@ def find_checkpoint(files: RunFiles) -> tuple[Checkpoint | None, list[str]]:
     return None, warnings
 
 
+def newest_complete(files: RunFiles) -> CheckpointName:
+    """Return the name of the newest complete checkpoint of a run that has one. Its files are not read."""
+    return next(name for name in files.checkpoints() if _is_complete(files, name))
+
+
+def _is_complete(files: RunFiles, name: CheckpointName) -> bool:
+    return files.exists(f"checkpoints/{name.text()}/{MANIFEST}")
+
+
 def remove_old(files: RunFiles, *, keep: int) -> None:
     """Remove all checkpoints but the newest `keep` complete ones, and the weights that no kept checkpoint refers to."""
     kept: list[CheckpointName] = []
     for name in files.checkpoints():
-        if len(kept) < keep and files.exists(f"checkpoints/{name.text()}/{MANIFEST}"):
+        if len(kept) < keep and _is_complete(files, name):
             kept.append(name)
         elif kept:
             files.remove(f"checkpoints/{name.text()}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from cluster.runtime import Precision
 from cluster.runtime.encoding import Matrix
 from cluster.runtime.tabular_network import NetworkShape, TabularNetwork
+from jobs.train.network.parameters import check_parameters
 from jobs.train.network.protocol import NetworkSignature, task_loss
 from jobs.train.tabular_network.export import write_files
 
@@ -32,15 +32,7 @@ class Parameters:
     """Precision of the weights that are registered and served. Training always uses float32."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "embedding_dim", "epochs", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"model.learning_rate must be between 0 and 1, got {self.learning_rate}.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"model.weight_decay must be finite and not negative, got {self.weight_decay}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout must be between 0 and 1, got {self.dropout}.")
+        check_parameters(self, counts=("width", "depth", "embedding_dim"), shares=("dropout",))
 
 
 def build(signature: NetworkSignature, parameters: Parameters) -> TabularNetwork:

@@ -80,7 +80,7 @@ class Results:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, access: KeyAccess) -> Results:
-    """Run all fits in two process groups, because a process takes seconds to start."""
+    """Run all fits in three process groups, because a process takes seconds to start."""
     folder = tmp_path_factory.mktemp("runs")
     row_file = write_people(folder, access)
     stages = [

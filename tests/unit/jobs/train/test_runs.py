@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, TrainingFailed
 from cluster.ledger import Ledger
-from cluster.ledger.events import ModelRegistered
+from cluster.ledger.events import ModelRegistered, RunFailed, RunFinished, RunStarted
 from cluster.registry import Lineage
 from cluster.security.keys.access import KeyAccess
 from jobs.train.config import CheckpointConfig, TrainAction, TrainConfig
@@ -21,7 +21,14 @@ from jobs.train.lightgbm import Parameters
 from jobs.train.network.loop import LoopState, Rank
 from jobs.train.network.saver import DECIDE_STEPS, Saver
 from jobs.train.run.compare import comparison_plot, comparison_table, read_run
-from jobs.train.run.files import run_files
+from jobs.train.run.files import (
+    CheckpointName,
+    best_path,
+    newest_complete,
+    remove_old,
+    run_files,
+    write_manifest,
+)
 from jobs.train.run.identity import (
     Finished,
     check_settings,
@@ -32,6 +39,7 @@ from jobs.train.run.identity import (
     record_started,
     run_settings,
 )
+from jobs.train.run.record import Run
 
 OWNER: dict[str, str] = {"model": "m", "run": "a"}
 
@@ -50,6 +58,21 @@ def settings(data: str = "h", **changes: Any) -> dict[str, Any]:
 
 def start(ledger: Ledger, run: str = "a", **changes: Any) -> None:
     record_started(ledger, model="m", run=run, family="lightgbm", settings=settings(**changes), actor="me")
+
+
+def register(ledger: Ledger) -> None:
+    """Record a version of the run `a`."""
+    registered = ModelRegistered(
+        name="m",
+        version=3,
+        family="lightgbm",
+        task="binary",
+        manifest_hash="",
+        files={},
+        lineage=asdict(Lineage(config={"run": "a"})),
+        metrics={"auc": 0.5},
+    )
+    ledger.append(registered, actor="me")
 
 
 @pytest.mark.parametrize(
@@ -76,23 +99,29 @@ def test_a_run_is_finished_once(ledger: Ledger) -> None:
     start(ledger)
     record_failed(ledger, **OWNER, reason="TrainingFailed", actor="me")
     assert find_finished(ledger, **OWNER) is None
-    registered = ModelRegistered(
-        name="m",
-        version=3,
-        family="lightgbm",
-        task="binary",
-        manifest_hash="",
-        files={},
-        lineage=asdict(Lineage(config={"run": "a"})),
-        metrics={"auc": 0.5},
-    )
-    ledger.append(registered, actor="me")
+    register(ledger)
     result = find_finished(ledger, **OWNER)
     assert result == Finished(3, {"auc": 0.5})
     for _ in range(2):
         record_finished(ledger, **OWNER, result=result, actor="me")
     assert find_finished(ledger, model="m", run="b") is None
     assert ledger.head() == 4
+
+
+def test_the_record_of_a_run_says_how_it_ended(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+    """A failure is recorded and raised. A second job continues the run, and it is started and finished once."""
+    run = Run(ledger=ledger, **OWNER, family="lightgbm", settings=settings(), actor="me")
+    assert not run.check_settings()
+    with pytest.raises(TrainingFailed), run.recorded(is_continued=False):
+        raise TrainingFailed("The loss is NaN.")
+    assert run.check_settings()
+    assert run.finished_version() is None
+    with run.recorded(is_continued=True):
+        register(ledger)
+    assert run.finished_version() == 3
+    assert [entry.payload["reason"] for entry in ledger.entries(RunFailed)] == ["TrainingFailed"]
+    assert len(list(ledger.entries(RunStarted))) == len(list(ledger.entries(RunFinished))) == 1
+    assert capsys.readouterr().out == "run a starts\nrun a continues\n"
 
 
 def test_a_run_needs_its_options() -> None:
@@ -124,6 +153,19 @@ def test_a_notice_that_a_node_ends_leads_to_one_checkpoint(
     finally:
         torch.distributed.destroy_process_group()
     assert due == [2 * DECIDE_STEPS, 100]
+
+
+def test_an_incomplete_checkpoint_is_not_the_newest(tmp_path: Path, access: KeyAccess) -> None:
+    """A killed attempt has a later name and other weights. The weights of the complete checkpoint are kept."""
+    files = run_files(str(tmp_path), model="m", run="a", access=access)
+    complete = CheckpointName(epoch=2, step=0, best_epoch=0, attempt="a")
+    for name in (complete, CheckpointName(epoch=2, step=0, best_epoch=1, attempt="b")):
+        files.write(f"checkpoints/{name.text()}/rank-0", b"state")
+        files.write(best_path(name.best_epoch), b"weights")
+    write_manifest(files, complete, workers=1, parts=["rank-0"])
+    assert newest_complete(files) == complete
+    remove_old(files, keep=1)
+    assert files.read(best_path(newest_complete(files).best_epoch)) == b"weights"
 
 
 def test_two_runs_are_compared(ledger: Ledger, tmp_path: Path, access: KeyAccess) -> None:
