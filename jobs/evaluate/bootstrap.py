@@ -48,7 +48,7 @@ def intervals(
         statistics: Functions that compute the metrics.
         entities: For each row, the number of its entity, from 0.
         replicates: Number of draws.
-        level: Probability that an interval is to cover, for example 0.95.
+        level: Share of the intervals that are to contain the true value, for example 0.95.
         seed: Seed of the draws.
     """
     blocks: dict[str, list[Floats]] = {}
