@@ -212,10 +212,15 @@ def choose_inputs(asked: InputsFrom, signature: ModelSignature, columns: Sequenc
                 "Add it, or let the command read features with inputs_from=join or inputs_from=latest."
             )
         return InputsFrom.given
+    if not signature.service and not missing:
+        raise ConfigError(
+            f"The model has no feature service, so inputs_from={asked.value} cannot read its inputs. The rows have all "
+            "of them: set inputs_from=given."
+        )
     if not signature.service:
         raise ConfigError(
-            f"The rows have no column '{missing[0] if missing else ''}', an input of the model, and the model has no "
-            "feature service that it could be read from. Add it to the rows."
+            f"The rows have no column '{missing[0]}', an input of the model, and the model has no feature service that "
+            "it could be read from. Add it to the rows."
         )
     if asked is InputsFrom.auto and len(missing) < len(signature.columns):
         raise ConfigError(
