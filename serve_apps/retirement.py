@@ -1,7 +1,7 @@
 """Retire a version, so that it is not deployed any more. Its files, log and events stay.
 
-A retirement and a deployment can run at the same time. Both check the other after their own event. The ledger orders
-the two events, so one of the two commands sees the other one's event and refuses.
+A retirement and a deployment can run at the same time. Each command appends its own event, and then looks for the event
+of the other. The ledger orders the two events, so at least one of the two commands refuses.
 """
 
 from __future__ import annotations

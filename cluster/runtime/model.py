@@ -26,6 +26,10 @@ _IMPUTE = (
 )
 
 
+class NoScoreForMissingValues(RefusedError):
+    """A model gives no valid score for a row of missing values."""
+
+
 class Engine(Protocol):
     """Runs models of one file format."""
 
@@ -47,6 +51,7 @@ class Model:
 
         Raises:
             RefusedError: Model and signature have different inputs, or the model's scores do not fit the task.
+            NoScoreForMissingValues: The row gets no finite score.
         """
         if engine.num_inputs != signature.width:
             raise RefusedError(
@@ -105,7 +110,9 @@ class Model:
         try:
             raw_scores = self._engine.scores(matrix)
         except RefusedError as error:
-            raise RefusedError(f"The model fails on a row of missing values: {error} {_IMPUTE}") from error
+            raise NoScoreForMissingValues(
+                f"The model fails on a row of missing values: {error} {_IMPUTE}"
+            ) from error
         scores = self._reshape(raw_scores)
         if scores.shape != self._shape(1):
             raise RefusedError(
@@ -113,7 +120,7 @@ class Model:
                 f"{_SHAPES[self.signature.task].format(classes=self.signature.num_scores)}."
             )
         if not np.isfinite(scores).all():
-            raise RefusedError(
+            raise NoScoreForMissingValues(
                 f"The model gives {raw_scores.ravel()[0]} for a row of missing values. A missing value reaches the "
                 f"model as NaN, and it must still give a finite score. {_IMPUTE}"
             )

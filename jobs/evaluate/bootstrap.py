@@ -48,7 +48,7 @@ def intervals(
         statistics: Functions that compute the metrics.
         entities: For each row, the number of its entity, from 0.
         replicates: Number of draws.
-        level: Probability that an interval is to cover, for example 0.95.
+        level: Share of the intervals that are to contain the true value, for example 0.95.
         seed: Seed of the draws.
     """
     blocks: dict[str, list[Floats]] = {}
@@ -86,6 +86,13 @@ def group_sums(weights: Floats, starts: npt.NDArray[np.int64]) -> Floats:
     return np.asarray(np.add.reduceat(weights, starts, axis=1))
 
 
+def first_of_each(sorted_values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return the position of the first of each run of equal values."""
+    if not len(sorted_values):
+        return np.empty(0, dtype=np.int64)
+    return np.flatnonzero(np.concatenate([[True], sorted_values[1:] != sorted_values[:-1]]))
+
+
 def _weights(entities: npt.NDArray[np.int64], *, replicates: int, seed: int) -> Iterator[Floats]:
     """Yield blocks of weights, float64 [replicates, rows]."""
     draw = np.random.default_rng(seed)
@@ -121,7 +128,7 @@ def _binary(probabilities: Floats, target: npt.NDArray[Any], *, threshold: float
     )
     auc = _auc(probabilities, target == 1)
     order = np.argsort(probabilities, kind="stable")
-    starts = _first_of_each(bin_numbers(probabilities[order], num_bins=NUM_BINS))
+    starts = first_of_each(bin_numbers(probabilities[order], num_bins=NUM_BINS))
     gaps = (probabilities - target)[order]
 
     def compute(weights: Floats) -> dict[str, Floats]:
@@ -146,9 +153,9 @@ def _multiclass(probabilities: Floats, target: npt.NDArray[Any]) -> Statistic:
             "brier": ((probabilities - one_hot) ** 2).sum(axis=1),
         }
     )
-    aucs = [_auc(probabilities[:, k], target == k) for k in range(num_classes)]
     if num_classes > MAX_CLASSES:
         return means
+    aucs = [_auc(probabilities[:, k], target == k) for k in range(num_classes)]
 
     def compute(weights: Floats) -> dict[str, Floats]:
         by_class = np.stack([auc(weights) for auc in aucs])
@@ -186,7 +193,7 @@ def _regression(values: Floats, target: npt.NDArray[Any]) -> Statistic:
 def _auc(scores: Floats, positive: npt.NDArray[np.bool_]) -> Callable[[Floats], Floats]:
     """Return the function that computes the weighted AUC. Rows with the same score count half."""
     order = np.argsort(scores, kind="stable")
-    starts = _first_of_each(scores[order])
+    starts = first_of_each(scores[order])
     is_positive = positive[order].astype(np.float64)
 
     def compute(weights: Floats) -> Floats:
@@ -199,8 +206,3 @@ def _auc(scores: Floats, positive: npt.NDArray[np.bool_]) -> Callable[[Floats], 
             return np.asarray((positives * below).sum(axis=1) / pairs)
 
     return compute
-
-
-def _first_of_each(sorted_values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Return the position of the first of each run of equal values."""
-    return np.flatnonzero(np.concatenate([[True], sorted_values[1:] != sorted_values[:-1]]))

@@ -28,7 +28,7 @@ class BootstrapConfig:
     replicates: int = 1000
     """Number of draws; 0 turns intervals off."""
     level: float = 0.95
-    """Probability that an interval is to cover."""
+    """Share of the intervals that are to contain the true value."""
     entities: list[str] | None = None
     """Columns whose values together name an entity. Rows of one entity are drawn together. None takes the join key of
     the split, or the training set's join keys."""

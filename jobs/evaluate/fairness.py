@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jobs.evaluate.bootstrap import Floats, Interval, Statistic, group_sums
+from jobs.evaluate.bootstrap import Floats, Interval, Statistic, first_of_each, group_sums
 
 PARITY, OPPORTUNITY = "demographic_parity_difference", "equal_opportunity_difference"
 SEPARATOR = "\x1f"
@@ -75,9 +75,7 @@ def difference_statistic(
     codes = {name: code for code, name in enumerate(names)}
     rows = np.flatnonzero(np.isin(values, names))
     rows = rows[np.argsort([codes[value] for value in values[rows]], kind="stable")]
-    starts = (
-        np.flatnonzero(np.concatenate([[True], values[rows][1:] != values[rows][:-1]])) if len(rows) else rows
-    )
+    starts = first_of_each(values[rows])
 
     def compute(weights: Floats) -> dict[str, Floats]:
         undefined = np.full(len(weights), np.nan)

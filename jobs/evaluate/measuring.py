@@ -65,10 +65,10 @@ def evaluate(
     Raises:
         ConfigError, TrainingSetError, InvalidRequest: The data does not fit the model or the configuration.
     """
-    signature = model.signature
-    require_binary(config, signature.task)
+    require_binary(config, model.signature.task)
     rows = score_rows(model, choose_rows(config, version, source))
     metrics = score(rows.predictions, rows.target)
+    slices = measure_slices(config, rows)
     groups = measure_groups(config, version, source, rows)
     threshold = measure_threshold(config, version, model, source, rows)
     inputs = measure_inputs(config, model, rows)
@@ -78,27 +78,14 @@ def evaluate(
         data_hash=source.hash,
         rows=rows.table.num_rows,
         metrics=metrics,
-        slices=slice_metrics(
-            rows.predictions,
-            rows.target,
-            table=rows.table,
-            columns=list(config.slices),
-            min_rows=config.min_slice_rows,
-        ),
+        slices=slices,
         chosen_rows=config.rows.value,
         intervals=groups.intervals,
         fairness=groups.fairness,
         threshold=threshold,
         robustness=inputs.robustness,
         attributions=inputs.attributions,
-        parity=measure_parity(
-            version,
-            store,
-            rows.matrix,
-            rows.predictions.scores,
-            precision=signature.precision,
-            is_number=signature.task is Task.regression,
-        ),
+        parity=measure_parity(version, store, rows),
         requirements=check_requirements(config.require, required_values(metrics, groups.fairness, threshold)),
     )
 
@@ -109,6 +96,17 @@ def choose_rows(config: EvaluateConfig, version: ModelVersion, source: TrainingS
         return source.table
     advice = "Give the training set, or set `rows=all` for data that was not used in training."
     return select(source, held_out_rows(version, source, advice=advice))
+
+
+def measure_slices(config: EvaluateConfig, rows: ScoredRows) -> Json:
+    """Measure each value of each column in `slices`."""
+    return slice_metrics(
+        rows.predictions,
+        rows.target,
+        table=rows.table,
+        columns=list(config.slices),
+        min_rows=config.min_slice_rows,
+    )
 
 
 class Groups(NamedTuple):

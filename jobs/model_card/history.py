@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
-from cluster.ledger.events import (
-    ModelEvaluated,
-    ModelMonitored,
-    ModelReproduced,
-)
+from cluster.ledger.events import ModelEvaluated, ModelMonitored, ModelReproduced
 from cluster.lineage.trace import ModelTrace, read_entries, trace_model
 from cluster.registry import retirement
 
@@ -35,7 +32,7 @@ class History:
     """The retirement, if it is in force."""
 
     def newest_with(self, part: str) -> Entry | None:
-        """Return the newest evaluation of these rows that has a part, such as `fairness`. Not each run measures all."""
+        """Return the newest evaluation of these rows with a part, such as `fairness`. A run can leave parts out."""
         return next((entry for entry in self.same_rows if entry.payload.get(part)), None)
 
 
@@ -70,8 +67,8 @@ def _rows(entry: Entry) -> tuple[str, str]:
     return entry.payload["data_hash"], entry.payload.get("chosen_rows", "")
 
 
-def _newest_of_each(newest_first: Any, key: Any) -> list[Entry]:
-    found: dict[Any, Entry] = {}
+def _newest_of_each(newest_first: Iterable[Entry], key: Callable[[Entry], Hashable]) -> list[Entry]:
+    found: dict[Hashable, Entry] = {}
     for entry in newest_first:
         found.setdefault(key(entry), entry)
     return list(found.values())

@@ -16,7 +16,7 @@ from cluster.security.acting import Actor, create_actor
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import key_store
 from cluster.session import attach
-from cluster.storage import exists, file_name, layout, resolve, sha256, write_bytes, write_json
+from cluster.storage import exists, file_name, layout, resolve, write_bytes, write_json
 from jobs.monitor.config import MonitorConfig
 from jobs.monitor.figures import Figures, measure_version
 from jobs.monitor.logged import ServedVersion, read_served_log
@@ -95,7 +95,7 @@ class MonitorRun:
             self.config,
             served,
             figures,
-            reference_hash=sha256(resolve(path)),
+            reference_hash=self.references.file_hash(path),
             results=f"{results}.json",
         )
         self.ledger.append(event, actor=self.actor.name)

@@ -10,6 +10,7 @@ import polars as pl
 
 from cluster.errors import ConfigError, TrainingSetError, did_you_mean
 from cluster.registry import ModelVersion
+from cluster.storage import resolve, sha256
 from jobs.monitor.config import MonitorConfig
 from jobs.train.config import AUTO, SplitConfig
 from jobs.train.data import TrainingSet
@@ -28,6 +29,7 @@ class References:
         """
         self._configured = configured
         self._read = functools.cache(read)
+        self._file_hash = functools.cache(sha256)
 
     def of(self, version: ModelVersion) -> Reference:
         """Return the reference of a version.
@@ -41,6 +43,10 @@ class References:
         source = self._read(path)
         require_same_rows(version, source, path=path, option="reference")
         return Reference(path, source)
+
+    def file_hash(self, path: str) -> str:
+        """Return the SHA-256 of a reference's file. It is read once for all versions and variants."""
+        return self._file_hash(resolve(path))
 
 
 class Reference(NamedTuple):

@@ -20,6 +20,7 @@ from cluster.registry import Lineage, Registry
 from cluster.runtime import Model, ModelSignature, Precision, Predictions, Task, open_model
 from cluster.runtime.device_choice import Hardware
 from cluster.runtime.encoding import Matrix, encode
+from cluster.runtime.model import NoScoreForMissingValues
 from cluster.runtime.predictions import check_scores
 from cluster.runtime.signature import ONNX_FILE, SIGNATURE_FILE
 from cluster.security.acting import create_actor
@@ -152,7 +153,7 @@ def write_model_with_fills(
     Texts are filled last, because most encoders ignore an unknown text, and a fill would hide it from them.
 
     Raises:
-        RefusedError: The model gives no valid score for a row of missing values, even with fills.
+        NoScoreForMissingValues: The model gives no valid score for a row of missing values, even with fills.
     """
     whole, columns = whole_positions(artifact, signature), range(signature.width)
     numbers = [position for position in columns if signature.inputs[position].categories is None]
@@ -160,9 +161,8 @@ def write_model_with_fills(
         fills = typical_values(matrix, signature, positions)
         try:
             return write_model(folder, artifact, signature, fills), fills
-        except RefusedError as error:
-            if "missing values" not in str(error):
-                raise
+        except NoScoreForMissingValues:
+            continue
     fills = typical_values(matrix, signature, list(columns))
     return write_model(folder, artifact, signature, fills), fills
 
@@ -173,7 +173,7 @@ def write_model(
     """Write the wrapped graph and its signature, and load both.
 
     Raises:
-        RefusedError: The model gives no valid score for a row of missing values.
+        NoScoreForMissingValues: The model gives no valid score for a row of missing values.
     """
     (folder / ONNX_FILE).write_bytes(adapt(artifact, signature, fills).SerializeToString())
     return reopen(folder, signature, Precision.float32)

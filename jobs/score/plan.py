@@ -51,19 +51,67 @@ class Plan:
     """Inputs that the output lacks, because the caller may not export them."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Request:
+    """What a run is to do, after the checks of the settings and of the caller's rights."""
+
+    version: ModelVersion
+    signature: ModelSignature
+    source: Source
+    inputs_from: InputsFrom
+    service: ServiceSpec | None
+    """The service that the inputs are read from; None if the rows have them."""
+    output: str
+    is_protected: bool
+    """Whether the output is below the storage root, and so encrypted."""
+    kept: list[str]
+    """Columns of the input to copy."""
+    inputs: list[str]
+    """Inputs of the model to copy."""
+    left_out: list[str]
+    """Inputs that the output lacks, because the caller may not export them."""
+
+
 def make_plan(config: ScoreConfig, ledger: Ledger, actor: Actor, *, now: dt.datetime) -> Plan:
-    """Check the caller's rights and all settings, and return the plan. Nothing is written.
+    """Check the caller's rights and all settings, and return the plan. Only a missing key of the scores is created.
 
     Raises:
         RefusedError: The run cannot start, or the id belongs to a run with other settings.
     """
     places = layout(config.storage)
+    rights = Rights(actor=actor, region=config.cluster.region)
+    request = _check_request(config, ledger, places, rights)
+    wanted = _wanted_start(config, request, now)
+    wanted = replace(wanted, run=choose_run(config, wanted, ledger))
+    found = ledger.newest(ScoringStarted, run=wanted.run)
+    started = wanted if found is None else require_same(ScoringStarted(**found.payload), wanted)
+    read = None
+    if request.service is not None:
+        read = feature_read(
+            request.service, request.signature, started, request.inputs_from, places, actor.access
+        )
+        _require_keys(read, request.source, request.inputs_from)
+        if found is None:
+            pinned = {name: snapshot.version for name, snapshot in read.snapshots.items()}
+            started = replace(started, table_versions=pinned)
+    inputs = input_plan(request.signature, read, request.source)
+    folder = _folder(request, ledger, places, rights)
+    return Plan(
+        started=started,
+        is_new=found is None,
+        scoring=_scoring(config, request, started, inputs, folder),
+        source=request.source,
+        left_out=request.left_out,
+    )
+
+
+def _check_request(config: ScoreConfig, ledger: Ledger, places: Layout, rights: Rights) -> _Request:
+    """Check the settings and the caller's rights, and decide the columns of the output."""
     registry = Registry(ledger, places)
     version = registry.get(config.name, config.version)
-    rights = Rights(actor=actor, region=config.cluster.region)
     rights.check_scoring(version, None)
-    registry.check_files(version, actor=actor.name)
-    signature = load_signature(version, key_store(actor.access))
+    registry.check_files(version, actor=rights.actor.name)
+    signature = load_signature(version, key_store(rights.actor.access))
     source = open_source(config, places=places, ledger=ledger)
     inputs_from = choose_inputs(config.inputs_from, signature, source.schema.names)
     service = None
@@ -78,58 +126,76 @@ def make_plan(config: ScoreConfig, ledger: Ledger, actor: Actor, *, now: dt.date
     if not is_protected:
         rights.check_export(ledger, version)
         kept = _exportable_kept(config, kept, source, rights)
-    wanted = ScoringStarted(
+    return _Request(
+        version=version,
+        signature=signature,
+        source=source,
+        inputs_from=inputs_from,
+        service=service,
+        output=output,
+        is_protected=is_protected,
+        kept=kept,
+        inputs=inputs,
+        left_out=left_out,
+    )
+
+
+def _wanted_start(config: ScoreConfig, request: _Request, now: dt.datetime) -> ScoringStarted:
+    """Return the event of a new run, without its id and without the versions of the feature tables."""
+    as_of = now if config.as_of is None else parse_instant(config.as_of, name="as_of")
+    signature, source = request.signature, request.source
+    return ScoringStarted(
         run="",
-        model=version.name,
-        version=version.version,
-        inputs_from=inputs_from.value,
-        as_of=now.isoformat()
-        if config.as_of is None
-        else parse_instant(config.as_of, name="as_of").isoformat(),
-        service="" if service is None else signature.service,
-        service_version="" if service is None else signature.service_version,
+        model=request.version.name,
+        version=request.version.version,
+        inputs_from=request.inputs_from.value,
+        as_of=as_of.isoformat(),
+        service="" if request.service is None else signature.service,
+        service_version="" if request.service is None else signature.service_version,
         table_versions={},
         input=source.uri,
         input_hash=source.hash,
         input_version=source.version,
         rows=source.rows,
-        output=output,
-        keep=kept,
+        output=request.output,
+        keep=request.kept,
         settings={
             "part_rows": config.part_rows,
             "as_of": config.as_of,
             "delimiter": config.delimiter,
-            "keep_inputs": inputs,
+            "keep_inputs": request.inputs,
         },
     )
-    wanted = replace(wanted, run=choose_run(config, wanted, ledger))
-    found = ledger.newest(ScoringStarted, run=wanted.run)
-    started = wanted if found is None else require_same(ScoringStarted(**found.payload), wanted)
-    read = None
-    if service is not None:
-        read = feature_read(service, signature, started, inputs_from, places, actor.access)
-        _require_keys(read, source, inputs_from)
-        if found is None:
-            pinned = {name: snapshot.version for name, snapshot in read.snapshots.items()}
-            started = replace(started, table_versions=pinned)
-    plan = input_plan(signature, read, source)
-    place = output.removeprefix(f"{places.root.rstrip('/')}/") if is_protected else ""
-    key = rights.ensure_key(ledger, version) if is_protected else None
-    scoring = Scoring(
+
+
+def _folder(request: _Request, ledger: Ledger, places: Layout, rights: Rights) -> Folder:
+    """Return the output folder. Below the storage root, it has a key."""
+    uri, access = request.output, rights.actor.access
+    if not request.is_protected:
+        return Folder(uri=uri, key=None, place="", access=access)
+    place = uri.removeprefix(f"{places.root.rstrip('/')}/")
+    return Folder(uri=uri, key=rights.ensure_key(ledger, request.version), place=place, access=access)
+
+
+def _scoring(
+    config: ScoreConfig, request: _Request, started: ScoringStarted, inputs: InputPlan, folder: Folder
+) -> Scoring:
+    """Return what workers need to score the parts of a run."""
+    source, kept = request.source, request.kept
+    return Scoring(
         run=hashlib.sha256(started.run.encode()).hexdigest()[:16],
-        version=version,
-        access=actor.access,
+        version=request.version,
+        access=folder.access,
         source=replace(source, files=()),
-        inputs=plan,
-        read_columns=columns_to_read(plan, kept, source.schema.names),
+        inputs=inputs,
+        read_columns=columns_to_read(inputs, kept, source.schema.names),
         kept_columns=tuple(kept),
-        input_columns=tuple(name for name in inputs if name not in kept),
+        input_columns=tuple(name for name in request.inputs if name not in kept),
         time=dt.datetime.fromisoformat(started.as_of),
-        folder=Folder(uri=output, key=key, place=place, access=actor.access),
+        folder=folder,
         part_rows=config.part_rows,
         max_bad=int(config.max_bad_share * source.rows),
     )
-    return Plan(started=started, is_new=found is None, scoring=scoring, source=source, left_out=left_out)
 
 
 def choose_inputs(asked: InputsFrom, signature: ModelSignature, columns: Sequence[str]) -> InputsFrom:
@@ -146,10 +212,15 @@ def choose_inputs(asked: InputsFrom, signature: ModelSignature, columns: Sequenc
                 "Add it, or let the command read features with inputs_from=join or inputs_from=latest."
             )
         return InputsFrom.given
+    if not signature.service and not missing:
+        raise ConfigError(
+            f"The model has no feature service, so inputs_from={asked.value} cannot read its inputs. The rows have all "
+            "of them: set inputs_from=given."
+        )
     if not signature.service:
         raise ConfigError(
-            f"The rows have no column '{missing[0] if missing else ''}', an input of the model, and the model has no "
-            "feature service that it could be read from. Add it to the rows."
+            f"The rows have no column '{missing[0]}', an input of the model, and the model has no feature service that "
+            "it could be read from. Add it to the rows."
         )
     if asked is InputsFrom.auto and len(missing) < len(signature.columns):
         raise ConfigError(

@@ -64,15 +64,7 @@ def _predict_batch(model: Model, rows: ModelRows, start: int, stop: int, reasons
 def _scores(model: Model, matrix: Matrix, positions: np.ndarray, reasons: Reasons) -> Scores:
     """Return the scores of encoded rows. A row for which the model fails has NaN."""
     if model.signature.precision is Precision.int8:
-        single = [_score_or_nan(model, matrix[row : row + 1]) for row in range(len(matrix))]
-        failed = np.flatnonzero([one is None for one in single])
-        reasons.reject(positions[failed], _FAILED)
-        shape = _score_shape(model)
-        return (
-            np.stack([np.full(shape, np.nan) if one is None else one for one in single])
-            if single
-            else (np.empty((0, *shape)))
-        )
+        return _scores_one_by_one(model, matrix, positions, reasons)
     try:
         return model.predict_matrix(matrix).scores
     except (ModelFailed, RefusedError):
@@ -92,12 +84,17 @@ def _failed(_: FalajError) -> str:
     return _FAILED
 
 
-def _score_or_nan(model: Model, row: Matrix) -> Scores | None:
-    try:
-        scores: Scores = model.predict_matrix(row).scores[0]
-        return scores
-    except (ModelFailed, RefusedError):
-        return None
+def _scores_one_by_one(model: Model, matrix: Matrix, positions: np.ndarray, reasons: Reasons) -> Scores:
+    """Return the scores of encoded rows, with one call for each row. A row for which the model fails has NaN."""
+    results = np.full((len(matrix), *_score_shape(model)), np.nan)
+    failed: list[int] = []
+    for row in range(len(matrix)):
+        try:
+            results[row] = model.predict_matrix(matrix[row : row + 1]).scores[0]
+        except (ModelFailed, RefusedError):
+            failed.append(row)
+    reasons.reject(positions[failed], _FAILED)
+    return results
 
 
 def _encoding(model: Model, table: pa.Table) -> Callable[[int, int], None]:

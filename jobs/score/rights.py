@@ -1,9 +1,9 @@
 """What the caller of a run may read and write.
 
-Scores say what a prediction says. So who scores needs the right to predict, and for features of the store also the
-right to read them. Below the storage root, scores are encrypted with a key of the model. Elsewhere they are not. So a
-caller may write there only what this caller could read anyway: the scores, if the policies give out the key of the
-model's scores, and those inputs whose columns the policies allow.
+Scores are predictions, so the caller needs the right to predict. For features of the store, the caller also needs the
+right to read them. Below the storage root, scores are encrypted with a key of the model. Elsewhere they are not, so a
+caller may write there only what this caller may read: the scores, if the policies give the caller their key, and those
+inputs whose columns the policies allow.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rows that cannot be scored: each is set aside with a reason, and the other rows are scored.
 
 Most checks are calls for many rows that fail as a whole if one row is bad. The bad rows are found by cutting the rows
-in half again and again. So a few bad rows cost a few calls, and good rows cost nothing.
+in half again and again. So a few bad rows cost a few calls, and good rows cost no extra call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TooManyBadRows(RefusedError):
 
 
 def take(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
-    """Return some rows of a table, in ascending order. All rows are not copied."""
+    """Return some rows of a table, in ascending order. If these are all rows, nothing is copied."""
     return table if rows.size == table.num_rows else table.take(pa.array(rows))
 
 

@@ -240,7 +240,7 @@ def test_a_retired_version_is_marked(tmp_path: Path) -> None:
 
 def test_an_unknown_version_is_refused(tmp_path: Path) -> None:
     """The message names the known ones."""
-    with pytest.raises(ModelNotFound, match="version"):
+    with pytest.raises(ModelNotFound, match=r"no version 7\. Known: 1\."):
         read_history(ledger_with(tmp_path), "loan", 7)
 
 

@@ -79,15 +79,28 @@ def test_a_run_continues_after_a_kill_at_every_write(
     assert len(list(project.ledger.entries(ScoringFinished))) == 13
 
 
-def test_parts_that_are_done_are_not_written_again(project: ScoringProject) -> None:
-    """A run that lost its last part and its manifest writes only these. A finished run writes nothing."""
+def test_parts_that_are_done_are_not_written_again(
+    project: ScoringProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed writes only the missing parts. A finished run writes nothing."""
+
+    def times() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (project.root / "scores").glob("part-*")}
+
     project.register(SIGNATURES.binary)
     project.write(people(), row_group_size=100)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 6)  # the run's name, then rows and result of parts 0 and 1, then rows of part 2
+        with pytest.raises(Killed):
+            project.score(part_rows=100)
+    killed = times()
+    assert len(killed) == 3
     finished = project.score(part_rows=100)
-    folder = project.root / "scores"
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("part-*.parquet")}
+    whole = times()
+    kept = {name for name, time in killed.items() if whole[name] == time}
+    assert kept == {"part-00000-00000.parquet", "part-00001-00000.parquet"}
     assert project.score(part_rows=100) == finished
-    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("part-*.parquet")}
+    assert times() == whole
 
 
 def test_an_empty_output_gets_a_new_run(project: ScoringProject) -> None:
@@ -127,11 +140,14 @@ def test_other_settings_under_an_id_are_refused(project: ScoringProject) -> None
 def test_two_commands_do_not_work_on_one_run(project: ScoringProject, tmp_path: Path) -> None:
     """The second one is refused while the first one runs, and not after its kill."""
     code = (
-        "import sys, time; from pathlib import Path; from jobs.score.lock import run_lock\n"
-        "with run_lock(Path(sys.argv[1]), 'r'):\n    print('locked', flush=True); time.sleep(60)"
+        "import sys; from pathlib import Path; from jobs.score.lock import run_lock\n"
+        "with run_lock(Path(sys.argv[1]), 'r'):\n    print('locked', flush=True); sys.stdin.read()"
     )
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "runs")], stdout=subprocess.PIPE, text=True
+    other = subprocess.Popen(  # it ends with this process, because its input ends then
+        [sys.executable, "-c", code, str(tmp_path / "runs")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert other.stdout is not None
     assert other.stdout.readline() == "locked\n"
