@@ -56,8 +56,8 @@ class Facts:
     always: bool = False
     """Whether the command's result depends on the time at which it runs."""
     single: frozenset[str] | None = None
-    """The only names without dots that the result has once, if it has other names several times. A requirement must
-    write another name as a whole. None if this is not known."""
+    """Names without dots that each stand for one value of the result. A requirement must write every other name as a
+    whole, such as `metrics.auc`. None if each name may be short, or if the names are not known."""
     results: Results | None = None
     """Names of the result; None if they are not known."""
 

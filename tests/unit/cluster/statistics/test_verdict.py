@@ -40,8 +40,6 @@ GOOD = Evidence(
     window=4,
     step_s=DAY_S,
     total_s=5 * DAY_S,
-    treatment_units=20_000,
-    control_units=20_000,
     watched_units=20_000,
     events={event: EventCounts(treatment=200, control=200, watched=200) for event in UnitEvent},
     metrics={"quality": quality(0.82, 0.8)},
