@@ -31,6 +31,11 @@ def arm(mean: float, *, units: int = 20_000, deviation: float = 0.35) -> Moments
     return Moments(units=units, mean=mean, squares=units * deviation**2)
 
 
+def cpu_seconds(mean: float) -> Moments:
+    """Return units with this mean of CPU seconds and two requests each, on average."""
+    return Moments(units=20_000, mean=mean, squares=20_000, second_mean=2, second_squares=20_000)
+
+
 def quality(treatment: float, control: float, splits: tuple[Split, ...] = ()) -> MetricCounts:
     return MetricCounts(treatment=arm(treatment), control=arm(control), splits=splits)
 
@@ -98,10 +103,7 @@ def test_missing_evidence_is_named_and_never_promotes(changed: dict[str, object]
             "quality: worse by more than the margin, improvement -0.02",
         ),
         (
-            {"metrics": {"cpu": MetricCounts(treatment=cost, control=cheap)}}
-            if (cost := Moments(units=20_000, mean=2.6, squares=20_000, second_mean=2, second_squares=20_000))
-            and (cheap := Moments(units=20_000, mean=2, squares=20_000, second_mean=2, second_squares=20_000))
-            else {},
+            {"metrics": {"cpu": MetricCounts(treatment=cpu_seconds(2.6), control=cpu_seconds(2))}},
             "cpu: worse by more than the margin, improvement -0.3",
         ),
     ],
