@@ -38,6 +38,10 @@ _READS = (
 )
 """Options of Falaj's commands that name a file to read."""
 _WRITES = ("output", "folder")
+_SINGLE_WITH_SLICES = frozenset(
+    {"name", "version", "family", "data_hash", "rows", "chosen_rows", "column", "value"}
+)
+"""Names of the result of `jobs.evaluate` that its slices do not repeat, or that are also values of the whole."""
 _ENTRYPOINT = "cluster.entrypoint"
 
 
@@ -206,8 +210,8 @@ def _train(config: Any) -> Facts:
 
 def _evaluate(config: Any) -> Facts:
     needs = ((Action.register_model, _version(config)),)
-    # Each slice has every metric.
-    single = frozenset({"name", "version", "family", "column", "value"}) if config.slices else None
+    # Each slice has every metric. `column` and `value` are those of the smallest slice.
+    single = _SINGLE_WITH_SLICES if config.slices else None
     return Facts(files=_files(config), reads=(_model(config),), needs=needs, single=single)
 
 

@@ -63,7 +63,7 @@ def test_requirement_whose_name_will_be_ambiguous_is_a_fault(world: World) -> No
     demo = composed("pipeline=census")
     for required, fault in (
         ({"auc": 0.8}, "require.auc: the result has several values of this name"),
-        ({"metrics.auc": 0.8, "family": "lightgbm"}, None),
+        ({"metrics.auc": 0.8, "family": "lightgbm", "rows": ">0"}, None),
     ):
         demo.stages["evaluate_lightgbm"].require = required
         found = list(world.plan(demo).faults)
