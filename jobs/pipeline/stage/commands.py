@@ -119,12 +119,13 @@ def _import_options(tree: ast.Module, sources: Mapping[str, str], module: str) -
     return main.options if isinstance(main, Command) else None
 
 
-def describe(command: str, config: Any) -> Facts:
-    """Return the facts of a command line of one of Falaj's commands; no facts for another command.
+def describe(command: str, config: Any, modules: Modules) -> Facts:
+    """Return the facts of a command line of one of Falaj's commands; of another command, only the names of its result.
 
     Args:
         command: Module of the command.
         config: The command's configuration.
+        modules: Finds the source of a user's command.
 
     Raises:
         RefusedError: The definitions cannot be loaded.
@@ -135,12 +136,12 @@ def describe(command: str, config: Any) -> Facts:
         return replace(facts(config), results=RESULTS.get(command))
     if command.partition(".")[0] in PACKAGES:
         raise ConfigError(f"{command} cannot be a stage. Run it alone, before or after the pipeline.")
-    return Facts(results=_returned(command))
+    return Facts(results=_returned(command, modules))
 
 
-def _returned(command: str) -> Results | None:
+def _returned(command: str, modules: Modules) -> Results | None:
     """Return the names of the result of a user's own command, as its source shows them."""
-    found = Modules().main(command)
+    found = modules.main(command)
     return None if found is None else returned(ast.parse(found[1].read_bytes(), str(found[1])))
 
 
