@@ -2,8 +2,8 @@
 
 In each window (a step of the rollout, or a day) a unit counts once, with its first failure. Both arms have the same
 number of buckets, and a hash assigns the units. So if both versions are equally healthy, the arm of the next such unit
-is a fair coin, whatever the failure rate does over time, and although a unit sends many requests. If the treatment's
-rate is at most `ratio` times that of control, the coin shows treatment with a probability of at most
+is a fair coin. It stays fair if the failure rate changes over time, and if a unit sends many requests. If the
+treatment's rate is at most `ratio` times that of control, the coin shows treatment with a probability of at most
 `ratio / (1 + ratio)`.
 
 The test is exact and one-sided, and needs no minimum of units (arXiv 2011.03567). It holds only for arms of equal size.

@@ -49,9 +49,6 @@ class Evidence:
     """Time since the rollout began, in seconds."""
     idle_s: float = 0.0
     """Time since the last request of the arm that has waited longer, in seconds."""
-    treatment_units: int = 0
-    """Number of distinct units of the treatment in this step."""
-    control_units: int = 0
     watched_units: int = 0
     """Number of the treatment's units in this step whose time `unit_watch_s` is over."""
     events: Mapping[UnitEvent, EventCounts] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """E-values for a share: a uniform mixture of alternatives against a limit. `coin` and `no_harm` use them.
 
-For a stream of zeros and ones with `k` ones among `n`, and a null share `p0`, the likelihood ratio of another share `p`
-is a martingale that starts at 1. So is its average over a fixed distribution of `p`. If each next value is one with a
+A stream of zeros and ones has `k` ones among `n`. Under a null share `p0`, the likelihood ratio of another share `p` is
+a martingale that starts at 1. So is its average over a fixed distribution of `p`. If each next value is one with a
 conditional probability of at most `p0`, and the average is over `p > p0`, it is a supermartingale. By Ville's
 inequality it ever reaches `1 / error` with a probability of at most `error` (arXiv 2011.03567, multinomial hypotheses;
 arXiv 1810.08240, beta-binomial mixture). The average over a uniform distribution has a closed form, so the test is

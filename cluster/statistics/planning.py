@@ -105,8 +105,8 @@ class Plan:
     def window_error(self, window: int) -> float:
         """Return the error of a guardrail on events in a window, from 0.
 
-        The shares fall like 1, 1/2, 1/3 …: most harm is there from the beginning, and is then found with few units.
-        Harm that begins later still has a share.
+        The shares fall like 1, 1/2, 1/3 …. Most harm is there from the beginning, and the large first share finds it
+        with few units. Harm that begins later still has a share.
 
         Raises:
             ValueError: the plan has no such window.

@@ -108,7 +108,7 @@ class EventGuardrail:
     ratio: float = 1.0
     """Rate, relative to that of control, that is tolerated; at least 1."""
     limit: float
-    """Share of failing units that `no_harm` must prove to be too high, before a step ends."""
+    """Before a step ends, `no_harm` must prove that the share of failing units is below this limit."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.ratio < math.inf:
@@ -146,7 +146,7 @@ class ErrorRates:
     """Probabilities of false results over the whole rollout, whatever the number of looks."""
 
     goals: float = 0.05
-    """That a goal is reached which is not true. All goals must be reached, so each may have the whole of it."""
+    """That a goal is reached although it is not true. All goals must be reached, so each goal has the whole rate."""
     no_harm: float = 0.05
     """That `no_harm` is concluded at the last step although a failing share is at its limit or above."""
     guardrails: float = 0.05

@@ -1,4 +1,7 @@
-"""Start the deployed models when a cluster starts. `cluster.status` does not import this, as it reads the ledger."""
+"""Start the deployed models when a cluster starts.
+
+It reads the ledger. So it is not in `head.py`, which `cluster.status` imports: that command needs no database.
+"""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class StageKeys:
         """Return how a stage was last done, if its key is the same now and its files are still there.
 
         A stage that is always run, because it reads a log or depends on the time, is done only if this run did it.
-        A deployment is done only as long as nobody removed the version.
+        A deployment is no longer done if its version was removed and not deployed again.
         """
         stage = prepared.planned.stage
         last = last_done(self._ledger, self._pipeline, stage.name)

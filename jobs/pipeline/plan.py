@@ -146,7 +146,7 @@ def _facts(stage: Stage, caller: Caller, modules: Modules) -> tuple[Facts, str |
     values = substitute(stage.parameters, _placeholders(stage))
     config = options.compose([*caller.options, *arguments(values)], config_dir=caller.config_dir)
     settings = {key: value for key, value in asdict(config).items() if key not in _NOT_IN_KEY}
-    return describe(stage.command, config), digest_json(settings)
+    return describe(stage.command, config, modules), digest_json(settings)
 
 
 def _resolved(spec: PipelineSpec) -> PipelineSpec:

@@ -89,8 +89,8 @@ class ScheduleSpec:
     """A slot that is at most this many seconds late is not missed."""
     overlap: Overlap = Overlap.wait
     max_waiting: int = 10
-    """With overlap=wait: most slots that wait for the run that goes on. Slots that find no room until their grace time
-    is over are missed, and one event counts them. A trigger without room starts one run later."""
+    """With overlap=wait: at most this many slots wait for the current run. A slot that finds no room within its grace
+    time is missed, and one event counts all of these. A trigger that finds no room starts one run later."""
     timeout_s: float | None = None
     """A run is ended after this many seconds. Null sets no limit."""
 

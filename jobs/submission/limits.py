@@ -8,16 +8,16 @@ from collections import Counter, defaultdict, deque
 from jobs.submission.errors import TooManyJobs
 
 MAX_REFUSED = 30
-"""Most refused requests of a caller in `REFUSED_S`. Further requests get 429. So nobody can fill the ledger with events
-or keep the service busy."""
-REFUSED_S = 60.0
+"""A caller may have at most this many refused requests in `PERIOD_S`. Further requests get 429 and add no event. This
+protects the ledger and the service from a caller that repeats a wrong request."""
 MAX_NEW = 60
-"""Most new jobs of a caller in `REFUSED_S`. Further requests get 429. Each job has up to four events, also if it is
-stopped at once."""
+"""A caller may submit at most this many new jobs in `PERIOD_S`. Further requests get 429. Each job adds up to four
+events to the ledger, also if it is stopped at once."""
+PERIOD_S = 60.0
 
 
 class Frequency:
-    """Counts what each caller does in `REFUSED_S`. It is thread-safe.
+    """Counts what each caller does in `PERIOD_S`. It is thread-safe.
 
     Args:
         most: largest number for a caller.
@@ -38,10 +38,10 @@ class Frequency:
         """
         with self._lock:
             recent = self._times[subject]
-            while recent and not now - REFUSED_S <= recent[0] <= now:  # later: the clock was set back
+            while recent and not now - PERIOD_S <= recent[0] <= now:  # later: the clock was set back
                 recent.popleft()
             if len(recent) >= self._most:
-                raise TooManyJobs(f"{self._most} {self._of_what} in {REFUSED_S:.0f} s. Try again later.")
+                raise TooManyJobs(f"{self._most} {self._of_what} in {PERIOD_S:.0f} s. Try again later.")
             if not recent:
                 del self._times[subject]
 

@@ -110,15 +110,11 @@ class JobOperations:
             AccessDenied: the caller may see none.
         """
         all_jobs = self._resource(ALL, submitter="")
-        sees_all = self.policy.decide(
-            principal, Action.read_jobs, all_jobs, environment=self.environment
-        ).allowed
-        if not sees_all:
-            self._check(principal, Action.read_jobs, self._resource(ALL, submitter=principal.subject))
         most = min(count, MAX_LISTED)
-        if sees_all:
+        if self.policy.decide(principal, Action.read_jobs, all_jobs, environment=self.environment).allowed:
             found = recorded_jobs.newest_jobs(self.ledger, submitter=None, count=most)
         else:
+            self._check(principal, Action.read_jobs, self._resource(ALL, submitter=principal.subject))
             own = recorded_jobs.newest_jobs(self.ledger, submitter=principal.subject, count=MAX_READ)
             found = [job for job in own if covers(principal, job.principal)][:most]
         return [(job, recorded_jobs.state_of(self.ledger, job.id)) for job in found]

@@ -38,6 +38,10 @@ _READS = (
 )
 """Options of Falaj's commands that name a file to read."""
 _WRITES = ("output", "folder")
+_SINGLE_WITH_SLICES = frozenset(
+    {"name", "version", "family", "data_hash", "rows", "chosen_rows", "column", "value"}
+)
+"""Names of the result of `jobs.evaluate` that its slices do not repeat, or that are also values of the whole."""
 _ENTRYPOINT = "cluster.entrypoint"
 
 
@@ -56,8 +60,8 @@ class Facts:
     always: bool = False
     """Whether the command's result depends on the time at which it runs."""
     single: frozenset[str] | None = None
-    """The only names without dots that the result has once, if it has other names several times. A requirement must
-    write another name as a whole. None if this is not known."""
+    """Names without dots that each stand for one value of the result. A requirement must write every other name as a
+    whole, such as `metrics.auc`. None if each name may be short, or if the names are not known."""
     results: Results | None = None
     """Names of the result; None if they are not known."""
 
@@ -115,12 +119,13 @@ def _import_options(tree: ast.Module, sources: Mapping[str, str], module: str) -
     return main.options if isinstance(main, Command) else None
 
 
-def describe(command: str, config: Any) -> Facts:
-    """Return the facts of a command line of one of Falaj's commands; no facts for another command.
+def describe(command: str, config: Any, modules: Modules) -> Facts:
+    """Return the facts of a command line of one of Falaj's commands; of another command, only the names of its result.
 
     Args:
         command: Module of the command.
         config: The command's configuration.
+        modules: Finds the source of a user's command.
 
     Raises:
         RefusedError: The definitions cannot be loaded.
@@ -131,12 +136,12 @@ def describe(command: str, config: Any) -> Facts:
         return replace(facts(config), results=RESULTS.get(command))
     if command.partition(".")[0] in PACKAGES:
         raise ConfigError(f"{command} cannot be a stage. Run it alone, before or after the pipeline.")
-    return Facts(results=_returned(command))
+    return Facts(results=_returned(command, modules))
 
 
-def _returned(command: str) -> Results | None:
+def _returned(command: str, modules: Modules) -> Results | None:
     """Return the names of the result of a user's own command, as its source shows them."""
-    found = Modules().main(command)
+    found = modules.main(command)
     return None if found is None else returned(ast.parse(found[1].read_bytes(), str(found[1])))
 
 
@@ -206,8 +211,8 @@ def _train(config: Any) -> Facts:
 
 def _evaluate(config: Any) -> Facts:
     needs = ((Action.register_model, _version(config)),)
-    # Each slice has every metric.
-    single = frozenset({"name", "version", "family", "column", "value"}) if config.slices else None
+    # Each slice has every metric. `column` and `value` are those of the smallest slice.
+    single = _SINGLE_WITH_SLICES if config.slices else None
     return Facts(files=_files(config), reads=(_model(config),), needs=needs, single=single)
 
 

@@ -26,7 +26,7 @@ def requirement_fault(name: str, wanted: Any, *, single: Collection[str] | None 
     Args:
         name: What is required.
         wanted: What it must satisfy.
-        single: The only names without dots that the result has once; None if this is not known.
+        single: Names without dots that each stand for one value of the result; None if this is not known.
     """
     if single is not None and "." not in name and name not in single:
         return (

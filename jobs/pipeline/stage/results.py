@@ -22,11 +22,18 @@ class Results:
     names: tuple[str, ...]
 
     def fault(self, name: str) -> str:
-        """Return what is wrong with a required name that looks like a misspelled known one; else ""."""
+        """Return what is wrong with a required name that looks like a misspelled known one; else "".
+
+        A known name can have values below it, such as `hidden_share.<view>`. So only names with equally many parts are
+        compared.
+        """
         if name in self.names or any(known.endswith(f".{name}") for known in self.names):
             return ""
-        short = [known.rpartition(".")[2] if "." not in name else known for known in self.names]
-        guess = suggest_name(name, short)
+        if "." in name:
+            comparable = [known for known in self.names if known.count(".") == name.count(".")]
+        else:
+            comparable = [known.rpartition(".")[2] for known in self.names]
+        guess = suggest_name(name, comparable)
         return f"require.{name}: the result has no value of this name.{guess}" if guess else ""
 
 

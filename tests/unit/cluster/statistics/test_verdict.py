@@ -31,6 +31,11 @@ def arm(mean: float, *, units: int = 20_000, deviation: float = 0.35) -> Moments
     return Moments(units=units, mean=mean, squares=units * deviation**2)
 
 
+def cpu_seconds(mean: float) -> Moments:
+    """Return units with this mean of CPU seconds and two requests each, on average."""
+    return Moments(units=20_000, mean=mean, squares=20_000, second_mean=2, second_squares=20_000)
+
+
 def quality(treatment: float, control: float, splits: tuple[Split, ...] = ()) -> MetricCounts:
     return MetricCounts(treatment=arm(treatment), control=arm(control), splits=splits)
 
@@ -40,8 +45,6 @@ GOOD = Evidence(
     window=4,
     step_s=DAY_S,
     total_s=5 * DAY_S,
-    treatment_units=20_000,
-    control_units=20_000,
     watched_units=20_000,
     events={event: EventCounts(treatment=200, control=200, watched=200) for event in UnitEvent},
     metrics={"quality": quality(0.82, 0.8)},
@@ -100,10 +103,7 @@ def test_missing_evidence_is_named_and_never_promotes(changed: dict[str, object]
             "quality: worse by more than the margin, improvement -0.02",
         ),
         (
-            {"metrics": {"cpu": MetricCounts(treatment=cost, control=cheap)}}
-            if (cost := Moments(units=20_000, mean=2.6, squares=20_000, second_mean=2, second_squares=20_000))
-            and (cheap := Moments(units=20_000, mean=2, squares=20_000, second_mean=2, second_squares=20_000))
-            else {},
+            {"metrics": {"cpu": MetricCounts(treatment=cpu_seconds(2.6), control=cpu_seconds(2))}},
             "cpu: worse by more than the margin, improvement -0.3",
         ),
     ],

@@ -139,7 +139,7 @@ def test_a_reader_of_a_folder_or_pattern_waits_for_its_writers() -> None:
 
 
 def test_a_removed_deployment_is_done_again(world: World) -> None:
-    """The version that the stage deployed counts, and not another one. Who deploys it by hand has done the stage."""
+    """Only the version that the stage deployed counts. If a caller deploys it again by hand, the stage is done."""
     stage = StageConfig(command="serve_apps.deploy", parameters={"name": "loan", "version": "2"})
     plan = make_plan(PipelineSpec(stages={"d": stage}), world.caller())
     keys = StageKeys("p", plan, ledger=world.ledger, platform=Platform(world.ledger, world.places))

@@ -16,6 +16,7 @@ from jobs.pipeline.config import PipelineConfig, PipelineSpec, StageConfig
 from jobs.pipeline.graph import build_graph
 from jobs.pipeline.keys import StageKeys
 from jobs.pipeline.stage.content import Platform
+from jobs.pipeline.stage.results import RESULTS
 from tests.unit.jobs.pipeline.conftest import World, branches, copy
 
 OWN_COMMAND = """
@@ -62,7 +63,7 @@ def test_requirement_whose_name_will_be_ambiguous_is_a_fault(world: World) -> No
     demo = composed("pipeline=census")
     for required, fault in (
         ({"auc": 0.8}, "require.auc: the result has several values of this name"),
-        ({"metrics.auc": 0.8, "family": "lightgbm"}, None),
+        ({"metrics.auc": 0.8, "family": "lightgbm", "rows": ">0"}, None),
     ):
         demo.stages["evaluate_lightgbm"].require = required
         found = list(world.plan(demo).faults)
@@ -320,6 +321,7 @@ def figures() -> dict[str, float]:
         ),
         ({"missing_share": "<=0.05", "rows": ">0"}, None),
         ({"something_else": 1}, None),
+        ({"missing_share.age": "<=0.05"}, None),
     ],
 )
 def test_a_misspelled_figure_of_an_own_command_is_a_fault(
@@ -329,6 +331,20 @@ def test_a_misspelled_figure_of_an_own_command_is_a_fault(
     (world.root / "figures_check.py").write_text(FIGURES)
     found = faults(world, a=stage("figures_check", require=require))
     assert found == ([f"Stage 'a': {fault}"] if fault else [])
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "is_fault"),
+    [
+        ("feature_jobs.training_set", "hidden_share.guests", False),
+        ("feature_jobs.training_set", "hiden_share", True),
+        ("jobs.evaluate", "slices.sex.1.auc", False),
+        ("jobs.evaluate", "metric.auc", True),
+    ],
+)
+def test_a_value_below_a_known_name_is_not_misspelled(command: str, name: str, is_fault: bool) -> None:
+    """The names below it, such as views and slices, are not known before the run."""
+    assert bool(RESULTS[command].fault(name)) == is_fault
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_token_with_fewer_rights_cannot_use_a_job(service: Service, claims: dict
 
 @pytest.mark.parametrize("claims", MORE)
 def test_token_with_the_rights_of_a_job_uses_it(service: Service, claims: dict[str, object]) -> None:
-    """It has the same rights, or is limited to fewer models less."""
+    """It has the same rights, or the right to more models."""
     job = service.submit(token=service.token(**WIDE))
     assert statuses(service, job, service.token(**claims)) == [200, 200, 202, 1]  # type: ignore[arg-type]
 
