@@ -17,6 +17,8 @@
     │   │   └── CommitConflict        another job committed to the table at the same time; nothing was stored
     │   ├── BatchRejected             too many bad rows, or a failed batch rule: nothing was stored
     │   ├── TrainingSetError
+    │   ├── TooManyBadRows            a scoring set aside more rows than allowed (`jobs/score/set_aside.py`)
+    │   ├── NoScoreForMissingValues   an ONNX graph gives none (`runtime/model.py`)
     │   ├── SkewFound                 a served feature differs from the offline value
     │   ├── ModelNotFound
     │   ├── ArtifactTampered          a file differs from the registered one

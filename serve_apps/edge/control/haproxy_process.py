@@ -113,11 +113,14 @@ class HAProxy:
     def serve_last(self) -> bool:
         """If HAProxy does not run, start it with the configuration on disk, if any. Return whether HAProxy runs now.
 
+        The configuration of an earlier cluster is not used: its sockets are in a folder that `cluster.down` removed.
+
         Raises:
             ConfigRefused: HAProxy does not accept the configuration on disk any more.
         """
-        if self.pid is None and self._config.exists():
-            self._check(self._config.read_text())
+        text = self._config.read_text() if self.pid is None and self._config.exists() else ""
+        if f"{self._socket.parent}/" in text:
+            self._check(text)
             self._start()
         return self.pid is not None
 

@@ -52,3 +52,16 @@ def test_silent_master_does_not_block_the_serving_worker(edge: Edge, monkeypatch
         with pytest.raises(TimeoutError):
             edge.haproxy.del_map(file, "other")
         assert "other" not in edge.ask(f"show map {file}")
+
+
+def test_configuration_of_an_earlier_cluster_is_not_started(edge: Edge) -> None:
+    """Its sockets are in a folder that is gone. The edge waits for the ledger and does not end."""
+    edge.load(ROLLOUT)
+    edge.haproxy.stop()
+    config = Path(edge.places.root) / "haproxy.cfg"
+    own = config.read_text()
+    config.write_text(own.replace(str(Path(edge.settings.admin_socket).parent), "/tmp/falaj-gone"))
+    assert not edge.haproxy.serve_last()
+    config.write_text(own)
+    assert edge.haproxy.serve_last()
+    assert edge.call("/v2/health/live", method="GET")[0] == 200
