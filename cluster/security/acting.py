@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.errors import ConfigError, FalajError, RefusedError, Unauthenticated, did_you_mean
+from cluster.errors import AccessDenied, ConfigError, FalajError, RefusedError, Unauthenticated, did_you_mean
 from cluster.ledger import Ledger
 from cluster.security.authorization.audit import DecisionRecorder
 from cluster.security.authorization.policy import Action, Policy, Resource
@@ -82,12 +82,13 @@ class Actor:
         Raises:
             AccessDenied: the message names the policies. The denial is also an event.
         """
-        for resource in resources:
-            decision = self.policy.decide(self.principal, action, resource, environment=self.environment)
-            self.decisions.record_decision(self.principal, action, resource, decision, at=time.time())
-            if not decision.allowed:
-                self.decisions.flush()  # a job usually ends after a denial
-                self.policy.check(self.principal, action, resource, environment=self.environment)
+        try:
+            self.decisions.check(
+                self.policy, self.principal, action, *resources, environment=self.environment, at=time.time()
+            )
+        except AccessDenied:
+            self.decisions.flush()  # a job usually ends after a denial
+            raise
 
 
 def create_actor(config: PlatformConfig, record: ClusterRecord, ledger: Ledger, *, entrypoint: str) -> Actor:
@@ -143,14 +144,7 @@ def check_reader(ledger: Ledger, places: Layout, token_file: Path) -> None:
     with _recording_unauthenticated(decisions):
         reader = trust.tokens.verify(token)
     whole_ledger = Resource(kind="ledger", name="ledger")
-    decisions.record_decision(
-        reader,
-        Action.read_ledger,
-        whole_ledger,
-        policy.decide(reader, Action.read_ledger, whole_ledger),
-        at=time.time(),
-    )
-    policy.check(reader, Action.read_ledger, whole_ledger)
+    decisions.check(policy, reader, Action.read_ledger, whole_ledger, at=time.time())
 
 
 @contextlib.contextmanager

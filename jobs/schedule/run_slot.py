@@ -92,10 +92,7 @@ def check_right(config: PlatformConfig, ledger: Ledger, schedule: Schedule) -> N
     principal, environment = principal_from_json(schedule.principal), config.identity.environment
     policy, decisions = Policy.load(region=config.cluster.region), DecisionRecorder(ledger.append)
     target = schedules.resource(schedule.name, owner=principal.subject, region=config.cluster.region)
-    decision = policy.decide(principal, Action.schedule_runs, target, environment=environment)
-    decisions.record_decision(principal, Action.schedule_runs, target, decision, at=time.time())
-    decisions.flush()
-    policy.check(principal, Action.schedule_runs, target, environment=environment)
+    decisions.check(policy, principal, Action.schedule_runs, target, environment=environment, at=time.time())
 
 
 def principals_token(

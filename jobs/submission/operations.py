@@ -183,10 +183,9 @@ class JobOperations:
         return request
 
     def _check(self, principal: Principal, action: Action, resource: Resource) -> None:
-        decision = self.policy.decide(principal, action, resource, environment=self.environment)
-        self.decisions.record_decision(principal, action, resource, decision, at=self.clock())
-        if not decision.allowed:
-            self.policy.check(principal, action, resource, environment=self.environment)
+        self.decisions.check(
+            self.policy, principal, action, resource, environment=self.environment, at=self.clock()
+        )
 
     def _accept(self, principal: Principal, request: Submission) -> Accepted:
         job = recorded_jobs.new_id(principal, request.key)

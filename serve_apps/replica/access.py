@@ -106,11 +106,9 @@ class AccessCheck:
         Raises:
             AccessDenied: the policies do not allow the action on one of the resources.
         """
-        for resource in resources:
-            decision = self._policy.decide(principal, action, resource, environment=self._environment)
-            self._decisions.record_decision(principal, action, resource, decision, at=time.time())
-            if not decision.allowed:
-                self._policy.check(principal, action, resource, environment=self._environment)
+        self._decisions.check(
+            self._policy, principal, action, *resources, environment=self._environment, at=time.time()
+        )
 
     def _principal(self, authorization: str | None) -> Principal:
         if authorization is None or not authorization.lower().startswith("bearer "):

@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 
 from cluster.ledger.events import AccessDecided, LedgerEvent, StrangersRefused
 from cluster.security.authorization.denials import DenialLimiter
-from cluster.security.authorization.policy import Action, Decision, Resource
+from cluster.security.authorization.policy import Action, Decision, Policy, Resource
 from cluster.security.tokens.principal import Principal
 
 OTHER_REASONS = "other"
@@ -107,6 +107,26 @@ class DecisionRecorder:
         self._write(due)
         if recorded:
             self._append(_event(principal, action, resource, decision), actor=principal.subject)
+
+    def check(
+        self,
+        policy: Policy,
+        principal: Principal,
+        action: Action,
+        *resources: Resource,
+        environment: str = "local",
+        at: float,
+    ) -> None:
+        """Require that a principal may do an action on each resource. Record every decision.
+
+        Raises:
+            AccessDenied: the policies do not allow the action on one of the resources.
+        """
+        for resource in resources:
+            decision = policy.decide(principal, action, resource, environment=environment)
+            self.record_decision(principal, action, resource, decision, at=at)
+            if not decision.allowed:
+                policy.check(principal, action, resource, environment=environment)
 
     def count_unauthenticated(self, reason: str, *, at: float) -> None:
         """Count an unauthenticated request. The count is recorded when the period ends."""
