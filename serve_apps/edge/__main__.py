@@ -25,6 +25,7 @@ from cluster.metrics import new_registry, serve_metrics
 from cluster.node.edge_address import edge_hosts
 from cluster.node.edge_leaving import ADMIN_SOCKET
 from cluster.node.scheduling import wait_for_turn
+from cluster.security.edge_proof import edge_proof
 from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tls.certificates import EDGE_NAME
 from cluster.security.tokens.trust import Trust, access_rules
@@ -40,7 +41,7 @@ from serve_apps.edge.haproxy.config import EdgeSettings
 from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy.keys import key_writer
 from serve_apps.edge.haproxy.request_limits import Limit, Limits
-from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
+from serve_apps.replica.edge_headers import edge_variables
 from serve_apps.replica.targets import serve_targets
 
 LEDGER_RETRY_S = 1.0
@@ -156,7 +157,7 @@ def main(config: EdgeConfig) -> None:
         access_folder=edge / "access",
         secrets={
             TOKEN_VARIABLE: Path(record.token_path).read_text().strip(),
-            PROOF_VARIABLE: edge_proof(places),
+            **edge_variables(edge_proof(places)),
         },
     )
     stopped, handed_over = threading.Event(), threading.Event()

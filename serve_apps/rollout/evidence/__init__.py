@@ -2,10 +2,12 @@
 
 Who does what:
 
-- **Each edge's controller process** runs a thread that calls `collect(...)` once a second. It reads the edge's own
-  access files from the stored position on, and writes counts and position in one transaction of the ledger's database.
-  Nobody else has to call it.
+- **Each edge's controller process** runs a thread (`collecting.Collector`) with one pass a second. It reads the edge's
+  own access files from the stored position on, and writes counts and position in one transaction of the ledger's
+  database. Nobody else has to call it.
 - **The process that decides** calls, for a rollout with a policy:
+
+      from serve_apps.rollout.evidence.store import Counting, EvidenceStore
 
       store = EvidenceStore(ledger.engine)
       store.register(rollout_id, Counting(slow_ms=…))   # once, before the event that starts the rollout
@@ -21,5 +23,8 @@ Rules that a caller must keep:
   So the weights of a rollout's steps must increase, as `Policy` requires.
 - Windows: number `step + whole days since started_at`, at most `plan.num_windows - 1`. A day begins at a multiple of
   24 h after `started_at`. `cluster.statistics.planning` counts windows in the same way.
-- Without `register`, only requests whose client gave up count as slow.
+- Only registered rollouts are counted by units. The last requests, and the number of requests by arm, are there for
+  every rollout.
+
+The package itself imports nothing, because the edge needs neither NumPy nor SciPy.
 """

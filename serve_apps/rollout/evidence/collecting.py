@@ -1,0 +1,336 @@
+"""The incremental reader of one edge's access files.
+
+A pass reads at most some MiB from the stored position on, and stores counts and position in one transaction. If a
+process is killed, the next pass starts from the stored position. If two processes of one edge read at the same time,
+only one of them can store. A pass that fails changes nothing, and the records stay in their files.
+
+Memory is bounded: a pass holds its own records only, and the units that were stored last (`_Known`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from cluster.ledger.database import is_shared, updating
+from serve_apps.rollout.assignment import Arm
+from serve_apps.rollout.evidence.access_files import Rotation, is_complete, list_files
+from serve_apps.rollout.evidence.access_records import BrokenRecord, Request, parse
+from serve_apps.rollout.evidence.activity import Activity
+from serve_apps.rollout.evidence.tables import (
+    READERS,
+    EventOfUnit,
+    UnitOfRollout,
+    add_events,
+    add_units,
+    counted_rollouts,
+    ensure_tables,
+    upsert,
+)
+
+INTERVAL_S = 1.0
+MAX_BYTES = 4 * 2**20
+"""Bytes of one pass: 10,000 records. While a reader has more to read, it reads this much every second."""
+MAX_KNOWN = 100_000
+FORGET_MS = 7 * 86_400_000
+"""A rollout without a request for this long is removed from the edge's activities."""
+STOP_S = 5.0
+_NO_FLUSH = sa.func.set_config("synchronous_commit", "off", True)
+"""A pass that is lost in a crash of PostgreSQL is repeated: position and counts are lost together."""
+LOG = logging.getLogger("falaj.evidence")
+
+
+class OtherReader(RuntimeError):
+    """Another process has read the files of this edge since the pass began."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FilePosition:
+    """How much of a file was read."""
+
+    position: int = 0
+    """In bytes."""
+    records: int = 0
+    broken: int = 0
+    """Number of lines that are no records."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collected:
+    """Result of a pass."""
+
+    records: int = 0
+    broken: int = 0
+    behind_bytes: int = 0
+    """Bytes that were not read yet. They are read in the next passes."""
+    removed: tuple[str, ...] = ()
+    """Names of removed files."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _State:
+    """What is stored about an edge."""
+
+    passes: int = 0
+    files: dict[str, FilePosition] = field(default_factory=dict)
+    activities: dict[str, Activity] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Found:
+    """What a pass has found."""
+
+    events: dict[EventOfUnit, tuple[str, int, int]] = field(default_factory=dict)
+    units: dict[UnitOfRollout, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, request: Request, slow_ms: float) -> None:
+        """Add a request of the experiment."""
+        event = request.event(slow_ms)
+        if event is not None:
+            key = (request.rollout, event, request.unit)
+            last = self.events.get(key, ("", 0, 0))
+            self.events[key] = max(
+                last, (request.arm, request.below, request.ended_ms), key=lambda at: at[1:]
+            )
+        if request.arm == Arm.treatment:
+            unit = (request.rollout, request.unit)
+            below, first_ms = self.units.get(unit, (0, 0))
+            if request.below > below or (request.below == below and request.ended_ms < first_ms):
+                self.units[unit] = (request.below, request.ended_ms)
+
+
+class _Known:
+    """Units that were stored last, so that their next requests need no statement. Bounded: the oldest are forgotten."""
+
+    def __init__(self) -> None:
+        self._below: dict[UnitOfRollout, int] = {}
+
+    def without_known(
+        self, units: Mapping[UnitOfRollout, tuple[int, int]]
+    ) -> dict[UnitOfRollout, tuple[int, int]]:
+        return {unit: found for unit, found in units.items() if self._below.get(unit) != found[0]}
+
+    def add(self, units: Mapping[UnitOfRollout, tuple[int, int]]) -> None:
+        self._below |= {unit: below for unit, (below, _) in units.items()}
+        while len(self._below) > MAX_KNOWN:
+            self._below.pop(next(iter(self._below)))
+
+
+class Reader:
+    """Reads the access files of one edge.
+
+    Args:
+        engine: The ledger's database.
+        folder: The edge's access files.
+        edge: Id of the edge.
+        rotation: How long complete files stay.
+    """
+
+    def __init__(self, engine: sa.Engine, folder: Path, *, edge: str, rotation: Rotation) -> None:
+        self._engine = engine
+        self._folder = folder
+        self._edge = edge
+        self._rotation = rotation
+        self._known = _Known()
+        self._has_tables = False
+
+    def collect(self, *, max_bytes: int = MAX_BYTES) -> Collected:
+        """Read new records, and store counts and position in one transaction.
+
+        Raises:
+            SQLAlchemyError: the database does not answer. Nothing was stored.
+            OSError: a file cannot be read. Nothing was stored.
+            OtherReader: another process reads the files of this edge. Nothing was stored.
+        """
+        if not self._has_tables:
+            ensure_tables(self._engine)
+            self._has_tables = True
+        with self._engine.connect() as connection:
+            state = _load(connection, self._edge)
+            slow = counted_rollouts(connection)
+        paths = {path.name: path for path in list_files(self._folder)}
+        requests, read = self._read(state.files, paths, max_bytes)
+        removed = self._remove_old(state.files, paths)
+        gone = state.files.keys() - paths.keys()
+        if read.records or read.broken or removed or gone:
+            for name in (*removed, *gone):
+                state.files.pop(name, None)
+            self._store(state, requests, slow)
+        return Collected(
+            records=read.records, broken=read.broken, behind_bytes=read.behind_bytes, removed=tuple(removed)
+        )
+
+    def _read(
+        self, files: dict[str, FilePosition], paths: Mapping[str, Path], max_bytes: int
+    ) -> tuple[list[Request], Collected]:
+        """Read the files in the order of their names, and move their positions."""
+        requests: list[Request] = []
+        records = broken = behind = num_files = 0
+        for name, path in paths.items():
+            if (size := path.stat().st_size) <= (files[name].position if name in files else 0):
+                continue
+            position = files.setdefault(name, FilePosition())
+            lines, num_bytes, cut = _read_lines(path, position.position, max_bytes)
+            max_bytes -= num_bytes
+            for line in lines:
+                try:
+                    request = parse(line)
+                except BrokenRecord:
+                    cut += 1
+                    continue
+                if request is not None:
+                    requests.append(request)
+            position.position += num_bytes
+            position.records += len(lines)
+            position.broken += cut
+            records, broken, num_files = records + len(lines), broken + cut, num_files + bool(lines)
+            behind += size - position.position
+        if num_files > 1:
+            requests.sort(key=lambda request: request.ended_ms)
+        return requests, Collected(records=records, broken=broken, behind_bytes=behind)
+
+    def _remove_old(self, files: Mapping[str, FilePosition], paths: Mapping[str, Path]) -> list[str]:
+        """Remove complete files that were counted before this pass and whose retention is over."""
+        removed = []
+        for name, path in paths.items():
+            status = path.stat()
+            counted = files[name].position if name in files else 0
+            if (
+                status.st_mtime + self._rotation.retention_s < time.time()
+                and counted >= status.st_size
+                and is_complete(path)
+            ):
+                path.unlink()
+                removed.append(name)
+        return removed
+
+    def _store(self, state: _State, requests: list[Request], slow: Mapping[str, float]) -> None:
+        found = _Found()
+        for request in requests:
+            state.activities.setdefault(request.rollout, Activity()).add(request)
+            if request.is_in_experiment and request.rollout in slow:
+                found.add(request, slow[request.rollout])
+        units = self._known.without_known(found.units)
+        with updating(self._engine) as connection:
+            if is_shared(connection):
+                connection.execute(sa.select(_NO_FLUSH))
+            _save(connection, self._edge, state)
+            add_events(connection, found.events)
+            add_units(connection, units)
+        self._known.add(units)
+
+
+def _read_lines(path: Path, position: int, max_bytes: int) -> tuple[list[bytes], int, int]:
+    """Return the complete lines from a position on, how many bytes they have, and how many of the bytes are no lines.
+
+    If no process can write to the file any more, its last bytes are read, too, although their line is cut.
+    """
+    if max_bytes <= 0:
+        return [], 0, 0
+    complete = is_complete(path)  # before the read: what is written later is no cut line
+    with path.open("rb") as file:
+        file.seek(position)
+        content = file.read(max_bytes)
+    end = content.rfind(b"\n") + 1
+    lines = content[:end].splitlines()
+    if len(content) == max_bytes:  # a line without an end would stop the reader for ever
+        return (lines, end, 0) if end else ([], len(content), 1)
+    if complete and end < len(content):
+        return lines, len(content), 1
+    return lines, end, 0
+
+
+def _load(connection: sa.Connection, edge: str) -> _State:
+    row = connection.execute(sa.select(READERS).where(READERS.c.edge == edge)).first()
+    if row is None:
+        return _State()
+    return _State(
+        passes=row.passes,
+        files={name: FilePosition(**values) for name, values in json.loads(row.files).items()},
+        activities=activities_of(row.activities),
+    )
+
+
+def activities_of(text: str) -> dict[str, Activity]:
+    """Return the stored activities of an edge, by rollout."""
+    return {rollout: Activity.from_plain(values) for rollout, values in json.loads(text).items()}
+
+
+def _save(connection: sa.Connection, edge: str, state: _State) -> None:
+    """Store an edge's state.
+
+    Raises:
+        OtherReader: it was stored by another process since it was loaded.
+    """
+    now_ms = int(time.time() * 1000)
+    activities = {
+        rollout: asdict(activity)
+        for rollout, activity in state.activities.items()
+        if max(activity.last_ms.values(), default=0) > now_ms - FORGET_MS
+    }
+    values: dict[str, Any] = {
+        "passes": state.passes + 1,
+        "files": json.dumps({name: asdict(position) for name, position in state.files.items()}),
+        "activities": json.dumps(activities),
+        "read_ms": now_ms,
+    }
+    if state.passes:
+        unchanged = (READERS.c.edge == edge) & (READERS.c.passes == state.passes)
+        result = connection.execute(READERS.update().where(unchanged).values(values))
+    else:
+        insert = upsert(READERS, connection).values(edge=edge, **values)
+        result = connection.execute(insert.on_conflict_do_nothing())
+    if result.rowcount != 1:
+        raise OtherReader(f"Another process reads the access files of edge {edge}.")
+
+
+class Collector:
+    """Runs a reader in a thread, once a second.
+
+    Args:
+        reader: The reader.
+        interval_s: Seconds from one pass to the next.
+    """
+
+    def __init__(self, reader: Reader, *, interval_s: float = INTERVAL_S) -> None:
+        self._reader = reader
+        self._interval_s = interval_s
+        self._is_failing = False
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="evidence", daemon=True)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the thread during the `with` block."""
+        self._thread.start()
+        try:
+            yield
+        finally:
+            self._stopped.set()
+            self._thread.join(STOP_S)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            self._try_collect()
+        self._try_collect()  # what the edge wrote until its end
+
+    def _try_collect(self) -> None:
+        try:
+            collected = self._reader.collect()
+        except Exception as error:  # noqa: BLE001 (without this thread, the rollouts of this edge would have no evidence)
+            if not self._is_failing:  # one line for each outage
+                LOG.warning("access records cannot be counted now; they stay in their files: %s", error)
+            self._is_failing = True
+            return
+        self._is_failing = False
+        if collected.broken:
+            LOG.warning("%d lines of access files are no records", collected.broken)

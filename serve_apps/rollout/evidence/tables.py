@@ -1,0 +1,136 @@
+"""Tables with the evidence of rollouts, in the ledger's database, and the statements that add to them.
+
+They are no projections: no event contains them. A unit has one row for each kind of event, so it counts once, whatever
+the number of edges and retries, and a record that is read twice changes nothing. All times are Unix milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from cluster.ledger.database import is_shared, writing
+from cluster.statistics.policy import UnitEvent
+from serve_apps.rollout.assignment import Arm
+
+_METADATA = sa.MetaData()
+READERS = sa.Table(
+    "evidence_readers",
+    _METADATA,
+    sa.Column("edge", sa.String(32), primary_key=True),
+    sa.Column(
+        "passes", sa.BigInteger, nullable=False
+    ),  # compared when it is written, so there is one reader at a time
+    sa.Column("files", sa.Text, nullable=False),
+    sa.Column("activities", sa.Text, nullable=False),
+    sa.Column("read_ms", sa.BigInteger, nullable=False),
+)
+"""Each edge's position in its files, and what it saw of each rollout."""
+COUNTED = sa.Table(
+    "evidence_rollouts",
+    _METADATA,
+    sa.Column("rollout", sa.String(32), primary_key=True),
+    sa.Column("slow_ms", sa.Float, nullable=True),  # null: no answer is slow
+)
+"""Rollouts whose units are counted."""
+EVENTS = sa.Table(
+    "evidence_events",
+    _METADATA,
+    sa.Column("rollout", sa.String(32), primary_key=True),
+    sa.Column("event", sa.String(16), primary_key=True),
+    sa.Column("unit", sa.String(16), primary_key=True),
+    sa.Column("arm", sa.String(16), nullable=False),
+    sa.Column("below", sa.Integer, nullable=False),
+    sa.Column("last_ms", sa.BigInteger, nullable=False),
+    sa.Index("ix_evidence_events_counts", "rollout", "arm", "event", "below", "last_ms"),
+)
+"""A unit's last event of each kind. A unit had an event in the current window if its last one is in it."""
+UNITS = sa.Table(
+    "evidence_units",
+    _METADATA,
+    sa.Column("rollout", sa.String(32), primary_key=True),
+    sa.Column("unit", sa.String(16), primary_key=True),
+    sa.Column("below", sa.Integer, nullable=False),
+    sa.Column("first_ms", sa.BigInteger, nullable=False),
+    sa.Index("ix_evidence_units_counts", "rollout", "below", "first_ms"),
+)
+"""The first request of each unit of the treatment at its greatest weight."""
+
+UnitOfRollout = tuple[str, str]
+"""Rollout and unit."""
+EventOfUnit = tuple[str, UnitEvent, str]
+"""Rollout, event and unit."""
+
+
+def ensure_tables(engine: sa.Engine) -> None:
+    """Create the tables if they do not exist."""
+    inspector = sa.inspect(engine)
+    if all(inspector.has_table(name) for name in _METADATA.tables):
+        return
+    with writing(engine) as connection:  # the lock: PostgreSQL fails if two processes create a table at once
+        _METADATA.create_all(connection)
+
+
+def upsert(table: sa.Table, connection: sa.Connection) -> Any:
+    """Return an `INSERT` into a table, with PostgreSQL's and SQLite's `ON CONFLICT`."""
+    return postgresql.insert(table) if is_shared(connection) else sqlite.insert(table)
+
+
+def add_events(connection: sa.Connection, events: Mapping[EventOfUnit, tuple[Arm | str, int, int]]) -> None:
+    """Store events, unless a unit has a later one.
+
+    Args:
+        connection: A transaction.
+        events: Arm, `below` and time of each.
+    """
+    insert = upsert(EVENTS, connection)
+    new, stored = insert.excluded, EVENTS.c
+    statement = insert.on_conflict_do_update(
+        index_elements=[stored.rollout, stored.event, stored.unit],
+        set_={"below": new.below, "last_ms": new.last_ms},
+        where=(new.below > stored.below) | ((new.below == stored.below) & (new.last_ms > stored.last_ms)),
+    )
+    # Sorted, so that two edges lock the rows in the same order and PostgreSQL sees no deadlock.
+    rows = [
+        {"rollout": rollout, "event": event, "unit": unit, "arm": arm, "below": below, "last_ms": time}
+        for (rollout, event, unit), (arm, below, time) in sorted(events.items())
+    ]
+    if rows:
+        connection.execute(statement, rows)
+
+
+def add_units(connection: sa.Connection, units: Mapping[UnitOfRollout, tuple[int, int]]) -> None:
+    """Store first requests, unless a unit has an earlier one at the same weight, or one at a greater weight.
+
+    Args:
+        connection: A transaction.
+        units: `below` and time of each.
+    """
+    insert = upsert(UNITS, connection)
+    new, stored = insert.excluded, UNITS.c
+    statement = insert.on_conflict_do_update(
+        index_elements=[stored.rollout, stored.unit],
+        set_={"below": new.below, "first_ms": new.first_ms},
+        where=(new.below > stored.below) | ((new.below == stored.below) & (new.first_ms < stored.first_ms)),
+    )
+    rows = [
+        {"rollout": rollout, "unit": unit, "below": below, "first_ms": time}
+        for (rollout, unit), (below, time) in sorted(units.items())
+    ]
+    if rows:
+        connection.execute(statement, rows)
+
+
+def counted_rollouts(connection: sa.Connection) -> dict[str, float]:
+    """Return the registered rollouts, and from which latency in milliseconds an answer is slow."""
+    rows = connection.execute(sa.select(COUNTED.c.rollout, COUNTED.c.slow_ms))
+    return {row.rollout: float("inf") if row.slow_ms is None else row.slow_ms for row in rows}
+
+
+def remove_rollout(connection: sa.Connection, rollout: str, tables: Iterable[sa.Table]) -> None:
+    """Remove a rollout's rows from these tables."""
+    for table in tables:
+        connection.execute(table.delete().where(table.c.rollout == rollout))
