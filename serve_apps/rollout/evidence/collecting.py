@@ -40,6 +40,8 @@ from serve_apps.rollout.evidence.tables import (
 INTERVAL_S = 1.0
 MAX_BYTES = 4 * 2**20
 """Bytes of one pass: 10,000 records. While a reader has more to read, it reads this much every second."""
+MAX_LINE = 5_000
+"""Greatest length of a record in bytes. HAProxy cuts records at 4,096."""
 MAX_KNOWN = 100_000
 FORGET_MS = 7 * 86_400_000
 """A rollout without a request for this long is removed from the edge's activities."""
@@ -158,12 +160,13 @@ class Reader:
             state = _load(connection, self._edge)
             slow = counted_rollouts(connection)
         paths = {path.name: path for path in list_files(self._folder)}
-        requests, read = self._read(state.files, paths, max_bytes)
         removed = self._remove_old(state.files, paths)
+        paths = {name: path for name, path in paths.items() if name not in removed}
+        requests, read = self._read(state.files, paths, max_bytes)
         gone = state.files.keys() - paths.keys()
-        if read.records or read.broken or removed or gone:
-            for name in (*removed, *gone):
-                state.files.pop(name, None)
+        if read.records or read.broken or gone:
+            for name in gone:
+                del state.files[name]
             self._store(state, requests, slow)
         return Collected(
             records=read.records, broken=read.broken, behind_bytes=read.behind_bytes, removed=tuple(removed)
@@ -199,7 +202,7 @@ class Reader:
         return requests, Collected(records=records, broken=broken, behind_bytes=behind)
 
     def _remove_old(self, files: Mapping[str, FilePosition], paths: Mapping[str, Path]) -> list[str]:
-        """Remove complete files that were counted before this pass and whose retention is over."""
+        """Remove complete files whose retention is over and whose end an earlier pass has stored."""
         removed = []
         for name, path in paths.items():
             status = path.stat()
@@ -234,7 +237,7 @@ def _read_lines(path: Path, position: int, max_bytes: int) -> tuple[list[bytes],
 
     If no process can write to the file any more, its last bytes are read, too, although their line is cut.
     """
-    if max_bytes <= 0:
+    if max_bytes < MAX_LINE:
         return [], 0, 0
     complete = is_complete(path)  # before the read: what is written later is no cut line
     with path.open("rb") as file:
@@ -242,9 +245,9 @@ def _read_lines(path: Path, position: int, max_bytes: int) -> tuple[list[bytes],
         content = file.read(max_bytes)
     end = content.rfind(b"\n") + 1
     lines = content[:end].splitlines()
-    if len(content) == max_bytes:  # a line without an end would stop the reader for ever
-        return (lines, end, 0) if end else ([], len(content), 1)
-    if complete and end < len(content):
+    if not end and len(content) >= MAX_LINE:  # a line without an end would stop the reader for ever
+        return [], len(content), 1
+    if complete and end < len(content) < max_bytes:
         return lines, len(content), 1
     return lines, end, 0
 
@@ -285,11 +288,10 @@ def _save(connection: sa.Connection, edge: str, state: _State) -> None:
     }
     if state.passes:
         unchanged = (READERS.c.edge == edge) & (READERS.c.passes == state.passes)
-        result = connection.execute(READERS.update().where(unchanged).values(values))
+        statement = READERS.update().where(unchanged).values(values)
     else:
-        insert = upsert(READERS, connection).values(edge=edge, **values)
-        result = connection.execute(insert.on_conflict_do_nothing())
-    if result.rowcount != 1:
+        statement = upsert(READERS, connection).values(edge=edge, **values).on_conflict_do_nothing()
+    if connection.execute(statement.returning(READERS.c.edge)).first() is None:
         raise OtherReader(f"Another process reads the access files of edge {edge}.")
 
 
