@@ -18,7 +18,7 @@ GOOD: dict[str, Any] = {
     "arm": "treatment",
     "below": "2000",
     "variant": "challenger",
-    "fallback": "",
+    "fallback": "-",
     "unit_hash": "A" * 16,
     "status": 200,
     "latency_ms": 3,

@@ -19,6 +19,10 @@ _ENDED_WELL = ("-", "L")
 """The answer was complete. `L`: HAProxy answered by itself, and no replica saw the request."""
 
 
+_UNSET = "-"
+"""HAProxy's text for a variable without a value."""
+
+
 class BrokenRecord(ValueError):
     """A line is no access record, for example because the disk was full while it was written."""
 
@@ -30,7 +34,7 @@ class Request(NamedTuple):
     rollout: str
     arm: str
     unit: str
-    """Hash of the unit; empty for the arm `none`."""
+    """Hash of the unit; `-` for the arm `none`."""
     below: int
     """The treatment had the buckets below this number."""
     latency_ms: int
@@ -70,9 +74,9 @@ def parse(line: bytes) -> Request | None:
     try:
         record = orjson.loads(line)
         rollout, arm, termination = record["rollout"], record["arm"], record["termination"]
-        if rollout in ("", NO_ROLLOUT) or record["action"] != Action.predict or not arm:
+        if rollout in (_UNSET, NO_ROLLOUT) or record["action"] != Action.predict or arm == _UNSET:
             return None
-        status, fallback = int(record["status"]), bool(record["fallback"])
+        status, fallback = int(record["status"]), record["fallback"] == "1"
         if arm not in _ARMS:
             raise BrokenRecord(f"There is no arm {arm!r}.")
         if "below" not in record or (termination[0] == "L" and 400 <= status < 500):

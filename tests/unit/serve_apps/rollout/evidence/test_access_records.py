@@ -46,10 +46,10 @@ def test_a_request_counts_as_at_most_one_event(
 @pytest.mark.parametrize(
     "fields",
     [
-        {"status": 429, "termination": "LR", "arm": ""},
+        {"status": 429, "termination": "LR", "arm": "-"},
         {"status": 400, "termination": "LR"},
         {"rollout": "none"},
-        {"rollout": ""},
+        {"rollout": "-", "arm": "-"},
         {"action": "read_metadata"},
     ],
 )
@@ -66,7 +66,7 @@ def test_records_of_an_older_release_are_no_evidence() -> None:
 
 def test_a_request_without_a_unit_is_in_no_arm() -> None:
     """It is still a request of the champion."""
-    request = parse(line(arm="none", unit_hash="", below="2000"))
+    request = parse(line(arm="none", unit_hash="-", below="2000"))
     assert request is not None
     assert (request.is_in_experiment, request.by_champion) == (False, True)
 
