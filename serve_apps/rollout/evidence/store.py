@@ -183,7 +183,10 @@ def _count_events(
         & (UNITS.c.first_ms <= _ms(watched_until))
     )
     of_treatment = sa.select(EVENTS.c.event, sa.func.count()).where(of_step, EVENTS.c.arm == Arm.treatment)
-    watched = dict(connection.execute(of_treatment.where(is_watched).group_by(EVENTS.c.event)).tuples().all())
+    watched: dict[str, int] = {
+        event: number
+        for event, number in connection.execute(of_treatment.where(is_watched).group_by(EVENTS.c.event))
+    }
     return {
         event: EventCounts(
             treatment=counts.get((event, Arm.treatment), 0),
