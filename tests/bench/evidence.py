@@ -2,7 +2,7 @@
 
 Cases: `sqlite` and `postgresql`, with the records of an edge that answers 1,500 requests/s. `cpu_share` is CPU time of
 the reader for a second of requests, without that of PostgreSQL. `count_ms` is the time from a line in the file until
-the table has its unit. `look_ms` is the time of one `EvidenceStore.evidence` with 200,000 watched units.
+the table has its unit. `look_ms` is the time of one `EvidenceStore.evidence` with 100,000 watched units.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from serve_apps.rollout.evidence.tables import EVENTS, UNITS, add_events, add_un
 from tests.samples.access_records import ROLLOUT_ID, line
 from tests.servers.postgresql import is_installed, running_server
 
-RATE, SECONDS, NUM_UNITS, LOOK_UNITS, PROBES = 1_500, 60, 100_000, 200_000, 40
+RATE, SECONDS, NUM_UNITS, LOOK_UNITS, PROBES = 1_500, 20, 100_000, 100_000, 20
 WEIGHT = 20.0
 BELOW = bounds(WEIGHT).treatment_below
 SLOW_MS = 100.0
@@ -65,7 +65,7 @@ def records(draw: random.Random, number: int) -> bytes:
 
 
 def passes(reader: Reader, file: Path) -> Figures:
-    """Read a minute of requests in passes of half a second."""
+    """Read 20 seconds of requests in passes of half a second."""
     draw, cpu, walls = random.Random(1), 0.0, []
     for _ in range(round(SECONDS / INTERVAL_S)):
         with file.open("ab") as sink:

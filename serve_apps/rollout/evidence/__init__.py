@@ -14,6 +14,15 @@ Who does what:
       evidence = store.evidence(rollout_id, plan, step=…, step_started_at=…, started_at=…, now=…)   # each second
       store.forget(rollout_id)                          # after the rollout's end
 
+  For metrics of predictions and outcomes, it also needs the keys of the model's logs, and calls every few seconds:
+
+      from serve_apps.rollout.evidence.outcomes import OutcomeReader, RolloutMetrics
+
+      reader = OutcomeReader(ledger, places, key_store(actor.access), signatures=…, metrics=RolloutMetrics(…))
+      while reader.collect(now=…): ...   # adds the cohorts of units whose outcome window is over
+
+  `evidence` then has what was added. If nobody calls it, `Evidence.metrics` is empty, so no goal is reached.
+
   `evidence` only reads, and takes some milliseconds. Times are aware `datetime` values in UTC; `step_started_at` and
   `started_at` are the times of the ledger's events. `now` is the time of the look.
 

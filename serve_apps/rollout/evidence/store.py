@@ -16,6 +16,7 @@ from cluster.statistics.policy import DAY_S, UnitEvent
 from serve_apps.rollout.assignment import Arm, bounds
 from serve_apps.rollout.evidence.activity import Activity, last_of_arm, last_requests
 from serve_apps.rollout.evidence.collecting import activities_of
+from serve_apps.rollout.evidence.metric_tables import COHORTS, ENTERED, SUMS, read_metrics
 from serve_apps.rollout.evidence.tables import (
     COUNTED,
     EVENTS,
@@ -25,6 +26,9 @@ from serve_apps.rollout.evidence.tables import (
     remove_rollout,
     upsert,
 )
+
+TABLES = (COUNTED, EVENTS, UNITS, COHORTS, ENTERED, SUMS)
+"""Tables with rows of a rollout. They are removed with it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +89,7 @@ class EvidenceStore:
     def forget(self, rollout_id: str) -> None:
         """Remove what was counted for a rollout, and count no more. Call it when the rollout has ended."""
         with updating(self._engine) as connection:
-            remove_rollout(connection, rollout_id, (COUNTED, EVENTS, UNITS))
+            remove_rollout(connection, rollout_id, TABLES)
 
     def evidence(
         self,
@@ -117,6 +121,7 @@ class EvidenceStore:
             activities = self._activities(connection, rollout_id)
             units = _count_units(connection, rollout_id, below, watched_until)
             events = _count_events(connection, rollout_id, below, since, watched_until)
+            metrics = read_metrics(connection, rollout_id)
         last = [last_of_arm(activities, arm) for arm in (Arm.treatment, Arm.control)]
         waiting_since = min(_ms(started_at) if time is None else time for time in last)
         return Evidence(
@@ -127,6 +132,7 @@ class EvidenceStore:
             idle_s=max(0.0, (_ms(now) - waiting_since) / 1000),
             watched_units=units,
             events=events,
+            metrics=metrics,
             last=last_requests(activities),
         )
 
@@ -183,10 +189,8 @@ def _count_events(
         & (UNITS.c.first_ms <= _ms(watched_until))
     )
     of_treatment = sa.select(EVENTS.c.event, sa.func.count()).where(of_step, EVENTS.c.arm == Arm.treatment)
-    watched: dict[str, int] = {
-        event: number
-        for event, number in connection.execute(of_treatment.where(is_watched).group_by(EVENTS.c.event))
-    }
+    by_event = of_treatment.where(is_watched).group_by(EVENTS.c.event)
+    watched: dict[str, int] = dict(connection.execute(by_event).tuples().all())
     return {
         event: EventCounts(
             treatment=counts.get((event, Arm.treatment), 0),

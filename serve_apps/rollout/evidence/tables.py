@@ -16,10 +16,10 @@ from cluster.ledger.database import is_shared, writing
 from cluster.statistics.policy import UnitEvent
 from serve_apps.rollout.assignment import Arm
 
-_METADATA = sa.MetaData()
+METADATA = sa.MetaData()
 READERS = sa.Table(
     "evidence_readers",
-    _METADATA,
+    METADATA,
     sa.Column("edge", sa.String(32), primary_key=True),
     sa.Column(
         "passes", sa.BigInteger, nullable=False
@@ -31,14 +31,14 @@ READERS = sa.Table(
 """Each edge's position in its files, and what it saw of each rollout."""
 COUNTED = sa.Table(
     "evidence_rollouts",
-    _METADATA,
+    METADATA,
     sa.Column("rollout", sa.String(32), primary_key=True),
     sa.Column("slow_ms", sa.Float, nullable=True),  # null: no answer is slow
 )
 """Rollouts whose units are counted."""
 EVENTS = sa.Table(
     "evidence_events",
-    _METADATA,
+    METADATA,
     sa.Column("rollout", sa.String(32), primary_key=True),
     sa.Column("event", sa.String(16), primary_key=True),
     sa.Column("unit", sa.String(16), primary_key=True),
@@ -50,7 +50,7 @@ EVENTS = sa.Table(
 """A unit's last event of each kind. A unit had an event in the current window if its last one is in it."""
 UNITS = sa.Table(
     "evidence_units",
-    _METADATA,
+    METADATA,
     sa.Column("rollout", sa.String(32), primary_key=True),
     sa.Column("unit", sa.String(16), primary_key=True),
     sa.Column("below", sa.Integer, nullable=False),
@@ -68,10 +68,10 @@ EventOfUnit = tuple[str, UnitEvent, str]
 def ensure_tables(engine: sa.Engine) -> None:
     """Create the tables if they do not exist."""
     inspector = sa.inspect(engine)
-    if all(inspector.has_table(name) for name in _METADATA.tables):
+    if all(inspector.has_table(name) for name in METADATA.tables):
         return
     with writing(engine) as connection:  # the lock: PostgreSQL fails if two processes create a table at once
-        _METADATA.create_all(connection)
+        METADATA.create_all(connection)
 
 
 def upsert(table: sa.Table, connection: sa.Connection) -> Any:
