@@ -197,6 +197,7 @@ def main(config: EdgeConfig) -> None:
     set_on_signal([SIGNAL], handed_over, stopped)
     with sole_controller(edge / "controller.lock"):
         registry = new_registry()
+        metrics = EdgeMetrics(registry)
         serve_metrics(registry, port=record.ports.get("edge_controller_metrics"))
         ledger = wait_for_ledger(config, haproxy, stopped, handed_over)
         trust = Trust.of(config.identity.issuer, places, keys_max_age_s=KEYS_MAX_AGE_S)
@@ -208,10 +209,10 @@ def main(config: EdgeConfig) -> None:
             settings=edge_settings,
             state_file=state_file(config),
             address=f"https://{edge_settings.bind.split(',')[0]} on {socket.gethostname()}",
-            metrics=EdgeMetrics(registry),
+            metrics=metrics,
         )
         reader = Reader(ledger.engine, edge / "access", edge=edge_id(edge), rotation=config.access.rotation())
-        with Collector(reader).running():
+        with Collector(reader, on_collected=metrics.count).running():
             controller.run(stopped, handed_over=handed_over)
 
 

@@ -2,7 +2,8 @@
 
 HAProxy writes records to its standard output, so a file belongs to one HAProxy process, and rotation means a new
 process; see `HAProxy.load`. A file is locked (`flock`) as long as any process has inherited it, so a kill -9 of a
-writer completes its file as well. The name begins with the UTC time of the file's creation.
+writer completes its file as well. The name begins with the UTC time of the file's creation, to the nanosecond, so names
+are in the order of time.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def new_file(folder: Path) -> Iterator[BinaryIO]:
         OSError: the file cannot be created, for example because the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}{SUFFIX}"
+    now = time.time_ns()
+    second = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now // 10**9))
+    name = f"{second}-{now % 10**9:09}-{uuid.uuid4().hex[:8]}{SUFFIX}"
     with (folder / name).open("xb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield file

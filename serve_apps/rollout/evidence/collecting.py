@@ -14,7 +14,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class FilePosition:
     position: int = 0
     """In bytes."""
     records: int = 0
+    """Number of good lines."""
     broken: int = 0
     """Number of lines that are no records."""
 
@@ -71,7 +72,9 @@ class Collected:
     """Result of a pass."""
 
     records: int = 0
+    """Number of good lines."""
     broken: int = 0
+    """Number of lines that are no records."""
     behind_bytes: int = 0
     """Bytes that were not read yet. They are read in the next passes."""
     removed: tuple[str, ...] = ()
@@ -182,20 +185,21 @@ class Reader:
             if (size := path.stat().st_size) <= (files[name].position if name in files else 0):
                 continue
             position = files.setdefault(name, FilePosition())
-            lines, num_bytes, cut = _read_lines(path, position.position, max_bytes)
+            lines, num_bytes, num_broken = _read_lines(path, position.position, max_bytes)
             max_bytes -= num_bytes
+            good = len(lines)
             for line in lines:
                 try:
                     request = parse(line)
                 except BrokenRecord:
-                    cut += 1
+                    good, num_broken = good - 1, num_broken + 1
                     continue
                 if request is not None:
                     requests.append(request)
             position.position += num_bytes
-            position.records += len(lines)
-            position.broken += cut
-            records, broken, num_files = records + len(lines), broken + cut, num_files + bool(lines)
+            position.records += good
+            position.broken += num_broken
+            records, broken, num_files = records + good, broken + num_broken, num_files + bool(lines)
             behind += size - position.position
         if num_files > 1:
             requests.sort(key=lambda request: request.ended_ms)
@@ -300,11 +304,19 @@ class Collector:
 
     Args:
         reader: The reader.
+        on_collected: Gets the result of each pass.
         interval_s: Seconds from one pass to the next.
     """
 
-    def __init__(self, reader: Reader, *, interval_s: float = INTERVAL_S) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        *,
+        on_collected: Callable[[Collected], object] = lambda _: None,
+        interval_s: float = INTERVAL_S,
+    ) -> None:
         self._reader = reader
+        self._on_collected = on_collected
         self._interval_s = interval_s
         self._is_failing = False
         self._stopped = threading.Event()
@@ -334,5 +346,6 @@ class Collector:
             self._is_failing = True
             return
         self._is_failing = False
+        self._on_collected(collected)
         if collected.broken:
             LOG.warning("%d lines of access files are no records", collected.broken)

@@ -13,11 +13,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.ledger import Ledger
+from cluster.security.edge_proof import edge_proof
 from serve_apps.edge.control import haproxy_process
+from serve_apps.edge.control.haproxy_process import HAProxy
+from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
+from serve_apps.replica.edge_headers import edge_variables
 from serve_apps.rollout.evidence.access_files import Rotation, is_complete, list_files
+from serve_apps.rollout.evidence.collecting import Reader
 from tests.servers.controller import Running, running_controller
 from tests.servers.edge import ROLLOUT, Edge, running_edge
 from tests.servers.polling import wait_until
+from tests.servers.small_disk import fill_disk, mounted_small_disk
 
 
 def access_files(edge: Edge) -> list[Path]:
@@ -79,6 +86,34 @@ def test_file_of_a_killed_haproxy_is_complete(tmp_path: Path) -> None:
             os.kill(process.pid, signal.SIGKILL)
         wait_until(lambda: is_complete(file))
         assert len(records_of(file)) == 1
+
+
+def test_full_disk_costs_records_but_no_request(tmp_path: Path) -> None:
+    """The edge answers, and later records are whole. The reader counts a cut one as broken."""
+    with mounted_small_disk(tmp_path / "disk", size_mib=2) as disk, running_edge(tmp_path / "edge") as edge:
+        edge.haproxy.stop()
+        edge.haproxy = HAProxy(
+            config=tmp_path / "edge" / "haproxy.cfg",
+            admin_socket=Path(edge.settings.admin_socket),
+            access_folder=disk,
+            secrets={TOKEN_VARIABLE: "", **edge_variables(edge_proof(edge.places))},
+        )
+        edge.load(ROLLOUT)
+        ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+        reader = Reader(ledger.engine, disk, edge="one", rotation=Rotation())
+        token = edge.token()
+        assert edge.call(token=token)[0] == 200
+        [file] = list_files(disk)
+        wait_until(lambda: file.stat().st_size > 0)
+        fill_disk(disk / "rest")
+        assert [edge.call(token=token)[0] for _ in range(30)] == [200] * 30
+        (disk / "rest").unlink()
+        after = [edge.call(token=token)[1]["x-falaj-request-id"] for _ in range(3)]
+        wait_until(lambda: after[-1] in file.read_text())
+        collected = reader.collect()
+        ledger.close()
+    assert collected.broken <= 1
+    assert 3 <= collected.records <= 33
 
 
 @pytest.fixture
