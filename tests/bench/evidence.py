@@ -30,7 +30,7 @@ from serve_apps.rollout.assignment import bounds
 from serve_apps.rollout.evidence.access_files import Rotation
 from serve_apps.rollout.evidence.collecting import INTERVAL_S, Collector, Reader
 from serve_apps.rollout.evidence.store import Counting, EvidenceStore
-from serve_apps.rollout.evidence.tables import EVENTS, UNITS, add_events, add_units
+from serve_apps.rollout.evidence.tables import EVENTS, UNITS, add_events, add_units, evidence_engine
 from tests.samples.access_records import ROLLOUT_ID, line
 from tests.servers.postgresql import is_installed, running_server
 
@@ -139,10 +139,11 @@ def measure(url: str) -> Iterator[tuple[str, tuple[float, str]]]:
         reader = Reader(ledger.engine, Path(folder), edge="one", rotation=Rotation())
         file = Path(folder) / "20270115T080000-a.jsonl"
         yield from passes(reader, file).items()
-        with ledger.engine.connect() as connection:
+        engine = evidence_engine(ledger.engine)
+        with engine.connect() as connection:
             assert connection.execute(sa.select(sa.func.count()).select_from(UNITS)).scalar_one() > 0
-        yield from delays(ledger.engine, reader, file).items()
-        yield from looks(ledger.engine, store).items()
+        yield from delays(engine, reader, file).items()
+        yield from looks(engine, store).items()
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ Who does what:
 
 - **Each edge's controller process** runs a thread (`collecting.Collector`) with two passes a second. It reads the
   edge's own access files from the stored position on, and writes counts and position in one transaction of the
-  ledger's database. Nobody else has to call it.
+  ledger's database, or with SQLite of a file beside it (`tables.py`). Nobody else has to call it.
 - **The process that decides** calls, for a rollout with a policy:
 
       from serve_apps.rollout.evidence.store import Counting, EvidenceStore

@@ -34,6 +34,7 @@ from serve_apps.rollout.evidence.tables import (
     add_units,
     counted_rollouts,
     ensure_tables,
+    evidence_engine,
     upsert,
 )
 
@@ -134,14 +135,14 @@ class Reader:
     """Reads the access files of one edge.
 
     Args:
-        engine: The ledger's database.
+        engine: The ledger's engine.
         folder: The edge's access files.
         edge: Id of the edge.
         rotation: How long complete files stay.
     """
 
     def __init__(self, engine: sa.Engine, folder: Path, *, edge: str, rotation: Rotation) -> None:
-        self._engine = engine
+        self._engine = evidence_engine(engine)
         self._folder = folder
         self._edge = edge
         self._rotation = rotation

@@ -37,7 +37,7 @@ from cluster.storage import Layout
 from serve_apps.rollout.assignment import Arm
 from serve_apps.rollout.evidence.log_spans import LogSpans
 from serve_apps.rollout.evidence.metric_tables import add_cohort, known_units, next_cohort
-from serve_apps.rollout.evidence.tables import ensure_tables
+from serve_apps.rollout.evidence.tables import ensure_tables, evidence_engine
 
 COHORTS_IN_WINDOW = 4
 MIN_COHORT_S = 1.0
@@ -115,7 +115,7 @@ class OutcomeReader:
     """Reads the cohorts of one rollout.
 
     Args:
-        ledger: The ledger, in whose database the sums are.
+        ledger: The ledger.
         places: Where the logs are.
         store: Gives the keys of the logs.
         signatures: Returns the signature of a version of the model.
@@ -131,7 +131,7 @@ class OutcomeReader:
         signatures: Signatures,
         metrics: RolloutMetrics,
     ) -> None:
-        self._engine = ledger.engine
+        self._engine = evidence_engine(ledger.engine)
         self._metrics = metrics
         self._signatures = signatures
         self._parsers: dict[int, OutcomeParser] = {}

@@ -23,6 +23,7 @@ from serve_apps.rollout.evidence.tables import (
     READERS,
     UNITS,
     ensure_tables,
+    evidence_engine,
     remove_rollout,
     upsert,
 )
@@ -66,15 +67,15 @@ def current_window(
 
 
 class EvidenceStore:
-    """Evidence in the ledger's database.
+    """The counts of all rollouts.
 
     Args:
         engine: The ledger's engine. The tables are created if they do not exist.
     """
 
     def __init__(self, engine: sa.Engine) -> None:
-        self._engine = engine
-        ensure_tables(engine)
+        self._engine = evidence_engine(engine)
+        ensure_tables(self._engine)
 
     def register(self, rollout_id: str, counting: Counting) -> None:
         """Let all edges count the units of a rollout. Call it before the event that starts the rollout.

@@ -22,7 +22,7 @@ from serve_apps.rollout.evidence import collecting
 from serve_apps.rollout.evidence.access_files import Rotation, new_file
 from serve_apps.rollout.evidence.collecting import OtherReader, Reader
 from serve_apps.rollout.evidence.store import Counting, EvidenceStore, current_window
-from serve_apps.rollout.evidence.tables import EVENTS, READERS, UNITS
+from serve_apps.rollout.evidence.tables import EVENTS, READERS, UNITS, evidence_engine
 from tests.samples.access_records import GOOD, ROLLOUT_ID, line
 from tests.servers.postgresql import new_database, running_server
 from tests.servers.small_disk import fill_disk, mounted_small_disk
@@ -62,13 +62,14 @@ class Node:
         self, ledger: Ledger, folder: Path, *, edge: str = "one", rotation: Rotation | None = None
     ) -> None:
         folder.mkdir(exist_ok=True)
-        self.engine, self.folder, self.edge = ledger.engine, folder, edge
+        self.engine, self.folder, self.edge = evidence_engine(ledger.engine), folder, edge
+        self.ledger_engine = ledger.engine
         self.rotation = rotation or Rotation()
         self.restart()
 
     def restart(self) -> None:
         """Replace the reader, as after kill -9."""
-        self.reader = Reader(self.engine, self.folder, edge=self.edge, rotation=self.rotation)
+        self.reader = Reader(self.ledger_engine, self.folder, edge=self.edge, rotation=self.rotation)
 
     def write(self, *lines: bytes, name: str = "20270115T080000-a.jsonl") -> None:
         with (self.folder / name).open("ab") as file:
@@ -256,7 +257,7 @@ def test_two_readers_of_one_edge_count_once(
     store: EvidenceStore, node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second one to store gets an error, also when nothing was stored before."""
-    second = Reader(node.engine, node.folder, edge=node.edge, rotation=node.rotation)
+    second = Reader(node.ledger_engine, node.folder, edge=node.edge, rotation=node.rotation)
     for number in (1, 2):
         node.write(line(status=500))
         with monkeypatch.context() as patch:

@@ -24,6 +24,7 @@ from serve_apps.rollout.evidence import outcomes
 from serve_apps.rollout.evidence.metric_tables import read_metrics
 from serve_apps.rollout.evidence.outcomes import OutcomeReader, RolloutMetrics
 from serve_apps.rollout.evidence.store import TABLES, EvidenceStore
+from serve_apps.rollout.evidence.tables import evidence_engine
 from tests.samples.record_log import FLAGS, PERSONAL, answer, new_keyring, outcome, post, run
 
 START = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)
@@ -52,6 +53,7 @@ class Logs:
     def __init__(self, root: Path, signatures: Mapping[int, ModelSignature]) -> None:
         self.places, self.keyring = Layout(str(root)), new_keyring(root)
         self.ledger = Ledger(f"sqlite:///{root}/ledger.db")
+        self.engine = evidence_engine(self.ledger.engine)
         self.signatures = signatures
         self.reader = self.new_reader(METRICS)
 
@@ -88,7 +90,7 @@ class Logs:
         return number
 
     def metrics(self) -> dict[str, MetricCounts]:
-        with self.ledger.engine.connect() as connection:
+        with self.engine.connect() as connection:
             return read_metrics(connection, "r")
 
     def accuracy(self) -> tuple[tuple[int, float], tuple[int, float]]:
@@ -265,7 +267,7 @@ def test_a_killed_pass_counts_nothing_twice(logs: Logs, monkeypatch: pytest.Monk
             with pytest.raises(KeyboardInterrupt):
                 logs.reader.collect(now=now)
         assert logs.reader.collect(now=now)
-        with logs.ledger.engine.begin() as connection:
+        with logs.engine.begin() as connection:
             assert not original(connection, "r", number=expected - 1, units=["Z"], values={})
         assert logs.accuracy()[0] == (expected, 1.0)
 
@@ -276,7 +278,7 @@ def test_forgotten_rollout_leaves_no_rows(logs: Logs) -> None:
     logs.tell(outcome(1, True, at(20)))
     logs.collect(500)
     EvidenceStore(logs.ledger.engine).forget("r")
-    with logs.ledger.engine.connect() as connection:
+    with logs.engine.connect() as connection:
         assert all(connection.execute(sa.select(table)).first() is None for table in TABLES)
 
 
