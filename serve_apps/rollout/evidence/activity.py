@@ -45,7 +45,7 @@ class Activity:
         return activity
 
     def add(self, request: Request) -> None:
-        """Count one more request. Requests come in the order of their end."""
+        """Count one more request. Requests of a backlog may come after newer ones."""
         arm = request.arm
         self.requests[arm] = self.requests.get(arm, 0) + 1
         self.last_ms[arm] = max(self.last_ms.get(arm, 0), request.ended_ms)
@@ -57,10 +57,14 @@ class Activity:
                 self.champion_requests,
                 self.champion_failures,
             )
-            self.last = [*self.last[1 - REQUESTS :], treated]
-        elif request.by_champion and not request.gave_up:
+            self.last = sorted((*self.last, treated), key=lambda one: one.ended_ms)[-REQUESTS:]
+        elif request.by_champion and not request.gave_up and not self._is_old(request):
             self.champion_requests += 1
             self.champion_failures += request.failed
+
+    def _is_old(self, request: Request) -> bool:
+        """Return whether a request ended before all of the treatment's last ones."""
+        return bool(self.last) and request.ended_ms < self.last[0].ended_ms
 
 
 def last_requests(activities: Sequence[Activity]) -> LastRequests:

@@ -14,8 +14,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from serve_apps.rollout.evidence.access_files import Rotation, is_complete, list
 from serve_apps.rollout.evidence.access_records import BrokenRecord, Request, parse
 from serve_apps.rollout.evidence.activity import Activity
 from serve_apps.rollout.evidence.tables import (
+    FILES,
     READERS,
     EventOfUnit,
     UnitOfRollout,
@@ -56,7 +57,7 @@ class OtherReader(RuntimeError):
     """Another process has read the files of this edge since the pass began."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FilePosition:
     """How much of a file was read."""
 
@@ -88,6 +89,8 @@ class _State:
 
     passes: int = 0
     files: dict[str, FilePosition] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    """Names of the files whose positions are not stored yet."""
     activities: dict[str, Activity] = field(default_factory=dict)
 
 
@@ -147,7 +150,9 @@ class Reader:
         self._edge = edge
         self._rotation = rotation
         self._known = _Known()
-        self._has_tables = False
+        self._state: _State | None = None
+        self._read_to_end: set[str] = set()
+        """Names of complete files that were read to their end."""
 
     def collect(self, *, max_bytes: int = MAX_BYTES) -> Collected:
         """Read new records, and store counts and position in one transaction.
@@ -157,35 +162,35 @@ class Reader:
             OSError: a file cannot be read. Nothing was stored.
             OtherReader: another process reads the files of this edge. Nothing was stored.
         """
-        if not self._has_tables:
-            ensure_tables(self._engine)
-            self._has_tables = True
-        with self._engine.connect() as connection:
-            state = _load(connection, self._edge)
-            slow = counted_rollouts(connection)
+        state, self._state = self._state or self._load(), None  # after an error, it is loaded again
         paths = {path.name: path for path in list_files(self._folder)}
         removed = self._remove_old(state.files, paths)
         paths = {name: path for name, path in paths.items() if name not in removed}
-        requests, read = self._read(state.files, paths, max_bytes)
+        self._read_to_end &= paths.keys()
         gone = state.files.keys() - paths.keys()
-        if read.records or read.broken or gone:
-            for name in gone:
-                del state.files[name]
-            self._store(state, requests, slow)
-        return Collected(
-            records=read.records, broken=read.broken, behind_bytes=read.behind_bytes, removed=tuple(removed)
-        )
+        requests, read = self._read(state, paths, max_bytes)
+        if state.changed or gone:
+            self._store(state, gone, requests)
+        self._state = state
+        return replace(read, removed=tuple(removed))
+
+    def _load(self) -> _State:
+        ensure_tables(self._engine)
+        with self._engine.connect() as connection:
+            return _load(connection, self._edge)
 
     def _read(
-        self, files: dict[str, FilePosition], paths: Mapping[str, Path], max_bytes: int
+        self, state: _State, paths: Mapping[str, Path], max_bytes: int
     ) -> tuple[list[Request], Collected]:
-        """Read the files in the order of their names, and move their positions."""
+        """Read the newest file first, so that no backlog delays the newest records, and move the positions."""
         requests: list[Request] = []
         records = broken = behind = num_files = 0
-        for name, path in paths.items():
-            if (size := path.stat().st_size) <= (files[name].position if name in files else 0):
+        for name in sorted(paths.keys() - self._read_to_end, reverse=True):
+            path, position = paths[name], state.files.get(name, FilePosition())
+            if (size := path.stat().st_size) <= position.position:
+                if is_complete(path):
+                    self._read_to_end.add(name)
                 continue
-            position = files.setdefault(name, FilePosition())
             lines, num_bytes, num_broken = _read_lines(path, position.position, max_bytes)
             max_bytes -= num_bytes
             good = len(lines)
@@ -197,11 +202,15 @@ class Reader:
                     continue
                 if request is not None:
                     requests.append(request)
-            position.position += num_bytes
-            position.records += good
-            position.broken += num_broken
+            if num_bytes:
+                state.files[name] = FilePosition(
+                    position=position.position + num_bytes,
+                    records=position.records + good,
+                    broken=position.broken + num_broken,
+                )
+                state.changed.add(name)
             records, broken, num_files = records + good, broken + num_broken, num_files + bool(lines)
-            behind += size - position.position
+            behind += size - position.position - num_bytes
         if num_files > 1:
             requests.sort(key=lambda request: request.ended_ms)
         return requests, Collected(records=records, broken=broken, behind_bytes=behind)
@@ -221,20 +230,26 @@ class Reader:
                 removed.append(name)
         return removed
 
-    def _store(self, state: _State, requests: list[Request], slow: Mapping[str, float]) -> None:
+    def _store(self, state: _State, gone: Collection[str], requests: list[Request]) -> None:
         found = _Found()
         for request in requests:
             state.activities.setdefault(request.rollout, Activity()).add(request)
-            if request.is_in_experiment and request.rollout in slow:
-                found.add(request, slow[request.rollout])
-        units = self._known.without_known(found.units)
         with updating(self._engine) as connection:
             if is_shared(connection):
                 connection.execute(sa.select(_NO_FLUSH))
-            _save(connection, self._edge, state)
+            _save(connection, self._edge, state, gone)
+            slow = counted_rollouts(connection)
+            for request in requests:
+                if request.is_in_experiment and request.rollout in slow:
+                    found.add(request, slow[request.rollout])
+            units = self._known.without_known(found.units)
             add_events(connection, found.events)
             add_units(connection, units)
         self._known.add(units)
+        state.passes += 1
+        state.changed.clear()
+        for name in gone:
+            del state.files[name]
 
 
 def _read_lines(path: Path, position: int, max_bytes: int) -> tuple[list[bytes], int, int]:
@@ -261,9 +276,13 @@ def _load(connection: sa.Connection, edge: str) -> _State:
     row = connection.execute(sa.select(READERS).where(READERS.c.edge == edge)).first()
     if row is None:
         return _State()
+    files = connection.execute(sa.select(FILES).where(FILES.c.edge == edge))
     return _State(
         passes=row.passes,
-        files={name: FilePosition(**values) for name, values in json.loads(row.files).items()},
+        files={
+            file.name: FilePosition(position=file.position, records=file.records, broken=file.broken)
+            for file in files
+        },
         activities=activities_of(row.activities),
     )
 
@@ -273,7 +292,7 @@ def activities_of(text: str) -> dict[str, Activity]:
     return {rollout: Activity.from_plain(values) for rollout, values in json.loads(text).items()}
 
 
-def _save(connection: sa.Connection, edge: str, state: _State) -> None:
+def _save(connection: sa.Connection, edge: str, state: _State, gone: Collection[str]) -> None:
     """Store an edge's state.
 
     Raises:
@@ -287,7 +306,6 @@ def _save(connection: sa.Connection, edge: str, state: _State) -> None:
     }
     values: dict[str, Any] = {
         "passes": state.passes + 1,
-        "files": json.dumps({name: asdict(position) for name, position in state.files.items()}),
         "activities": json.dumps(activities),
         "read_ms": now_ms,
     }
@@ -298,6 +316,13 @@ def _save(connection: sa.Connection, edge: str, state: _State) -> None:
         statement = upsert(READERS, connection).values(edge=edge, **values).on_conflict_do_nothing()
     if connection.execute(statement.returning(READERS.c.edge)).first() is None:
         raise OtherReader(f"Another process reads the access files of edge {edge}.")
+    for name in sorted(state.changed):
+        position = asdict(state.files[name])
+        insert = upsert(FILES, connection).values(edge=edge, name=name, **position)
+        keys = [FILES.c.edge, FILES.c.name]
+        connection.execute(insert.on_conflict_do_update(index_elements=keys, set_=position))
+    if gone:
+        connection.execute(FILES.delete().where(FILES.c.edge == edge, FILES.c.name.in_(sorted(gone))))
 
 
 class Collector:

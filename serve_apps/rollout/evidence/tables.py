@@ -31,11 +31,20 @@ READERS = sa.Table(
     sa.Column(
         "passes", sa.BigInteger, nullable=False
     ),  # compared when it is written, so there is one reader at a time
-    sa.Column("files", sa.Text, nullable=False),
     sa.Column("activities", sa.Text, nullable=False),
     sa.Column("read_ms", sa.BigInteger, nullable=False),
 )
-"""Each edge's position in its files, and what it saw of each rollout."""
+"""What each edge saw of each rollout."""
+FILES = sa.Table(
+    "evidence_files",
+    METADATA,
+    sa.Column("edge", sa.String(32), primary_key=True),
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("position", sa.BigInteger, nullable=False),
+    sa.Column("records", sa.BigInteger, nullable=False),
+    sa.Column("broken", sa.BigInteger, nullable=False),
+)
+"""Each edge's positions in its files."""
 COUNTED = sa.Table(
     "evidence_rollouts",
     METADATA,

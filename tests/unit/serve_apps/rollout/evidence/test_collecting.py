@@ -273,7 +273,7 @@ def test_two_readers_of_one_edge_count_once(
         state = _loaded(node)
         node.reader.collect()
         with pytest.raises(OtherReader), node.engine.connect() as connection:
-            collecting._save(connection, node.edge, state)
+            collecting._save(connection, node.edge, state, ())
         assert store.requests(ROLLOUT_ID) == {"treatment": number}
 
 
@@ -316,6 +316,22 @@ def test_a_pass_reads_a_bounded_number_of_bytes(store: EvidenceStore, node: Node
     numbers = [node.reader.collect(max_bytes=20 * size + 7).records for _ in range(8)]
     assert (numbers[0], sum(numbers), numbers[-1]) == (20, 100, 0)
     assert evidence(store).watched_units == 100
+
+
+def test_the_newest_records_do_not_wait_for_a_backlog(store: EvidenceStore, node: Node) -> None:
+    """Such as after an outage of the database. The breaker still sees the last requests, and the champion's since."""
+    backlog = [line(status=500, unit_hash=f"{unit:016}", ended_ms=START_MS + unit) for unit in range(50)]
+    node.write(*backlog, line(arm="control", ended_ms=START_MS), name="20270115T080000-a.jsonl")
+    newest = [line(unit_hash=f"N{unit:015}", ended_ms=START_MS + 9_000) for unit in range(20)]
+    node.write(*newest, name="20270116T080000-b.jsonl")
+    size = sum(map(len, newest))
+    assert node.reader.collect(max_bytes=size).records == 20
+    before = evidence(store).last
+    while node.reader.collect(max_bytes=size).records:
+        pass
+    assert failures(store) == (50, 0)
+    assert evidence(store).last == before
+    assert (before.requests, before.failures, before.champion_requests) == (20, 0, 0)
 
 
 def test_known_units_are_bounded(store: EvidenceStore, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
