@@ -151,8 +151,6 @@ class Reader:
         self._rotation = rotation
         self._known = _Known()
         self._state: _State | None = None
-        self._read_to_end: set[str] = set()
-        """Names of complete files that were read to their end."""
 
     def collect(self, *, max_bytes: int = MAX_BYTES) -> Collected:
         """Read new records, and store counts and position in one transaction.
@@ -166,7 +164,6 @@ class Reader:
         paths = {path.name: path for path in list_files(self._folder)}
         removed = self._remove_old(state.files, paths)
         paths = {name: path for name, path in paths.items() if name not in removed}
-        self._read_to_end &= paths.keys()
         gone = state.files.keys() - paths.keys()
         requests, read = self._read(state, paths, max_bytes)
         if state.changed or gone:
@@ -185,11 +182,9 @@ class Reader:
         """Read the newest file first, so that no backlog delays the newest records, and move the positions."""
         requests: list[Request] = []
         records = broken = behind = num_files = 0
-        for name in sorted(paths.keys() - self._read_to_end, reverse=True):
+        for name in sorted(paths, reverse=True):
             path, position = paths[name], state.files.get(name, FilePosition())
             if (size := path.stat().st_size) <= position.position:
-                if is_complete(path):
-                    self._read_to_end.add(name)
                 continue
             lines, num_bytes, num_broken = _read_lines(path, position.position, max_bytes)
             max_bytes -= num_bytes

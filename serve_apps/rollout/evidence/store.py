@@ -183,11 +183,11 @@ def _count_events(
         (event, arm): number
         for event, arm, number in connection.execute(by_arm.group_by(EVENTS.c.event, EVENTS.c.arm))
     }
+    # A subquery and no join, so that also a planner without statistics of a new table takes the primary key.
     is_watched = (
-        (UNITS.c.rollout == EVENTS.c.rollout)
-        & (UNITS.c.unit == EVENTS.c.unit)
-        & (UNITS.c.below == below)
-        & (UNITS.c.first_ms <= _ms(watched_until))
+        sa.select((UNITS.c.below == below) & (UNITS.c.first_ms <= _ms(watched_until)))
+        .where(UNITS.c.rollout == EVENTS.c.rollout, UNITS.c.unit == EVENTS.c.unit)
+        .scalar_subquery()
     )
     of_treatment = sa.select(EVENTS.c.event, sa.func.count()).where(of_step, EVENTS.c.arm == Arm.treatment)
     by_event = of_treatment.where(is_watched).group_by(EVENTS.c.event)
