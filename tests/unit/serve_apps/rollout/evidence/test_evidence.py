@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +34,13 @@ class Behaving(Echo):
         threading.Event().wait(float(self.headers.get("x-wait", 0)))
         super().send_response(int(self.headers.get("x-status", code)), message)
         self.send_header("content-type", "application/json")  # otherwise the edge replaces an error
+
+
+def test_the_edge_imports_no_numpy() -> None:
+    """Its reader needs neither the statistics nor Arrow, which take seconds and much memory."""
+    program = "import sys, serve_apps.edge.__main__; print({'numpy', 'scipy', 'pyarrow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def units(arm: Arm, number: int) -> list[str]:
