@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from cluster.records.schema import SHADOW
 from cluster.settings import PlatformConfig
 from serve_apps.rollout.assignment import CHAMPION_VARIANT, require_percent, require_variant
+from serve_apps.rollout.history import ROLLBACK_WINDOW_H
 from serve_apps.rollout.policy_spec import RolloutSpec
 
 
@@ -53,7 +54,7 @@ class RolloutConfig(PlatformConfig):
     """Number of outcomes that each arm needs for a verdict of the guardrail."""
     max_drop: float = 0.05
     """How far the treatment's metric may be below the control's metric."""
-    rollback_window_h: float = 24.0
+    rollback_window_h: float = ROLLBACK_WINDOW_H
     """Hours after a promotion in which `rollback` takes it back."""
     output: str | None = None
     """File to write the result to, as JSON."""

@@ -5,6 +5,7 @@ A projection stores it, so a command or the controller applies only new events. 
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -31,6 +32,8 @@ from cluster.ledger.events import (
 from cluster.ledger.projection import Projection
 from cluster.registry import CHAMPION
 
+ROLLBACK_WINDOW_H = 24.0
+"""Hours after a promotion in which a rollback takes it back, by default."""
 INCONCLUSIVE = "inconclusive"
 """`Verdict.inconclusive`. The verdicts need SciPy, which is slow to import."""
 _POLICY_EVENTS = (PolicyStarted, PolicyDecided, PolicyPaused, PolicyResumed, PolicyEnded)
@@ -98,6 +101,14 @@ class History:
     run: PolicyRun | None = None
     promotion: Promotion | None = None
     """None also after it was rolled back."""
+
+    def warm_predecessor(self, now: dt.datetime) -> int | None:
+        """Return the version that a rollback of the last promotion would need now, or None."""
+        promotion = self.promotion
+        if promotion is None or promotion.version != self.champion:
+            return None
+        age = now - dt.datetime.fromisoformat(promotion.at)
+        return promotion.predecessor if age <= dt.timedelta(hours=ROLLBACK_WINDOW_H) else None
 
 
 METADATA = sa.MetaData()

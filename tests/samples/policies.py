@@ -59,6 +59,7 @@ class EvidenceDouble:
     counts: Evidence = HEALTHY
     before: Callable[[], None] = lambda: None
     asked: list[dict[str, object]] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
 
     def evidence(
         self,
@@ -74,6 +75,10 @@ class EvidenceDouble:
         self.before()
         self.asked.append({"rollout": rollout_id, "step": step, "since": step_started_at, "now": now})
         return replace(self.counts, step=step, window=step)
+
+    def forget(self, rollout_id: str) -> None:
+        """Remember that the rollout was forgotten."""
+        self.forgotten.append(rollout_id)
 
 
 def permitted(starter: dict[str, object], model: str, version: int) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from cluster.errors import FalajError, RefusedError, first_line
 from cluster.ledger import Ledger
+from cluster.ledger.events import PolicyEnded
 from cluster.ledger.store import utc_now
 from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Plan
@@ -42,6 +43,9 @@ class EvidenceSource(Protocol):
     ) -> Evidence:
         """Return the counts of a rollout at one moment."""
 
+    def forget(self, rollout_id: str) -> None:
+        """Remove the counts of a rollout that has ended. Idempotent."""
+
 
 class Controller:
     """The controller of one cluster's rollouts.
@@ -66,6 +70,7 @@ class Controller:
         self._refusal = refusal
         self._clock = clock
         self._plans: dict[str, Plan] = {}
+        self._forgotten_until = 0
 
     def check_once(self) -> int:
         """Look at every rollout with a policy once. A failure of one does not stop the others.
@@ -92,9 +97,16 @@ class Controller:
                     model,
                     first_line(error),
                 )
-        ids = {history.run.rollout for history in running.values() if history.run is not None}
-        self._plans = {rollout: plan for rollout, plan in self._plans.items() if rollout in ids}
+        self._forget_ended()
         return failed
+
+    def _forget_ended(self) -> None:
+        """Forget rollouts that have ended, by a verdict or by a command, also while no controller ran."""
+        for entry in self._ledger.entries(PolicyEnded, after=self._forgotten_until):
+            rollout = str(entry.payload["rollout"])
+            self._source.forget(rollout)
+            self._plans.pop(rollout, None)
+            self._forgotten_until = entry.seq
 
     def _check(self, model: str, history: History, run: PolicyRun, *, since: int) -> None:
         plan = self._plan(run)
@@ -114,7 +126,7 @@ class Controller:
             evidence=evidence,
             decision=judge(plan, evidence),
         )
-        events = events_after(look, refusal=self._refusal(run.starter, model, run.version))
+        events = events_after(look, refusal=lambda: self._refusal(run.starter, model, run.version))
         if not events:
             return
         if transitions.append(self._ledger, model, events, actor=ACTOR, since=since) is None:

@@ -6,7 +6,7 @@ last one. The counts are those of that moment. The change that follows from it i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from cluster.ledger.events import LedgerEvent, PolicyDecided, RolloutWeightChanged
@@ -62,7 +62,7 @@ def is_new(last: LastDecision | None, decision: Decision, *, step: int, not_done
     return before != now
 
 
-def events_after(look: Look, *, refusal: str) -> list[LedgerEvent]:
+def events_after(look: Look, *, refusal: Callable[[], str]) -> list[LedgerEvent]:
     """Return the events to append after a look; none if nothing is new.
 
     A rollback is never held up. All else waits while the rollout is paused, after an inconclusive verdict, or while the
@@ -70,7 +70,7 @@ def events_after(look: Look, *, refusal: str) -> list[LedgerEvent]:
 
     Args:
         look: The look.
-        refusal: Why the starter may not roll out the version; "" if the starter may.
+        refusal: Returns why the starter may not roll out the version, or "" if the starter may.
     """
     decision, run = look.decision, look.run
     changes = _changes(look)
@@ -81,7 +81,7 @@ def events_after(look: Look, *, refusal: str) -> list[LedgerEvent]:
         elif run.is_paused:
             not_done = PAUSED
         else:
-            not_done = refusal
+            not_done = refusal()
     if not_done:
         changes = []
     if not changes and not is_new(run.last, decision, step=look.evidence.step, not_done=not_done):

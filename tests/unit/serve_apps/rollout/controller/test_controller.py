@@ -52,6 +52,7 @@ def test_healthy_version_takes_all_steps_and_is_promoted(url: str) -> None:
         *("PolicyDecided", "AliasMoved", "RolloutPromoted", "PolicyEnded"),
     ]
     assert [one["step"] for one in double.asked] == [0, 1, 2]
+    assert double.forgotten == ["r"]
     state = read_states(ledger)["m"]
     assert (state.champion_version, state.rollout) == (2, None)
     ended, decided = last(ledger, PolicyEnded), last(ledger, PolicyDecided)
