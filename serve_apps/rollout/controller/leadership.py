@@ -20,7 +20,8 @@ from cluster.ledger.database import is_shared
 from cluster.node.locks import hold_lock
 
 LEASE_S = 5
-_KEY = 0x0FA1A8
+_KEY = 0x0FA1A9
+"""No other lock of the database has this key: those of `cluster.ledger.database` and `cluster.records` are others."""
 _TAKEN = "Another controller of rollouts (pid {pid}) runs for {folder}."
 
 

@@ -13,7 +13,9 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from cluster.ledger import Ledger
+from cluster.ledger import Ledger, database
+from cluster.records import progress
+from serve_apps.rollout.controller import leadership
 from serve_apps.rollout.controller.leadership import Leadership
 from tests.servers.postgresql import end_connections
 
@@ -88,3 +90,8 @@ def test_lost_connection_is_a_lost_lock(server: str, tmp_path: Path) -> None:
         leading.is_held()
     assert leading.is_held()
     leading.release()
+
+
+def test_lock_is_no_other_lock_of_the_database() -> None:
+    """The controller holds it all the time, so whoever else wanted it would wait for ever."""
+    assert leadership._KEY not in {database._LOCK_KEY, progress._REPORT_LOCK}
