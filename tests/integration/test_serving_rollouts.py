@@ -14,6 +14,7 @@ import polars as pl
 from cluster.ledger.events import ArtifactRefused
 from cluster.records.reading import read_predictions, read_shadow_predictions
 from cluster.security.keys.access import key_store
+from serve_apps.rollout.evidence.store import EvidenceStore
 from tests.projects import loan
 from tests.projects.loan import Shop
 from tests.servers.polling import wait_until
@@ -22,7 +23,7 @@ from tests.servers.polling import wait_until
 def test_a_rollout_starts_sticks_and_rolls_back_without_a_lost_request(shop: Shop) -> None:
     """Units keep their variant, and a rollback under constant load loses no request.
 
-    The rollback reaches the edge in less than one second.
+    The rollback reaches the edge in less than one second. The edge has counted the rollout's requests by arm.
     """
     project = shop.project
     project.run("jobs.train", *loan.TRAIN, "label_permutation=true", check=True)
@@ -48,9 +49,13 @@ def test_a_rollout_starts_sticks_and_rolls_back_without_a_lost_request(shop: Sho
     result = project.run("serve_apps.rollout", "action=rollback", "name=loan", check=True)
     stop.set()
     thread.join()
-    assert json.loads(result.stdout[result.stdout.index("{") :])["rollback_ms"] < 1000
+    rolled_back = json.loads(result.stdout[result.stdout.index("{") :])
+    assert rolled_back["rollback_ms"] < 1000
     assert set(statuses) == {200}
     assert {shop.predict(customer)[1]["variant"] for customer in range(40)} == {"champion"}
+    evidence = EvidenceStore(project.ledger().engine)
+    wait_until(lambda: sum(evidence.requests(rolled_back["rollout"]).values()) >= 80)
+    assert evidence.requests(rolled_back["rollout"]).keys() == {"treatment", "control"}
 
 
 def test_a_shadow_sees_every_request_and_no_client_sees_it(shop: Shop) -> None:

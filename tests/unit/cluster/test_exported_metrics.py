@@ -22,6 +22,7 @@ from cluster.supervisor.metrics import SupervisorMetrics
 from jobs.schedule.metrics import SchedulerMetrics
 from jobs.submission.metrics import JobMetrics
 from serve_apps.edge.control.metrics import EdgeMetrics
+from serve_apps.rollout.evidence.collecting import Collected
 from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
 
@@ -44,7 +45,9 @@ def supervisor(registry: CollectorRegistry) -> None:
 
 
 def edge(registry: CollectorRegistry) -> None:
-    EdgeMetrics(registry).loads.labels("ok").inc()
+    metrics = EdgeMetrics(registry)
+    metrics.loads.labels("ok").inc()
+    metrics.count(Collected(records=2, broken=1, behind_bytes=10))
 
 
 def nodes(registry: CollectorRegistry) -> None:
