@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from dataclasses import asdict
 from typing import Any
@@ -13,10 +12,8 @@ from cluster.errors import ModelNotFound, RolloutError, did_you_mean
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import (
     GuardrailBreached,
-    LedgerEvent,
     PolicyPaused,
     PolicyResumed,
-    RolloutStarted,
     RolloutWeightChanged,
     ShadowStarted,
     ShadowStopped,
@@ -41,11 +38,13 @@ from serve_apps.rollout.checks import (
 from serve_apps.rollout.config import OWN_OPTIONS, USED, RolloutAction, RolloutConfig
 from serve_apps.rollout.history import read_history
 from serve_apps.rollout.policies import (
-    policy_started,
+    count_units,
+    evidence_store,
     policy_status,
     print_plan,
     require_policy_run,
     rollback_change,
+    started_events,
 )
 from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
 
@@ -73,7 +72,9 @@ def main(config: RolloutConfig) -> dict[str, Any]:
         case RolloutAction.weight:
             result = change_weight(config, ledger, actor)
         case RolloutAction.show:
-            result = asdict(state) | policy_status(read_history(ledger, config.name))
+            result = asdict(state) | policy_status(
+                read_history(ledger, config.name), lambda: evidence_store(ledger)
+            )
         case RolloutAction.promote:
             result = promote(config, ledger, actor, running_rollout(config, state))
         case RolloutAction.rollback:
@@ -119,6 +120,8 @@ def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState
         require_same(config, state.rollout, read_history(ledger, config.name))
         return asdict(state.rollout)
     require_no_rollout(config, state)
+    if config.rollout is not None:
+        refuse_unused({"weight"}, by="rollout=…")
     the_plan = None if config.rollout is None else config.rollout.plan()
     version = require_permission(config, ledger, actor, Action.rollout, config.version)
     require_no_champion(config, state, version.version)
@@ -128,18 +131,15 @@ def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState
     require_no_rollout(config, state)
     require_no_champion(config, state, version.version)
     assert state.champion_version is not None
-    event = RolloutStarted(
-        model=config.name,
-        rollout=secrets.token_hex(4),
-        salt=secrets.token_hex(8),
-        treatment_version=version.version,
-        treatment_variant=config.variant,
-        champion_version=state.champion_version,
-        weight=config.weight if the_plan is None else the_plan.policy.steps[0].weight,
+    event, events = started_events(
+        config,
+        the_plan,
+        version=version.version,
+        champion=state.champion_version,
+        principal=actor.principal,
     )
-    events: list[LedgerEvent] = [event]
-    if the_plan is not None:
-        events.append(policy_started(config, the_plan, event, actor))
+    if config.rollout is not None:
+        count_units(evidence_store(ledger), event.rollout, slow_ms=config.rollout.slow_ms)
     entries = transitions.append(ledger, config.name, events, actor=actor.name, since=since)
     wait_until_applied(config, ledger, transitions.require_appended(entries, config.name))
     return event.payload() | weight_remark(event.weight)

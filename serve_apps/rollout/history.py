@@ -61,6 +61,7 @@ class PolicyRun:
     policy: str
     plan: dict[str, Any]
     slow_ms: float | None
+    scoring: dict[str, Any]
     starter: dict[str, Any]
     """The principal that started it."""
     started_at: str
@@ -116,6 +117,7 @@ HISTORIES = sa.Table(
     "rollout_histories_1",
     METADATA,
     sa.Column("model", sa.String(128), primary_key=True),
+    sa.Column("follows_policy", sa.Boolean, nullable=False, index=True),
     sa.Column("history", sa.Text, nullable=False),
 )
 """A release that computes the histories differently must change the number in the table's name."""
@@ -154,6 +156,7 @@ def apply(history: History, event: LedgerEvent, *, time: str) -> History:
                     policy=event.policy,
                     plan=event.plan,
                     slow_ms=event.slow_ms,
+                    scoring=event.scoring,
                     starter=event.starter,
                     started_at=history.started["at"],
                     weight=history.started["weight"],
@@ -181,17 +184,26 @@ def read_histories(ledger: Ledger) -> dict[str, History]:
     Raises:
         ReleaseTooOld: a newer release wrote an event that changes what is served.
     """
+    return _read(ledger, sa.true())
+
+
+def read_running(ledger: Ledger) -> dict[str, History]:
+    """Return the histories of the models whose running rollout follows a policy. Raises as `read_histories` does."""
+    return _read(ledger, HISTORIES.c.follows_policy)
+
+
+def read_history(ledger: Ledger, model: str) -> History:
+    """Return the history of one model. Raises as `read_histories` does."""
+    return _read(ledger, HISTORIES.c.model == model).get(model, History())
+
+
+def _read(ledger: Ledger, where: sa.ColumnElement[bool]) -> dict[str, History]:
     projection = Projection(
         ledger, name=HISTORIES.name, metadata=METADATA, wanted=is_relevant, apply=_apply_stored
     )
     with projection.reading() as connection:
-        rows = connection.execute(sa.select(HISTORIES).order_by(HISTORIES.c.model))
+        rows = connection.execute(sa.select(HISTORIES).where(where).order_by(HISTORIES.c.model))
         return {row.model: _from_json(row.history) for row in rows}
-
-
-def read_history(ledger: Ledger, model: str) -> History:
-    """Return the history of one model."""
-    return read_histories(ledger).get(model, History())
 
 
 def _runs(history: History, rollout: str) -> bool:
@@ -233,11 +245,11 @@ def _apply_stored(connection: sa.Connection, entry: Entry) -> None:
     after = apply(before, event, time=entry.time)
     if after == before:
         return
-    text = json.dumps(asdict(after))
+    values = {"follows_policy": after.run is not None, "history": json.dumps(asdict(after))}
     if stored:
-        connection.execute(HISTORIES.update().where(HISTORIES.c.model == model).values(history=text))
+        connection.execute(HISTORIES.update().where(HISTORIES.c.model == model).values(values))
     else:
-        connection.execute(HISTORIES.insert().values(model=model, history=text))
+        connection.execute(HISTORIES.insert().values(model=model, **values))
 
 
 def _from_json(text: str) -> History:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
 from cluster.errors import ConfigError, RolloutError
+from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent, PolicyStarted, RolloutStarted
 from cluster.ledger.store import utc_now
-from cluster.security.acting import Actor
-from cluster.security.tokens.principal import principal_as_json
+from cluster.security.tokens.principal import Principal, principal_as_json
 from serve_apps.rollout import transitions
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.history import History, PolicyRun
-from serve_apps.rollout.json_form import as_json
+from serve_apps.rollout.json_form import as_json, from_json
 from serve_apps.rollout.serving_state import ModelState
 
 if TYPE_CHECKING:
     from cluster.statistics.planning import Plan
+    from serve_apps.rollout.evidence.store import EvidenceStore
 
 
 def print_plan(config: RolloutConfig) -> dict[str, Any]:
@@ -52,21 +54,41 @@ def policy_name(config: RolloutConfig) -> str:
     return str(choices.get("rollout") or "unnamed")
 
 
-def policy_started(
-    config: RolloutConfig, the_plan: Plan, started: RolloutStarted, actor: Actor
-) -> PolicyStarted:
-    """Return the event that lets the controller lead a rollout."""
-    assert config.rollout is not None
-    return PolicyStarted(
+def started_events(
+    config: RolloutConfig, the_plan: Plan | None, *, version: int, champion: int, principal: Principal
+) -> tuple[RolloutStarted, list[LedgerEvent]]:
+    """Return the event that starts a rollout with a new id and salt, and all events of the start.
+
+    Args:
+        config: Model, variant, weight and policy.
+        the_plan: Plan of the policy, or None without one. Then nothing decides by itself.
+        version: The version to try.
+        champion: The champion.
+        principal: The starter.
+    """
+    started = RolloutStarted(
+        model=config.name,
+        rollout=secrets.token_hex(4),
+        salt=secrets.token_hex(8),
+        treatment_version=version,
+        treatment_variant=config.variant,
+        champion_version=champion,
+        weight=config.weight if the_plan is None else the_plan.policy.steps[0].weight,
+    )
+    if the_plan is None or config.rollout is None:
+        return started, [started]
+    policy = PolicyStarted(
         model=config.name,
         rollout=started.rollout,
-        version=started.treatment_version,
+        version=version,
         policy=policy_name(config),
         plan=as_json(the_plan),
         traffic=as_json(config.rollout.expected_traffic()),
         slow_ms=config.rollout.slow_ms,
-        starter=principal_as_json(actor.principal),
+        scoring=config.rollout.scoring(),
+        starter=principal_as_json(principal),
     )
+    return started, [started, policy]
 
 
 def require_policy_run(config: RolloutConfig, history: History) -> PolicyRun:
@@ -82,8 +104,35 @@ def require_policy_run(config: RolloutConfig, history: History) -> PolicyRun:
     return history.run
 
 
-def policy_status(history: History) -> dict[str, Any]:
-    """Return the policy's part of `action=show`: step, last decision, and what is missing for the next step."""
+def evidence_store(ledger: Ledger) -> EvidenceStore:
+    """Return the counts of the rollouts of a ledger."""
+    from serve_apps.rollout.evidence.store import EvidenceStore  # NumPy is slow to import
+
+    return EvidenceStore(ledger.engine)
+
+
+def count_units(store: EvidenceStore, rollout: str, *, slow_ms: float | None) -> None:
+    """Let the edges count the units of a rollout with a policy. Call it before the event of the start."""
+    from serve_apps.rollout.evidence.store import Counting
+
+    store.register(rollout, Counting(slow_ms=slow_ms))
+
+
+def verdict_now(store: EvidenceStore, run: PolicyRun) -> dict[str, Any]:
+    """Return the verdict that the counts give now, and what is missing for the next step."""
+    from cluster.statistics.planning import Plan
+    from serve_apps.rollout.looks import decision_now
+
+    decision = decision_now(store, run, from_json(Plan, run.plan), now=utc_now())[1]
+    return {
+        "verdict": decision.verdict.value,
+        "reasons": list(decision.reasons),
+        "missing": list(decision.missing),
+    }
+
+
+def policy_status(history: History, store: Callable[[], EvidenceStore]) -> dict[str, Any]:
+    """Return the policy's part of `action=show`: step, last decision, and what is missing for the next step now."""
     run, promotion = history.run, history.promotion
     status: dict[str, Any] = {"promotion": None if promotion is None else asdict(promotion), "policy": None}
     if run is None:
@@ -99,11 +148,8 @@ def policy_status(history: History) -> dict[str, Any]:
             "step_started_at": run.step_started_at,
             "paused": run.is_paused,
             "decisions": run.decisions,
-            "verdict": None if last is None else last.verdict,
-            "decided_at": None if last is None else last.at,
-            "reasons": [] if last is None else last.reasons,
-            "missing": [] if last is None else last.missing,
-            "not_done": "" if last is None else last.not_done,
+            "last_decision": None if last is None else asdict(last),
+            "now": verdict_now(store(), run),
         }
     }
 

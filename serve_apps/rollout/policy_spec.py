@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import suggest_name
 from cluster.statistics.policy import (
@@ -17,7 +17,6 @@ from cluster.statistics.policy import (
     Better,
     ErrorRates,
     EventGuardrail,
-    Form,
     Goal,
     GoalKind,
     Margin,
@@ -33,6 +32,10 @@ if TYPE_CHECKING:
     from cluster.statistics.planning import Plan, Traffic
 
 CANARY_WEIGHTS = (1.0, 5.0, 10.0, 25.0, 50.0)
+MAX_STEPS = 100
+"""A plan computes each step, which takes milliseconds."""
+QUALITIES = {"brier": Better.low, "accuracy": Better.high, "squared_error": Better.low}
+"""Which values of each quality are better. `cluster.statistics.quality` computes them, and needs NumPy."""
 EVENTS = tuple(event.value for event in UnitEvent)
 
 
@@ -62,8 +65,27 @@ class MetricSpec:
     """A number that each unit gives, once its outcome window is over."""
 
     name: str = ""
-    form: Form = Form.mean
-    better: Better = Better.high
+    quality: str | None = None
+    """How a prediction is scored against its outcome: `brier`, `accuracy` or `squared_error`. Null: as the name."""
+    squared_error_limit: float = 1.0
+    """Greatest squared error that is counted."""
+
+    @property
+    def scored_by(self) -> str:
+        return self.quality or self.name
+
+    def metric(self) -> Metric:
+        """Return the metric.
+
+        Raises:
+            ValueError: No such quality.
+        """
+        if self.scored_by not in QUALITIES:
+            raise ValueError(
+                f"rollout.metrics: no quality '{self.scored_by}'.{suggest_name(self.scored_by, QUALITIES)} Known: "
+                f"{', '.join(QUALITIES)}."
+            )
+        return Metric(name=self.name, better=QUALITIES[self.scored_by])
 
 
 @dataclass(kw_only=True, slots=True)
@@ -176,7 +198,10 @@ class RolloutSpec:
             raise ValueError("rollout.goals must not be empty with `mode: ab`: the goals decide.")
         if self.slow_ms is not None and not 0 < self.slow_ms < math.inf:
             raise ValueError(f"rollout.slow_ms must be a number above 0, or null, got {self.slow_ms:g}.")
-        for step in self.policy().steps:
+        steps = self.policy().steps
+        if len(steps) > MAX_STEPS:
+            raise ValueError(f"A rollout has at most {MAX_STEPS} steps, got {len(steps)}.")
+        for step in steps:
             require_percent(step.weight, name="rollout.steps.weight")
         traffic = self.traffic
         if not 0 < traffic.units_per_hour < math.inf:
@@ -187,6 +212,12 @@ class RolloutSpec:
             raise ValueError(
                 f"rollout.traffic.outcome_delay_s must be at least 0, got {traffic.outcome_delay_s:g}."
             )
+        if self.metrics and traffic.outcome_delay_s == 0:
+            raise ValueError(
+                "rollout.traffic.outcome_delay_s must be above 0 with metrics: a unit enters a metric after this time."
+            )
+        if len({one.squared_error_limit for one in self.metrics}) > 1:
+            raise ValueError("rollout.metrics must have the same squared_error_limit.")
         for event, share in traffic.events.items():
             if event not in EVENTS:
                 raise ValueError(f"rollout.traffic.events: no event '{event}'.{suggest_name(event, EVENTS)}")
@@ -203,7 +234,7 @@ class RolloutSpec:
         """
         return Policy(
             steps=self._steps(),
-            metrics=tuple(Metric(name=one.name, form=one.form, better=one.better) for one in self.metrics),
+            metrics=tuple(one.metric() for one in self.metrics),
             goals=tuple(
                 Goal(
                     metric=one.metric,
@@ -255,6 +286,16 @@ class RolloutSpec:
             },
             outcome_delay_s=self.traffic.outcome_delay_s,
         )
+
+    def scoring(self) -> dict[str, Any]:
+        """Return how outcomes are scored, as the event of the start has it; {} without metrics."""
+        if not self.metrics:
+            return {}
+        return {
+            "outcome_window_s": self.traffic.outcome_delay_s,
+            "qualities": {one.name: one.scored_by for one in self.metrics},
+            "squared_error_limit": self.metrics[0].squared_error_limit,
+        }
 
     def plan(self) -> Plan:
         """Return the plan.

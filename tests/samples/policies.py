@@ -29,6 +29,7 @@ WITH_POLICY = PolicyStarted(
     plan=as_json(SPEC.plan()),
     traffic=as_json(SPEC.expected_traffic()),
     slow_ms=None,
+    scoring={},
     starter=STARTER,
 )
 EVENTS: tuple[LedgerEvent, ...] = (*DEPLOYED, STARTED, WITH_POLICY)

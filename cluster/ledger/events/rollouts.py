@@ -26,6 +26,8 @@ class PolicyStarted(LedgerEvent):
     """The `Traffic` that the plan assumes."""
     slow_ms: float | None
     """An answer that takes longer counts as slow. None: only a client that gave up counts."""
+    scoring: dict[str, Json]
+    """How outcomes are scored: `outcome_window_s`, `qualities` by metric, `squared_error_limit`; {} without metrics."""
     starter: dict[str, Json]
     """The principal that started the rollout. The controller promotes only what this principal may promote."""
 

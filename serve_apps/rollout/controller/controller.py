@@ -10,41 +10,21 @@ from __future__ import annotations
 import datetime as dt
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from cluster.errors import FalajError, RefusedError, first_line
 from cluster.ledger import Ledger
 from cluster.ledger.events import PolicyEnded
 from cluster.ledger.store import utc_now
-from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Plan
-from cluster.statistics.verdict import judge
 from serve_apps.rollout import transitions
-from serve_apps.rollout.controller.decisions import Look, events_after, step_of
-from serve_apps.rollout.history import History, PolicyRun, read_histories
+from serve_apps.rollout.controller.decisions import Look, events_after
+from serve_apps.rollout.history import History, PolicyRun, read_running
 from serve_apps.rollout.json_form import from_json
+from serve_apps.rollout.looks import EvidenceSource, decision_now
 
 ACTOR = "system:rollouts"
 LOG = logging.getLogger("falaj.rollouts")
-
-
-class EvidenceSource(Protocol):
-    """Where the counts come from."""
-
-    def evidence(
-        self,
-        rollout_id: str,
-        plan: Plan,
-        *,
-        step: int,
-        step_started_at: dt.datetime,
-        started_at: dt.datetime,
-        now: dt.datetime,
-    ) -> Evidence:
-        """Return the counts of a rollout at one moment."""
-
-    def forget(self, rollout_id: str) -> None:
-        """Remove the counts of a rollout that has ended. Idempotent."""
 
 
 class Controller:
@@ -83,10 +63,10 @@ class Controller:
             ReleaseTooOld: A newer release wrote an event that changes what is served.
         """
         since = self._ledger.head()
-        running = {model: one for model, one in read_histories(self._ledger).items() if one.run is not None}
         failed = 0
-        for model, history in running.items():
-            assert history.run is not None
+        for model, history in read_running(self._ledger).items():
+            if history.run is None:
+                continue
             try:
                 self._check(model, history, history.run, since=since)
             except (ValueError, TypeError, KeyError, FalajError, RefusedError) as error:
@@ -110,21 +90,14 @@ class Controller:
 
     def _check(self, model: str, history: History, run: PolicyRun, *, since: int) -> None:
         plan = self._plan(run)
-        evidence = self._source.evidence(
-            run.rollout,
-            plan,
-            step=step_of(plan, run.weight),
-            step_started_at=dt.datetime.fromisoformat(run.step_started_at),
-            started_at=dt.datetime.fromisoformat(run.started_at),
-            now=self._clock(),
-        )
+        evidence, decision = decision_now(self._source, run, plan, now=self._clock())
         look = Look(
             model=model,
             champion=history.champion,
             run=run,
             plan=plan,
             evidence=evidence,
-            decision=judge(plan, evidence),
+            decision=decision,
         )
         events = events_after(look, refusal=lambda: self._refusal(run.starter, model, run.version))
         if not events:

@@ -33,21 +33,6 @@ class Look:
     decision: Decision
 
 
-def step_of(plan: Plan, weight: float) -> int:
-    """Return the position of the step with this weight.
-
-    Raises:
-        ValueError: no step has it.
-    """
-    weights = [step.weight for step in plan.policy.steps]
-    try:
-        return weights.index(weight)
-    except ValueError:
-        raise ValueError(
-            f"weight {weight:g} is none of the policy's {', '.join(f'{one:g}' for one in weights)}"
-        ) from None
-
-
 def kinds(texts: Iterable[str]) -> tuple[str, ...]:
     """Return the kinds of reasons, without their figures. The figures change every second."""
     return tuple(text.partition(":")[0] for text in texts)

@@ -20,7 +20,7 @@ from serve_apps.rollout.checks import require_same
 from serve_apps.rollout.config import RolloutAction, RolloutConfig
 from serve_apps.rollout.history import History, apply, read_history
 from serve_apps.rollout.json_form import as_json, from_json
-from serve_apps.rollout.policies import policy_status, rollback_change
+from serve_apps.rollout.policies import count_units, evidence_store, policy_status, rollback_change
 from serve_apps.rollout.policy_spec import EventGuardrailSpec, Mode, RolloutSpec, StepSpec, TrafficSpec
 from serve_apps.rollout.serving_state import read_states
 from tests.processes.commands import run_main
@@ -80,6 +80,12 @@ def test_steps_have_the_policys_bake_time_unless_they_have_their_own() -> None:
         (("rollout=canary", "rollout.traffic.events.failure=1"), "must be 0 or more and below 1"),
         (("rollout=canary", "rollout.deadline_s=3600"), "its deadline is after 1.0 h"),
         (("rollout=canary", "rollout.event_guardrails=[]"), "event_guardrails must not be empty"),
+        (("rollout=canary", "+rollout.metrics=[{name: acuracy}]"), "Did you mean 'accuracy'?"),
+        (
+            ("rollout=canary", "+rollout.metrics=[{name: accuracy}]"),
+            "outcome_delay_s must be above 0 with metrics",
+        ),
+        (("rollout=canary", "rollout.mode=linear", "+rollout.increment=0.1"), "at most 100 steps, got 500"),
         (("rollout=canry",), "Did you mean 'canary'?"),
         ((), "Give the name of a policy"),
         (("rollout=canary", "weight=5"), "`weight` means nothing with `action=plan`"),
@@ -133,7 +139,7 @@ def test_rollback_finds_the_last_promotion(tmp_path: Path) -> None:
     for event in change.events:
         ledger.append(event, actor="ann")
     assert read_states(ledger)["m"].champion_version == 1
-    assert policy_status(read_history(ledger, "m"))["promotion"] is None
+    assert read_history(ledger, "m").promotion is None
     with pytest.raises(RolloutError, match="No rollout of 'm' runs"):
         rollback_change(CONFIG, read_states(ledger)["m"], read_history(ledger, "m"), "worse")
 
@@ -173,8 +179,12 @@ def test_rollback_of_another_rollout_ends_nothing(tmp_path: Path) -> None:
 def test_status_says_what_is_missing(tmp_path: Path) -> None:
     """Before the first decision there is no verdict."""
     ledger = ledger_with(tmp_path, *EVENTS)
-    policy = policy_status(read_history(ledger, "m"))["policy"]
-    assert (policy["name"], policy["starter"], policy["step"], policy["verdict"]) == (
+    store = evidence_store(ledger)
+    count_units(store, "r", slow_ms=None)
+    policy = policy_status(read_history(ledger, "m"), lambda: store)["policy"]
+    assert policy["now"]["verdict"] == "continue"
+    assert "units: 0 of 277" in policy["now"]["missing"]
+    assert (policy["name"], policy["starter"], policy["step"], policy["last_decision"]) == (
         "short",
         "ann",
         "1 of 3",
