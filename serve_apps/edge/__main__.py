@@ -136,6 +136,7 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         authority_folder=places.tls,
         dashboard=urlsplit(record.dashboard_url).netloc,
         jobs_socket=record.jobs_socket,
+        rollouts_socket=record.rollouts_socket,
         tokens=access_rules(config.identity.issuer),
         role_claim=config.identity.issuer.role_claim,
         tenant_claim=config.identity.issuer.tenant_claim,

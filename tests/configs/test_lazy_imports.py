@@ -44,6 +44,7 @@ USED = {
     "cluster.security.keys.__main__": {"sqlalchemy"},
     "serve_apps.edge.__main__": {"sqlalchemy"},
     "serve_apps.rollout.__main__": {"sqlalchemy"},
+    "serve_apps.rollout.controller.service": {"numpy", "scipy", "sqlalchemy"},
     "serve_apps.deploy": {"sqlalchemy"} | RAY_SERVE,
     "feature_jobs.apply": {"numpy", "pyarrow", "sqlalchemy"},
     "feature_jobs.census": {"numpy", "pyarrow", "sqlalchemy"},

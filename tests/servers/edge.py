@@ -122,6 +122,7 @@ def edge_settings(
         authority_folder=places.tls,
         dashboard=dashboard,
         jobs_socket=str(sockets / "jobs.sock"),
+        rollouts_socket=str(sockets / "rollouts.sock"),
         tokens=TokenRules(issuer=ISSUER, audience=AUDIENCE),
         map_file=str(root / "routes.map"),
         error_folder=str(root / "errors"),

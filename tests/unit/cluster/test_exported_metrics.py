@@ -22,6 +22,7 @@ from cluster.supervisor.metrics import SupervisorMetrics
 from jobs.schedule.metrics import SchedulerMetrics
 from jobs.submission.metrics import JobMetrics
 from serve_apps.edge.control.metrics import EdgeMetrics
+from serve_apps.rollout.controller.metrics import ControllerMetrics
 from serve_apps.rollout.evidence.collecting import Collected
 from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
@@ -82,6 +83,7 @@ PROCESSES: dict[str, Callable[[CollectorRegistry], None]] = {
     "uploader": uploader,
     "scheduler": scheduler,
     "jobs": jobs,
+    "rollouts": lambda registry: ControllerMetrics(registry).acts.set(1),
 }
 
 
