@@ -14,11 +14,11 @@ from cluster.registry import Registry
 from cluster.runtime import InputSpec, OutcomeParser, load_model
 from cluster.security.keys.access import key_store
 from cluster.storage import layout
+from jobs.monitor.calculation.figures import compute_figures
+from jobs.monitor.calculation.frames import build_frames
 from jobs.monitor.chunks import CHUNK, assign_chunks
 from jobs.monitor.config import MonitorConfig, Period
-from jobs.monitor.figures import compute_figures
-from jobs.monitor.frames import build_frames
-from jobs.monitor.logged import ServedLog
+from jobs.monitor.logged import ScoredLog
 from jobs.monitor.scored import match_by_id, read_scored
 from tests.projects.batch_scoring import MODEL, ScoringProject
 from tests.samples.signatures import of_each_task
@@ -47,7 +47,7 @@ def people(*, shift: float = 0.0) -> pa.Table:
     )
 
 
-def read(project: ScoringProject, output: str, **options: Any) -> ServedLog:
+def read(project: ScoringProject, output: str, **options: Any) -> ScoredLog:
     config = MonitorConfig(
         storage=project.storage,
         name=MODEL,
@@ -65,7 +65,7 @@ def test_figures_of_scored_rows_are_computed(project: ScoringProject) -> None:
     project.register(SIGNATURES.binary)
     project.write(people(shift=30))
     project.score(output=output, keep=["person_id", "truth"], keep_inputs=True, part_rows=1500)
-    [served] = read(project, output, outcome="truth").served
+    served = read(project, output, outcome="truth").served
     assert (served.name, served.rows.height, served.failed) == ("batch v1", ROWS, 0)
     version = Registry(project.ledger, layout(project.storage)).get(MODEL, 1)
     model = load_model(version, key_store(project.access))
@@ -87,7 +87,7 @@ def test_all_tasks_are_read_in_the_signatures_types(project: ScoringProject) -> 
         project.register(signature)
         project.write(people())
         project.score(output=f"scores{number}")
-        [served] = read(project, f"scores{number}").served
+        served = read(project, f"scores{number}").served
         build_frames(
             model=load_model(served.version, key_store(project.access)),
             reference=pl.DataFrame(pl.from_arrow(people())).with_columns(

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from jobs.monitor.frames import EPOCH, Frames
-from jobs.monitor.measures import Figure, Measure, Measures
+from jobs.monitor.calculation.frames import EPOCH, Frames
+from jobs.monitor.calculation.measures import Figure, Measure, Measures
 
 LOG = logging.getLogger("falaj.monitor")
 CHUNK_PERIOD = "D"
