@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from jobs.monitor.calculation.frames import EPOCH, Frames
+from jobs.monitor.calculation.frames import EPOCH, TIME, Frames
 from jobs.monitor.calculation.measures import Figure, Measure, Measures
 
 LOG = logging.getLogger("falaj.monitor")
@@ -68,6 +68,16 @@ def chunk_days(frames: Frames) -> Iterator[tuple[str, pd.Timestamp]]:
     """Yield each chunk with its artificial day, which is its value in the column `_time`."""
     for position, chunk in enumerate(frames.chunks):
         yield chunk, pd.Timestamp(EPOCH) + pd.Timedelta(days=position)
+
+
+def rows_of(rows: pd.DataFrame, day: pd.Timestamp) -> pd.DataFrame:
+    """Return the rows of one day, in their order, each with a time of its own.
+
+    NannyML sorts rows by time. Its sort would shuffle rows with equal times, and a sum in another order can differ in
+    the last bit.
+    """
+    of_day = rows[rows[TIME] == day]
+    return of_day.assign(**{TIME: of_day[TIME] + pd.to_timedelta(np.arange(len(of_day)), unit="us")})
 
 
 def measure_chunks(

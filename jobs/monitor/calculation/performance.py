@@ -25,6 +25,7 @@ from jobs.monitor.calculation.nannyml_api import (
     chunk_days,
     import_nannyml,
     measure_chunks,
+    rows_of,
     try_step,
 )
 
@@ -96,7 +97,7 @@ def estimate_performance(frames: Frames, fitted: StepResult | None = None) -> Fi
         return undefined_figure(frames.chunks, fitted.fault)
     estimator, metric = fitted.result, NANNYML_METRICS[frames.task]
     served = frames.served.drop(columns=TRUTH)
-    return measure_chunks(frames, metric, lambda day: estimator.estimate(served[served[TIME] == day]))
+    return measure_chunks(frames, metric, lambda day: estimator.estimate(rows_of(served, day)))
 
 
 def realised_performance(frames: Frames, fit: FittedCalculator | None = None, *, min_outcomes: int) -> Figure:
@@ -122,7 +123,7 @@ def realised_performance(frames: Frames, fit: FittedCalculator | None = None, *,
     figure = measure_chunks(
         frames,
         NANNYML_METRICS[frames.task],
-        lambda day: calculator.result.calculate(rows[rows[TIME] == day]),
+        lambda day: calculator.result.calculate(rows_of(rows, day)),
         skipped=reasons,
     )
     if not fault:

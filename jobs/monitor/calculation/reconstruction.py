@@ -15,6 +15,7 @@ from jobs.monitor.calculation.nannyml_api import (
     StepResult,
     import_nannyml,
     measure_chunks,
+    rows_of,
     try_step,
 )
 
@@ -47,6 +48,4 @@ def measure_reconstruction(frames: Frames, fitted: StepResult | None = None) -> 
     fitted = fitted or fit_reconstruction(frames)
     if fitted.fault:
         return undefined_figure(frames.chunks, fitted.fault)
-    return measure_chunks(
-        frames, ERROR, lambda day: fitted.result.calculate(frames.served[frames.served[TIME] == day])
-    )
+    return measure_chunks(frames, ERROR, lambda day: fitted.result.calculate(rows_of(frames.served, day)))
