@@ -153,14 +153,16 @@ class MonitorRun:
         """
         access = self.actor.access
         where = options(find_nodes(self.config.placement))
-        if (data := stored_fit(self._folder, name, self.ledger)) is not None:
-            return read_fit.options(**where).remote(data, name, access), hashlib.sha256(data).hexdigest()
+        if (stored := stored_fit(self._folder, name, self.ledger)) is not None:
+            return read_fit.options(**where).remote(stored, name, access), hashlib.sha256(stored).hexdigest()
         _, source = self.references.of(version)
         rows = reference_rows(source, version, self.config)
-        fit, sealed = fit_version.options(**where).remote(
+        # Ray's types do not know that a task with `num_returns=2` gives two references.
+        references: Any = fit_version.options(**where).remote(
             version, access, rows, self.config.label, typical_rows(sizes), name
         )
-        data = ray.get(sealed)
+        fit, sealed = references
+        data: bytes = ray.get(sealed)
         if not data:
             return fit, ""
         write_bytes(f"{self._folder}/{name.file}", data)
@@ -242,7 +244,7 @@ class _VersionRun:
 
 def _few_at_a_time(tasks: Iterator[Any]) -> Iterator[Any]:
     """Yield the results of tasks. At most twice as many as the cluster's CPUs wait, because each may hold records."""
-    limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
     running: list[Any] = []
     for task in tasks:
         running.append(task)

@@ -81,7 +81,7 @@ def _at(hours: Mapping[str, HourCount], hour: dt.datetime) -> HourCount:
 
 def _judge_volume(requests: int, before: list[int]) -> Measure:
     mean = float(np.mean(before))
-    deviation = float(np.sqrt(max(np.var(before, ddof=1), mean, 1.0)))
+    deviation = float(np.sqrt(max(float(np.var(before, ddof=1)), mean, 1.0)))
     lower, upper = mean - 3 * deviation, mean + 3 * deviation
     return Measure(
         value=float(requests),

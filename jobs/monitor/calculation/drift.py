@@ -6,25 +6,37 @@ NannyML's: three standard deviations from the mean of the reference's chunks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.runtime import Task
 from jobs.monitor.calculation.frames import SCORE, TIME, Frames
-from jobs.monitor.calculation.measures import Figure, undefined_figure
+from jobs.monitor.calculation.measures import Figure, Measure, Measures, undefined_figure, without_threshold
 from jobs.monitor.calculation.nannyml_api import (
     CHUNK_FAILED,
     CHUNK_PERIOD,
+    NO_VALUE,
     REFERENCE_FAILED,
     StepResult,
     chunk_days,
-    figure_from_result,
+    finite_or_none,
     import_nannyml,
+    num_defined,
+    threshold_fault,
     try_step,
 )
 
 DISTANCE = "jensen_shannon"
 """NannyML's name for the distance."""
+
+
+class FittedColumn(NamedTuple):
+    """NannyML's distance of one column, fitted to the reference."""
+
+    method: Any
+    num_defined: int
+    """Number of the reference's chunks with a value."""
 
 
 def fit_drift(frames: Frames) -> dict[str, StepResult]:
@@ -61,29 +73,47 @@ def _fit_column(frames: Frames, name: str) -> StepResult:
     )
     # Only these two columns, so that a null in another column drops no row.
     reference = frames.reference[[name, TIME]].dropna(subset=[name])
-    return try_step(lambda: _without_rows(calculator.fit(reference)), REFERENCE_FAILED)
+    return try_step(lambda: _fitted_column(calculator.fit(reference), name), REFERENCE_FAILED)
 
 
-def _without_rows(calculator: Any) -> Any:
-    """Remove the copies of the reference that NannyML keeps for plots."""
-    calculator.result.reference_data = None
-    calculator.result.analysis_data = None
-    return calculator
+def _fitted_column(calculator: Any, name: str) -> FittedColumn:
+    """Return what a chunk needs. The calculator has copies of the reference, and copies each chunk too."""
+    [method] = calculator._column_to_models_mapping[name]
+    return FittedColumn(method, num_defined(calculator.result, (name, DISTANCE)))
 
 
 def _drift_of_column(frames: Frames, name: str, fitted: StepResult) -> Figure:
     if fitted.fault:
         return undefined_figure(frames.chunks, fitted.fault)
-    has_values = frames.served[name].notna().groupby(frames.served[TIME]).any()
-    empty = {
-        chunk: "undefined: no values in this chunk"
-        for chunk, day in chunk_days(frames)
-        if not has_values.get(day, False)
-    }
-    if len(empty) == len(frames.chunks):
-        return Figure(reasons=empty)
-    served = frames.served[[name, TIME]].dropna(subset=[name])
-    calculated = try_step(lambda: fitted.result.calculate(served), CHUNK_FAILED)
-    if calculated.fault:
-        return undefined_figure(frames.chunks, calculated.fault)
-    return figure_from_result(calculated.result, (name, DISTANCE), frames.chunks, reasons=empty)
+    measures: Measures = {}
+    reasons: dict[str, str] = {}
+    for chunk, day in chunk_days(frames):
+        values = frames.served.loc[frames.served[TIME] == day, name].dropna()
+        if values.empty:
+            reasons[chunk] = "undefined: no values in this chunk"
+            continue
+        calculated = try_step(functools.partial(fitted.result.method.calculate, values), CHUNK_FAILED)
+        if calculated.fault:
+            reasons[chunk] = f"undefined: {calculated.fault}"
+            continue
+        measure = _measure(fitted.result.method, calculated.result)
+        if measure is None:
+            reasons[chunk] = NO_VALUE
+            continue
+        if reason := threshold_fault(fitted.result.num_defined):
+            reasons[chunk], measure = reason, without_threshold(measure.value)
+        measures[chunk] = measure
+    return Figure(measures=measures, reasons=reasons)
+
+
+def _measure(method: Any, value: Any) -> Measure | None:
+    if (distance := finite_or_none(value)) is None:
+        return None
+    return Measure(
+        value=distance,
+        lower=None,
+        upper=None,
+        lower_threshold=finite_or_none(method.lower_threshold_value),
+        upper_threshold=finite_or_none(method.upper_threshold_value),
+        alert=bool(method.alert(value)),
+    )
