@@ -13,9 +13,9 @@ from cluster.ledger.events import ModelMonitored
 from cluster.records.progress import ages_as_json
 from cluster.security.acting import create_actor
 from cluster.security.encryption.access import protected_files
-from cluster.session import attach
+from cluster.session import attach, require_running_cluster, use_cluster
 from cluster.storage import exists, layout, resolve, write_bytes, write_json
-from jobs.monitor.calculation.figures import Figures
+from jobs.monitor.calculation.combining import Figures
 from jobs.monitor.calculation.ranking import rank_alerts
 from jobs.monitor.config import MonitorConfig
 from jobs.monitor.logged import ServedVersion
@@ -36,14 +36,23 @@ def main(config: MonitorConfig) -> dict[str, Any]:
             f"No reference at {resolve(config.reference)}. Give the training set of the model."
         )
     ledger = open_ledger(config)
-    actor = create_actor(config, attach(config), ledger, entrypoint="jobs.monitor")
+    record = require_running_cluster(config)
+    use_cluster(record)
+    actor = create_actor(config, record, ledger, entrypoint="jobs.monitor")
     places = layout(config.storage)
     files = protected_files(actor.access)
     references = References(
         config.reference, lambda path: read_training_set(path, files, places=places, ledger=ledger)
     )
     folder = f"{places.monitor(config.name)}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    run = MonitorRun(config=config, places=places, ledger=ledger, actor=actor, references=references)
+    run = MonitorRun(
+        config=config,
+        places=places,
+        ledger=ledger,
+        actor=actor,
+        references=references,
+        attach=lambda: attach(config),
+    )
     logs: dict[str, Any] = {}
     traffic: dict[str, Any] = {}
     measured: Iterable[Measured]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -24,32 +24,22 @@ from cluster.runtime import ModelSignature, OutcomeParser, load_model
 from cluster.runtime.loader import load_signature
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.keys.store import KeyNotFound, KeyRevoked
-from jobs.monitor.calculation.figures import Figures, compute_figures, small_chunk
-from jobs.monitor.calculation.fit import Fit, FitName, fit_reference, open_fit, seal_fit
+from jobs.monitor.calculation.combining import ChunkResult, Figures, small_chunk
+from jobs.monitor.calculation.figures import compute_figures
+from jobs.monitor.calculation.fit import Fit, fit_reference, open_fit, seal_fit
 from jobs.monitor.calculation.frames import reference_frames, with_served
-from jobs.monitor.calculation.performance import METRIC_NAMES
+from jobs.monitor.calculation.measures import METRIC_NAMES
 from jobs.monitor.chunks import CHUNK
 from jobs.monitor.config import Period
 from jobs.monitor.log import decode, matching
 from jobs.monitor.log.counts import ChunkContent, LogCounts, chunk_of_day
 from jobs.monitor.log.index import day_of, normalise
 from jobs.monitor.log.units import Index, OpenLog, known_lines, read_units
+from jobs.monitor.stored_fits import FitName
 
 TASK_ROWS = 150_000
 """A task gets chunks until they have this many rows. A larger chunk has a task of its own."""
 _POSITION = (SEGMENT, LINE)
-
-
-class ChunkResult(NamedTuple):
-    """What monitoring keeps of one chunk."""
-
-    figures: Figures
-    odd_outcomes: int
-    """Rows whose last outcome is invalid for the model."""
-    unknown_rows: int
-    """Outcomes whose prediction has answers, but not the row."""
-    odd_inputs: dict[str, int]
-    """For each input, the number of logged values that do not have the input's type."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +168,20 @@ def measure_work(work: ChunkWork, fit: Fit | None) -> dict[str, ChunkResult]:
 
 
 measure_log_chunks = ray.remote(measure_work)
+
+
+def few_at_a_time(tasks: Iterator[Any]) -> Iterator[Any]:
+    """Yield the results of tasks. At most twice as many as the cluster's CPUs wait, because each may hold records."""
+    limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+    running: list[Any] = []
+    for task in tasks:
+        running.append(task)
+        if len(running) >= limit:
+            done, running = ray.wait(running)
+            yield from ray.get(done)
+    while running:
+        done, running = ray.wait(running)
+        yield from ray.get(done)
 
 
 @ray.remote

@@ -1,15 +1,18 @@
-"""One monitoring run: find the chunks that have changed, measure them, and combine their figures with the kept ones."""
+"""One monitoring run: find the chunks that have changed, measure them, and combine their figures with the kept ones.
+
+A run that finds no change needs neither Ray nor pandas. So both are imported, and the process is attached to Ray, only
+when something must be computed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import polars as pl
-import ray
 
 from cluster.errors import RefusedError
 from cluster.ledger import Ledger
@@ -21,23 +24,15 @@ from cluster.runtime import Task
 from cluster.security.acting import Actor
 from cluster.security.keys.access import key_store
 from cluster.storage import Layout, file_name, write_bytes
-from jobs.monitor.calculation.figures import Figures, combine
-from jobs.monitor.calculation.fit import FitName, fit_name, stored_fit, typical_rows
-from jobs.monitor.calculation.performance import METRIC_NAMES
+from jobs.monitor.calculation.combining import ChunkResult, Figures, combine
+from jobs.monitor.calculation.measures import METRIC_NAMES
 from jobs.monitor.chunks import CHUNK, assign_chunks
 from jobs.monitor.config import MonitorConfig
 from jobs.monitor.kept import KeptFiles
 from jobs.monitor.log.counts import ChunkContent, LogCounts, count_logs, run_options
 from jobs.monitor.logged import ScoredLog, ServedVersion
-from jobs.monitor.measuring import (
-    ChunkResult,
-    fit_version,
-    measure_log_chunks,
-    measure_rows,
-    plan_work,
-    read_fit,
-)
 from jobs.monitor.reference import References, reference_rows
+from jobs.monitor.stored_fits import FitName, fit_name, stored_fit, typical_rows
 
 MAX_VARIANT_CHARS = 100
 """Largest number of characters of a variant's name in a file name; a longer name is cut and gets a hash."""
@@ -65,6 +60,15 @@ class MonitorRun:
     ledger: Ledger
     actor: Actor
     references: References
+    attach: Callable[[], object]
+    """Attaches this process to Ray."""
+
+    def measuring(self) -> Any:
+        """Attach to Ray, and return the module with the tasks."""
+        self.attach()
+        from jobs.monitor import measuring  # imports Ray and pandas
+
+        return measuring
 
     @property
     def _folder(self) -> str:
@@ -93,6 +97,7 @@ class MonitorRun:
             access,
             self._kept(),
             config.placement,
+            self.attach,
         )
         if not counts.chunks(config.period):
             raise RefusedError(f"No prediction of '{config.name}' is logged, so there is nothing to monitor.")
@@ -129,11 +134,12 @@ class MonitorRun:
         if sizes:
             name = fit_name(config, served.version, reference_hash=reference_hash, served_rows=sizes)
             fit, _ = self.fit(served.version, name, sizes)
+        measuring = self.measuring()
         where = options(find_nodes(config.placement))
         metric = METRIC_NAMES[Task(served.version.task)]
-        results = ray.get(
+        results = measuring.ray.get(
             [
-                measure_rows.options(**where).remote(
+                measuring.measure_rows.options(**where).remote(
                     served.version, self.actor.access, part, fit, config.min_rows
                 )
                 for part in chunks.values()
@@ -151,18 +157,20 @@ class MonitorRun:
 
         The stored fit is used if there is one. Otherwise NannyML is fitted, and the fit is stored.
         """
-        access = self.actor.access
+        access, measuring = self.actor.access, self.measuring()
         where = options(find_nodes(self.config.placement))
         if (stored := stored_fit(self._folder, name, self.ledger)) is not None:
-            return read_fit.options(**where).remote(stored, name, access), hashlib.sha256(stored).hexdigest()
+            return measuring.read_fit.options(**where).remote(stored, name, access), hashlib.sha256(
+                stored
+            ).hexdigest()
         _, source = self.references.of(version)
         rows = reference_rows(source, version, self.config)
         # Ray's types do not know that a task with `num_returns=2` gives two references.
-        references: Any = fit_version.options(**where).remote(
+        references: Any = measuring.fit_version.options(**where).remote(
             version, access, rows, self.config.label, typical_rows(sizes), name
         )
         fit, sealed = references
-        data: bytes = ray.get(sealed)
+        data: bytes = measuring.ray.get(sealed)
         if not data:
             return fit, ""
         write_bytes(f"{self._folder}/{name.file}", data)
@@ -217,7 +225,8 @@ class _VersionRun:
         if not todo:
             return results, {}
         fit, sha256 = (None, "") if name is None else self.run.fit(self.served.version, name, sizes)
-        work = plan_work(
+        measuring = self.run.measuring()
+        work = measuring.plan_work(
             self.counts,
             todo,
             version=self.served.version,
@@ -227,7 +236,9 @@ class _VersionRun:
             access=self.run.actor.access,
         )
         where = run_options(self.counts.predictions, self.run.config.placement)
-        for measured in _few_at_a_time(measure_log_chunks.options(**where).remote(one, fit) for one in work):
+        for measured in measuring.few_at_a_time(
+            measuring.measure_log_chunks.options(**where).remote(one, fit) for one in work
+        ):
             results |= measured
             # After each task, so that a run that is killed measures no chunk twice.
             kept.write(
@@ -240,20 +251,6 @@ class _VersionRun:
                 },
             )
         return results, {name.digest: sha256} if name is not None and sha256 else {}
-
-
-def _few_at_a_time(tasks: Iterator[Any]) -> Iterator[Any]:
-    """Yield the results of tasks. At most twice as many as the cluster's CPUs wait, because each may hold records."""
-    limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
-    running: list[Any] = []
-    for task in tasks:
-        running.append(task)
-        if len(running) >= limit:
-            done, running = ray.wait(running)
-            yield from ray.get(done)
-    while running:
-        done, running = ray.wait(running)
-        yield from ray.get(done)
 
 
 def summary(

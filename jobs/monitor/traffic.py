@@ -4,8 +4,8 @@ An hour is compared with the same hours before: the same hour of the same weekda
 four such weeks are known, it is compared with the same hour of up to 28 days before, of which three must be known.
 
 A volume is unusual if it is more than three standard deviations away from the mean of those hours. The variance is at
-least the mean, as that of a Poisson process. A share is judged like a share of nulls (`calculation/shares.py`): both
-against the shares of those hours and against the sampling error of an hour with as many requests.
+least the mean, as that of a Poisson process. A share is judged like a share of nulls (`calculation/thresholds.py`):
+against the shares of those hours, and against the sampling error of an hour with as many requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jobs.monitor.calculation.measures import Measure
-from jobs.monitor.calculation.shares import ReferenceShares, compare_share
+from jobs.monitor.calculation.thresholds import ReferenceShares, compare_share
 from jobs.monitor.log.index import HourCount
 
 FORMAT = "%Y-%m-%dT%H"

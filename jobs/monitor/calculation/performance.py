@@ -31,8 +31,6 @@ from jobs.monitor.calculation.nannyml_api import (
 
 NANNYML_METRICS = {Task.binary: "roc_auc", Task.multiclass: "roc_auc", Task.regression: "rmse"}
 """NannyML's name for the metric of each task."""
-METRIC_NAMES = {Task.binary: "auc", Task.multiclass: "auc", Task.regression: "rmse"}
-"""Falaj's name for the metric of each task."""
 MIN_OF_CLASS = 2
 """Each class needs this many reference rows, because NannyML splits the reference for calibration."""
 

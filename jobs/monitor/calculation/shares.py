@@ -11,22 +11,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from jobs.monitor.calculation.frames import MISSING, TIME, Frames
-from jobs.monitor.calculation.measures import Measure, Measures
-
-
-class ReferenceShares(NamedTuple):
-    """Share of some values of one input in the reference."""
-
-    by_chunk: npt.NDArray[np.float64]
-    """Share in each chunk of the reference."""
-    rows: int
-    hits: int
-    """Number of rows with such a value."""
+from jobs.monitor.calculation.measures import Measures
+from jobs.monitor.calculation.thresholds import ReferenceShares, compare_share
 
 
 class FittedShares(NamedTuple):
@@ -96,21 +85,3 @@ def _shares(frames: Frames, reference: ReferenceShares, served: pd.Series) -> Me
         chunk: compare_share(float(row["mean"]), int(row["size"]), reference)
         for chunk, (_, row) in zip(frames.chunks, chunks.iterrows(), strict=True)
     }
-
-
-def compare_share(share: float, size: int, reference: ReferenceShares) -> Measure:
-    """Compare the share of a chunk of `size` rows with the shares of the reference's chunks."""
-    # Laplace smoothing: a share of 0 or 1 in the reference has a sampling error, too.
-    expected = (reference.hits + 1) / (reference.rows + 2)
-    error = float(np.sqrt(expected * (1 - expected) / size))
-    mean, deviation = float(reference.by_chunk.mean()), float(reference.by_chunk.std())
-    upper = max(mean + 3 * deviation, expected + 3 * error)
-    lower = min(mean - 3 * deviation, expected - 3 * error)
-    return Measure(
-        value=share,
-        lower=None,
-        upper=None,
-        lower_threshold=lower if lower > 0 else None,
-        upper_threshold=upper if upper < 1 else None,
-        alert=share > upper or share < lower,
-    )

@@ -7,15 +7,12 @@ outcomes to chunks, are read by this process.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-
 from cluster.placement import PlacementConfig, find_nodes, options
 from cluster.records.location import LogLocation
-from cluster.records.table import LogFile
 from cluster.security.keys.access import KeyAccess
 from jobs.monitor.config import Period
 from jobs.monitor.kept import KeptFiles
@@ -25,7 +22,6 @@ from jobs.monitor.log.index import Group, HourCount, count_records
 from jobs.monitor.log.outcomes import UNKNOWN, count_outcomes, merge_ids, prediction_ids
 from jobs.monitor.log.units import Index, IndexedUnit, OpenLog, Unit, index_table, read_units, unchanged
 
-FILES_PER_TASK = 4
 NAME = "index.sealed"
 _DAY_LENGTHS = {Period.year: 4, Period.month: 7, Period.day: 10}
 
@@ -96,8 +92,17 @@ def count_logs(
     access: KeyAccess,
     kept: KeptFiles,
     placement: PlacementConfig,
+    attach: Callable[[], object],
 ) -> LogCounts:
     """Count what is new in both logs, keep the counts, and return all.
+
+    Args:
+        predictions: The prediction log.
+        outcomes: The outcome log.
+        access: Access to the logs' keys.
+        kept: The kept files of the model.
+        placement: Where tasks may run.
+        attach: Attaches this process to Ray. It is called only if a file must be counted.
 
     Raises:
         ProtectedFileCorrupt, RecordLogCorrupt: A file or record was changed.
@@ -108,7 +113,7 @@ def count_logs(
     outcome_log, prediction_log = OpenLog(outcomes, access), OpenLog(predictions, access)
     known = unchanged(_index(content.get("predictions", {})), prediction_log.units)
     new = [unit for unit in prediction_log.units if unit.name not in known]
-    known |= _count_predictions(prediction_log, new, access, placement)
+    known |= _count_predictions(prediction_log, new, access, placement, attach)
     known_outcomes = unchanged(_index(content.get("outcomes", {})), outcome_log.units)
     if new:
         known_outcomes = {name: unit for name, unit in known_outcomes.items() if not _has_unknown(unit)}
@@ -138,34 +143,25 @@ def run_options(log: OpenLog, placement: PlacementConfig) -> dict[str, Any]:
 
 
 def _count_predictions(
-    log: OpenLog, new: Sequence[Unit], access: KeyAccess, placement: PlacementConfig
+    log: OpenLog,
+    new: Sequence[Unit],
+    access: KeyAccess,
+    placement: PlacementConfig,
+    attach: Callable[[], object],
 ) -> Index:
     files = [unit.file for unit in new if unit.file is not None]
-    where = run_options(log, placement) if files else {}
-    tasks = [
-        _count_task.options(**where).remote(log.location.root, files[start : start + FILES_PER_TASK], access)
-        for start in range(0, len(files), FILES_PER_TASK)
-    ]
     counted: Index = {}
     for unit in new:
         if unit.file is None:
             table = log.read_segment(unit.name, predictions_index.COLUMNS)
             counted[unit.name] = index_table(table, unit.mark, count_records)
-    if tasks:
-        for result in ray.get(tasks):
-            counted |= result
+    if files:
+        attach()
+        from jobs.monitor.log.tasks import count_in_tasks  # imports Ray
+
+        where = run_options(log, placement)
+        counted |= count_in_tasks(log.location.root, files, access, where)
     return counted
-
-
-def count_files(root: str, files: Sequence[LogFile], access: KeyAccess) -> Index:
-    """Return the counts of files of a prediction log's table."""
-    return {
-        path: index_table(table, -1, count_records)
-        for path, table in read_units(root, files, access, predictions_index.COLUMNS)
-    }
-
-
-_count_task = ray.remote(count_files)
 
 
 def _tables(

@@ -12,8 +12,9 @@ import pandas as pd
 import polars as pl
 import pytest
 
+from jobs.monitor.calculation.combining import small_chunk
 from jobs.monitor.calculation.drift import measure_drift
-from jobs.monitor.calculation.figures import compute_figures, small_chunk
+from jobs.monitor.calculation.figures import compute_figures
 from jobs.monitor.calculation.frames import MISSING, PREDICTED, SCORE, TIME, TRUTH, Frames
 from jobs.monitor.calculation.measures import Figure, Measures
 from jobs.monitor.calculation.performance import estimate_performance, realised_performance

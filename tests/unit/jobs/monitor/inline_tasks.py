@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from jobs.monitor import measuring, run
-from jobs.monitor.log import counts
+from jobs.monitor import measuring
+from jobs.monitor.log import tasks
 
 
 class InlineTask:
@@ -33,12 +33,16 @@ class InlineRay:
         self.measured: list[Any] = []
         self.fitted: list[Any] = []
         self.read: list[Any] = []
-        monkeypatch.setattr(run, "ray", self)
-        monkeypatch.setattr(counts, "ray", self)
-        monkeypatch.setattr(counts, "_count_task", InlineTask(counts.count_files, self.counted))
-        monkeypatch.setattr(run, "measure_log_chunks", InlineTask(measuring.measure_work, self.measured))
-        monkeypatch.setattr(run, "fit_version", InlineTask(measuring.fit_version._function, self.fitted))
-        monkeypatch.setattr(run, "read_fit", InlineTask(measuring.read_fit._function, self.read))
+        monkeypatch.setattr(measuring, "ray", self)
+        monkeypatch.setattr(tasks, "ray", self)
+        monkeypatch.setattr(tasks, "count_task", InlineTask(tasks.count_files, self.counted))
+        monkeypatch.setattr(
+            measuring, "measure_log_chunks", InlineTask(measuring.measure_work, self.measured)
+        )
+        monkeypatch.setattr(
+            measuring, "fit_version", InlineTask(measuring.fit_version._function, self.fitted)
+        )
+        monkeypatch.setattr(measuring, "read_fit", InlineTask(measuring.read_fit._function, self.read))
 
     def get(self, value: Any) -> Any:
         return value

@@ -14,12 +14,13 @@ from cluster.errors import ArtifactTampered
 from cluster.runtime import Task
 from cluster.security.keys.access import key_store
 from jobs.monitor.calculation.drift import DISTANCE, measure_drift
-from jobs.monitor.calculation.fit import Fit, FitName, fit_reference, open_fit, seal_fit, typical_rows
+from jobs.monitor.calculation.fit import Fit, fit_reference, open_fit, seal_fit
 from jobs.monitor.calculation.frames import PREDICTED, SCORE, TIME, TRUTH, Frames
 from jobs.monitor.calculation.nannyml_api import import_nannyml
 from jobs.monitor.calculation.performance import estimate_performance, realised_performance
 from jobs.monitor.calculation.ranking import rank_alerts
 from jobs.monitor.calculation.reconstruction import measure_reconstruction
+from jobs.monitor.stored_fits import FitName, typical_rows
 from tests.servers.key_broker import running_broker
 
 NUMBERS = ["car_value", "debt_to_income_ratio", "loan_length", "driver_tenure"]

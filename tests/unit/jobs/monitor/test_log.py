@@ -198,7 +198,12 @@ class Logs:
 
     def count(self) -> LogCounts:
         return count_logs(
-            self.places["predictions"], self.places["outcomes"], self.access, self.kept, PlacementConfig()
+            self.places["predictions"],
+            self.places["outcomes"],
+            self.access,
+            self.kept,
+            PlacementConfig(),
+            lambda: None,
         )
 
     def compact(self) -> None:

@@ -121,6 +121,7 @@ class Monitored:
             places=self.places,
             ledger=ledger,
             actor=self.project.actor(),
+            attach=lambda: None,
             references=References(
                 config.reference,
                 lambda path: read_training_set(path, files, places=self.places, ledger=ledger),
