@@ -214,7 +214,10 @@ class _VersionRun:
         self, name: FitName | None, sizes: list[int], digests: dict[str, str]
     ) -> tuple[dict[str, ChunkResult], dict[str, str]]:
         """Return the result of each chunk, and the SHA-256 of the fit by its name if a fit was needed."""
-        kept, file = self.run._kept(), f"chunks/{result_name(self.served)}.sealed"
+        kept, file = (
+            self.run._kept(),
+            f"chunks/{self.run.config.period.value}/{result_name(self.served)}.sealed",
+        )
         stored = kept.read(file).get("chunks", {})
         results = {
             chunk: ChunkResult(**stored[chunk]["result"])

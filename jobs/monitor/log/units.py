@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.errors import RecordLogCorrupt
 from cluster.records.columns import LINE, SEGMENT, schema, to_row
@@ -99,7 +100,7 @@ class OpenLog:
             for file in LogTable(self.location.root).files
             if file.path not in known
         ]
-        tables = [table.filter(pa.compute.equal(table[SEGMENT], name)) for table in tables]
+        tables = [table.filter(pc.equal(table[SEGMENT], name)) for table in tables]
         if not any(table.num_rows for table in tables):
             raise RecordLogCorrupt(
                 f"Segment {name} of {self.location.name} was deleted while it was read, and its records are not in the "

@@ -26,9 +26,10 @@ from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess, key_store
 from jobs.monitor.config import Period
 from jobs.monitor.kept import KeptFiles
-from jobs.monitor.log import decode, matching
+from jobs.monitor.log import decode, index, matching
 from jobs.monitor.log.counts import LogCounts, count_logs
 from jobs.monitor.log.index import HourCount, unseen_entities
+from jobs.monitor.log.units import OpenLog
 from tests.samples.record_log import OUTCOMES, PERSONAL, outcome, prediction
 from tests.samples.signatures import of_each_task
 from tests.servers.key_broker import running_broker
@@ -266,6 +267,16 @@ def test_only_new_records_and_outcomes_change_a_chunk(logs: Logs) -> None:
     assert last.chunks(Period.day)["champion", 1]["2026-01-01"] == later["2026-01-01"]
     assert last.chunks(Period.day)["champion", 1]["2026-01-02"].answered == 3
     assert last.unknown_predictions == 0
+
+
+def test_a_segment_that_is_compacted_after_the_listing_is_read_from_the_table(logs: Logs) -> None:
+    """The table has the same lines."""
+    log = OpenLog(logs.places["predictions"], logs.access)
+    before = [log.read_segment(unit.name, index.COLUMNS) for unit in log.units]
+    logs.compact()
+    after = [log.read_segment(unit.name, index.COLUMNS) for unit in log.units]
+    assert [table.num_rows for table in after] == [3, 3]
+    assert [table.sort_by("line").to_pylist() for table in after] == [table.to_pylist() for table in before]
 
 
 def test_kept_counts_of_another_key_are_not_used(logs: Logs) -> None:
