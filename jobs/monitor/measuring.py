@@ -29,6 +29,7 @@ from jobs.monitor.calculation.figures import compute_figures
 from jobs.monitor.calculation.fit import Fit, fit_reference, open_fit, seal_fit
 from jobs.monitor.calculation.frames import reference_frames, with_served
 from jobs.monitor.calculation.measures import METRIC_NAMES
+from jobs.monitor.calculation.nannyml_api import import_nannyml
 from jobs.monitor.chunks import CHUNK
 from jobs.monitor.config import Period
 from jobs.monitor.log import decode, matching
@@ -231,6 +232,12 @@ def fit_version(
         return fit, seal_fit(fit, name, store)
     except (AccessDenied, KeyNotFound, KeyRevoked):
         return fit, b""
+
+
+@ray.remote
+def prepare() -> None:
+    """Import NannyML, which takes seconds. So a worker does it while another one fits."""
+    import_nannyml()
 
 
 @ray.remote

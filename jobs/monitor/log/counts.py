@@ -113,7 +113,7 @@ def count_logs(
     outcome_log, prediction_log = OpenLog(outcomes, access), OpenLog(predictions, access)
     known = unchanged(_index(content.get("predictions", {})), prediction_log.units)
     new = [unit for unit in prediction_log.units if unit.name not in known]
-    known |= _count_predictions(prediction_log, new, access, placement, attach)
+    count_of_files = _start_counting(prediction_log, new, placement, access, attach)
     known_outcomes = unchanged(_index(content.get("outcomes", {})), outcome_log.units)
     if new:
         known_outcomes = {name: unit for name, unit in known_outcomes.items() if not _has_unknown(unit)}
@@ -126,6 +126,7 @@ def count_logs(
         count = functools.partial(count_outcomes, ids=ids)
         for unit, table in _tables(outcome_log, new_outcomes, access, outcomes_index.COLUMNS):
             known_outcomes[unit.name] = index_table(table, unit.mark, count)
+    known |= _count_segments(prediction_log, new) | count_of_files()
     if new or new_outcomes:
         kept.write(NAME, {"predictions": _as_json(known), "outcomes": _as_json(known_outcomes)})
     return LogCounts(
@@ -142,26 +143,34 @@ def run_options(log: OpenLog, placement: PlacementConfig) -> dict[str, Any]:
     return dict(options(find_nodes(placement, on_this_node=reason)))
 
 
-def _count_predictions(
+def _start_counting(
     log: OpenLog,
     new: Sequence[Unit],
-    access: KeyAccess,
     placement: PlacementConfig,
+    access: KeyAccess,
     attach: Callable[[], object],
-) -> Index:
-    files = [unit.file for unit in new if unit.file is not None]
-    counted: Index = {}
-    for unit in new:
-        if unit.file is None:
-            table = log.read_segment(unit.name, predictions_index.COLUMNS)
-            counted[unit.name] = index_table(table, unit.mark, count_records)
-    if files:
-        attach()
-        from jobs.monitor.log.tasks import count_in_tasks  # imports Ray
+) -> Callable[[], Index]:
+    """Start the tasks that count new files. Return a function that waits for their counts.
 
-        where = run_options(log, placement)
-        counted |= count_in_tasks(log.location.root, files, access, where)
-    return counted
+    Meanwhile this process assigns the outcomes.
+    """
+    files = [unit.file for unit in new if unit.file is not None]
+    if not files:
+        return dict
+    attach()
+    from jobs.monitor.log.tasks import start_counting  # imports Ray
+
+    return start_counting(log.location.root, files, access, run_options(log, placement))
+
+
+def _count_segments(log: OpenLog, new: Sequence[Unit]) -> Index:
+    return {
+        unit.name: index_table(
+            log.read_segment(unit.name, predictions_index.COLUMNS), unit.mark, count_records
+        )
+        for unit in new
+        if unit.file is None
+    }
 
 
 def _tables(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -15,8 +15,10 @@ from jobs.monitor.log.units import Index, index_table, read_units
 FILES_PER_TASK = 4
 
 
-def count_in_tasks(root: str, files: Sequence[LogFile], access: KeyAccess, where: Mapping[str, Any]) -> Index:
-    """Return the counts of files of a prediction log's table.
+def start_counting(
+    root: str, files: Sequence[LogFile], access: KeyAccess, where: Mapping[str, Any]
+) -> Callable[[], Index]:
+    """Start tasks that count files of a prediction log's table. Return a function that waits for their counts.
 
     Args:
         root: Folder or URI of the log.
@@ -28,10 +30,11 @@ def count_in_tasks(root: str, files: Sequence[LogFile], access: KeyAccess, where
         count_task.options(**where).remote(root, files[start : start + FILES_PER_TASK], access)
         for start in range(0, len(files), FILES_PER_TASK)
     ]
-    counted: Index = {}
-    for result in ray.get(tasks):
-        counted |= result
-    return counted
+
+    def wait() -> Index:
+        return {path: unit for result in ray.get(tasks) for path, unit in result.items()}
+
+    return wait
 
 
 def count_files(root: str, files: Sequence[LogFile], access: KeyAccess) -> Index:
