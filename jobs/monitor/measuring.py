@@ -35,6 +35,7 @@ from jobs.monitor.config import Period
 from jobs.monitor.log import decode, matching
 from jobs.monitor.log.counts import ChunkContent, LogCounts, chunk_of_day
 from jobs.monitor.log.index import day_of, normalise
+from jobs.monitor.log.tasks import max_tasks
 from jobs.monitor.log.units import Index, OpenLog, known_lines, read_units
 from jobs.monitor.stored_fits import FitName
 
@@ -172,8 +173,8 @@ measure_log_chunks = ray.remote(measure_work)
 
 
 def few_at_a_time(tasks: Iterator[Any]) -> Iterator[Any]:
-    """Yield the results of tasks. At most twice as many as the cluster's CPUs wait, because each may hold records."""
-    limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+    """Start tasks and yield their results. At most `max_tasks` run at the same time."""
+    limit = max_tasks()
     running: list[Any] = []
     for task in tasks:
         running.append(task)
@@ -183,6 +184,12 @@ def few_at_a_time(tasks: Iterator[Any]) -> Iterator[Any]:
     while running:
         done, running = ray.wait(running)
         yield from ray.get(done)
+
+
+def prepare_workers(where: dict[str, Any]) -> None:
+    """Let the other workers import NannyML, which takes seconds, while one of them fits."""
+    for _ in range(max_tasks() - 1):
+        prepare.options(**where).remote()
 
 
 @ray.remote
@@ -236,7 +243,7 @@ def fit_version(
 
 @ray.remote
 def prepare() -> None:
-    """Import NannyML, which takes seconds. So a worker does it while another one fits."""
+    """Import NannyML in this worker."""
     import_nannyml()
 
 

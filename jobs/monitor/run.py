@@ -37,9 +37,6 @@ from jobs.monitor.stored_fits import FitName, fit_name, stored_fit, typical_rows
 MAX_VARIANT_CHARS = 100
 """Largest number of characters of a variant's name in a file name; a longer name is cut and gets a hash."""
 
-MAX_PREPARED = 4
-"""Largest number of workers that import NannyML in advance, while one of them fits."""
-
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -173,8 +170,7 @@ class MonitorRun:
             version, access, rows, self.config.label, typical_rows(sizes), name
         )
         fit, sealed = references
-        for _ in sizes[1:MAX_PREPARED]:
-            measuring.prepare.options(**where).remote()
+        measuring.prepare_workers(where)
         data: bytes = measuring.ray.get(sealed)
         if not data:
             return fit, ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,16 @@ from cluster.security.keys.access import KeyAccess
 from jobs.monitor.log.index import COLUMNS, count_records
 from jobs.monitor.log.units import Index, index_table, read_units
 
-FILES_PER_TASK = 4
+
+def max_tasks() -> int:
+    """Return how many tasks run at the same time: one for each core.
+
+    A cluster has more CPUs than cores by default. Each worker imports large libraries first, so more workers than cores
+    would only take time and memory.
+    """
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+    cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+    return max(1, min(cpus, max(1, nodes) * (os.cpu_count() or 1)))
 
 
 def start_counting(
@@ -26,10 +36,9 @@ def start_counting(
         access: Access to the log's keys.
         where: Options of the tasks.
     """
-    tasks = [
-        count_task.options(**where).remote(root, files[start : start + FILES_PER_TASK], access)
-        for start in range(0, len(files), FILES_PER_TASK)
-    ]
+    limit = max_tasks()
+    slices = [files[first::limit] for first in range(min(limit, len(files)))]
+    tasks = [count_task.options(**where).remote(root, one, access) for one in slices]
 
     def wait() -> Index:
         return {path: unit for result in ray.get(tasks) for path, unit in result.items()}

@@ -54,6 +54,9 @@ class InlineRay:
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 2}
 
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True}]
+
     @property
     def chunks(self) -> list[str]:
         """Names of the measured chunks, since the last call."""
