@@ -42,6 +42,7 @@ class InlineRay:
         monkeypatch.setattr(
             measuring, "fit_version", InlineTask(measuring.fit_version._function, self.fitted)
         )
+        monkeypatch.setattr(measuring, "measure_rows", InlineTask(measuring.measure_rows._function, []))
         monkeypatch.setattr(measuring, "prepare", InlineTask(lambda: None, []))
         monkeypatch.setattr(measuring, "read_fit", InlineTask(measuring.read_fit._function, self.read))
 
