@@ -24,8 +24,11 @@ from jobs.monitor.reference import References
 from jobs.monitor.report import Output, alerting_chunks, describe, describe_traffic
 from jobs.monitor.run import Measured, MonitorRun, result_name
 from jobs.monitor.scored import read_scored
-from jobs.monitor.traffic import as_json, judge_traffic
+from jobs.monitor.traffic import as_json, judge_traffic, unusual_hours
 from jobs.train.data import read_training_set
+
+TRAFFIC = "traffic.json"
+"""File with all judged hours. Other results have only the unusual ones, because a pipeline's events contain these."""
 
 
 @job("monitor", MonitorConfig, timed=True)
@@ -64,7 +67,9 @@ def main(config: MonitorConfig) -> dict[str, Any]:
             print(f"log: {age}", flush=True)
         logs = ages_as_json(ages)
         counts = run.count()
-        traffic = as_json(judge_traffic(counts.hours(), until=ages[0].until))
+        judged = as_json(judge_traffic(counts.hours(), until=ages[0].until))
+        write_json(f"{folder}/{TRAFFIC}", judged)
+        traffic = unusual_hours(judged)
         for line in describe_traffic(traffic):
             print(f"{config.name}: {line}", flush=True)
         measured = run.measure_log(counts)
@@ -100,7 +105,7 @@ def monitored_event(
     Args:
         config: Configuration of the run.
         measured: The version with its figures.
-        traffic: Traffic of the model by hour.
+        traffic: Hours with unusual traffic of the model, by kind.
         results: Path of the result file.
     """
     served, figures = measured.served, measured.figures

@@ -98,3 +98,11 @@ def as_json(judged: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
         kind: {hour: asdict(measure) for hour, measure in by_hour.items()} for kind, by_hour in judged.items()
     }
+
+
+def unusual_hours(judged: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the hours with an alert, by kind. `judged` is plain data."""
+    return {
+        kind: {hour: measure for hour, measure in by_hour.items() if measure["alert"]}
+        for kind, by_hour in judged.items()
+    }

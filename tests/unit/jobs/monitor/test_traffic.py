@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jobs.monitor.log.index import HourCount
-from jobs.monitor.traffic import FORMAT, hours_before, judge_traffic
+from jobs.monitor.traffic import FORMAT, as_json, hours_before, judge_traffic, unusual_hours
 
 START = dt.datetime(2026, 1, 5)
 
@@ -65,6 +65,17 @@ def test_an_unusual_hour_is_an_alert(kind: str, change: HourCount) -> None:
     hours[monday] = change
     assert hour >= monday
     assert [name for name, alerts in judge(hours).items() if monday in alerts] == [kind]
+
+
+def test_results_have_only_the_unusual_hours() -> None:
+    """As plain data."""
+    hours = weeks(9)
+    hours[max(hours)] = HourCount(requests=900, entities=900)
+    until = (dt.datetime.strptime(max(hours), FORMAT) + dt.timedelta(hours=1)).replace(tzinfo=dt.UTC)
+    judged = as_json(judge_traffic(hours, until=until))
+    assert len(judged["requests"]) == 168
+    assert unusual_hours(judged)["requests"][max(hours)]["value"] == 900
+    assert all(measure["alert"] for by_hour in unusual_hours(judged).values() for measure in by_hour.values())
 
 
 def test_an_hour_without_requests_is_an_alert() -> None:
