@@ -52,7 +52,7 @@ USED = {
     "feature_jobs.training_set": TABLES,
     "feature_jobs.materialize": TABLES | {"lmdb"},
     "jobs.train.__main__": {"numpy", "pyarrow", "sqlalchemy"},
-    "jobs.monitor.__main__": TABLES | {"pandas", "ray", "requests"},
+    "jobs.monitor.__main__": TABLES,
 }
 """The large packages that each command may import when it starts. Other packages are imported where they are used."""
 
