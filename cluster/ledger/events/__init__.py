@@ -58,7 +58,6 @@ from cluster.ledger.events.models import (
     ScoringStarted,
     ShadowStarted,
     ShadowStopped,
-    SweepFinished,
 )
 from cluster.ledger.events.pipelines import (
     PipelineCancelled,
@@ -92,6 +91,13 @@ from cluster.ledger.events.schedules import (
     ScheduledRunSkipped,
     ScheduledRunStarted,
     ScheduleStateChanged,
+)
+from cluster.ledger.events.sweeps import (
+    SweepFinished,
+    SweepStarted,
+    TrialFinished,
+    TrialReported,
+    TrialStarted,
 )
 
 __all__ = [
@@ -142,7 +148,6 @@ __all__ = [
     "ScoringStarted",
     "ShadowStarted",
     "ShadowStopped",
-    "SweepFinished",
     "PipelineCancelled",
     "PipelineFinished",
     "PipelineStarted",
@@ -175,6 +180,11 @@ __all__ = [
     "ScheduledRunFinished",
     "ScheduledRunSkipped",
     "ScheduledRunStarted",
+    "SweepFinished",
+    "SweepStarted",
+    "TrialFinished",
+    "TrialReported",
+    "TrialStarted",
 ]
 
 _TYPES: dict[str, type[LedgerEvent]] = {
