@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
+from ray import cloudpickle, tune
 from ray.exceptions import RayError, RayTaskError
+from ray.tune import TuneError
 
 from cluster.errors import ConfigError, RefusedError, TrainingFailed, refusal_behind
 from cluster.placement import find_nodes, here
@@ -209,7 +210,7 @@ class Recorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial failed. A trial whose process was lost has not ended, and is run again."""
-        known, error = self._trial(trial), trial.get_pickled_error() or trial.get_error()
+        known, error = self._trial(trial), read_error(trial)
         is_lost = isinstance(error, RayError) and not isinstance(error, RayTaskError)
         if is_lost and known.starts < MAX_STARTS:
             self.lost.add(known.number)
@@ -233,6 +234,15 @@ class Recorder(tune.Callback):
 
     def __reduce__(self) -> Any:
         return (object, ())  # Tune pickles it, and nothing reads that
+
+
+def read_error(trial: Any) -> BaseException:
+    """Return the error of a failed trial. Tune has just written it into the trial's folder on this machine."""
+    path = Path(trial.pickled_error_file)
+    if trial.run_metadata.pickled_error_filename is None or not path.is_file():
+        return TuneError("its error is unknown")
+    error: BaseException = cloudpickle.loads(path.read_bytes())
+    return error
 
 
 def error_line(error: BaseException) -> str:

@@ -139,8 +139,8 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(project: Project) -> None:
 def test_a_killed_sweep_continues_from_the_ledger(project: Project) -> None:
     """The job is killed while its second trial runs. The same command runs only that one and the third.
 
-    Then the best trial is trained, and registered with the sweep as lineage. The finished sweep prints its best. With
-    another setting, it is refused and names the setting.
+    The finished sweep prints its best, which is trained and registered with the sweep as lineage. With another setting,
+    the sweep is refused and names the setting.
     """
     options = ("run=s", "sweep.trials=3", "sweep.rows=500", "sweep.concurrent_trials=1", *SMALL[1:2])
     search = ("sweep.search=optuna", "sweep.scheduler=asha", "sweep.model.epochs=40")
@@ -156,14 +156,17 @@ def test_a_killed_sweep_continues_from_the_ledger(project: Project) -> None:
         job.kill()
     before = trials(TrialStarted)
     assert len(before) == 2
-    outputs = ("output=sweep.json", "report=sweep.html", "register=true")
-    done = project.run("jobs.sweep", *DATA, *options, *search, *outputs, check=True)
+    done = project.run("jobs.sweep", *DATA, *options, *search, check=True)
     assert "3 trials, 1 have ended, 1 at once" in done.stdout
     ended = len(trials(TrialFinished))
     assert ended == 3
     started = trials(TrialStarted)
     assert [number for number, _ in started] == [1, 2, 2, 3]
     assert started[1] == started[2]
+    outputs = ("output=sweep.json", "report=sweep.html", "register=true")
+    again = project.run("jobs.sweep", *DATA, *options, *search, *outputs, check=True)
+    assert "sweep s is finished" in again.stdout
+    assert len(trials(TrialStarted)) == 4
     sweep = output(project, "sweep.json")
     assert sweep["best"] == dict(started)[sweep["best_trial"]]
     assert "polyline" in (project.root / "sweep.html").read_text()
@@ -172,9 +175,6 @@ def test_a_killed_sweep_continues_from_the_ledger(project: Project) -> None:
     other = project.run("jobs.sweep", *DATA, *options, *search, "seed=1")
     assert other.returncode == 2
     assert "Sweep 's' of model 'tiny' was started with seed=0, not 1" in other.stderr
-    again = project.run("jobs.sweep", *DATA, *options, *search, check=True)
-    assert "sweep s is finished" in again.stdout
-    assert len(trials(TrialStarted)) == 4
 
 
 def test_a_sweep_that_diverges_says_so_for_each_trial(project: Project) -> None:
