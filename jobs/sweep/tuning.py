@@ -215,8 +215,8 @@ class Recorder(tune.Callback):
         if is_lost and known.starts < MAX_STARTS:
             self.lost.add(known.number)
             return
-        cause, original = error_line(error), refusal_behind(error)
-        self._end(known, Status.failed, reason=type(original).__name__, cause=cause)
+        original = getattr(error, "cause", None) or error  # the worker's error, without Ray's wrapper
+        self._end(known, Status.failed, reason=type(original).__name__, cause=error_line(error))
 
     def end_interrupted(self, *, deadline_s: float) -> None:
         """End the trials that the time budget has stopped."""
