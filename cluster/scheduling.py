@@ -20,30 +20,55 @@ def lower_priority() -> None:
     """Give this process the lowest priority: it gets only time that no other process wants.
 
     The process must end with its work, because it may not raise its priority again.
-
-    Linux may group processes by session (autogroup), and divide time between the groups first. Then a priority counts
-    only among the processes of one session. So the process becomes a session of its own, with the lowest priority.
     """
-    with contextlib.suppress(PermissionError):  # it is the leader of a process group
-        os.setsid()
-    if os.getsid(0) == os.getpid():
-        with contextlib.suppress(OSError):  # the kernel has no autogroups
-            Path("/proc/self/autogroup").write_text(str(_LOWEST))
     for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(ProcessLookupError):  # the thread has ended
             os.setpriority(os.PRIO_PROCESS, int(thread.name), _LOWEST)
             os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
 
 
-def cpus_beside_serving() -> float:
-    """Return how many of the cluster's logical CPUs serving does not need. This process must be attached to Ray.
+def priority_warning(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> str | None:
+    """Return why priorities do not protect other sessions' processes on this machine; None if they do.
 
-    Serving needs the CPUs of all replicas that its deployments may start.
+    With autogroups, Linux first divides time between sessions, unless the processes are in a control group for CPU
+    time. Services of systemd and containers are in such a group.
+
+    Args:
+        proc: Where the proc file system is mounted.
+        cgroups: Where the control groups are mounted.
     """
-    import ray  # imported only where work runs on Ray
+    try:
+        is_on = (proc / "sys/kernel/sched_autogroup_enabled").read_text().strip() == "1"
+        groups = (proc / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    if not is_on or any(_divides_cpu_time(*line.split(":", 2)[1:], cgroups=cgroups) for line in groups):
+        return None
+    return (
+        "the kernel divides CPU time between sessions before it looks at priorities, so this work may slow serving "
+        "down. Run the cluster as a service of systemd or in a container, or set the sysctl "
+        "kernel.sched_autogroup_enabled=0"
+    )
 
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return max(0.0, resources.get("CPU", 0.0) - serving_cpus(_serve_details()))
+
+def _divides_cpu_time(controllers: str, path: str, *, cgroups: Path) -> bool:
+    """Return whether a line of /proc/self/cgroup names a group with its own share of CPU time."""
+    if path == "/":
+        return False
+    if controllers:  # cgroup v1
+        return "cpu" in controllers.split(",")
+    try:
+        return "cpu" in (cgroups / "cgroup.subtree_control").read_text().split()
+    except OSError:
+        return False
+
+
+def cpus_for_serving() -> float:
+    """Return how many of the cluster's logical CPUs serving needs. This process must be attached to Ray.
+
+    These are the CPUs of all replicas that its deployments may start.
+    """
+    return serving_cpus(_serve_details())
 
 
 def serving_cpus(details: dict[str, Any]) -> float:

@@ -19,7 +19,7 @@ from cluster.errors import TrainingFailed
 from cluster.host.this_node import this_node
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import SweepFinished
-from cluster.scheduling import cpus_beside_serving
+from cluster.scheduling import cpus_for_serving, priority_warning
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.encryption.run_files import run_folder
@@ -32,7 +32,7 @@ from jobs.sweep.record import SweepRecord
 from jobs.sweep.space import parse_space
 from jobs.train.config import LearningConfig, TrainConfig
 from jobs.train.data import TrainingSet, open_training_set
-from jobs.train.describe import prepare_and_describe
+from jobs.train.describe import prepare_and_describe, print_warnings
 from jobs.train.families import ResolvedFamily, resolve_family
 from jobs.train.progress import METRIC, claim_run
 from jobs.train.rows.encoded import Part
@@ -95,13 +95,19 @@ def search(
     Raises:
         TrainingFailed: No trial has a loss. Standard error has the cause of each.
     """
+    import ray
+
     from jobs.sweep.tuning import Sweep, concurrent_trials, run_trials  # imports Ray Tune
 
     prepared = prepare_and_describe(config, source)
     data = limit_fit_rows(prepared.data, config.sweep.rows, seed=config.seed)
     attach(config, is_background=True)
     sweep = Sweep(config=config, family=family, space=space, data=data)
-    concurrent = concurrent_trials(sweep, available=cpus_beside_serving())
+    serving = cpus_for_serving()
+    warning = priority_warning() if serving else None
+    print_warnings([warning] if warning else [])
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    concurrent = concurrent_trials(sweep, available=resources.get("CPU", 0.0) - serving)
     ended = sum(trial.has_ended for trial in record.trials.values())
     print(
         f"{config.sweep.trials} trials, {f'{ended} have ended, ' if ended else ''}{concurrent} at once, each with "

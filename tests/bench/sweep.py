@@ -4,6 +4,9 @@ Three cases are measured in turns: `serving` (the sweep's processes are stopped 
 `both`. Serving is measured by its latency at the edge, the sweep by the reports of its trials per second. The aims: the
 p99 is at most 1.2 times that without the sweep, and the sweep is at least half as fast as without requests.
 
+As root, the benchmark runs in a control group for CPU time of its own, like a service of systemd or a container. With
+GROUP=0 it does not. Then the kernel may divide time between sessions before it looks at priorities.
+
     SECONDS=5 ROUNDS=2 makes a shorter run. PER_S=50 sets the rate of requests.
 """
 
@@ -30,6 +33,7 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cluster.host import processes
 from cluster.ledger.events import TrialReported
+from cluster.scheduling import priority_warning
 from tests.clients.balanced_load import BalancedLoad, Kind
 from tests.clients.load import percentile
 from tests.integration.conftest import Project
@@ -39,6 +43,8 @@ from tests.servers.polling import wait_until
 SECONDS, ROUNDS = float(os.environ.get("SECONDS", "15")), int(os.environ.get("ROUNDS", "5"))
 PER_S = float(os.environ.get("PER_S", "100"))
 ROWS, COLUMNS = 30_000, 12
+GROUPS = (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup"))
+"""Where groups for CPU time are, in version 1 and version 2 of control groups."""
 CASES = ("serving", "both", "sweep")
 CONCURRENT = 2
 RUN = "bench"
@@ -88,6 +94,26 @@ class Sweep:
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
+
+
+@contextlib.contextmanager
+def own_group() -> Iterator[None]:
+    """Put this process and those that it starts into a control group, if this user may."""
+    parent = next((path for path in GROUPS if (path / "cgroup.procs").is_file()), None)
+    group = parent / f"falaj-bench-{os.getpid()}" if parent and os.environ.get("GROUP") != "0" else None
+    try:
+        if group is not None:
+            group.mkdir()
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+    except OSError:
+        group = None
+    warning = priority_warning()
+    print(f"warning: {warning}" if warning else "priorities count between all processes", flush=True)
+    yield
+    if group is not None and parent is not None:
+        (parent / "cgroup.procs").write_text(str(os.getpid()))
+        with contextlib.suppress(OSError):  # a process still ends
+            group.rmdir()
 
 
 @contextlib.contextmanager
@@ -165,7 +191,7 @@ def measured(project: Project, sweep: Sweep) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Measure and write the results."""
-    with scoring.new_cluster() as project:
+    with own_group(), scoring.new_cluster() as project:
         scoring.prepare(project, versions=1)
         fixed = "replica.num_replicas=1"
         project.run("serve_apps.deploy", f"name={scoring.MODEL}", "version=1", fixed, check=True)
