@@ -78,6 +78,8 @@ class Lineage:
     seed: int = 0
     libraries: dict[str, str] = field(default_factory=dict)
     """Maps library to its version. Empty in versions of older releases."""
+    sweep: dict[str, Any] = field(default_factory=dict)
+    """`run` and `trial` of the sweep that chose the hyper-parameters; empty if no sweep did."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

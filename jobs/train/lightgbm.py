@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ from cluster.placement import options
 from cluster.runtime import ModelSignature, Task
 from cluster.runtime.signature import LIGHTGBM_FILE
 from jobs.train.families import FitContext
-from jobs.train.progress import LINES, Report, display_progress, send_report
+from jobs.train.progress import LINES, METRIC, Report, display_progress, send_report
 from jobs.train.rows.encoded import EncodedRows, Part
 from jobs.train.rows.target import Target
 from jobs.train.run.files import RunFiles
@@ -68,6 +70,27 @@ def fit_rows(data: TrainingData, parameters: Parameters, context: FitContext) ->
         fitted = ray.get(remote.remote(data.rows, targets, parameters, context.seed, context.files, reports))
     print(f"fitted: the best round is {fitted.best_round}, {fitted.loss}", flush=True)
     (context.folder / LIGHTGBM_FILE).write_text(fitted.text)
+
+
+def fit_trial(
+    data: TrainingData,
+    parameters: Parameters,
+    context: FitContext,
+    report: Callable[[dict[str, Any]], None],
+) -> None:
+    """Fit the trees in this process, and report the smallest validation loss after each segment."""
+    targets = {part: data.target[data.parts == part] for part in (Part.fit, Part.validation)}
+    best, rounds = math.inf, 0
+
+    def after_round(completed: int, losses: dict[str, float]) -> None:
+        nonlocal best, rounds
+        best, rounds = min(best, *losses.values()), completed
+        if completed % parameters.segment_rounds == 0:
+            report({METRIC: best})
+
+    fit_trees(data.rows, targets, parameters, context.seed, files=None, on_round=after_round)
+    if rounds % parameters.segment_rounds:
+        report({METRIC: best})
 
 
 @ray.remote

@@ -16,6 +16,7 @@ import pytest
 
 from cluster.artifact import open_file
 from cluster.host import processes
+from cluster.ledger.events import LedgerEvent, TrialFinished, TrialStarted
 from cluster.security.keys.access import key_store
 from jobs.train.run.files import RunFiles, run_files
 from tests.servers.polling import wait_until
@@ -135,13 +136,45 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(project: Project) -> None:
     assert "started with seed=0, not 1" in other.stderr
 
 
-def test_a_sweep_ends_and_its_best_is_trained(project: Project) -> None:
-    """A sweep ends even if not all trials fit at once: they do not wait for each other for ever."""
-    small = ("sweep.trials=2", "sweep.rows=500", *SMALL[1:2])
-    project.run("jobs.sweep", *DATA, *small, "output=sweep.json", check=True)
+def test_a_killed_sweep_continues_from_the_ledger(project: Project) -> None:
+    """The job is killed while its second trial runs. The same command runs only that one and the third.
+
+    The finished sweep prints its best, which is trained and registered with the sweep as lineage. With another setting,
+    the sweep is refused and names the setting.
+    """
+    options = ("run=s", "sweep.trials=3", "sweep.rows=500", "sweep.concurrent_trials=1", *SMALL[1:2])
+    search = ("sweep.search=optuna", "sweep.scheduler=asha", "sweep.model.epochs=40")
+    command = [sys.executable, "-m", "jobs.sweep", *DATA, *options, *search]
+    ledger = project.ledger()
+
+    def trials(kind: type[LedgerEvent]) -> list[tuple[int, Any]]:
+        events = ledger.find(kind, model="tiny", run="s")
+        return [(event.payload["trial"], event.payload.get("parameters")) for event in events]
+
+    with subprocess.Popen(command, cwd=project.root, env=project.env) as job:
+        wait_until(lambda: len(trials(TrialStarted)) == 2 or job.poll() is not None, seconds=120)
+        job.kill()
+    before = trials(TrialStarted)
+    assert len(before) == 2
+    done = project.run("jobs.sweep", *DATA, *options, *search, check=True)
+    assert "3 trials, 1 have ended, 1 at once" in done.stdout
+    ended = len(trials(TrialFinished))
+    assert ended == 3
+    started = trials(TrialStarted)
+    assert [number for number, _ in started] == [1, 2, 2, 3]
+    assert started[1] == started[2]
+    outputs = ("output=sweep.json", "report=sweep.html", "register=true")
+    again = project.run("jobs.sweep", *DATA, *options, *search, *outputs, check=True)
+    assert "sweep s is finished" in again.stdout
+    assert len(trials(TrialStarted)) == 4
     sweep = output(project, "sweep.json")
-    assert len(sweep["trials"]) == 2
-    assert sweep["best"]["width"] in (64, 128, 256)
+    assert sweep["best"] == dict(started)[sweep["best_trial"]]
+    assert "polyline" in (project.root / "sweep.html").read_text()
+    shown = project.run("cluster.lineage", "--model", "tiny", "--version", "latest", check=True).stdout
+    assert f"hyper-parameters of trial {sweep['best_trial']} of sweep s" in shown
+    other = project.run("jobs.sweep", *DATA, *options, *search, "seed=1")
+    assert other.returncode == 2
+    assert "Sweep 's' of model 'tiny' was started with seed=0, not 1" in other.stderr
 
 
 def test_a_sweep_that_diverges_says_so_for_each_trial(project: Project) -> None:

@@ -14,10 +14,10 @@ from ray.util.queue import Queue
 
 from cluster.errors import RefusedError, TrainingFailed, refusal_behind
 from jobs.train.config import CheckpointConfig
-from jobs.train.network.loop import METRIC, TRAINING_LOSS, Rank, StepMetrics, run_loop
+from jobs.train.network.loop import TRAINING_LOSS, Rank, StepMetrics, run_loop
 from jobs.train.network.plan import LoopConfig, Steps
 from jobs.train.network.saver import NoCheckpoints, Saver
-from jobs.train.progress import Report, send_report
+from jobs.train.progress import METRIC, Report, send_report
 from jobs.train.run.files import RunFiles
 
 

@@ -13,14 +13,13 @@ import torch
 from cluster.errors import ConfigError
 from cluster.runtime import Task
 from cluster.runtime.onnx_engine import OnnxEngine
-from jobs.train.__main__ import require_room
 from jobs.train.config import DeepSpeedConfig, LearningConfig
 from jobs.train.data import TrainingSet
 from jobs.train.families import resolve_family
 from jobs.train.network.engine import checkpoint_activations, deepspeed_config
 from jobs.train.network.plan import LoopConfig, Steps
 from jobs.train.network.protocol import export_network, network_signature
-from jobs.train.training_data import TrainingData, prepare_rows
+from jobs.train.training_data import TrainingData, prepare_rows, require_room
 from tests.samples import frozen_network
 from tests.unit.jobs.train.conftest import people
 
