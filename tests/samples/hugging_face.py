@@ -22,7 +22,7 @@ class Parameters:
     dropout: float = 0.0
 
 
-class RowBert(BertForSequenceClassification):
+class RowBert(BertForSequenceClassification):  # type: ignore[no-untyped-call]
     """BERT over the inputs of a row. A missing value is 0."""
 
     def __init__(self, signature: NetworkSignature, config: BertConfig) -> None:
@@ -32,7 +32,7 @@ class RowBert(BertForSequenceClassification):
         self.bert.embeddings.word_embeddings.requires_grad_(False)  # tokens are numbers, so it is not used
         self.bert.encoder.layer[0].requires_grad_(False)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return outputs [rows, signature.num_outputs]."""
         values = torch.nan_to_num(inputs / 100).unsqueeze(2)
         logits: torch.Tensor = super().forward(inputs_embeds=values * self.scale + self.offset).logits
@@ -48,10 +48,10 @@ def build(signature: NetworkSignature, parameters: Parameters) -> RowBert:
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=signature.width,
-        num_labels=signature.num_outputs,
         hidden_dropout_prob=parameters.dropout,
         attention_probs_dropout_prob=parameters.dropout,
     )
+    config.num_labels = signature.num_outputs
     return RowBert(signature, config)
 
 
