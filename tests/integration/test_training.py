@@ -180,7 +180,7 @@ def test_a_run_loses_a_worker_and_its_cpus_and_gets_them_back(project: Project) 
 
 def test_a_network_that_is_too_large_ends_in_one_line(project: Project) -> None:
     """The exit code is 1, the line names the settings to change, and Ray Train does not try again."""
-    result = project.run("jobs.train", "model=tabular_network", *DATA, "model.width=3000000", "model.depth=1")
+    result = project.run("jobs.train", "model=tabular_network", *DATA, "model.width=3000000", "model.depth=2")
     assert result.returncode == 1, result.stderr
     assert "failed: A training worker has too little memory. Lower model.batch_size" in result.stderr
     assert "Traceback" not in result.stderr
