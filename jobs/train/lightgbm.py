@@ -14,6 +14,7 @@ from cluster.placement import options
 from cluster.runtime import ModelSignature, Task
 from cluster.runtime.signature import LIGHTGBM_FILE
 from jobs.train.families import FitContext
+from jobs.train.memory import run_task
 from jobs.train.progress import LINES, METRIC, Report, display_progress, send_report
 from jobs.train.rows.encoded import EncodedRows, Part
 from jobs.train.rows.target import Target
@@ -21,6 +22,11 @@ from jobs.train.run.files import RunFiles
 from jobs.train.training_data import TrainingData
 from jobs.train.trees.rows import build_dataset
 from jobs.train.trees.segments import OnRound, SegmentedFit, SegmentPlan, merge_segments
+
+TOO_LITTLE_MEMORY = (
+    "The node that fits the trees has too little memory. They need about one byte for each input of each row. Name "
+    "fewer columns with inputs=[…], or choose larger nodes with placement.region."
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,10 +70,13 @@ class Fitted:
 def fit_rows(data: TrainingData, parameters: Parameters, context: FitContext) -> None:
     """Fit the trees, continuing after the run's last segment, and write them in LightGBM's text format."""
     print(f"fitting trees: at most {parameters.rounds} rounds, patience {parameters.patience}", flush=True)
-    remote = _fit.options(num_cpus=parameters.num_threads, **options(context.selector))
+    remote = _fit.options(num_cpus=parameters.num_threads, max_retries=0, **options(context.selector))
     targets = {part: data.target[data.parts == part] for part in (Part.fit, Part.validation)}
     with display_progress(unit="round", total=parameters.rounds, run=context.run_name) as reports:
-        fitted = ray.get(remote.remote(data.rows, targets, parameters, context.seed, context.files, reports))
+        fitted: Fitted = run_task(
+            lambda: remote.remote(data.rows, targets, parameters, context.seed, context.files, reports),
+            too_little_memory=TOO_LITTLE_MEMORY,
+        )
     print(f"fitted: the best round is {fitted.best_round}, {fitted.loss}", flush=True)
     (context.folder / LIGHTGBM_FILE).write_text(fitted.text)
 

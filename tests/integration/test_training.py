@@ -136,6 +136,57 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(project: Project) -> None:
     assert "started with seed=0, not 1" in other.stderr
 
 
+HOLD_CPUS = (
+    "import sys, time, ray; from cluster.session import attach; from cluster.settings import PlatformConfig; "
+    "attach(PlatformConfig()); print('ready', flush=True); sys.stdin.readline(); "
+    "task = ray.remote(num_cpus=4)(lambda: time.sleep(300)).remote(); print('waiting', flush=True); sys.stdin.read()"
+)
+"""After a line of input, it waits for four of the cluster's eight CPUs, and holds them until it ends."""
+
+
+def test_a_run_loses_a_worker_and_its_cpus_and_gets_them_back(project: Project) -> None:
+    """It goes on with one worker, then with two again. Without dropout, it ends with the loss of a run with two."""
+    settings = ("model.epochs=12", "model.dropout=0", "deepspeed=zero1", "scaling.cpus_per_worker=3")
+    arguments = ("model=tabular_network", *DATA, *LONG[:2], LONG[3], *EVERY_20, *settings)
+    project.run("jobs.train", *arguments, "run=steady", "output=steady.json", check=True)
+    command = [sys.executable, "-m", "jobs.train", *arguments, "scaling.num_workers=[1,2]", "run=elastic"]
+    files = run_files(str(project.storage_root), model="tiny", run="elastic", access=project.owner)
+    log = project.root / "elastic.log"
+    options: dict[str, Any] = {"cwd": project.root, "env": project.env, "text": True}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        log.open("w") as out,
+        subprocess.Popen([sys.executable, "-c", HOLD_CPUS], **options, **pipes) as holder,
+    ):
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "ready\n"
+        with subprocess.Popen(
+            [*command, "checkpoint.watch_s=0.5", "output=elastic.json"], **options, stdout=out, stderr=out
+        ) as job:
+            wait_for_step(files, 0, 20)
+            print(file=holder.stdin, flush=True)
+            assert holder.stdout.readline() == "waiting\n"
+            training_workers(project)[0].kill()
+            wait_until(lambda: "1 of 1 to 2 workers" in log.read_text(), seconds=120)
+            epoch, step, *_ = files.checkpoints()[0]
+            wait_for_step(files, epoch, step + 1)
+            holder.kill()
+            assert job.wait(240) == 0, log.read_text()
+    numbers = [line[0] for line in log.read_text().splitlines() if line.endswith("of 1 to 2 workers")]
+    assert numbers == ["2", "1", "2"]
+    steady, elastic = output(project, "steady.json")["metrics"], output(project, "elastic.json")["metrics"]
+    assert elastic["log_loss"] == pytest.approx(steady["log_loss"], abs=1e-5)
+
+
+def test_a_network_that_is_too_large_ends_in_one_line(project: Project) -> None:
+    """The exit code is 1, the line names the settings to change, and Ray Train does not try again."""
+    result = project.run("jobs.train", "model=tabular_network", *DATA, "model.width=3000000", "model.depth=2")
+    assert result.returncode == 1, result.stderr
+    assert "failed: A training worker has too little memory. Lower model.batch_size" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_killed_sweep_continues_from_the_ledger(project: Project) -> None:
     """The job is killed while its second trial runs. The same command runs only that one and the third.
 
