@@ -48,8 +48,8 @@ class Prepared:
 def stage_command(prepared: Prepared, *, run: str) -> list[str]:
     """Return the module and all arguments of a stage's job.
 
-    A stage that trains gets the id of a training run. Each attempt with the same key in the same run of the pipeline
-    gets the same id. So after a kill, the next attempt continues the training from its last checkpoint.
+    A stage that trains or sweeps gets the id of a run. Each attempt with the same key in the same run of the pipeline
+    gets the same id. So after a kill, the next attempt continues the work.
 
     Args:
         prepared: The stage.

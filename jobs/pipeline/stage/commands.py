@@ -317,7 +317,7 @@ _FACTS: dict[str, Callable[[Any], Facts]] = {
 """For each command that can be a stage, the function that returns its facts."""
 STAGE_COMMANDS = frozenset(_FACTS)
 """The platform's commands that can be a stage."""
-WITH_RUNS = frozenset({"jobs.train"})
+WITH_RUNS = frozenset({"jobs.sweep", "jobs.train"})
 """Commands whose option `run=<id>` continues the work of a killed job that had the same id."""
 
 
