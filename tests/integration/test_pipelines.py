@@ -15,6 +15,7 @@ import pytest
 
 from cluster.ledger.events import PipelineFinished, StageFinished, StageStarted
 from jobs.pipeline.state import newest_run, read_run
+from jobs.ray_jobs import RayJobs
 from tests.integration.conftest import refusal
 from tests.integration.test_ray_jobs import ARITHMETIC, DEFINITIONS, job_details, people_and_income
 from tests.servers.polling import wait_until
@@ -153,6 +154,8 @@ def test_a_users_own_pipeline_is_planned_stopped_corrected_killed_and_resumed(
     ]  # fmt: skip
     leader = subprocess.Popen(command, cwd=workspace, env=falaj_cluster.env, stdout=subprocess.DEVNULL)
     wait_until(lambda: states(falaj_cluster)["ingest"] == "running", seconds=90)
+    jobs = [event["job"] for event in own_events(falaj_cluster.ledger(), StageStarted)]
+    wait_until(lambda: RayJobs(falaj_cluster.record).status(jobs[-1]) is not None, seconds=90)
     os.kill(leader.pid, signal.SIGKILL)
     leader.wait()
 
