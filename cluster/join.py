@@ -43,6 +43,7 @@ from cluster.node.launch import (
     key_log,
     overrides,
     remove_folders,
+    rollouts_log,
     shared_overrides,
     start_process,
     start_ray_node,
@@ -52,7 +53,16 @@ from cluster.node.launch import (
 )
 from cluster.node.locks import command_lock, is_watched_by
 from cluster.node.log_uploads import announce_node, upload_logs
-from cluster.node.parts import EDGE, RELAY, SUPERVISOR, UPLOADER, State, inspect_parts, states_by_name
+from cluster.node.parts import (
+    EDGE,
+    RELAY,
+    ROLLOUTS,
+    SUPERVISOR,
+    UPLOADER,
+    State,
+    inspect_parts,
+    states_by_name,
+)
 from cluster.node.scheduling import wait_for_turn
 from cluster.security.private_folder import ensure_private_folder, remove_access_of_others
 from cluster.security.tls.certificates import (
@@ -321,6 +331,7 @@ def start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
     start_process(config, record, UPLOADER, log=uploader_log(config))
     if record.has_edge:
         edge = start_process(config, record, EDGE, log=edge_log(config))
+        start_process(config, record, ROLLOUTS, log=rollouts_log(config))
         wait_until(edge, lambda: answers_http(record.metrics_url), name="edge", log=edge_log(config))
     write_record(record, config.storage)
     supervisor = start_process(config, record, SUPERVISOR, log=supervisor_log(config))

@@ -45,6 +45,7 @@ METRICS_PORTS = (
     "nodes_metrics",
     "uploader_metrics",
     "jobs_metrics",
+    "rollouts_metrics",
 )
 """Names of the ports where Falaj's own processes serve metrics."""
 
@@ -155,6 +156,11 @@ class ClusterRecord:
         return f"{self.runtime_folder}/jobs.sock"
 
     @property
+    def rollouts_socket(self) -> str:
+        """Path of the socket of this machine's controller of rollouts."""
+        return f"{self.runtime_folder}/rollouts.sock"
+
+    @property
     def owner(self) -> int:
         """User id of the cluster's processes. If the record has no user id, it is the owner of the state folder."""
         if self.owner_uid is not None:
@@ -183,6 +189,7 @@ def metrics_urls(record: ClusterRecord) -> list[str]:
         "edge_controller_metrics": record.has_edge,
         "scheduler_metrics": record.node_id is None,
         "jobs_metrics": record.node_id is None,
+        "rollouts_metrics": record.has_edge,
         "nodes_metrics": record.has_nodes and record.node_id is None,
         "uploader_metrics": record.layout.shared is not None,
     }

@@ -253,6 +253,7 @@ class PortsConfig:
     nodes_metrics: int = 8409
     uploader_metrics: int = 8410
     jobs_metrics: int = 8411
+    rollouts_metrics: int = 8412
 
 
 @dataclass(kw_only=True, slots=True)

@@ -43,6 +43,7 @@ GUARDED_BY = {
     "uploader_metrics": "open to read",
     "scheduler_metrics": "open to read",
     "jobs_metrics": "open to read",
+    "rollouts_metrics": "open to read",
 }
 _SERVER_DOWN = re.compile(
     r'^haproxy_server_status\{proxy="([^"]+)",server="([^"]+)_(\d+)",state="DOWN"\} 1$', re.MULTILINE

@@ -44,6 +44,7 @@ from cluster.node.launch import (
     new_gcs_folder,
     nodes_log,
     remove_folders,
+    rollouts_log,
     scheduler_log,
     shared_overrides,
     start_process,
@@ -60,6 +61,7 @@ from cluster.node.parts import (
     EDGE,
     JOBS,
     NODES,
+    ROLLOUTS,
     SCHEDULER,
     SUPERVISOR,
     UPLOADER,
@@ -101,7 +103,7 @@ __all__ = ["environment", "shared_overrides"]
 
 REPAIR_DEADLINE_S = 600.0
 WAKE_EVERY_S = 15.0
-METRICS_RANGE = range(8411, 8500)
+METRICS_RANGE = range(8412, 8500)
 
 
 @job("cluster", PlatformConfig, uses_recorded_places=False)
@@ -265,6 +267,7 @@ def _start_parts(config: PlatformConfig, record: ClusterRecord) -> None:
         start_process(config, record, UPLOADER, log=uploader_log(config))
     start_process(config, record, SCHEDULER, log=scheduler_log(config))
     start_process(config, record, JOBS, log=jobs_log(config))
+    start_process(config, record, ROLLOUTS, log=rollouts_log(config))
     print("starting the edge", flush=True)
     edge = start_process(config, record, EDGE, log=edge_log(config))
     start_serve(config, record)

@@ -4,43 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from cluster.security.tokens.intent import FILE_VARIABLE, remove_expired, write_intent
 from cluster.security.tokens.issuer import TOKEN_TTL_S, mint_token
 from cluster.security.tokens.principal import Principal
-from cluster.security.tokens.roles import Role
 from cluster.security.tokens.source import INTENTS, RENEW_S
 from cluster.security.tokens.verification import MODEL_SCOPE
 from cluster.storage import Layout, local
-
-
-def principal_as_json(principal: Principal) -> dict[str, Any]:
-    """Return a principal as an event has it."""
-    return {
-        "subject": principal.subject,
-        "role": principal.role.value,
-        "purpose": principal.purpose,
-        "tenant": principal.tenant,
-        "models": None if principal.models is None else sorted(principal.models),
-    }
-
-
-def principal_from_json(content: Mapping[str, Any]) -> Principal:
-    """Return the principal that an event has."""
-    models = content.get("models")
-    return Principal(
-        subject=str(content["subject"]),
-        role=Role(content["role"]),
-        purpose=str(content["purpose"]),
-        tenant=str(content["tenant"]),
-        models=None if models is None else tuple(models),
-        expires_at=int(time.time()),
-    )
 
 
 @contextmanager

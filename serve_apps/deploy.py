@@ -10,7 +10,7 @@ import contextlib
 import enum
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from cluster.entrypoint import job
 from cluster.errors import FalajError, RefusedError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ModelDeployed, ServingRestored
+from cluster.ledger.store import utc_now
 from cluster.registry import CHAMPION, ModelVersion, Registry
 from cluster.runtime.loader import require_rows
 from cluster.security.acting import Actor, create_actor
@@ -37,6 +38,7 @@ from serve_apps.deployed_settings import with_deployed_settings
 from serve_apps.edge.control.waiting import wait_until_applied
 from serve_apps.retirement import reinstate, require_not_retired, retire
 from serve_apps.rollout.assignment import require_variant
+from serve_apps.rollout.history import History, read_histories
 from serve_apps.rollout.serving_state import ModelState, States, read_states
 from serve_apps.shared_apps import APPLICATIONS, ensure_shared_apps, restore_shared_apps
 from serve_apps.undeploy import remove, require_number
@@ -190,7 +192,7 @@ def deploy(
 
 
 def restore(config: DeployConfig, ledger: Ledger, registry: Registry, actor: Actor) -> None:
-    """Start the application of every model's champion, running treatment and shadow.
+    """Start the application of every model's champion, running treatment, shadow, and predecessor of a promotion.
 
     If one application does not start, the others are still started.
 
@@ -200,7 +202,7 @@ def restore(config: DeployConfig, ledger: Ledger, registry: Registry, actor: Act
         DeployFailed: some applications did not start; the message names them.
     """
     started, region = time.perf_counter(), config.cluster.region
-    versions = serving(read_states(ledger), registry)
+    versions = serving(read_states(ledger), read_histories(ledger), registry)
     whole = Resource(kind="cluster", name="serving", region=region, serves=True)
     models = (replace(version.resource(region=region), serves=True) for version in versions)
     actor.check(Action.restart_serving, whole, *models)
@@ -223,11 +225,16 @@ def restore(config: DeployConfig, ledger: Ledger, registry: Registry, actor: Act
         raise DeployFailed(f"{', '.join(failed)} did not start; the others serve. See the messages above.")
 
 
-def serving(states: States, registry: Registry) -> list[ModelVersion]:
-    """Return the versions that get requests according to the ledger: champions, running treatments and shadows."""
+def serving(states: States, histories: Mapping[str, History], registry: Registry) -> list[ModelVersion]:
+    """Return the versions that must run according to the ledger.
+
+    These are champions, running treatments, shadows, and deployed versions that a rollback of a promotion needs.
+    """
     versions = []
     for name, state in states.items():
+        predecessor = histories.get(name, History()).warm_predecessor(utc_now())
         candidates = (
+            predecessor if predecessor in state.apps else None,
             state.champion_version,
             state.rollout.treatment_version if state.rollout else None,
             state.shadow.version if state.shadow else None,

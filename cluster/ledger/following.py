@@ -8,7 +8,7 @@ transaction applies at most `BATCH` events. Between transactions, waiting writer
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import sqlalchemy as sa
 
@@ -61,6 +61,14 @@ def is_behind(connection: sa.Connection, name: str, wanted: Callable[[str], bool
     """Return whether the ledger has events of the follower's types after the follower's position."""
     position = position_of(connection, name)
     return any(seq > position and wanted(type_name) for type_name, seq in newest_by_type(connection).items())
+
+
+def new_entries(connection: sa.Connection, after: int, wanted: Callable[[str], bool]) -> Iterator[Entry]:
+    """Yield the entries of the wanted types with `seq > after`, type by type."""
+    for type_name, newest in newest_by_type(connection).items():
+        if newest > after and wanted(type_name):
+            query = sa.select(EVENTS).where(EVENTS.c.type == type_name, EVENTS.c.seq > after)
+            yield from map(to_entry, connection.execute(query))
 
 
 def catch_up(engine: sa.Engine, name: str, *, wanted: Callable[[str], bool], apply: Apply) -> None:

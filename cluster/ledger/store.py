@@ -10,7 +10,7 @@ the order of `seq` is also the order of time, even if several machines write.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from cluster.ledger.events import (
     is_known,
     require_known,
 )
-from cluster.ledger.following import HEAD, catch_up, newest_by_type, position_of
+from cluster.ledger.following import HEAD, catch_up, new_entries, newest_by_type, position_of
 from cluster.settings import PlatformConfig, Tier
 from cluster.storage import layout, local
 
@@ -109,6 +109,34 @@ class Ledger:
                 if connection.execute(index.page(key, beyond=None, newest_first=False, limit=1)).first():
                     return None
                 return self._append_with_checkpoint(connection, event, actor)
+
+    def append_unless_changed(
+        self,
+        events: Sequence[LedgerEvent],
+        *,
+        actor: str,
+        since: int,
+        types: Callable[[str], bool],
+        concerns: Callable[[Entry], bool],
+    ) -> list[Entry] | None:
+        """Append several events in one transaction, unless the ledger has got an event that the caller did not know.
+
+        Of several callers that have read the same state, one appends its events.
+
+        Args:
+            events: The events.
+            actor: Who acts.
+            since: `head()` before the caller read the state that its events depend on.
+            types: Returns whether events of a type can change this state.
+            concerns: Returns whether an event of such a type changes it.
+
+        Returns:
+            The entries, or None if there was such an event. Then nothing was appended.
+        """
+        with self.writing() as connection:
+            if any(concerns(entry) for entry in new_entries(connection, since, types)):
+                return None
+            return [self._append_with_checkpoint(connection, event, actor) for event in events]
 
     def _append_with_checkpoint(self, connection: sa.Connection, event: LedgerEvent, actor: str) -> Entry:
         entry = self._append(connection, event.type, actor, to_json(event.payload()))

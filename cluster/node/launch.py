@@ -358,6 +358,11 @@ def jobs_log(config: PlatformConfig) -> Path:
     return local(layout(config.storage).edge) / "jobs.log"
 
 
+def rollouts_log(config: PlatformConfig) -> Path:
+    """Return the path of the log of the controller of rollouts."""
+    return local(layout(config.storage).edge) / "rollouts.log"
+
+
 def uploader_log(config: PlatformConfig) -> Path:
     """Return the path of the log uploader's log."""
     return local(layout(config.storage).edge) / "uploader.log"

@@ -32,6 +32,7 @@ class Part(enum.StrEnum):
     uploader = "log uploader"
     scheduler = "scheduler"
     jobs = "job service"
+    rollouts = "rollout controller"
     edge = "edge controller"
     haproxy = "edge"
     supervisor = "supervisor"
@@ -51,6 +52,7 @@ BROKER, EDGE, SUPERVISOR = "cluster.security.keys", "serve_apps.edge", "cluster.
 NODES, RELAY = "cluster.membership", "cluster.membership.relay"
 UPLOADER = "cluster.records.upload"
 SCHEDULER, JOBS = "jobs.schedule.service", "jobs.submission.service"
+ROLLOUTS = "serve_apps.rollout.controller.service"
 _MODULES = {
     BROKER: Part.broker,
     RELAY: Part.broker,
@@ -58,6 +60,7 @@ _MODULES = {
     UPLOADER: Part.uploader,
     SCHEDULER: Part.scheduler,
     JOBS: Part.jobs,
+    ROLLOUTS: Part.rollouts,
     EDGE: Part.edge,
     SUPERVISOR: Part.supervisor,
 }
@@ -71,7 +74,7 @@ _CLIENT_SERVER = "ray.util.client.server"
 RAY_PARTS = (Part.gcs, Part.raylet, Part.dashboard, Part.monitor, Part.log_monitor, Part.client_server)
 """Parts that `ray start` starts. Ray does not restart them."""
 _JOINED_PARTS = (Part.raylet, Part.log_monitor, Part.broker, Part.uploader, Part.supervisor)
-_EDGE_PARTS = (Part.edge, Part.haproxy)
+_EDGE_PARTS = (Part.edge, Part.haproxy, Part.rollouts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -106,7 +106,7 @@ def read_shadow_predictions(log: AnyLog, store: KeyStore) -> pl.DataFrame:
 
     `request_id` is the id of the request whose copy the shadow got. The errors are those of `read_records`.
     """
-    return _log(record for record in _records_in_order(log, store) if record["arm"] == SHADOW).answers
+    return build_log(record for record in _records_in_order(log, store) if record["arm"] == SHADOW).answers
 
 
 def read_log(log: AnyLog, store: KeyStore) -> Log:
@@ -114,7 +114,7 @@ def read_log(log: AnyLog, store: KeyStore) -> Log:
 
     Predictions of shadows are not included: no client got them, so no figure about serving may include them.
     """
-    return _log(record for record in _records_in_order(log, store) if record["arm"] != SHADOW)
+    return build_log(record for record in _records_in_order(log, store) if record["arm"] != SHADOW)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +134,8 @@ class Log:
     """Rows without a finite score from the model. The column `fault` has the reason. No figure includes these rows."""
 
 
-def _log(records: Iterable[dict[str, Any]]) -> Log:
+def build_log(records: Iterable[dict[str, Any]]) -> Log:
+    """Return the answers and failures of prediction records, in their order."""
     answered: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     for record in records:
@@ -258,7 +259,7 @@ def _frame(rows: Sequence[Mapping[str, Any]], types: Mapping[str, Any]) -> pl.Da
 
 def _column(name: str, values: list[Any], dtype: Any) -> pl.Series:
     if dtype == _TIME:
-        return pl.Series(name, [_time(value) for value in values], dtype=_TIME)
+        return pl.Series(name, [parse_time(value) for value in values], dtype=_TIME)
     if dtype is not None:
         return pl.Series(name, values, dtype=dtype, strict=False)
     return exact_column(name, values)
@@ -273,7 +274,7 @@ def exact_column(name: str, values: Sequence[Any]) -> pl.Series:
         return pl.Series(name, values, dtype=pl.Object)
 
 
-def _time(text: Any) -> dt.datetime | None:
+def parse_time(text: Any) -> dt.datetime | None:
     """Parse a time. Invalid text becomes None, so that one bad value does not make the whole log unreadable."""
     try:
         time = dt.datetime.fromisoformat(text)

@@ -72,7 +72,8 @@ class LogTable:
     """
 
     def __init__(self, log: str | Path) -> None:
-        self._name = "/".join(str(log).split("/")[-2:])
+        self._log = str(log)
+        self._name = _name(self._log)
         self.kind = self._name.partition("/")[0]
         self.uri = f"{log}/{FOLDER}"
         self._table = _open(self.uri)
@@ -94,25 +95,20 @@ class LogTable:
             ProtectedFileCorrupt: The file was changed, or was not written for this log.
             AccessDenied, KeyRevoked: The key store refuses the key.
         """
-        table = files.read(
-            f"{self.uri}/{file.path}",
-            protection=self._protection(file.column_class),
-            place=self._aad(file.path),
-        )
+        table = read_columns(self._log, file, files)
         for batch in table.to_batches(max_chunksize=10_000):
             for row in batch.to_pylist():
                 yield StoredRecord(row[SEGMENT], row[LINE], to_record(self.kind, row))
 
     def write(self, rows: Sequence[Mapping[str, Any]], column_class: str, files: ProtectedFiles) -> LogFile:
         """Write rows as one file. `commit` makes the file a part of the table."""
+        return self.write_columns(pa.Table.from_pylist(list(rows), schema(self.kind)), column_class, files)
+
+    def write_columns(self, rows: pa.Table, column_class: str, files: ProtectedFiles) -> LogFile:
+        """Write rows that are columns already, see `write`. Their schema is `cluster.records.columns.schema`."""
         path = f"{CLASS}={column_class}/{uuid.uuid4().hex}.parquet"
-        size = files.write(
-            pa.Table.from_pylist(list(rows), schema(self.kind)),
-            f"{self.uri}/{path}",
-            self._protection(column_class),
-            place=self._aad(path),
-        )
-        return LogFile(path=path, column_class=column_class, records=len(rows), size_bytes=size)
+        size = files.write(rows, f"{self.uri}/{path}", self._protection(column_class), place=self._aad(path))
+        return LogFile(path=path, column_class=column_class, records=rows.num_rows, size_bytes=size)
 
     def ensure(self) -> DeltaTable:
         """Return the Delta table. Create the table if it does not exist.
@@ -190,10 +186,48 @@ class LogTable:
         }
 
     def _protection(self, column_class: str) -> Protection:
-        return Protection(default=f"{self._name}/{column_class}", keys=((SEGMENT, None), (LINE, None)))
+        return _protection(self._name, column_class)
 
     def _aad(self, path: str) -> str:
-        return f"{self._name}/{FOLDER}/{path}"
+        return _aad(self._name, path)
+
+
+def read_columns(
+    log: str, file: LogFile, files: ProtectedFiles, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Return some columns, by default all, of one file of a log's table. The JSON columns are text.
+
+    Only plain data is needed to find the file, so a task on another node can call this.
+
+    Args:
+        log: Folder or URI of the log.
+        file: The file.
+        files: Reader of protected files.
+        columns: Names of the columns, see `cluster.records.columns`.
+
+    Raises:
+        ProtectedFileCorrupt: The file was changed, or was not written for this log.
+        AccessDenied, KeyRevoked: The key store refuses the key.
+    """
+    name = _name(log)
+    return files.read(
+        f"{log}/{FOLDER}/{file.path}",
+        columns,
+        protection=_protection(name, file.column_class),
+        place=_aad(name, file.path),
+    )
+
+
+def _name(log: str) -> str:
+    return "/".join(log.split("/")[-2:])
+
+
+def _protection(name: str, column_class: str) -> Protection:
+    return Protection(default=f"{name}/{column_class}", keys=((SEGMENT, None), (LINE, None)))
+
+
+def _aad(name: str, path: str) -> str:
+    return f"{name}/{FOLDER}/{path}"
 
 
 def _open(uri: str) -> DeltaTable | None:

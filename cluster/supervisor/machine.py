@@ -24,6 +24,7 @@ from cluster.node.launch import (
     jobs_log,
     key_log,
     nodes_log,
+    rollouts_log,
     scheduler_log,
     start_process,
     start_ray_node,
@@ -37,6 +38,7 @@ from cluster.node.parts import (
     NODES,
     RAY_PARTS,
     RELAY,
+    ROLLOUTS,
     SCHEDULER,
     UPLOADER,
     Part,
@@ -81,6 +83,8 @@ class ThisMachine:
             start_process(config, record, SCHEDULER, log=scheduler_log(config))
         elif part is Part.jobs:
             start_process(config, record, JOBS, log=jobs_log(config))
+        elif part is Part.rollouts:
+            start_process(config, record, ROLLOUTS, log=rollouts_log(config))
         elif part is Part.edge:
             start_process(config, record, EDGE, log=edge_log(config))
         elif part in RAY_PARTS:

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 from cluster.entrypoint import job
 from cluster.errors import TrainingSetError
-from cluster.ledger import Ledger, open_ledger
+from cluster.ledger import open_ledger
 from cluster.ledger.events import ModelMonitored
 from cluster.records.progress import ages_as_json
-from cluster.security.acting import Actor, create_actor
+from cluster.security.acting import create_actor
 from cluster.security.encryption.access import protected_files
-from cluster.security.keys.access import key_store
-from cluster.session import attach
-from cluster.storage import exists, file_name, layout, resolve, write_bytes, write_json
+from cluster.session import attach, require_running_cluster, use_cluster
+from cluster.storage import exists, layout, resolve, write_bytes, write_json
+from jobs.monitor.calculation.combining import Figures
+from jobs.monitor.calculation.ranking import rank_alerts
 from jobs.monitor.config import MonitorConfig
-from jobs.monitor.figures import Figures, measure_version
-from jobs.monitor.logged import ServedVersion, read_served_log
+from jobs.monitor.logged import ServedVersion
 from jobs.monitor.plots import performance_plot
-from jobs.monitor.reference import References, reference_rows
-from jobs.monitor.report import Output, alerting_chunks, describe
+from jobs.monitor.reference import References
+from jobs.monitor.report import Output, alerting_chunks, describe, describe_traffic
+from jobs.monitor.run import Measured, MonitorRun, result_name
 from jobs.monitor.scored import read_scored
+from jobs.monitor.traffic import as_json, judge_traffic, unusual_hours
 from jobs.train.data import read_training_set
 
-MAX_VARIANT_CHARS = 100
-"""Largest number of characters of a variant's name in a file name; a longer name is cut and gets a hash."""
+TRAFFIC = "traffic.json"
+"""File with all judged hours. Other results have only the unusual ones, because a pipeline's events contain these."""
 
 
 @job("monitor", MonitorConfig, timed=True)
@@ -38,68 +39,54 @@ def main(config: MonitorConfig) -> dict[str, Any]:
             f"No reference at {resolve(config.reference)}. Give the training set of the model."
         )
     ledger = open_ledger(config)
-    actor = create_actor(config, attach(config), ledger, entrypoint="jobs.monitor")
+    record = require_running_cluster(config)
+    use_cluster(record)
+    actor = create_actor(config, record, ledger, entrypoint="jobs.monitor")
     places = layout(config.storage)
     files = protected_files(actor.access)
     references = References(
         config.reference, lambda path: read_training_set(path, files, places=places, ledger=ledger)
     )
     folder = f"{places.monitor(config.name)}/{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    run = MonitorRun(
+        config=config,
+        places=places,
+        ledger=ledger,
+        actor=actor,
+        references=references,
+        attach=lambda: attach(config),
+    )
+    logs: dict[str, Any] = {}
+    traffic: dict[str, Any] = {}
+    measured: Iterable[Measured]
     if config.predictions is not None:
-        logged = read_scored(config, ledger, actor.access)
+        measured = [run.measure_scores(read_scored(config, ledger, actor.access))]
     else:
-        logged = read_served_log(config, ledger, key_store(actor.access))
-    for age in logged.ages:
-        print(f"log: {age}", flush=True)
-    run = MonitorRun(config, references, folder, ledger, actor, ages_as_json(logged.ages))
+        ages = run.log_ages()
+        for age in ages:
+            print(f"log: {age}", flush=True)
+        logs = ages_as_json(ages)
+        counts = run.count()
+        judged = as_json(judge_traffic(counts.hours(), until=ages[0].until))
+        write_json(f"{folder}/{TRAFFIC}", judged)
+        traffic = unusual_hours(judged)
+        for line in describe_traffic(traffic):
+            print(f"{config.name}: {line}", flush=True)
+        measured = run.measure_log(counts)
     output = Output()
-    for served in logged.served:
-        figures = run.monitor(served, left_out=logged.left_out(served))
-        output.add(served, figures)
-    content = output.content() | {"logs": run.logs}
+    for one in measured:
+        figures = one.figures | {"logs": logs, "traffic": traffic, "ranking": rank_alerts(one.figures)}
+        for line in describe(one.served.name, figures):
+            print(line, flush=True)
+        results = f"{folder}/{result_name(one.served)}"
+        write_results(one.served, figures, results)
+        event = monitored_event(config, one, traffic=traffic, results=f"{results}.json")
+        ledger.append(event, actor=actor.name)
+        output.add(one.served, figures)
+    content = output.content() | {"logs": logs, "traffic": traffic}
     if config.output is not None:
         write_json(resolve(config.output), content)
     return content
-
-
-@dataclass(frozen=True, slots=True)
-class MonitorRun:
-    """What all versions of one monitoring run have in common."""
-
-    config: MonitorConfig
-    references: References
-    """Reads the reference of each version."""
-    folder: str
-    """Folder for the results."""
-    ledger: Ledger
-    actor: Actor
-    logs: dict[str, Any]
-    """How complete the logs are."""
-
-    def monitor(self, served: ServedVersion, *, left_out: dict[str, int]) -> Figures:
-        """Measure one version, print and write its figures, and append its event.
-
-        Args:
-            served: Answers of the version.
-            left_out: Number of rows and outcomes that no figure includes, by reason.
-        """
-        path, source = self.references.of(served.version)
-        reference = reference_rows(source, served.version, self.config)
-        figures = measure_version(self.config, served, reference, access=self.actor.access)
-        figures |= {"left_out": left_out, "logs": self.logs}
-        for line in describe(served.name, figures):
-            print(line, flush=True)
-        results = f"{self.folder}/{result_name(served)}"
-        write_results(served, figures, results)
-        event = monitored_event(
-            self.config,
-            served,
-            figures,
-            reference_hash=self.references.file_hash(path),
-            results=f"{results}.json",
-        )
-        self.ledger.append(event, actor=self.actor.name)
-        return figures
 
 
 def write_results(served: ServedVersion, figures: Figures, path: str) -> None:
@@ -110,31 +97,18 @@ def write_results(served: ServedVersion, figures: Figures, path: str) -> None:
         write_bytes(f"{path}.svg", plot.encode())
 
 
-def result_name(served: ServedVersion) -> str:
-    """Return the file name, without suffix, of a version's results.
-
-    In the log of an older release, the variant can be any text that a client sent.
-    """
-    variant = file_name(served.variant)
-    if len(variant) > MAX_VARIANT_CHARS:
-        variant = f"{variant[:MAX_VARIANT_CHARS]}-{hashlib.sha256(variant.encode()).hexdigest()[:16]}"
-    return f"{variant}-v{served.version.version}"
-
-
 def monitored_event(
-    config: MonitorConfig, served: ServedVersion, figures: Figures, *, reference_hash: str, results: str
+    config: MonitorConfig, measured: Measured, *, traffic: dict[str, Any], results: str
 ) -> ModelMonitored:
     """Return the ledger event that says that a version was monitored.
 
     Args:
         config: Configuration of the run.
-        served: Answers of the version.
-        figures: Figures of the version.
-        reference_hash: SHA-256 of the reference file.
+        measured: The version with its figures.
+        traffic: Hours with unusual traffic of the model, by kind.
         results: Path of the result file.
     """
-    prediction_ids: list[Any] = [] if served.rows.is_empty() else served.rows["prediction_id"].to_list()
-    predictions_hash = hashlib.sha256("".join(sorted(prediction_ids)).encode()).hexdigest()
+    served, figures = measured.served, measured.figures
     return ModelMonitored(
         model=config.name,
         variant=served.variant,
@@ -143,10 +117,13 @@ def monitored_event(
         drift=alerting_chunks(figures["drift"]),
         missing=alerting_chunks(figures["missing"]),
         unseen=alerting_chunks(figures["unseen"]),
+        reconstruction=[chunk for chunk, one in figures["reconstruction"].items() if one["alert"]],
+        traffic=alerting_chunks(traffic),
         undefined=figures["undefined"],
         left_out=figures["left_out"],
-        inputs={"reference": reference_hash, "predictions": predictions_hash},
+        inputs={"reference": measured.reference_hash, "predictions": measured.predictions_hash},
         results="/".join(results.rsplit("/", 2)[1:]),
+        fits=measured.fits,
     )
 
 

@@ -37,16 +37,33 @@ class References:
         Raises:
             TrainingSetError: The file is missing, is not known, or is not what the version was trained on any more.
         """
-        if self._configured is not None:
-            return Reference(self._configured, self._read(self._configured))
-        path = recorded_training_set(version)
+        path, is_recorded = self.path_of(version)
         source = self._read(path)
-        require_same_rows(version, source, path=path, option="reference")
+        if is_recorded:
+            require_same_rows(version, source, path=path, option="reference")
         return Reference(path, source)
+
+    def path_of(self, version: ModelVersion) -> ReferencePath:
+        """Return the path of a version's reference, without reading the file.
+
+        Raises:
+            TrainingSetError: The training set of the version is not known.
+        """
+        if self._configured is not None:
+            return ReferencePath(self._configured, is_recorded=False)
+        return ReferencePath(recorded_training_set(version), is_recorded=True)
 
     def file_hash(self, path: str) -> str:
         """Return the SHA-256 of a reference's file. It is read once for all versions and variants."""
         return self._file_hash(resolve(path))
+
+
+class ReferencePath(NamedTuple):
+    """Where a reference is."""
+
+    path: str
+    is_recorded: bool
+    """Whether the version was trained on it."""
 
 
 class Reference(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.monitor.logged import ServedVersion
@@ -12,6 +12,16 @@ ALERT_TEXTS = {
     "missing": "has an unusual share of nulls",
     "unseen": "has values that the model does not know",
 }
+
+TRAFFIC_TEXTS = {
+    "requests": "unusual number of requests in an hour",
+    "refused": "unusual share of requests without an answer in an hour",
+    "unseen": "unusual share of entities without any feature in an hour",
+}
+
+
+RANKED = 5
+"""Number of columns that the printed ranking has."""
 
 
 class Output:
@@ -53,10 +63,23 @@ def describe(name: str, figures: dict[str, Any]) -> list[str]:
             _performance_line(figures),
             *_performance_alerts(figures),
             *_column_alerts(figures),
+            *_reconstruction_alerts(figures),
+            *_ranking_line(figures.get("ranking", [])),
             *_undefined_lines(figures["undefined"]),
             *_excluded_lines(figures["left_out"]),
         )
     ]
+
+
+def describe_traffic(traffic: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Describe the hours with unusual traffic in lines of text, one for each kind."""
+    lines = []
+    for kind, hours in alerting_chunks(traffic).items():
+        values = [
+            f"{hour} {traffic[kind][hour]['value']:.{0 if kind == 'requests' else 3}f}" for hour in hours
+        ]
+        lines.append(f"ALERT {TRAFFIC_TEXTS[kind]}: {', '.join(values)}")
+    return lines
 
 
 def _performance_line(figures: dict[str, Any]) -> str:
@@ -90,6 +113,18 @@ def _column_alerts(figures: dict[str, Any]) -> list[str]:
             values = [f"{chunk} {figures[kind][column][chunk]['value']:.3f}" for chunk in chunks]
             lines.append(f"ALERT {column} {text}: {', '.join(values)}")
     return lines
+
+
+def _reconstruction_alerts(figures: dict[str, Any]) -> list[str]:
+    alerts = {chunk: one for chunk, one in figures["reconstruction"].items() if one["alert"]}
+    values = [f"{chunk} {one['value']:.3f}" for chunk, one in alerts.items()]
+    return [f"ALERT all inputs together drifted: {', '.join(values)}"] if values else []
+
+
+def _ranking_line(ranking: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the columns with most alerts, if several have alerts."""
+    texts = [f"{row['column']} {row['alerts']}" for row in ranking[:RANKED]]
+    return [f"most alerts: {', '.join(texts)}"] if len(texts) > 1 else []
 
 
 def _undefined_lines(undefined: Mapping[str, Mapping[str, str]]) -> list[str]:

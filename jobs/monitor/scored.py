@@ -23,7 +23,7 @@ from cluster.security.encryption.parquet import ProtectedFileCorrupt
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.storage import Layout, exists, layout, read_bytes, resolve, sha256
 from jobs.monitor.config import MonitorConfig
-from jobs.monitor.logged import ServedLog, ServedVersion
+from jobs.monitor.logged import ScoredLog, ServedVersion
 from jobs.score.files import MANIFEST, FileOfRows, Folder, Manifest, digest
 from jobs.score.source import is_below
 
@@ -32,7 +32,7 @@ VARIANT = "batch"
 _ANSWERS = ("probability", "label", "probabilities", "value")
 
 
-def read_scored(config: MonitorConfig, ledger: Ledger, access: KeyAccess) -> ServedLog:
+def read_scored(config: MonitorConfig, ledger: Ledger, access: KeyAccess) -> ScoredLog:
     """Read the scores in the folder `predictions`, with outcomes where they are known.
 
     Raises:
@@ -60,9 +60,8 @@ def read_scored(config: MonitorConfig, ledger: Ledger, access: KeyAccess) -> Ser
         version=version,
         rows=rows,
         failed=sum(manifest.set_aside.values()),
-        odd_inputs={},
     )
-    return ServedLog(served=[served], unknown_predictions=0, unknown_rows=unknown)
+    return ScoredLog(served=served, unknown_rows=unknown)
 
 
 def read_manifest(uri: str, ledger: Ledger, *, model: str) -> Manifest:

@@ -21,9 +21,9 @@ from cluster.ledger.events import ScheduleApplied, ScheduledRunDue, ScheduleStat
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.security.private_folder import require_unchangeable
+from cluster.security.tokens.principal import principal_as_json
 from cluster.session import require_running_cluster
 from jobs.pipeline.stage.arguments import callers_config_dir
-from jobs.principal_tokens import principal_as_json
 from jobs.schedule import schedules
 from jobs.schedule.command import LOADS, check_command
 from jobs.schedule.config import ScheduleAction, ScheduleConfig, TriggerKind

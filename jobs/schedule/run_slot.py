@@ -20,11 +20,12 @@ from cluster.security.authorization.audit import DecisionRecorder
 from cluster.security.authorization.policy import Action, Policy
 from cluster.security.private_folder import require_unchangeable
 from cluster.security.recorded_settings import apply_cluster_record
+from cluster.security.tokens.principal import principal_from_json
 from cluster.session import ClusterRecord, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from jobs.child_process import execute
 from jobs.command_states import NOT_STARTED
-from jobs.principal_tokens import access_token, principal_from_json, renewed_token
+from jobs.principal_tokens import access_token, renewed_token
 from jobs.ray_jobs import current_job
 from jobs.schedule import schedules
 from jobs.schedule.command import LOADS, command_line

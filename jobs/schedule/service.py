@@ -16,13 +16,13 @@ from cluster.entrypoint import job
 from cluster.errors import FalajError, RefusedError, first_line
 from cluster.host.processes import exit_at_once
 from cluster.host.signals import set_on_signal
-from cluster.ledger import open_ledger
+from cluster.ledger import Ledger, open_ledger
 from cluster.metrics import new_registry, serve_metrics
 from cluster.node.locks import hold_lock
 from cluster.node.scheduling import wait_for_turn
 from cluster.session import record_path, require_recorded_cluster
 from cluster.settings import PlatformConfig
-from jobs.schedule.metrics import SchedulerMetrics
+from jobs.schedule.metrics import MonitorMetrics, SchedulerMetrics
 from jobs.schedule.ray_jobs import SlotJobs
 from jobs.schedule.scheduler import Scheduler
 
@@ -38,15 +38,18 @@ def main(config: PlatformConfig) -> None:
     record, stopped = require_recorded_cluster(config), threading.Event()
     set_on_signal([signal.SIGTERM], stopped)
     registry = new_registry()
-    metrics = SchedulerMetrics(registry)
+    metrics, monitored = SchedulerMetrics(registry), MonitorMetrics(registry)
     serve_metrics(registry, port=record.ports.get("scheduler_metrics"))
     refusal = "Another scheduler (pid {pid}) runs for {folder}. `python -m cluster.status` shows it."
     with hold_lock(Path(record_path(config.storage)).with_name("scheduler.lock"), refusal):
+        ledger: Ledger | None = None
         scheduler = None
         while not stopped.wait(EVERY_S):
             try:
-                scheduler = scheduler or Scheduler(open_ledger(config), SlotJobs(record), metrics=metrics)
+                ledger = ledger or open_ledger(config)
+                scheduler = scheduler or Scheduler(ledger, SlotJobs(record), metrics=metrics)
                 scheduler.check_once()
+                monitored.follow(ledger)
             except (sa.exc.SQLAlchemyError, FalajError, RefusedError, OSError) as error:
                 LOG.warning("the schedules could not be read: %s", first_line(error))
     exit_at_once()  # a thread of Ray's client may wait

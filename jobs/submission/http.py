@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import AccessDenied, FalajError, InvalidRequest, RefusedError, Unauthenticated
+from cluster.host.http_socket import BodyRefused, error_response, plain_error, read_json
 from cluster.security.authorization.policy import Action
 from cluster.security.tokens.principal import Principal
 from cluster.session import ClusterRecord
@@ -30,7 +29,6 @@ from jobs.submission.operations import JobOperations
 from jobs.submission.requests import as_json
 
 MAX_BODY_BYTES = 64 * 1024
-BODY_S = 10.0
 MAX_FOLLOWERS = 8
 """Largest number of logs that one caller may follow at the same time."""
 MAX_ALL_FOLLOWERS = 64
@@ -42,8 +40,6 @@ MAX_ALL_SUBMITTING = 32
 CHECKERS = 2
 """Threads that check submissions. A check takes up to seconds, so these requests have threads of their own: the others,
 such as stopping a job, do not wait for them."""
-MAX_MESSAGE = 2000
-RETRY_S = 5
 OFFSET = "x-log-offset"
 """Header of a log's answer: position of its first byte."""
 LOG = logging.getLogger("falaj.jobs")
@@ -57,14 +53,6 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (RefusedError, 400),
 )
 """The status of each error. The first class that fits decides."""
-
-
-class BodyRefused(Exception):
-    """A body that is too large, too slow or compressed."""
-
-    def __init__(self, message: str, *, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class LogResponse(StreamingResponse):
@@ -108,12 +96,12 @@ class JobApi:
                 Route("/v1/jobs/{job}", self._endpoint("stop", self._stop), methods=["DELETE"]),
                 Route("/v1/jobs/{job}/logs", self._endpoint("logs", self._logs), methods=["GET"]),
             ],
-            exception_handlers={404: _plain_error, 405: _plain_error},
+            exception_handlers={404: plain_error, 405: plain_error},
         )
 
     async def _submit(self, request: Request) -> Response:
         principal = await self._principal(request)
-        body = await read_json(request)
+        body = await read_json(request, max_bytes=MAX_BODY_BYTES)
         self._submitting.begin(principal.subject)
         check = asyncio.get_running_loop().run_in_executor(
             self._checkers, self._operations.submit, principal, body
@@ -202,36 +190,6 @@ def error_answer(error: Exception) -> Response:
     return error_response(500, "The job service failed.")
 
 
-def error_response(status: int, message: str) -> Response:
-    """Return a JSON error of one line."""
-    headers = {429: {"retry-after": str(RETRY_S)}, 401: {"www-authenticate": "Bearer"}}.get(status)
-    text = " ".join(message.split())[:MAX_MESSAGE]
-    return JSONResponse({"error": text, "code": status}, status_code=status, headers=headers)
-
-
-async def read_json(request: Request) -> Any:
-    """Return the JSON of a body.
-
-    Raises:
-        BodyRefused: it is too large, too slow or compressed.
-        InvalidRequest: it is no JSON.
-    """
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise BodyRefused("Send the body without compression.", status=415)
-    data = bytearray()
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for part in request.stream():
-                data += part
-                if len(data) > MAX_BODY_BYTES:
-                    raise BodyRefused(f"A job's body has at most {MAX_BODY_BYTES:,} bytes.", status=413)
-    except TimeoutError:
-        raise BodyRefused(f"The body did not arrive within {BODY_S:.0f} s.", status=408) from None
-    with suppress(ValueError, RecursionError):
-        return json.loads(data)
-    raise InvalidRequest("The body is not JSON.")
-
-
 async def _without_errors(content: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Yield a log's bytes. An error ends the stream early, and the client asks again from its position."""
     try:
@@ -239,14 +197,6 @@ async def _without_errors(content: AsyncIterator[bytes]) -> AsyncIterator[bytes]
             yield data
     except (sa.exc.SQLAlchemyError, OSError) as error:
         LOG.warning("a log ended early: %s", type(error).__name__)
-
-
-async def _plain_error(request: Request, error: Exception) -> Response:
-    status = getattr(error, "status_code", 404)
-    text = "No such path." if status == 404 else "This path does not take this method."
-    response = error_response(status, text)
-    response.headers.update(getattr(error, "headers", None) or {})
-    return response
 
 
 def _number(request: Request, name: str, *, default: int) -> int:

@@ -15,9 +15,8 @@ from cluster.ledger.events import JobRefused, JobStopped
 from cluster.security.authorization.audit import DecisionRecorder
 from cluster.security.authorization.policy import Action, Policy, Resource
 from cluster.security.tokens.intent import write_intent
-from cluster.security.tokens.principal import Principal
+from cluster.security.tokens.principal import Principal, principal_as_json
 from cluster.security.tokens.trust import Trust
-from jobs.principal_tokens import principal_as_json
 from jobs.submission import recorded_jobs
 from jobs.submission.errors import JobForbidden, JobNotFound, KeyTaken, TooManyJobs
 from jobs.submission.limits import MAX_NEW, MAX_REFUSED, Frequency

@@ -17,8 +17,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
 from cluster.ledger.events import JobFinished, JobStarted, JobStopped, JobSubmitted
 from cluster.ledger.projection import Projection
-from cluster.security.tokens.principal import Principal
-from jobs.principal_tokens import principal_as_json, principal_from_json
+from cluster.security.tokens.principal import Principal, principal_as_json, principal_from_json
 
 METADATA = sa.MetaData()
 UNFINISHED = sa.Table(

@@ -7,23 +7,19 @@ so only the edge's user can reach it, and no other user of the machine can take 
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import signal
-import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import sqlalchemy as sa
-import uvicorn
-from starlette.types import ASGIApp
 
 from cluster.entrypoint import job
 from cluster.errors import FalajError, RefusedError, first_line
+from cluster.host.http_socket import listening
 from cluster.host.processes import exit_at_once
 from cluster.host.signals import set_on_signal
 from cluster.ledger import Ledger, open_ledger
@@ -130,30 +126,6 @@ def job_operations(
         intents=intent_folder(record.layout),
         issues_intents=config.identity.issuer.url is None,
     )
-
-
-@contextlib.contextmanager
-def listening(app: ASGIApp, path: Path) -> Iterator[None]:
-    """Serve an application at a socket that only its owner may use, in a thread."""
-    path.unlink(missing_ok=True)  # of a killed process; the lock says that no other process listens
-    with socket.socket(socket.AF_UNIX) as listener:
-        mask = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(mask)
-        listener.listen(128)  # a client that connects before the server runs waits
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=75)
-        )
-        thread = threading.Thread(target=server.run, args=([listener],), daemon=True, name="http")
-        thread.start()
-        try:
-            yield
-        finally:
-            server.should_exit = server.force_exit = True
-            thread.join(RETRY_S)
-            path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ To restart it, start it again.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ from cluster.metrics import new_registry, serve_metrics
 from cluster.node.edge_address import edge_hosts
 from cluster.node.edge_leaving import ADMIN_SOCKET
 from cluster.node.scheduling import wait_for_turn
+from cluster.security.edge_proof import edge_proof
 from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tls.certificates import EDGE_NAME
 from cluster.security.tokens.trust import Trust, access_rules
@@ -34,14 +36,17 @@ from cluster.storage import layout, local
 from serve_apps.edge.control.controller import Controller
 from serve_apps.edge.control.edge_state import state_file
 from serve_apps.edge.control.haproxy_process import HAProxy
+from serve_apps.edge.control.live_edges import edge_id
 from serve_apps.edge.control.metrics import EdgeMetrics
 from serve_apps.edge.control.succession import SIGNAL, sole_controller
 from serve_apps.edge.haproxy.config import EdgeSettings
 from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy.keys import key_writer
 from serve_apps.edge.haproxy.request_limits import Limit, Limits
-from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
+from serve_apps.replica.edge_headers import edge_variables
 from serve_apps.replica.targets import serve_targets
+from serve_apps.rollout.evidence.access_files import Rotation
+from serve_apps.rollout.evidence.collecting import Collector, Reader
 
 LEDGER_RETRY_S = 1.0
 KEYS_MAX_AGE_S = 30.0
@@ -75,6 +80,31 @@ class LimitsConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class AccessConfig:
+    """Files of access records."""
+
+    max_mb: float = 256.0
+    """Size in MB after which a new file begins."""
+    max_age_h: float = 24.0
+    """Age in hours after which a new file begins."""
+    retention_days: float = 30.0
+    """Days from a file's last record to its removal. A file that was not counted yet is never removed."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_mb", "max_age_h", "retention_days"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"access.{name} must be above 0, got {getattr(self, name)}.")
+
+    def rotation(self) -> Rotation:
+        """Return the limits in bytes and seconds."""
+        return Rotation(
+            max_bytes=round(self.max_mb * 1e6),
+            max_age_s=self.max_age_h * 3600,
+            retention_s=self.retention_days * 86_400,
+        )
+
+
+@dataclass(kw_only=True, slots=True)
 class EdgeConfig(PlatformConfig):
     """Settings of the edge."""
 
@@ -90,6 +120,7 @@ class EdgeConfig(PlatformConfig):
     """If a treatment's replica does not answer a health check for this many seconds, the champion answers instead. The
     value must be larger than the time of the longest prediction, because a replica answers one request at a time."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    access: AccessConfig = field(default_factory=AccessConfig)
     wake_timeout_s: float = 60.0
     """How long a request waits for a replica, if a version is scaled to zero or a champion has no replica."""
 
@@ -105,6 +136,7 @@ def settings(config: EdgeConfig, record: ClusterRecord) -> EdgeSettings:
         authority_folder=places.tls,
         dashboard=urlsplit(record.dashboard_url).netloc,
         jobs_socket=record.jobs_socket,
+        rollouts_socket=record.rollouts_socket,
         tokens=access_rules(config.identity.issuer),
         role_claim=config.identity.issuer.role_claim,
         tenant_claim=config.identity.issuer.tenant_claim,
@@ -154,9 +186,10 @@ def main(config: EdgeConfig) -> None:
         config=edge / "haproxy.cfg",
         admin_socket=Path(edge_settings.admin_socket),
         access_folder=edge / "access",
+        rotation=config.access.rotation(),
         secrets={
             TOKEN_VARIABLE: Path(record.token_path).read_text().strip(),
-            PROOF_VARIABLE: edge_proof(places),
+            **edge_variables(edge_proof(places)),
         },
     )
     stopped, handed_over = threading.Event(), threading.Event()
@@ -165,6 +198,7 @@ def main(config: EdgeConfig) -> None:
     set_on_signal([SIGNAL], handed_over, stopped)
     with sole_controller(edge / "controller.lock"):
         registry = new_registry()
+        metrics = EdgeMetrics(registry)
         serve_metrics(registry, port=record.ports.get("edge_controller_metrics"))
         ledger = wait_for_ledger(config, haproxy, stopped, handed_over)
         trust = Trust.of(config.identity.issuer, places, keys_max_age_s=KEYS_MAX_AGE_S)
@@ -176,9 +210,11 @@ def main(config: EdgeConfig) -> None:
             settings=edge_settings,
             state_file=state_file(config),
             address=f"https://{edge_settings.bind.split(',')[0]} on {socket.gethostname()}",
-            metrics=EdgeMetrics(registry),
+            metrics=metrics,
         )
-        controller.run(stopped, handed_over=handed_over)
+        reader = Reader(ledger.engine, edge / "access", edge=edge_id(edge), rotation=config.access.rotation())
+        with Collector(reader, on_collected=metrics.count).running():
+            controller.run(stopped, handed_over=handed_over)
 
 
 def restart_as_part_of(record: ClusterRecord) -> None:

@@ -13,6 +13,7 @@ from cluster.runtime.device_choice import find_hardware
 from cluster.runtime.hidden_packages import UNUSED_BY_ENGINES, hidden
 from cluster.runtime.loader import load_model
 from cluster.security.authorization.policy import Resource
+from cluster.security.edge_proof import edge_proof
 from cluster.security.keys.access import KeyAccess, key_store, service_access
 from cluster.security.keys.store import KeyStore
 from cluster.security.tls.certificates import CA_NAME
@@ -25,7 +26,6 @@ from feature_jobs.store.online.reader import FeatureReader, open_online_store
 from serve_apps.predictor.on_demand_inputs import on_demand_inputs
 from serve_apps.predictor.shadow import Shadowing
 from serve_apps.replica.access import AccessCheck
-from serve_apps.replica.edge_headers import edge_proof
 from serve_apps.replica.process import is_replica
 from serve_apps.replica.record_log import RecordLog
 from serve_apps.replica.targets import serve_targets

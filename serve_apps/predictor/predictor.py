@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from cluster.errors import InvalidRequest, ModelFailed, RefusedError
 from cluster.records.schema import PredictionRecord
+from cluster.security.edge_proof import edge_proof
 from cluster.settings_conversion import from_plain
 from serve_apps.predictor import inference_protocol, paths
 from serve_apps.predictor.batching import batches
@@ -25,7 +26,7 @@ from serve_apps.predictor.parts import Parts
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.request import RequestInput, parse_predict
 from serve_apps.predictor.shadow import copy_counter
-from serve_apps.replica.edge_headers import EdgeHeaderReader, EdgeHeaders, edge_proof
+from serve_apps.replica.edge_headers import EdgeHeaderReader, EdgeHeaders
 from serve_apps.replica.http import LOG, answer, parse_json, read_body, refusal
 from serve_apps.replica.http_contract import PREDICTION_ID_HEADER
 from serve_apps.replica.ongoing import OngoingRequests

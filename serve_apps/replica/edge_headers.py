@@ -2,24 +2,18 @@
 
 The values of the headers are logged with the prediction, for example its rollout, arm and unit. Any client that reaches
 a replica's port could send such headers. So the sender adds a secret of this installation. The sender is the edge, or a
-replica that copies a request to a shadow. The secret is in a file of the cluster's user and in HAProxy's environment,
-but on no command line and in no `runtime_env`. Without the secret, a replica ignores the headers.
+replica that copies a request to a shadow. The secret (`cluster.security.edge_proof`) is in a file of the cluster's user
+and in HAProxy's environment, but on no command line and in no `runtime_env`. Without the secret, a replica ignores the
+headers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hmac
-import os
-import secrets
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.errors import ConfigError
-from cluster.security.private_file import read_secret_file
-from cluster.security.tokens.issuer import write_private_file
-from cluster.storage import Layout, local
+from cluster.records.unit_hash import as_variable, unit_key
 from serve_apps.rollout.assignment import CHAMPION_VARIANT, Arm
 
 PREFIX = "x-falaj-"
@@ -34,7 +28,8 @@ UNIT_HASH = f"{PREFIX}unit-hash"
 
 PROOF_VARIABLE = "FALAJ_EDGE_PROOF"
 """Environment variable with the secret. HAProxy's configuration names the variable, so the file lacks the secret."""
-_FILE = "edge_proof"
+UNIT_KEY_VARIABLE = "FALAJ_UNIT_KEY"
+"""Environment variable with the key of units' hashes, in base64."""
 _FIELDS = {
     REQUEST_ID: "request_id",
     VARIANT: "variant",
@@ -49,26 +44,9 @@ _FIELD_OF = {name.encode(): field for name, field in (_FIELDS | {PROOF: _PROOF_F
 """From the bytes of a header's name to the field. The proof is included, so that one pass reads all headers."""
 
 
-def edge_proof(places: Layout) -> str:
-    """Return the installation's secret. The first call creates it, and all later calls read it.
-
-    Raises:
-        ConfigError: other users can read the file, or it is empty.
-    """
-    path = local(places.keys) / _FILE
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        new = path.with_name(f".{_FILE}.{uuid.uuid4().hex}")
-        write_private_file(new, secrets.token_hex(32).encode())
-        with contextlib.suppress(FileExistsError):  # another process has created it first
-            os.link(new, path)
-        new.unlink()
-    proof = read_secret_file(path, what="the secret that the edge proves itself to replicas with")
-    if not proof:  # a request without the header would prove itself
-        raise ConfigError(
-            f"{path} is empty. Remove it, then run `python -m cluster.down` and `python -m cluster.up`."
-        )
-    return proof
+def edge_variables(proof: str) -> dict[str, str]:
+    """Return HAProxy's environment variables with the installation's secret, and with what is derived from it."""
+    return {PROOF_VARIABLE: proof, UNIT_KEY_VARIABLE: as_variable(unit_key(proof))}
 
 
 @dataclass(kw_only=True, slots=True)  # not frozen: a frozen one takes three times as long to create

@@ -14,8 +14,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.errors import AccessDenied
 from cluster.host.this_node import this_node
+from cluster.security.edge_proof import edge_proof
 from cluster.storage import Layout
-from serve_apps.replica.edge_headers import PROOF, edge_proof
+from serve_apps.replica.edge_headers import PROOF
 from serve_apps.replica.http import refusal
 
 HEALTH_PATH = "/-/healthz"

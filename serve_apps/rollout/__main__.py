@@ -1,8 +1,7 @@
-"""`python -m serve_apps.rollout action=… name=…`: start, change, show, check, promote or roll back; or a shadow."""
+"""`python -m serve_apps.rollout action=… name=…`: start, change, check, promote or roll back; or a shadow."""
 
 from __future__ import annotations
 
-import secrets
 import time
 from dataclasses import asdict
 from typing import Any
@@ -13,29 +12,52 @@ from cluster.errors import ModelNotFound, RolloutError, did_you_mean
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import (
     GuardrailBreached,
-    RolloutPromoted,
-    RolloutRolledBack,
-    RolloutStarted,
+    PolicyPaused,
+    PolicyResumed,
     RolloutWeightChanged,
     ShadowStarted,
     ShadowStopped,
 )
 from cluster.records.schema import SHADOW
-from cluster.registry import CHAMPION, LATEST, ModelVersion, Registry
+from cluster.registry import LATEST, ModelVersion, Registry
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.session import attach, require_running_cluster
 from cluster.storage import json_text, layout, resolve, write_json
 from serve_apps.edge.control.waiting import wait_until_applied
+from serve_apps.rollout import transitions
 from serve_apps.rollout.assignment import mixes_arms
+from serve_apps.rollout.checks import (
+    require_no_champion,
+    require_no_rollout,
+    require_same,
+    running_rollout,
+    running_shadow,
+    weight_remark,
+)
 from serve_apps.rollout.config import OWN_OPTIONS, USED, RolloutAction, RolloutConfig
-from serve_apps.rollout.serving_state import ModelState, Rollout, Shadow, read_states
+from serve_apps.rollout.history import read_history
+from serve_apps.rollout.policies import (
+    count_units,
+    evidence_store,
+    policy_status,
+    print_plan,
+    require_policy_run,
+    rollback_change,
+    started_events,
+)
+from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
+
+ROLLBACK_TRIES = 5
+"""A rollback is tried again if the rollout changes at the same moment, for example because the controller decides."""
 
 
 @job("rollout", RolloutConfig)
 def main(config: RolloutConfig) -> dict[str, Any]:
     """Run one action, and print its result as JSON."""
     refuse_unused(OWN_OPTIONS - USED[config.action], by=f"action={config.action.value}")
+    if config.action is RolloutAction.plan:
+        return print_plan(config)
     if config.action is RolloutAction.weight and "weight" not in given_options():
         raise RolloutError("Give the new weight in percent of units: `weight=…`.")
     record, ledger = require_running_cluster(config), open_ledger(config)
@@ -48,13 +70,19 @@ def main(config: RolloutConfig) -> dict[str, Any]:
         case RolloutAction.start:
             result = start(config, ledger, actor, state)
         case RolloutAction.weight:
-            result = change_weight(config, ledger, actor, running_rollout(config, state))
+            result = change_weight(config, ledger, actor)
         case RolloutAction.show:
-            result = asdict(state)
+            result = asdict(state) | policy_status(
+                read_history(ledger, config.name), lambda: evidence_store(ledger)
+            )
         case RolloutAction.promote:
             result = promote(config, ledger, actor, running_rollout(config, state))
         case RolloutAction.rollback:
-            result = roll_back(config, ledger, actor, running_rollout(config, state), reason=config.reason)
+            result = roll_back(config, ledger, actor, reason=config.reason)
+        case RolloutAction.abort:
+            result = abort(config, ledger, actor)
+        case RolloutAction.pause | RolloutAction.resume:
+            result = set_paused(config, ledger, actor, paused=config.action is RolloutAction.pause)
         case RolloutAction.check:
             result = check(config, ledger, actor, running_rollout(config, state))
         case RolloutAction.shadow:
@@ -83,58 +111,38 @@ def require_permission(
     return registered
 
 
-def running_rollout(config: RolloutConfig, state: ModelState) -> Rollout:
-    """Return the running rollout.
-
-    Raises:
-        RolloutError: no rollout runs.
-    """
-    if state.rollout is None:
-        raise RolloutError(f"No rollout of '{config.name}' runs. Start one with `action=start version=…`.")
-    return state.rollout
-
-
-def running_shadow(config: RolloutConfig, state: ModelState) -> Shadow:
-    """Return the shadow.
-
-    Raises:
-        RolloutError: the model has none.
-    """
-    if state.shadow is None:
-        raise RolloutError(f"'{config.name}' has no shadow. Start one with `action=shadow version=…`.")
-    return state.shadow
-
-
 def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState) -> dict[str, Any]:
     """Deploy the version if needed, then start a rollout in which the version gets a share of the units.
 
     Idempotent: starting the running rollout again changes nothing.
     """
     if state.rollout is not None and str(state.rollout.treatment_version) == config.version:
-        require_same(config, state.rollout)
+        require_same(config, state.rollout, read_history(ledger, config.name))
         return asdict(state.rollout)
-    if state.rollout is not None:
-        raise RolloutError(
-            f"Rollout {state.rollout.id} of '{config.name}' already runs, with version "
-            f"{state.rollout.treatment_version}. End it first with `action=promote` or `action=rollback`."
-        )
+    require_no_rollout(config, state)
+    if config.rollout is not None:
+        refuse_unused({"weight"}, by="rollout=…")
+    the_plan = None if config.rollout is None else config.rollout.plan()
     version = require_permission(config, ledger, actor, Action.rollout, config.version)
-    if state.champion_version is None or version.version == state.champion_version:
-        raise RolloutError(
-            f"Version {version.version} is already the champion of '{config.name}'. Start another version."
-        )
+    require_no_champion(config, state, version.version)
     deploy_and_wait(config, ledger, actor, version, variant=config.variant)
-    event = RolloutStarted(
-        model=config.name,
-        rollout=secrets.token_hex(4),
-        salt=secrets.token_hex(8),
-        treatment_version=version.version,
-        treatment_variant=config.variant,
-        champion_version=state.champion_version,
-        weight=config.weight,
+    since = ledger.head()
+    state = read_states(ledger)[config.name]
+    require_no_rollout(config, state)
+    require_no_champion(config, state, version.version)
+    assert state.champion_version is not None
+    event, events = started_events(
+        config,
+        the_plan,
+        version=version.version,
+        champion=state.champion_version,
+        principal=actor.principal,
     )
-    wait_until_applied(config, ledger, ledger.append(event, actor=actor.name).seq)
-    return event.payload() | weight_remark(config.weight)
+    if config.rollout is not None:
+        count_units(evidence_store(ledger), event.rollout, slow_ms=config.rollout.slow_ms)
+    entries = transitions.append(ledger, config.name, events, actor=actor.name, since=since)
+    wait_until_applied(config, ledger, transitions.require_appended(entries, config.name))
+    return event.payload() | weight_remark(event.weight)
 
 
 def deploy_and_wait(
@@ -149,28 +157,20 @@ def deploy_and_wait(
     return app
 
 
-def require_same(config: RolloutConfig, rollout: Rollout) -> None:
-    """Refuse a second start of a running rollout with other options.
-
-    Raises:
-        RolloutError: an option of the command line differs from the running rollout.
-    """
-    current = {"weight": rollout.weight, "variant": rollout.treatment_variant}
-    for name in sorted(given_options() & current.keys()):
-        if (requested := getattr(config, name)) != current[name]:
-            raise RolloutError(
-                f"Rollout {rollout.id} of '{config.name}' runs with {name} {current[name]}, not {requested}. "
-                "Change its weight with `action=weight`, or roll it back and start another one."
-            )
-
-
-def change_weight(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> dict[str, Any]:
+def change_weight(config: RolloutConfig, ledger: Ledger, actor: Actor) -> dict[str, Any]:
     """Give the treatment another share of units.
 
     Raises:
-        RolloutError: treated units would become control units of the same rollout.
+        RolloutError: the rollout follows a policy, or treated units would become control units of the same rollout.
     """
+    since = ledger.head()
+    rollout = running_rollout(config, read_states(ledger)[config.name])
     require_permission(config, ledger, actor, Action.rollout, rollout.treatment_version)
+    if read_history(ledger, config.name).run is not None:
+        raise RolloutError(
+            f"Rollout {rollout.id} of '{config.name}' follows a policy, so the controller sets its weight. End it with "
+            "`action=abort`, or promote it yourself with `action=promote`."
+        )
     reached = max(rollout.reached, rollout.weight)
     if mixes_arms(reached, config.weight):
         raise RolloutError(
@@ -179,18 +179,9 @@ def change_weight(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: 
             "one."
         )
     event = RolloutWeightChanged(model=config.name, rollout=rollout.id, weight=config.weight)
-    wait_until_applied(config, ledger, ledger.append(event, actor=actor.name).seq)
+    entries = transitions.append(ledger, config.name, [event], actor=actor.name, since=since)
+    wait_until_applied(config, ledger, transitions.require_appended(entries, config.name))
     return event.payload() | weight_remark(config.weight)
-
-
-def weight_remark(weight: float) -> dict[str, str]:
-    """Return a remark if the weight limits how well the arms can be compared."""
-    if weight <= 50:
-        return {}
-    return {
-        "remark": "Above 50 % units of the control arm are treated. A comparison from now on says little, and the "
-        "weight cannot go back."
-    }
 
 
 def promote(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> dict[str, Any]:
@@ -215,23 +206,76 @@ def promote(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollou
 
     judgement = judge_before_promotion(config, ledger, actor, rollout)
     reason = f"rollout {rollout.id} promoted {config.reason}; {judgement}"
-    Registry(ledger, layout(config.storage)).move_alias(
-        config.name, CHAMPION, version, actor=actor.name, reason=reason
+    since = ledger.head()  # the judgement took its time
+    if running_rollout(config, read_states(ledger)[config.name]).id != rollout.id:
+        raise RolloutError(f"Rollout {rollout.id} of '{config.name}' has ended meanwhile.")
+    history = read_history(ledger, config.name)
+    events = transitions.promotion(
+        config.name,
+        rollout=rollout.id,
+        version=version,
+        champion=history.champion,
+        reason=reason,
+        run=history.run,
     )
-    event = RolloutPromoted(model=config.name, rollout=rollout.id, version=version)
-    wait_until_applied(config, ledger, ledger.append(event, actor=actor.name).seq)
-    return event.payload() | {"judged": judgement}
+    entries = transitions.append(ledger, config.name, events, actor=actor.name, since=since)
+    wait_until_applied(config, ledger, transitions.require_appended(entries, config.name))
+    return {"model": config.name, "rollout": rollout.id, "version": version, "judged": judgement}
 
 
-def roll_back(
-    config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout, *, reason: str
-) -> dict[str, Any]:
-    """Send every unit to the champion again. The result has the time until the edge has applied this."""
-    require_permission(config, ledger, actor, Action.rollback, rollout.treatment_version)
-    event = RolloutRolledBack(model=config.name, rollout=rollout.id, reason=reason)
-    started = time.perf_counter()
-    wait_until_applied(config, ledger, ledger.append(event, actor=actor.name).seq)
-    return event.payload() | {"rollback_ms": round((time.perf_counter() - started) * 1000, 1)}
+def roll_back(config: RolloutConfig, ledger: Ledger, actor: Actor, *, reason: str) -> dict[str, Any]:
+    """End the running rollout, or take back the last promotion of one. Every unit gets the earlier champion.
+
+    The result has the time until the edge has applied this.
+
+    Raises:
+        RolloutError: no rollout runs, and none was promoted within the rollback window.
+    """
+    for _ in range(ROLLBACK_TRIES):
+        since = ledger.head()
+        change = rollback_change(
+            config, read_states(ledger)[config.name], read_history(ledger, config.name), reason
+        )
+        require_permission(config, ledger, actor, Action.rollback, change.version)
+        started = time.perf_counter()
+        entries = transitions.append(ledger, config.name, change.events, actor=actor.name, since=since)
+        if entries is not None:
+            break
+    wait_until_applied(config, ledger, transitions.require_appended(entries, config.name))
+    return {
+        "model": config.name,
+        "rollout": change.rollout,
+        "reason": reason,
+        "champion": change.champion,
+        "rollback_ms": round((time.perf_counter() - started) * 1000, 1),
+    }
+
+
+def abort(config: RolloutConfig, ledger: Ledger, actor: Actor) -> dict[str, Any]:
+    """Roll back a rollout that follows a policy.
+
+    Raises:
+        RolloutError: none runs.
+    """
+    require_policy_run(config, read_history(ledger, config.name))
+    return roll_back(config, ledger, actor, reason=f"aborted {config.reason}")
+
+
+def set_paused(config: RolloutConfig, ledger: Ledger, actor: Actor, *, paused: bool) -> dict[str, Any]:
+    """Pause or resume the controller for a rollout. Idempotent.
+
+    Raises:
+        RolloutError: no rollout with a policy runs.
+    """
+    since = ledger.head()
+    run = require_policy_run(config, read_history(ledger, config.name))
+    require_permission(config, ledger, actor, Action.rollback if paused else Action.rollout, run.version)
+    kind = PolicyPaused if paused else PolicyResumed
+    event = kind(model=config.name, rollout=run.rollout, reason=config.reason)
+    if run.is_paused is not paused:
+        entries = transitions.append(ledger, config.name, [event], actor=actor.name, since=since)
+        transitions.require_appended(entries, config.name)
+    return {"model": config.name, "rollout": run.rollout, "paused": paused}
 
 
 def check(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> dict[str, Any]:
@@ -254,7 +298,7 @@ def check(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout)
             control_outcomes=finding.control_outcomes,
         )
         ledger.append(event, actor=actor.name)
-        result |= roll_back(config, ledger, actor, rollout, reason=describe_metrics(finding))
+        result |= roll_back(config, ledger, actor, reason=describe_metrics(finding))
     return result
 
 

@@ -9,16 +9,22 @@ from dataclasses import dataclass
 from cluster.records.schema import SHADOW
 from cluster.settings import PlatformConfig
 from serve_apps.rollout.assignment import CHAMPION_VARIANT, require_percent, require_variant
+from serve_apps.rollout.history import ROLLBACK_WINDOW_H
+from serve_apps.rollout.policy_spec import RolloutSpec
 
 
 class RolloutAction(enum.Enum):
     """Action of the command."""
 
+    plan = "plan"
     start = "start"
     weight = "weight"
     show = "show"
     promote = "promote"
     rollback = "rollback"
+    pause = "pause"
+    resume = "resume"
+    abort = "abort"
     check = "check"
     shadow = "shadow"
     compare = "compare"
@@ -32,6 +38,8 @@ class RolloutConfig(PlatformConfig):
     action: RolloutAction = RolloutAction.show
     name: str = "???"
     """Name of the model."""
+    rollout: RolloutSpec | None = None
+    """Policy of the rollout: `rollout=<name>` selects `configs/rollout/<name>.yaml`."""
     version: str = "latest"
     """Version for treatment or shadow: a number, an alias, or `latest`. `promote` accepts only the treatment."""
     weight: float = 10.0
@@ -46,6 +54,8 @@ class RolloutConfig(PlatformConfig):
     """Number of outcomes that each arm needs for a verdict of the guardrail."""
     max_drop: float = 0.05
     """How far the treatment's metric may be below the control's metric."""
+    rollback_window_h: float = ROLLBACK_WINDOW_H
+    """Hours after a promotion in which `rollback` takes it back."""
     output: str | None = None
     """File to write the result to, as JSON."""
 
@@ -55,20 +65,31 @@ class RolloutConfig(PlatformConfig):
         require_variant(self.variant)
         if self.variant in (CHAMPION_VARIANT, SHADOW):
             raise ValueError(f"variant '{self.variant}' is a reserved name in records. Choose another name.")
+        if not 0 <= self.rollback_window_h < math.inf:
+            raise ValueError(f"rollback_window_h must be at least 0, got {self.rollback_window_h}.")
         if self.min_outcomes < 1:
             raise ValueError(f"min_outcomes must be at least 1, got {self.min_outcomes}.")
         if not 0 <= self.max_drop < math.inf:
             raise ValueError(f"max_drop must be a finite number of at least 0, got {self.max_drop}.")
 
 
-OWN_OPTIONS = frozenset({"version", "weight", "share", "variant", "reason", "min_outcomes", "max_drop"})
+OWN_OPTIONS = frozenset(
+    {
+        *("version", "weight", "share", "variant", "reason", "min_outcomes", "max_drop"),
+        *("rollout", "rollback_window_h"),
+    }
+)
 _GUARDRAIL = frozenset({"min_outcomes", "max_drop"})
 USED: dict[RolloutAction, frozenset[str]] = {
-    RolloutAction.start: frozenset({"version", "weight", "variant"}),
+    RolloutAction.plan: frozenset({"rollout"}),
+    RolloutAction.start: frozenset({"version", "weight", "variant", "rollout"}),
     RolloutAction.weight: frozenset({"weight"}),
     RolloutAction.show: frozenset(),
     RolloutAction.promote: frozenset({"version", "reason"}) | _GUARDRAIL,
-    RolloutAction.rollback: frozenset({"reason"}),
+    RolloutAction.rollback: frozenset({"reason", "rollback_window_h"}),
+    RolloutAction.pause: frozenset({"reason"}),
+    RolloutAction.resume: frozenset({"reason"}),
+    RolloutAction.abort: frozenset({"reason"}),
     RolloutAction.check: _GUARDRAIL,
     RolloutAction.shadow: frozenset({"version", "share"}),
     RolloutAction.compare: frozenset(),

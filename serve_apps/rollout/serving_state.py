@@ -82,7 +82,7 @@ States = dict[str, ModelState]
 
 METADATA = sa.MetaData()
 STATES = sa.Table(
-    "serving_states_1",
+    "serving_states_2",
     METADATA,
     sa.Column("model", sa.String(128), primary_key=True),
     sa.Column("seq", sa.BigInteger, nullable=False),
@@ -127,7 +127,13 @@ def apply(states: States, event: LedgerEvent, *, time: str = "") -> States:
             return _with_rollout(
                 states, model, replace(current, weight=weight, reached=max(current.reached, weight))
             )
-        case RolloutPromoted(model=model) | RolloutRolledBack(model=model):
+        case (
+            RolloutPromoted(model=model, rollout=rollout_id)
+            | RolloutRolledBack(model=model, rollout=rollout_id)
+        ):
+            current = states.get(model, ModelState()).rollout
+            if current is None or current.id != rollout_id:
+                return states
             return _with_rollout(states, model, None)
         case ShadowStarted(model=model, version=version, app=app, share=share):
             return _with_shadow(states, model, Shadow(version=version, app=app, share=share))

@@ -44,6 +44,7 @@ USED = {
     "cluster.security.keys.__main__": {"sqlalchemy"},
     "serve_apps.edge.__main__": {"sqlalchemy"},
     "serve_apps.rollout.__main__": {"sqlalchemy"},
+    "serve_apps.rollout.controller.service": {"numpy", "scipy", "sqlalchemy"},
     "serve_apps.deploy": {"sqlalchemy"} | RAY_SERVE,
     "feature_jobs.apply": {"numpy", "pyarrow", "sqlalchemy"},
     "feature_jobs.census": {"numpy", "pyarrow", "sqlalchemy"},
@@ -51,7 +52,7 @@ USED = {
     "feature_jobs.training_set": TABLES,
     "feature_jobs.materialize": TABLES | {"lmdb"},
     "jobs.train.__main__": {"numpy", "pyarrow", "sqlalchemy"},
-    "jobs.monitor.__main__": TABLES | {"pandas", "ray", "requests"},
+    "jobs.monitor.__main__": TABLES,
 }
 """The large packages that each command may import when it starts. Other packages are imported where they are used."""
 

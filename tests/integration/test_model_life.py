@@ -113,3 +113,8 @@ def test_monitoring_knows_the_reference_of_each_version(project: Project) -> Non
     for name in ("loan", "sk"):
         result = project.run("jobs.monitor", f"name={name}", f"output={name}.json", check=True)
         assert "champion v1" in result.stdout
+        first = json.loads((project.root / f"{name}.json").read_text())
+        # The second run takes all chunks from the first one.
+        project.run("jobs.monitor", f"name={name}", f"output={name}.json", check=True)
+        again = json.loads((project.root / f"{name}.json").read_text())
+        assert again["variants"] == first["variants"]

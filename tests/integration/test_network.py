@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 
 from cluster.ledger import open_ledger
+from cluster.security.edge_proof import edge_proof
 from cluster.settings import LedgerConfig, PlatformConfig, StorageConfig
 from cluster.storage import Layout
-from serve_apps.replica.edge_headers import PROOF, edge_proof
+from serve_apps.replica.edge_headers import PROOF
 from serve_apps.replica.targets import serve_targets
 from tests.integration.conftest import Project, new_project
 from tests.projects import loan

@@ -36,6 +36,7 @@ SIGNATURE = ModelSignature(
     label="y",
     classes=("a", "b", "é"),
 )
+NOT_HERE = ("/v1/jobs", "/v1/rollouts")
 COLUMNS = {
     "p__age": np.array([3.5, -2.0]),
     "p__sex": np.array(["m", "f"], dtype=np.object_),
@@ -130,11 +131,11 @@ def test_what_the_openapi_document_says_is_true(edge: Edge) -> None:
 def of_this_model(document: dict[str, Any]) -> dict[str, Any]:
     """Return the document with the names of the served model, service and view.
 
-    Without these names, almost every request would be rejected as unknown. Paths of jobs are left out, because no job
-    service runs here.
+    Without these names, almost every request would be rejected as unknown. Paths of jobs and rollouts are left out,
+    because no service for them runs here.
     """
     document["paths"] = {
-        path: operations for path, operations in document["paths"].items() if not path.startswith("/v1/jobs")
+        path: operations for path, operations in document["paths"].items() if not path.startswith(NOT_HERE)
     }
     components = document["components"]
     components["parameters"]["model"]["schema"] = {"enum": ["m"]}

@@ -5,7 +5,6 @@ A version without requests has no replica, and its next request waits for one in
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import signal
@@ -17,8 +16,11 @@ import polars as pl
 import pytest
 
 from cluster.records.reading import read_predictions
+from cluster.records.unit_hash import unit_hash, unit_key
 from cluster.runtime import InputSpec, ModelSignature, Task
+from cluster.security.edge_proof import edge_proof
 from cluster.security.keys.access import key_store
+from cluster.storage import layout
 from tests.clients.serve_status import deployment, running_replicas
 from tests.integration.client import Client
 from tests.servers.polling import wait_until
@@ -102,12 +104,12 @@ def test_an_idle_version_sleeps_and_its_first_requests_wait(version: Version) ->
     for thread in threads:
         thread.join()
     assert [status for status, _ in answers.values()] == [200] * 4
-    rows = version.answered()
+    rows, places = version.answered(), layout(version.project.config.storage)
     assert rows.height == before + 4
     for unit, (_, content) in answers.items():
         [row] = rows.filter(pl.col("prediction_id") == content["prediction_id"]).to_dicts()
         said = (row["variant"], row["arm"], row["unit_hash"], len(row["request_id"]))
-        digest = hashlib.sha256(unit.encode()).hexdigest().upper()[:16]
+        digest = unit_hash(unit_key(edge_proof(places)), rollout="", unit=unit.encode())
         assert said == ("champion", "outside", digest, 36)
 
 

@@ -6,14 +6,18 @@ The tests depend on their order. The first test trains version 2, and the other 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 
 import polars as pl
 
-from cluster.ledger.events import ArtifactRefused
+from cluster.ledger.events import ArtifactRefused, PolicyDecided, PolicyEnded
+from cluster.node.parts import Part, find_parts
 from cluster.records.reading import read_predictions, read_shadow_predictions
 from cluster.security.keys.access import key_store
+from serve_apps.rollout.evidence.store import EvidenceStore
 from tests.projects import loan
 from tests.projects.loan import Shop
 from tests.servers.polling import wait_until
@@ -22,7 +26,7 @@ from tests.servers.polling import wait_until
 def test_a_rollout_starts_sticks_and_rolls_back_without_a_lost_request(shop: Shop) -> None:
     """Units keep their variant, and a rollback under constant load loses no request.
 
-    The rollback reaches the edge in less than one second.
+    The rollback reaches the edge in less than one second. The edge has counted the rollout's requests by arm.
     """
     project = shop.project
     project.run("jobs.train", *loan.TRAIN, "label_permutation=true", check=True)
@@ -48,9 +52,43 @@ def test_a_rollout_starts_sticks_and_rolls_back_without_a_lost_request(shop: Sho
     result = project.run("serve_apps.rollout", "action=rollback", "name=loan", check=True)
     stop.set()
     thread.join()
-    assert json.loads(result.stdout[result.stdout.index("{") :])["rollback_ms"] < 1000
+    rolled_back = json.loads(result.stdout[result.stdout.index("{") :])
+    assert rolled_back["rollback_ms"] < 1000
     assert set(statuses) == {200}
     assert {shop.predict(customer)[1]["variant"] for customer in range(40)} == {"champion"}
+    evidence = EvidenceStore(project.ledger().engine)
+    wait_until(lambda: sum(evidence.requests(rolled_back["rollout"]).values()) >= 80)
+    assert evidence.requests(rolled_back["rollout"]).keys() == {"treatment", "control"}
+
+
+def test_a_policy_promotes_a_version_and_a_command_takes_it_back(shop: Shop) -> None:
+    """Without a command, also after `kill -9` of the controller. A replay gives the same decisions."""
+    project = shop.project
+    policy = (
+        *("rollout=canary", "rollout.bake_s=0", "+rollout.steps=[{weight: 20}, {weight: 50}]"),
+        "rollout.event_guardrails=[{event: failure, limit: 0.4}]",
+    )
+    start = ("action=start", "name=loan", "version=2", *policy)
+    project.run("serve_apps.rollout", *start, check=True)
+    os.kill(find_parts(project.record)[Part.rollouts].pid, signal.SIGKILL)
+    ledger = project.ledger()
+    deadline = time.monotonic() + 90
+    customer = 0
+    while ledger.last(PolicyEnded) is None:
+        assert time.monotonic() < deadline, ledger.last(PolicyDecided)
+        assert shop.predict(customer % loan.NUM_CUSTOMERS)[0] == 200
+        customer += 1
+    ended = ledger.last(PolicyEnded)
+    assert ended is not None
+    assert (ended.payload["outcome"], ended.payload["version"]) == ("promoted", 2)
+    wait_until(lambda: shop.predict(1)[1]["model_version"] == "2")
+    export = project.root / "export.jsonl"
+    project.run("cluster.ledger", "export", "--output", str(export), check=True)
+    replay = project.run("serve_apps.rollout.replay", "--file", str(export), check=True)
+    assert f"{ended.payload['decisions']} decisions of 1 rollouts are as recorded" in replay.stdout
+    taken_back = project.run("serve_apps.rollout", "action=rollback", "name=loan", check=True)
+    assert json.loads(taken_back.stdout[taken_back.stdout.index("{") :])["champion"] == 1
+    assert shop.predict(1)[1]["model_version"] == "1"
 
 
 def test_a_shadow_sees_every_request_and_no_client_sees_it(shop: Shop) -> None:

@@ -1,7 +1,8 @@
-"""A registered version, for code that reads only its entry in the registry."""
+"""A registered version, for code that reads only its entry in the registry, and the event that registers one."""
 
 from __future__ import annotations
 
+from cluster.ledger.events import ModelRegistered
 from cluster.registry import Lineage, ModelVersion
 
 
@@ -18,5 +19,19 @@ def model_version(
         manifest_hash="",
         files={},
         lineage=lineage or Lineage(training_set_hash=""),
+        metrics={},
+    )
+
+
+def registered(name: str, version: int) -> ModelRegistered:
+    """Return the event of a version without files."""
+    return ModelRegistered(
+        name=name,
+        version=version,
+        family="f",
+        task="binary",
+        manifest_hash="",
+        files={},
+        lineage={},
         metrics={},
     )

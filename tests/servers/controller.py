@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import LedgerEvent
+from cluster.security.edge_proof import edge_proof
 from cluster.security.tls.certificates import ensure_tls
 from cluster.security.tokens.issuer import ensure_issuer
 from cluster.security.tokens.oidc import KeySource
@@ -27,7 +28,7 @@ from serve_apps.edge.control.edge_state import EdgeState
 from serve_apps.edge.control.haproxy_process import HAProxy
 from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy.keys import key_writer
-from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
+from serve_apps.replica.edge_headers import edge_variables
 from serve_apps.replica.targets import Targets
 from tests.samples.rollouts import DEPLOYED, STARTED
 from tests.servers.edge import edge_settings
@@ -146,7 +147,7 @@ class Running:
             config=self.haproxy_file,
             admin_socket=Path(self.settings.admin_socket),
             access_folder=self.haproxy_file.with_name("access"),
-            secrets={TOKEN_VARIABLE: "of-ray", PROOF_VARIABLE: edge_proof(self.places)},
+            secrets={TOKEN_VARIABLE: "of-ray"} | edge_variables(edge_proof(self.places)),
         )
         self.controller = Controller(
             ledger=self.ledger,

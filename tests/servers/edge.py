@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from cluster.security.edge_proof import edge_proof
 from cluster.security.tls.certificates import ensure_tls
 from cluster.security.tokens.issuer import AUDIENCE, ISSUER, ensure_issuer, mint_token, sign
 from cluster.security.tokens.principal import local_keys
@@ -28,7 +29,7 @@ from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy.keys import JwtKey, key_writer
 from serve_apps.edge.haproxy.request_limits import Limit, Limited, Limits
 from serve_apps.edge.haproxy.routes import Routes, routes
-from serve_apps.replica.edge_headers import PROOF_VARIABLE, edge_proof
+from serve_apps.replica.edge_headers import edge_variables
 from serve_apps.replica.targets import Target
 from serve_apps.rollout.assignment import assign, bounds
 from serve_apps.rollout.serving_state import ModelState, Rollout
@@ -121,6 +122,7 @@ def edge_settings(
         authority_folder=places.tls,
         dashboard=dashboard,
         jobs_socket=str(sockets / "jobs.sock"),
+        rollouts_socket=str(sockets / "rollouts.sock"),
         tokens=TokenRules(issuer=ISSUER, audience=AUDIENCE),
         map_file=str(root / "routes.map"),
         error_folder=str(root / "errors"),
@@ -159,7 +161,7 @@ class Edge:
             config=root / "haproxy.cfg",
             admin_socket=Path(self.settings.admin_socket),
             access_folder=root / "access",
-            secrets={TOKEN_VARIABLE: RAY_TOKEN, PROOF_VARIABLE: edge_proof(self.places)},
+            secrets={TOKEN_VARIABLE: RAY_TOKEN} | edge_variables(edge_proof(self.places)),
         )
         self.keys = key_writer(local_keys(self.places), root / "keys")()
         self.context = ssl.create_default_context(cafile=self.ca_file)

@@ -26,6 +26,7 @@ from cluster.records.location import prediction_log
 from cluster.records.reading import read_predictions
 from cluster.registry import Lineage, ModelVersion, Registry
 from cluster.runtime.signature import ONNX_FILE, ONNX_INPUT, ONNX_OUTPUT, SIGNATURE_FILE, ModelSignature, Task
+from cluster.security.edge_proof import edge_proof
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.tokens.issuer import ensure_issuer, mint_token
 from cluster.security.tokens.roles import Role
@@ -48,7 +49,7 @@ from feature_jobs.store.catalog.specifications import Definitions, apply
 from serve_apps.features.features import Features
 from serve_apps.outcomes.outcomes import Outcomes
 from serve_apps.predictor.predictor import Predictor
-from serve_apps.replica.edge_headers import EdgeHeaders, edge_proof
+from serve_apps.replica.edge_headers import EdgeHeaders
 from tests.projects.push import INCOME
 from tests.servers.key_broker import running_broker
 from tests.servers.polling import wait_until

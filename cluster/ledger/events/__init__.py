@@ -85,6 +85,13 @@ from cluster.ledger.events.platform import (
     ServingRestored,
     StrangersRefused,
 )
+from cluster.ledger.events.rollouts import (
+    PolicyDecided,
+    PolicyEnded,
+    PolicyPaused,
+    PolicyResumed,
+    PolicyStarted,
+)
 from cluster.ledger.events.schedules import (
     ScheduleApplied,
     ScheduledRunDue,
@@ -131,6 +138,11 @@ __all__ = [
     "OutcomesReceived",
     "OutcomesSummed",
     "PredictionsCompacted",
+    "PolicyDecided",
+    "PolicyEnded",
+    "PolicyPaused",
+    "PolicyResumed",
+    "PolicyStarted",
     "RolloutPromoted",
     "RolloutRolledBack",
     "RolloutStarted",

@@ -313,6 +313,12 @@ class ModelMonitored(LedgerEvent):
     """Maps figure and then chunk to the reason why the figure has no value or no threshold for the chunk."""
     left_out: dict[str, Json] = field(default_factory=dict)
     """Maps reason to the number of records that no figure includes."""
+    reconstruction: list[str] = field(default_factory=list)
+    """Chunks in which all inputs together have drifted. Older events lack this field and the next two."""
+    traffic: dict[str, Json] = field(default_factory=dict)
+    """Maps `requests`, `refused` and `unseen` to the hours in which the model's traffic was unusual."""
+    fits: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the file with what was fitted to the reference, by its name. A file without one here is never read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

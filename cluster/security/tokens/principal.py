@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -32,6 +32,30 @@ class Principal:
     """Region of the other node that sent the request to the key broker; empty for this process's own region."""
     models: tuple[str, ...] | None = None
     """The only models that the token's scope allows; None if only the role decides."""
+
+
+def principal_as_json(principal: Principal) -> dict[str, Any]:
+    """Return a principal as an event has it."""
+    return {
+        "subject": principal.subject,
+        "role": principal.role.value,
+        "purpose": principal.purpose,
+        "tenant": principal.tenant,
+        "models": None if principal.models is None else sorted(principal.models),
+    }
+
+
+def principal_from_json(content: Mapping[str, Any]) -> Principal:
+    """Return the principal that an event has."""
+    models = content.get("models")
+    return Principal(
+        subject=str(content["subject"]),
+        role=Role(content["role"]),
+        purpose=str(content["purpose"]),
+        tenant=str(content["tenant"]),
+        models=None if models is None else tuple(models),
+        expires_at=int(time.time()),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -15,8 +14,10 @@ from cluster.ledger.chain import verify_chain
 from cluster.ledger.events import BatchIngested, TrainingSetBuilt
 from cluster.records.location import prediction_log
 from cluster.records.reading import Log, read_log
+from cluster.records.unit_hash import unit_hash, unit_key
 from cluster.registry import Registry
 from cluster.security.acting import create_actor
+from cluster.security.edge_proof import edge_proof
 from cluster.security.keys.access import key_store
 from cluster.session import require_running_cluster
 from cluster.storage import layout, write_json
@@ -27,8 +28,6 @@ from jobs.pipeline.state import RunState
 Summary = dict[str, Any]
 CANDIDATES = {"champion": "train_lightgbm", "challenger": "train_network", "broken": "train_broken"}
 """For each variant, the stage that trained it."""
-UNIT_HASH_DIGITS = 16
-"""The log contains this many hex digits of a unit's SHA-256. The edge writes them in upper case."""
 
 
 def summarise(config: PipelineConfig, run: RunState, demo: Path) -> Summary:
@@ -51,7 +50,7 @@ def summarise(config: PipelineConfig, run: RunState, demo: Path) -> Summary:
             "p99_ms": answers["latency_ms"].quantile(0.99),
         },
         "shares": _shares(config, answers.filter(pl.col("batch") != "broken")),
-        **count_logged(read_log(log, key_store(actor.access)), answers),
+        **count_logged(read_log(log, key_store(actor.access)), answers, key=unit_key(edge_proof(places))),
         "monitor": _monitor(select_versions(read_output(demo, "monitor"), variants)),
         "rollback_ms": read_output(demo, "check")["rollback_ms"],
         "ledger": {"verified": True, "events": sum(1 for _ in verify_chain(ledger.entries()))},
@@ -81,7 +80,7 @@ def stage_seconds(run: RunState) -> dict[str, float]:
     }
 
 
-def count_logged(log: Log, answers: pl.DataFrame) -> dict[str, int]:
+def count_logged(log: Log, answers: pl.DataFrame, *, key: bytes) -> dict[str, int]:
     """Count the logged predictions of the demo's own client.
 
     A prediction is the demo's own if the client received its id. A prediction for a person whose request got no answer
@@ -90,18 +89,24 @@ def count_logged(log: Log, answers: pl.DataFrame) -> dict[str, int]:
     Args:
         log: Prediction log of the model.
         answers: One row for each request of the client, with `person_id` and `prediction_id` (null without an answer).
+        key: Key of the units' hashes.
 
     Returns:
         `prediction_log_rows` (the demo's own predictions and orphans), `orphans`, `others` (predictions for other
         clients) and `without_score` (predictions that failed).
     """
     failed = answers.filter(pl.col("prediction_id").is_null())["person_id"].to_list()
-    units = {hashlib.sha256(str(key).encode()).hexdigest()[:UNIT_HASH_DIGITS].upper() for key in failed}
     ids = set(answers["prediction_id"].drop_nulls().to_list())
-    rows = [] if log.answers.is_empty() else log.answers.select("prediction_id", "unit_hash").rows()
-    answered = {prediction_id for prediction_id, _ in rows} & ids
-    orphans = {prediction_id for prediction_id, unit in rows if unit in units} - ids
-    all_ids = {prediction_id for prediction_id, _ in rows}
+    columns = ("prediction_id", "rollout", "unit_hash")
+    rows = [] if log.answers.is_empty() else log.answers.select(columns).rows()
+    units = {
+        (rollout, unit_hash(key, rollout=rollout, unit=str(person).encode()))
+        for rollout in {rollout for _, rollout, _ in rows}
+        for person in failed
+    }
+    all_ids = {prediction_id for prediction_id, _, _ in rows}
+    answered = all_ids & ids
+    orphans = {prediction_id for prediction_id, rollout, unit in rows if (rollout, unit) in units} - ids
     unscored = 0 if log.failures.is_empty() else log.failures["prediction_id"].n_unique()
     return {
         "prediction_log_rows": len(answered | orphans),

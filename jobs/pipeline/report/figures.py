@@ -18,7 +18,7 @@ from jobs.pipeline.report.charts import (
     interval_chart,
     legend,
 )
-from jobs.pipeline.report.formats import points, score
+from jobs.pipeline.report.formats import percent, points, score
 
 Json = Mapping[str, Any]
 
@@ -28,6 +28,15 @@ DRIFT_SHOWN = 10
 """The drift table shows at most this many inputs."""
 SCORE, SCORE_TEXT = "_score", "the model's own score"
 """Name of the predicted probability in the monitor's output, and in the report."""
+
+ALERT_KINDS = {"drift": "drift", "missing": "nulls", "unseen": "unknown values"}
+"""Text for each kind of alert of an input."""
+TRAFFIC_KINDS = {
+    "requests": "number of requests",
+    "refused": "requests without an answer",
+    "unseen": "entities without any feature",
+}
+"""Text for each kind of unusual traffic."""
 
 
 class SliceNames(NamedTuple):
@@ -210,6 +219,86 @@ def drift_rows(monitor: Json) -> list[Drift]:
         if any(_is_measured(measure) for measure in periods.values())
     ]
     return sorted(rows, key=lambda row: -row.distance / row.threshold)[:DRIFT_SHOWN]
+
+
+class RankedInput(NamedTuple):
+    """An input with alerts."""
+
+    variant: str
+    name: str
+    alerts: int
+    reasons: str
+    periods: Sequence[str]
+
+
+def ranked_inputs(monitor: Json) -> list[RankedInput]:
+    """Return the inputs with most alerts, over drift, nulls and unknown values."""
+    rows = [
+        RankedInput(
+            variant=variant,
+            name=SCORE_TEXT if row["column"] == SCORE else row["column"],
+            alerts=row["alerts"],
+            reasons=", ".join(ALERT_KINDS[kind] for kind in row["kinds"]),
+            periods=row["chunks"],
+        )
+        for variant, details in monitor.get("details", {}).items()
+        for row in details.get("ranking") or ()
+    ]
+    return sorted(rows, key=lambda row: -row.alerts)[:DRIFT_SHOWN]
+
+
+class JointDrift(NamedTuple):
+    """Drift of all inputs together in one period."""
+
+    variant: str
+    period: str
+    error: float
+    lower: float | None
+    upper: float | None
+    alert: bool
+
+
+def joint_drift(monitor: Json) -> list[JointDrift]:
+    """Return the reconstruction error of each variant and period."""
+    return [
+        JointDrift(
+            variant=variant,
+            period=period,
+            error=measure["value"],
+            lower=measure.get("lower_threshold"),
+            upper=measure.get("upper_threshold"),
+            alert=bool(measure.get("alert")),
+        )
+        for variant, details in monitor.get("details", {}).items()
+        for period, measure in (details.get("reconstruction") or {}).items()
+    ]
+
+
+class UnusualHour(NamedTuple):
+    """An hour with unusual traffic."""
+
+    kind: str
+    hour: str
+    value: str
+    usual: str
+
+
+def unusual_hours(monitor: Json) -> list[UnusualHour]:
+    """Return the newest hours with unusual traffic. All variants have the same: it is that of the model."""
+    details: Json = next(iter(monitor.get("details", {}).values()), {})
+    rows = []
+    for kind, hours in (details.get("traffic") or {}).items():
+        convert = _whole if kind == "requests" else percent
+        for hour, measure in hours.items():
+            if measure.get("alert"):
+                low, high = measure.get("lower_threshold") or 0.0, measure.get("upper_threshold")
+                usual = f"{convert(low)} to {convert(1.0 if high is None else high)}"
+                rows.append(UnusualHour(TRAFFIC_KINDS[kind], hour, convert(measure["value"]), usual))
+    return sorted(rows, key=lambda row: row.hour, reverse=True)[:DRIFT_SHOWN]
+
+
+def _whole(value: float) -> str:
+    return str(round(value))
 
 
 def _slice_row(metrics: Sequence[Json], label: str) -> Dots:

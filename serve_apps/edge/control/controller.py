@@ -246,7 +246,7 @@ class Controller:
             keys=self._valid_keys(),
             certificate=str(self._certificate.newest()),
         )
-        if inputs == self._loaded:
+        if inputs == self._loaded and not (self._loading is None and self._haproxy.is_rotation_due):
             self._refused = None
             return
         if self._loading is not None or self._is_refused(inputs):

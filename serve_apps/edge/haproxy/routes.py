@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cluster.records.unit_hash import NO_ROLLOUT
 from serve_apps.replica.targets import ScaledToZero, Target, addresses_of
 from serve_apps.rollout.assignment import BUCKETS, CHAMPION_VARIANT, bounds
 from serve_apps.rollout.serving_state import ModelState, States
-
-NO_ROLLOUT = "none"
-"""Rollout id in a map entry while no rollout runs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from cluster.records.unit_hash import DIGITS, NO_ROLLOUT
 from serve_apps.edge.haproxy.answers import NO_HEALTHY_REPLICA, refuse
-from serve_apps.edge.haproxy.routes import NO_ROLLOUT
 from serve_apps.replica.edge_headers import (
     ARM,
     ARRIVED,
@@ -12,6 +12,7 @@ from serve_apps.replica.edge_headers import (
     REQUEST_ID,
     ROLLOUT,
     UNIT_HASH,
+    UNIT_KEY_VARIABLE,
     VARIANT,
 )
 from serve_apps.rollout.assignment import BUCKETS, CHAMPION_VARIANT, Arm
@@ -56,13 +57,17 @@ def _read_route(map_file: str) -> str:
 
 
 def _choose_arm() -> str:
-    """Compute the unit's bucket and arm. `rollout.assignment.assign` gives the same results."""
+    """Compute the unit's bucket, arm and hash.
+
+    `rollout.assignment.assign` gives the same arms, and `cluster.records.unit_hash` the same hashes.
+    """
     return f"""    {refuse(400, "Send only one X-Unit-ID header.")} if by_model {{ req.fhdr_cnt(x-unit-id) gt 1 }}
     http-request set-var(txn.unit) req.fhdr(x-unit-id) if by_model
     acl has_unit var(txn.unit) -m len gt 0
     http-request set-var(txn.arm) str({Arm.none}) if by_model
     http-request set-var(txn.arm) str({Arm.outside}) if has_unit
-    http-request set-var(txn.unit_hash) var(txn.unit),sha2(256),hex,bytes(0,16) if has_unit
+    http-request set-var(txn.rollout_key) var(txn.rollout),hmac(sha256,"${{{UNIT_KEY_VARIABLE}}}"),base64 if has_unit
+    http-request set-var(txn.unit_hash) var(txn.unit),hmac(sha256,txn.rollout_key),hex,bytes(0,{DIGITS}) if has_unit
     http-request set-var(txn.bucket) var(txn.salt),concat(:,txn.unit),xxh32(0),mod({BUCKETS}) if has_unit
     http-request set-var(txn.arm) str({Arm.treatment}) if has_unit {{ var(txn.bucket),sub(txn.below) -m int lt 0 }}
     http-request set-var(txn.arm) str({Arm.control}) if has_unit !{{ var(txn.bucket),sub(txn.from) -m int lt 0 }}"""

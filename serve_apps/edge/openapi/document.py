@@ -29,7 +29,14 @@ def document() -> dict[str, Any]:
         },
         "servers": [{"url": "/"}],
         "security": [{"bearer": []}],
-        "paths": _health() | _metadata() | _infer() | _by_key() | _outcomes() | _features() | _jobs(),
+        "paths": _health()
+        | _metadata()
+        | _infer()
+        | _by_key()
+        | _outcomes()
+        | _features()
+        | _jobs()
+        | _rollouts(),
         "components": {
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
             "parameters": _parameters(),
@@ -143,6 +150,19 @@ def _jobs() -> dict[str, Any]:
     }
 
 
+def _rollouts() -> dict[str, Any]:
+    model = ref("model", "parameters")
+    show = _get("rollout", "A model's versions, rollout and policy.", _json("Rollout"), model)
+    change = _post(
+        "changeRollout",
+        "Start, pause, resume or roll back a rollout.",
+        _body("RolloutChange"),
+        _json("RolloutChanged"),
+        model,
+    )
+    return {"/v1/rollouts/{model}": show | change}
+
+
 _LOG = {"description": "Done.", "content": {"text/plain": {"schema": {"type": "string"}}}}
 _PREDICTION_ID = {PREDICTION_ID_HEADER: {"schema": {"type": "string"}}}
 
@@ -207,9 +227,10 @@ def _refusal() -> dict[str, Any]:
         "400: the request is wrong; the message says what. 401: the token is missing or not valid. 403: the token's "
         "role, purpose, scope or tenant does not allow the request. 404: no such path, model or version. 405: wrong "
         "method; `Allow` names the right one. 408: the request arrived too slowly. 409: the key belongs to another "
-        f"job. 413: the body is larger than {MAX_BODY_BYTES:,} bytes. 415: the body is compressed. 429: the principal "
-        "or tenant is over its limit; `Retry-After` says when to try again. 503: no healthy replica, or the record "
-        "cannot be written; try again. Other 5xx: the service failed."
+        "job, or the rollout's state does not allow the change. 413: the body is larger than "
+        f"{MAX_BODY_BYTES:,} bytes. 415: the body is compressed. 429: the principal or tenant is over its limit; "
+        "`Retry-After` says when to try again. 503: no healthy replica, or the record cannot be written; try again. "
+        "Other 5xx: the service failed."
     )
     return _json("Error", description)
 

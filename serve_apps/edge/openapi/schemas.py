@@ -22,7 +22,8 @@ _INTEGER = {"type": "integer", "minimum": -(2**63) + 1, "maximum": 2**63 - 1}
 
 def schemas() -> dict[str, Any]:
     """Return all schemas by name."""
-    return _model_schemas() | _tensor_schemas() | _key_schemas() | _feature_schemas() | _job_schemas()
+    own = _model_schemas() | _tensor_schemas() | _key_schemas() | _feature_schemas()
+    return own | _job_schemas() | _rollout_schemas()
 
 
 def _model_schemas() -> dict[str, Any]:
@@ -247,4 +248,29 @@ def _job_schemas() -> dict[str, Any]:
         "JobStatus": json_object({"id": text, "status": text}, "id", "status"),
         "Job": json_object(job, "id", "status", "module", "overrides", "submitter"),
         "Jobs": json_object({"jobs": array(ref("Job"))}, "jobs"),
+    }
+
+
+def _rollout_schemas() -> dict[str, Any]:
+    text, integer = {"type": "string"}, {"type": "integer"}
+    change = {
+        "action": {"enum": ["start", "pause", "resume", "abort", "rollback"]},
+        "version": {"description": "start: a deployed version.", **integer},
+        "weight": {"description": "start: percent of units.", "type": "number"},
+        "policy": {
+            "description": "start, instead of weight: as in configs/rollout/*.yaml.",
+            "type": "object",
+        },
+        "reason": text,
+    }
+    state = {
+        "champion_version": {"type": ["integer", "null"]},
+        "apps": {"type": "object"},
+        **{name: {"type": ["object", "null"]} for name in ("rollout", "shadow", "policy", "promotion")},
+    }
+    changed = {"model": text, "rollout": text, "seq": integer}
+    return {
+        "RolloutChange": closed_object(change, "action"),
+        "Rollout": json_object(state, *state),
+        "RolloutChanged": json_object(changed, *changed),
     }

@@ -19,13 +19,28 @@ from cluster.records.metrics import UploadMetrics
 from cluster.security.keys.metrics import BrokerMetrics
 from cluster.session import METRICS_PORTS
 from cluster.supervisor.metrics import SupervisorMetrics
-from jobs.schedule.metrics import SchedulerMetrics
+from jobs.schedule.metrics import MonitorMetrics, SchedulerMetrics
 from jobs.submission.metrics import JobMetrics
 from serve_apps.edge.control.metrics import EdgeMetrics
+from serve_apps.rollout.controller.metrics import ControllerMetrics
+from serve_apps.rollout.evidence.collecting import Collected
 from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
 
 ANSWERS = {"wrap": {"ok": True}, "unwrap": {"error": "AccessDenied"}, "guess": {"error": "KeyNotFound"}}
+
+MONITORED = {
+    "model": "m",
+    "variant": "champion",
+    "version": 2,
+    "periods": {
+        "2025": {"estimated_auc": 0.9, "realised_auc": 0.8, "realisation": {"alert": True}},
+        "2026": {"estimated_auc": 0.7, "realised_auc": None, "estimate": {"alert": True}, "realisation": None},
+    },
+    "drift": {"age": ["2025", "2026"], "sex": ["2026"]},
+    "reconstruction": ["2026"],
+}  # fmt: skip
+"""Payload of a monitoring event. Older ones lack `missing`, `unseen` and `traffic`."""
 
 
 def ask(metrics: RequestMetrics) -> None:
@@ -44,7 +59,9 @@ def supervisor(registry: CollectorRegistry) -> None:
 
 
 def edge(registry: CollectorRegistry) -> None:
-    EdgeMetrics(registry).loads.labels("ok").inc()
+    metrics = EdgeMetrics(registry)
+    metrics.loads.labels("ok").inc()
+    metrics.count(Collected(records=2, broken=1, behind_bytes=10))
 
 
 def nodes(registry: CollectorRegistry) -> None:
@@ -61,6 +78,7 @@ def scheduler(registry: CollectorRegistry) -> None:
     metrics = SchedulerMetrics(registry)
     metrics.last_check.set_to_current_time()
     metrics.show("nightly", last_success=dt.datetime(2026, 1, 1, tzinfo=dt.UTC), unfinished=1)
+    MonitorMetrics(registry).show(MONITORED, time=dt.datetime(2026, 1, 1, tzinfo=dt.UTC))
 
 
 def jobs(registry: CollectorRegistry) -> None:
@@ -79,6 +97,7 @@ PROCESSES: dict[str, Callable[[CollectorRegistry], None]] = {
     "uploader": uploader,
     "scheduler": scheduler,
     "jobs": jobs,
+    "rollouts": lambda registry: ControllerMetrics(registry).acts.set(1),
 }
 
 
@@ -175,3 +194,18 @@ def test_metrics_are_served_on_loopback_only() -> None:
 
     wait_until(answers, seconds=10)
     assert b'falaj_supervisor_restarts_total{part="edge",reason="dead"} 1.0' in scrape()
+
+
+def test_gauges_of_monitoring_have_the_newest_performance_and_the_number_of_alerts() -> None:
+    """A period without outcomes keeps the realised performance of the period before."""
+    text = exported("scheduler").decode()
+    labels = 'model="m",variant="champion",version="2"'
+    for line in (
+        f'falaj_monitor_performance{{kind="estimated",metric="auc",{labels}}} 0.7',
+        f'falaj_monitor_performance{{kind="realised",metric="auc",{labels}}} 0.8',
+        f'falaj_monitor_alerts{{kind="drift",{labels}}} 3.0',
+        f'falaj_monitor_alerts{{kind="performance",{labels}}} 2.0',
+        f'falaj_monitor_alerts{{kind="reconstruction",{labels}}} 1.0',
+        f'falaj_monitor_alerts{{kind="traffic",{labels}}} 0.0',
+    ):
+        assert line in text

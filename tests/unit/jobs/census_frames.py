@@ -10,9 +10,9 @@ import pandas as pd
 import polars as pl
 
 from cluster.runtime import Task
-from jobs.monitor.drift import measure_drift
-from jobs.monitor.frames import PREDICTED, SCORE, TIME, TRUTH, Frames
-from jobs.monitor.measures import Measures
+from jobs.monitor.calculation.drift import measure_drift
+from jobs.monitor.calculation.frames import PREDICTED, SCORE, TIME, TRUTH, Frames
+from jobs.monitor.calculation.measures import Measures
 
 YEARS = ("2016", "2017", "2018")
 MIN_OUTCOMES = 300

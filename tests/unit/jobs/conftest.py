@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.monitor.frames import Frames
+from jobs.monitor.calculation.frames import Frames
 from tests.unit.jobs.census_frames import census_frames
 
 

@@ -17,6 +17,17 @@ from cluster.errors import TrainingSetError
 from cluster.runtime import InputSpec, Model, ModelSignature, Task
 from cluster.runtime.encoding import Matrix
 from cluster.runtime.predictions import Scores
+from jobs.monitor.calculation.frames import (
+    MISSING,
+    PREDICTED,
+    PROBABILITY,
+    SCORE,
+    TIME,
+    TRUTH,
+    Frames,
+    build_frames,
+)
+from jobs.monitor.calculation.performance import estimate_performance, realised_performance
 from jobs.monitor.chunks import (
     CHUNK,
     MAX_REFERENCE_CHUNKS,
@@ -25,8 +36,6 @@ from jobs.monitor.chunks import (
     reference_chunks,
 )
 from jobs.monitor.config import Period
-from jobs.monitor.frames import MISSING, PREDICTED, PROBABILITY, SCORE, TIME, TRUTH, Frames, build_frames
-from jobs.monitor.performance import estimate_performance, realised_performance
 from jobs.monitor.plots import performance_plot
 from tests.unit.jobs.census_frames import MIN_OUTCOMES, YEARS, data, days, distances, of_2018
 

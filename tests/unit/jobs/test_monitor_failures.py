@@ -12,16 +12,17 @@ import pandas as pd
 import polars as pl
 import pytest
 
-from jobs.monitor.__main__ import result_name
+from jobs.monitor.calculation.combining import small_chunk
+from jobs.monitor.calculation.drift import measure_drift
+from jobs.monitor.calculation.figures import compute_figures
+from jobs.monitor.calculation.frames import MISSING, PREDICTED, SCORE, TIME, TRUTH, Frames
+from jobs.monitor.calculation.measures import Figure, Measures
+from jobs.monitor.calculation.performance import estimate_performance, realised_performance
+from jobs.monitor.calculation.shares import missing_shares, unseen_shares
 from jobs.monitor.chunks import CHUNK
-from jobs.monitor.drift import measure_drift
-from jobs.monitor.figures import add_small_chunks, compute_figures
-from jobs.monitor.frames import MISSING, PREDICTED, SCORE, TIME, TRUTH, Frames
 from jobs.monitor.logged import ServedVersion
-from jobs.monitor.measures import Figure, Measures
-from jobs.monitor.performance import estimate_performance, realised_performance
 from jobs.monitor.report import alerting_chunks, describe
-from jobs.monitor.shares import missing_shares, unseen_shares
+from jobs.monitor.run import result_name
 from tests.unit.jobs.census_frames import MIN_OUTCOMES, YEARS, of_2018
 
 
@@ -160,12 +161,9 @@ def served_rows(frames: Frames) -> pl.DataFrame:
 
 def test_chunks_below_min_rows_are_reported() -> None:
     """They have no figures, but a reason."""
-    rows = pl.DataFrame({CHUNK: ["2016"] * 3 + ["2017"], "outcome": [1, None, 0, 1]})
-    figures = add_small_chunks({"periods": {}, "undefined": {}, "drift": {}}, rows, metric="auc", min_rows=2)
-    assert [(chunk, period["rows"], period["outcomes"]) for chunk, period in figures["periods"].items()] == [
-        ("2016", 3, 2),
-        ("2017", 1, 1),
-    ]
+    rows = pl.DataFrame({CHUNK: ["2017"], "outcome": [1]})
+    figures = small_chunk("2017", rows, metric="auc", min_rows=2)
+    assert (figures["periods"]["2017"]["rows"], figures["periods"]["2017"]["outcomes"]) == (1, 1)
     reason = {"2017": "chunk below min_rows: 1 of 2"}
     assert figures["undefined"] == {"estimated_auc": reason, "realised_auc": reason, "drift": reason}
 
@@ -174,12 +172,7 @@ def test_each_variant_has_its_own_valid_file_name() -> None:
     """In the log of an older release, the variant may be any text of a client: a path, or too long for a file name."""
     version: Any = SimpleNamespace(version=2)
     variants = ["a", "../zz", "é" * 300, "é" * 301]
-    names = [
-        result_name(
-            ServedVersion(variant=variant, version=version, rows=pl.DataFrame(), failed=0, odd_inputs={})
-        )
-        for variant in variants
-    ]
+    names = [result_name(ServedVersion(variant=variant, version=version, failed=0)) for variant in variants]
     assert names[:2] == ["a-v2", "%2E.%2Fzz-v2"]
     assert len(set(names)) == len(names)
     assert all(len(name) < 200 and "/" not in name for name in names)

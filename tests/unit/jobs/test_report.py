@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from jobs.pipeline.report import formats
 from jobs.pipeline.report.charts import Dots, dot_chart, nice_ticks
-from jobs.pipeline.report.figures import drift_rows, share_rows, split_interval
+from jobs.pipeline.report.figures import (
+    drift_rows,
+    joint_drift,
+    ranked_inputs,
+    share_rows,
+    split_interval,
+    unusual_hours,
+)
 from jobs.pipeline.report.page import DemoReport, StageRun, render
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -45,6 +52,25 @@ def summary(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def measure(value: float, upper: float, alert: bool) -> dict[str, Any]:
+    return {"value": value, "lower_threshold": None, "upper_threshold": upper, "alert": alert}
+
+
+MORE_MONITORING: dict[str, Any] = {
+    "ranking": [
+        {"column": "person__AGEP", "alerts": 3, "kinds": ["drift", "missing"], "chunks": ["2016"], "worst": 1.2},
+        {"column": "_score", "alerts": 1, "kinds": ["drift"], "chunks": ["2017"], "worst": 1.1},
+    ],
+    "reconstruction": {"2016": measure(1.01, 1.05, False), "2017": measure(1.093, 1.05, True)},
+    "traffic": {
+        "requests": {"2026-11-30T09": measure(20, 90.4, False), "2026-11-30T10": measure(300, 90.4, True)},
+        "refused": {"2026-11-30T10": measure(0.31, 0.05, True)},
+        "unseen": {},
+    },
+}  # fmt: skip
+"""What releases before the figures of this kind did not have."""
+
+
 def full_report() -> DemoReport:
     """Return a report with everything that the page can show."""
     bins = [{"mean_probability": rate, "positive_rate": rate, "rows": 10} for rate in (0.1, 0.5, 0.9)]
@@ -59,7 +85,7 @@ def full_report() -> DemoReport:
         evaluations={"champion": evaluation, "challenger": evaluation},
         monitor={
             "variants": {"champion": {"2016": {"estimate": {"lower": 0.897, "upper": 0.911}}}},
-            "details": {"champion": {"drift": drift}},
+            "details": {"champion": {"drift": drift} | MORE_MONITORING},
         },
         quarantine={"person": {"AGEP outside 0 to 120": 25}},
         check={
@@ -221,6 +247,25 @@ def test_drift_is_ordered_by_distance_over_threshold() -> None:
         ("moved", "2017", ["2017"]),
         ("calm", "2016", []),
     ]
+
+
+def test_monitoring_shows_ranked_inputs_joint_drift_and_unusual_traffic() -> None:
+    """Hours without an alert are left out. Results of an older release have none of the three parts."""
+    details = {"details": {"champion": MORE_MONITORING}}
+    assert [(row.name, row.alerts, row.reasons) for row in ranked_inputs(details)] == [
+        ("person__AGEP", 3, "drift, nulls"),
+        ("the model's own score", 1, "drift"),
+    ]
+    assert [(row.period, row.alert) for row in joint_drift(details)] == [("2016", False), ("2017", True)]
+    assert [(row.kind, row.hour, row.value, row.usual) for row in unusual_hours(details)] == [
+        ("number of requests", "2026-11-30T10", "300", "0 to 90"),
+        ("requests without an answer", "2026-11-30T10", "31.0%", "0.0% to 5.0%"),
+    ]
+    old = {"details": {"champion": {"drift": {}}}}
+    assert ranked_inputs(old) == joint_drift(old) == unusual_hours(old) == []
+    page = render(full_report())
+    for title in ("Inputs with most alerts", "Drift of all inputs together", "Unusual traffic"):
+        assert title in page
 
 
 def test_chart_without_values_is_empty() -> None:

@@ -10,6 +10,7 @@ import polars as pl
 from cluster.records.reading import read_log
 from cluster.records.schema import SHADOW
 from cluster.records.segments import SegmentWriter
+from cluster.records.unit_hash import unit_hash
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 from jobs.pipeline.census.summary import count_logged, select_versions
@@ -25,7 +26,8 @@ def test_summary_counts_only_the_requests_of_its_own_client(tmp_path: Path) -> N
     keyring.ensure(KeyInfo(name="predictions/m/personal"))
     log = tmp_path / "predictions" / "m"
     record = prediction(1)
-    unit = "7902699BE42C8A8E"  # HAProxy's hash of 7: sha2(256),hex,bytes(0,16)
+    key = bytes(range(32))
+    unit = unit_hash(key, rollout=record.rollout, unit=b"7")
     SegmentWriter(log, store=keyring, key="predictions/m/personal").append(
         dataclasses.replace(record, prediction_id="answered"),
         dataclasses.replace(record, prediction_id="again", unit_hash=unit),
@@ -35,7 +37,7 @@ def test_summary_counts_only_the_requests_of_its_own_client(tmp_path: Path) -> N
         dataclasses.replace(record, prediction_id="failed", predictions=[], fault="gave no finite score"),
     )
     answers = pl.DataFrame({"person_id": [1, 7, 7], "prediction_id": ["answered", "again", None]})
-    counts = count_logged(read_log(log, keyring), answers)
+    counts = count_logged(read_log(log, keyring), answers, key=key)
     assert counts == {"prediction_log_rows": 3, "orphans": 1, "others": 1, "without_score": 1}
 
 

@@ -20,6 +20,7 @@ from cluster.node.locks import command_lock, is_watched_by, supervisor_lock
 from cluster.node.parts import (
     BROKER,
     EDGE,
+    ROLLOUTS,
     SUPERVISOR,
     UPLOADER,
     Part,
@@ -41,6 +42,7 @@ PYTHON, SITE = "/venv/bin/python3", "/venv/lib/python3.11/site-packages"
         ("python3", [PYTHON, "-m", BROKER, "storage.root=/s"], Part.broker),
         ("python3", [PYTHON, "-m", UPLOADER, "storage.root=/s"], Part.uploader),
         ("python3", [PYTHON, "-m", EDGE, "storage.root=/s"], Part.edge),
+        ("python3", [PYTHON, "-m", ROLLOUTS, "storage.root=/s"], Part.rollouts),
         ("python3", [PYTHON, "-X", "dev", "-m", SUPERVISOR], Part.supervisor),
         ("python3", [PYTHON, "-m", "serve_apps.edge.limits", "principal=a"], None),
         ("python3", [PYTHON, "-m", "pytest", "-m", BROKER], None),

@@ -12,16 +12,21 @@ import pytest
 from cluster.errors import RefusedError
 from cluster.registry import Registry
 from cluster.runtime import InputSpec, OutcomeParser, load_model
+from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import key_store
 from cluster.storage import layout
+from jobs.monitor.calculation.figures import compute_figures
+from jobs.monitor.calculation.frames import build_frames
 from jobs.monitor.chunks import CHUNK, assign_chunks
 from jobs.monitor.config import MonitorConfig, Period
-from jobs.monitor.figures import compute_figures
-from jobs.monitor.frames import build_frames
-from jobs.monitor.logged import ServedLog
+from jobs.monitor.logged import ScoredLog
+from jobs.monitor.reference import References
+from jobs.monitor.run import MonitorRun
 from jobs.monitor.scored import match_by_id, read_scored
+from jobs.train.data import read_training_set
 from tests.projects.batch_scoring import MODEL, ScoringProject
 from tests.samples.signatures import of_each_task
+from tests.unit.jobs.monitor.inline_tasks import InlineRay
 
 INPUTS = (
     InputSpec(name="age", dtype="double"),
@@ -47,7 +52,7 @@ def people(*, shift: float = 0.0) -> pa.Table:
     )
 
 
-def read(project: ScoringProject, output: str, **options: Any) -> ServedLog:
+def read(project: ScoringProject, output: str, **options: Any) -> ScoredLog:
     config = MonitorConfig(
         storage=project.storage,
         name=MODEL,
@@ -65,7 +70,7 @@ def test_figures_of_scored_rows_are_computed(project: ScoringProject) -> None:
     project.register(SIGNATURES.binary)
     project.write(people(shift=30))
     project.score(output=output, keep=["person_id", "truth"], keep_inputs=True, part_rows=1500)
-    [served] = read(project, output, outcome="truth").served
+    served = read(project, output, outcome="truth").served
     assert (served.name, served.rows.height, served.failed) == ("batch v1", ROWS, 0)
     version = Registry(project.ledger, layout(project.storage)).get(MODEL, 1)
     model = load_model(version, key_store(project.access))
@@ -81,13 +86,50 @@ def test_figures_of_scored_rows_are_computed(project: ScoringProject) -> None:
     assert figures["periods"]["2025"]["realised_auc"] > 0.5
 
 
+def test_a_run_of_scoring_is_monitored_as_a_whole(
+    project: ScoringProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A year is a chunk. The figures have the form of those of the log."""
+    InlineRay(monkeypatch)
+    project.register(SIGNATURES.binary)
+    project.write(people(shift=30))
+    project.write(people(), "reference.parquet")
+    project.score(keep=["truth"], keep_inputs=True)
+    config = MonitorConfig(
+        storage=project.storage,
+        name=MODEL,
+        reference=str(project.root / "reference.parquet"),
+        label="truth",
+        predictions=str(project.root / "scores"),
+        outcome="truth",
+        split=None,
+    )
+    places, files = layout(project.storage), protected_files(project.access)
+    run = MonitorRun(
+        config=config,
+        places=places,
+        ledger=project.ledger,
+        actor=project.actor(),
+        references=References(
+            config.reference,
+            lambda path: read_training_set(path, files, places=places, ledger=project.ledger),
+        ),
+        attach=lambda: None,
+    )
+    figures = run.measure_scores(read_scored(config, project.ledger, project.access)).figures
+    assert (figures["status"], figures["rows"], figures["outcomes"]) == ("measured", ROWS, ROWS)
+    assert list(figures["periods"]) == ["2024", "2025"]
+    assert figures["drift"]["age"]["2025"]["alert"]
+    assert set(figures["left_out"].values()) == {0}
+
+
 def test_all_tasks_are_read_in_the_signatures_types(project: ScoringProject) -> None:
     """Probabilities of a multiclass model by class, and values of a regression."""
     for number, signature in enumerate(SIGNATURES[1:]):
         project.register(signature)
         project.write(people())
         project.score(output=f"scores{number}")
-        [served] = read(project, f"scores{number}").served
+        served = read(project, f"scores{number}").served
         build_frames(
             model=load_model(served.version, key_store(project.access)),
             reference=pl.DataFrame(pl.from_arrow(people())).with_columns(

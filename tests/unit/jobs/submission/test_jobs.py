@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cluster.host.http_socket import listening
 from cluster.ledger.events import (
     AccessDecided,
     JobFinished,
@@ -30,7 +31,6 @@ from jobs.principal_tokens import access_token
 from jobs.submission import recorded_jobs
 from jobs.submission.http import MAX_BODY_BYTES
 from jobs.submission.run_job import callers_intent, command_line
-from jobs.submission.service import listening
 from tests.unit.jobs.submission.conftest import APPLY, record
 
 if TYPE_CHECKING:

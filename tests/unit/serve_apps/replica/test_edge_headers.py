@@ -16,8 +16,9 @@ import pytest
 
 from cluster.errors import ConfigError
 from cluster.runtime import InputSpec, ModelSignature, Task
+from cluster.security.edge_proof import edge_proof
 from cluster.storage import Layout
-from serve_apps.replica.edge_headers import PROOF, UNPROVED, EdgeHeaderReader, EdgeHeaders, edge_proof
+from serve_apps.replica.edge_headers import PROOF, UNPROVED, EdgeHeaderReader, EdgeHeaders
 from tests.servers.edge import PREDICT, Edge, running_edge
 from tests.servers.replica import Replica, running_replica
 

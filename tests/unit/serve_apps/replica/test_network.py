@@ -19,12 +19,13 @@ from starlette.responses import JSONResponse
 
 from cluster.errors import ConfigError
 from cluster.host.this_node import RECORD_VARIABLE
+from cluster.security.edge_proof import edge_proof
 from cluster.security.tls.certificates import ensure_tls, write_node_certificate
 from cluster.storage import Layout
 from serve_apps.predictor.shadow_replicas import Connections
 from serve_apps.replica import listening
 from serve_apps.replica.direct import DirectAnswers, middlewares
-from serve_apps.replica.edge_headers import PROOF, edge_proof
+from serve_apps.replica.edge_headers import PROOF
 from serve_apps.replica.edge_only import EdgeOnly
 from serve_apps.replica.targets import uses_tls
 from tests.servers.edge import Edge

@@ -6,10 +6,13 @@ import contextlib
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cluster.records.unit_hash import unit_hash, unit_key
+from cluster.security.edge_proof import edge_proof
 from cluster.security.tokens.roles import Role
 from serve_apps.edge.control.haproxy_process import ConfigRefused
 from serve_apps.rollout.assignment import assign, bounds
@@ -20,9 +23,9 @@ from tests.servers.ports import free_port
 NUM_UNITS = int(os.environ.get("FALAJ_UNITS", "2000"))
 
 
-def test_edge_and_python_assign_the_same_arm(edge: Edge) -> None:
+def test_edge_and_python_compute_the_same_arm_and_hash(edge: Edge) -> None:
     """For units of any bytes that a header can hold. `FALAJ_UNITS` sets their number."""
-    limits = bounds(20)
+    limits, key = bounds(20), unit_key(edge_proof(edge.places))
     draw = random.Random(7)
     letters = [*range(33, 127), *range(128, 256)]
     units = [b"a,b", b"x y", b"0"]
@@ -33,6 +36,22 @@ def test_edge_and_python_assign_the_same_arm(edge: Edge) -> None:
                 token = edge.token()
             answer = edge.call(token=token, headers={"X-Unit-ID": unit}, over=connection)[1]
             assert answer["x-falaj-arm"] == assign(SALT, unit, limits).value, unit
+            expected = unit_hash(key, rollout=ROLLOUT.id, unit=unit)
+            assert answer["x-falaj-unit-hash"] == expected, unit
+
+
+def test_each_rollout_has_its_own_key_for_hashes(edge: Edge) -> None:
+    """So nobody can join the records of two rollouts by their units. Requests outside a rollout have a key, too."""
+    key, unit = unit_key(edge_proof(edge.places)), treated_unit()
+    hashes = []
+    for rollout in (ROLLOUT, replace(ROLLOUT, id="r2"), None):
+        edge.haproxy.set_map(Path(edge.settings.map_file), "m", edge.routes(rollout).entries["m"])
+        _, echo = edge.call(token=edge.token(), headers={"X-Unit-ID": unit})
+        hashes.append(echo["x-falaj-unit-hash"])
+        rollout_id = "" if rollout is None else rollout.id
+        assert hashes[-1] == unit_hash(key, rollout=rollout_id, unit=unit.encode())
+    edge.load(ROLLOUT)
+    assert len(set(hashes)) == 3
 
 
 @pytest.mark.parametrize("headers", [{}, {"X-Unit-ID": ""}])

@@ -1,4 +1,4 @@
-"""Requests for submitted jobs through a real HAProxy, to a server at the job service's socket."""
+"""Requests for submitted jobs and rollouts through a real HAProxy, to servers at the services' sockets."""
 
 from __future__ import annotations
 
@@ -42,6 +42,55 @@ def job_service(edge: Edge) -> Iterator[SocketEcho]:
         yield server
         server.shutdown()
     path.unlink()
+
+
+@pytest.fixture
+def controller(edge: Edge) -> Iterator[SocketEcho]:
+    """Run an echo server at the socket of the controller of rollouts."""
+    path = Path(edge.settings.rollouts_socket)
+    with SocketEcho(str(path), ClosingEcho) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server
+        server.shutdown()
+    path.unlink()
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_controller_of_rollouts_gets_the_callers_token(
+    edge: Edge, controller: SocketEcho, method: str
+) -> None:
+    """Of every role. A token that is limited to another model is refused by the edge."""
+    for role in Role:
+        token = edge.token(role)
+        status, heard = edge.call("/v1/rollouts/m", method=method, token=token, headers={"cookie": "a=b"})
+        assert (status, heard["path"], heard["authorization"]) == (200, "/v1/rollouts/m", f"Bearer {token}")
+        assert "cookie" not in heard
+    assert edge.call("/v1/rollouts/m", method=method)[0] == 401
+    limited = edge.token(Role.admin, scope="model:other")
+    assert edge.call("/v1/rollouts/m", method=method, token=limited)[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("DELETE", "/v1/rollouts/m", 405),
+        ("HEAD", "/v1/rollouts/m", 405),
+        ("GET", "/v1/rollouts/", 404),
+        ("GET", "/v1/rollouts", 404),
+        ("GET", "/v1/rollouts/m/x", 404),
+    ],
+)
+def test_other_paths_and_methods_of_rollouts_are_refused(
+    edge: Edge, controller: SocketEcho, method: str, path: str, status: int
+) -> None:
+    """The edge answers them itself."""
+    if method == "HEAD":
+        connection = edge.connect()
+        connection.request(method, path, headers={"authorization": f"Bearer {edge.token()}"})
+        assert connection.getresponse().status == status
+        connection.close()
+        return
+    assert edge.call(path, method=method, token=edge.token())[0] == status
 
 
 @pytest.mark.parametrize("role", list(Role))

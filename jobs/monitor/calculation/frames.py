@@ -1,9 +1,13 @@
-"""Build the two pandas frames for NannyML: the held-out reference, and the served rows with outcomes."""
+"""Build the two pandas frames for NannyML: the held-out reference, and the served rows with outcomes.
+
+NannyML is fitted to the reference once. So the reference's frame is built without served rows, and served rows are
+added chunk by chunk.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,14 +65,26 @@ class _Inputs(NamedTuple):
 
 
 def build_frames(*, model: Model, reference: pl.DataFrame, served: pl.DataFrame, label: str) -> Frames:
-    """Build the frames of one version under one variant.
+    """Build the frames of one version under one variant. For arguments and errors see the two functions it calls."""
+    frames = reference_frames(
+        model=model,
+        reference=reference,
+        served_rows=served[CHUNK].value_counts()["count"].to_list(),
+        label=label,
+    )
+    return with_served(frames, model.signature, served)
+
+
+def reference_frames(
+    *, model: Model, reference: pl.DataFrame, served_rows: Sequence[int], label: str
+) -> Frames:
+    """Return frames without served rows.
 
     Args:
         model: The version that served.
         reference: Rows that the version was not fitted on, in order of time. They have the version's inputs and the
             label.
-        served: Served rows in order of time, in the types of the signature. They also have the columns `outcome` (null
-            if unknown) and `_chunk`.
+        served_rows: Numbers of rows of the served chunks. The reference is cut into chunks of a similar size.
         label: Label column of the reference.
 
     Raises:
@@ -79,26 +95,46 @@ def build_frames(*, model: Model, reference: pl.DataFrame, served: pl.DataFrame,
         raise TrainingSetError(
             f"The reference has no column '{label}'.{did_you_mean(label, reference.columns)}"
         )
-    chunks = served[CHUNK].unique(maintain_order=True).to_list()
-    served_rows = [served.filter(pl.col(CHUNK) == chunk).height for chunk in chunks]
-    days = reference_chunks(reference.height, served_rows=served_rows)
-    reference_inputs, served_inputs = _read_inputs(signature, reference), _read_inputs(signature, served)
-    unusable = {name: f"{reason} in the reference" for name, reason in reference_inputs.unusable.items()}
-    unusable |= {name: f"{reason} in the log" for name, reason in served_inputs.unusable.items()}
-    reference_frame, fault = _reference_frame(model, reference, label, reference_inputs.columns)
-    served_frame = _served_frame(signature, served, served_inputs.columns)
+    inputs = _read_inputs(signature, reference)
+    frame, fault = _reference_frame(model, reference, label, inputs.columns)
     # Drift of lists is not measured.
-    usable = [spec for spec in signature.inputs if spec.name not in unusable and spec.length is None]
+    usable = [spec for spec in signature.inputs if spec.name not in inputs.unusable and spec.length is None]
     return Frames(
         task=signature.task,
-        reference=_with_days(reference_frame, days),
-        served=_with_days(served_frame, np.repeat(np.arange(len(chunks)), served_rows)),
-        chunks=chunks,
+        reference=_with_days(frame, reference_chunks(reference.height, served_rows=served_rows)),
+        served=_with_days(frame.head(0), np.arange(0)),
+        chunks=[],
         continuous=[spec.name for spec in usable if not _is_categorical(spec)],
         categorical=[spec.name for spec in usable if _is_categorical(spec)],
         known={spec.name: frozenset(map(str, spec.categories)) for spec in usable if spec.categories},
-        unusable=unusable,
+        unusable={name: f"{reason} in the reference" for name, reason in inputs.unusable.items()},
         reference_fault=fault,
+    )
+
+
+def with_served(frames: Frames, signature: ModelSignature, served: pl.DataFrame) -> Frames:
+    """Return the frames with other served rows.
+
+    Args:
+        frames: Frames with the reference.
+        signature: Signature of the version that served.
+        served: Served rows in order of time, in the types of the signature. They also have the columns `outcome` (null
+            if unknown) and `_chunk`.
+    """
+    chunks = served[CHUNK].unique(maintain_order=True).to_list()
+    served_rows = [served.filter(pl.col(CHUNK) == chunk).height for chunk in chunks]
+    inputs = _read_inputs(signature, served)
+    unusable = {name: f"{reason} in the log" for name, reason in inputs.unusable.items()}
+    return replace(
+        frames,
+        served=_with_days(
+            _served_frame(signature, served, inputs.columns), np.repeat(np.arange(len(chunks)), served_rows)
+        ),
+        chunks=chunks,
+        continuous=[name for name in frames.continuous if name not in unusable],
+        categorical=[name for name in frames.categorical if name not in unusable],
+        known={name: values for name, values in frames.known.items() if name not in unusable},
+        unusable=unusable | frames.unusable,
     )
 
 

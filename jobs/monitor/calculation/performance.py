@@ -10,38 +10,49 @@ chunks. An interval is the value plus and minus three sampling errors.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from cluster.runtime import Task
-from jobs.monitor.frames import PREDICTED, PROBABILITY, SCORE, TIME, TRUTH, Frames
-from jobs.monitor.measures import Figure, undefined_figure, without_threshold
-from jobs.monitor.nannyml_api import (
+from jobs.monitor.calculation.frames import PREDICTED, PROBABILITY, SCORE, TIME, TRUTH, Frames
+from jobs.monitor.calculation.measures import Figure, undefined_figure, without_threshold
+from jobs.monitor.calculation.nannyml_api import (
     CHUNK_PERIOD,
     REFERENCE_FAILED,
+    StepResult,
     chunk_days,
     import_nannyml,
     measure_chunks,
+    rows_of,
     try_step,
 )
 
 NANNYML_METRICS = {Task.binary: "roc_auc", Task.multiclass: "roc_auc", Task.regression: "rmse"}
 """NannyML's name for the metric of each task."""
-METRIC_NAMES = {Task.binary: "auc", Task.multiclass: "auc", Task.regression: "rmse"}
-"""Falaj's name for the metric of each task."""
 MIN_OF_CLASS = 2
 """Each class needs this many reference rows, because NannyML splits the reference for calibration."""
 
 _NO_SCORED_ROW = "the reference has no scored row with a label"
 
 
-def estimate_performance(frames: Frames) -> Figure:
-    """Estimate performance in each served chunk. This needs a reference with all classes, but no outcomes."""
+class FittedCalculator(NamedTuple):
+    """What realised performance needs of the reference."""
+
+    fitted: StepResult
+    """NannyML's calculator, fitted to the reference. Its fault says why there is none."""
+    fault: str
+    """Why the reference gives no valid threshold, or an empty text."""
+    dtype: Any
+    """Type of the reference's labels."""
+
+
+def fit_estimator(frames: Frames) -> StepResult:
+    """Fit the estimator of performance. This needs a reference with all classes."""
     reference = scored_reference(frames)
     if fault := _estimate_fault(frames, reference):
-        return undefined_figure(frames.chunks, fault)
+        return StepResult(None, fault)
     nannyml, metric = import_nannyml(), NANNYML_METRICS[frames.task]
     match frames.task:
         case Task.binary | Task.multiclass:
@@ -55,15 +66,46 @@ def estimate_performance(frames: Frames) -> Figure:
                 metrics=[metric],
                 chunk_period=CHUNK_PERIOD,
             )
-    served = frames.served.drop(columns=TRUTH)
-    fitted = try_step(lambda: estimator.fit(reference), "the estimator cannot be fitted to the reference")
+    return try_step(lambda: estimator.fit(reference), "the estimator cannot be fitted to the reference")
+
+
+def fit_calculator(frames: Frames) -> FittedCalculator:
+    """Fit the calculator of realised performance, for its thresholds."""
+    reference = scored_reference(frames)
+    fault = frames.reference_fault or _class_fault(frames, reference, least=1)
+    if frames.reference_fault or reference.empty:
+        return FittedCalculator(StepResult(None, fault or _NO_SCORED_ROW), fault, None)
+    metric = NANNYML_METRICS[frames.task]
+    calculator = import_nannyml().PerformanceCalculator(
+        **_problem(frames), metrics=[metric], chunk_period=CHUNK_PERIOD
+    )
+    fitted = try_step(lambda: calculator.fit(reference), REFERENCE_FAILED)
+    return FittedCalculator(fitted, fault, reference[TRUTH].dtype)
+
+
+def estimate_performance(frames: Frames, fitted: StepResult | None = None) -> Figure:
+    """Estimate performance in each served chunk, without outcomes.
+
+    Args:
+        frames: Frames with the served chunks.
+        fitted: Result of `fit_estimator`. None fits the estimator to the frames' reference.
+    """
+    fitted = fitted or fit_estimator(frames)
     if fitted.fault:
         return undefined_figure(frames.chunks, fitted.fault)
-    return measure_chunks(frames, metric, lambda day: estimator.estimate(served[served[TIME] == day]))
+    estimator, metric = fitted.result, NANNYML_METRICS[frames.task]
+    served = frames.served.drop(columns=TRUTH)
+    return measure_chunks(frames, metric, lambda day: estimator.estimate(rows_of(served, day)))
 
 
-def realised_performance(frames: Frames, *, min_outcomes: int) -> Figure:
-    """Measure performance in each served chunk with enough outcomes. Only rows with an outcome are used."""
+def realised_performance(frames: Frames, fit: FittedCalculator | None = None, *, min_outcomes: int) -> Figure:
+    """Measure performance in each served chunk with enough outcomes. Only rows with an outcome are used.
+
+    Args:
+        frames: Frames with the served chunks.
+        fit: Result of `fit_calculator`. None fits the calculator to the frames' reference.
+        min_outcomes: A chunk with fewer outcomes has no realised performance.
+    """
     known = frames.served.dropna(subset=[TRUTH])
     reasons = {
         chunk: reason
@@ -72,20 +114,15 @@ def realised_performance(frames: Frames, *, min_outcomes: int) -> Figure:
     }
     if len(reasons) == len(frames.chunks):
         return Figure(reasons=reasons)
-    reference = scored_reference(frames)
-    fault = frames.reference_fault or _class_fault(frames, reference, least=1)
-    if frames.reference_fault or reference.empty:
-        return _without_reference(frames, known, reasons, fault or _NO_SCORED_ROW)
-    metric = NANNYML_METRICS[frames.task]
-    calculator = import_nannyml().PerformanceCalculator(
-        **_problem(frames), metrics=[metric], chunk_period=CHUNK_PERIOD
-    )
-    fitted = try_step(lambda: calculator.fit(reference), REFERENCE_FAILED)
-    if fitted.fault:
-        return _without_reference(frames, known, reasons, fitted.fault)
-    rows = known.astype({TRUTH: reference[TRUTH].dtype})
+    calculator, fault, dtype = fit or fit_calculator(frames)
+    if calculator.fault:
+        return _without_reference(frames, known, reasons, calculator.fault)
+    rows = known.astype({TRUTH: dtype})
     figure = measure_chunks(
-        frames, metric, lambda day: calculator.calculate(rows[rows[TIME] == day]), skipped=reasons
+        frames,
+        NANNYML_METRICS[frames.task],
+        lambda day: calculator.result.calculate(rows_of(rows, day)),
+        skipped=reasons,
     )
     if not fault:
         return figure

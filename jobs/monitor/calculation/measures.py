@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from cluster.runtime import Task
+
+METRIC_NAMES = {Task.binary: "auc", Task.multiclass: "auc", Task.regression: "rmse"}
+"""Falaj's name for the metric of each task."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measure:

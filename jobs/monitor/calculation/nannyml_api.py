@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from jobs.monitor.frames import EPOCH, Frames
-from jobs.monitor.measures import Figure, Measure, Measures
+from jobs.monitor.calculation.frames import EPOCH, TIME, Frames
+from jobs.monitor.calculation.measures import Figure, Measure, Measures
 
 LOG = logging.getLogger("falaj.monitor")
 CHUNK_PERIOD = "D"
 """NannyML's name for the length of a chunk: one artificial day."""
 REFERENCE_FAILED = "the reference cannot be measured"
 CHUNK_FAILED = "it cannot be measured"
+NO_VALUE = "undefined: NannyML gives no value"
 MIN_DEFINED = 3
 """Smallest number of reference chunks with a value that is enough for a threshold."""
 
@@ -70,6 +71,16 @@ def chunk_days(frames: Frames) -> Iterator[tuple[str, pd.Timestamp]]:
         yield chunk, pd.Timestamp(EPOCH) + pd.Timedelta(days=position)
 
 
+def rows_of(rows: pd.DataFrame, day: pd.Timestamp) -> pd.DataFrame:
+    """Return the rows of one day, in their order, each with a time of its own.
+
+    NannyML sorts rows by time. Its sort would shuffle rows with equal times, and a sum in another order can differ in
+    the last bit.
+    """
+    of_day = rows[rows[TIME] == day]
+    return of_day.assign(**{TIME: of_day[TIME] + pd.to_timedelta(np.arange(len(of_day)), unit="us")})
+
+
 def measure_chunks(
     frames: Frames,
     name: str,
@@ -111,20 +122,27 @@ def figure_from_result(
     table = result.filter(period="analysis").to_df().sort_index(axis="columns")[name]
     measured_chunks = [chunk for chunk in chunks if chunk not in reasons]
     reasons, measures = dict(reasons), {}
-    num_defined = _num_defined(result, name)
+    no_threshold = threshold_fault(num_defined(result, name))
     for chunk, (_, row) in zip(measured_chunks, table.iterrows(), strict=True):
         measure = _measure_from_row(row)
         if measure is None:
-            reasons[chunk] = "undefined: NannyML gives no value"
+            reasons[chunk] = NO_VALUE
             continue
-        if num_defined < MIN_DEFINED:
-            reasons[chunk] = f"no threshold: {num_defined} of the reference's chunks have a value"
+        if no_threshold:
+            reasons[chunk] = no_threshold
             measure = replace(measure, lower_threshold=None, upper_threshold=None, alert=False)
         measures[chunk] = measure
     return Figure(measures=measures, reasons=reasons)
 
 
-def _num_defined(result: Any, name: str | tuple[str, str]) -> int:
+def threshold_fault(defined: int) -> str:
+    """Return why a figure has no threshold if this number of reference chunks has a value, or an empty text."""
+    if defined >= MIN_DEFINED:
+        return ""
+    return f"no threshold: {defined} of the reference's chunks have a value"
+
+
+def num_defined(result: Any, name: str | tuple[str, str]) -> int:
     """Return the number of reference chunks with a value."""
     table = result.filter(period="reference").to_df().sort_index(axis="columns")[name]
     column = next(name for name in ("realized", "value") if name in table.columns)
@@ -133,23 +151,24 @@ def _num_defined(result: Any, name: str | tuple[str, str]) -> int:
 
 def _measure_from_row(row: Any) -> Measure | None:
     """Convert a row of NannyML's result to a measure, or None if it has no value."""
-    value = _finite_or_none(row.get("value"))
+    value = finite_or_none(row.get("value"))
     if value is None:
         return None
-    lower = _finite_or_none(row.get("lower_confidence_boundary"))
-    upper = _finite_or_none(row.get("upper_confidence_boundary"))
-    error = _finite_or_none(row.get("sampling_error"))
+    lower = finite_or_none(row.get("lower_confidence_boundary"))
+    upper = finite_or_none(row.get("upper_confidence_boundary"))
+    error = finite_or_none(row.get("sampling_error"))
     if error is not None and lower is None and upper is None:
         lower, upper = value - 3 * error, value + 3 * error
     return Measure(
         value=value,
         lower=lower,
         upper=upper,
-        lower_threshold=_finite_or_none(row.get("lower_threshold")),
-        upper_threshold=_finite_or_none(row.get("upper_threshold")),
+        lower_threshold=finite_or_none(row.get("lower_threshold")),
+        upper_threshold=finite_or_none(row.get("upper_threshold")),
         alert=bool(row["alert"]),
     )
 
 
-def _finite_or_none(value: Any) -> float | None:
+def finite_or_none(value: Any) -> float | None:
+    """Return a number as a float; None if it is missing, NaN or infinite."""
     return None if value is None or not np.isfinite(value) else float(value)

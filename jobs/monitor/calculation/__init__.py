@@ -1,0 +1,1 @@
+"""Figures of served rows, computed with NannyML from data in memory. Nothing here reads a log or writes a result."""

@@ -1,0 +1,1 @@
+"""Read what monitoring needs of the prediction log and the outcome log, by columns and chunk by chunk."""

@@ -1,0 +1,6 @@
+"""The controller: a process that looks at the counts of each rollout with a policy, and does what the verdict says.
+
+`decisions` is pure. `controller` reads ledger and counts, and appends. `leadership` lets one controller of several
+machines act, in the loop of `looking`. `outcomes` reads the logs for metrics. `operations` and `http` are for callers.
+`service` is the process. State is the ledger: a killed controller loses nothing.
+"""

@@ -1,0 +1,119 @@
+"""One pass over all rollouts with a policy: read the counts, get the verdict, append what follows from it.
+
+All events of a pass are appended in one transaction, and only if the model's rollout has not changed since it was read.
+So a second controller, a command at the same moment, or a kill at any point leaves the ledger in a state that the next
+pass continues from.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from cluster.errors import FalajError, RefusedError, first_line
+from cluster.ledger import Ledger
+from cluster.ledger.events import PolicyEnded
+from cluster.ledger.store import utc_now
+from cluster.statistics.planning import Plan
+from serve_apps.rollout import transitions
+from serve_apps.rollout.controller.decisions import Look, events_after
+from serve_apps.rollout.history import History, PolicyRun, read_running
+from serve_apps.rollout.json_form import from_json
+from serve_apps.rollout.looks import EvidenceSource, decision_now
+
+ACTOR = "system:rollouts"
+LOG = logging.getLogger("falaj.rollouts")
+
+
+class Controller:
+    """The controller of one cluster's rollouts.
+
+    Args:
+        ledger: The ledger.
+        source: Where the counts come from.
+        refusal: Returns why a principal may not roll out a model's version, or "" if it may.
+        clock: Returns the time, in UTC.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        source: EvidenceSource,
+        *,
+        refusal: Callable[[dict[str, Any], str, int], str],
+        clock: Callable[[], dt.datetime] = utc_now,
+    ) -> None:
+        self._ledger = ledger
+        self._source = source
+        self._refusal = refusal
+        self._clock = clock
+        self._plans: dict[str, Plan] = {}
+        self._forgotten_until = 0
+
+    def check_once(self) -> int:
+        """Look at every rollout with a policy once. A failure of one does not stop the others.
+
+        Returns:
+            Number of rollouts that could not be judged.
+
+        Raises:
+            SQLAlchemyError: The ledger does not answer.
+            ReleaseTooOld: A newer release wrote an event that changes what is served.
+        """
+        since = self._ledger.head()
+        failed = 0
+        for model, history in read_running(self._ledger).items():
+            if history.run is None:
+                continue
+            try:
+                self._check(model, history, history.run, since=since)
+            except (ValueError, TypeError, KeyError, FalajError, RefusedError) as error:
+                failed += 1
+                LOG.error(
+                    "rollout %s of '%s' could not be judged: %s",
+                    history.run.rollout,
+                    model,
+                    first_line(error),
+                )
+        self._forget_ended()
+        return failed
+
+    def _forget_ended(self) -> None:
+        """Forget rollouts that have ended, by a verdict or by a command, also while no controller ran."""
+        for entry in self._ledger.entries(PolicyEnded, after=self._forgotten_until):
+            rollout = str(entry.payload["rollout"])
+            self._source.forget(rollout)
+            self._plans.pop(rollout, None)
+            self._forgotten_until = entry.seq
+
+    def _check(self, model: str, history: History, run: PolicyRun, *, since: int) -> None:
+        plan = self._plan(run)
+        evidence, decision = decision_now(self._source, run, plan, now=self._clock())
+        look = Look(
+            model=model,
+            champion=history.champion,
+            run=run,
+            plan=plan,
+            evidence=evidence,
+            decision=decision,
+        )
+        events = events_after(look, refusal=lambda: self._refusal(run.starter, model, run.version))
+        if not events:
+            return
+        if transitions.append(self._ledger, model, events, actor=ACTOR, since=since) is None:
+            LOG.info("the rollout of '%s' changed meanwhile; it is judged again", model)
+            return
+        LOG.info(
+            "rollout %s of '%s': %s%s",
+            run.rollout,
+            model,
+            look.decision.verdict,
+            "".join(f"; {reason}" for reason in look.decision.reasons),
+        )
+
+    def _plan(self, run: PolicyRun) -> Plan:
+        if run.rollout not in self._plans:
+            self._plans[run.rollout] = from_json(Plan, run.plan)
+        return self._plans[run.rollout]

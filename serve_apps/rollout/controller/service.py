@@ -1,0 +1,140 @@
+"""`python -m serve_apps.rollout.controller.service`: the controller of rollouts.
+
+`cluster.up` and `cluster.join` start it on each machine with an edge, and the supervisor keeps it alive. One of them
+acts.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from cluster.entrypoint import job
+from cluster.errors import FalajError, first_line
+from cluster.host.http_socket import listening
+from cluster.host.signals import set_on_signal
+from cluster.ledger import Ledger, open_ledger
+from cluster.metrics import new_registry, serve_metrics
+from cluster.node.locks import hold_lock
+from cluster.node.scheduling import wait_for_turn
+from cluster.registry import Registry
+from cluster.security.authorization.audit import DecisionRecorder, start_flushing
+from cluster.security.authorization.policy import Policy
+from cluster.security.recorded_settings import apply_cluster_record
+from cluster.security.tokens.trust import Trust
+from cluster.session import ClusterRecord, record_path, require_recorded_cluster
+from cluster.settings import PlatformConfig
+from cluster.storage import layout
+from serve_apps.rollout.controller.controller import Controller
+from serve_apps.rollout.controller.http import RolloutApi
+from serve_apps.rollout.controller.leadership import Leadership
+from serve_apps.rollout.controller.looking import look_until_stopped
+from serve_apps.rollout.controller.metrics import ControllerMetrics
+from serve_apps.rollout.controller.operations import RolloutOperations
+from serve_apps.rollout.controller.rights import StarterRights
+from serve_apps.rollout.evidence.store import EvidenceStore
+from serve_apps.rollout.history import read_running
+
+RETRY_S = 1.0
+FLUSH_S = 60.0
+LOG = logging.getLogger("falaj.rollouts")
+
+
+@job("cluster", PlatformConfig)
+def main(config: PlatformConfig) -> None:
+    """Look at the rollouts until SIGTERM."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    wait_for_turn()
+    record, stopped = require_recorded_cluster(config), threading.Event()
+    set_on_signal([signal.SIGTERM], stopped)
+    apply_cluster_record(record, config)
+    registry = new_registry()
+    metrics = ControllerMetrics(registry)
+    serve_metrics(registry, port=record.ports.get("rollouts_metrics"))
+    refusal = (
+        "Another controller of rollouts (pid {pid}) runs for {folder}. `python -m cluster.status` shows it."
+    )
+    with hold_lock(Path(record_path(config.storage)).with_name("rollout-controller.lock"), refusal):
+        run(config, record, metrics, stopped)
+
+
+def run(
+    config: PlatformConfig, record: ClusterRecord, metrics: ControllerMetrics, stopped: threading.Event
+) -> None:
+    """Answer requests and look at the rollouts until `stopped` is set."""
+    while not stopped.is_set():
+        try:
+            ledger = open_ledger(config)
+            store = EvidenceStore(ledger.engine)
+        except sa.exc.SQLAlchemyError as error:
+            LOG.warning("the ledger cannot be opened: %s", first_line(error))
+            stopped.wait(RETRY_S)
+            continue
+        controller, operations = (
+            new_controller(config, ledger, store),
+            new_operations(config, record, ledger, store),
+        )
+        lock = Path(record_path(config.storage)).with_name("rollouts.lock")
+        flusher = start_flushing(operations.decisions, every_s=FLUSH_S, stopped=stopped)
+        if record.node_id is None and config.identity.issuer.url is None:
+            arguments = (record, ledger, operations.registry, stopped)
+            threading.Thread(target=read_outcomes, args=arguments, name="outcomes", daemon=True).start()
+        with listening(RolloutApi(operations).app(), Path(record.rollouts_socket)):
+            look_until_stopped(controller, Leadership(ledger.engine, lock), metrics, stopped)
+        flusher.join(RETRY_S)
+
+
+def read_outcomes(
+    record: ClusterRecord, ledger: Ledger, registry: Registry, stopped: threading.Event
+) -> None:
+    """Read outcomes for the rollouts' metrics until `stopped` is set.
+
+    It first waits for a rollout with metrics, because reading needs Arrow, delta-rs and the runtime of models.
+    """
+    while not stopped.wait(RETRY_S):
+        try:
+            if any(one.run is not None and one.run.scoring for one in read_running(ledger).values()):
+                break
+        except (sa.exc.SQLAlchemyError, FalajError) as error:
+            LOG.warning("the rollouts could not be read: %s", first_line(error))
+    else:
+        return
+    from serve_apps.rollout.controller.outcomes import OutcomeCollector, keys_of, registered_signature
+
+    signatures = registered_signature(registry)
+    OutcomeCollector(ledger, record.layout, signatures, lambda starter: keys_of(record, starter)).run(stopped)
+
+
+def new_controller(config: PlatformConfig, ledger: Ledger, store: EvidenceStore) -> Controller:
+    """Return the controller, with the cluster's policies."""
+    rights = StarterRights(
+        Registry(ledger, layout(config.storage)),
+        Policy.load(region=config.cluster.region),
+        region=config.cluster.region,
+        environment=config.identity.environment,
+    )
+    return Controller(ledger, store, refusal=rights.refusal)
+
+
+def new_operations(
+    config: PlatformConfig, record: ClusterRecord, ledger: Ledger, store: EvidenceStore
+) -> RolloutOperations:
+    """Return the operations of callers, with the cluster's identity settings."""
+    return RolloutOperations(
+        ledger=ledger,
+        store=store,
+        registry=Registry(ledger, layout(config.storage)),
+        trust=Trust.of(config.identity.issuer, record.layout),
+        policy=Policy.load(region=config.cluster.region),
+        region=config.cluster.region,
+        environment=config.identity.environment,
+        decisions=DecisionRecorder(ledger.append),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What one access record says about a unit: its arm, and whether the request failed, was refused or was slow."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import orjson
+
+from cluster.records.unit_hash import NO_ROLLOUT
+from cluster.security.authorization.policy import Action
+from cluster.statistics.policy import UnitEvent
+from serve_apps.rollout.assignment import CHAMPION_VARIANT, Arm
+
+_ARMS = frozenset(arm.value for arm in Arm)
+_EXPERIMENT = frozenset({Arm.treatment.value, Arm.control.value})
+_CLIENT_GAVE_UP = ("C", "c")
+"""First letters of HAProxy's termination state: the client closed the connection, or sent or read nothing in time."""
+_ENDED_WELL = ("-", "L")
+"""The answer was complete. `L`: HAProxy answered by itself, and no replica saw the request."""
+
+
+_UNSET = "-"
+"""HAProxy's text for a variable without a value."""
+
+
+class BrokenRecord(ValueError):
+    """A line is no access record, for example because the disk was full while it was written."""
+
+
+class Request(NamedTuple):
+    """A prediction request during a rollout. (A NamedTuple takes half the time of a dataclass.)"""
+
+    ended_ms: int
+    rollout: str
+    arm: str
+    unit: str
+    """Hash of the unit; `-` for the arm `none`."""
+    below: int
+    """The treatment had the buckets below this number."""
+    latency_ms: int
+    failed: bool
+    refused: bool
+    gave_up: bool
+    by_champion: bool
+    """The champion was asked, in or outside the experiment, and not as a fallback."""
+
+    @property
+    def is_in_experiment(self) -> bool:
+        return self.arm in _EXPERIMENT
+
+    def event(self, slow_ms: float) -> UnitEvent | None:
+        """Return what the unit had in this request, or None if the answer was good.
+
+        Args:
+            slow_ms: The policy's limit. An answer counts as slow if it took longer.
+        """
+        if self.failed:
+            return UnitEvent.failure
+        if self.gave_up:
+            return UnitEvent.slow
+        if self.refused:
+            return UnitEvent.refusal
+        return UnitEvent.slow if self.latency_ms > slow_ms else None
+
+
+def parse(line: bytes) -> Request | None:
+    """Return a line's request. None if it is no prediction during a rollout, or if the edge itself refused it.
+
+    Records of an older release without `below` are None as well.
+
+    Raises:
+        BrokenRecord: the line is no access record.
+    """
+    try:
+        record = orjson.loads(line)
+        rollout, arm, termination = record["rollout"], record["arm"], record["termination"]
+        if rollout in (_UNSET, NO_ROLLOUT) or record["action"] != Action.predict or arm == _UNSET:
+            return None
+        status, fallback = int(record["status"]), record["fallback"] == "1"
+        if arm not in _ARMS:
+            raise BrokenRecord(f"There is no arm {arm!r}.")
+        if "below" not in record or (termination[0] == "L" and 400 <= status < 500):
+            return None
+        gave_up = termination[0] in _CLIENT_GAVE_UP and not fallback
+        failed = not gave_up and (
+            fallback or not 100 <= status < 500 or termination[0] not in (*_ENDED_WELL, *_CLIENT_GAVE_UP)
+        )
+        return Request(
+            ended_ms=int(record["ended_ms"]),
+            rollout=rollout,
+            arm=arm,
+            unit=record["unit_hash"],
+            below=int(record["below"]),
+            latency_ms=int(record["latency_ms"]),
+            failed=failed,
+            refused=400 <= status < 500,
+            gave_up=gave_up,
+            by_champion=record["variant"] == CHAMPION_VARIANT and not fallback,
+        )
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise BrokenRecord(str(error)) from error

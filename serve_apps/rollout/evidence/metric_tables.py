@@ -1,0 +1,122 @@
+"""Tables with the sums of a rollout's metrics, and with the units that have entered them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+
+import sqlalchemy as sa
+
+from cluster.statistics.evidence import MetricCounts
+from cluster.statistics.moments import Moments
+from cluster.statistics.sample_ratio import Split
+from serve_apps.rollout.assignment import Arm
+from serve_apps.rollout.evidence.tables import METADATA, upsert
+
+EQUAL_ARMS = 0.5
+"""Expected share of the treatment. Control has as many buckets at every weight of a policy."""
+_PAGE = 500
+COHORTS = sa.Table(
+    "evidence_cohorts",
+    METADATA,
+    sa.Column("rollout", sa.String(32), primary_key=True),
+    sa.Column("next", sa.BigInteger, nullable=False),
+)
+"""The next cohort of each rollout."""
+ENTERED = sa.Table(
+    "evidence_entered",
+    METADATA,
+    sa.Column("rollout", sa.String(32), primary_key=True),
+    sa.Column("unit", sa.String(16), primary_key=True),
+)
+"""Units of the cohorts so far."""
+SUMS = sa.Table(
+    "evidence_sums",
+    METADATA,
+    sa.Column("rollout", sa.String(32), primary_key=True),
+    sa.Column("metric", sa.String(128), primary_key=True),
+    sa.Column("arm", sa.String(16), primary_key=True),
+    sa.Column("units", sa.BigInteger, nullable=False),
+    *(
+        sa.Column(name, sa.Double, nullable=False)
+        for name in ("mean", "squares", "second_mean", "second_squares", "products")
+    ),
+)
+_FIELDS = ("units", "mean", "squares", "second_mean", "second_squares", "products")
+
+
+def next_cohort(connection: sa.Connection, rollout: str) -> int:
+    """Return the number of a rollout's next cohort, from 0."""
+    query = sa.select(COHORTS.c.next).where(COHORTS.c.rollout == rollout)
+    return int(connection.execute(query).scalar_one_or_none() or 0)
+
+
+def known_units(connection: sa.Connection, rollout: str, units: list[str]) -> set[str]:
+    """Return which of these units were in an earlier cohort."""
+    known: set[str] = set()
+    for start in range(0, len(units), _PAGE):
+        query = sa.select(ENTERED.c.unit).where(
+            ENTERED.c.rollout == rollout, ENTERED.c.unit.in_(units[start : start + _PAGE])
+        )
+        known.update(connection.execute(query).scalars())
+    return known
+
+
+def add_cohort(
+    connection: sa.Connection,
+    rollout: str,
+    *,
+    number: int,
+    units: Collection[str],
+    values: Mapping[str, Mapping[Arm, Moments]],
+) -> bool:
+    """Add a cohort in the caller's transaction. Return False, and change nothing, if it was added already.
+
+    Args:
+        connection: A transaction.
+        rollout: Id of the rollout.
+        number: Number of the cohort.
+        units: All units of the cohort.
+        values: Sums over the units that entered each metric, by metric and arm.
+    """
+    if number:
+        is_next = (COHORTS.c.rollout == rollout) & (COHORTS.c.next == number)
+        claim = COHORTS.update().where(is_next).values(next=number + 1)
+    else:
+        claim = upsert(COHORTS, connection).values(rollout=rollout, next=1).on_conflict_do_nothing()
+    if connection.execute(claim.returning(COHORTS.c.rollout)).first() is None:
+        return False
+    if units:
+        connection.execute(ENTERED.insert(), [{"rollout": rollout, "unit": unit} for unit in sorted(units)])
+    stored = _sums(connection, rollout)
+    for metric, by_arm in values.items():
+        for arm, moments in by_arm.items():
+            total = stored.get((metric, arm), Moments()).merge(moments)
+            row = {name: float(value) for name, value in asdict(total).items()}
+            row["units"] = int(total.units)
+            insert = upsert(SUMS, connection).values(rollout=rollout, metric=metric, arm=arm, **row)
+            keys = [SUMS.c.rollout, SUMS.c.metric, SUMS.c.arm]
+            connection.execute(insert.on_conflict_do_update(index_elements=keys, set_=row))
+    return True
+
+
+def read_metrics(connection: sa.Connection, rollout: str) -> dict[str, MetricCounts]:
+    """Return what has entered each metric of a rollout."""
+    stored = _sums(connection, rollout)
+    counts = {}
+    for metric in sorted({metric for metric, _ in stored}):
+        arms = {arm: stored.get((metric, arm), Moments()) for arm in (Arm.treatment, Arm.control)}
+        split = Split(
+            expected=EQUAL_ARMS,
+            treatment=int(arms[Arm.treatment].units),
+            control=int(arms[Arm.control].units),
+        )
+        counts[metric] = MetricCounts(
+            treatment=arms[Arm.treatment], control=arms[Arm.control], splits=(split,)
+        )
+    return counts
+
+
+def _sums(connection: sa.Connection, rollout: str) -> dict[tuple[str, str], Moments]:
+    rows = connection.execute(sa.select(SUMS).where(SUMS.c.rollout == rollout)).mappings()
+    return {(row["metric"], row["arm"]): Moments(**{name: row[name] for name in _FIELDS}) for row in rows}

@@ -1,0 +1,169 @@
+"""Tables with the evidence of rollouts, and the statements that add to them.
+
+On PostgreSQL they are in the ledger's database, which all nodes share. With SQLite there is one machine, and they are
+in a file of their own beside the ledger's: SQLite has one lock for all writers of a file, and an append to the ledger,
+such as a rollback, must not wait for counts. They are no projections: no event contains them.
+
+A unit has one row for each kind of event, so it counts once, whatever the number of edges and retries, and a record
+that is read twice changes nothing. All times are Unix milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from cluster.ledger.database import connect, is_shared, writing
+from cluster.statistics.policy import UnitEvent
+from serve_apps.rollout.assignment import Arm
+
+FILE = "evidence.db"
+"""Name of SQLite's file."""
+METADATA = sa.MetaData()
+READERS = sa.Table(
+    "evidence_readers",
+    METADATA,
+    sa.Column("edge", sa.String(32), primary_key=True),
+    sa.Column(
+        "passes", sa.BigInteger, nullable=False
+    ),  # compared when it is written, so there is one reader at a time
+    sa.Column("activities", sa.Text, nullable=False),
+    sa.Column("read_ms", sa.BigInteger, nullable=False),
+)
+"""What each edge saw of each rollout."""
+FILES = sa.Table(
+    "evidence_files",
+    METADATA,
+    sa.Column("edge", sa.String(32), primary_key=True),
+    sa.Column("name", sa.String(64), primary_key=True),
+    sa.Column("position", sa.BigInteger, nullable=False),
+    sa.Column("records", sa.BigInteger, nullable=False),
+    sa.Column("broken", sa.BigInteger, nullable=False),
+)
+"""Each edge's positions in its files."""
+COUNTED = sa.Table(
+    "evidence_rollouts",
+    METADATA,
+    sa.Column("rollout", sa.String(32), primary_key=True),
+    sa.Column("slow_ms", sa.Float, nullable=True),  # null: no answer is slow
+)
+"""Rollouts whose units are counted."""
+EVENTS = sa.Table(
+    "evidence_events",
+    METADATA,
+    sa.Column("rollout", sa.String(32), primary_key=True),
+    sa.Column("event", sa.String(16), primary_key=True),
+    sa.Column("unit", sa.String(16), primary_key=True),
+    sa.Column("arm", sa.String(16), nullable=False),
+    sa.Column("below", sa.Integer, nullable=False),
+    sa.Column("last_ms", sa.BigInteger, nullable=False),
+    sa.Index("ix_evidence_events_counts", "rollout", "arm", "event", "below", "last_ms"),
+)
+"""A unit's last event of each kind. A unit had an event in the current window if its last one is in it."""
+UNITS = sa.Table(
+    "evidence_units",
+    METADATA,
+    sa.Column("rollout", sa.String(32), primary_key=True),
+    sa.Column("unit", sa.String(16), primary_key=True),
+    sa.Column("below", sa.Integer, nullable=False),
+    sa.Column("first_ms", sa.BigInteger, nullable=False),
+    sa.Index("ix_evidence_units_counts", "rollout", "below", "first_ms"),
+)
+"""The first request of each unit of the treatment at its greatest weight."""
+
+UnitOfRollout = tuple[str, str]
+"""Rollout and unit."""
+EventOfUnit = tuple[str, UnitEvent, str]
+"""Rollout, event and unit."""
+
+
+def evidence_engine(ledger_engine: sa.Engine) -> sa.Engine:
+    """Return the engine of the tables' database.
+
+    In SQLite's file, a commit does not wait for the disk. After a power failure, position and counts are both those of
+    an earlier moment, and the records are read again.
+    """
+    if is_shared(ledger_engine) or not ledger_engine.url.database:
+        return ledger_engine
+    engine = connect(f"sqlite:///{Path(ledger_engine.url.database).with_name(FILE)}")
+
+    @sa.event.listens_for(engine, "connect")
+    def commit_at_once(connection: Any, _record: Any) -> None:
+        connection.execute("PRAGMA synchronous = NORMAL")
+
+    return engine
+
+
+def ensure_tables(engine: sa.Engine) -> None:
+    """Create the tables if they do not exist."""
+    inspector = sa.inspect(engine)
+    if all(inspector.has_table(name) for name in METADATA.tables):
+        return
+    with writing(engine) as connection:  # the lock: PostgreSQL fails if two processes create a table at once
+        METADATA.create_all(connection)
+
+
+def upsert(table: sa.Table, connection: sa.Connection) -> Any:
+    """Return an `INSERT` into a table, with PostgreSQL's and SQLite's `ON CONFLICT`."""
+    return postgresql.insert(table) if is_shared(connection) else sqlite.insert(table)
+
+
+def add_events(connection: sa.Connection, events: Mapping[EventOfUnit, tuple[Arm | str, int, int]]) -> None:
+    """Store events, unless a unit has a later one.
+
+    Args:
+        connection: A transaction.
+        events: Arm, `below` and time of each.
+    """
+    insert = upsert(EVENTS, connection)
+    new, stored = insert.excluded, EVENTS.c
+    statement = insert.on_conflict_do_update(
+        index_elements=[stored.rollout, stored.event, stored.unit],
+        set_={"below": new.below, "last_ms": new.last_ms},
+        where=(new.below > stored.below) | ((new.below == stored.below) & (new.last_ms > stored.last_ms)),
+    )
+    # Sorted, so that two edges lock the rows in the same order and PostgreSQL sees no deadlock.
+    rows = [
+        {"rollout": rollout, "event": event, "unit": unit, "arm": arm, "below": below, "last_ms": time}
+        for (rollout, event, unit), (arm, below, time) in sorted(events.items())
+    ]
+    if rows:
+        connection.execute(statement, rows)
+
+
+def add_units(connection: sa.Connection, units: Mapping[UnitOfRollout, tuple[int, int]]) -> None:
+    """Store first requests, unless a unit has an earlier one at the same weight, or one at a greater weight.
+
+    Args:
+        connection: A transaction.
+        units: `below` and time of each.
+    """
+    insert = upsert(UNITS, connection)
+    new, stored = insert.excluded, UNITS.c
+    statement = insert.on_conflict_do_update(
+        index_elements=[stored.rollout, stored.unit],
+        set_={"below": new.below, "first_ms": new.first_ms},
+        where=(new.below > stored.below) | ((new.below == stored.below) & (new.first_ms < stored.first_ms)),
+    )
+    rows = [
+        {"rollout": rollout, "unit": unit, "below": below, "first_ms": time}
+        for (rollout, unit), (below, time) in sorted(units.items())
+    ]
+    if rows:
+        connection.execute(statement, rows)
+
+
+def counted_rollouts(connection: sa.Connection) -> dict[str, float]:
+    """Return the registered rollouts, and from which latency in milliseconds an answer is slow."""
+    rows = connection.execute(sa.select(COUNTED.c.rollout, COUNTED.c.slow_ms))
+    return {row.rollout: float("inf") if row.slow_ms is None else row.slow_ms for row in rows}
+
+
+def remove_rollout(connection: sa.Connection, rollout: str, tables: Iterable[sa.Table]) -> None:
+    """Remove a rollout's rows from these tables."""
+    for table in tables:
+        connection.execute(table.delete().where(table.c.rollout == rollout))

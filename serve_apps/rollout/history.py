@@ -1,0 +1,268 @@
+"""What the ledger says about the rollouts of a model that serving does not need: policy, decisions, last promotion.
+
+A projection stores it, so a command or the controller applies only new events. It is exact: each event is applied once.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import sqlalchemy as sa
+
+from cluster.known_fields import known_fields
+from cluster.ledger import Entry, Ledger
+from cluster.ledger.events import (
+    AliasMoved,
+    LedgerEvent,
+    PolicyDecided,
+    PolicyEnded,
+    PolicyPaused,
+    PolicyResumed,
+    PolicyStarted,
+    RolloutPromoted,
+    RolloutRolledBack,
+    RolloutStarted,
+    RolloutWeightChanged,
+    Subject,
+    require_known,
+)
+from cluster.ledger.projection import Projection
+from cluster.registry import CHAMPION
+
+ROLLBACK_WINDOW_H = 24.0
+"""Hours after a promotion in which a rollback takes it back, by default."""
+INCONCLUSIVE = "inconclusive"
+"""`Verdict.inconclusive`. The verdicts need SciPy, which is slow to import."""
+_POLICY_EVENTS = (PolicyStarted, PolicyDecided, PolicyPaused, PolicyResumed, PolicyEnded)
+_TYPES = frozenset(kind.__name__ for kind in _POLICY_EVENTS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LastDecision:
+    """The controller's last recorded decision."""
+
+    at: str
+    verdict: str
+    step: int
+    reasons: list[str]
+    missing: list[str]
+    not_done: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyRun:
+    """A running rollout that follows a policy."""
+
+    rollout: str
+    version: int
+    policy: str
+    plan: dict[str, Any]
+    slow_ms: float | None
+    scoring: dict[str, Any]
+    starter: dict[str, Any]
+    """The principal that started it."""
+    started_at: str
+    weight: float
+    step_started_at: str
+    is_paused: bool = False
+    is_inconclusive: bool = False
+    """The deadline was over and something was missing. This is final, except for a rollback."""
+    decisions: int = 0
+    last: LastDecision | None = None
+
+    @property
+    def subject(self) -> str:
+        """The starter's name."""
+        return str(self.starter["subject"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Promotion:
+    """The last promotion by a rollout."""
+
+    rollout: str
+    version: int
+    predecessor: int
+    """The champion before it."""
+    at: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class History:
+    """The rollouts of one model."""
+
+    champion: int | None = None
+    previous: int | None = None
+    """The champion before the present one."""
+    started: dict[str, Any] | None = None
+    """Id, weight and start of the running rollout."""
+    run: PolicyRun | None = None
+    promotion: Promotion | None = None
+    """None also after it was rolled back."""
+
+    def warm_predecessor(self, now: dt.datetime) -> int | None:
+        """Return the version that a rollback of the last promotion would need now, or None."""
+        promotion = self.promotion
+        if promotion is None or promotion.version != self.champion:
+            return None
+        age = now - dt.datetime.fromisoformat(promotion.at)
+        return promotion.predecessor if age <= dt.timedelta(hours=ROLLBACK_WINDOW_H) else None
+
+
+METADATA = sa.MetaData()
+HISTORIES = sa.Table(
+    "rollout_histories_1",
+    METADATA,
+    sa.Column("model", sa.String(128), primary_key=True),
+    sa.Column("follows_policy", sa.Boolean, nullable=False, index=True),
+    sa.Column("history", sa.Text, nullable=False),
+)
+"""A release that computes the histories differently must change the number in the table's name."""
+
+
+def is_relevant(type_name: str) -> bool:
+    """Return whether events of a type can change a history, or what is served."""
+    return type_name in _TYPES or Subject.serving.includes(type_name)
+
+
+def concerns(entry: Entry, model: str) -> bool:
+    """Return whether an event is about a model."""
+    return model in (entry.payload.get("model"), entry.payload.get("name"))
+
+
+def apply(history: History, event: LedgerEvent, *, time: str) -> History:
+    """Return a model's history after one more event of this model.
+
+    Raises:
+        ReleaseTooOld: a newer release wrote the event, and it changes what is served.
+    """
+    require_known(event, Subject.serving)
+    run = history.run
+    match event:
+        case AliasMoved(alias=alias, version=version) if alias == CHAMPION and version != history.champion:
+            return replace(history, champion=version, previous=history.champion)
+        case RolloutStarted():
+            started = {"rollout": event.rollout, "weight": event.weight, "at": time}
+            return replace(history, started=started, run=None)
+        case PolicyStarted() if history.started and history.started["rollout"] == event.rollout:
+            return replace(
+                history,
+                run=PolicyRun(
+                    rollout=event.rollout,
+                    version=event.version,
+                    policy=event.policy,
+                    plan=event.plan,
+                    slow_ms=event.slow_ms,
+                    scoring=event.scoring,
+                    starter=event.starter,
+                    started_at=history.started["at"],
+                    weight=history.started["weight"],
+                    step_started_at=history.started["at"],
+                ),
+            )
+        case RolloutPromoted(rollout=rollout, version=version) if _runs(history, rollout):
+            promotion = None
+            if history.champion == version and history.previous is not None:
+                promotion = Promotion(rollout=rollout, version=version, predecessor=history.previous, at=time)
+            return replace(history, started=None, run=None, promotion=promotion)
+        case RolloutRolledBack(rollout=rollout) if _runs(history, rollout):
+            return replace(history, started=None, run=None)
+        case RolloutRolledBack(rollout=rollout) if (
+            history.promotion is not None and history.promotion.rollout == rollout
+        ):
+            return replace(history, promotion=None)
+        case _:
+            return history if run is None else replace(history, run=_apply_to_run(run, event, time=time))
+
+
+def read_histories(ledger: Ledger) -> dict[str, History]:
+    """Return the histories after the ledger's last event, by model.
+
+    Raises:
+        ReleaseTooOld: a newer release wrote an event that changes what is served.
+    """
+    return _read(ledger, sa.true())
+
+
+def read_running(ledger: Ledger) -> dict[str, History]:
+    """Return the histories of the models whose running rollout follows a policy. Raises as `read_histories` does."""
+    return _read(ledger, HISTORIES.c.follows_policy)
+
+
+def read_history(ledger: Ledger, model: str) -> History:
+    """Return the history of one model. Raises as `read_histories` does."""
+    return _read(ledger, HISTORIES.c.model == model).get(model, History())
+
+
+def _read(ledger: Ledger, where: sa.ColumnElement[bool]) -> dict[str, History]:
+    projection = Projection(
+        ledger, name=HISTORIES.name, metadata=METADATA, wanted=is_relevant, apply=_apply_stored
+    )
+    with projection.reading() as connection:
+        rows = connection.execute(sa.select(HISTORIES).where(where).order_by(HISTORIES.c.model))
+        return {row.model: _from_json(row.history) for row in rows}
+
+
+def _runs(history: History, rollout: str) -> bool:
+    return history.started is not None and history.started["rollout"] == rollout
+
+
+def _apply_to_run(run: PolicyRun, event: LedgerEvent, *, time: str) -> PolicyRun:
+    match event:
+        case RolloutWeightChanged(rollout=run.rollout, weight=weight):
+            return replace(run, weight=weight, step_started_at=time)
+        case PolicyPaused(rollout=run.rollout):
+            return replace(run, is_paused=True)
+        case PolicyResumed(rollout=run.rollout):
+            return replace(run, is_paused=False)
+        case PolicyDecided(rollout=run.rollout):
+            last = LastDecision(
+                at=time,
+                verdict=event.verdict,
+                step=int(event.evidence["step"]),
+                reasons=event.reasons,
+                missing=event.missing,
+                not_done=event.not_done,
+            )
+            is_inconclusive = run.is_inconclusive or event.verdict == INCONCLUSIVE
+            return replace(run, last=last, decisions=run.decisions + 1, is_inconclusive=is_inconclusive)
+        case _:
+            return run
+
+
+def _apply_stored(connection: sa.Connection, entry: Entry) -> None:
+    """Apply an event to the stored history of its model."""
+    event = entry.event()
+    require_known(event, Subject.serving)
+    model = str(entry.payload.get("model") or entry.payload["name"])
+    stored = connection.execute(
+        sa.select(HISTORIES.c.history).where(HISTORIES.c.model == model)
+    ).scalar_one_or_none()
+    before = _from_json(stored) if stored else History()
+    after = apply(before, event, time=entry.time)
+    if after == before:
+        return
+    values = {"follows_policy": after.run is not None, "history": json.dumps(asdict(after))}
+    if stored:
+        connection.execute(HISTORIES.update().where(HISTORIES.c.model == model).values(values))
+    else:
+        connection.execute(HISTORIES.insert().values(model=model, **values))
+
+
+def _from_json(text: str) -> History:
+    content: dict[str, Any] = json.loads(text)
+    run, promotion = content["run"], content["promotion"]
+    if run is not None:
+        last = run["last"]
+        run["last"] = None if last is None else LastDecision(**known_fields(LastDecision, last))
+        run = PolicyRun(**known_fields(PolicyRun, run))
+    return History(
+        champion=content["champion"],
+        previous=content["previous"],
+        started=content["started"],
+        run=run,
+        promotion=None if promotion is None else Promotion(**known_fields(Promotion, promotion)),
+    )

@@ -1,0 +1,333 @@
+"""Policies of rollouts, as `configs/rollout/<name>.yaml` and a user's own folder declare them.
+
+A file has the fields of `RolloutSpec`. The rules of the values are those of `cluster.statistics.policy`.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import suggest_name
+from cluster.statistics.policy import (
+    DAY_S,
+    Action,
+    Better,
+    ErrorRates,
+    EventGuardrail,
+    Goal,
+    GoalKind,
+    Margin,
+    Metric,
+    MetricGuardrail,
+    Policy,
+    Step,
+    UnitEvent,
+)
+from serve_apps.rollout.assignment import require_percent
+
+if TYPE_CHECKING:
+    from cluster.statistics.planning import Plan, Traffic
+
+CANARY_WEIGHTS = (1.0, 5.0, 10.0, 25.0, 50.0)
+MAX_STEPS = 100
+"""A plan computes each step, which takes milliseconds."""
+QUALITIES = {"brier": Better.low, "accuracy": Better.high, "squared_error": Better.low}
+"""Which values of each quality are better. `cluster.statistics.quality` computes them, and needs NumPy."""
+EVENTS = tuple(event.value for event in UnitEvent)
+
+
+class Mode(enum.Enum):
+    """How the weight grows."""
+
+    ab = "ab"
+    """One step. The policy needs a goal."""
+    canary = "canary"
+    """The weights of `steps`, by default 1, 5, 10, 25 and 50 %."""
+    linear = "linear"
+    """Equal steps up to 50 %, each `increment` greater than the one before."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StepSpec:
+    """One weight of a canary."""
+
+    weight: float = 0.0
+    """Percent of the units, in steps of 0.01, at most 50."""
+    bake_s: float | None = None
+    """Least time of the step, in seconds. Null means the policy's `bake_s`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MetricSpec:
+    """A number that each unit gives, once its outcome window is over."""
+
+    name: str = ""
+    quality: str | None = None
+    """How a prediction is scored against its outcome: `brier`, `accuracy` or `squared_error`. Null: as the name."""
+    squared_error_limit: float = 1.0
+    """Greatest squared error that is counted."""
+
+    @property
+    def scored_by(self) -> str:
+        return self.quality or self.name
+
+    def metric(self) -> Metric:
+        """Return the metric.
+
+        Raises:
+            ValueError: No such quality.
+        """
+        if self.scored_by not in QUALITIES:
+            raise ValueError(
+                f"rollout.metrics: no quality '{self.scored_by}'.{suggest_name(self.scored_by, QUALITIES)} Known: "
+                f"{', '.join(QUALITIES)}."
+            )
+        return Metric(name=self.name, better=QUALITIES[self.scored_by])
+
+
+@dataclass(kw_only=True, slots=True)
+class GoalSpec:
+    """What must be proven before the version is promoted."""
+
+    metric: str = ""
+    kind: GoalKind = GoalKind.superiority
+    margin: float = 0.0
+    is_relative: bool = False
+    """The margin is a share of control's value."""
+    expected: float = 0.0
+    """Improvement that the plan assumes."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EventGuardrailSpec:
+    """Rolls back if too many units have an event."""
+
+    event: UnitEvent = UnitEvent.failure
+    ratio: float = 1.0
+    """Rate, relative to that of control, that is tolerated."""
+    limit: float = 0.05
+    """Each step must prove that the share of units with the event is below this limit."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MetricGuardrailSpec:
+    """Rolls back if a metric is proven to be worse than control's by more than the margin."""
+
+    metric: str = ""
+    margin: float = 0.0
+    is_relative: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class BaselineSpec:
+    """What is known about a metric before the rollout."""
+
+    mean: float = 0.0
+    deviation: float = 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class TrafficSpec:
+    """What the plan assumes about the requests. Wrong assumptions cost time or power, but change no error rate."""
+
+    units_per_hour: float = 0.0
+    """Number of units that come for the first time in an hour of a step."""
+    events: dict[str, float] = field(default_factory=dict)
+    """Share of the champion's units that have an event in a step, by event."""
+    metrics: dict[str, BaselineSpec] = field(default_factory=dict)
+    outcome_delay_s: float = 0.0
+    """Time from a unit's first request to the end of its outcome window, in seconds."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ErrorSpec:
+    """Probabilities of false results over the whole rollout."""
+
+    goals: float = 0.05
+    no_harm: float = 0.05
+    guardrails: float = 0.05
+    mismatch: float = 0.001
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutSpec:
+    """A policy as a file declares it."""
+
+    mode: Mode = Mode.canary
+    steps: list[StepSpec] = field(default_factory=list)
+    """Only with `mode: canary`."""
+    weight: float = 50.0
+    """Only with `mode: ab`: percent of the units."""
+    increment: float = 10.0
+    """Only with `mode: linear`: percent of the units from one step to the next."""
+    bake_s: float = 0.0
+    """Least time of each step, in seconds."""
+    metrics: list[MetricSpec] = field(default_factory=list)
+    goals: list[GoalSpec] = field(default_factory=list)
+    event_guardrails: list[EventGuardrailSpec] = field(default_factory=list)
+    metric_guardrails: list[MetricGuardrailSpec] = field(default_factory=list)
+    slow_ms: float | None = None
+    """An answer that takes longer counts as slow. Null: only a client that gave up counts."""
+    deadline_s: float = 7 * DAY_S
+    """Time from the start to the promotion, in seconds."""
+    watch_s: float = DAY_S
+    unit_watch_s: float = 0.0
+    no_data_s: float = 3600.0
+    on_no_data: Action = Action.hold
+    on_mismatch: Action = Action.hold
+    on_deadline: Action = Action.hold
+    errors: ErrorSpec = field(default_factory=ErrorSpec)
+    traffic: TrafficSpec = field(default_factory=TrafficSpec)
+
+    def __post_init__(self) -> None:
+        """Validate all fields together.
+
+        Raises:
+            ValueError: A field is wrong, or has no meaning with the mode.
+        """
+        defaults = {"weight": (Mode.ab, 50.0), "increment": (Mode.linear, 10.0)}
+        for name, (mode, default) in defaults.items():
+            if self.mode is not mode and getattr(self, name) != default:
+                raise ValueError(f"rollout.{name} has a meaning only with `mode: {mode.value}`.")
+        if self.steps and self.mode is not Mode.canary:
+            raise ValueError("rollout.steps has a meaning only with `mode: canary`.")
+        if self.mode is Mode.ab and not self.goals:
+            raise ValueError("rollout.goals must not be empty with `mode: ab`: the goals decide.")
+        if self.slow_ms is not None and not 0 < self.slow_ms < math.inf:
+            raise ValueError(f"rollout.slow_ms must be a number above 0, or null, got {self.slow_ms:g}.")
+        steps = self.policy().steps
+        if len(steps) > MAX_STEPS:
+            raise ValueError(f"A rollout has at most {MAX_STEPS} steps, got {len(steps)}.")
+        for step in steps:
+            require_percent(step.weight, name="rollout.steps.weight")
+        traffic = self.traffic
+        if not 0 < traffic.units_per_hour < math.inf:
+            raise ValueError(
+                f"rollout.traffic.units_per_hour must be a number above 0, got {traffic.units_per_hour:g}."
+            )
+        if not 0 <= traffic.outcome_delay_s < math.inf:
+            raise ValueError(
+                f"rollout.traffic.outcome_delay_s must be at least 0, got {traffic.outcome_delay_s:g}."
+            )
+        if self.metrics and traffic.outcome_delay_s == 0:
+            raise ValueError(
+                "rollout.traffic.outcome_delay_s must be above 0 with metrics: a unit enters a metric after this time."
+            )
+        if len({one.squared_error_limit for one in self.metrics}) > 1:
+            raise ValueError("rollout.metrics must have the same squared_error_limit.")
+        for event, share in traffic.events.items():
+            if event not in EVENTS:
+                raise ValueError(f"rollout.traffic.events: no event '{event}'.{suggest_name(event, EVENTS)}")
+            if not 0 <= share < 1:
+                raise ValueError(
+                    f"rollout.traffic.events.{event} must be 0 or more and below 1, got {share}."
+                )
+
+    def policy(self) -> Policy:
+        """Return the policy.
+
+        Raises:
+            ValueError: A value is wrong.
+        """
+        return Policy(
+            steps=self._steps(),
+            metrics=tuple(one.metric() for one in self.metrics),
+            goals=tuple(
+                Goal(
+                    metric=one.metric,
+                    kind=one.kind,
+                    margin=Margin(size=one.margin, is_relative=one.is_relative),
+                    expected=one.expected,
+                )
+                for one in self.goals
+            ),
+            event_guardrails=tuple(
+                EventGuardrail(event=one.event, ratio=one.ratio, limit=one.limit)
+                for one in self.event_guardrails
+            ),
+            metric_guardrails=tuple(
+                MetricGuardrail(
+                    metric=one.metric, margin=Margin(size=one.margin, is_relative=one.is_relative)
+                )
+                for one in self.metric_guardrails
+            ),
+            deadline_s=self.deadline_s,
+            watch_s=self.watch_s,
+            unit_watch_s=self.unit_watch_s,
+            no_data_s=self.no_data_s,
+            on_no_data=self.on_no_data,
+            on_mismatch=self.on_mismatch,
+            on_deadline=self.on_deadline,
+            errors=ErrorRates(
+                goals=self.errors.goals,
+                no_harm=self.errors.no_harm,
+                guardrails=self.errors.guardrails,
+                mismatch=self.errors.mismatch,
+            ),
+        )
+
+    def expected_traffic(self) -> Traffic:
+        """Return what the plan assumes about the requests.
+
+        Raises:
+            ValueError: A baseline is wrong.
+        """
+        from cluster.statistics.planning import Baseline, Traffic  # SciPy is slow to import
+
+        return Traffic(
+            units_per_hour=self.traffic.units_per_hour,
+            events={UnitEvent(event): share for event, share in self.traffic.events.items()},
+            metrics={
+                name: Baseline(mean=one.mean, deviation=one.deviation)
+                for name, one in self.traffic.metrics.items()
+            },
+            outcome_delay_s=self.traffic.outcome_delay_s,
+        )
+
+    def scoring(self) -> dict[str, Any]:
+        """Return how outcomes are scored, as the event of the start has it; {} without metrics."""
+        if not self.metrics:
+            return {}
+        return {
+            "outcome_window_s": self.traffic.outcome_delay_s,
+            "qualities": {one.name: one.scored_by for one in self.metrics},
+            "squared_error_limit": self.metrics[0].squared_error_limit,
+        }
+
+    def plan(self) -> Plan:
+        """Return the plan.
+
+        Raises:
+            RolloutError: The policy cannot finish before its deadline, or a baseline is missing.
+            ConfigError: A baseline is wrong.
+        """
+        from cluster.errors import ConfigError
+        from cluster.statistics.planning import plan
+
+        try:
+            traffic = self.expected_traffic()
+        except ValueError as error:
+            raise ConfigError(f"rollout.traffic: {error}") from error
+        return plan(self.policy(), traffic)
+
+    def _steps(self) -> tuple[Step, ...]:
+        match self.mode:
+            case Mode.ab:
+                weights = [self.weight]
+            case Mode.linear:
+                if not 0 < self.increment <= 50:
+                    raise ValueError(
+                        f"rollout.increment must be above 0 and at most 50 percent, got {self.increment:g}."
+                    )
+                count = math.ceil(round(50 / self.increment, 6))
+                weights = [min(round(self.increment * number, 2), 50.0) for number in range(1, count + 1)]
+            case Mode.canary:
+                steps = self.steps or [StepSpec(weight=weight) for weight in CANARY_WEIGHTS]
+                return tuple(
+                    Step(weight=one.weight, bake_s=self.bake_s if one.bake_s is None else one.bake_s)
+                    for one in steps
+                )
+        return tuple(Step(weight=weight, bake_s=self.bake_s) for weight in weights)

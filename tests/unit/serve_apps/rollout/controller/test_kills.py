@@ -1,0 +1,99 @@
+"""kill -9 of the controller at any point changes nothing: the next one continues, and the events are the same."""
+
+from __future__ import annotations
+
+import enum
+import os
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from cluster.ledger import Entry, Ledger
+from cluster.ledger.chain import verify_chain
+from cluster.ledger.events import LedgerEvent
+from serve_apps.rollout.controller.controller import Controller
+from tests.processes import forks
+from tests.samples.policies import EvidenceDouble, permitted, started_ledger
+
+LOOKS = 3
+
+
+class Point(enum.Enum):
+    """Where the process is killed during a look."""
+
+    before_counts = enum.auto()
+    in_transaction = enum.auto()
+    before_commit = enum.auto()
+    after_commit = enum.auto()
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DyingLedger(Ledger):
+    """A ledger whose process is killed during an append."""
+
+    point: Point | None = None
+
+    def append_unless_changed(
+        self,
+        events: Sequence[LedgerEvent],
+        *,
+        actor: str,
+        since: int,
+        types: Callable[[str], bool],
+        concerns: Callable[[Entry], bool],
+    ) -> list[Entry] | None:
+        """Append, and die before, during or after it."""
+        if self.point is Point.before_commit:
+            sa.event.listen(self.engine, "commit", die)
+        if self.point is Point.in_transaction:
+            sa.event.listen(self.engine, "after_cursor_execute", die_after_an_insert)
+        entries = super().append_unless_changed(
+            events, actor=actor, since=since, types=types, concerns=concerns
+        )
+        if self.point is Point.after_commit:
+            die()
+        return entries
+
+
+def die_after_an_insert(_connection: object, _cursor: object, statement: str, *_: Any) -> None:
+    if statement.startswith("INSERT INTO events"):
+        die()
+
+
+def run_until_killed(url: str, point: Point, look: int) -> None:
+    """Look at the rollout, and die at one point of one look."""
+    ledger, double = DyingLedger(url), EvidenceDouble()
+    acting = Controller(ledger, double, refusal=permitted)
+    for number in range(LOOKS):
+        if number == look:
+            ledger.point = point
+            double.before = die if point is Point.before_counts else double.before
+        acting.check_once()
+
+
+def finished(ledger: Ledger) -> list[tuple[str, dict[str, Any]]]:
+    """Let a new controller finish the rollout, and return all events without their times."""
+    acting = Controller(ledger, EvidenceDouble(), refusal=permitted)
+    for _ in range(LOOKS):
+        acting.check_once()
+    entries = list(verify_chain(ledger.entries()))
+    return [(entry.type, {**entry.payload, "started_at": None}) for entry in entries]
+
+
+@pytest.mark.parametrize("point", Point)
+@pytest.mark.parametrize("look", [0, LOOKS - 1])
+def test_killed_controller_changes_nothing(url: str, point: Point, look: int) -> None:
+    """It dies during a step or during the promotion. The events are those of a controller that was not killed."""
+    expected = finished(started_ledger("sqlite://"))
+    ledger = started_ledger(url)
+    process = forks.context().Process(target=run_until_killed, args=(url, point, look))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert finished(ledger) == expected

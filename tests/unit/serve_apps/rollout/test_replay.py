@@ -1,0 +1,115 @@
+"""A replay computes each decision again from the recorded counts, and names the first that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.ledger import Ledger
+from cluster.ledger.chain import GENESIS, Entry, build_entry
+from cluster.statistics.evidence import Evidence
+from serve_apps.rollout.controller.controller import Controller
+from serve_apps.rollout.json_form import as_json
+from serve_apps.rollout.replay import main
+from tests.processes.commands import run_main
+from tests.samples.policies import EARLY, FAILING, HEALTHY, EvidenceDouble, permitted, started_ledger
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """Return a ledger with a rollout that waits, takes a step, and is rolled back."""
+    opened = started_ledger(f"sqlite:///{tmp_path}/ledger.db")
+    double = EvidenceDouble()
+    acting = Controller(opened, double, refusal=permitted)
+    for counts in (EARLY, HEALTHY, FAILING):
+        double.counts = counts
+        acting.check_once()
+    return opened
+
+
+def export(ledger: Ledger, path: Path, change: Callable[[Entry], Entry] = lambda entry: entry) -> Path:
+    """Write an export with a valid hash chain, in which some events are changed or left out."""
+    previous, lines = GENESIS, []
+    for number, entry in enumerate(map(change, ledger.entries()), start=1):
+        built = build_entry(
+            seq=number,
+            time=entry.time,
+            type=entry.type,
+            actor=entry.actor,
+            payload=entry.payload,
+            prev_hash=previous,
+        )
+        previous = built.hash
+        lines.append(built.line() + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def test_recorded_decisions_are_computed_again(ledger: Ledger, tmp_path: Path) -> None:
+    """It prints a line for each, and needs neither a cluster nor the ledger."""
+    result = run_main(main, "--file", str(export(ledger, tmp_path / "export.jsonl")))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "5 m r: plan of 3 steps",
+        "6 m r: continue",
+        "7 m r: continue",
+        "9 m r: roll_back",
+        "3 decisions of 1 rollouts are as recorded",
+    ]
+
+
+def in_event(seq: int, **changes: Any) -> Callable[[Entry], Entry]:
+    """Return a change of one event's payload."""
+    return lambda entry: replace(entry, payload=entry.payload | changes) if entry.seq == seq else entry
+
+
+def counts(evidence: Evidence, **changes: Any) -> dict[str, Any]:
+    return dict(as_json(replace(evidence, **changes)))
+
+
+def traffic(units_per_hour: float) -> dict[str, Any]:
+    return {"units_per_hour": units_per_hour, "events": {"failure": 0.01}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (in_event(7, verdict="promote"), "Event 7 (PolicyDecided) differs: its verdict is 'promote'"),
+        (in_event(6, missing=[]), "Event 6 (PolicyDecided) differs: its missing is []"),
+        (in_event(9, reasons=["breaker: no"]), "Event 9 (PolicyDecided) differs: its reasons is ['breaker']"),
+        (in_event(7, evidence=counts(FAILING)), "but its counts give 'roll_back'"),
+        (in_event(8, weight=50), "Event 8 (RolloutWeightChanged) differs: its weight is 50"),
+        (in_event(7, not_done="paused"), "Event 8 (RolloutWeightChanged) differs: its change is"),
+        (in_event(9, evidence={}), "Event 9 (PolicyDecided) cannot be computed again"),
+        (
+            in_event(5, traffic=traffic(10_000)),
+            "Event 5 (PolicyStarted) differs: its plan.steps.0.duration_s",
+        ),
+        (in_event(5, traffic=traffic(10)), "Event 5 (PolicyStarted) differs: its policy has no plan"),
+    ],
+)
+def test_first_difference_is_named(
+    ledger: Ledger, tmp_path: Path, change: Callable[[Entry], Entry], message: str
+) -> None:
+    """Also if the hash chain is valid, so somebody computed it again."""
+    result = run_main(main, "--file", str(export(ledger, tmp_path / "export.jsonl", change)))
+    assert (result.returncode, message in result.stderr) == (2, True), result.stderr
+    assert result.stdout == ""
+
+
+def test_changed_event_without_a_new_hash_is_named(ledger: Ledger, tmp_path: Path) -> None:
+    """The replay verifies the chain first."""
+    path = export(ledger, tmp_path / "export.jsonl")
+    path.write_text(path.read_text().replace('"verdict":"roll_back"', '"verdict":"promote"'))
+    result = run_main(main, "--file", str(path))
+    assert (result.returncode, "Event 9 was changed" in result.stderr) == (2, True), result.stderr
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    """In one line."""
+    result = run_main(main, "--file", str(tmp_path / "none.jsonl"))
+    assert (result.returncode, "cannot be read" in result.stderr) == (2, True), result.stderr
