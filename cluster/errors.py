@@ -218,7 +218,13 @@ def refusal_behind(error: BaseException) -> BaseException:
         if isinstance(current, RefusedError | TrainingFailed) and wrapped is None:
             return current
         failures = getattr(current, "worker_failures", None)  # Ray Train: maps rank to error
-        causes = [wrapped, current.__cause__, *(failures.values() if isinstance(failures, dict) else ())]
+        callback = getattr(current, "controller_failure", None)  # Ray Train: error of a callback
+        causes = [
+            wrapped,
+            callback,
+            current.__cause__,
+            *(failures.values() if isinstance(failures, dict) else ()),
+        ]
         queue += [cause for cause in causes if isinstance(cause, BaseException)]
     return error
 

@@ -23,7 +23,7 @@ from cluster.artifact import (
     seal_file,
     verify_files,
 )
-from cluster.errors import ArtifactTampered, ModelNotFound, did_you_mean
+from cluster.errors import ArtifactTampered, ModelNotFound, RefusedError, did_you_mean
 from cluster.known_fields import known_fields
 from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
@@ -78,6 +78,8 @@ class Lineage:
     seed: int = 0
     libraries: dict[str, str] = field(default_factory=dict)
     """Maps library to its version. Empty in versions of older releases."""
+    sweep: dict[str, Any] = field(default_factory=dict)
+    """`run` and `trial` of the sweep that chose the hyper-parameters; empty if no sweep did."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -292,6 +294,28 @@ def retirement(ledger: Ledger, name: str, version: int) -> Entry | None:
     if retired is None or (reinstated is not None and reinstated.seq > retired.seq):
         return None
     return retired
+
+
+def require_not_retired(ledger: Ledger, registry: Registry, version: ModelVersion) -> None:
+    """Require that a version may be used for new predictions.
+
+    Raises:
+        RefusedError: The version is retired. The message has the reason and the newest version that is not.
+    """
+    found = retirement(ledger, version.name, version.version)
+    if found is None:
+        return
+    others = (
+        number
+        for number in reversed(registry.versions(version.name))
+        if retirement(ledger, version.name, number) is None
+    )
+    newest = next(others, None)
+    advice = "Train a new version" if newest is None else f"Use another one, such as version={newest}"
+    raise RefusedError(
+        f"Version {version.version} of '{version.name}' is retired ({found.payload['reason']}). {advice}, or run "
+        f"`python -m serve_apps.deploy action=reinstate name={version.name} version={version.version}`."
+    )
 
 
 def _create_folder(uri: str) -> bool:

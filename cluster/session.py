@@ -19,6 +19,7 @@ from cluster.errors import refusal_behind as refusal_behind
 from cluster.host.port_owner import PortState, listener_uid
 from cluster.host.processes import cluster_of_listener, port_answers
 from cluster.host.this_node import LOOPBACK_ADDRESS, RECORD_VARIABLE, is_loopback
+from cluster.scheduling import LOWER_PRIORITY
 from cluster.settings import LedgerConfig, OnlineConfig, PlatformConfig, StorageConfig
 from cluster.settings_conversion import load, unquoted
 from cluster.storage import RECORD_NAME, ROOT_VARIABLE, Layout, layout, write_bytes
@@ -357,8 +358,12 @@ def use_cluster(record: ClusterRecord) -> None:
     Config.initialize("")
 
 
-def attach(config: PlatformConfig) -> ClusterRecord:
+def attach(config: PlatformConfig, *, is_background: bool = False) -> ClusterRecord:
     """Attach this process to the running cluster, as a Ray driver.
+
+    Args:
+        config: Configuration of the command.
+        is_background: Whether the command's worker processes get the lowest priority, from their start on.
 
     Raises:
         ClusterNotRunning: No cluster runs.
@@ -380,5 +385,6 @@ def attach(config: PlatformConfig) -> ClusterRecord:
             log_to_driver=False,
             # Several nodes can run on one machine. Loopback needs no choice, and Ray would replace it.
             _node_ip_address=record.address if record.has_nodes else None,
+            runtime_env={"worker_process_setup_hook": LOWER_PRIORITY} if is_background else None,
         )
     return record

@@ -28,7 +28,7 @@ from jobs.train.decoder.corpus import Corpus, Parts, read_corpus, split_corpus
 from jobs.train.families import FitContext, ResolvedFamily, resolve_family
 from jobs.train.run.files import RunFiles, run_files
 from jobs.train.run.identity import new_run_id, run_settings
-from jobs.train.run.lineage import git_commit, to_json_values
+from jobs.train.run.lineage import git_commit, library_versions, to_json_values
 from jobs.train.run.record import Run
 from jobs.train.run.registration import TrainedModel, register, write_output
 
@@ -140,13 +140,14 @@ def train(
 
 
 def build_text_lineage(config: TrainTextConfig, family: ResolvedFamily, corpus: Corpus) -> Lineage:
-    """Return the lineage of a version: the hash of all texts, code and configuration."""
+    """Return the lineage of a version: the hash of all texts, code, configuration and libraries."""
     parameters = to_json_values(asdict(family.parameters))
     return Lineage(
         training_set_hash=corpus.hash,
         git_commit=git_commit(),
         config=to_json_values(asdict(config)) | {"parameters": parameters},
         seed=config.seed,
+        libraries=library_versions(),
     )
 
 

@@ -22,7 +22,7 @@ from cluster.errors import FalajError, RefusedError
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ModelDeployed, ServingRestored
 from cluster.ledger.store import utc_now
-from cluster.registry import CHAMPION, ModelVersion, Registry
+from cluster.registry import CHAMPION, ModelVersion, Registry, require_not_retired
 from cluster.runtime.loader import require_rows
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
@@ -36,7 +36,7 @@ from feature_jobs.store.catalog.log_keys import log_keys, merged_key
 from serve_apps.apps import DeployFailed, app_name, ensure_model, wait_for_recovery
 from serve_apps.deployed_settings import with_deployed_settings
 from serve_apps.edge.control.waiting import wait_until_applied
-from serve_apps.retirement import reinstate, require_not_retired, retire
+from serve_apps.retirement import reinstate, retire
 from serve_apps.rollout.assignment import require_variant
 from serve_apps.rollout.history import History, read_histories
 from serve_apps.rollout.serving_state import ModelState, States, read_states

@@ -9,7 +9,7 @@ from __future__ import annotations
 from cluster.errors import RefusedError
 from cluster.ledger import Ledger
 from cluster.ledger.events import ModelReinstated, ModelRetired
-from cluster.registry import ModelVersion, Registry, retirement
+from cluster.registry import ModelVersion, retirement
 from cluster.security.acting import Actor
 from cluster.security.authorization.policy import Action
 from cluster.settings import PlatformConfig
@@ -53,28 +53,6 @@ def reinstate(
         raise RefusedError(f"Version {version.version} of '{version.name}' is not retired.")
     event = ModelReinstated(name=version.name, version=version.version, reason=reason)
     ledger.append(event, actor=actor.name)
-
-
-def require_not_retired(ledger: Ledger, registry: Registry, version: ModelVersion) -> None:
-    """Require that a version may be deployed.
-
-    Raises:
-        RefusedError: it is retired. The message has the reason and the newest version that is not.
-    """
-    found = retirement(ledger, version.name, version.version)
-    if found is None:
-        return
-    others = (
-        number
-        for number in reversed(registry.versions(version.name))
-        if retirement(ledger, version.name, number) is None
-    )
-    newest = next(others, None)
-    advice = "Train a new version" if newest is None else f"Deploy another one, such as version={newest}"
-    raise RefusedError(
-        f"Version {version.version} of '{version.name}' is retired ({found.payload['reason']}). {advice}, or use "
-        "`action=reinstate`."
-    )
 
 
 def require_not_deployed(ledger: Ledger, version: ModelVersion) -> None:

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from cluster.ledger.chain import Entry
 from cluster.ledger.database import EVENTS, METADATA, POSITIONS
 
-NAME = "event_index_4"
+NAME = "event_index_5"
 """Name of the table and of its position. A release that changes `KEYS` must change the number in this name, because two
 releases can share one ledger."""
 
@@ -99,8 +99,13 @@ KEYS: dict[str, tuple[Key, ...]] = {
     "ShadowStopped": (Key(("model",)),),
     "StageFinished": (Key(("run",)), Key(("pipeline", "stage"))),
     "StageStarted": (Key(("run",)), Key(("pipeline", "stage"))),
+    "SweepFinished": (Key(("model", "run")),),
+    "SweepStarted": (Key(("model", "run")),),
     "TrainingSetBuilt": (Key(("row_hash",)),),
     "TrainingSetNotReproducible": (Key(("training_set",)), Key(("training_set", "view"))),
+    "TrialFinished": (Key(("model", "run")),),
+    "TrialReported": (Key(("model", "run")),),
+    "TrialStarted": (Key(("model", "run")),),
     "ViewMaterialized": (Key(("view",)),),
 }
 """The keys of each indexed event type."""

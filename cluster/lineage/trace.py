@@ -197,6 +197,9 @@ def describe(trace: ModelTrace) -> str:
             f"imported: version {origin['version']} of '{origin['installation']}', registered there by "
             f"{origin['registered_by']} at {origin['registered_at']} (event {origin['entry_hash'][:16]})"
         )
+    sweep = trace.registered.payload["lineage"].get("sweep")
+    if sweep:
+        lines.append(f"hyper-parameters of trial {sweep['trial']} of sweep {sweep['run']}")
     if trace.training_set is not None:
         built = trace.training_set.payload
         lines.append(
@@ -226,6 +229,7 @@ def as_json(trace: ModelTrace) -> dict[str, Any]:
         "version": trace.version,
         "registered": trace.registered.seq,
         "origin": trace.registered.payload.get("origin", {}),
+        "sweep": trace.registered.payload["lineage"].get("sweep", {}),
         "training_set": trace.training_set.payload if trace.training_set else None,
         "columns": [asdict(column) for column in trace.columns],
         "batches": _payloads(trace.batches),

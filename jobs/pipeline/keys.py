@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,14 @@ from cluster.storage import is_uri
 from jobs.pipeline.graph import covers, is_path, substitute
 from jobs.pipeline.plan import Plan, PlannedStage, own_paths
 from jobs.pipeline.stage.arguments import arguments
+from jobs.pipeline.stage.commands import WITH_RUNS
 from jobs.pipeline.stage.content import HAS_NO_CONTENT, CodeHashes, Platform, digest_json, digest_path
 from jobs.pipeline.stage.outputs import is_aside
 from jobs.pipeline.stage.requirements import unmet
 from jobs.pipeline.state import last_done
+
+MAX_RUN_CHARS = 64
+"""Largest length of the id of a training run."""
 
 
 class StageRefused(RefusedError):
@@ -38,6 +43,29 @@ class Prepared:
     """Maps input to the hash of its content."""
     always: bool
     """Whether the stage runs in each run."""
+
+
+def stage_command(prepared: Prepared, *, run: str) -> list[str]:
+    """Return the module and all arguments of a stage's job.
+
+    A stage that trains or sweeps gets the id of a run. Each attempt with the same key in the same run of the pipeline
+    gets the same id. So after a kill, the next attempt continues the work.
+
+    Args:
+        prepared: The stage.
+        run: Id of the pipeline's run.
+    """
+    module, *own = prepared.command
+    command = [module, *prepared.options, *own]
+    if module in WITH_RUNS and "run" not in prepared.planned.stage.parameters:
+        command.append(f"run={_run_of_stage(prepared, run)}")
+    return command
+
+
+def _run_of_stage(prepared: Prepared, run: str) -> str:
+    """Return an id of a training run. With another key, it is another run: its settings or its data differ."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", f"p-{run}-{prepared.planned.stage.name}")
+    return f"{name[: MAX_RUN_CHARS - 13]}-{prepared.key[:12]}"
 
 
 class StageKeys:

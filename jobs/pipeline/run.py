@@ -22,7 +22,7 @@ from cluster.ledger.events import LedgerEvent, PipelineFinished, PipelineStarted
 from cluster.ledger.store import utc_now
 from jobs.pipeline.context import Attempt, EarlierStage, RunCancelled, RunContext, StageFailed
 from jobs.pipeline.graph import is_path
-from jobs.pipeline.keys import Prepared, StageKeys, StageRefused
+from jobs.pipeline.keys import Prepared, StageKeys, StageRefused, stage_command
 from jobs.pipeline.plan import Plan
 from jobs.pipeline.stage import outputs
 from jobs.pipeline.stage.content import ABSENT, digest_path, flatten
@@ -222,8 +222,8 @@ class Run:
         result = self._result_file(job)
         result.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         metadata = {"pipeline": self._pipeline, "run": self._run, "stage": name}
-        module, *own = prepared.command
-        self._context.jobs.submit(job, [module, *prepared.options, *own], result=result, metadata=metadata)
+        command = stage_command(prepared, run=self._run)
+        self._context.jobs.submit(job, command, result=result, metadata=metadata)
         self._running[name] = Attempt(
             prepared=prepared, job=job, started_at=entry.time, log_shown_at=time.monotonic()
         )

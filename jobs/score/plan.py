@@ -17,7 +17,7 @@ from typing import Any
 from cluster.errors import ConfigError, did_you_mean
 from cluster.ledger import Ledger
 from cluster.ledger.events import ScoringStarted
-from cluster.registry import ModelVersion, Registry
+from cluster.registry import ModelVersion, Registry, require_not_retired
 from cluster.runtime import ModelSignature
 from cluster.runtime.loader import load_signature
 from cluster.security.acting import Actor
@@ -110,6 +110,7 @@ def _check_request(config: ScoreConfig, ledger: Ledger, places: Layout, rights: 
     registry = Registry(ledger, places)
     version = registry.get(config.name, config.version)
     rights.check_scoring(version, None)
+    require_not_retired(ledger, registry, version)
     registry.check_files(version, actor=rights.actor.name)
     signature = load_signature(version, key_store(rights.actor.access))
     source = open_source(config, places=places, ledger=ledger)

@@ -1,1 +1,1 @@
-"""Search hyper-parameters of the tabular network with Ray Tune: a few short trials."""
+"""Search hyper-parameters of any family with Ray Tune. The ledger has each trial, so a sweep continues after a kill."""

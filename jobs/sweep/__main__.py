@@ -1,220 +1,181 @@
-"""`python -m jobs.sweep name=m training_set=t.parquet label=y`: search for a good learning rate and width.
+"""`python -m jobs.sweep name=m training_set=t.parquet label=y model=lightgbm`: search for good hyper-parameters.
 
-A trial is a function that builds and runs a Ray Train trainer, because Tune no longer accepts the trainer itself.
-Trials and their workers reserve CPUs separately. Only as many trials run at the same time as leave CPUs for the workers
-of each; otherwise trials would wait for workers that never start.
-
-A trial without workers trains in its own process. Ray Train starts seven other processes for one worker, which takes
-ten times as long as a short trial.
+Each sweep has an id. `run=<id>` continues the sweep with this id: trials that have ended are not run again. A finished
+sweep prints its best trial.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-from dataclasses import asdict, replace
-from pathlib import Path
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
-import ray
-from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
 
+from cluster.command_line import refuse_unused
 from cluster.entrypoint import job
-from cluster.errors import ConfigError
+from cluster.errors import TrainingFailed
 from cluster.host.this_node import this_node
-from cluster.ledger import open_ledger
+from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import SweepFinished
-from cluster.placement import find_nodes, here
-from cluster.security.acting import create_actor
+from cluster.scheduling import cpus_for_serving, priority_warning
+from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
-from cluster.security.encryption.run_files import RunFolder, run_folder
+from cluster.security.encryption.run_files import run_folder
 from cluster.session import attach, require_running_cluster
-from cluster.storage import layout, replace_non_finite, resolve, write_json
-from jobs.sweep.config import SweepConfig
-from jobs.sweep.results import Trial, best_trial, trial_from_result
-from jobs.train.data import open_training_set
-from jobs.train.describe import prepare_and_describe
-from jobs.train.families import FitContext, ResolvedFamily, resolve_family
-from jobs.train.network.fit import build_trainer, prepare_fit, run_trainer
-from jobs.train.network.loop import METRIC
-from jobs.train.network.worker import fit_alone
+from cluster.storage import layout, resolve, write_bytes, write_json
+from jobs.sweep.config import BEST_SUFFIX, SweepConfig
+from jobs.sweep.display import describe
+from jobs.sweep.history import Trial, best_trial
+from jobs.sweep.record import SweepRecord
+from jobs.sweep.space import parse_space
+from jobs.train.config import LearningConfig, TrainConfig
+from jobs.train.data import TrainingSet, open_training_set
+from jobs.train.describe import prepare_and_describe, print_warnings
+from jobs.train.families import ResolvedFamily, resolve_family
+from jobs.train.progress import METRIC, claim_run
 from jobs.train.rows.encoded import Part
+from jobs.train.run.identity import new_run_id, run_settings
 from jobs.train.split import resolve_split
-from jobs.train.tabular_network.family import Parameters
 from jobs.train.training_data import TrainingData
 
-TRIAL_CPUS = 0.5
-"""Logical CPUs that a trial's own process reserves while its workers train."""
+FREE_SETTINGS = frozenset({"concurrent_trials", "trial_deadline_s"})
+"""Settings of the search that may differ when a sweep continues."""
 
 
 @job("sweep", SweepConfig, timed=True)
 def main(config: SweepConfig) -> dict[str, Any]:
-    """Run the sweep, append its result to the ledger and write the best parameters."""
-    family = resolve_family(config.model)
-    if not isinstance(family.parameters, Parameters):
-        raise ConfigError(
-            f"A sweep needs model=tabular_network, got family '{family.name}': it only searches the parameters of the "
-            "tabular network."
-        )
+    """Run or continue a sweep, and write the best parameters. With `register=true`, train and register the best."""
+    family = resolve_family(config.model | config.sweep.model)
+    if not family.is_network:
+        refuse_unused(("deepspeed",), by=f"model={family.name}")
+    space = parse_space(config.sweep.space, config.model | config.sweep.model, family)
     ledger = open_ledger(config)
     actor = create_actor(config, require_running_cluster(config), ledger, entrypoint="jobs.sweep")
-    actor.check(Action.train_model, Resource(kind="model", name=config.name, region=config.cluster.region))
+    model = Resource(kind="model", name=config.name, region=config.cluster.region)
+    actor.check(Action.train_model, model)
+    if config.register:
+        actor.check(Action.register_model, model)
     source = open_training_set(
         config.training_set, actor.access, places=layout(config.storage), ledger=ledger
     )
-    config = replace(config, split=resolve_split(config.split, source))
-    prepared = prepare_and_describe(config, source)
-    data = limit_fit_rows(prepared.data, config.sweep.rows, seed=config.seed)
-    attach(config)
-    trials = run_trials(config, data, family)
-    best = best_trial(trials)
-    finished = [trial for trial in trials if trial.cause is None]
-    results = [replace_non_finite(asdict(trial)) for trial in trials]
-    # The ledger does not get the cause of a failure, because an error message may contain values of rows.
-    events = [{name: value for name, value in result.items() if name != "cause"} for result in results]
-    event = SweepFinished(
+    run = config.run or new_run_id()
+    config = replace(config, split=resolve_split(config.split, source), run=run)
+    record = SweepRecord(
+        ledger=ledger,
         model=config.name,
+        run=run,
         family=family.name,
-        trials=len(finished),
-        metric=METRIC,
-        best=best.parameters,
-        results=events,
-        training_set_hash=source.hash,
+        settings=sweep_settings(config, family, source.hash),
+        actor=actor.name,
     )
-    ledger.append(event, actor=actor.name)
-    print(f"best of {len(finished)} trials: {best.parameters}, {METRIC} {best.validation_loss:.4f}")
-    output = {"best": best.parameters, "metric": METRIC, "trials": results}
-    if config.output is not None:
-        write_json(resolve(config.output), output)
+    is_continued = record.start()
+    event = record.finished()
+    if event is None:
+        print(f"sweep {run} {'continues' if is_continued else 'starts'}", flush=True)
+        event = search(config, family, space, source, record)
+    else:
+        print(f"sweep {run} is finished", flush=True)
+    best = record.trials[event.best_trial or 0]
+    print(f"best of {event.trials} trials: trial {best.number}, {describe(best)}", flush=True)
+    output = write_results(config, event, list(record.trials.values()), record.settings)
+    if config.register:
+        output["registered"] = register_best(config, best, ledger, actor)
+        if config.output is not None:
+            write_json(resolve(config.output), output)
     return output
 
 
-def run_trials(config: SweepConfig, data: TrainingData, family: ResolvedFamily) -> list[Trial]:
-    """Run all trials and return their results."""
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    concurrent = concurrent_trials(config, available=resources.get("CPU", 0))
-    print(
-        f"{config.sweep.trials} trials, {concurrent} at once, each with {int(data.fit.sum())} rows to fit on "
-        f"(sweep.epochs={config.sweep.epochs})",
-        flush=True,
-    )
-    # By default Tune prints its own tables and paths, and logs the traceback of each failed trial. The sweep prints one
-    # line per trial instead.
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with run_folder(layout(config.storage), for_all_nodes=this_node() is not None) as runs:
-        grid = build_tuner(config, data, family, runs=runs, concurrent=concurrent).fit()
-    deadline_s = config.sweep.trial_deadline_s
-    return [trial_from_result(grid[number], deadline_s=deadline_s) for number in range(len(grid))]
-
-
-def build_tuner(
-    config: SweepConfig, data: TrainingData, family: ResolvedFamily, *, runs: RunFolder, concurrent: int
-) -> tune.Tuner:
-    """Return the tuner of a sweep with `concurrent` parallel trials. `runs` is for temporary files."""
-    sweep = config.sweep
-    # Tune knows no labels, so the trials of a region run on this node.
-    is_here = runs.file_system is None or config.placement.region is not None
-    context = FitContext(
-        folder=Path(),
-        runs=runs.path,
-        file_system=runs.file_system,
-        seed=config.seed,
-        scaling=config.scaling,
-        deepspeed=config.deepspeed,
-        run_name="",
-        selector=find_nodes(config.placement, on_this_node="Ray Tune knows no regions" if is_here else None),
-    )
-    return tune.Tuner(
-        tune.with_resources(run_trial, {"CPU": trial_cpus(config), **(here() if is_here else {})}),
-        param_space={
-            "learning_rate": tune.loguniform(*sweep.learning_rate),
-            "width": tune.choice(list(sweep.width)),
-            "fixed": {
-                "data": ray.put(data),
-                "model": config.model | {"epochs": sweep.epochs},
-                "num_workers": sweep.num_workers,
-                "context": context,
-            },
-        },
-        tune_config=tune.TuneConfig(
-            metric=METRIC,
-            mode="min",
-            num_samples=sweep.trials,
-            time_budget_s=sweep.trial_deadline_s,
-            reuse_actors=False,  # DeepSpeed cannot start twice in a process
-            search_alg=tune.search.BasicVariantGenerator(random_state=config.seed, max_concurrent=concurrent),
-        ),
-        run_config=tune.RunConfig(
-            name="sweep",
-            storage_path=runs.path,
-            storage_filesystem=runs.file_system,
-            verbose=0,
-            callbacks=[TrialPrinter(num_trials=sweep.trials)],
-        ),
-    )
-
-
-class TrialPrinter(tune.Callback):
-    """Tune callback that prints one line when a trial ends."""
-
-    def __init__(self, *, num_trials: int) -> None:
-        self._num_ended, self._num_trials = 0, num_trials
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Print the loss of a completed trial. Tune calls this in the driver."""
-        self._print_trial(trial.config, f"{METRIC} {trial.last_result.get(METRIC, math.nan):.4f}")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Print that a trial failed. Tune calls this in the driver."""
-        self._print_trial(trial.config, "failed")
-
-    def _print_trial(self, config: dict[str, Any], result: str) -> None:
-        self._num_ended += 1
-        parameters = f"learning_rate={config['learning_rate']:.3g} width={config['width']}"
-        print(f"  trial {self._num_ended} of {self._num_trials}: {parameters}: {result}", flush=True)
-
-
-def run_trial(settings: dict[str, Any]) -> None:
-    """Run one trial: fit a network for a few epochs, and report its metrics to Tune."""
-    fixed = settings["fixed"]
-    searched = {name: settings[name] for name in ("learning_rate", "width")}
-    family = resolve_family(fixed["model"] | searched)
-    data: TrainingData = ray.get(fixed["data"])
-    context: FitContext = replace(fixed["context"], run_name=f"trial-{tune.get_context().get_trial_id()}")
-    network_fit = prepare_fit(data, family, context, num_workers=fixed["num_workers"])
-    if not fixed["num_workers"]:
-        fit_alone(network_fit.loop_config(), report=tune.report)
-        return
-    callbacks = [TuneReportCallback()]  # type: ignore[no-untyped-call]
-    run_trainer(build_trainer(network_fit, num_workers=fixed["num_workers"], callbacks=callbacks))
-
-
-def trial_cpus(config: SweepConfig) -> float:
-    """Return the logical CPUs of a trial's own process."""
-    return TRIAL_CPUS if config.sweep.num_workers else config.scaling.cpus_per_worker
-
-
-def concurrent_trials(config: SweepConfig, *, available: float) -> int:
-    """Return how many trials may run at the same time, so that each has CPUs for its workers.
-
-    Args:
-        config: Configuration of the sweep.
-        available: Logical CPUs of the cluster.
+def search(
+    config: SweepConfig, family: ResolvedFamily, space: Any, source: TrainingSet, record: SweepRecord
+) -> SweepFinished:
+    """Run the trials that have not ended, and record the result.
 
     Raises:
-        ConfigError: The cluster has too few CPUs for one trial.
+        TrainingFailed: No trial has a loss. Standard error has the cause of each.
     """
-    needed = trial_cpus(config) + config.sweep.num_workers * config.scaling.cpus_per_worker
-    if needed > available:
-        raise ConfigError(
-            f"A trial needs {needed:g} logical CPUs, but the cluster has {available:g}. "
-            "Lower sweep.num_workers or raise cluster.num_cpus."
-        )
-    return min(config.sweep.concurrent_trials, int(available // needed))
+    import ray
+
+    from jobs.sweep.tuning import Sweep, concurrent_trials, run_trials  # imports Ray Tune
+
+    prepared = prepare_and_describe(config, source)
+    data = limit_fit_rows(prepared.data, config.sweep.rows, seed=config.seed)
+    attach(config, is_background=True)
+    sweep = Sweep(config=config, family=family, space=space, data=data)
+    serving = cpus_for_serving()
+    warning = priority_warning() if serving else None
+    print_warnings([warning] if warning else [])
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    concurrent = concurrent_trials(sweep, available=resources.get("CPU", 0.0) - serving)
+    ended = sum(trial.has_ended for trial in record.trials.values())
+    print(
+        f"{config.sweep.trials} trials, {f'{ended} have ended, ' if ended else ''}{concurrent} at once, each with "
+        f"{int(data.fit.sum())} rows to fit on",
+        flush=True,
+    )
+    claim = claim_run(f"sweep-{config.name}-{config.run}")
+    try:
+        with run_folder(layout(config.storage), for_all_nodes=this_node() is not None) as runs:
+            run_trials(sweep, record, runs=runs, concurrent=concurrent)
+    finally:
+        claim.shutdown(force=True)
+    require_best(list(record.trials.values()))
+    return record.finish(training_set_hash=source.hash)
+
+
+def sweep_settings(config: SweepConfig, family: ResolvedFamily, data_hash: str) -> dict[str, Any]:
+    """Return everything that determines the trials, by dotted name."""
+    section = {name: value for name, value in asdict(config.sweep).items() if name not in FREE_SETTINGS}
+    return run_settings(config, family.name, family.parameters, data_hash, sweep=section)
+
+
+def require_best(trials: Sequence[Trial]) -> None:
+    """Require that a trial has a loss. If not, print the cause of each trial to standard error.
+
+    Raises:
+        TrainingFailed: None has.
+    """
+    if best_trial(trials) is not None:
+        return
+    for trial in trials:
+        print(f"trial {trial.number}: {describe(trial)}", file=sys.stderr, flush=True)
+    raise TrainingFailed(
+        f"None of {len(trials)} trials has a finite {METRIC}, so the sweep has no best trial. "
+        "Standard error has the cause of each."
+    )
+
+
+def write_results(
+    config: SweepConfig, event: SweepFinished, trials: Sequence[Trial], settings: Any
+) -> dict[str, Any]:
+    """Return the result of the sweep, and write the configured files."""
+    output = {
+        "run": config.run,
+        "best": event.best,
+        "best_trial": event.best_trial,
+        "metric": event.metric,
+        "trials": [trial.as_result() | {"cause": trial.cause} for trial in trials],
+    }
+    if config.output is not None:
+        write_json(resolve(config.output), output)
+    if config.report is not None:
+        from jobs.sweep.page import render
+
+        page = render(trials, model=config.name, run=str(config.run), settings=dict(settings))
+        write_bytes(resolve(config.report), page.encode())
+    return output
+
+
+def register_best(config: SweepConfig, best: Trial, ledger: Ledger, actor: Actor) -> dict[str, Any]:
+    """Train the best trial in full and register it. A second call prints the version."""
+    from jobs.train.__main__ import run_training
+
+    shared = {field.name: getattr(config, field.name) for field in fields(LearningConfig)}
+    model = config.model | best.parameters
+    training = TrainConfig(**(shared | {"model": model, "run": f"{config.run}{BEST_SUFFIX}"}))
+    sweep = {"run": config.run, "trial": best.number}
+    return run_training(training, resolve_family(model), ledger, actor, sweep=sweep)
 
 
 def limit_fit_rows(data: TrainingData, max_rows: int, *, seed: int) -> TrainingData:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,7 @@ from jobs.train.run.lineage import build_lineage
 from jobs.train.run.record import Run
 from jobs.train.run.registration import TrainedModel, register, write_output
 from jobs.train.split import resolve_split
-from jobs.train.training_data import TrainingData
-
-MEMORY_LIMIT_BYTES = 2**31
-"""A family with `fit` gets all rows in memory. If they need more than this, it is refused."""
+from jobs.train.training_data import TrainingData, require_room
 
 
 @job("train", TrainConfig, timed=True)
@@ -62,6 +60,30 @@ def main(config: TrainConfig) -> dict[str, Any] | None:
     model = Resource(kind="model", name=config.name, region=config.cluster.region)
     actor.check(Action.train_model, model)
     actor.check(Action.register_model, model)
+    return run_training(config, family, ledger, actor)
+
+
+def run_training(
+    config: TrainConfig,
+    family: ResolvedFamily,
+    ledger: Ledger,
+    actor: Actor,
+    *,
+    sweep: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Start or continue a run, and register its version. A finished run prints its version.
+
+    Args:
+        config: Configuration of the run.
+        family: The resolved family.
+        ledger: The ledger.
+        actor: The caller, who may train and register the model.
+        sweep: `run` and `trial` of the sweep that chose the hyper-parameters.
+
+    Raises:
+        ConfigError: The run was started with other settings or other data.
+        TrainingFailed: The fit diverged, or the device has too little memory.
+    """
     source = open_training_set(
         config.training_set, actor.access, places=layout(config.storage), ledger=ledger
     )
@@ -82,7 +104,7 @@ def main(config: TrainConfig) -> dict[str, Any] | None:
         return describe_finished(config, ledger, number)
     prepared = prepare_and_describe(config, source, threshold=config.threshold)
     with run.recorded(is_continued=is_continued):
-        version = train(config, family, source, prepared, ledger, actor)
+        version = train(config, family, source, prepared, ledger, actor, sweep=sweep or {})
     print(f"registered {version.name} version {version.version} {headline(config.task, version.metrics)}")
     return write_output(version, run=config.run, path=config.output)
 
@@ -105,6 +127,8 @@ def train(
     prepared: Prepared,
     ledger: Ledger,
     actor: Actor,
+    *,
+    sweep: Mapping[str, Any],
 ) -> ModelVersion:
     """Fit, evaluate and register a version."""
     attach(config)
@@ -118,7 +142,7 @@ def train(
         scratch_directory(memory_folder(otherwise=local(places.runs))) as folder,
     ):
         fit(config, family, prepared.data, folder=folder, files=files, ray_files=ray_files)
-        lineage = build_lineage(config, source, family.parameters)
+        lineage = build_lineage(config, source, family.parameters, sweep=sweep)
         result = evaluate_held_out(folder, prepared.data, requested_precision(family.parameters))
         print_warnings(result.warnings)
         trained = TrainedModel(
@@ -194,21 +218,6 @@ def fit(
     else:
         require_room(data)
         family.module.fit(load_dataset(data.rows), family.parameters, context)
-
-
-def require_room(data: TrainingData) -> None:
-    """Require that all rows fit into memory, for a family with `fit`.
-
-    Raises:
-        ConfigError: They need more than `MEMORY_LIMIT_BYTES`.
-    """
-    num_bytes = 4 * len(data.parts) * data.signature.width
-    if num_bytes > MEMORY_LIMIT_BYTES:
-        raise ConfigError(
-            f"All rows need {num_bytes / 2**30:.1f} GiB, and a family with `fit` gets at most "
-            f"{MEMORY_LIMIT_BYTES / 2**30:.0f} GiB in memory. Write `build` and `loss` instead; see "
-            "jobs/train/network/protocol.py."
-        )
 
 
 def why_on_this_node(family: ResolvedFamily, checkpoints: RunFolder) -> str | None:

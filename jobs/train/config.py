@@ -134,6 +134,8 @@ class CheckpointConfig:
     """Steps between two entries of the run's metrics."""
     stall_after: float = 120.0
     """Seconds without an answer after which a worker is replaced, for example because its process was stopped."""
+    watch_s: float = 5.0
+    """Seconds between two questions to Ray: whether a node will end, and whether there is room for more workers."""
 
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_steps < 1:
@@ -143,6 +145,8 @@ class CheckpointConfig:
         for name in ("keep", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"checkpoint.{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 < self.watch_s < math.inf:
+            raise ValueError(f"checkpoint.watch_s must be positive, got {self.watch_s}.")
         if not 5 <= self.stall_after < math.inf:
             raise ValueError(f"checkpoint.stall_after must be at least 5, got {self.stall_after}.")
 

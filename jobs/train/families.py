@@ -9,6 +9,12 @@ A family is a module with `Parameters`, a dataclass of hyper-parameters, and one
                                    gets all rows in memory, and writes the model's files, `model.txt` (LightGBM) or
                                    `model.onnx`, into `context.folder`.
 
+A family with `fit` may also have
+
+    fit_trial(data, parameters, context, report) -> None
+                                   fits in this process, and reports validation losses while it does, so that a
+                                   sweep can stop a bad trial early. Without it, a trial reports once, at its end.
+
 If `Parameters` has a field `precision` of type `cluster.runtime.Precision`, the ONNX graph is registered with that
 precision.
 """

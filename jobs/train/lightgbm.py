@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +14,19 @@ from cluster.placement import options
 from cluster.runtime import ModelSignature, Task
 from cluster.runtime.signature import LIGHTGBM_FILE
 from jobs.train.families import FitContext
-from jobs.train.progress import LINES, Report, display_progress, send_report
+from jobs.train.memory import run_task
+from jobs.train.progress import LINES, METRIC, Report, display_progress, send_report
 from jobs.train.rows.encoded import EncodedRows, Part
 from jobs.train.rows.target import Target
 from jobs.train.run.files import RunFiles
 from jobs.train.training_data import TrainingData
 from jobs.train.trees.rows import build_dataset
 from jobs.train.trees.segments import OnRound, SegmentedFit, SegmentPlan, merge_segments
+
+TOO_LITTLE_MEMORY = (
+    "The node that fits the trees has too little memory. They need about one byte for each input of each row. Name "
+    "fewer columns with inputs=[…], or choose larger nodes with placement.region."
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,12 +70,36 @@ class Fitted:
 def fit_rows(data: TrainingData, parameters: Parameters, context: FitContext) -> None:
     """Fit the trees, continuing after the run's last segment, and write them in LightGBM's text format."""
     print(f"fitting trees: at most {parameters.rounds} rounds, patience {parameters.patience}", flush=True)
-    remote = _fit.options(num_cpus=parameters.num_threads, **options(context.selector))
+    remote = _fit.options(num_cpus=parameters.num_threads, max_retries=0, **options(context.selector))
     targets = {part: data.target[data.parts == part] for part in (Part.fit, Part.validation)}
     with display_progress(unit="round", total=parameters.rounds, run=context.run_name) as reports:
-        fitted = ray.get(remote.remote(data.rows, targets, parameters, context.seed, context.files, reports))
+        fitted: Fitted = run_task(
+            lambda: remote.remote(data.rows, targets, parameters, context.seed, context.files, reports),
+            too_little_memory=TOO_LITTLE_MEMORY,
+        )
     print(f"fitted: the best round is {fitted.best_round}, {fitted.loss}", flush=True)
     (context.folder / LIGHTGBM_FILE).write_text(fitted.text)
+
+
+def fit_trial(
+    data: TrainingData,
+    parameters: Parameters,
+    context: FitContext,
+    report: Callable[[dict[str, Any]], None],
+) -> None:
+    """Fit the trees in this process, and report the smallest validation loss after each segment."""
+    targets = {part: data.target[data.parts == part] for part in (Part.fit, Part.validation)}
+    best, rounds = math.inf, 0
+
+    def after_round(completed: int, losses: dict[str, float]) -> None:
+        nonlocal best, rounds
+        best, rounds = min(best, *losses.values()), completed
+        if completed % parameters.segment_rounds == 0:
+            report({METRIC: best})
+
+    fit_trees(data.rows, targets, parameters, context.seed, files=None, on_round=after_round)
+    if rounds % parameters.segment_rounds:
+        report({METRIC: best})
 
 
 @ray.remote

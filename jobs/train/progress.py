@@ -20,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.errors import ConfigError
 
+METRIC = "validation_loss"
+"""Metric that selects the best epoch and the best trial."""
 LINES = 20
 """If the output is not a terminal, one run prints at most about this many lines."""
 _POLL_S = 0.2
@@ -64,7 +66,7 @@ def display_progress(*, unit: str, total: int, run: str = "") -> Iterator[Queue]
     Raises:
         ConfigError: Another job has the run.
     """
-    queue = _claim_queue(run) if run else Queue(actor_options={"num_cpus": 0})
+    queue = claim_run(run) if run else Queue(actor_options={"num_cpus": 0})
     finished = threading.Event()
 
     def show_reports(show: ShowReport) -> None:
@@ -90,8 +92,12 @@ def display_progress(*, unit: str, total: int, run: str = "") -> Iterator[Queue]
             queue.shutdown(force=True)  # also ends the thread if the queue's process never started
 
 
-def _claim_queue(run: str) -> Queue:
-    """Return a queue whose process has the run's name. The name is free again when the job that has it ends."""
+def claim_run(run: str) -> Queue:
+    """Return a queue whose process has the run's name. The name is free again when the job that has it ends.
+
+    Raises:
+        ConfigError: Another job has the run.
+    """
     deadline = time.monotonic() + _CLAIM_S
     while True:
         try:

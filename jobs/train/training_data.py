@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
+from cluster.errors import ConfigError
 from cluster.runtime import ModelSignature
 from jobs.train.config import LearningConfig
 from jobs.train.data import TrainingSet, assign_parts
@@ -15,6 +16,9 @@ from jobs.train.rows.encoded import EncodedRows, Part, Parts
 from jobs.train.rows.statistics import Statistics, measure
 from jobs.train.rows.target import Target, encode_target, label_column
 from jobs.train.split import EVENT, Mask
+
+MEMORY_LIMIT_BYTES = 2**31
+"""A family with `fit` gets all rows in memory. If they need more than this, it is refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +89,21 @@ def prepare_rows(config: LearningConfig, source: TrainingSet, *, threshold: floa
         statistics=statistics,
         num_conflicts=count_conflicts(source, target),
     )
+
+
+def require_room(data: TrainingData) -> None:
+    """Require that all rows fit into memory, for a family with `fit`.
+
+    Raises:
+        ConfigError: They need more than `MEMORY_LIMIT_BYTES`.
+    """
+    num_bytes = 4 * len(data.parts) * data.signature.width
+    if num_bytes > MEMORY_LIMIT_BYTES:
+        raise ConfigError(
+            f"All rows need {num_bytes / 2**30:.1f} GiB, and a family with `fit` gets at most "
+            f"{MEMORY_LIMIT_BYTES / 2**30:.0f} GiB in memory. Write `build` and `loss` instead; see "
+            "jobs/train/network/protocol.py."
+        )
 
 
 def count_conflicts(source: TrainingSet, target: Target) -> int:

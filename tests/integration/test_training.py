@@ -16,6 +16,7 @@ import pytest
 
 from cluster.artifact import open_file
 from cluster.host import processes
+from cluster.ledger.events import LedgerEvent, TrialFinished, TrialStarted
 from cluster.security.keys.access import key_store
 from jobs.train.run.files import RunFiles, run_files
 from tests.servers.polling import wait_until
@@ -135,13 +136,96 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(project: Project) -> None:
     assert "started with seed=0, not 1" in other.stderr
 
 
-def test_a_sweep_ends_and_its_best_is_trained(project: Project) -> None:
-    """A sweep ends even if not all trials fit at once: they do not wait for each other for ever."""
-    small = ("sweep.trials=2", "sweep.rows=500", *SMALL[1:2])
-    project.run("jobs.sweep", *DATA, *small, "output=sweep.json", check=True)
+HOLD_CPUS = (
+    "import sys, time, ray; from cluster.session import attach; from cluster.settings import PlatformConfig; "
+    "attach(PlatformConfig()); print('ready', flush=True); sys.stdin.readline(); "
+    "task = ray.remote(num_cpus=4)(lambda: time.sleep(300)).remote(); print('waiting', flush=True); sys.stdin.read()"
+)
+"""After a line of input, it waits for four of the cluster's eight CPUs, and holds them until it ends."""
+
+
+def test_a_run_loses_a_worker_and_its_cpus_and_gets_them_back(project: Project) -> None:
+    """It goes on with one worker, then with two again. Without dropout, it ends with the loss of a run with two."""
+    settings = ("model.epochs=12", "model.dropout=0", "deepspeed=zero1", "scaling.cpus_per_worker=3")
+    arguments = ("model=tabular_network", *DATA, *LONG[:2], LONG[3], *EVERY_20, *settings)
+    project.run("jobs.train", *arguments, "run=steady", "output=steady.json", check=True)
+    command = [sys.executable, "-m", "jobs.train", *arguments, "scaling.num_workers=[1,2]", "run=elastic"]
+    files = run_files(str(project.storage_root), model="tiny", run="elastic", access=project.owner)
+    log = project.root / "elastic.log"
+    options: dict[str, Any] = {"cwd": project.root, "env": project.env, "text": True}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        log.open("w") as out,
+        subprocess.Popen([sys.executable, "-c", HOLD_CPUS], **options, **pipes) as holder,
+    ):
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "ready\n"
+        with subprocess.Popen(
+            [*command, "checkpoint.watch_s=0.5", "output=elastic.json"], **options, stdout=out, stderr=out
+        ) as job:
+            wait_for_step(files, 0, 20)
+            print(file=holder.stdin, flush=True)
+            assert holder.stdout.readline() == "waiting\n"
+            training_workers(project)[0].kill()
+            wait_until(lambda: "1 of 1 to 2 workers" in log.read_text(), seconds=120)
+            epoch, step, *_ = files.checkpoints()[0]
+            wait_for_step(files, epoch, step + 1)
+            holder.kill()
+            assert job.wait(240) == 0, log.read_text()
+    numbers = [line[0] for line in log.read_text().splitlines() if line.endswith("of 1 to 2 workers")]
+    assert numbers == ["2", "1", "2"]
+    steady, elastic = output(project, "steady.json")["metrics"], output(project, "elastic.json")["metrics"]
+    assert elastic["log_loss"] == pytest.approx(steady["log_loss"], abs=1e-5)
+
+
+def test_a_network_that_is_too_large_ends_in_one_line(project: Project) -> None:
+    """The exit code is 1, the line names the settings to change, and Ray Train does not try again."""
+    result = project.run("jobs.train", "model=tabular_network", *DATA, "model.width=3000000", "model.depth=2")
+    assert result.returncode == 1, result.stderr
+    assert "failed: A training worker has too little memory. Lower model.batch_size" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_killed_sweep_continues_from_the_ledger(project: Project) -> None:
+    """The job is killed while its second trial runs. The same command runs only that one and the third.
+
+    The finished sweep prints its best, which is trained and registered with the sweep as lineage. With another setting,
+    the sweep is refused and names the setting.
+    """
+    options = ("run=s", "sweep.trials=3", "sweep.rows=500", "sweep.concurrent_trials=1", *SMALL[1:2])
+    search = ("sweep.search=optuna", "sweep.scheduler=asha", "sweep.model.epochs=40")
+    command = [sys.executable, "-m", "jobs.sweep", *DATA, *options, *search]
+    ledger = project.ledger()
+
+    def trials(kind: type[LedgerEvent]) -> list[tuple[int, Any]]:
+        events = ledger.find(kind, model="tiny", run="s")
+        return [(event.payload["trial"], event.payload.get("parameters")) for event in events]
+
+    with subprocess.Popen(command, cwd=project.root, env=project.env) as job:
+        wait_until(lambda: len(trials(TrialStarted)) == 2 or job.poll() is not None, seconds=120)
+        job.kill()
+    before = trials(TrialStarted)
+    assert len(before) == 2
+    done = project.run("jobs.sweep", *DATA, *options, *search, check=True)
+    assert "3 trials, 1 have ended, 1 at once" in done.stdout
+    ended = len(trials(TrialFinished))
+    assert ended == 3
+    started = trials(TrialStarted)
+    assert [number for number, _ in started] == [1, 2, 2, 3]
+    assert started[1] == started[2]
+    outputs = ("output=sweep.json", "report=sweep.html", "register=true")
+    again = project.run("jobs.sweep", *DATA, *options, *search, *outputs, check=True)
+    assert "sweep s is finished" in again.stdout
+    assert len(trials(TrialStarted)) == 4
     sweep = output(project, "sweep.json")
-    assert len(sweep["trials"]) == 2
-    assert sweep["best"]["width"] in (64, 128, 256)
+    assert sweep["best"] == dict(started)[sweep["best_trial"]]
+    assert "polyline" in (project.root / "sweep.html").read_text()
+    shown = project.run("cluster.lineage", "--model", "tiny", "--version", "latest", check=True).stdout
+    assert f"hyper-parameters of trial {sweep['best_trial']} of sweep s" in shown
+    other = project.run("jobs.sweep", *DATA, *options, *search, "seed=1")
+    assert other.returncode == 2
+    assert "Sweep 's' of model 'tiny' was started with seed=0, not 1" in other.stderr
 
 
 def test_a_sweep_that_diverges_says_so_for_each_trial(project: Project) -> None:

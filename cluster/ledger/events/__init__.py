@@ -58,7 +58,6 @@ from cluster.ledger.events.models import (
     ScoringStarted,
     ShadowStarted,
     ShadowStopped,
-    SweepFinished,
 )
 from cluster.ledger.events.pipelines import (
     PipelineCancelled,
@@ -99,6 +98,13 @@ from cluster.ledger.events.schedules import (
     ScheduledRunSkipped,
     ScheduledRunStarted,
     ScheduleStateChanged,
+)
+from cluster.ledger.events.sweeps import (
+    SweepFinished,
+    SweepStarted,
+    TrialFinished,
+    TrialReported,
+    TrialStarted,
 )
 
 __all__ = [
@@ -154,7 +160,6 @@ __all__ = [
     "ScoringStarted",
     "ShadowStarted",
     "ShadowStopped",
-    "SweepFinished",
     "PipelineCancelled",
     "PipelineFinished",
     "PipelineStarted",
@@ -187,6 +192,11 @@ __all__ = [
     "ScheduledRunFinished",
     "ScheduledRunSkipped",
     "ScheduledRunStarted",
+    "SweepFinished",
+    "SweepStarted",
+    "TrialFinished",
+    "TrialReported",
+    "TrialStarted",
 ]
 
 _TYPES: dict[str, type[LedgerEvent]] = {

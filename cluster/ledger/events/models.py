@@ -8,17 +8,6 @@ from cluster.ledger.events.base import Json, LedgerEvent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SweepFinished(LedgerEvent):
-    model: str
-    family: str
-    trials: int
-    metric: str
-    best: dict[str, Json]
-    results: list[dict[str, Json]]
-    training_set_hash: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RunStarted(LedgerEvent):
     """A training run started. A run that continues has no second event."""
 

@@ -121,6 +121,32 @@ def calibration_plot(curves: Sequence[Curve], *, label: str) -> Markup:
     return _svg(left + size + 20, size + 60, label, parts)
 
 
+def line_chart(curves: Sequence[Curve], *, label: str, x_label: str) -> Markup:
+    """Draw a line for each curve, with whole numbers on the x axis. The last curve is highlighted."""
+    points = [point for curve in curves for point in curve.points]
+    if not points:
+        return Markup("")
+    left, bottom, top = 56, 260, 14
+    ticks = nice_ticks(min(value for _, value in points), max(value for _, value in points))
+    last = max(max(px for px, _ in points), 2)
+    x, y = _scale(1, last, left, WIDTH - 20), _scale(ticks[0], ticks[-1], bottom, top)
+    every = max(1, round(last / 12))
+    parts = [_tick_rows(ticks, y)]
+    parts += [
+        _text(x(number), bottom + 20, str(number), "middle") for number in range(1, int(last) + 1, every)
+    ]
+    for number, curve in enumerate(curves):
+        series = 1 if number == len(curves) - 1 else 0
+        path = " ".join(f"{x(px):.1f},{y(py):.1f}" for px, py in curve.points)
+        parts.append(
+            Markup('<polyline class="curve s{}" points="{}"><title>{}</title></polyline>').format(
+                series, path, curve.name
+            )
+        )
+    parts.append(_text(left + (WIDTH - left) / 2, bottom + 40, x_label, "middle"))
+    return _svg(WIDTH, bottom + 50, label, parts)
+
+
 def symbol(x: float, y: float, series: int) -> Markup:
     """Draw the point of a series: a circle, a square or a diamond."""
     match series % 3:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -43,10 +43,18 @@ def _entities_faults(
     if columns is None:
         return
     names = services.get(str(stage.parameters.get("service")), [])
-    keys = [key for name in names if name in views for key in views[name].join_keys]
-    for column in dict.fromkeys([*keys, EVENT_TIMESTAMP]):
+    known = [views[name] for name in names if name in views]
+    for column in dict.fromkeys([*_entity_keys(known), EVENT_TIMESTAMP]):
         if column not in columns:
             yield f"{path} has no column '{column}'.{did_you_mean(column, columns)}"
+
+
+def _entity_keys(views: Sequence[ViewSpec]) -> Iterator[str]:
+    """Yield the join keys that entity rows need. A feature of an earlier view can be the join key of a later one."""
+    features: set[str] = set()
+    for view in views:
+        yield from (key for key in view.join_keys if key not in features)
+        features.update(field.name for field in view.fields)
 
 
 def _label_faults(stage: Stage, earlier: Iterable[Stage]) -> Iterator[str]:

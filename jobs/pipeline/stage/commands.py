@@ -37,7 +37,7 @@ _READS = (
     "artifact",
 )
 """Options of Falaj's commands that name a file to read."""
-_WRITES = ("output", "folder")
+_WRITES = ("output", "folder", "report")
 _SINGLE_WITH_SLICES = frozenset(
     {"name", "version", "family", "data_hash", "rows", "chosen_rows", "column", "value"}
 )
@@ -196,6 +196,10 @@ def _training_set(config: Any) -> Facts:
 
 
 def _sweep(config: Any) -> Facts:
+    return _train(config) if config.register else _fit(config)
+
+
+def _fit(config: Any) -> Facts:
     family = (config.model or {}).get("module")
     return Facts(
         files=_files(config),
@@ -205,7 +209,7 @@ def _sweep(config: Any) -> Facts:
 
 
 def _train(config: Any) -> Facts:
-    model, facts = _model(config), _sweep(config)
+    model, facts = _model(config), _fit(config)
     return replace(facts, writes=(model,), needs=(*facts.needs, (Action.register_model, model)))
 
 
@@ -313,6 +317,8 @@ _FACTS: dict[str, Callable[[Any], Facts]] = {
 """For each command that can be a stage, the function that returns its facts."""
 STAGE_COMMANDS = frozenset(_FACTS)
 """The platform's commands that can be a stage."""
+WITH_RUNS = frozenset({"jobs.sweep", "jobs.train"})
+"""Commands whose option `run=<id>` continues the work of a killed job that had the same id."""
 
 
 def _model(config: Any) -> str:

@@ -82,9 +82,13 @@ def checkpoint_activations(network: Any) -> None:
     Raises:
         ConfigError: The network has no blocks: neither a `ModuleList` nor a method of its own.
     """
-    if hasattr(network, "gradient_checkpointing_enable"):  # of a Hugging Face model
-        network.gradient_checkpointing_enable()
-        return
+    for name in (
+        "activation_checkpointing_enable",
+        "gradient_checkpointing_enable",
+    ):  # of Hugging Face models
+        if hasattr(network, name):
+            getattr(network, name)()
+            return
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     lists = [module for module in network.modules() if isinstance(module, torch.nn.ModuleList)]

@@ -19,11 +19,9 @@ import torch
 from cluster.errors import TrainingFailed
 from jobs.train.network.engine import learning_rate, set_learning_rate, start_engine
 from jobs.train.network.plan import LoopConfig
-from jobs.train.progress import divergence_message
+from jobs.train.progress import METRIC, divergence_message
 from jobs.train.rows.batches import Batch
 
-METRIC = "validation_loss"
-"""Metric that selects the best epoch and the best trial."""
 TRAINING_LOSS = "training_loss"
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save
 
 from jobs.train.config import CheckpointConfig
+from jobs.train.network.elastic import Resized
 from jobs.train.network.engine import Parts, consolidated_weights, engine_state, load_engine_state
 from jobs.train.network.loop import LoopState, Rank, StepMetrics, random_states, set_random_states
 from jobs.train.run.files import (
@@ -32,8 +33,6 @@ from jobs.train.run.files import (
 
 DECIDE_STEPS = 8
 """After so many steps, rank 0 tells the other ranks whether a checkpoint is due by time."""
-ASK_S = 5.0
-"""Seconds between two questions to Ray whether a node of the run is drained. The question is a barrier."""
 UPLOAD_TIMEOUT_S = 600.0
 """Longest time in seconds that rank 0 waits for the uploads of the other ranks."""
 _POLL_S = 0.1
@@ -53,6 +52,7 @@ class Saver:
         report: Report = lambda metrics, is_epoch: None,
         warn: Callable[[str], None] = print,
         ask_draining: Callable[[], bool] = lambda: False,
+        has_room: Callable[[], bool] = lambda: False,
     ) -> None:
         """Prepare the saver of one rank.
 
@@ -63,11 +63,12 @@ class Saver:
             report: Gets the metrics on rank 0.
             warn: Gets warnings on rank 0.
             ask_draining: Returns whether a node of the run will end soon. All ranks call it together.
+            has_room: Returns on rank 0 whether there is room for more workers.
         """
         self._files, self._config, self._rank = files, config, rank
-        self._report, self._warn, self._ask_draining = report, warn, ask_draining
+        self._report, self._warn, self._ask_draining, self._has_room = report, warn, ask_draining, has_room
         self._saved_at = self._asked_at = time.monotonic()
-        self._is_draining = False
+        self._is_draining = self._is_resizing = False
         self._metrics: list[StepMetrics] = []
         self._upload = _Upload()
 
@@ -101,9 +102,16 @@ class Saver:
         return _divided(LoopState(**ranks[0]["state"]), [one["state"]["loss_sum"] for one in ranks])
 
     def after_step(self, engine: Any, state: LoopState) -> None:
-        """Save a checkpoint if one is due."""
+        """Save a checkpoint if one is due.
+
+        Raises:
+            Resized: There is room for more workers. The checkpoint is complete.
+        """
         if self._is_due(state):
             self._save(engine, state, weights=None)
+        if self._is_resizing:
+            self.close()
+            raise Resized
 
     def after_epoch(self, engine: Any, state: LoopState, metrics: StepMetrics, *, is_best: bool) -> None:
         """Save a checkpoint and, if they are the best, the weights."""
@@ -130,11 +138,15 @@ class Saver:
             return False
         now = time.monotonic()
         is_late = seconds is not None and now - self._saved_at >= seconds
-        decisions = [is_late, not self._is_draining and now - self._asked_at >= ASK_S]
+        must_ask = now - self._asked_at >= self._config.watch_s
+        is_resizing = must_ask and self._rank.rank == 0 and self._has_room()
+        decisions = [is_late, must_ask, is_resizing]
         torch.distributed.broadcast_object_list(decisions, src=0)
-        is_due, must_ask = decisions
+        is_due, must_ask, self._is_resizing = decisions
+        is_due |= self._is_resizing
         if must_ask:
             self._asked_at = now
+        if must_ask and not self._is_draining:
             self._is_draining = self._ask_draining()
             is_due |= self._is_draining
         return is_due

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -12,53 +11,48 @@ import ray.train
 import torch
 from ray.util.queue import Queue
 
-from cluster.errors import RefusedError, TrainingFailed, refusal_behind
+from cluster.errors import TrainingFailed
 from jobs.train.config import CheckpointConfig
-from jobs.train.network.loop import METRIC, TRAINING_LOSS, Rank, StepMetrics, run_loop
+from jobs.train.network.elastic import RESIZED, GrowthWatch, Resized, WorkerRange, free_resources
+from jobs.train.network.failures import TOO_LITTLE_MEMORY, is_out_of_memory, report_node
+from jobs.train.network.loop import TRAINING_LOSS, Rank, StepMetrics, run_loop
 from jobs.train.network.plan import LoopConfig, Steps
 from jobs.train.network.saver import NoCheckpoints, Saver
-from jobs.train.progress import Report, send_report
+from jobs.train.progress import METRIC, Report, send_report
 from jobs.train.run.files import RunFiles
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Failure:
-    """Why a fit ended. A worker returns it, because Ray Train would try the same fit again after an error."""
-
-    message: str
-    is_refusal: bool
-    """Whether the caller's input is the cause, and not the fit."""
-
-    def error(self) -> Exception:
-        """Return the error to raise in the driver."""
-        return RefusedError(self.message) if self.is_refusal else TrainingFailed(self.message)
-
-
-def train_worker(settings: dict[str, Any]) -> Failure | None:
+def train_worker(settings: dict[str, Any]) -> str | None:
     """Fit a network as one of Ray Train's workers, and keep the run's checkpoints.
 
     Args:
-        settings: `loop` (reference to a `LoopConfig`), `files` (`RunFiles` or None), `checkpoint` and `reports`.
+        settings: `loop` (reference to a `LoopConfig`), `files` (`RunFiles` or None), `checkpoint`, `reports`, and
+            `workers` (`WorkerRange` or None).
+
+    Returns:
+        `RESIZED` if all ranks have ended because there is room for more workers.
+
+    Raises:
+        TrainingFailed: The fit diverged, or the device or the node has too little memory.
+        RefusedError: An input is refused.
     """
     context = ray.train.get_context()
     rank = Rank(rank=context.get_world_rank(), workers=context.get_world_size())
     config: LoopConfig = ray.get(settings["loop"])
     reports: Queue | None = settings["reports"] if rank.rank == 0 else None
+    observer = _observer(settings, config, rank, reports)
+    if isinstance(observer, Saver):
+        report_node()  # a trial of a sweep reports nothing but its metrics
     try:
-        observer = _observer(settings, config, rank, reports)
         run_loop(config, rank, observer)
         if isinstance(observer, Saver):
             observer.close()
-    except torch.OutOfMemoryError:
-        return Failure(
-            message="The device has too little memory. Lower model.batch_size, or raise "
-            "deepspeed.gradient_accumulation or deepspeed.zero_stage.",
-            is_refusal=False,
-        )
-    except (RefusedError, TrainingFailed) as error:
-        if isinstance(error, RefusedError) and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # the other ranks may wait for this one
-        return Failure(message=str(refusal_behind(error)), is_refusal=isinstance(error, RefusedError))
+    except Resized:
+        return RESIZED
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingFailed(TOO_LITTLE_MEMORY) from error
     return None
 
 
@@ -73,7 +67,22 @@ def _observer(
     if files is None:
         return NoCheckpoints(lambda metrics: ray.train.report(_epoch_metrics(metrics)))
     checkpoint: CheckpointConfig = settings["checkpoint"]
-    return Saver(files, checkpoint, rank, report=report, ask_draining=is_draining)
+    return Saver(
+        files,
+        checkpoint,
+        rank,
+        report=report,
+        ask_draining=is_draining,
+        has_room=_growth(settings["workers"], rank),
+    )
+
+
+def _growth(workers: WorkerRange | None, rank: Rank) -> Callable[[], bool]:
+    """Return a function that tells whether there is room for more workers."""
+    if workers is None:
+        return lambda: False
+    node = ray.get_runtime_context().get_node_id()
+    return GrowthWatch(workers, held=rank.workers, node=node, room=lambda: free_resources(workers.selector))
 
 
 def is_draining() -> bool:

@@ -17,6 +17,9 @@ from jobs.train.rows.target import Target
 EVALUATION_ROWS = 4096
 """Rows of a batch in which a model is evaluated."""
 
+VALIDATION_BYTES = 16 * 2**20
+"""A worker keeps validation rows up to this size."""
+
 
 class Batch(NamedTuple):
     """Rows for one forward pass."""
@@ -26,12 +29,14 @@ class Batch(NamedTuple):
 
 
 class RowReader:
-    """Reads the batches of one rank. It holds two windows of rows and a bounded cache."""
+    """Reads the batches of one rank. It holds two windows of rows, a bounded cache, and some validation rows."""
 
     def __init__(self, rows: EncodedRows, *, seed: int, window_rows: int = WINDOW_ROWS) -> None:
         self._rows, self._cache = rows, GroupCache(rows)
         self._seed, self._window_rows = seed, window_rows
         self._fit_counts = rows.counts(Part.fit)
+        self._validation: dict[int, Batch] = {}
+        self._validation_room = VALIDATION_BYTES
 
     def batches(self, epoch: int, *, first_step: int, steps: int, batch_rows: int) -> Iterator[Batch]:
         """Yield the global batches of the steps `first_step` to `steps` of an epoch.
@@ -59,10 +64,23 @@ class RowReader:
         for group, count in enumerate(self._rows.counts(Part.validation)):
             if group % workers != rank or not count:
                 continue
-            chosen = self._cache.read(group).of(Part.validation)
+            chosen = self._validation_rows(group)
             for begin in range(0, count, EVALUATION_ROWS):
                 rows = slice(begin, begin + EVALUATION_ROWS)
                 yield Batch(chosen.matrix[rows], chosen.target[rows])
+
+    def _validation_rows(self, group: int) -> Batch:
+        """Return the validation rows of a group. They are kept, if there is room, so each epoch need not read them."""
+        kept = self._validation.get(group)
+        if kept is not None:
+            return kept
+        chosen = self._cache.read(group).of(Part.validation)
+        batch = Batch(chosen.matrix, chosen.target)
+        size = batch.matrix.nbytes + batch.target.nbytes
+        if size <= self._validation_room:
+            self._validation[group] = batch
+            self._validation_room -= size
+        return batch
 
     def validation_steps(self, *, workers: int) -> int:
         """Return the largest number of validation batches of a rank."""

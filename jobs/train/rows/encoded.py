@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -99,32 +98,34 @@ class EncodedRows:
             yield self.read(group)
 
 
-CACHE_BYTES = 64 * 2**20
+CACHE_BYTES = 48 * 2**20
 """A worker keeps encoded groups up to this size, so that epochs of a small training set decrypt it once."""
 
 
 class GroupCache:
-    """Reads encoded groups, and keeps those that were used last."""
+    """Reads encoded groups, and keeps the first ones.
+
+    Each epoch reads all groups once. If they do not all fit, the groups that were used last are not used again soon, so
+    no group makes room for another one.
+    """
 
     def __init__(self, rows: EncodedRows, *, max_bytes: int = CACHE_BYTES) -> None:
-        self._rows, self._max_bytes, self._bytes = rows, max_bytes, 0
-        self._groups: OrderedDict[int, EncodedGroup] = OrderedDict()
+        self._rows, self._room = rows, max_bytes
+        self._groups: dict[int, EncodedGroup] = {}
 
     def read(self, group: int) -> EncodedGroup:
         """Return one group."""
-        if group in self._groups:
-            self._groups.move_to_end(group)
-            return self._groups[group]
+        kept = self._groups.get(group)
+        if kept is not None:
+            return kept
         encoded = self._rows.read(group)
         size = _size(encoded)
-        if size <= self._max_bytes:
+        if size <= self._room:
             self._groups[group] = encoded
-            self._bytes += size
-            while self._bytes > self._max_bytes:
-                _, dropped = self._groups.popitem(last=False)
-                self._bytes -= _size(dropped)
+            self._room -= size
         return encoded
 
 
 def _size(group: EncodedGroup) -> int:
+    """Return the bytes of a group's values."""
     return int(group.matrix.nbytes + group.target.nbytes)

@@ -34,7 +34,7 @@ def evaluate_held_out(folder: Path, data: TrainingData, precision: Precision) ->
     Raises:
         ConfigError: The model cannot be quantised to int8.
     """
-    float32 = predict_held_out(folder, data, data.signature)
+    float32 = predict_part(folder, data, data.signature)
     target = data.target[data.held_out]
     metrics = score(float32, target)
     is_constant = len(float32.scores) > 1 and bool((float32.scores == float32.scores[0]).all())
@@ -44,22 +44,24 @@ def evaluate_held_out(folder: Path, data: TrainingData, precision: Precision) ->
     from jobs.train.quantise import quantisation_cost, quantise  # imports ONNX and ONNX Runtime
 
     quantise(folder)
-    int8 = predict_held_out(folder, data, replace(data.signature, precision=precision))
+    int8 = predict_part(folder, data, replace(data.signature, precision=precision))
     cost = quantisation_cost(float32, int8, metrics)
     return HeldOutResult(score(int8, target) | {"quantised_from": cost}, warnings)
 
 
-def predict_held_out(folder: Path, data: TrainingData, signature: ModelSignature) -> Predictions:
-    """Write the signature into the model folder, load the model and predict the held-out rows.
+def predict_part(
+    folder: Path, data: TrainingData, signature: ModelSignature, *, part: Part = Part.held_out
+) -> Predictions:
+    """Write the signature into the model folder, load the model and predict the rows of one part of the split.
 
     Raises:
         RefusedError: The files are no valid model, or the scores do not fit the task.
     """
     (folder / SIGNATURE_FILE).write_text(signature.to_json())
     model = open_model(folder, hardware=Hardware(num_threads=2))
-    counts = data.rows.counts(Part.held_out)
+    counts = data.rows.counts(part)
     parts = [
-        model.predict_matrix(data.rows.read(group).of(Part.held_out).matrix).scores
+        model.predict_matrix(data.rows.read(group).of(part).matrix).scores
         for group, count in enumerate(counts)
         if count
     ]

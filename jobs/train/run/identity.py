@@ -37,12 +37,22 @@ def new_run_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
-def run_settings(config: PlatformConfig, family: str, parameters: Any, data_hash: str) -> dict[str, Any]:
-    """Return everything that determines the model, by dotted name."""
+def run_settings(
+    config: PlatformConfig, family: str, parameters: Any, data_hash: str, **sections: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return everything that determines the model, by dotted name.
+
+    Args:
+        config: Configuration of the command.
+        family: Family of the model.
+        parameters: Its hyper-parameters.
+        data_hash: Hash of the data.
+        sections: Further settings.
+    """
     content = {name: value for name, value in to_json_values(asdict(config)).items() if name in _SETTINGS}
     content["model"] = to_json_values(asdict(parameters)) | {"family": family}
     content["data"] = {"hash": data_hash}
-    return _flat(content)
+    return _flat(content | to_json_values(sections))
 
 
 def check_settings(ledger: Ledger, *, model: str, run: str, settings: Mapping[str, Any]) -> bool:
@@ -54,14 +64,22 @@ def check_settings(ledger: Ledger, *, model: str, run: str, settings: Mapping[st
     entry = ledger.newest(RunStarted, model=model, run=run)
     if entry is None:
         return False
-    recorded = entry.payload["settings"]
+    require_same_settings(entry.payload["settings"], settings, what=f"Run '{run}' of model '{model}'")
+    return True
+
+
+def require_same_settings(recorded: Mapping[str, Any], settings: Mapping[str, Any], *, what: str) -> None:
+    """Require the settings with which a run was started.
+
+    Raises:
+        ConfigError: One differs. The message names it.
+    """
     for name in sorted(recorded.keys() | settings.keys()):
         if recorded.get(name) != settings.get(name):
             raise ConfigError(
-                f"Run '{run}' of model '{model}' was started with {name}={recorded.get(name)}, not "
-                f"{settings.get(name)}. Give the same settings and data, or another run=…"
+                f"{what} was started with {name}={recorded.get(name)}, not {settings.get(name)}. Give the same "
+                "settings and data, or another run=…"
             )
-    return True
 
 
 def find_finished(ledger: Ledger, *, model: str, run: str) -> Finished | None:

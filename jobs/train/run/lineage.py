@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -27,8 +28,10 @@ LIBRARIES = (
 )
 
 
-def build_lineage(config: TrainConfig, source: TrainingSet, parameters: Any) -> Lineage:
-    """Return the lineage of a training run."""
+def build_lineage(
+    config: TrainConfig, source: TrainingSet, parameters: Any, *, sweep: Mapping[str, Any]
+) -> Lineage:
+    """Return the lineage of a training run. For `sweep` see `Lineage`."""
     manifest = source.manifest
     return Lineage(
         training_set_hash=source.hash,
@@ -40,6 +43,7 @@ def build_lineage(config: TrainConfig, source: TrainingSet, parameters: Any) -> 
         | {"parameters": to_json_values(dataclasses.asdict(parameters))},
         seed=config.seed,
         libraries=library_versions(),
+        sweep=dict(sweep),
     )
 
 

@@ -46,7 +46,7 @@ def lineage(**changes: Any) -> Lineage:
     )
     source = TrainingSet(table=None, manifest={}, hash="h")
     return replace(
-        build_lineage(config, source, lightgbm.Parameters(rounds=40, learning_rate=0.1)), **changes
+        build_lineage(config, source, lightgbm.Parameters(rounds=40, learning_rate=0.1), sweep={}), **changes
     )
 
 

@@ -82,7 +82,7 @@ def test_training_records_the_column_that_auto_resolved_to() -> None:
     """Otherwise a change of the default would hold out other rows."""
     data = source(keys=("order_id",))
     chosen = TrainConfig(name="m", training_set="t", label="y", split=resolve_split(SplitConfig(), data))
-    recorded = build_lineage(chosen, data, Parameters()).config["split"]
+    recorded = build_lineage(chosen, data, Parameters(), sweep={}).config["split"]
     drawn = {"column": "order_id", "modulo": 4, "remainder": 3}
     assert recorded == drawn | {"seed": None, "from_time": None}
     mask = version_held_out_mask(version(recorded), data, advice="")

@@ -1,4 +1,4 @@
-"""Refusals and warnings of training, before and during the fit, and of sweeps."""
+"""Refusals and warnings of training, before and during the fit."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from ray.exceptions import RayTaskError
 
 from cluster.errors import ConfigError, TrainingFailed, TrainingSetError
 from cluster.runtime import Task
 from jobs.metrics import headline, regression_metrics
-from jobs.sweep.results import best_trial, trial_from_result
 from jobs.train.checks import check_rows
 from jobs.train.config import LearningConfig, SplitConfig
 from jobs.train.data import TrainingSet, prepare
@@ -182,42 +180,6 @@ def test_a_long_fit_logs_about_twenty_lines(capsys: pytest.CaptureFixture[str]) 
     assert lines[-1].strip() == describe(
         Report(completed=200, losses={"loss": 1 / 200}), unit="round", total=200
     )
-
-
-def tune_result(loss: float | None, error: Exception | None = None) -> Any:
-    """Return the result of one trial, as Tune does."""
-    metrics = {} if loss is None else {"validation_loss": loss}
-    return SimpleNamespace(config={"learning_rate": 0.01, "width": 64}, metrics=metrics, error=error)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_trial_without_a_finite_loss_never_wins(bad: float) -> None:
-    """The order of the trials does not matter."""
-    losses = [bad, 0.7, bad, 0.6, bad]
-    trials = [trial_from_result(tune_result(loss), deadline_s=1) for loss in losses]
-    assert best_trial(trials).validation_loss == 0.6
-    assert trials[0].cause == f"validation_loss is {bad}"
-
-
-def test_a_sweep_without_a_winner_prints_the_cause_of_each_trial(capsys: pytest.CaptureFixture[str]) -> None:
-    """One line per trial, without tracebacks."""
-    refusal = TrainingFailed("The training loss is nan in epoch 1 of 1: the fit diverged.")
-    in_worker = RayTaskError("f", "Traceback …\nmore", refusal).as_instanceof_cause()
-    results = [
-        tune_result(math.nan),
-        tune_result(None),
-        tune_result(0.5, in_worker),
-        tune_result(None, RuntimeError("a\nlast line")),
-    ]
-    with pytest.raises(TrainingFailed, match="None of 4 trials"):
-        best_trial([trial_from_result(result, deadline_s=9) for result in results])
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.partition("width=64: ")[2] for line in lines] == [
-        "validation_loss is nan",
-        "ended before its first epoch (sweep.trial_deadline_s is 9)",
-        "The training loss is nan in epoch 1 of 1: the fit diverged.",
-        "last line",
-    ]
 
 
 def test_an_undefined_metric_is_printed_as_undefined() -> None:

@@ -17,10 +17,10 @@ from cluster.ledger.events import (
     ModelReinstated,
     ModelRetired,
 )
-from cluster.registry import ModelVersion, Registry, retirement
+from cluster.registry import ModelVersion, Registry, require_not_retired, retirement
 from cluster.settings import PlatformConfig
 from cluster.storage import Layout
-from serve_apps.retirement import reinstate, require_not_retired, retire
+from serve_apps.retirement import reinstate, retire
 
 
 class Permitted:
@@ -85,7 +85,7 @@ def test_a_retired_version_is_refused_until_it_is_reinstated(world: World) -> No
     world.retire(2)
     world.retire(2, "another reason")
     assert len(list(world.ledger.entries(ModelRetired))) == 1
-    with pytest.raises(RefusedError, match=r"retired \(old data\)\. Deploy another one, such as version=1"):
+    with pytest.raises(RefusedError, match=r"retired \(old data\)\. Use another one, such as version=1"):
         world.require_not_retired(2)
     world.require_not_retired(1)
     world.reinstate(2)

@@ -8,6 +8,7 @@ from Thrift's compact protocol, with the field numbers of Parquet's `parquet.thr
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ MAX_FOOTER_BYTES = 64 * 2**20
 MAX_DEPTH = 16
 MAGIC = b"PAR1"
 _TAIL_BYTES = 8
+_CACHED_BYTES = 8 * 2**20
+"""A decoded footer up to this size is kept until two other files were opened."""
 # parquet.thrift: FileMetaData, RowGroup, ColumnChunk, ColumnCryptoMetaData, ColumnMetaData, KeyValue
 _ROW_GROUPS, _KEY_VALUES, _SIGNING_KEY = 4, 5, 9
 _COLUMNS = 1
@@ -99,10 +102,20 @@ def read_footer(source: BinaryIO) -> FileKeys:
     if tail[4:] != MAGIC or not 0 < length <= min(size - _TAIL_BYTES - len(MAGIC), MAX_FOOTER_BYTES):
         raise ProtectedFileCorrupt("it has no whole footer")
     source.seek(size - _TAIL_BYTES - length)
+    footer = source.read(length)
     try:
-        return _file_keys(_Compact(source.read(length)).struct())
+        return _decode(footer) if length <= _CACHED_BYTES else _file_keys(_Compact(footer).struct())
     except (IndexError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ProtectedFileCorrupt("its footer cannot be decoded") from error
+
+
+@functools.lru_cache(maxsize=2)
+def _decode(footer: bytes) -> FileKeys:
+    """Return the keys that a footer names.
+
+    A file that is read row group by row group is opened for each group, and a footer grows with the number of groups.
+    """
+    return _file_keys(_Compact(footer).struct())
 
 
 def _file_keys(file: dict[int, Any]) -> FileKeys:

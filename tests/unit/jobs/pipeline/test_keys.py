@@ -11,9 +11,10 @@ from cluster import entrypoint
 from cluster.ledger.events import DeploymentRemoved, LedgerEvent, ModelDeployed, StageFinished
 from jobs.pipeline.config import PipelineSpec, StageConfig
 from jobs.pipeline.graph import build_graph
-from jobs.pipeline.keys import Prepared, StageKeys
+from jobs.pipeline.keys import Prepared, StageKeys, stage_command
 from jobs.pipeline.plan import Caller, make_plan
 from jobs.pipeline.stage.content import CodeHashes, Platform
+from jobs.train.config import check_run
 from tests.unit.jobs.pipeline.conftest import World, copy
 
 MODEL = Path(__file__).parents[4] / "configs" / "model" / "lightgbm.yaml"
@@ -50,6 +51,25 @@ def test_a_changed_configuration_file_changes_the_key(world: World) -> None:
     file.write_text(MODEL.read_text().replace("learning_rate: ", "learning_rate: 9"))
     entrypoint._compose_once.cache_clear()
     assert prepare(world, "t", caller, t=train(model="mine")).key != before
+
+
+def test_each_attempt_of_a_stage_continues_one_training_run(world: World) -> None:
+    """The id of the training run depends on the pipeline's run and on the key, and a stage can have its own."""
+
+    def run_of(pipeline_run: str, **parameters: str) -> str:
+        prepared = prepare(world, "fit", fit=train(**parameters))
+        return stage_command(prepared, run=pipeline_run)[-1]
+
+    first = run_of("nightly 7")
+    check_run(first.removeprefix("run="))
+    assert first.startswith("run=p-nightly-7-fit-")
+    assert run_of("nightly 7") == first
+    assert len({first, run_of("nightly 8"), run_of("nightly 7", seed="1")}) == 3
+    check_run(run_of("r" * 64).removeprefix("run="))
+    assert run_of("nightly 7", run="mine") == "run=mine"
+    assert stage_command(prepare(world, "copied", copied=copy("c", "source.txt", "c.txt")), run="r")[
+        -1
+    ].startswith("write=")
 
 
 def test_the_callers_platform_options_are_in_the_key_and_the_identity_is_not(world: World) -> None:

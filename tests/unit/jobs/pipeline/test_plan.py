@@ -362,11 +362,16 @@ def test_a_value_below_a_known_name_is_not_misspelled(command: str, name: str, i
 def test_a_wrong_label_key_or_metric_is_a_fault(
     world: World, label: str, require: dict[str, Any], columns: list[str], fault: str | None
 ) -> None:
-    """The file of the entities exists before the run, and the training set is made of it."""
+    """The file of the entities exists before the run, and the training set is made of it.
+
+    It needs no join key that is a feature of an earlier view.
+    """
     (world.root / "store.py").write_text(
-        "from feature_jobs.store import FeatureService\n"
+        "from feature_jobs.store import Entity, FeatureService, Field\n"
         "from tests.projects.views import make_view\n"
-        'credit = FeatureService("credit", views=[make_view()])\n'
+        'income = make_view(schema=[Field("amount", "float64"), Field("area", "string")])\n'
+        'rent = make_view("rent", entities=[Entity("area", join_keys=["area"])])\n'
+        'credit = FeatureService("credit", views=[income, rent])\n'
     )
     pl.DataFrame({name: ["1"] for name in columns}).write_parquet(world.root / "people.parquet")
     found = faults(

@@ -13,7 +13,7 @@ import pytest
 from deltalake import write_deltalake
 
 from cluster.errors import RefusedError
-from cluster.ledger.events import ScoringFinished, ScoringStarted
+from cluster.ledger.events import ModelReinstated, ModelRetired, ScoringFinished, ScoringStarted
 from cluster.registry import Registry
 from cluster.runtime import InputSpec, Model, ModelSignature, load_model
 from cluster.security.keys.access import key_store
@@ -210,6 +210,20 @@ def test_an_unwritten_kind_of_input_is_refused_in_one_line(project: ScoringProje
         with pytest.raises(RefusedError, match=message):
             project.score(**({"output": "refused"} | options))
     assert not (project.root / "refused").exists()
+
+
+def test_a_retired_version_is_not_scored_until_it_is_reinstated(project: ScoringProject) -> None:
+    """The message has the reason and another version. Nothing is written."""
+    project.register(SIGNATURES.binary)
+    project.register(SIGNATURES.binary)
+    project.write(people())
+    project.ledger.append(ModelRetired(name=MODEL, version=2, reason="old data"), actor="bob")
+    with pytest.raises(RefusedError, match=r"Version 2 of 'm' is retired \(old data\)\..*version=1"):
+        project.score()
+    assert not (project.root / "scores").exists()
+    assert project.score(version="1").scored == ROWS
+    project.ledger.append(ModelReinstated(name=MODEL, version=2, reason="mistake"), actor="bob")
+    assert project.score(output="again").scored == ROWS
 
 
 def test_the_ledger_has_the_run(project: ScoringProject) -> None:

@@ -13,15 +13,14 @@ import torch
 from cluster.errors import ConfigError
 from cluster.runtime import Task
 from cluster.runtime.onnx_engine import OnnxEngine
-from jobs.train.__main__ import require_room
 from jobs.train.config import DeepSpeedConfig, LearningConfig
 from jobs.train.data import TrainingSet
 from jobs.train.families import resolve_family
 from jobs.train.network.engine import checkpoint_activations, deepspeed_config
 from jobs.train.network.plan import LoopConfig, Steps
 from jobs.train.network.protocol import export_network, network_signature
-from jobs.train.training_data import TrainingData, prepare_rows
-from tests.samples import frozen_network
+from jobs.train.training_data import TrainingData, prepare_rows, require_room
+from tests.samples import frozen_network, hugging_face
 from tests.unit.jobs.train.conftest import people
 
 MODULE = frozen_network.__name__
@@ -53,6 +52,16 @@ def test_a_network_without_an_export_becomes_a_graph_with_scores(tmp_path: Path,
     assert scores.shape == ((8, 2) if task is Task.multiclass else (8,))
     if task is Task.multiclass:
         assert scores.sum(axis=1) == pytest.approx(np.ones(8))
+
+
+def test_a_hugging_face_model_becomes_a_graph(tmp_path: Path) -> None:
+    """`export_network` compares the graph with the model, also on another number of rows."""
+    data = prepared()
+    signature, parameters = network_signature(data), hugging_face.Parameters()
+    weights = hugging_face.build(signature, parameters).state_dict()
+    sample = data.rows.read(0).matrix[:8]
+    export_network(hugging_face, signature, parameters, weights, folder=tmp_path, sample=sample)
+    assert OnnxEngine((tmp_path / "model.onnx").read_bytes()).scores(sample).shape == (8,)
 
 
 def test_the_target_fits_the_loss() -> None:

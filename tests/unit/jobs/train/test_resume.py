@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cluster.security.keys.access import KeyAccess
 from jobs.train.config import CheckpointConfig, DeepSpeedConfig, LearningConfig
 from jobs.train.data import TrainingSet
 from jobs.train.network.plan import LoopConfig, plan_steps
-from jobs.train.network.protocol import network_signature
+from jobs.train.network.protocol import NetworkSignature, network_signature
 from jobs.train.rows.batches import TableBatches
 from jobs.train.rows.file import RowFile
 from jobs.train.run.files import RunFiles, find_checkpoint, run_files
 from jobs.train.tabular_network.family import Parameters
 from jobs.train.training_data import prepare_rows
 from tests.processes.training import Curve, HalfWritten, SavedRun, checkpoint_bytes, run_group
-from tests.samples import frozen_network
+from tests.samples import frozen_network, hugging_face
 from tests.unit.jobs.train.conftest import write_people
 
 TABULAR = "jobs.train.tabular_network.family"
 FROZEN = frozen_network.__name__
+BERT = hugging_face.__name__
 pytestmark = pytest.mark.timeout(
     1500
 )  # five processes that import torch and DeepSpeed start one after another
@@ -36,7 +39,9 @@ def loop(row_file: RowFile, *, module: str = TABULAR, dropout: float = 0.0, **de
     config = LearningConfig(name="m", training_set="t", label="y")
     data = prepare_rows(config, TrainingSet(table=row_file, manifest={}, hash="h"))
     tabular = Parameters(width=8, depth=1, embedding_dim=2, epochs=2, batch_size=100, dropout=dropout)
-    parameters: Any = tabular if module == TABULAR else frozen_network.Parameters()
+    parameters: Any = tabular if module == TABULAR else importlib.import_module(module).Parameters()
+    if module == BERT:
+        parameters.dropout = dropout
     settings = DeepSpeedConfig(**deepspeed)
     steps = plan_steps(
         int(data.fit.sum()), parameters, workers=[1, 2], accumulation=settings.gradient_accumulation
@@ -66,16 +71,17 @@ class Results:
 
     alone: list[Any]
     together: list[Any]
-    """A fit for each ZeRO stage, then two of the frozen network."""
+    """A fit for each ZeRO stage, two of the frozen network, and one of a Hugging Face model."""
     unbroken: dict[str, Any]
     continued: dict[str, Any]
     resharded: list[dict[str, Any]]
     """For ZeRO 0 to 3: a run of two workers, then one, then two, without dropout."""
     other_stages: list[tuple[dict[str, Any], dict[str, Any]]]
-    """An unbroken and a continued run of ZeRO stage 0, then of stage 3."""
+    """An unbroken and a continued run of ZeRO stage 0, then of stage 3, then of a Hugging Face model."""
     folder: Path
     files: RunFiles
     """Files of the continued run."""
+    signature: NetworkSignature
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +99,16 @@ def results(tmp_path_factory: pytest.TempPathFactory, access: KeyAccess) -> Resu
         loop(row_file, module=FROZEN, zero_stage=1),
         loop(row_file, module=FROZEN, zero_stage=2, activation_checkpointing=True),
     ]
+    bert = loop(row_file, module=BERT, zero_stage=2, activation_checkpointing=True)
     with_dropout = loop(row_file, dropout=0.3, zero_stage=2)
     first, second = (run_files(str(folder), model="m", run=run, access=access) for run in ("a", "b"))
     others: list[SavedRun] = []
-    for stage in (0, 3):
-        config = loop(row_file, dropout=0.3, zero_stage=stage)
+    bert_with_dropout = loop(row_file, module=BERT, dropout=0.3, zero_stage=1)
+    for number, config in enumerate(
+        [*(loop(row_file, dropout=0.3, zero_stage=stage) for stage in (0, 3)), bert_with_dropout]
+    ):
         for run, stopped_at in (("a", None), ("b", 13), ("b", None)):
-            files = run_files(str(folder), model="m", run=f"{run}{stage}", access=access)
+            files = run_files(str(folder), model="m", run=f"{run}{number}", access=access)
             others.append(SavedRun(config, files, EVERY_5, stopped_at=stopped_at))
 
     def resharded(stopped_at: int | None) -> list[SavedRun]:
@@ -115,7 +124,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, access: KeyAccess) -> Resu
 
     together = run_group(
         [
-            *(Curve(one) for one in [*stages, *frozen]),
+            *(Curve(one) for one in [*stages, *frozen, bert]),
             SavedRun(with_dropout, first, EVERY_5),
             SavedRun(with_dropout, second, EVERY_5, stopped_at=13),
             SavedRun(with_dropout, second, EVERY_5, stopped_at=37),
@@ -126,24 +135,26 @@ def results(tmp_path_factory: pytest.TempPathFactory, access: KeyAccess) -> Resu
         ],
         workers=2,
     )
-    alone = run_group([Curve(stages[0]), Curve(frozen[0]), *resharded(37)], workers=1)
+    bert_alone = loop(row_file, module=BERT, zero_stage=0)
+    alone = run_group([Curve(stages[0]), Curve(frozen[0]), Curve(bert_alone), *resharded(37)], workers=1)
     ends = run_group(resharded(None), workers=2)
     return Results(
-        alone=alone[:2],
-        together=together[:6],
-        unbroken=together[6],
-        continued=together[10],
+        alone=alone[:3],
+        together=together[:7],
+        unbroken=together[7],
+        continued=together[11],
         resharded=ends,
-        other_stages=[(together[11], together[13]), (together[14], together[16])],
+        other_stages=[(together[first], together[first + 2]) for first in (12, 15, 18)],
         folder=folder,
         files=second,
+        signature=bert.signature,
     )
 
 
 def test_every_zero_stage_gives_the_curve_of_one_process(results: Results) -> None:
-    """Also with accumulation, a frozen layer and activation checkpointing."""
-    stages, frozen = results.together[:4], results.together[4:]
-    for expected, fits in zip(results.alone, (stages, frozen), strict=True):
+    """Also with accumulation, a frozen layer, activation checkpointing, and a Hugging Face model."""
+    stages, frozen, bert = results.together[:4], results.together[4:6], results.together[6:]
+    for expected, fits in zip(results.alone, (stages, frozen, bert), strict=True):
         assert len(expected["losses"]) == 66
         assert expected["losses"][-1] < expected["losses"][0]
         for fit in fits:
@@ -165,6 +176,19 @@ def test_a_stopped_run_ends_with_the_weights_of_an_unbroken_one(results: Results
         assert continued["continued_at"] == (0, 10)
         assert continued["losses"] == unbroken["losses"]
         assert equal(continued["weights"], unbroken["weights"])
+
+
+def test_frozen_parameters_of_a_hugging_face_model_stay(results: Results) -> None:
+    """The first layer is as `build` made it, also after a stop. The second one is trained."""
+    torch.manual_seed(1)  # the seed of the runs
+    first = hugging_face.build(results.signature, hugging_face.Parameters()).state_dict()
+    _, continued = results.other_stages[2]
+    for weights in (results.together[6]["weights"], results.alone[2]["weights"], continued["weights"]):
+        changed = {
+            name for name, value in first.items() if value.numpy().tobytes() != weights[name].tobytes()
+        }
+        assert not {name for name in changed if ".layer.0." in name or "word_embeddings" in name}
+        assert {"bert.encoder.layer.1.output.dense.weight", "classifier.weight", "scale"} <= changed
 
 
 def test_a_run_continues_with_another_number_of_workers(results: Results) -> None:

@@ -117,13 +117,27 @@ def test_a_file_that_was_replaced_after_the_check_is_refused(row_file: RowFile) 
 
 
 def test_a_cache_keeps_a_bounded_number_of_groups(row_file: RowFile) -> None:
-    """A cached group is not read again; the group that was used longest ago is dropped."""
+    """The first groups are not read again. Others do not take their place, because an epoch reads each group once."""
     cache = GroupCache(prepare_rows(config(), streamed(row_file)).rows, max_bytes=3 * GROUP_ROWS * 16)
     first = cache.read(0)
     assert cache.read(0) is first
     for group in (1, 2, 3):
         cache.read(group)
-    assert cache.read(0) is not first
+    assert cache.read(0) is first
+    assert cache.read(3) is not cache.read(3)
+
+
+def test_validation_rows_are_kept(row_file: RowFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second epoch does not read their groups again. Rows for which there is no room are read each time."""
+    rows = prepare_rows(config(), streamed(row_file)).rows
+    for room in (2**20, 0):
+        monkeypatch.setattr("jobs.train.rows.batches.VALIDATION_BYTES", room)
+        reader = RowReader(rows, seed=0)
+        first = list(reader.validation(rank=0, workers=2))
+        second = list(reader.validation(rank=0, workers=2))
+        for one, other in zip(first, second, strict=True):
+            assert one.matrix.tobytes() == other.matrix.tobytes()
+        assert bool(reader._validation) is bool(room)
 
 
 START = datetime(2025, 1, 1, tzinfo=UTC)

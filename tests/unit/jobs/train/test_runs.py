@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from jobs.train.network.saver import DECIDE_STEPS, Saver
 from jobs.train.run.compare import comparison_plot, comparison_table, read_run
 from jobs.train.run.files import (
     CheckpointName,
+    RunFiles,
     best_path,
     newest_complete,
     remove_old,
@@ -134,25 +135,36 @@ def test_a_run_needs_its_options() -> None:
     assert new_run_id() != new_run_id()
 
 
-def test_a_notice_that_a_node_ends_leads_to_one_checkpoint(
-    tmp_path: Path, access: KeyAccess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ray is asked every few seconds, and not any more after the notice."""
-    monkeypatch.setattr("jobs.train.network.saver.ASK_S", 0.0)
-    answers = [False, True]
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Let this process be the only rank of a group."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        saver = Saver(
-            run_files(str(tmp_path), model="m", run="a", access=access),
-            CheckpointConfig(every_s=None, every_steps=100),
-            Rank(),
-            ask_draining=lambda: answers.pop(0),
-        )
-        due = [step for step in range(1, 101) if saver._is_due(LoopState(step=step))]
-    finally:
-        torch.distributed.destroy_process_group()
-    assert due == [2 * DECIDE_STEPS, 100]
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def due_steps(files: RunFiles, **questions: Callable[[], bool]) -> list[int]:
+    """Return the steps, of a hundred, after which a checkpoint is due. Ray is asked whenever it can be."""
+    config = CheckpointConfig(every_s=None, every_steps=100, watch_s=1e-9)
+    saver = Saver(files, config, Rank(), **questions)
+    return [step for step in range(1, 101) if saver._is_due(LoopState(step=step))]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_notice_that_a_node_ends_leads_to_one_checkpoint(tmp_path: Path, access: KeyAccess) -> None:
+    """Ray is asked every few seconds, and not any more after the notice."""
+    answers = [False, True]
+    files = run_files(str(tmp_path), model="m", run="a", access=access)
+    assert due_steps(files, ask_draining=lambda: answers.pop(0)) == [2 * DECIDE_STEPS, 100]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_room_for_more_workers_leads_to_a_checkpoint(tmp_path: Path, access: KeyAccess) -> None:
+    """The run then starts again with more workers."""
+    answers = [False, True] + [False] * 20
+    files = run_files(str(tmp_path), model="m", run="a", access=access)
+    assert due_steps(files, has_room=lambda: answers.pop(0)) == [2 * DECIDE_STEPS, 100]
 
 
 def test_an_incomplete_checkpoint_is_not_the_newest(tmp_path: Path, access: KeyAccess) -> None:

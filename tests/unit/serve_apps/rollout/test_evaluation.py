@@ -14,8 +14,6 @@ from cluster.records.segments import SegmentWriter
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import StorageConfig
-from jobs.monitor.config import MonitorConfig
-from jobs.monitor.logged import read_served_log
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.evaluation import evaluate
 from serve_apps.rollout.guardrail import Verdict
@@ -107,23 +105,3 @@ def test_a_shadow_is_compared_with_the_answers_to_the_same_requests(replica: Rep
     assert (finding.metric, finding.shadow, finding.served) == ("roc_auc", 1.0, 0.5)
     nothing = compare_shadow(config, open_ledger(config), actor, 3)
     assert (nothing.version, nothing.rows, nothing.equal_labels, nothing.served) == (3, 0, None, None)
-
-
-def test_versions_of_one_variant_are_measured_separately(replica: Replica) -> None:
-    """A variant has two versions after a promotion, for example. Their classes may have different types."""
-    storage = StorageConfig(root=replica.places.root)
-    config = MonitorConfig(name=MODEL, reference="", label="y", storage=storage)
-    logged = read_served_log(config, open_ledger(config), key_store(replica.keys))
-    assert [one.name for one in logged.served] == ["champion v1", "champion v2", "champion v3"]
-    assert [one.rows.height for one in logged.served] == [20, 20, 1]
-    assert logged.served[2].rows.select("outcome", "label", "x").rows() == [("c", "b", "old")]
-    assert logged.served[0].rows["outcome"].to_list() == [bool(number % 2) for number in range(20)]
-    assert [logged.left_out(one) for one in logged.served[:2]] == [
-        {
-            "rows_without_score": failed,
-            "odd_outcomes": odd,
-            "outcomes_of_unknown_predictions": 1,
-            "outcomes_of_unknown_rows": 1,
-        }
-        for failed, odd in ((0, 1), (1, 0))
-    ]

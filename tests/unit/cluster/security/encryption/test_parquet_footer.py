@@ -18,6 +18,7 @@ from cluster.security.encryption.parquet import (
     Protection,
     public_statistics,
 )
+from cluster.security.encryption.parquet.footer import _decode
 from cluster.security.keys.keyring import Keyring
 from cluster.security.keys.store import KeyInfo
 
@@ -53,6 +54,17 @@ def test_key_names_can_be_read_without_a_key(keyring: Keyring, path: str) -> Non
     assert keys.columns == {"id": PERSONAL, "name": PERSONAL, "illness": PERSONAL, "year": None}
     versions = {name: text.split(":")[1] for name, text in keys.wrapped.items()}
     assert versions == {INTERNAL: "v1", PERSONAL: "v1"}
+
+
+def test_a_file_that_is_opened_for_each_row_group_is_decoded_once(keyring: Keyring, path: str) -> None:
+    """The footer of a large file has thousands of entries. Another footer under the same name is decoded again."""
+    files = ProtectedFiles(keyring)
+    _decode.cache_clear()
+    first = [files.keys(path) for _ in range(3)]
+    assert _decode.cache_info().misses == 1
+    files.write(TABLE.drop_columns(["illness"]), path, PROTECTION)
+    assert "illness" in first[0].columns
+    assert "illness" not in files.keys(path).columns
 
 
 def test_damaged_footer_never_passes_verification(keyring: Keyring, path: str) -> None:

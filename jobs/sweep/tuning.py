@@ -1,0 +1,254 @@
+"""Run the trials of a sweep with Ray Tune, and record each trial in the ledger.
+
+Trials and their workers reserve CPUs separately. Only as many trials run at the same time as leave CPUs for the workers
+of each; otherwise trials would wait for workers that never start.
+
+A trial without workers trains in its own process. Ray Train starts seven other processes for one worker, which takes
+ten times as long as a short trial.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import cloudpickle, tune
+from ray.exceptions import RayError, RayTaskError
+from ray.tune import TuneError
+
+from cluster.errors import ConfigError, RefusedError, TrainingFailed, refusal_behind
+from cluster.placement import find_nodes, here
+from cluster.security.encryption.run_files import RunFolder
+from cluster.storage import layout, local
+from jobs.sweep.config import Scheduler, SweepConfig
+from jobs.sweep.display import Display
+from jobs.sweep.history import MAX_STARTS, Status, Trial
+from jobs.sweep.record import SweepRecord
+from jobs.sweep.search import NUMBER, PARAMETERS, RUNG, Asha, LedgerSearch, NoScheduler
+from jobs.sweep.space import Space
+from jobs.sweep.trial import FIXED, TrialSettings, run_trial
+from jobs.train.families import FitContext, ResolvedFamily
+from jobs.train.progress import METRIC
+from jobs.train.training_data import TrainingData
+from jobs.train.trial import num_reports, trial_cpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """The inputs of a sweep."""
+
+    config: SweepConfig
+    family: ResolvedFamily
+    """The family, with the hyper-parameters of the trials that are not searched."""
+    space: Space
+    data: TrainingData
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Family and hyper-parameters of the trials that are not searched."""
+        return self.config.model | self.config.sweep.model
+
+    @property
+    def trial_cpus(self) -> float:
+        """Logical CPUs of a trial's own process."""
+        return trial_cpus(
+            self.family,
+            num_workers=self.config.sweep.num_workers,
+            cpus_per_worker=self.config.scaling.cpus_per_worker,
+        )
+
+
+def run_trials(sweep: Sweep, record: SweepRecord, *, runs: RunFolder, concurrent: int) -> None:
+    """Run all trials that have not ended. The record then has all trials.
+
+    Args:
+        sweep: The sweep.
+        record: Its record in the ledger.
+        runs: Folder for Ray's own files.
+        concurrent: Number of trials that run at the same time.
+
+    Raises:
+        TrainingFailed: The process of a trial was lost. The same run continues the sweep.
+    """
+    # By default Tune prints its own tables and paths, and logs the traceback of each failed trial. The sweep prints one
+    # line per trial instead.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interrupted sweep is not finished
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    config = sweep.config.sweep
+    search = LedgerSearch(sweep.space, record.trials, config, seed=sweep.config.seed)
+    if not search.num_waiting:
+        return
+    scheduler: Asha | NoScheduler = NoScheduler()
+    if config.scheduler is Scheduler.asha:
+        scheduler = Asha(record.trials.values(), config, num_reports=num_reports(sweep.family))
+    with Display(num_trials=config.trials) as display:
+        recorder = Recorder(record, scheduler, display)
+        tuner = build_tuner(sweep, search, scheduler, recorder, runs=runs, concurrent=concurrent)
+        tuner.fit()
+        recorder.end_interrupted(deadline_s=config.trial_deadline_s)
+    if recorder.lost:
+        lost = ", ".join(map(str, sorted(recorder.lost)))
+        raise TrainingFailed(
+            f"The processes of these trials were lost, perhaps because memory was short: {lost}. "
+            f"`run={record.run}` runs them again; sweep.concurrent_trials=1 needs less memory."
+        )
+
+
+def build_tuner(
+    sweep: Sweep,
+    search: LedgerSearch,
+    scheduler: Asha | NoScheduler,
+    recorder: Recorder,
+    *,
+    runs: RunFolder,
+    concurrent: int,
+) -> tune.Tuner:
+    """Return the tuner of a sweep with `concurrent` parallel trials. `runs` is for temporary files."""
+    config = sweep.config
+    # Tune knows no labels, so the trials of a region run on this node. So do those of a family that uses its disk.
+    is_here = (
+        runs.file_system is None or config.placement.region is not None or not sweep.family.runs_anywhere
+    )
+    settings = TrialSettings(
+        data=ray.put(sweep.data),
+        model=sweep.model,
+        num_workers=config.sweep.num_workers,
+        context=FitContext(
+            folder=Path(),
+            runs=runs.path,
+            file_system=runs.file_system,
+            seed=config.seed,
+            scaling=config.scaling,
+            deepspeed=config.deepspeed,
+            run_name="",
+            selector=find_nodes(
+                config.placement, on_this_node="Ray Tune knows no regions" if is_here else None
+            ),
+        ),
+        scratch=str(local(layout(config.storage).runs)),
+    )
+    resources = {"CPU": sweep.trial_cpus, **(here() if is_here else {})}
+    return tune.Tuner(
+        tune.with_resources(run_trial, resources),
+        param_space={FIXED: settings},
+        tune_config=tune.TuneConfig(
+            num_samples=search.num_waiting,
+            max_concurrent_trials=concurrent,
+            time_budget_s=config.sweep.trial_deadline_s,
+            reuse_actors=False,  # DeepSpeed cannot start twice in a process, and a trial's process has a low priority
+            search_alg=search,
+            # By default, the names have all values of the configuration.
+            trial_name_creator=trial_name,
+            trial_dirname_creator=trial_name,
+            scheduler=scheduler,
+        ),
+        run_config=tune.RunConfig(
+            name="sweep",
+            storage_path=runs.path,
+            storage_filesystem=runs.file_system,
+            verbose=0,
+            callbacks=[recorder],
+        ),
+    )
+
+
+def trial_name(trial: Any) -> str:
+    """Return the name of a trial and of its folder."""
+    return f"trial-{trial.config[NUMBER]}-{trial.trial_id}"
+
+
+def concurrent_trials(sweep: Sweep, *, available: float) -> int:
+    """Return how many trials may run at the same time, so that each has CPUs for its workers.
+
+    Args:
+        sweep: The sweep.
+        available: Logical CPUs of the cluster that serving does not need.
+
+    Raises:
+        ConfigError: They are too few for one trial.
+    """
+    config = sweep.config
+    workers = config.sweep.num_workers if sweep.family.is_network else 0
+    needed = sweep.trial_cpus + workers * config.scaling.cpus_per_worker
+    if needed > available:
+        raise ConfigError(
+            f"A trial needs {needed:g} logical CPUs, but the cluster has {available:g} beside serving. Lower "
+            "sweep.num_workers, or raise cluster.num_cpus."
+        )
+    return min(config.sweep.concurrent_trials, int(available / needed))
+
+
+class Recorder(tune.Callback):
+    """Tune callback that records and shows each trial. Tune calls it in the driver."""
+
+    def __init__(self, record: SweepRecord, scheduler: Asha | NoScheduler, display: Display) -> None:
+        self._record, self._scheduler, self._display = record, scheduler, display
+        self.lost: set[int] = set()
+        """Numbers of the trials whose process was lost. They are run again."""
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Record the start."""
+        self._display.show(self._record.trial_started(trial.config[NUMBER], trial.config[PARAMETERS]))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Record a loss."""
+        known = self._trial(trial)
+        self._record.trial_reported(known, result[RUNG], result[METRIC])
+        self._display.show(known)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Record the end of a trial that did not fail."""
+        is_stopped = trial.trial_id in self._scheduler.stopped
+        self._end(self._trial(trial), Status.stopped if is_stopped else Status.finished)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Record that a trial failed. A trial whose process was lost has not ended, and is run again."""
+        known, error = self._trial(trial), read_error(trial)
+        is_lost = isinstance(error, RayError) and not isinstance(error, RayTaskError)
+        if is_lost and known.starts < MAX_STARTS:
+            self.lost.add(known.number)
+            return
+        original = getattr(error, "cause", None) or error  # the worker's error, without Ray's wrapper
+        self._end(known, Status.failed, reason=type(original).__name__, cause=error_line(error))
+
+    def end_interrupted(self, *, deadline_s: float) -> None:
+        """End the trials that the time budget has stopped."""
+        for trial in self._record.trials.values():
+            if not trial.has_ended and trial.number not in self.lost:
+                cause = f"ended before its first report (sweep.trial_deadline_s is {deadline_s:g})"
+                self._end(trial, Status.stopped, reason="TimeBudget", cause=cause)
+
+    def _trial(self, trial: Any) -> Trial:
+        return self._record.trials[trial.config[NUMBER]]
+
+    def _end(self, trial: Trial, status: Status, *, reason: str = "", cause: str | None = None) -> None:
+        self._record.trial_ended(trial, status, reason=reason, cause=cause)
+        self._display.show(trial)
+
+    def __reduce__(self) -> Any:
+        return (object, ())  # Tune pickles it, and nothing reads that
+
+
+def read_error(trial: Any) -> BaseException:
+    """Return the error of a failed trial. Tune has just written it into the trial's folder on this machine."""
+    path = Path(trial.pickled_error_file)
+    if trial.run_metadata.pickled_error_filename is None or not path.is_file():
+        return TuneError("its error is unknown")
+    error: BaseException = cloudpickle.loads(path.read_bytes())
+    return error
+
+
+def error_line(error: BaseException) -> str:
+    """Return a trial's error in one line: the message of a refusal, or the last line of a traceback."""
+    original = refusal_behind(error)
+    lines = [line.strip() for line in str(original).splitlines() if line.strip()]
+    if not lines:
+        return type(original).__name__
+    return lines[0] if isinstance(original, RefusedError | TrainingFailed) else lines[-1]

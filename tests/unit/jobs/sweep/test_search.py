@@ -1,0 +1,111 @@
+"""Which trials a sweep runs, and which it stops, before and after it was killed. Tune's classes are real."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
+
+from jobs.sweep.config import Scheduler, Search, SearchConfig
+from jobs.sweep.history import Status, Trial
+from jobs.sweep.search import Asha, LedgerSearch
+from jobs.sweep.space import Choices, Range, Space
+
+SPACE: Space = {
+    "rate": Range(low=0.001, high=0.1, is_log=True, is_whole=False),
+    "width": Choices(values=(8, 16)),
+    "depth": Range(low=1, high=4, is_log=False, is_whole=True),
+}
+
+
+def ended(number: int, loss: float, status: Status = Status.finished) -> Trial:
+    parameters = {"rate": 0.01, "width": 8, "depth": 2}
+    return Trial(number=number, parameters=parameters, status=status, losses={1: loss})
+
+
+def suggestions(
+    search: Search, trials: dict[int, Trial] | None = None, *, num: int = 5
+) -> list[dict[str, Any]]:
+    """Return the configurations of all trials that are still to be run. Their losses are their rates."""
+    config = SearchConfig(trials=num, search=search)
+    chosen = LedgerSearch(SPACE, trials or {}, config, seed=3)
+    found: list[dict[str, Any]] = []
+    while (suggestion := chosen.suggest(f"t{len(found)}")) != Searcher.FINISHED:
+        loss = {"validation_loss": suggestion["parameters"]["rate"], "training_iteration": 1}
+        chosen.on_trial_result(f"t{len(found)}", loss)
+        chosen.on_trial_complete(f"t{len(found)}", loss)
+        found.append(suggestion)
+    return found
+
+
+@pytest.mark.parametrize("search", list(Search))
+def test_ended_trials_are_not_run_again(search: Search) -> None:
+    """An interrupted trial comes first, with its parameters, and then the trials with new numbers."""
+    waiting = Trial(number=2, parameters={"rate": 0.05, "width": 16, "depth": 4})
+    trials = {1: ended(1, 0.4), 2: waiting, 3: ended(3, 0.5, Status.failed)}
+    found = suggestions(search, trials)
+    assert [one["number"] for one in found] == [2, 4, 5]
+    assert found[0]["parameters"] == waiting.parameters
+    for one in found:
+        assert one["parameters"].keys() == SPACE.keys()
+        assert 0.001 <= one["parameters"]["rate"] <= 0.1
+
+
+def test_a_random_search_that_continues_equals_an_unbroken_one() -> None:
+    """The parameters depend on the number of the trial only."""
+    whole = suggestions(Search.random)
+    trials = {one["number"]: Trial(**one, status=Status.finished, losses={1: 1.0}) for one in whole[:2]}
+    assert suggestions(Search.random, trials) == whole[2:]
+
+
+def test_optuna_does_not_repeat_its_first_trials() -> None:
+    """Its random generator also depends on the number of ended trials."""
+    whole = suggestions(Search.optuna)
+    trials = {one["number"]: Trial(**one, status=Status.finished, losses={1: 1.0}) for one in whole[:2]}
+    rates = [one["parameters"]["rate"] for one in (*whole[:2], *suggestions(Search.optuna, trials))]
+    assert len(set(rates)) == 5
+
+
+def test_optuna_learns_from_the_trials_of_the_ledger() -> None:
+    """After trials of which the low rates were good, it suggests lower rates than a random search."""
+    trials = {
+        number: Trial(
+            number=number,
+            parameters={"rate": 0.1 * 0.87**number, "width": 8, "depth": 2},
+            status=Status.finished,
+            losses={1: 0.1 * 0.87**number},
+        )
+        for number in range(1, 31)
+    }
+
+    def mean_rate(search: Search) -> float:
+        found = suggestions(search, trials, num=50)
+        return sum(one["parameters"]["rate"] for one in found) / len(found)
+
+    assert mean_rate(Search.optuna) < 0.5 * mean_rate(Search.random)
+
+
+def tune_trial(name: str) -> Any:
+    return SimpleNamespace(trial_id=name)
+
+
+def test_asha_stops_a_trial_that_is_worse_than_those_of_the_ledger() -> None:
+    """Its rungs are filled from the reports of ended trials. Failed trials do not count."""
+    config = SearchConfig(scheduler=Scheduler.asha, reduction=2)
+    trials = [ended(1, 0.2), ended(2, 0.3), ended(3, 0.1, Status.failed)]
+
+    def actions(known: list[Trial], loss: float) -> str:
+        scheduler = Asha(known, config, num_reports=8)
+        controller: Any = None
+        scheduler.on_trial_add(controller, tune_trial("new"))
+        result = {"training_iteration": 1, "validation_loss": loss}
+        action = scheduler.on_trial_result(controller, tune_trial("new"), result)
+        assert (action == TrialScheduler.STOP) == ("new" in scheduler.stopped)
+        return action
+
+    assert actions(trials, 0.9) == TrialScheduler.STOP
+    assert actions(trials, 0.15) == TrialScheduler.CONTINUE
+    assert actions([], 0.9) == TrialScheduler.CONTINUE

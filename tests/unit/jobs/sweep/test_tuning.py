@@ -1,0 +1,146 @@
+"""How the ends of trials are recorded, and how many trials run at the same time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+from ray.exceptions import ActorDiedError, RayTaskError
+from rich.console import Console
+
+from cluster.errors import ConfigError, TrainingFailed
+from cluster.ledger import Ledger
+from jobs.sweep.config import SearchConfig, SweepConfig
+from jobs.sweep.display import Display
+from jobs.sweep.history import MAX_STARTS, Status, Trial, read_trials
+from jobs.sweep.record import SweepRecord
+from jobs.sweep.search import NUMBER, PARAMETERS, NoScheduler
+from jobs.sweep.tuning import Recorder, Sweep, concurrent_trials
+from jobs.train.families import resolve_family
+
+OWNER: dict[str, str] = {"model": "m", "run": "s"}
+REPORT = {"training_iteration": 1, "validation_loss": 0.5}
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Iterator[SweepRecord]:
+    ledger = Ledger(f"sqlite:///{tmp_path}/l.db")
+    yield SweepRecord(ledger=ledger, family="lightgbm", settings={}, actor="me", **OWNER)
+    ledger.close()
+
+
+def recorder(record: SweepRecord) -> Recorder:
+    display = Display(num_trials=3, console=Console(file=io.StringIO()))
+    return Recorder(record, NoScheduler(), display)
+
+
+def tune_trial(folder: Path, number: int, error: Exception | None = None) -> Any:
+    """Return what the callback uses of Tune's trial, with its error in its folder."""
+    path = folder / f"error-{number}"
+    if error is not None:
+        path.write_bytes(cloudpickle.dumps(error))
+    return SimpleNamespace(
+        trial_id=f"t{number}",
+        config={NUMBER: number, PARAMETERS: {"a": number}},
+        pickled_error_file=str(path),
+        run_metadata=SimpleNamespace(pickled_error_filename=path.name if error else None),
+    )
+
+
+def in_worker(error: Exception) -> Exception:
+    wrapped: Exception = RayTaskError(
+        "f", f"Traceback …\n{type(error).__name__}: {error}", error
+    ).as_instanceof_cause()
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "cause"),
+    [
+        (in_worker(TrainingFailed("The loss is nan.\nmore")), "TrainingFailed", "The loss is nan."),
+        (in_worker(ValueError("bob is 42")), "ValueError", "ValueError: bob is 42"),
+        (None, "TuneError", "its error is unknown"),
+    ],
+)
+def test_the_ledger_gets_only_the_type_of_an_error(
+    record: SweepRecord, tmp_path: Path, error: Exception | None, reason: str, cause: str
+) -> None:
+    """The message, which may have values of rows, is printed."""
+    callback, trial = recorder(record), tune_trial(tmp_path, 1, error)
+    callback.on_trial_start(0, [], trial)
+    callback.on_trial_error(0, [], trial)
+    known = record.trials[1]
+    assert (known.status, known.reason, known.cause) == (Status.failed, reason, cause)
+    assert read_trials(record.ledger, **OWNER)[1].reason == reason
+    assert "bob" not in "".join(str(entry.payload) for entry in record.ledger.entries())
+
+
+def test_a_trial_whose_process_was_lost_is_run_again_for_some_times(
+    record: SweepRecord, tmp_path: Path
+) -> None:
+    """Then it has failed, so that the sweep can end."""
+    trial = tune_trial(tmp_path, 1, ActorDiedError())
+    for _ in range(MAX_STARTS - 1):
+        callback = recorder(record)
+        callback.on_trial_start(0, [], trial)
+        callback.on_trial_error(0, [], trial)
+        callback.end_interrupted(deadline_s=1)
+        assert callback.lost == {1}
+        assert not read_trials(record.ledger, **OWNER)[1].has_ended
+    callback = recorder(record)
+    callback.on_trial_start(0, [], trial)
+    callback.on_trial_error(0, [], trial)
+    assert callback.lost == set()
+    assert read_trials(record.ledger, **OWNER)[1].reason == "ActorDiedError"
+
+
+def test_the_time_budget_stops_trials(record: SweepRecord, tmp_path: Path) -> None:
+    """A trial with a loss keeps it. One without has failed. Ended trials stay as they are."""
+    callback = recorder(record)
+    for number in (1, 2, 3):
+        callback.on_trial_start(0, [], tune_trial(tmp_path, number))
+    callback.on_trial_result(0, [], tune_trial(tmp_path, 1), REPORT)
+    callback.on_trial_result(0, [], tune_trial(tmp_path, 2), REPORT)
+    callback.on_trial_complete(0, [], tune_trial(tmp_path, 2))
+    callback.end_interrupted(deadline_s=9)
+    trials = read_trials(record.ledger, **OWNER)
+    assert [trial.status for trial in trials.values()] == [Status.stopped, Status.finished, Status.failed]
+    assert record.trials[3].cause == "ended before its first report (sweep.trial_deadline_s is 9)"
+
+
+def sweep(family: str, **options: Any) -> Sweep:
+    config = SweepConfig(name="m", training_set="t", label="y", sweep=SearchConfig(**options))
+    data: Any = None
+    return Sweep(config=config, family=resolve_family({"family": family}), space={}, data=data)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "available", "expected"),
+    [
+        ("tabular_network", {"concurrent_trials": 4}, 3.9, 3),
+        ("tabular_network", {"concurrent_trials": 2}, 8.0, 2),
+        ("tabular_network", {"concurrent_trials": 4, "num_workers": 2}, 5.0, 2),
+        ("lightgbm", {"concurrent_trials": 4, "num_workers": 2}, 5.0, 2),
+    ],
+)
+def test_trials_run_at_once_as_far_as_there_are_cpus(
+    family: str, options: dict[str, Any], available: float, expected: int
+) -> None:
+    """Only networks have workers. LightGBM needs a CPU for each thread."""
+    assert concurrent_trials(sweep(family, **options), available=available) == expected
+
+
+def test_too_few_cpus_for_a_trial_are_refused() -> None:
+    """It would wait for ever."""
+    with pytest.raises(ConfigError, match=r"needs 2\.5 logical CPUs, but the cluster has 2 beside serving"):
+        concurrent_trials(sweep("tabular_network", num_workers=2), available=2)
+
+
+def test_an_interrupted_trial_is_described_by_its_parameters() -> None:
+    """For messages and tables."""
+    assert Trial(number=1, parameters={"a": 0.123456, "b": "x"}).describe_parameters() == "a=0.123 b=x"
