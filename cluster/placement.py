@@ -1,11 +1,14 @@
-"""Where work may run: a region, or this node. Ray gets label selectors and never a fallback.
+"""Where work may run, a region or this node, and on how many workers. Ray gets label selectors and never a fallback.
 
 Work waits forever for a label that no node has. So it is refused before it starts.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.errors import ConfigError
 from cluster.host.this_node import this_node
@@ -22,6 +25,50 @@ class PlacementConfig:
 
     region: str | None = None
     """Only on nodes of this region; null is any node."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ScalingConfig:
+    """Workers of a distributed training run."""
+
+    num_workers: Any = 2
+    """Number of workers. `[smallest, largest]` is a network that goes on with the workers for which there are CPUs."""
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_workers, str):  # the record of a cluster has each option as text
+            with contextlib.suppress(ValueError):
+                self.num_workers = json.loads(self.num_workers)
+        numbers = self.num_workers if isinstance(self.num_workers, list) else [self.num_workers] * 2
+        if not all(type(number) is int for number in numbers) or len(numbers) != 2 or numbers[0] > numbers[1]:
+            raise ValueError(
+                "scaling.num_workers must be a number, or two numbers such as [1,2], the smaller one first, got "
+                f"{self.num_workers}."
+            )
+        if int(numbers[0]) < 1:
+            raise ValueError(f"scaling.num_workers must be at least 1, got {self.num_workers}.")
+
+    @property
+    def min_workers(self) -> int:
+        """Smallest number of workers."""
+        return int(self.num_workers[0] if self.is_elastic else self.num_workers)
+
+    @property
+    def max_workers(self) -> int:
+        """Largest number of workers."""
+        return int(self.num_workers[1] if self.is_elastic else self.num_workers)
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number may change while a run goes on."""
+        return isinstance(self.num_workers, list)
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """Ray resources of one worker."""
+        resources = {"CPU": self.cpus_per_worker}
+        return resources | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
 
 
 def find_nodes(placement: PlacementConfig, *, on_this_node: str | None = None) -> Selector:

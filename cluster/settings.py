@@ -6,19 +6,16 @@ dataclasses are not frozen and use enums, because OmegaConf supports neither fro
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import json
 import re
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from cluster.host.gcs import GcsConfig
 from cluster.host.names import require_edge_names, require_redis_url
 from cluster.host.submission import SubmissionConfig
 from cluster.host.this_node import LOOPBACK_ADDRESS, is_loopback
-from cluster.placement import PlacementConfig
+from cluster.placement import PlacementConfig, ScalingConfig
 
 _ISSUER_WORD = re.compile(r"[A-Za-z0-9._~:/?@+,=%-]{1,200}")
 _CLAIM = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -291,50 +288,6 @@ class ClusterConfig:
             raise ValueError(f"cluster.num_cpus must be at least 1, got {self.num_cpus}.")
         if self.object_store_mib < 128:
             raise ValueError(f"cluster.object_store_mib must be at least 128, got {self.object_store_mib}.")
-
-
-@dataclass(kw_only=True, slots=True)
-class ScalingConfig:
-    """Workers of a distributed training run."""
-
-    num_workers: Any = 2
-    """Number of workers. `[smallest, largest]` is a network that goes on with the workers for which there are CPUs."""
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.num_workers, str):  # the record of a cluster has each option as text
-            with contextlib.suppress(ValueError):
-                self.num_workers = json.loads(self.num_workers)
-        numbers = self.num_workers if isinstance(self.num_workers, list) else [self.num_workers] * 2
-        if not all(type(number) is int for number in numbers) or len(numbers) != 2 or numbers[0] > numbers[1]:
-            raise ValueError(
-                "scaling.num_workers must be a number, or two numbers such as [1,2], the smaller one first, got "
-                f"{self.num_workers}."
-            )
-        if int(numbers[0]) < 1:
-            raise ValueError(f"scaling.num_workers must be at least 1, got {self.num_workers}.")
-
-    @property
-    def min_workers(self) -> int:
-        """Smallest number of workers."""
-        return int(self.num_workers[0] if self.is_elastic else self.num_workers)
-
-    @property
-    def max_workers(self) -> int:
-        """Largest number of workers."""
-        return int(self.num_workers[1] if self.is_elastic else self.num_workers)
-
-    @property
-    def is_elastic(self) -> bool:
-        """Whether the number may change while a run goes on."""
-        return isinstance(self.num_workers, list)
-
-    @property
-    def per_worker(self) -> dict[str, float]:
-        """Ray resources of one worker."""
-        resources = {"CPU": self.cpus_per_worker}
-        return resources | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
 
 
 class Durability(enum.Enum):

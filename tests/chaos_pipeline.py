@@ -138,9 +138,12 @@ def main() -> int:
                 found[name] = results(project)
                 stages = count_stages(project)
                 repeated = subprocess.run(
-                    DEMO, cwd=project.root, env=project.env, check=True, capture_output=True
+                    DEMO, cwd=project.root, env=project.env, check=False, capture_output=True, text=True
                 )
-                print(next(line for line in repeated.stdout.decode().splitlines() if "nothing to do" in line))
+                if repeated.returncode:
+                    print(repeated.stdout[-4000:], repeated.stderr[-4000:], sep="\n")
+                    return 1
+                print(next(line for line in repeated.stdout.splitlines() if "nothing to do" in line))
                 print(f"stages that another run starts: {count_stages(project) - stages}", flush=True)
             finally:
                 project.run_python("-m", "cluster.down", check=True)

@@ -30,8 +30,7 @@ from omegaconf import OmegaConf
 from pyarrow.fs import FileSystem
 
 from cluster.errors import ConfigError
-from cluster.placement import Selector
-from cluster.settings import ScalingConfig
+from cluster.placement import ScalingConfig, Selector
 from cluster.settings_conversion import load
 from jobs.train.config import CheckpointConfig, DeepSpeedConfig
 from jobs.train.run.files import RunFiles

@@ -18,8 +18,7 @@ from typing import Any
 import ray
 
 from cluster.errors import TrainingFailed
-from cluster.placement import Selector
-from cluster.settings import ScalingConfig
+from cluster.placement import ScalingConfig, Selector
 
 RESIZED = "resized"
 """Return value of workers that have ended because there is room for more of them."""

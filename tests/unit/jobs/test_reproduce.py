@@ -12,9 +12,9 @@ from safetensors.numpy import save
 
 from cluster.errors import RefusedError, TrainingSetError
 from cluster.ledger import Ledger
+from cluster.placement import ScalingConfig
 from cluster.registry import Lineage, ModelVersion, Registry
 from cluster.security.keys.keyring import Keyring
-from cluster.settings import ScalingConfig
 from cluster.storage import Layout
 from jobs.train import lightgbm
 from jobs.train.config import SplitConfig, TrainConfig

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import TrainingFailed
-from cluster.settings import ScalingConfig
+from cluster.placement import ScalingConfig
 from jobs.train.network import elastic
 from jobs.train.network.elastic import (
     RESIZED,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.settings import ScalingConfig
+from cluster.placement import ScalingConfig
 from jobs.train import lightgbm
 from jobs.train.config import DeepSpeedConfig, LearningConfig
 from jobs.train.data import TrainingSet
