@@ -198,10 +198,8 @@ class RolloutSpec:
             raise ValueError("rollout.goals must not be empty with `mode: ab`: the goals decide.")
         if self.slow_ms is not None and not 0 < self.slow_ms < math.inf:
             raise ValueError(f"rollout.slow_ms must be a number above 0, or null, got {self.slow_ms:g}.")
-        steps = self.policy().steps
-        if len(steps) > MAX_STEPS:
-            raise ValueError(f"A rollout has at most {MAX_STEPS} steps, got {len(steps)}.")
-        for step in steps:
+        _require_few_steps(len(self.steps))
+        for step in self.policy().steps:
             require_percent(step.weight, name="rollout.steps.weight")
         traffic = self.traffic
         if not 0 < traffic.units_per_hour < math.inf:
@@ -311,7 +309,10 @@ class RolloutSpec:
             traffic = self.expected_traffic()
         except ValueError as error:
             raise ConfigError(f"rollout.traffic: {error}") from error
-        return plan(self.policy(), traffic)
+        try:
+            return plan(self.policy(), traffic)
+        except OverflowError as error:
+            raise ConfigError(f"rollout: the plan has a number that is too large: {error}.") from error
 
     def _steps(self) -> tuple[Step, ...]:
         match self.mode:
@@ -322,7 +323,9 @@ class RolloutSpec:
                     raise ValueError(
                         f"rollout.increment must be above 0 and at most 50 percent, got {self.increment:g}."
                     )
-                count = math.ceil(round(50 / self.increment, 6))
+                num_steps = round(50 / self.increment, 6)
+                _require_few_steps(num_steps)
+                count = math.ceil(num_steps)
                 weights = [min(round(self.increment * number, 2), 50.0) for number in range(1, count + 1)]
             case Mode.canary:
                 steps = self.steps or [StepSpec(weight=weight) for weight in CANARY_WEIGHTS]
@@ -331,3 +334,13 @@ class RolloutSpec:
                     for one in steps
                 )
         return tuple(Step(weight=weight, bake_s=self.bake_s) for weight in weights)
+
+
+def _require_few_steps(number: float) -> None:
+    """Require a number of steps that a plan can have.
+
+    Raises:
+        ValueError: There are more than `MAX_STEPS`.
+    """
+    if number > MAX_STEPS:
+        raise ValueError(f"A rollout has at most {MAX_STEPS} steps, got {number:g}.")

@@ -110,8 +110,9 @@ class RolloutOperations:
     def _start(
         self, principal: Principal, model: str, state: ModelState, fields: dict[str, Any]
     ) -> dict[str, Any]:
-        config, version = _start_config(model, fields)
+        version = _version(fields)
         self._require(principal, Action.rollout, model, version)
+        config = _start_config(model, fields)
         since = self.ledger.head()
         state = self._state(model)
         if state.rollout is not None:
@@ -193,15 +194,20 @@ def _reason(fields: dict[str, Any]) -> str:
     return reason
 
 
-def _start_config(model: str, fields: dict[str, Any]) -> tuple[RolloutConfig, int]:
-    """Return what to start, and the version.
+def _version(fields: dict[str, Any]) -> int:
+    version = fields.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or not 0 < version < 2**31:
+        raise InvalidRequest("'version' must be the number of a version.")
+    return version
+
+
+def _start_config(model: str, fields: dict[str, Any]) -> RolloutConfig:
+    """Return what to start. A policy takes time and memory to validate, so check the caller's rights first.
 
     Raises:
         InvalidRequest, ConfigError: a field is wrong.
     """
-    version, weight, policy = fields.get("version"), fields.get("weight"), fields.get("policy")
-    if not isinstance(version, int) or isinstance(version, bool) or not 0 < version < 2**31:
-        raise InvalidRequest("'version' must be the number of a version.")
+    weight, policy = fields.get("weight"), fields.get("policy")
     if (weight is None) == (policy is None):
         raise InvalidRequest("Give either 'weight' or 'policy'.")
     if policy is None:
@@ -209,9 +215,9 @@ def _start_config(model: str, fields: dict[str, Any]) -> tuple[RolloutConfig, in
             raise InvalidRequest("'weight' must be a number.")
         try:
             require_percent(float(weight), name="weight")
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise InvalidRequest(str(error)) from error
-        return RolloutConfig(name=model, weight=float(weight)), version
+        return RolloutConfig(name=model, weight=float(weight))
     try:
         text = json.dumps(policy, allow_nan=False)
     except ValueError as error:
@@ -222,4 +228,4 @@ def _start_config(model: str, fields: dict[str, Any]) -> tuple[RolloutConfig, in
         spec = load(OmegaConf.create(policy), RolloutSpec)
     except RecursionError as error:
         raise InvalidRequest("'policy' is nested too deeply.") from error
-    return RolloutConfig(name=model, rollout=spec), version
+    return RolloutConfig(name=model, rollout=spec)

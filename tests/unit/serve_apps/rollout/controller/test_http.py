@@ -33,6 +33,7 @@ POLICY: dict[str, Any] = {
     "event_guardrails": [{"event": "failure", "limit": 0.05}],
     "traffic": {"units_per_hour": 1000, "events": {"failure": 0.01}},
 }
+LINEAR: dict[str, Any] = {"mode": "linear"} | {name: POLICY[name] for name in ("event_guardrails", "traffic")}
 START = {"action": "start", "version": 2, "policy": POLICY}
 
 
@@ -134,6 +135,11 @@ def nested(depth: int) -> dict[str, Any]:
         ({**START, "policy": {**POLICY, "stepz": []}}, 400, "stepz"),
         ({**START, "policy": {**POLICY, "deadline_s": 60}}, 409, "its deadline is after"),
         ({**START, "policy": nested(900)}, 400, "poli"),
+        ({**START, "policy": LINEAR | {"increment": 1e-9}}, 400, "at most 100 steps"),
+        ({**START, "policy": LINEAR | {"increment": 5e-324}}, 400, "at most 100 steps"),
+        ({**START, "policy": {**POLICY, "steps": [{"weight": 1}] * 101}}, 400, "at most 100 steps"),
+        ({**START, "policy": {**POLICY, "bake_s": 10**400}}, 400, "too large"),
+        ({"action": "start", "version": 2, "weight": 10**400}, 400, "too large"),
         ({**START, "version": 1}, 409, "already the champion"),
         ({**START, "version": 3}, 409, "is not deployed"),
         ({**START, "version": 9}, 404, "9"),
@@ -155,6 +161,11 @@ def test_role_without_the_right_changes_nothing(service: Service, role: Role) ->
     assert service.call(START, role=role)[0] == 403
     assert service.call(role=role)[0] == 200
     assert service.ledger.last(RolloutStarted) is None
+
+
+def test_policy_is_not_parsed_without_the_right(service: Service) -> None:
+    """Validation costs time and memory, so the right is checked first."""
+    assert service.call({**START, "policy": {"no": "policy"}}, role=Role.service)[0] == 403
 
 
 def test_unknown_model_and_missing_token(service: Service) -> None:
