@@ -26,6 +26,9 @@ class EvidenceSource(Protocol):
     ) -> Evidence:
         """Return the counts of a rollout at one moment."""
 
+    def ensure_registered(self, rollout_id: str, *, slow_ms: float | None) -> None:
+        """Let the edges count the units of a rollout if they do not, for example after `evidence.db` was lost."""
+
     def forget(self, rollout_id: str) -> None:
         """Remove the counts of a rollout that has ended. Idempotent."""
 

@@ -60,6 +60,7 @@ class EvidenceDouble:
     counts: Evidence = HEALTHY
     before: Callable[[], None] = lambda: None
     asked: list[dict[str, object]] = field(default_factory=list)
+    registered: list[tuple[str, float | None]] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
 
     def evidence(
@@ -76,6 +77,10 @@ class EvidenceDouble:
         self.before()
         self.asked.append({"rollout": rollout_id, "step": step, "since": step_started_at, "now": now})
         return replace(self.counts, step=step, window=step)
+
+    def ensure_registered(self, rollout_id: str, *, slow_ms: float | None) -> None:
+        """Remember that the rollout was registered."""
+        self.registered.append((rollout_id, slow_ms))
 
     def forget(self, rollout_id: str) -> None:
         """Remember that the rollout was forgotten."""

@@ -12,7 +12,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from cluster.errors import FalajError, RefusedError, first_line
+import sqlalchemy as sa
+
+from cluster.errors import first_line
 from cluster.ledger import Ledger
 from cluster.ledger.events import PolicyEnded
 from cluster.ledger.store import utc_now
@@ -59,7 +61,7 @@ class Controller:
             Number of rollouts that could not be judged.
 
         Raises:
-            SQLAlchemyError: The ledger does not answer.
+            SQLAlchemyError: The ledger does not answer. A value that it cannot store is a failure of one rollout.
             ReleaseTooOld: A newer release wrote an event that changes what is served.
         """
         since = self._ledger.head()
@@ -69,7 +71,9 @@ class Controller:
                 continue
             try:
                 self._check(model, history, history.run, since=since)
-            except (ValueError, TypeError, KeyError, FalajError, RefusedError) as error:
+            except Exception as error:  # any failure of one rollout: it must not stop the others
+                if isinstance(error, sa.exc.SQLAlchemyError) and not isinstance(error, sa.exc.DataError):
+                    raise
                 failed += 1
                 LOG.error(
                     "rollout %s of '%s' could not be judged: %s",
@@ -90,6 +94,7 @@ class Controller:
 
     def _check(self, model: str, history: History, run: PolicyRun, *, since: int) -> None:
         plan = self._plan(run)
+        self._source.ensure_registered(run.rollout, slow_ms=run.slow_ms)
         evidence, decision = decision_now(self._source, run, plan, now=self._clock())
         look = Look(
             model=model,

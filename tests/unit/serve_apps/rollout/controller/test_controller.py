@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,8 @@ from cluster.ledger.events import (
 from cluster.statistics.evidence import Evidence
 from serve_apps.rollout.controller.controller import ACTOR, Controller
 from serve_apps.rollout.controller.decisions import ENDED, PAUSED
+from serve_apps.rollout.evidence.store import Counting, EvidenceStore
+from serve_apps.rollout.evidence.tables import counted_rollouts
 from serve_apps.rollout.history import read_history
 from serve_apps.rollout.serving_state import read_states
 from tests.samples.policies import EARLY, EVENTS, FAILING, HEALTHY, EvidenceDouble, permitted, started_ledger
@@ -172,7 +175,10 @@ def test_two_controllers_act_as_one(url: str) -> None:
     assert appended(ledger) == ["PolicyDecided", "RolloutWeightChanged"]
 
 
-@pytest.mark.parametrize("error", [ValueError("broken"), KeyError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("x"), KeyError("x"), OverflowError("x"), RuntimeError("x")],
+)
 def test_one_rollout_that_cannot_be_judged_stops_no_other(url: str, error: Exception) -> None:
     """It is counted as a failure, and tried again."""
     ledger = started_ledger(url)
@@ -186,3 +192,22 @@ def test_one_rollout_that_cannot_be_judged_stops_no_other(url: str, error: Excep
     double.before = lambda: None
     assert acting.check_once() == 0
     assert appended(ledger) == ["PolicyDecided", "RolloutWeightChanged"]
+
+
+def test_running_rollout_is_registered_again_after_its_counts_were_lost(tmp_path: Path) -> None:
+    """Otherwise the edges would count none of its units, and it would wait until its deadline."""
+    ledger = started_ledger(f"sqlite:///{tmp_path}/ledger.db")
+    store = EvidenceStore(ledger.engine)
+    acting = Controller(ledger, store, refusal=permitted)
+
+    def counted() -> dict[str, float]:
+        with store._engine.connect() as connection:
+            return counted_rollouts(connection)
+
+    for _ in range(2):
+        acting.check_once()
+        assert counted() == {"r": float("inf")}
+        store.forget("r")
+    store.register("r", Counting(slow_ms=5))
+    acting.check_once()
+    assert counted() == {"r": 5}
