@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from cluster.statistics.planning import Plan
     from serve_apps.rollout.evidence.store import EvidenceStore
 
+ROLLBACK_TRIES = 5
+"""A rollback is tried again if the rollout changes at the same moment, for example because the controller decides."""
+
 
 def print_plan(config: RolloutConfig) -> dict[str, Any]:
     """Print units and time of each step, and the smallest harm that is found; return the plan.

@@ -28,6 +28,7 @@ from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.evidence.store import EvidenceStore
 from serve_apps.rollout.history import read_history
 from serve_apps.rollout.policies import (
+    ROLLBACK_TRIES,
     count_units,
     policy_status,
     require_policy_run,
@@ -78,7 +79,7 @@ class RolloutOperations:
             raise
 
     def show(self, principal: Principal, model: str) -> dict[str, Any]:
-        """Return the serving state of a model, its policy and decisions.
+        """Return the serving state of a model without the salt of its rollout, its policy and decisions.
 
         Raises:
             ModelNotFound: the model is not deployed.
@@ -86,7 +87,10 @@ class RolloutOperations:
         """
         state = self._state(model)
         self._require(principal, Action.read_metadata, model, state.champion_version)
-        return asdict(state) | policy_status(read_history(self.ledger, model), lambda: self.store)
+        shown = asdict(state)
+        if shown["rollout"] is not None:
+            del shown["rollout"]["salt"]  # who knows it can choose unit ids of one arm
+        return shown | policy_status(read_history(self.ledger, model), lambda: self.store)
 
     def act(self, principal: Principal, model: str, body: object) -> dict[str, Any]:
         """Change the rollout of a model, and return what was done.
@@ -140,14 +144,23 @@ class RolloutOperations:
         return self._append(principal, model, events, rollout=run.rollout, since=since)
 
     def _roll_back(self, principal: Principal, model: str, reason: str, *, aborts: bool) -> dict[str, Any]:
-        since = self.ledger.head()
-        config, history = RolloutConfig(name=model), read_history(self.ledger, model)
-        if aborts:
-            require_policy_run(config, history)
-        reason = f"aborted {reason}" if aborts else reason
-        change = rollback_change(config, self._state(model), history, reason)
-        self._require(principal, Action.rollback, model, change.version)
-        return self._append(principal, model, list(change.events), rollout=change.rollout, since=since)
+        config, reason = RolloutConfig(name=model), f"aborted {reason}" if aborts else reason
+        for _ in range(ROLLBACK_TRIES):
+            since, history = self.ledger.head(), read_history(self.ledger, model)
+            if aborts:
+                require_policy_run(config, history)
+            change = rollback_change(config, self._state(model), history, reason)
+            self._require(principal, Action.rollback, model, change.version)
+            entries = transitions.append(
+                self.ledger, model, change.events, actor=principal.subject, since=since
+            )
+            if entries is not None:
+                break
+        return {
+            "model": model,
+            "rollout": change.rollout,
+            "seq": transitions.require_appended(entries, model),
+        }
 
     def _append(
         self, principal: Principal, model: str, events: list[LedgerEvent], *, rollout: str, since: int
