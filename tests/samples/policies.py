@@ -75,7 +75,9 @@ class EvidenceDouble:
     ) -> Evidence:
         """Return the counts."""
         self.before()
-        self.asked.append({"rollout": rollout_id, "step": step, "since": step_started_at, "now": now})
+        weight = plan.policy.steps[step].weight
+        asked = {"rollout": rollout_id, "step": step, "weight": weight, "since": step_started_at, "now": now}
+        self.asked.append(asked)
         return replace(self.counts, step=step, window=step)
 
     def ensure_registered(self, rollout_id: str, *, slow_ms: float | None) -> None:

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from cluster.errors import first_line
 from cluster.ledger import Ledger
-from cluster.ledger.events import PolicyEnded
+from cluster.ledger.events import PolicyEnded, RolloutPromoted, RolloutRolledBack
 from cluster.ledger.store import utc_now
 from cluster.statistics.planning import Plan
 from serve_apps.rollout import transitions
@@ -85,12 +85,17 @@ class Controller:
         return failed
 
     def _forget_ended(self) -> None:
-        """Forget rollouts that have ended, by a verdict or by a command, also while no controller ran."""
-        for entry in self._ledger.entries(PolicyEnded, after=self._forgotten_until):
-            rollout = str(entry.payload["rollout"])
+        """Forget rollouts that have ended, by a verdict or by a command, also while no controller ran.
+
+        An older release ends a rollout without `PolicyEnded`.
+        """
+        until = self._ledger.head()  # before the queries: an event between them is found again
+        kinds = (PolicyEnded, RolloutRolledBack, RolloutPromoted)
+        found = (entry for kind in kinds for entry in self._ledger.entries(kind, after=self._forgotten_until))
+        for rollout in {str(entry.payload["rollout"]) for entry in found}:
             self._source.forget(rollout)
             self._plans.pop(rollout, None)
-            self._forgotten_until = entry.seq
+        self._forgotten_until = until
 
     def _check(self, model: str, history: History, run: PolicyRun, *, since: int) -> None:
         plan = self._plan(run)
