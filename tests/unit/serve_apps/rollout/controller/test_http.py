@@ -35,6 +35,7 @@ POLICY: dict[str, Any] = {
     "traffic": {"units_per_hour": 1000, "events": {"failure": 0.01}},
 }
 LINEAR: dict[str, Any] = {"mode": "linear"} | {name: POLICY[name] for name in ("event_guardrails", "traffic")}
+TINY = POLICY["traffic"] | {"units_per_hour": 5e-324}
 START = {"action": "start", "version": 2, "policy": POLICY}
 
 
@@ -140,7 +141,7 @@ def nested(depth: int) -> dict[str, Any]:
         ({**START, "policy": LINEAR | {"increment": 5e-324}}, 400, "at most 100 steps"),
         ({**START, "policy": {**POLICY, "steps": [{"weight": 1}] * 101}}, 400, "at most 100 steps"),
         ({**START, "policy": {**POLICY, "bake_s": 10**400}}, 400, "too large"),
-        ({**START, "policy": {**POLICY, "traffic": {"units_per_hour": 5e-324}}}, 400, "too small"),
+        ({**START, "policy": POLICY | {"traffic": TINY}}, 400, "too small"),
         ({"action": "start", "version": 2, "weight": 10**400}, 400, "too large"),
         ({**START, "version": 1}, 409, "already the champion"),
         ({**START, "version": 3}, 409, "is not deployed"),
