@@ -34,6 +34,8 @@ def load(config: DictConfig, schema: type[T]) -> T:
         raise ConfigError(_describe_interpolations(merged) or _describe(error)) from error
     except OmegaConfBaseException as error:
         raise ConfigError(_describe(error)) from error
+    except OverflowError as error:
+        raise ConfigError(f"A number is too large: {str(error).splitlines()[0]}.") from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -228,20 +228,22 @@ def restore(config: DeployConfig, ledger: Ledger, registry: Registry, actor: Act
 def serving(states: States, histories: Mapping[str, History], registry: Registry) -> list[ModelVersion]:
     """Return the versions that must run according to the ledger.
 
-    These are champions, running treatments, shadows, and deployed versions that a rollback of a promotion needs.
+    These are champions, running treatments and shadows of all models, and after them the deployed versions that a
+    rollback of a promotion needs: they answer no request now.
     """
-    versions = []
+    wanted: dict[tuple[str, int], None] = {}  # a set in order
+    predecessors: dict[tuple[str, int], None] = {}
     for name, state in states.items():
-        predecessor = histories.get(name, History()).warm_predecessor(utc_now())
         candidates = (
-            predecessor if predecessor in state.apps else None,
             state.champion_version,
             state.rollout.treatment_version if state.rollout else None,
             state.shadow.version if state.shadow else None,
         )
-        numbers = dict.fromkeys(number for number in candidates if number is not None)
-        versions += [registry.get(name, number) for number in numbers]
-    return versions
+        wanted |= {(name, number): None for number in candidates if number is not None}
+        predecessor = histories.get(name, History()).warm_predecessor(utc_now())
+        if predecessor is not None and predecessor in state.apps:
+            predecessors[name, predecessor] = None
+    return [registry.get(name, number) for name, number in wanted | predecessors]
 
 
 @contextlib.contextmanager

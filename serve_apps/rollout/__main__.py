@@ -38,6 +38,7 @@ from serve_apps.rollout.checks import (
 from serve_apps.rollout.config import OWN_OPTIONS, USED, RolloutAction, RolloutConfig
 from serve_apps.rollout.history import read_history
 from serve_apps.rollout.policies import (
+    ROLLBACK_TRIES,
     count_units,
     evidence_store,
     policy_status,
@@ -47,9 +48,6 @@ from serve_apps.rollout.policies import (
     started_events,
 )
 from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
-
-ROLLBACK_TRIES = 5
-"""A rollback is tried again if the rollout changes at the same moment, for example because the controller decides."""
 
 
 @job("rollout", RolloutConfig)

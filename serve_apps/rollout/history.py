@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -121,6 +122,14 @@ HISTORIES = sa.Table(
     sa.Column("history", sa.Text, nullable=False),
 )
 """A release that computes the histories differently must change the number in the table's name."""
+
+
+def step_at(weights: Sequence[float], weight: float) -> int:
+    """Return the position of the last step whose weight is at most this weight, or 0.
+
+    A weight between two steps was set by a command of an older release.
+    """
+    return max(sum(one <= weight for one in weights) - 1, 0)
 
 
 def is_relevant(type_name: str) -> bool:

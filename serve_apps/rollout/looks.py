@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import replace
 from typing import Protocol
 
 from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Plan
 from cluster.statistics.verdict import Decision, judge
-from serve_apps.rollout.history import PolicyRun
+from serve_apps.rollout.history import PolicyRun, step_at
 
 
 class EvidenceSource(Protocol):
@@ -26,39 +27,36 @@ class EvidenceSource(Protocol):
     ) -> Evidence:
         """Return the counts of a rollout at one moment."""
 
+    def ensure_registered(self, rollout_id: str, *, slow_ms: float | None) -> None:
+        """Let the edges count the units of a rollout if they do not, for example after `evidence.db` was lost."""
+
     def forget(self, rollout_id: str) -> None:
         """Remove the counts of a rollout that has ended. Idempotent."""
-
-
-def step_of(plan: Plan, weight: float) -> int:
-    """Return the position of the step with this weight.
-
-    Raises:
-        ValueError: no step has it.
-    """
-    weights = [step.weight for step in plan.policy.steps]
-    try:
-        return weights.index(weight)
-    except ValueError:
-        raise ValueError(
-            f"weight {weight:g} is none of the policy's {', '.join(f'{one:g}' for one in weights)}"
-        ) from None
 
 
 def decision_now(
     source: EvidenceSource, run: PolicyRun, plan: Plan, *, now: dt.datetime
 ) -> tuple[Evidence, Decision]:
-    """Return the counts of a rollout, and what they decide.
-
-    Raises:
-        ValueError: The rollout's weight is none of the policy's.
-    """
+    """Return the counts of a rollout, and what they decide."""
+    step = step_at([one.weight for one in plan.policy.steps], run.weight)
     evidence = source.evidence(
         run.rollout,
-        plan,
-        step=step_of(plan, run.weight),
+        _counted_plan(plan, step, run.weight),
+        step=step,
         step_started_at=dt.datetime.fromisoformat(run.step_started_at),
         started_at=dt.datetime.fromisoformat(run.started_at),
         now=now,
     )
     return evidence, judge(plan, evidence)
+
+
+def _counted_plan(plan: Plan, step: int, weight: float) -> Plan:
+    """Return the plan with the weight that units are counted at, if it is not the step's.
+
+    Above 50 %, the arms have no equal size, so their units are not counted, and nothing is promoted.
+    """
+    steps = list(plan.policy.steps)
+    if steps[step].weight == weight or not 0 < weight <= 50:
+        return plan
+    steps[step] = replace(steps[step], weight=weight)
+    return replace(plan, policy=replace(plan.policy, steps=tuple(steps)))

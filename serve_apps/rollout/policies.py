@@ -17,13 +17,16 @@ from cluster.ledger.store import utc_now
 from cluster.security.tokens.principal import Principal, principal_as_json
 from serve_apps.rollout import transitions
 from serve_apps.rollout.config import RolloutConfig
-from serve_apps.rollout.history import History, PolicyRun
+from serve_apps.rollout.history import History, PolicyRun, step_at
 from serve_apps.rollout.json_form import as_json, from_json
 from serve_apps.rollout.serving_state import ModelState
 
 if TYPE_CHECKING:
     from cluster.statistics.planning import Plan
     from serve_apps.rollout.evidence.store import EvidenceStore
+
+ROLLBACK_TRIES = 5
+"""A rollback is tried again if the rollout changes at the same moment, for example because the controller decides."""
 
 
 def print_plan(config: RolloutConfig) -> dict[str, Any]:
@@ -144,7 +147,7 @@ def policy_status(history: History, store: Callable[[], EvidenceStore]) -> dict[
             "name": run.policy,
             "starter": run.subject,
             "started_at": run.started_at,
-            "step": f"{weights.index(run.weight) + 1} of {len(weights)}",
+            "step": f"{step_at(weights, run.weight) + 1} of {len(weights)}",
             "step_started_at": run.step_started_at,
             "paused": run.is_paused,
             "decisions": run.decisions,

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from cluster.statistics.planning import Plan, Traffic
 
 CANARY_WEIGHTS = (1.0, 5.0, 10.0, 25.0, 50.0)
+YEAR_S = 365 * DAY_S
+"""Longest time in a policy. Greater ones are mistakes, and some cannot be subtracted from a date."""
 MAX_STEPS = 100
 """A plan computes each step, which takes milliseconds."""
 QUALITIES = {"brier": Better.low, "accuracy": Better.high, "squared_error": Better.low}
@@ -198,11 +200,10 @@ class RolloutSpec:
             raise ValueError("rollout.goals must not be empty with `mode: ab`: the goals decide.")
         if self.slow_ms is not None and not 0 < self.slow_ms < math.inf:
             raise ValueError(f"rollout.slow_ms must be a number above 0, or null, got {self.slow_ms:g}.")
-        steps = self.policy().steps
-        if len(steps) > MAX_STEPS:
-            raise ValueError(f"A rollout has at most {MAX_STEPS} steps, got {len(steps)}.")
-        for step in steps:
+        _require_few_steps(len(self.steps))
+        for step in self.policy().steps:
             require_percent(step.weight, name="rollout.steps.weight")
+        self._require_times()
         traffic = self.traffic
         if not 0 < traffic.units_per_hour < math.inf:
             raise ValueError(
@@ -224,6 +225,22 @@ class RolloutSpec:
             if not 0 <= share < 1:
                 raise ValueError(
                     f"rollout.traffic.events.{event} must be 0 or more and below 1, got {share}."
+                )
+
+    def _require_times(self) -> None:
+        """Require that no time is longer than a year. A stored policy of an earlier release may have a longer one.
+
+        Raises:
+            ValueError: A time is longer.
+        """
+        times = {name: getattr(self, name) for name in ("bake_s", "deadline_s", "watch_s", "unit_watch_s")}
+        times["traffic.outcome_delay_s"] = self.traffic.outcome_delay_s
+        for number, step in enumerate(self.steps):
+            times[f"steps.{number}.bake_s"] = step.bake_s or 0.0
+        for name, time in times.items():
+            if time > YEAR_S:
+                raise ValueError(
+                    f"rollout.{name} must be at most {YEAR_S:.0f} seconds (a year), got {time:g}."
                 )
 
     def policy(self) -> Policy:
@@ -302,7 +319,7 @@ class RolloutSpec:
 
         Raises:
             RolloutError: The policy cannot finish before its deadline, or a baseline is missing.
-            ConfigError: A baseline is wrong.
+            ConfigError: A baseline is wrong, or a number is too large or too small.
         """
         from cluster.errors import ConfigError
         from cluster.statistics.planning import plan
@@ -311,7 +328,10 @@ class RolloutSpec:
             traffic = self.expected_traffic()
         except ValueError as error:
             raise ConfigError(f"rollout.traffic: {error}") from error
-        return plan(self.policy(), traffic)
+        try:
+            return plan(self.policy(), traffic)
+        except ArithmeticError as error:
+            raise ConfigError(f"rollout: a number is too large or too small for a plan: {error}.") from error
 
     def _steps(self) -> tuple[Step, ...]:
         match self.mode:
@@ -322,7 +342,9 @@ class RolloutSpec:
                     raise ValueError(
                         f"rollout.increment must be above 0 and at most 50 percent, got {self.increment:g}."
                     )
-                count = math.ceil(round(50 / self.increment, 6))
+                num_steps = round(50 / self.increment, 6)
+                _require_few_steps(num_steps)
+                count = math.ceil(num_steps)
                 weights = [min(round(self.increment * number, 2), 50.0) for number in range(1, count + 1)]
             case Mode.canary:
                 steps = self.steps or [StepSpec(weight=weight) for weight in CANARY_WEIGHTS]
@@ -331,3 +353,13 @@ class RolloutSpec:
                     for one in steps
                 )
         return tuple(Step(weight=weight, bake_s=self.bake_s) for weight in weights)
+
+
+def _require_few_steps(number: float) -> None:
+    """Require a number of steps that a plan can have.
+
+    Raises:
+        ValueError: There are more than `MAX_STEPS`.
+    """
+    if number > MAX_STEPS:
+        raise ValueError(f"A rollout has at most {MAX_STEPS} steps, got {number:g}.")

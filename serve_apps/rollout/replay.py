@@ -11,7 +11,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,37 @@ from cluster.entrypoint import refuse
 from cluster.errors import ConfigError, LedgerCorrupt, RefusedError, RolloutError
 from cluster.ledger.chain import Entry, read_lines, verify_chain
 from cluster.ledger.events import (
+    AliasMoved,
     PolicyDecided,
+    PolicyPaused,
+    PolicyResumed,
     PolicyStarted,
     RolloutPromoted,
     RolloutRolledBack,
+    RolloutStarted,
     RolloutWeightChanged,
 )
+from cluster.registry import CHAMPION
 from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Plan, Traffic, plan
 from cluster.statistics.verdict import Decision, Verdict, judge
 from serve_apps.rollout.controller.controller import ACTOR
-from serve_apps.rollout.controller.decisions import kinds
+from serve_apps.rollout.controller.decisions import ENDED, PAUSED, kinds
+from serve_apps.rollout.history import step_at
 from serve_apps.rollout.json_form import as_json, from_json
 
 _TOLERANCE = 1e-6
 """Relative difference of a plan's numbers that another release of SciPy may cause."""
+_Change = AliasMoved | RolloutWeightChanged | RolloutPromoted | RolloutRolledBack
+"""What the controller does after a decision."""
+
+
+_CHANGES: dict[Verdict, tuple[str, ...]] = {
+    Verdict.roll_back: ("RolloutRolledBack",),
+    Verdict.promote: ("AliasMoved", "RolloutPromoted"),
+    Verdict.advance: ("RolloutWeightChanged",),
+}
+"""Types of the events that follow a decision in its transaction, by verdict."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,10 +57,33 @@ class _Replayed:
     """One rollout during the replay."""
 
     plan: Plan
-    evidence: Evidence | None = None
-    decision: Decision | None = None
-    is_done: bool = True
-    """Whether the last decision's change was made."""
+    version: int
+    weight: float
+    is_paused: bool = False
+    is_inconclusive: bool = False
+
+    @property
+    def step(self) -> int:
+        """The step of the current weight."""
+        return step_at([one.weight for one in self.plan.steps], self.weight)
+
+    def changes(self, decision: Decision) -> tuple[str, ...]:
+        """Return the types of the events that do what a decision says."""
+        if decision.verdict is Verdict.advance and (
+            decision.missing or self.step + 1 == len(self.plan.steps)
+        ):
+            return ()
+        return _CHANGES.get(decision.verdict, ())
+
+
+@dataclass(kw_only=True, slots=True)
+class _Pending:
+    """Changes that must follow a decision at once, because they are in its transaction."""
+
+    decided: Entry
+    model: str
+    rollout: str
+    types: tuple[str, ...]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,6 +91,8 @@ class Replay:
     """Computes the decisions of all rollouts again, in the order of the ledger."""
 
     rollouts: dict[str, _Replayed] = field(default_factory=dict)
+    started: dict[str, RolloutStarted] = field(default_factory=dict)
+    pending: _Pending | None = None
     decisions: int = 0
 
     def add(self, entry: Entry) -> str | None:
@@ -61,32 +102,57 @@ class Replay:
             RolloutError: The event differs from what its counts give. The message names its `seq`.
         """
         event = entry.event()
+        if entry.actor == ACTOR and isinstance(event, _Change):
+            self._require_allowed(entry, event)
+        else:
+            self.require_done()
         match event:
+            case RolloutStarted():
+                self.started[event.rollout] = event
             case PolicyStarted():
-                stored = from_json(Plan, event.plan)
-                try:
-                    computed = plan(stored.policy, from_json(Traffic, event.traffic))
-                except RolloutError as error:
-                    raise RolloutError(
-                        f"Event {entry.seq} ({entry.type}) differs: its policy has no plan. {error}"
-                    ) from error
-                _require_equal(entry, "plan", as_json(stored), as_json(computed))
-                self.rollouts[event.rollout] = _Replayed(plan=stored)
-                return f"{entry.seq} {event.model} {event.rollout}: plan of {len(stored.steps)} steps"
+                return self._start(entry, event)
             case PolicyDecided():
                 self._decide(entry, event)
                 return f"{entry.seq} {event.model} {event.rollout}: {event.verdict}"
-            case (
-                RolloutWeightChanged(rollout=rollout)
-                | RolloutPromoted(rollout=rollout)
-                | RolloutRolledBack(rollout=rollout)
-            ) if entry.actor == ACTOR:
-                self._require_allowed(entry, event, rollout)
+            case PolicyPaused() | PolicyResumed() if event.rollout in self.rollouts:
+                self.rollouts[event.rollout].is_paused = isinstance(event, PolicyPaused)
+            case RolloutWeightChanged() if event.rollout in self.rollouts:
+                self.rollouts[event.rollout].weight = event.weight
         return None
+
+    def require_done(self) -> None:
+        """Require that the last decision's change was made. Call it also after the last event.
+
+        Raises:
+            RolloutError: It was not.
+        """
+        if self.pending is not None:
+            raise _difference(self.pending.decided, "change", "missing", self.pending.types[0])
+
+    def _start(self, entry: Entry, event: PolicyStarted) -> str:
+        stored = from_json(Plan, event.plan)
+        try:
+            computed = plan(stored.policy, from_json(Traffic, event.traffic))
+        except RolloutError as error:
+            raise RolloutError(
+                f"Event {entry.seq} ({entry.type}) differs: its policy has no plan. {error}"
+            ) from error
+        _require_equal(entry, "plan", as_json(stored), as_json(computed))
+        started = self.started[event.rollout]
+        if event.version != started.treatment_version:
+            raise _difference(entry, "version", event.version, started.treatment_version, by="it must be")
+        self.rollouts[event.rollout] = _Replayed(plan=stored, version=event.version, weight=started.weight)
+        return f"{entry.seq} {event.model} {event.rollout}: plan of {len(stored.steps)} steps"
 
     def _decide(self, entry: Entry, event: PolicyDecided) -> None:
         replayed = self._rollout(entry, event.rollout)
         evidence = from_json(Evidence, event.evidence)
+        if entry.actor != ACTOR:
+            raise _difference(entry, "actor", entry.actor, ACTOR, by="it must be")
+        if evidence.step != replayed.step:
+            raise _difference(
+                entry, "step", evidence.step, replayed.step, by=f"the weight {replayed.weight:g} gives"
+            )
         decision = judge(replayed.plan, evidence)
         computed = {
             "verdict": decision.verdict.value,
@@ -101,37 +167,57 @@ class Replay:
         for name in computed:
             if computed[name] != recorded[name]:
                 raise _difference(entry, name, recorded[name], computed[name])
-        replayed.evidence, replayed.decision, replayed.is_done = evidence, decision, bool(event.not_done)
+        changes = replayed.changes(decision)
+        _require_not_done(entry, event.not_done, replayed, decision, changes)
+        if changes and not event.not_done:
+            self.pending = _Pending(decided=entry, model=event.model, rollout=event.rollout, types=changes)
+        replayed.is_inconclusive |= decision.verdict is Verdict.inconclusive
         self.decisions += 1
 
-    def _require_allowed(
-        self, entry: Entry, event: RolloutWeightChanged | RolloutPromoted | RolloutRolledBack, rollout: str
-    ) -> None:
-        """Require that the last decision gives this change of the controller."""
-        replayed = self._rollout(entry, rollout)
-        decision, evidence = replayed.decision, replayed.evidence
-        expected = ""
-        if decision is not None and evidence is not None and not replayed.is_done:
-            match decision.verdict:
-                case Verdict.roll_back:
-                    expected = "RolloutRolledBack"
-                case Verdict.promote:
-                    expected = "RolloutPromoted"
-                case Verdict.advance if not decision.missing and evidence.step + 1 < len(replayed.plan.steps):
-                    expected = "RolloutWeightChanged"
-        if event.type != expected:
-            raise _difference(entry, "change", event.type, expected or "no change")
+    def _require_allowed(self, entry: Entry, event: _Change) -> None:
+        """Require that this change of the controller is the next one that the decision before it gives."""
+        pending = self.pending
+        expected = "no change" if pending is None else pending.types[0]
+        if pending is None or event.type != expected:
+            raise _difference(entry, "change", event.type, expected)
+        replayed = self._rollout(entry, pending.rollout)
+        values: dict[str, tuple[Any, Any]] = {}
+        if isinstance(event, AliasMoved):
+            values = {"name": (event.name, pending.model), "alias": (event.alias, CHAMPION)}
+        else:
+            values = {"rollout": (event.rollout, pending.rollout)}
+        if isinstance(event, AliasMoved | RolloutPromoted):
+            values["version"] = (event.version, replayed.version)
         if isinstance(event, RolloutWeightChanged):
-            assert evidence is not None
-            weight = replayed.plan.steps[evidence.step + 1].weight
-            if event.weight != weight:
-                raise _difference(entry, "weight", event.weight, weight)
-        replayed.is_done = True
+            values["weight"] = (event.weight, replayed.plan.steps[replayed.step + 1].weight)
+        for name, (recorded, computed) in values.items():
+            if recorded != computed:
+                raise _difference(entry, name, recorded, computed, by="it must be")
+        self.pending = replace(pending, types=pending.types[1:]) if len(pending.types) > 1 else None
 
     def _rollout(self, entry: Entry, rollout: str) -> _Replayed:
         if rollout not in self.rollouts:
             raise RolloutError(f"Event {entry.seq}: rollout {rollout} has no policy before it.")
         return self.rollouts[rollout]
+
+
+def _require_not_done(
+    entry: Entry, not_done: str, replayed: _Replayed, decision: Decision, changes: tuple[str, ...]
+) -> None:
+    """Require that a decision's change was held up only where the rollout's state says so.
+
+    The rights of the starter are not in the ledger, so any other text is accepted as their refusal.
+    """
+    if not changes or decision.verdict is Verdict.roll_back:
+        expected = ""
+    elif replayed.is_inconclusive:
+        expected = ENDED
+    elif replayed.is_paused:
+        expected = PAUSED
+    else:
+        expected = "" if not_done in (ENDED, PAUSED) else not_done
+    if not_done != expected:
+        raise _difference(entry, "not_done", not_done, expected, by="it must be")
 
 
 def replayed_lines(entries: Iterable[Entry]) -> Iterator[str]:
@@ -153,6 +239,7 @@ def replayed_lines(entries: Iterable[Entry]) -> Iterator[str]:
             ) from error
         if line is not None:
             yield line
+    replay.require_done()
     yield f"{replay.decisions} decisions of {len(replay.rollouts)} rollouts are as recorded"
 
 
@@ -197,9 +284,11 @@ def _require_equal(entry: Entry, name: str, recorded: Any, computed: Any) -> Non
         raise _difference(entry, name, recorded, computed)
 
 
-def _difference(entry: Entry, name: str, recorded: Any, computed: Any) -> RolloutError:
+def _difference(
+    entry: Entry, name: str, recorded: Any, computed: Any, *, by: str = "its counts give"
+) -> RolloutError:
     return RolloutError(
-        f"Event {entry.seq} ({entry.type}) differs: its {name} is {recorded!r}, but its counts give {computed!r}."
+        f"Event {entry.seq} ({entry.type}) differs: its {name} is {recorded!r}, but {by} {computed!r}."
     )
 
 

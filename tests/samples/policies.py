@@ -60,6 +60,7 @@ class EvidenceDouble:
     counts: Evidence = HEALTHY
     before: Callable[[], None] = lambda: None
     asked: list[dict[str, object]] = field(default_factory=list)
+    registered: list[tuple[str, float | None]] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
 
     def evidence(
@@ -74,8 +75,14 @@ class EvidenceDouble:
     ) -> Evidence:
         """Return the counts."""
         self.before()
-        self.asked.append({"rollout": rollout_id, "step": step, "since": step_started_at, "now": now})
+        weight = plan.policy.steps[step].weight
+        asked = {"rollout": rollout_id, "step": step, "weight": weight, "since": step_started_at, "now": now}
+        self.asked.append(asked)
         return replace(self.counts, step=step, window=step)
+
+    def ensure_registered(self, rollout_id: str, *, slow_ms: float | None) -> None:
+        """Remember that the rollout was registered."""
+        self.registered.append((rollout_id, slow_ms))
 
     def forget(self, rollout_id: str) -> None:
         """Remember that the rollout was forgotten."""

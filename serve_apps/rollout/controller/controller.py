@@ -12,9 +12,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from cluster.errors import FalajError, RefusedError, first_line
+import sqlalchemy as sa
+
+from cluster.errors import first_line
 from cluster.ledger import Ledger
-from cluster.ledger.events import PolicyEnded
+from cluster.ledger.events import PolicyEnded, RolloutPromoted, RolloutRolledBack
 from cluster.ledger.store import utc_now
 from cluster.statistics.planning import Plan
 from serve_apps.rollout import transitions
@@ -59,7 +61,7 @@ class Controller:
             Number of rollouts that could not be judged.
 
         Raises:
-            SQLAlchemyError: The ledger does not answer.
+            SQLAlchemyError: The ledger does not answer. A value that it cannot store is a failure of one rollout.
             ReleaseTooOld: A newer release wrote an event that changes what is served.
         """
         since = self._ledger.head()
@@ -69,7 +71,9 @@ class Controller:
                 continue
             try:
                 self._check(model, history, history.run, since=since)
-            except (ValueError, TypeError, KeyError, FalajError, RefusedError) as error:
+            except Exception as error:  # any failure of one rollout: it must not stop the others
+                if isinstance(error, sa.exc.SQLAlchemyError) and not isinstance(error, sa.exc.DataError):
+                    raise
                 failed += 1
                 LOG.error(
                     "rollout %s of '%s' could not be judged: %s",
@@ -81,15 +85,21 @@ class Controller:
         return failed
 
     def _forget_ended(self) -> None:
-        """Forget rollouts that have ended, by a verdict or by a command, also while no controller ran."""
-        for entry in self._ledger.entries(PolicyEnded, after=self._forgotten_until):
-            rollout = str(entry.payload["rollout"])
+        """Forget rollouts that have ended, by a verdict or by a command, also while no controller ran.
+
+        An older release ends a rollout without `PolicyEnded`.
+        """
+        until = self._ledger.head()  # before the queries: an event between them is found again
+        kinds = (PolicyEnded, RolloutRolledBack, RolloutPromoted)
+        found = (entry for kind in kinds for entry in self._ledger.entries(kind, after=self._forgotten_until))
+        for rollout in {str(entry.payload["rollout"]) for entry in found}:
             self._source.forget(rollout)
             self._plans.pop(rollout, None)
-            self._forgotten_until = entry.seq
+        self._forgotten_until = until
 
     def _check(self, model: str, history: History, run: PolicyRun, *, since: int) -> None:
         plan = self._plan(run)
+        self._source.ensure_registered(run.rollout, slow_ms=run.slow_ms)
         evidence, decision = decision_now(self._source, run, plan, now=self._clock())
         look = Look(
             model=model,

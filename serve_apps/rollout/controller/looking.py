@@ -33,4 +33,7 @@ def look_until_stopped(
         except (sa.exc.SQLAlchemyError, FalajError, RefusedError, OSError) as error:
             metrics.acts.set(0)
             LOG.warning("the rollouts could not be read: %s", first_line(error))
+        except Exception:  # without the loop, no guardrail would roll back
+            metrics.acts.set(0)
+            LOG.exception("the rollouts could not be looked at")
     leadership.release()

@@ -28,6 +28,7 @@ from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.evidence.store import EvidenceStore
 from serve_apps.rollout.history import read_history
 from serve_apps.rollout.policies import (
+    ROLLBACK_TRIES,
     count_units,
     policy_status,
     require_policy_run,
@@ -78,7 +79,7 @@ class RolloutOperations:
             raise
 
     def show(self, principal: Principal, model: str) -> dict[str, Any]:
-        """Return the serving state of a model, its policy and decisions.
+        """Return the serving state of a model without the salt of its rollout, its policy and decisions.
 
         Raises:
             ModelNotFound: the model is not deployed.
@@ -86,7 +87,10 @@ class RolloutOperations:
         """
         state = self._state(model)
         self._require(principal, Action.read_metadata, model, state.champion_version)
-        return asdict(state) | policy_status(read_history(self.ledger, model), lambda: self.store)
+        shown = asdict(state)
+        if shown["rollout"] is not None:
+            del shown["rollout"]["salt"]  # who knows it can choose unit ids of one arm
+        return shown | policy_status(read_history(self.ledger, model), lambda: self.store)
 
     def act(self, principal: Principal, model: str, body: object) -> dict[str, Any]:
         """Change the rollout of a model, and return what was done.
@@ -110,8 +114,9 @@ class RolloutOperations:
     def _start(
         self, principal: Principal, model: str, state: ModelState, fields: dict[str, Any]
     ) -> dict[str, Any]:
-        config, version = _start_config(model, fields)
+        version = _version(fields)
         self._require(principal, Action.rollout, model, version)
+        config = _start_config(model, fields)
         since = self.ledger.head()
         state = self._state(model)
         if state.rollout is not None:
@@ -139,14 +144,23 @@ class RolloutOperations:
         return self._append(principal, model, events, rollout=run.rollout, since=since)
 
     def _roll_back(self, principal: Principal, model: str, reason: str, *, aborts: bool) -> dict[str, Any]:
-        since = self.ledger.head()
-        config, history = RolloutConfig(name=model), read_history(self.ledger, model)
-        if aborts:
-            require_policy_run(config, history)
-        reason = f"aborted {reason}" if aborts else reason
-        change = rollback_change(config, self._state(model), history, reason)
-        self._require(principal, Action.rollback, model, change.version)
-        return self._append(principal, model, list(change.events), rollout=change.rollout, since=since)
+        config, reason = RolloutConfig(name=model), f"aborted {reason}" if aborts else reason
+        for _ in range(ROLLBACK_TRIES):
+            since, history = self.ledger.head(), read_history(self.ledger, model)
+            if aborts:
+                require_policy_run(config, history)
+            change = rollback_change(config, self._state(model), history, reason)
+            self._require(principal, Action.rollback, model, change.version)
+            entries = transitions.append(
+                self.ledger, model, change.events, actor=principal.subject, since=since
+            )
+            if entries is not None:
+                break
+        return {
+            "model": model,
+            "rollout": change.rollout,
+            "seq": transitions.require_appended(entries, model),
+        }
 
     def _append(
         self, principal: Principal, model: str, events: list[LedgerEvent], *, rollout: str, since: int
@@ -193,15 +207,20 @@ def _reason(fields: dict[str, Any]) -> str:
     return reason
 
 
-def _start_config(model: str, fields: dict[str, Any]) -> tuple[RolloutConfig, int]:
-    """Return what to start, and the version.
+def _version(fields: dict[str, Any]) -> int:
+    version = fields.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or not 0 < version < 2**31:
+        raise InvalidRequest("'version' must be the number of a version.")
+    return version
+
+
+def _start_config(model: str, fields: dict[str, Any]) -> RolloutConfig:
+    """Return what to start. A policy takes time and memory to validate, so check the caller's rights first.
 
     Raises:
         InvalidRequest, ConfigError: a field is wrong.
     """
-    version, weight, policy = fields.get("version"), fields.get("weight"), fields.get("policy")
-    if not isinstance(version, int) or isinstance(version, bool) or not 0 < version < 2**31:
-        raise InvalidRequest("'version' must be the number of a version.")
+    weight, policy = fields.get("weight"), fields.get("policy")
     if (weight is None) == (policy is None):
         raise InvalidRequest("Give either 'weight' or 'policy'.")
     if policy is None:
@@ -209,9 +228,9 @@ def _start_config(model: str, fields: dict[str, Any]) -> tuple[RolloutConfig, in
             raise InvalidRequest("'weight' must be a number.")
         try:
             require_percent(float(weight), name="weight")
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise InvalidRequest(str(error)) from error
-        return RolloutConfig(name=model, weight=float(weight)), version
+        return RolloutConfig(name=model, weight=float(weight))
     try:
         text = json.dumps(policy, allow_nan=False)
     except ValueError as error:
@@ -222,4 +241,4 @@ def _start_config(model: str, fields: dict[str, Any]) -> tuple[RolloutConfig, in
         spec = load(OmegaConf.create(policy), RolloutSpec)
     except RecursionError as error:
         raise InvalidRequest("'policy' is nested too deeply.") from error
-    return RolloutConfig(name=model, rollout=spec), version
+    return RolloutConfig(name=model, rollout=spec)

@@ -22,6 +22,7 @@ from serve_apps.rollout.evidence.tables import (
     EVENTS,
     READERS,
     UNITS,
+    counted_rollouts,
     ensure_tables,
     evidence_engine,
     remove_rollout,
@@ -86,6 +87,16 @@ class EvidenceStore:
         with updating(self._engine) as connection:
             insert = upsert(COUNTED, connection).values(rollout=rollout_id, **values)
             connection.execute(insert.on_conflict_do_update(index_elements=[COUNTED.c.rollout], set_=values))
+
+    def ensure_registered(self, rollout_id: str, *, slow_ms: float | None) -> None:
+        """Let all edges count the units of a running rollout, if it is not registered, for example in a new file.
+
+        What was counted before is lost, so the units of the current step are counted from now on.
+        """
+        with self._engine.connect() as connection:
+            is_registered = rollout_id in counted_rollouts(connection)
+        if not is_registered:
+            self.register(rollout_id, Counting(slow_ms=slow_ms))
 
     def forget(self, rollout_id: str) -> None:
         """Remove what was counted for a rollout, and count no more. Call it when the rollout has ended."""

@@ -51,6 +51,19 @@ def test_mode_gives_the_weights(policy: RolloutSpec, weights: list[float]) -> No
     assert [step.weight for step in policy.policy().steps] == weights
 
 
+@pytest.mark.parametrize("name", ["bake_s", "deadline_s", "watch_s", "unit_watch_s"])
+def test_time_of_more_than_a_year_is_refused(name: str) -> None:
+    """A controller could not compute a date that long ago."""
+    with pytest.raises(
+        ValueError, match=rf"rollout\.{name} must be at most 31536000 seconds \(a year\), got"
+    ):
+        spec(**{name: 1e12})
+    with pytest.raises(ValueError, match=r"rollout\.steps\.0\.bake_s must be at most"):
+        spec(steps=[StepSpec(weight=1, bake_s=1e12)])
+    with pytest.raises(ValueError, match=r"rollout\.traffic\.outcome_delay_s must be at most"):
+        spec(traffic=TrafficSpec(units_per_hour=1, outcome_delay_s=1e12))
+
+
 def test_steps_have_the_policys_bake_time_unless_they_have_their_own() -> None:
     """Also 0."""
     steps = [StepSpec(weight=1), StepSpec(weight=2, bake_s=0), StepSpec(weight=3, bake_s=5)]
@@ -74,7 +87,7 @@ def test_steps_have_the_policys_bake_time_unless_they_have_their_own() -> None:
         (("rollout=canary", "+rollout.steps=[{wight: 10}]"), "wight"),
         (("rollout=canary", "rollout.bake_s=-1"), "step.bake_s must be a finite number"),
         (("rollout=canary", "rollout.bake=1"), "Did you mean 'rollout.bake_s'?"),
-        (("rollout=canary", "+rollout.slow_ms=0"), "rollout.slow_ms must be a number above 0"),
+        (("rollout=canary", "rollout.slow_ms=0"), "rollout.slow_ms must be a number above 0"),
         (("rollout=canary", "rollout.traffic.units_per_hour=0"), "units_per_hour must be a number above 0"),
         (("rollout=canary", "+rollout.traffic.events.slwo=0.1"), "no event 'slwo'. Did you mean 'slow'?"),
         (("rollout=canary", "rollout.traffic.events.failure=1"), "must be 0 or more and below 1"),
@@ -99,10 +112,11 @@ def test_wrong_policy_is_refused(words: tuple[str, ...], message: str, tmp_path:
 
 
 def test_plan_prints_units_and_time_of_each_step(tmp_path: Path) -> None:
-    """And the smallest harm that is found."""
+    """And the smallest harm that is found. Slow units, such as those whose client gave up, are harm, too."""
     result = run_main(rollout, "action=plan", "name=m", "rollout=canary", f"storage.root={tmp_path}")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("step 1: 1 %, 277 units an arm, 1.4 h; finds harm")
+    assert "slow from" in result.stdout.splitlines()[0]
     assert len(result.stdout.splitlines()) == 7
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from cluster.ledger import Ledger
 from cluster.ledger.chain import GENESIS, Entry, build_entry
+from cluster.ledger.events import PolicyPaused, PolicyResumed
 from cluster.statistics.evidence import Evidence
 from serve_apps.rollout.controller.controller import Controller
 from serve_apps.rollout.json_form import as_json
@@ -31,10 +32,26 @@ def ledger(tmp_path: Path) -> Ledger:
     return opened
 
 
-def export(ledger: Ledger, path: Path, change: Callable[[Entry], Entry] = lambda entry: entry) -> Path:
+Change = Callable[[Entry], Entry | None]
+
+
+@pytest.fixture
+def promoted(tmp_path: Path) -> Ledger:
+    """Return a ledger with a rollout that is paused and resumed, takes all steps, and is promoted."""
+    opened = started_ledger(f"sqlite:///{tmp_path}/promoted.db")
+    acting = Controller(opened, EvidenceDouble(HEALTHY), refusal=permitted)
+    opened.append(PolicyPaused(model="m", rollout="r", reason=""), actor="ann")
+    acting.check_once()
+    opened.append(PolicyResumed(model="m", rollout="r", reason=""), actor="ann")
+    for _ in range(3):
+        acting.check_once()
+    return opened
+
+
+def export(ledger: Ledger, path: Path, change: Change = lambda entry: entry) -> Path:
     """Write an export with a valid hash chain, in which some events are changed or left out."""
     previous, lines = GENESIS, []
-    for number, entry in enumerate(map(change, ledger.entries()), start=1):
+    for number, entry in enumerate(filter(None, map(change, ledger.entries())), start=1):
         built = build_entry(
             seq=number,
             time=entry.time,
@@ -67,6 +84,16 @@ def in_event(seq: int, **changes: Any) -> Callable[[Entry], Entry]:
     return lambda entry: replace(entry, payload=entry.payload | changes) if entry.seq == seq else entry
 
 
+def by(actor: str, seq: int) -> Callable[[Entry], Entry]:
+    """Return a change of one event's actor."""
+    return lambda entry: replace(entry, actor=actor) if entry.seq == seq else entry
+
+
+def without(*seqs: int) -> Change:
+    """Return a change that leaves events out."""
+    return lambda entry: None if entry.seq in seqs else entry
+
+
 def counts(evidence: Evidence, **changes: Any) -> dict[str, Any]:
     return dict(as_json(replace(evidence, **changes)))
 
@@ -83,7 +110,17 @@ def traffic(units_per_hour: float) -> dict[str, Any]:
         (in_event(9, reasons=["breaker: no"]), "Event 9 (PolicyDecided) differs: its reasons is ['breaker']"),
         (in_event(7, evidence=counts(FAILING)), "but its counts give 'roll_back'"),
         (in_event(8, weight=50), "Event 8 (RolloutWeightChanged) differs: its weight is 50"),
-        (in_event(7, not_done="paused"), "Event 8 (RolloutWeightChanged) differs: its change is"),
+        (in_event(7, not_done="paused"), "Event 7 (PolicyDecided) differs: its not_done is 'paused'"),
+        (in_event(7, not_done="ann may not"), "Event 8 (RolloutWeightChanged) differs: its change is"),
+        (
+            by("eve", 7),
+            "Event 7 (PolicyDecided) differs: its actor is 'eve', but it must be 'system:rollouts'",
+        ),
+        (in_event(9, evidence=counts(FAILING)), "its step is 0, but the weight 30 gives 1"),
+        (without(10), "Event 9 (PolicyDecided) differs: its change is 'missing'"),
+        (without(10, 11), "its change is 'missing', but its counts give 'RolloutRolledBack'"),
+        (by("eve", 10), "Event 9 (PolicyDecided) differs: its change is 'missing'"),
+        (in_event(10, rollout="q"), "Event 10 (RolloutRolledBack) differs: its rollout is 'q'"),
         (in_event(9, evidence={}), "Event 9 (PolicyDecided) cannot be computed again"),
         (
             in_event(5, traffic=traffic(10_000)),
@@ -92,13 +129,36 @@ def traffic(units_per_hour: float) -> dict[str, Any]:
         (in_event(5, traffic=traffic(10)), "Event 5 (PolicyStarted) differs: its policy has no plan"),
     ],
 )
-def test_first_difference_is_named(
-    ledger: Ledger, tmp_path: Path, change: Callable[[Entry], Entry], message: str
-) -> None:
+def test_first_difference_is_named(ledger: Ledger, tmp_path: Path, change: Change, message: str) -> None:
     """Also if the hash chain is valid, so somebody computed it again."""
     result = run_main(main, "--file", str(export(ledger, tmp_path / "export.jsonl", change)))
     assert (result.returncode, message in result.stderr) == (2, True), result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            in_event(7, not_done=""),
+            "Event 7 (PolicyDecided) differs: its not_done is '', but it must be 'paused'",
+        ),
+        (without(6), "Event 6 (PolicyDecided) differs: its not_done is 'paused', but it must be ''"),
+        (in_event(5, version=1), "Event 5 (PolicyStarted) differs: its version is 1, but it must be 2"),
+        (in_event(14, version=1), "Event 14 (AliasMoved) differs: its version is 1, but it must be 2"),
+        (in_event(14, alias="x"), "Event 14 (AliasMoved) differs: its alias is 'x'"),
+        (without(14), "Event 14 (RolloutPromoted) differs: its change is 'RolloutPromoted'"),
+        (in_event(15, version=1), "Event 15 (RolloutPromoted) differs: its version is 1, but it must be 2"),
+    ],
+)
+def test_wrong_promotion_or_pause_is_named(
+    promoted: Ledger, tmp_path: Path, change: Change, message: str
+) -> None:
+    """The export without a change is as recorded."""
+    result = run_main(main, "--file", str(export(promoted, tmp_path / "export.jsonl")))
+    assert result.returncode == 0, result.stderr
+    result = run_main(main, "--file", str(export(promoted, tmp_path / "export.jsonl", change)))
+    assert (result.returncode, message in result.stderr) == (2, True), result.stderr
 
 
 def test_changed_event_without_a_new_hash_is_named(ledger: Ledger, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,12 +14,16 @@ from cluster.ledger.events import (
     PolicyEnded,
     PolicyPaused,
     PolicyResumed,
+    RolloutPromoted,
+    RolloutRolledBack,
     RolloutWeightChanged,
 )
 from cluster.statistics.evidence import Evidence
 from serve_apps.rollout.controller.controller import ACTOR, Controller
 from serve_apps.rollout.controller.decisions import ENDED, PAUSED
-from serve_apps.rollout.history import read_history
+from serve_apps.rollout.evidence.store import Counting, EvidenceStore
+from serve_apps.rollout.evidence.tables import counted_rollouts
+from serve_apps.rollout.history import read_history, step_at
 from serve_apps.rollout.serving_state import read_states
 from tests.samples.policies import EARLY, EVENTS, FAILING, HEALTHY, EvidenceDouble, permitted, started_ledger
 
@@ -172,7 +177,10 @@ def test_two_controllers_act_as_one(url: str) -> None:
     assert appended(ledger) == ["PolicyDecided", "RolloutWeightChanged"]
 
 
-@pytest.mark.parametrize("error", [ValueError("broken"), KeyError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("x"), KeyError("x"), OverflowError("x"), RuntimeError("x")],
+)
 def test_one_rollout_that_cannot_be_judged_stops_no_other(url: str, error: Exception) -> None:
     """It is counted as a failure, and tried again."""
     ledger = started_ledger(url)
@@ -186,3 +194,59 @@ def test_one_rollout_that_cannot_be_judged_stops_no_other(url: str, error: Excep
     double.before = lambda: None
     assert acting.check_once() == 0
     assert appended(ledger) == ["PolicyDecided", "RolloutWeightChanged"]
+
+
+def test_weight_of_an_older_release_is_judged_at_the_step_below_it(url: str) -> None:
+    """Its command sets a weight between two steps. The units are counted at this weight."""
+    ledger = started_ledger(url)
+    ledger.append(RolloutWeightChanged(model="m", rollout="r", weight=25), actor="ann")
+    acting, double = controller(ledger)
+    acting.check_once()
+    assert appended(ledger)[1:] == ["PolicyDecided", "RolloutWeightChanged"]
+    assert [(one["step"], one["weight"]) for one in double.asked] == [(0, 25)]
+    assert last(ledger, RolloutWeightChanged)["weight"] == 30
+
+
+@pytest.mark.parametrize(
+    ("weight", "step"), [(0.01, 0), (20, 0), (29.99, 0), (30, 1), (50, 2), (50.01, 2), (100, 2)]
+)
+def test_step_at_a_weight(weight: float, step: int) -> None:
+    """It is the last step that is not above the weight."""
+    assert step_at([20, 30, 50], weight) == step
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        RolloutRolledBack(model="m", rollout="r", reason=""),
+        RolloutPromoted(model="m", rollout="r", version=2),
+    ],
+)
+def test_rollout_that_an_older_release_ends_is_forgotten(url: str, end: LedgerEvent) -> None:
+    """Such a release appends no `PolicyEnded`. The end is found once."""
+    ledger = started_ledger(url)
+    acting, double = controller(ledger, EARLY)
+    acting.check_once()
+    ledger.append(end, actor="ann")
+    acting.check_once()
+    acting.check_once()
+    assert double.forgotten == ["r"]
+
+
+def test_running_rollout_is_registered_again_after_its_counts_were_lost(tmp_path: Path) -> None:
+    """Otherwise the edges would count none of its units, and it would wait until its deadline."""
+    ledger = started_ledger(f"sqlite:///{tmp_path}/ledger.db")
+    store = EvidenceStore(ledger.engine)
+    acting = Controller(ledger, store, refusal=permitted)
+
+    def counted() -> dict[str, float]:
+        with store._engine.connect() as connection:
+            return counted_rollouts(connection)
+
+    for _ in range(2):
+        acting.check_once()
+        assert counted() == {"r": float("inf")}
+        store.forget("r")
+    store.register("r", Counting(slow_ms=5))
+    acting.check_once()
+    assert counted() == {"r": 5}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from cluster.ledger import Ledger
+from cluster.ledger import Entry, Ledger
 from cluster.ledger.events import PolicyEnded, PolicyPaused, PolicyStarted, RolloutRolledBack, RolloutStarted
 from cluster.registry import Registry
 from cluster.security.authorization.audit import DecisionRecorder
@@ -19,6 +19,7 @@ from cluster.security.tokens.roles import Role
 from cluster.security.tokens.trust import Trust
 from cluster.settings import IssuerConfig
 from cluster.storage import Layout
+from serve_apps.rollout import transitions
 from serve_apps.rollout.controller.http import RolloutApi
 from serve_apps.rollout.controller.operations import RolloutOperations
 from serve_apps.rollout.evidence.store import EvidenceStore
@@ -33,6 +34,8 @@ POLICY: dict[str, Any] = {
     "event_guardrails": [{"event": "failure", "limit": 0.05}],
     "traffic": {"units_per_hour": 1000, "events": {"failure": 0.01}},
 }
+LINEAR: dict[str, Any] = {"mode": "linear"} | {name: POLICY[name] for name in ("event_guardrails", "traffic")}
+TINY = POLICY["traffic"] | {"units_per_hour": 5e-324}
 START = {"action": "start", "version": 2, "policy": POLICY}
 
 
@@ -134,6 +137,12 @@ def nested(depth: int) -> dict[str, Any]:
         ({**START, "policy": {**POLICY, "stepz": []}}, 400, "stepz"),
         ({**START, "policy": {**POLICY, "deadline_s": 60}}, 409, "its deadline is after"),
         ({**START, "policy": nested(900)}, 400, "poli"),
+        ({**START, "policy": LINEAR | {"increment": 1e-9}}, 400, "at most 100 steps"),
+        ({**START, "policy": LINEAR | {"increment": 5e-324}}, 400, "at most 100 steps"),
+        ({**START, "policy": {**POLICY, "steps": [{"weight": 1}] * 101}}, 400, "at most 100 steps"),
+        ({**START, "policy": {**POLICY, "bake_s": 10**400}}, 400, "too large"),
+        ({**START, "policy": POLICY | {"traffic": TINY}}, 400, "too small"),
+        ({"action": "start", "version": 2, "weight": 10**400}, 400, "too large"),
         ({**START, "version": 1}, 409, "already the champion"),
         ({**START, "version": 3}, 409, "is not deployed"),
         ({**START, "version": 9}, 404, "9"),
@@ -155,6 +164,44 @@ def test_role_without_the_right_changes_nothing(service: Service, role: Role) ->
     assert service.call(START, role=role)[0] == 403
     assert service.call(role=role)[0] == 200
     assert service.ledger.last(RolloutStarted) is None
+
+
+def test_salt_is_not_shown(service: Service) -> None:
+    """With it, a caller could choose unit ids of one arm. Any role may look."""
+    assert service.call(START)[0] == 200
+    status, shown = service.call(role=Role.auditor)
+    assert (status, shown["rollout"]["weight"], "salt" in shown["rollout"]) == (200, 20, False)
+
+
+@pytest.mark.parametrize("action", ["rollback", "abort"])
+def test_rollback_is_tried_again_after_a_decision_at_the_same_moment(
+    service: Service, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    """Another event of the model comes between reading and appending."""
+    assert service.call(START)[0] == 200
+    original, tries = transitions.append, []
+
+    def append_late(ledger: Ledger, model: str, *arguments: Any, **named: Any) -> list[Entry] | None:
+        if not tries:
+            ledger.append(PolicyPaused(model=model, rollout=rollout_id(service), reason=""), actor="bob")
+        tries.append(model)
+        return original(ledger, model, *arguments, **named)
+
+    monkeypatch.setattr(transitions, "append", append_late)
+    status, content = service.call({"action": action})
+    assert (status, len(tries)) == (200, 2), content
+    assert read_states(service.ledger)["m"].rollout is None
+
+
+def rollout_id(service: Service) -> str:
+    rollout = read_states(service.ledger)["m"].rollout
+    assert rollout is not None
+    return rollout.id
+
+
+def test_policy_is_not_parsed_without_the_right(service: Service) -> None:
+    """Validation costs time and memory, so the right is checked first."""
+    assert service.call({**START, "policy": {"no": "policy"}}, role=Role.service)[0] == 403
 
 
 def test_unknown_model_and_missing_token(service: Service) -> None:

@@ -95,6 +95,26 @@ def test_failure_of_the_database_does_not_end_the_loop(server: str, tmp_path: Pa
         wait_until(lambda: failed.is_set() and promoted(url))
 
 
+def test_unknown_failure_does_not_end_the_loop(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged with its stack trace, and the next look succeeds."""
+    started_ledger(url)
+    failed = threading.Event()
+    original = Controller.check_once
+
+    def fail_once(controller: Controller) -> int:
+        if not failed.is_set():
+            failed.set()
+            raise OverflowError("date value out of range")
+        return original(controller)
+
+    monkeypatch.setattr(Controller, "check_once", fail_once)
+    with running(url, tmp_path / "lock", EvidenceDouble()):
+        wait_until(lambda: promoted(url))
+    assert "date value out of range" in caplog.text
+
+
 def promoted(url: str) -> bool:
     return Ledger(url).last(RolloutPromoted) is not None
 
