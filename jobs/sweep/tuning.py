@@ -188,11 +188,13 @@ class Recorder(tune.Callback):
 
     def __init__(self, record: SweepRecord, scheduler: Asha | NoScheduler, display: Display) -> None:
         self._record, self._scheduler, self._display = record, scheduler, display
+        self._started: set[int] = set()
         self.lost: set[int] = set()
         """Numbers of the trials whose process was lost. They are run again."""
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record the start."""
+        self._started.add(trial.config[NUMBER])
         self._display.show(self._record.trial_started(trial.config[NUMBER], trial.config[PARAMETERS]))
 
     def on_trial_result(
@@ -210,6 +212,8 @@ class Recorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial failed. A trial whose process was lost has not ended, and is run again."""
+        if trial.config[NUMBER] not in self._started:  # its process was lost before Tune knew of the start
+            self.on_trial_start(iteration, trials, trial)
         known, error = self._trial(trial), read_error(trial)
         is_lost = isinstance(error, RayError) and not isinstance(error, RayTaskError)
         if is_lost and known.starts < MAX_STARTS:

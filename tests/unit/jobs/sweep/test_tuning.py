@@ -99,6 +99,19 @@ def test_a_trial_whose_process_was_lost_is_run_again_for_some_times(
     assert read_trials(record.ledger, **OWNER)[1].reason == "ActorDiedError"
 
 
+def test_a_process_that_was_lost_before_its_start_counts_as_a_start(
+    record: SweepRecord, tmp_path: Path
+) -> None:
+    """Tune then reports only the error. The trial is run again, also in a sweep that continues."""
+    trial = tune_trial(tmp_path, 1, ActorDiedError())
+    for starts in range(1, MAX_STARTS + 1):
+        callback = recorder(record)
+        callback.on_trial_error(0, [], trial)
+        assert callback.lost == ({1} if starts < MAX_STARTS else set())
+        assert read_trials(record.ledger, **OWNER)[1].starts == starts
+    assert read_trials(record.ledger, **OWNER)[1].reason == "ActorDiedError"
+
+
 def test_the_time_budget_stops_trials(record: SweepRecord, tmp_path: Path) -> None:
     """A trial with a loss keeps it. One without has failed. Ended trials stay as they are."""
     callback = recorder(record)
