@@ -140,7 +140,7 @@ def run_fit(network_fit: NetworkFit, *, sample: Matrix) -> None:
         describe_steps(network_fit.steps, network_fit.num_rows, family.parameters, workers=numbers),
         flush=True,
     )
-    with display_progress(unit="epoch", total=network_fit.steps.epochs, run=context.run_name) as reports:
+    with display_progress(unit="epoch", total=network_fit.steps.epochs, claim=context.claim) as reports:
         if scaling.is_elastic:
             fit_elastic(network_fit, reports)
         else:
