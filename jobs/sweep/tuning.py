@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from ray import cloudpickle, tune
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.tune import TuneError
 
 from cluster.errors import ConfigError, RefusedError, TrainingFailed, refusal_behind
@@ -32,6 +32,7 @@ from jobs.sweep.search import NUMBER, PARAMETERS, RUNG, Asha, LedgerSearch, NoSc
 from jobs.sweep.space import Space
 from jobs.sweep.trial import FIXED, TrialSettings, run_trial
 from jobs.train.families import FitContext, ResolvedFamily
+from jobs.train.memory import was_killed_by_ray
 from jobs.train.progress import METRIC
 from jobs.train.training_data import TrainingData
 from jobs.train.trial import num_reports, trial_cpus
@@ -89,13 +90,19 @@ def run_trials(sweep: Sweep, record: SweepRecord, *, runs: RunFolder, concurrent
     with Display(num_trials=config.trials) as display:
         recorder = Recorder(record, scheduler, display)
         tuner = build_tuner(sweep, search, scheduler, recorder, runs=runs, concurrent=concurrent)
-        tuner.fit()
-        recorder.end_interrupted(deadline_s=config.trial_deadline_s)
+        try:
+            tuner.fit()
+        except RuntimeError as error:  # Tune does not expect it, and ends
+            if not was_killed_by_ray(error):
+                raise
+            recorder.lose_unended()
+        else:
+            recorder.end_interrupted(deadline_s=config.trial_deadline_s)
     if recorder.lost:
         lost = ", ".join(map(str, sorted(recorder.lost)))
         raise TrainingFailed(
             f"The processes of these trials were lost, perhaps because memory was short: {lost}. "
-            f"`run={record.run}` runs them again; sweep.concurrent_trials=1 needs less memory."
+            f"`run={record.run}` continues the sweep; sweep.concurrent_trials=1 needs less memory."
         )
 
 
@@ -221,6 +228,17 @@ class Recorder(tune.Callback):
             return
         original = getattr(error, "cause", None) or error  # the worker's error, without Ray's wrapper
         self._end(known, Status.failed, reason=type(original).__name__, cause=error_line(error))
+
+    def lose_unended(self) -> None:
+        """Count the started trials without an end as lost: Ray killed one for memory, and all ended with Tune."""
+        for number in sorted(self._started):
+            trial = self._record.trials[number]
+            if trial.has_ended:
+                continue
+            self.lost.add(number)
+            if trial.starts >= MAX_STARTS:
+                cause = "its process was lost too often, perhaps because memory was short"
+                self._end(trial, Status.failed, reason=OutOfMemoryError.__name__, cause=cause)
 
     def end_interrupted(self, *, deadline_s: float) -> None:
         """End the trials that the time budget has stopped."""
