@@ -240,7 +240,10 @@ def build_trainer(
             name=name or context.run_name,
             storage_path=context.runs,
             storage_filesystem=context.file_system,
-            failure_config=FailureConfig(max_failures=0 if workers is not None else MAX_RESTARTS),
+            # An elastic run counts the room again. Ray Train would wait for the same number of workers without end.
+            failure_config=FailureConfig(max_failures=MAX_RESTARTS)
+            if workers is None
+            else FailureConfig(max_failures=0, controller_failure_limit=0),
             callbacks=[cast(Any, EndOfHopelessRuns()), *(callbacks or ())],  # typed for Ray Train V1
         ),
     )
