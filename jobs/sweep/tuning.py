@@ -73,7 +73,8 @@ def run_trials(sweep: Sweep, record: SweepRecord, *, runs: RunFolder, concurrent
         concurrent: Number of trials that run at the same time.
 
     Raises:
-        TrainingFailed: The process of a trial was lost. The same run continues the sweep.
+        TrainingFailed: The process of a trial was lost, or the time budget was too short for it. The same run
+            continues the sweep.
     """
     # By default Tune prints its own tables and paths, and logs the traceback of each failed trial. The sweep prints one
     # line per trial instead.
@@ -103,6 +104,12 @@ def run_trials(sweep: Sweep, record: SweepRecord, *, runs: RunFolder, concurrent
         raise TrainingFailed(
             f"The processes of these trials were lost, perhaps because memory was short: {lost}. "
             f"`run={record.run}` continues the sweep; sweep.concurrent_trials=1 needs less memory."
+        )
+    if recorder.late:
+        late = ", ".join(map(str, sorted(recorder.late)))
+        raise TrainingFailed(
+            f"The time budget of sweep.trial_deadline_s={config.trial_deadline_s:g} ended before these trials had a "
+            f"report: {late}. Raise it; `run={record.run}` continues the sweep."
         )
 
 
@@ -198,6 +205,8 @@ class Recorder(tune.Callback):
         self._started: set[int] = set()
         self.lost: set[int] = set()
         """Numbers of the trials whose process was lost. They are run again."""
+        self.late: set[int] = set()
+        """Numbers of the trials that had no report, or did not start, in the time budget. They are run again."""
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record the start."""
@@ -241,11 +250,15 @@ class Recorder(tune.Callback):
                 self._end(trial, Status.failed, reason=OutOfMemoryError.__name__, cause=cause)
 
     def end_interrupted(self, *, deadline_s: float) -> None:
-        """End the trials that the time budget has stopped."""
+        """End the trials that the time budget has stopped. One without a loss is run again, as if it were lost."""
         for trial in self._record.trials.values():
-            if not trial.has_ended and trial.number not in self.lost:
+            if trial.has_ended or trial.number in self.lost:
+                continue
+            if trial.number in self._started and (trial.losses or trial.starts >= MAX_STARTS):
                 cause = f"ended before its first report (sweep.trial_deadline_s is {deadline_s:g})"
                 self._end(trial, Status.stopped, reason="TimeBudget", cause=cause)
+            else:
+                self.late.add(trial.number)
 
     def _trial(self, trial: Any) -> Trial:
         return self._record.trials[trial.config[NUMBER]]

@@ -162,8 +162,10 @@ def test_another_error_of_tune_keeps_its_traceback(
 
 
 def test_the_time_budget_stops_trials(record: SweepRecord, tmp_path: Path) -> None:
-    """A trial with a loss keeps it. One without has failed. Ended trials stay as they are."""
+    """A trial with a loss keeps it. One without has failed after some starts. Ended trials stay as they are."""
     callback = recorder(record)
+    for _ in range(MAX_STARTS - 1):
+        callback.on_trial_start(0, [], tune_trial(tmp_path, 3))
     for number in (1, 2, 3):
         callback.on_trial_start(0, [], tune_trial(tmp_path, number))
     callback.on_trial_result(0, [], tune_trial(tmp_path, 1), REPORT)
@@ -173,6 +175,26 @@ def test_the_time_budget_stops_trials(record: SweepRecord, tmp_path: Path) -> No
     trials = read_trials(record.ledger, **OWNER)
     assert [trial.status for trial in trials.values()] == [Status.stopped, Status.finished, Status.failed]
     assert record.trials[3].cause == "ended before its first report (sweep.trial_deadline_s is 9)"
+
+
+def test_the_time_budget_does_not_end_trials_without_a_loss(
+    record: SweepRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trial 1 had a loss before a kill, and does not start again in time. Trial 2 starts, and has no report yet."""
+    earlier = recorder(record)
+    earlier.on_trial_start(0, [], tune_trial(tmp_path, 1))
+    earlier.on_trial_result(0, [], tune_trial(tmp_path, 1), REPORT)
+
+    def build_tuner(_sweep: Any, _search: Any, _scheduler: Any, recorder: Recorder, **_: Any) -> Any:
+        return SimpleNamespace(fit=lambda: recorder.on_trial_start(0, [], tune_trial(tmp_path, 2)))
+
+    monkeypatch.setattr(tuning, "build_tuner", build_tuner)
+    runs: Any = None
+    options = {"trials": 2, "trial_deadline_s": 9}
+    with pytest.raises(TrainingFailed, match=r"trial_deadline_s=9 ended .*: 1, 2\. Raise it; `run=s`"):
+        run_trials(sweep("lightgbm", **options), record, runs=runs, concurrent=2)
+    trials = read_trials(record.ledger, **OWNER)
+    assert [trial.status for trial in trials.values()] == [Status.running, Status.running]
 
 
 def sweep(family: str, **options: Any) -> Sweep:
