@@ -10,6 +10,7 @@ import pytest
 
 from cluster.errors import TrainingFailed
 from cluster.settings import ScalingConfig
+from jobs.train.memory import MAX_RESTARTS
 from jobs.train.network import elastic
 from jobs.train.network.elastic import (
     RESIZED,
@@ -20,6 +21,7 @@ from jobs.train.network.elastic import (
     run_elastic,
     wait_for_room,
 )
+from jobs.train.network.fit import failure_config
 
 
 def workers(smallest: int = 1, largest: int = 4, *, batch_rows: int = 24) -> WorkerRange:
@@ -98,6 +100,13 @@ def test_a_run_is_started_until_it_is_finished() -> None:
 
     run_elastic(workers(1, 2), fit, max_restarts=1, room=lambda: next(rooms), sleep=lambda seconds: None)
     assert starts == [(2, 1), (2, 2), (1, 3), (2, 4)]
+
+
+def test_ray_train_does_not_start_the_workers_of_an_elastic_run() -> None:
+    """By default, it would try to start them without end."""
+    elastic_run: Any = failure_config(is_elastic=True)
+    assert (elastic_run.max_failures, elastic_run.controller_failure_limit) == (0, 0)
+    assert failure_config(is_elastic=False).max_failures == MAX_RESTARTS
 
 
 def test_a_run_whose_workers_die_too_often_fails() -> None:

@@ -171,8 +171,13 @@ def test_room_for_more_workers_leads_to_a_checkpoint(tmp_path: Path, access: Key
 def test_room_is_asked_for_also_with_a_checkpoint_after_each_step(tmp_path: Path, access: KeyAccess) -> None:
     """Each of the steps after which rank 0 could ask is then one with a checkpoint."""
     asked: list[int] = []
+
+    def has_room() -> bool:
+        asked.append(1)
+        return False
+
     files = run_files(str(tmp_path), model="m", run="a", access=access)
-    due = due_steps(files, every_steps=1, has_room=lambda: asked.append(1) is not None)
+    due = due_steps(files, every_steps=1, has_room=has_room)
     assert due == list(range(1, 101))
     assert len(asked) == 100 // DECIDE_STEPS
 
