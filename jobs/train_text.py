@@ -27,7 +27,7 @@ from jobs.train.decoder.config import TrainTextConfig
 from jobs.train.decoder.corpus import Corpus, Parts, read_corpus, split_corpus
 from jobs.train.families import FitContext, ResolvedFamily, resolve_family
 from jobs.train.run.files import RunFiles, run_files
-from jobs.train.run.identity import new_run_id, run_settings
+from jobs.train.run.identity import find_finished, new_run_id, run_settings
 from jobs.train.run.lineage import git_commit, library_versions, to_json_values
 from jobs.train.run.record import Run
 from jobs.train.run.registration import TrainedModel, register, write_output
@@ -96,18 +96,25 @@ def train(
     ledger: Ledger,
     actor: Actor,
 ) -> ModelVersion:
-    """Fit, evaluate and register a version."""
+    """Fit, evaluate and register a version. If another job has finished the run, return its version."""
     from jobs.train.decoder.fit import evaluate_text, fit_text, text_warnings  # imports torch and Ray Train
+    from jobs.train.progress import claimed_run  # imports Ray
 
     attach(config)
     places = layout(config.storage)
     key_store(actor.access).ensure(model_key(config.name))
     files = files_of_run(config, actor)
+    name = f"{config.name}-{family.name}-{config.run}"
     with (
+        claimed_run(name) as claim,
         # The workers read the text where this command reads it, so they run on this node.
         run_folder(places, for_all_nodes=this_node() is not None) as ray_files,
         scratch_directory(memory_folder(otherwise=local(places.runs))) as folder,
     ):
+        finished = find_finished(ledger, model=config.name, run=str(config.run))
+        if finished is not None:
+            files.remove_state()
+            return Registry(ledger, places).get(config.name, finished.version)
         context = FitContext(
             folder=folder,
             runs=ray_files.path,
@@ -116,9 +123,10 @@ def train(
             scaling=config.scaling,
             deepspeed=config.deepspeed,
             checkpoint=config.checkpoint,
-            run_name=f"{config.name}-{family.name}-{config.run}",
+            run_name=name,
             selector=find_nodes(config.placement, on_this_node="the text may be on this node's disk"),
             files=files,
+            claim=claim,
         )
         fit_text(parts, family, context)
         metrics = evaluate_text(folder, parts, family.parameters, max_rows=config.evaluated_rows)

@@ -21,8 +21,9 @@ from jobs.pipeline.stage.outputs import is_aside
 from jobs.pipeline.stage.requirements import unmet
 from jobs.pipeline.state import last_done
 
-MAX_RUN_CHARS = 64
-"""Largest length of the id of a training run."""
+MAX_RUN_CHARS = 59
+"""Largest length of the id of a sweep: `jobs.sweep.config.MAX_RUN`, without an import of the package of trainings."""
+_HASH_CHARS = 12
 
 
 class StageRefused(RefusedError):
@@ -63,9 +64,14 @@ def stage_command(prepared: Prepared, *, run: str) -> list[str]:
 
 
 def _run_of_stage(prepared: Prepared, run: str) -> str:
-    """Return an id of a training run. With another key, it is another run: its settings or its data differ."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", f"p-{run}-{prepared.planned.stage.name}")
-    return f"{name[: MAX_RUN_CHARS - 13]}-{prepared.key[:12]}"
+    """Return an id of a training run. With another key, it is another run: its settings or its data differ.
+
+    Long ids of two runs may have equal starts, so the hash at the end is that of the run, the stage and the key.
+    """
+    stage = prepared.planned.stage.name
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", f"p-{run}-{stage}")
+    digest = digest_json([run, stage, prepared.key])
+    return f"{name[: MAX_RUN_CHARS - _HASH_CHARS - 1]}-{digest[:_HASH_CHARS]}"
 
 
 class StageKeys:

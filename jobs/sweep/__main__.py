@@ -34,7 +34,7 @@ from jobs.train.config import LearningConfig, TrainConfig
 from jobs.train.data import TrainingSet, open_training_set
 from jobs.train.describe import prepare_and_describe, print_warnings
 from jobs.train.families import ResolvedFamily, resolve_family
-from jobs.train.progress import METRIC, claim_run
+from jobs.train.progress import METRIC, claimed_run
 from jobs.train.rows.encoded import Part
 from jobs.train.run.identity import new_run_id, run_settings
 from jobs.train.split import resolve_split
@@ -90,7 +90,8 @@ def main(config: SweepConfig) -> dict[str, Any]:
 def search(
     config: SweepConfig, family: ResolvedFamily, space: Any, source: TrainingSet, record: SweepRecord
 ) -> SweepFinished:
-    """Run the trials that have not ended, and record the result.
+    """Run the trials that have not ended, and record the result. If another job has finished the sweep, return its
+    result.
 
     Raises:
         TrainingFailed: No trial has a loss. Standard error has the cause of each.
@@ -114,14 +115,15 @@ def search(
         f"{int(data.fit.sum())} rows to fit on",
         flush=True,
     )
-    claim = claim_run(f"sweep-{config.name}-{config.run}")
-    try:
+    with claimed_run(f"sweep-{config.name}-{config.run}"):
+        record.start()  # reads the trials again: another job may have run some, or all
+        event = record.finished()
+        if event is not None:
+            return event
         with run_folder(layout(config.storage), for_all_nodes=this_node() is not None) as runs:
             run_trials(sweep, record, runs=runs, concurrent=concurrent)
-    finally:
-        claim.shutdown(force=True)
-    require_best(list(record.trials.values()))
-    return record.finish(training_set_hash=source.hash)
+        require_best(list(record.trials.values()))
+        return record.finish(training_set_hash=source.hash)
 
 
 def sweep_settings(config: SweepConfig, family: ResolvedFamily, data_hash: str) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class SweepRecord:
         )
 
     def finish(self, *, training_set_hash: str) -> SweepFinished:
-        """Record the result of the sweep. One trial at least must have a loss."""
+        """Record the result of the sweep, or return the recorded one. One trial at least must have a loss."""
         best = best_trial(self.trials.values())
         assert best is not None
         event = SweepFinished(
@@ -117,5 +117,8 @@ class SweepRecord:
             run=self.run,
             best_trial=best.number,
         )
-        self.ledger.append_once(event, actor=self.actor, model=self.model, run=self.run)
+        if self.ledger.append_once(event, actor=self.actor, model=self.model, run=self.run) is None:
+            recorded = self.finished()
+            assert recorded is not None
+            return recorded
         return event

@@ -40,9 +40,10 @@ class LedgerSearch(Searcher):
 
     def __init__(self, space: Space, trials: Mapping[int, Trial], config: SearchConfig, *, seed: int) -> None:
         super().__init__(metric=METRIC, mode=MODE)
-        self._space, self._seed, self._num_trials = space, seed, config.trials
+        self._space, self._seed = space, seed
         self._waiting = deque(trial for trial in trials.values() if not trial.has_ended)
-        self._next = max(trials, default=0) + 1
+        # After a kill, a trial may be recorded whose predecessor is not.
+        self._new = deque(number for number in range(1, config.trials + 1) if number not in trials)
         self._best: dict[str, float] = {}
         self._interrupted: dict[str, dict[str, Any]] = {}
         self._optuna = None
@@ -52,7 +53,7 @@ class LedgerSearch(Searcher):
     @property
     def num_waiting(self) -> int:
         """Number of trials that are still to be run."""
-        return len(self._waiting) + max(0, self._num_trials - self._next + 1)
+        return len(self._waiting) + len(self._new)
 
     def suggest(self, trial_id: str) -> Any:
         """Return the configuration of the next trial."""
@@ -60,9 +61,9 @@ class LedgerSearch(Searcher):
             trial = self._waiting.popleft()
             self._interrupted[trial_id] = trial.parameters
             return {NUMBER: trial.number, PARAMETERS: trial.parameters}
-        if self._next > self._num_trials:
+        if not self._new:
             return Searcher.FINISHED
-        number, self._next = self._next, self._next + 1
+        number = self._new.popleft()
         if self._optuna is None:
             return {NUMBER: number, PARAMETERS: draw(self._space, seed=self._seed, trial=number)}
         return {NUMBER: number, PARAMETERS: self._optuna.suggest(trial_id)}

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from ray import cloudpickle, tune
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.tune import TuneError
 
 from cluster.errors import ConfigError, RefusedError, TrainingFailed, refusal_behind
@@ -32,6 +32,7 @@ from jobs.sweep.search import NUMBER, PARAMETERS, RUNG, Asha, LedgerSearch, NoSc
 from jobs.sweep.space import Space
 from jobs.sweep.trial import FIXED, TrialSettings, run_trial
 from jobs.train.families import FitContext, ResolvedFamily
+from jobs.train.memory import was_killed_by_ray
 from jobs.train.progress import METRIC
 from jobs.train.training_data import TrainingData
 from jobs.train.trial import num_reports, trial_cpus
@@ -72,7 +73,8 @@ def run_trials(sweep: Sweep, record: SweepRecord, *, runs: RunFolder, concurrent
         concurrent: Number of trials that run at the same time.
 
     Raises:
-        TrainingFailed: The process of a trial was lost. The same run continues the sweep.
+        TrainingFailed: The process of a trial was lost, or the time budget was too short for it. The same run
+            continues the sweep.
     """
     # By default Tune prints its own tables and paths, and logs the traceback of each failed trial. The sweep prints one
     # line per trial instead.
@@ -89,13 +91,25 @@ def run_trials(sweep: Sweep, record: SweepRecord, *, runs: RunFolder, concurrent
     with Display(num_trials=config.trials) as display:
         recorder = Recorder(record, scheduler, display)
         tuner = build_tuner(sweep, search, scheduler, recorder, runs=runs, concurrent=concurrent)
-        tuner.fit()
-        recorder.end_interrupted(deadline_s=config.trial_deadline_s)
+        try:
+            tuner.fit()
+        except RuntimeError as error:  # Tune does not expect it, and ends
+            if not was_killed_by_ray(error):
+                raise
+            recorder.lose_unended()
+        else:
+            recorder.end_interrupted(deadline_s=config.trial_deadline_s)
     if recorder.lost:
         lost = ", ".join(map(str, sorted(recorder.lost)))
         raise TrainingFailed(
             f"The processes of these trials were lost, perhaps because memory was short: {lost}. "
-            f"`run={record.run}` runs them again; sweep.concurrent_trials=1 needs less memory."
+            f"`run={record.run}` continues the sweep; sweep.concurrent_trials=1 needs less memory."
+        )
+    if recorder.late:
+        late = ", ".join(map(str, sorted(recorder.late)))
+        raise TrainingFailed(
+            f"The time budget of sweep.trial_deadline_s={config.trial_deadline_s:g} ended before these trials had a "
+            f"report: {late}. Raise it; `run={record.run}` continues the sweep."
         )
 
 
@@ -188,11 +202,15 @@ class Recorder(tune.Callback):
 
     def __init__(self, record: SweepRecord, scheduler: Asha | NoScheduler, display: Display) -> None:
         self._record, self._scheduler, self._display = record, scheduler, display
+        self._started: set[int] = set()
         self.lost: set[int] = set()
         """Numbers of the trials whose process was lost. They are run again."""
+        self.late: set[int] = set()
+        """Numbers of the trials that had no report, or did not start, in the time budget. They are run again."""
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record the start."""
+        self._started.add(trial.config[NUMBER])
         self._display.show(self._record.trial_started(trial.config[NUMBER], trial.config[PARAMETERS]))
 
     def on_trial_result(
@@ -210,6 +228,8 @@ class Recorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial failed. A trial whose process was lost has not ended, and is run again."""
+        if trial.config[NUMBER] not in self._started:  # its process was lost before Tune knew of the start
+            self.on_trial_start(iteration, trials, trial)
         known, error = self._trial(trial), read_error(trial)
         is_lost = isinstance(error, RayError) and not isinstance(error, RayTaskError)
         if is_lost and known.starts < MAX_STARTS:
@@ -218,12 +238,27 @@ class Recorder(tune.Callback):
         original = getattr(error, "cause", None) or error  # the worker's error, without Ray's wrapper
         self._end(known, Status.failed, reason=type(original).__name__, cause=error_line(error))
 
+    def lose_unended(self) -> None:
+        """Count the started trials without an end as lost: Ray killed one for memory, and all ended with Tune."""
+        for number in sorted(self._started):
+            trial = self._record.trials[number]
+            if trial.has_ended:
+                continue
+            self.lost.add(number)
+            if trial.starts >= MAX_STARTS:
+                cause = "its process was lost too often, perhaps because memory was short"
+                self._end(trial, Status.failed, reason=OutOfMemoryError.__name__, cause=cause)
+
     def end_interrupted(self, *, deadline_s: float) -> None:
-        """End the trials that the time budget has stopped."""
+        """End the trials that the time budget has stopped. One without a loss is run again, as if it were lost."""
         for trial in self._record.trials.values():
-            if not trial.has_ended and trial.number not in self.lost:
+            if trial.has_ended or trial.number in self.lost:
+                continue
+            if trial.number in self._started and (trial.losses or trial.starts >= MAX_STARTS):
                 cause = f"ended before its first report (sweep.trial_deadline_s is {deadline_s:g})"
                 self._end(trial, Status.stopped, reason="TimeBudget", cause=cause)
+            else:
+                self.late.add(trial.number)
 
     def _trial(self, trial: Any) -> Trial:
         return self._record.trials[trial.config[NUMBER]]

@@ -38,7 +38,7 @@ from jobs.train.families import FitContext, ResolvedFamily, resolve_family
 from jobs.train.run.compare import comparison_plot, comparison_table, read_run
 from jobs.train.run.evaluation import evaluate_held_out, requested_precision
 from jobs.train.run.files import RunFiles, run_files
-from jobs.train.run.identity import new_run_id, run_settings
+from jobs.train.run.identity import find_finished, new_run_id, run_settings
 from jobs.train.run.lineage import build_lineage
 from jobs.train.run.record import Run
 from jobs.train.run.registration import TrainedModel, register, write_output
@@ -130,7 +130,12 @@ def train(
     *,
     sweep: Mapping[str, Any],
 ) -> ModelVersion:
-    """Fit, evaluate and register a version."""
+    """Fit, evaluate and register a version. If another job has finished the run, return its version.
+
+    The run is claimed until the version is registered. Otherwise another job could register a second one.
+    """
+    from jobs.train.progress import claimed_run  # imports Ray
+
     attach(config)
     places = layout(config.storage)
     key_store(actor.access).ensure(model_key(config.name))
@@ -138,10 +143,15 @@ def train(
     # The model folder is in memory if there is room, because the model's files are not encrypted before the model is
     # registered.
     with (
+        claimed_run(name_of_run(config, family)) as claim,
         run_folder(places, for_all_nodes=family.runs_anywhere and this_node() is not None) as ray_files,
         scratch_directory(memory_folder(otherwise=local(places.runs))) as folder,
     ):
-        fit(config, family, prepared.data, folder=folder, files=files, ray_files=ray_files)
+        finished = find_finished(ledger, model=config.name, run=str(config.run))
+        if finished is not None:
+            files.remove_state()
+            return Registry(ledger, places).get(config.name, finished.version)
+        fit(config, family, prepared.data, folder=folder, files=files, ray_files=ray_files, claim=claim)
         lineage = build_lineage(config, source, family.parameters, sweep=sweep)
         result = evaluate_held_out(folder, prepared.data, requested_precision(family.parameters))
         print_warnings(result.warnings)
@@ -157,6 +167,11 @@ def train(
         version = register(trained, ledger, places, actor)
     files.remove_state()
     return version
+
+
+def name_of_run(config: TrainConfig, family: ResolvedFamily) -> str:
+    """Return the name under which a run is claimed. It is also the name of Ray Train's run."""
+    return f"{config.name}-{family.name}-{config.run}"
 
 
 def files_of_run(config: TrainConfig, actor: Actor) -> RunFiles:
@@ -184,6 +199,7 @@ def fit(
     folder: Path,
     files: RunFiles,
     ray_files: RunFolder,
+    claim: Any,
 ) -> None:
     """Fit the model and write its files into `folder`.
 
@@ -194,6 +210,7 @@ def fit(
         folder: Folder for the model's files.
         files: Files of the run, for its checkpoints.
         ray_files: Folder for Ray Train's own files.
+        claim: See `FitContext.claim`.
     """
     context = FitContext(
         folder=folder,
@@ -203,9 +220,10 @@ def fit(
         scaling=config.scaling,
         deepspeed=config.deepspeed,
         checkpoint=config.checkpoint,
-        run_name=f"{config.name}-{family.name}-{config.run}",
+        run_name=name_of_run(config, family),
         selector=find_nodes(config.placement, on_this_node=why_on_this_node(family, ray_files)),
         files=files,
+        claim=claim,
     )
     if config.label_permutation:
         data = data.with_target(np.random.default_rng(config.seed).permutation(data.target))

@@ -66,6 +66,8 @@ class FitContext:
     """File system of `runs`. None is this node's disk; then the selector names this node."""
     files: RunFiles | None = None
     """Files of the run, for its checkpoints. None keeps no checkpoints."""
+    claim: Any = None
+    """Queue of `jobs.train.progress.claim_run`, which gets the losses. By default, a fit has a queue of its own."""
 
 
 class ResolvedFamily(NamedTuple):

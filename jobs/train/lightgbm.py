@@ -72,7 +72,7 @@ def fit_rows(data: TrainingData, parameters: Parameters, context: FitContext) ->
     print(f"fitting trees: at most {parameters.rounds} rounds, patience {parameters.patience}", flush=True)
     remote = _fit.options(num_cpus=parameters.num_threads, max_retries=0, **options(context.selector))
     targets = {part: data.target[data.parts == part] for part in (Part.fit, Part.validation)}
-    with display_progress(unit="round", total=parameters.rounds, run=context.run_name) as reports:
+    with display_progress(unit="round", total=parameters.rounds, claim=context.claim) as reports:
         fitted: Fitted = run_task(
             lambda: remote.remote(data.rows, targets, parameters, context.seed, context.files, reports),
             too_little_memory=TOO_LITTLE_MEMORY,

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError, WorkerCrashedError
+from ray.exceptions import LocalRayletDiedError, NodeDiedError, OutOfMemoryError, RayError, WorkerCrashedError
 
 from cluster.errors import TrainingFailed
 from cluster.host.this_node import this_node
 
 MAX_RESTARTS = 3
 """A fit is started again at most this often after the death of its process. A new submission of the run goes on."""
+DIED_AGAIN = (
+    "The process of the fit died again and again, or its node did. Look into the logs of its node. The same run=… goes "
+    "on at the last checkpoint."
+)
 _MONITOR_TEXT = "running low on memory"
 """Ray's memory monitor writes this into the error of an actor that it kills."""
 _KERNEL_COUNTERS = Path("/proc/vmstat")
@@ -57,17 +61,17 @@ def run_task(start: Callable[[], Any], *, too_little_memory: str) -> Any:
         too_little_memory: Message of a task that was killed for memory.
 
     Raises:
-        TrainingFailed: The task was killed for memory. It is not started again.
+        TrainingFailed: The task was killed for memory, and is not started again. Or its process or node died too often.
     """
     for attempt in range(MAX_RESTARTS + 1):
         kills = count_kernel_kills()
         try:
             return ray.get(start())
-        except (OutOfMemoryError, WorkerCrashedError) as error:
+        except (OutOfMemoryError, WorkerCrashedError, NodeDiedError, LocalRayletDiedError) as error:
             # On a cluster with several nodes, the task may have run on another one, whose kernel has its own count.
             is_kernels = this_node() is None and count_kernel_kills() > kills
             if is_kernels or was_killed_by_ray(error):
                 raise TrainingFailed(too_little_memory) from None
             if attempt == MAX_RESTARTS:
-                raise
+                raise TrainingFailed(DIED_AGAIN) from None
     raise AssertionError("unreachable")

@@ -55,18 +55,15 @@ ShowReport = Callable[[Report], None]
 
 
 @contextlib.contextmanager
-def display_progress(*, unit: str, total: int, run: str = "") -> Iterator[Queue]:
+def display_progress(*, unit: str, total: int, claim: Queue | None = None) -> Iterator[Queue]:
     """Yield a queue. Until the `with` block ends, print each report that is put into the queue.
 
     Args:
         unit: Name of what is counted: `epoch` or `round`.
         total: Largest possible number of epochs or rounds.
-        run: Unique name of the run. No other job can have the same run at the same time.
-
-    Raises:
-        ConfigError: Another job has the run.
+        claim: The queue of `claim_run`, which stays. By default, the block has a queue of its own.
     """
-    queue = claim_run(run) if run else Queue(actor_options={"num_cpus": 0})
+    queue = Queue(actor_options={"num_cpus": 0}) if claim is None else claim
     finished = threading.Event()
 
     def show_reports(show: ShowReport) -> None:
@@ -89,7 +86,22 @@ def display_progress(*, unit: str, total: int, run: str = "") -> Iterator[Queue]
         finally:
             finished.set()
             thread.join(_JOIN_TIMEOUT_S)
-            queue.shutdown(force=True)  # also ends the thread if the queue's process never started
+            if claim is None:
+                queue.shutdown(force=True)  # also ends the thread if the queue's process never started
+
+
+@contextlib.contextmanager
+def claimed_run(run: str) -> Iterator[Queue]:
+    """Claim a run until the block ends, see `claim_run`. The block must read again what other jobs may have recorded.
+
+    Raises:
+        ConfigError: Another job has the run.
+    """
+    claim = claim_run(run)
+    try:
+        yield claim
+    finally:
+        claim.shutdown(force=True)
 
 
 def claim_run(run: str) -> Queue:

@@ -115,7 +115,8 @@ def count_logs(
     new = [unit for unit in prediction_log.units if unit.name not in known]
     count_of_files = _start_counting(prediction_log, new, placement, access, attach)
     known_outcomes = unchanged(_index(content.get("outcomes", {})), outcome_log.units)
-    if new:
+    if new or any(unit.name not in known_outcomes for unit in outcome_log.units):
+        # New predictions may make them known, and new outcomes may repeat them.
         known_outcomes = {name: unit for name, unit in known_outcomes.items() if not _has_unknown(unit)}
     new_outcomes = [unit for unit in outcome_log.units if unit.name not in known_outcomes]
     if new_outcomes:
@@ -123,7 +124,7 @@ def count_logs(
             prediction_ids(table)
             for _, table in _tables(prediction_log, prediction_log.units, access, outcomes_index.ID_COLUMNS)
         )
-        count = functools.partial(count_outcomes, ids=ids)
+        count = functools.partial(count_outcomes, ids=ids, seen=set())
         for unit, table in _tables(outcome_log, new_outcomes, access, outcomes_index.COLUMNS):
             known_outcomes[unit.name] = index_table(table, unit.mark, count)
     known |= _count_segments(prediction_log, new) | count_of_files()

@@ -63,12 +63,13 @@ def merge_ids(parts: Iterable[PredictionIds]) -> PredictionIds:
     return PredictionIds(all_hashes[order], all_codes[order], list(groups))
 
 
-def count_outcomes(table: pa.Table, ids: PredictionIds) -> dict[str, SegmentCount]:
+def count_outcomes(table: pa.Table, ids: PredictionIds, seen: set[int]) -> dict[str, SegmentCount]:
     """Count the outcomes of a table by segment and group. A repeated outcome of an unknown prediction counts once.
 
     Args:
         table: Outcomes with the columns `COLUMNS`.
         ids: The ids of all answered predictions.
+        seen: Hashes of the outcomes of unknown predictions in other tables of the log. Those of this one are added.
     """
     rows = pl.DataFrame(pl.from_arrow(table))
     hashes = rows["prediction_id"].hash().to_numpy()
@@ -79,7 +80,10 @@ def count_outcomes(table: pa.Table, ids: PredictionIds) -> dict[str, SegmentCoun
         codes[found] = ids.codes[position[found]]
     rows = rows.with_columns(pl.Series("_code", codes))
     unknown = rows.filter(pl.col("_code") < 0).unique(["prediction_id", "row"], maintain_order=True)
-    counted = pl.concat([rows.filter(pl.col("_code") >= 0), unknown])
+    unknown_hashes = unknown.select(pl.struct("prediction_id", "row").hash()).to_series().to_list()
+    new = unknown.filter(pl.Series([one not in seen for one in unknown_hashes], dtype=pl.Boolean))
+    seen.update(unknown_hashes)
+    counted = pl.concat([rows.filter(pl.col("_code") >= 0), new])
     counts = {
         str(segment): SegmentCount(lines=lines + 1)
         for segment, lines in rows.group_by(SEGMENT, maintain_order=True).agg(pl.col(LINE).max()).iter_rows()
@@ -87,4 +91,7 @@ def count_outcomes(table: pa.Table, ids: PredictionIds) -> dict[str, SegmentCoun
     for segment, code, records in counted.group_by(SEGMENT, "_code", maintain_order=True).len().iter_rows():
         group = UNKNOWN if code < 0 else ids.groups[code]
         counts[segment].groups[group] = GroupCount(records=records)
+    for segment in rows.filter(pl.col("_code") < 0)[SEGMENT].unique():
+        # Also if all were seen before: the group says that new predictions may make them known.
+        counts[segment].groups.setdefault(UNKNOWN, GroupCount())
     return counts

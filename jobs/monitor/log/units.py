@@ -18,6 +18,7 @@ from cluster.errors import RecordLogCorrupt
 from cluster.records.columns import LINE, SEGMENT, schema, to_row
 from cluster.records.contents import SegmentListing, list_all, segment_records
 from cluster.records.location import LogLocation
+from cluster.records.reading import MAX_MISSES
 from cluster.records.table import LogFile, LogTable, read_columns
 from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess, key_store
@@ -77,8 +78,10 @@ class OpenLog:
     def _mark(self, segment: str) -> int:
         if segment in self._listing.uploaded:
             return _UPLOADED
-        path = self.location.folder / f"{segment}.records"
-        on_disk = path.stat().st_size if path.exists() else 0
+        try:
+            on_disk = (self.location.folder / f"{segment}.records").stat().st_size
+        except FileNotFoundError:
+            on_disk = 0
         return max(on_disk, self._listing.block_bytes.get(segment, 0))
 
     def read_segment(self, name: str, columns: Sequence[str]) -> pa.Table:
@@ -87,12 +90,23 @@ class OpenLog:
         Raises:
             RecordLogCorrupt: A record was changed or removed, or the segment is lost.
         """
-        try:
-            if (segment := self._listing.find(name)) is not None:
-                records = segment_records(segment, key_store(self._access))
-                return _as_table(self.location.kind, name, records, columns)
-        except FileNotFoundError:
-            pass
+        for _ in range(MAX_MISSES):
+            try:
+                if (segment := self._listing.find(name)) is not None:
+                    records = segment_records(segment, key_store(self._access))
+                    return _as_table(self.location.kind, name, records, columns)
+            except FileNotFoundError:
+                pass  # it was just moved, to the shared folder or to the table
+            tables = self._moved_to_table(name, columns)
+            if any(table.num_rows for table in tables):
+                return pa.concat_tables(tables)
+        raise RecordLogCorrupt(
+            f"Segment {name} of {self.location.name} was deleted while it was read, and its records are not in the "
+            "table. Restore it from a backup."
+        )
+
+    def _moved_to_table(self, segment: str, columns: Sequence[str]) -> list[pa.Table]:
+        """Return the records of a segment in the files that the table has got since this log was opened."""
         known = {unit.name for unit in self.units}
         files = protected_files(self._access)
         tables = [
@@ -100,13 +114,7 @@ class OpenLog:
             for file in LogTable(self.location.root).files
             if file.path not in known
         ]
-        tables = [table.filter(pc.equal(table[SEGMENT], name)) for table in tables]
-        if not any(table.num_rows for table in tables):
-            raise RecordLogCorrupt(
-                f"Segment {name} of {self.location.name} was deleted while it was read, and its records are not in the "
-                "table. Restore it from a backup."
-            )
-        return pa.concat_tables(tables)
+        return [table.filter(pc.equal(table[SEGMENT], segment)) for table in tables]
 
 
 def _as_table(kind: str, segment: str, records: Iterable[dict[str, Any]], columns: Sequence[str]) -> pa.Table:

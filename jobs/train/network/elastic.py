@@ -151,14 +151,14 @@ def run_elastic(
     Args:
         workers: The numbers of workers that are allowed.
         fit: Runs the fit with so many workers; its second argument counts the starts. It returns Ray Train's result.
-        max_restarts: After so many more deaths of workers, the run fails.
+        max_restarts: After so many more deaths of workers, or failed starts in a row, the run fails.
         room: See `Room`.
         sleep: Waits for some seconds.
 
     Raises:
-        TrainingFailed: The fit failed, or workers died too often.
+        TrainingFailed: The fit failed, or workers died or did not start too often.
     """
-    starts = deaths = 0
+    starts = deaths = not_started = 0
     while True:
         number = wait_for_room(workers, room=room, sleep=sleep)
         print(f"{number} of {workers.smallest} to {workers.largest} workers", flush=True)
@@ -166,11 +166,21 @@ def run_elastic(
         try:
             if fit(number, starts).return_value != RESIZED:
                 return
+            not_started = 0
+        except WorkersNotStarted:
+            not_started += 1
+            if not_started > max_restarts:
+                raise
         except WorkersDied:
+            not_started = 0
             deaths += 1
             if deaths > max_restarts:
                 raise
 
 
 class WorkersDied(TrainingFailed):
-    """Processes of workers ended without an error of their own."""
+    """Processes of workers ended without an error of their own, or hung."""
+
+
+class WorkersNotStarted(TrainingFailed):
+    """Workers did not start: there was less room than was counted, or their node ended."""

@@ -15,17 +15,24 @@ import ray.train
 import torch
 from ray.exceptions import RayError
 from ray.train import UserCallback
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2._internal.exceptions import (  # the public API has no names for them
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import RefusedError, TrainingFailed, refusal_behind
 from jobs.train.memory import causes, count_kernel_kills, was_killed_by_ray
-from jobs.train.network.elastic import WorkersDied
+from jobs.train.network.elastic import WorkersDied, WorkersNotStarted
 
 TOO_LITTLE_MEMORY = (
     "A training worker has too little memory. Lower model.batch_size, or raise deepspeed.gradient_accumulation or "
     "deepspeed.zero_stage."
 )
+_DIED = (RayError, WorkerHealthCheckTimeoutError)
+_NOT_STARTED = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
 _NODE_TIMEOUT_S = 20.0
 _NODE, _KILLS = "node_id", "oom_kills"
 
@@ -60,7 +67,11 @@ class EndOfHopelessRuns(UserCallback):
             if isinstance(cause, RefusedError | TrainingFailed):
                 raise cause
         is_killed = any(was_killed_by_ray(error) for error in worker_exceptions.values())
-        if is_killed or any(_kills_on(node) > before for node, before in self._kills.items()):
+        # The kernel may have killed some other process of the node. An error of a worker's own code has another cause.
+        has_died = any(
+            isinstance(one, RayError) for error in worker_exceptions.values() for one in causes(error)
+        )
+        if is_killed or (has_died and any(_kills_on(node) > before for node, before in self._kills.items())):
             raise TrainingFailed(TOO_LITTLE_MEMORY)
 
 
@@ -69,13 +80,17 @@ def reason_of(error: TrainingFailedError) -> RefusedError | TrainingFailed | Non
     cause = refusal_behind(error)
     if isinstance(cause, RefusedError | TrainingFailed):
         return cause
+    if isinstance(error, ControllerError) and isinstance(error.controller_failure, _NOT_STARTED):
+        return WorkersNotStarted(
+            "Training workers could not start again and again: their nodes ended, or other processes took their room. "
+            "The same run=… goes on at the last checkpoint."
+        )
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    died = [one for one in failures if any(isinstance(inner, RayError) for inner in causes(one))]
-    if not died:
+    if not any(isinstance(inner, _DIED) for one in failures for inner in causes(one)):
         return None
     return WorkersDied(
-        "Training workers died again and again, without a word from Ray or the kernel about memory. Look into the logs "
-        "of their nodes. The same run=… goes on at the last checkpoint."
+        "Training workers died or hung again and again, without a word from Ray or the kernel about memory. Look into "
+        "the logs of their nodes. The same run=… goes on at the last checkpoint."
     )
 
 

@@ -140,7 +140,7 @@ def run_fit(network_fit: NetworkFit, *, sample: Matrix) -> None:
         describe_steps(network_fit.steps, network_fit.num_rows, family.parameters, workers=numbers),
         flush=True,
     )
-    with display_progress(unit="epoch", total=network_fit.steps.epochs, run=context.run_name) as reports:
+    with display_progress(unit="epoch", total=network_fit.steps.epochs, claim=context.claim) as reports:
         if scaling.is_elastic:
             fit_elastic(network_fit, reports)
         else:
@@ -198,6 +198,17 @@ def run_trainer(trainer: TorchTrainer) -> Any:
         raise (reason_of(error) or error) from None
 
 
+def failure_config(*, is_elastic: bool) -> FailureConfig:
+    """Return how often Ray Train starts workers again.
+
+    An elastic run counts the room again. Ray Train would try to start the same number of workers without end.
+    """
+    if not is_elastic:
+        return FailureConfig(max_failures=MAX_RESTARTS)
+    limits: dict[str, Any] = {"max_failures": 0, "controller_failure_limit": 0}  # typed for Ray Train V1
+    return FailureConfig(**limits)
+
+
 def build_trainer(
     network_fit: NetworkFit,
     *,
@@ -240,7 +251,7 @@ def build_trainer(
             name=name or context.run_name,
             storage_path=context.runs,
             storage_filesystem=context.file_system,
-            failure_config=FailureConfig(max_failures=0 if workers is not None else MAX_RESTARTS),
+            failure_config=failure_config(is_elastic=workers is not None),
             callbacks=[cast(Any, EndOfHopelessRuns()), *(callbacks or ())],  # typed for Ray Train V1
         ),
     )

@@ -131,11 +131,15 @@ class Saver:
         self._upload.wait()
 
     def _is_due(self, state: LoopState) -> bool:
-        steps, seconds = self._config.every_steps, self._config.every_s
-        if steps is not None and state.step % steps == 0:
-            return True
-        if state.step % DECIDE_STEPS:
-            return False
+        steps = self._config.every_steps
+        is_due = steps is not None and state.step % steps == 0
+        if state.step % DECIDE_STEPS == 0:  # also if it is due, because rank 0 must ask for room
+            is_due |= self._decide()
+        return is_due
+
+    def _decide(self) -> bool:
+        """Return whether a checkpoint is due by time, or because the run must end or grow. All ranks call this."""
+        seconds = self._config.every_s
         now = time.monotonic()
         is_late = seconds is not None and now - self._saved_at >= seconds
         must_ask = now - self._asked_at >= self._config.watch_s

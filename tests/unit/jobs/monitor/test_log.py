@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.errors import RecordLogCorrupt
 from cluster.placement import PlacementConfig
 from cluster.records.columns import schema, to_row
 from cluster.records.compaction import compact
+from cluster.records.contents import segment_records
 from cluster.records.location import LogLocation
 from cluster.records.matching import match_outcomes
 from cluster.records.reading import Outcome
@@ -26,7 +28,7 @@ from cluster.security.encryption.access import protected_files
 from cluster.security.keys.access import KeyAccess, key_store
 from jobs.monitor.config import Period
 from jobs.monitor.kept import KeptFiles
-from jobs.monitor.log import decode, index, matching
+from jobs.monitor.log import decode, index, matching, units
 from jobs.monitor.log.counts import LogCounts, count_logs
 from jobs.monitor.log.index import HourCount, unseen_entities
 from jobs.monitor.log.units import OpenLog
@@ -269,6 +271,23 @@ def test_only_new_records_and_outcomes_change_a_chunk(logs: Logs) -> None:
     assert last.unknown_predictions == 0
 
 
+def test_a_repeated_outcome_of_an_unknown_prediction_counts_once(logs: Logs) -> None:
+    """It does not matter in which segments it is, or whether they are compacted. The prediction may come later."""
+    assert logs.count().unknown_predictions == 1
+    logs.write("outcomes", outcome(9, "no"))
+    assert logs.count().unknown_predictions == 1
+    logs.write("outcomes", outcome(8, "no"), outcome(9, "no"))
+    assert logs.count().unknown_predictions == 2
+    place = logs.places["outcomes"]
+    compact(place, store=key_store(logs.access), files=protected_files(logs.access))
+    assert logs.count().unknown_predictions == 2
+    logs.write("outcomes", outcome(9, "yes"))
+    logs.write("predictions", asked(9, 2))
+    last = logs.count()
+    assert last.unknown_predictions == 1
+    assert sum(last.chunks(Period.day)["champion", 1]["2026-01-02"].outcomes.values()) == 6
+
+
 def test_a_segment_that_is_compacted_after_the_listing_is_read_from_the_table(logs: Logs) -> None:
     """The table has the same lines."""
     log = OpenLog(logs.places["predictions"], logs.access)
@@ -277,6 +296,25 @@ def test_a_segment_that_is_compacted_after_the_listing_is_read_from_the_table(lo
     after = [log.read_segment(unit.name, index.COLUMNS) for unit in log.units]
     assert [table.num_rows for table in after] == [3, 3]
     assert [table.sort_by("line").to_pylist() for table in after] == [table.to_pylist() for table in before]
+
+
+def test_a_segment_that_moves_between_search_and_opening_is_searched_again(
+    logs: Logs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The uploader may move it then. A segment that is nowhere is still an error."""
+    log = OpenLog(logs.places["predictions"], logs.access)
+    misses = [1, 1]
+
+    def read_records(segment: Any, store: Any) -> Any:
+        if misses:
+            raise FileNotFoundError(misses.pop())
+        return segment_records(segment, store)
+
+    monkeypatch.setattr(units, "segment_records", read_records)
+    assert log.read_segment(log.units[0].name, index.COLUMNS).num_rows == 3
+    misses = [1] * 9
+    with pytest.raises(RecordLogCorrupt, match="was deleted while it was read"):
+        log.read_segment(log.units[0].name, index.COLUMNS)
 
 
 def test_kept_counts_of_another_key_are_not_used(logs: Logs) -> None:

@@ -11,9 +11,10 @@ from cluster import entrypoint
 from cluster.ledger.events import DeploymentRemoved, LedgerEvent, ModelDeployed, StageFinished
 from jobs.pipeline.config import PipelineSpec, StageConfig
 from jobs.pipeline.graph import build_graph
-from jobs.pipeline.keys import Prepared, StageKeys, stage_command
+from jobs.pipeline.keys import MAX_RUN_CHARS, Prepared, StageKeys, stage_command
 from jobs.pipeline.plan import Caller, make_plan
 from jobs.pipeline.stage.content import CodeHashes, Platform
+from jobs.sweep.config import MAX_RUN, SweepConfig
 from jobs.train.config import check_run
 from tests.unit.jobs.pipeline.conftest import World, copy
 
@@ -65,7 +66,12 @@ def test_each_attempt_of_a_stage_continues_one_training_run(world: World) -> Non
     assert first.startswith("run=p-nightly-7-fit-")
     assert run_of("nightly 7") == first
     assert len({first, run_of("nightly 8"), run_of("nightly 7", seed="1")}) == 3
-    check_run(run_of("r" * 64).removeprefix("run="))
+    long = [run_of("r" * 63 + end).removeprefix("run=") for end in ("a", "b")]
+    assert long[0] != long[1]
+    for run in long:
+        check_run(run)
+        SweepConfig(name="m", training_set="t", label="y", run=run)
+    assert MAX_RUN_CHARS == MAX_RUN
     assert run_of("nightly 7", run="mine") == "run=mine"
     assert stage_command(prepare(world, "copied", copied=copy("c", "source.txt", "c.txt")), run="r")[
         -1

@@ -54,6 +54,15 @@ def test_ended_trials_are_not_run_again(search: Search) -> None:
         assert 0.001 <= one["parameters"]["rate"] <= 0.1
 
 
+@pytest.mark.parametrize("search", list(Search))
+def test_a_trial_without_a_recorded_start_is_run(search: Search) -> None:
+    """Two trials start at once. The sweep is killed when only the second start is in the ledger."""
+    trials = {2: ended(2, 0.4), 4: Trial(number=4, parameters={"rate": 0.05, "width": 16, "depth": 4})}
+    assert [one["number"] for one in suggestions(search, trials)] == [4, 1, 3, 5]
+    config = SearchConfig(trials=5, search=search)
+    assert LedgerSearch(SPACE, trials, config, seed=3).num_waiting == 4
+
+
 def test_a_random_search_that_continues_equals_an_unbroken_one() -> None:
     """The parameters depend on the number of the trial only."""
     whole = suggestions(Search.random)

@@ -10,20 +10,22 @@ from typing import Any
 
 import pytest
 from ray import cloudpickle
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 from rich.console import Console
 
 from cluster.errors import ConfigError, TrainingFailed
 from cluster.ledger import Ledger
+from jobs.sweep import tuning
 from jobs.sweep.config import SearchConfig, SweepConfig
 from jobs.sweep.display import Display
 from jobs.sweep.history import MAX_STARTS, Status, Trial, read_trials
 from jobs.sweep.record import SweepRecord
 from jobs.sweep.search import NUMBER, PARAMETERS, NoScheduler
-from jobs.sweep.tuning import Recorder, Sweep, concurrent_trials
+from jobs.sweep.tuning import Recorder, Sweep, concurrent_trials, run_trials
 from jobs.train.families import resolve_family
 
 OWNER: dict[str, str] = {"model": "m", "run": "s"}
+OUT_OF_MEMORY = OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.")
 REPORT = {"training_iteration": 1, "validation_loss": 0.5}
 
 
@@ -99,9 +101,71 @@ def test_a_trial_whose_process_was_lost_is_run_again_for_some_times(
     assert read_trials(record.ledger, **OWNER)[1].reason == "ActorDiedError"
 
 
+def test_a_process_that_was_lost_before_its_start_counts_as_a_start(
+    record: SweepRecord, tmp_path: Path
+) -> None:
+    """Tune then reports only the error. The trial is run again, also in a sweep that continues."""
+    trial = tune_trial(tmp_path, 1, ActorDiedError())
+    for starts in range(1, MAX_STARTS + 1):
+        callback = recorder(record)
+        callback.on_trial_error(0, [], trial)
+        assert callback.lost == ({1} if starts < MAX_STARTS else set())
+        assert read_trials(record.ledger, **OWNER)[1].starts == starts
+    assert read_trials(record.ledger, **OWNER)[1].reason == "ActorDiedError"
+
+
+class KilledTuner:
+    """Starts two trials. Then Ray's memory monitor kills one, and Tune ends with the error that it does not expect."""
+
+    def __init__(self, recorder: Recorder, folder: Path, error: Exception) -> None:
+        self._recorder, self._folder, self._error = recorder, folder, error
+
+    def fit(self) -> None:
+        for number in (1, 2):
+            self._recorder.on_trial_start(0, [], tune_trial(self._folder, number))
+        self._recorder.on_trial_result(0, [], tune_trial(self._folder, 1), REPORT)
+        self._recorder.on_trial_complete(0, [], tune_trial(self._folder, 1))
+        raise RuntimeError(f"Caught unexpected exception: {self._error}") from self._error
+
+
+def run_killed(
+    record: SweepRecord, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception = OUT_OF_MEMORY
+) -> None:
+    def build_tuner(_sweep: Any, _search: Any, _scheduler: Any, recorder: Recorder, **_: Any) -> KilledTuner:
+        return KilledTuner(recorder, folder, error)
+
+    monkeypatch.setattr(tuning, "build_tuner", build_tuner)
+    runs: Any = None
+    run_trials(sweep("lightgbm", trials=2), record, runs=runs, concurrent=2)
+
+
+def test_a_trial_that_ray_kills_for_memory_is_run_again(
+    record: SweepRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune ends with a traceback. The sweep ends with its one line, and fails the trial after some starts."""
+    with pytest.raises(TrainingFailed, match=r"were lost, .*: 2\. `run=s` continues the sweep"):
+        run_killed(record, tmp_path, monkeypatch)
+    trials = read_trials(record.ledger, **OWNER)
+    assert [trial.status for trial in trials.values()] == [Status.finished, Status.running]
+    record.trials[2].starts = MAX_STARTS - 1
+    with pytest.raises(TrainingFailed):
+        run_killed(record, tmp_path, monkeypatch)
+    assert read_trials(record.ledger, **OWNER)[2].reason == "OutOfMemoryError"
+
+
+def test_another_error_of_tune_keeps_its_traceback(
+    record: SweepRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says nothing about memory."""
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_killed(record, tmp_path, monkeypatch, ValueError("a bug"))
+
+
 def test_the_time_budget_stops_trials(record: SweepRecord, tmp_path: Path) -> None:
-    """A trial with a loss keeps it. One without has failed. Ended trials stay as they are."""
+    """A trial with a loss keeps it. One without has failed after some starts. Ended trials stay as they are."""
     callback = recorder(record)
+    for _ in range(MAX_STARTS - 1):
+        callback.on_trial_start(0, [], tune_trial(tmp_path, 3))
     for number in (1, 2, 3):
         callback.on_trial_start(0, [], tune_trial(tmp_path, number))
     callback.on_trial_result(0, [], tune_trial(tmp_path, 1), REPORT)
@@ -111,6 +175,26 @@ def test_the_time_budget_stops_trials(record: SweepRecord, tmp_path: Path) -> No
     trials = read_trials(record.ledger, **OWNER)
     assert [trial.status for trial in trials.values()] == [Status.stopped, Status.finished, Status.failed]
     assert record.trials[3].cause == "ended before its first report (sweep.trial_deadline_s is 9)"
+
+
+def test_the_time_budget_does_not_end_trials_without_a_loss(
+    record: SweepRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trial 1 had a loss before a kill, and does not start again in time. Trial 2 starts, and has no report yet."""
+    earlier = recorder(record)
+    earlier.on_trial_start(0, [], tune_trial(tmp_path, 1))
+    earlier.on_trial_result(0, [], tune_trial(tmp_path, 1), REPORT)
+
+    def build_tuner(_sweep: Any, _search: Any, _scheduler: Any, recorder: Recorder, **_: Any) -> Any:
+        return SimpleNamespace(fit=lambda: recorder.on_trial_start(0, [], tune_trial(tmp_path, 2)))
+
+    monkeypatch.setattr(tuning, "build_tuner", build_tuner)
+    runs: Any = None
+    options = {"trials": 2, "trial_deadline_s": 9}
+    with pytest.raises(TrainingFailed, match=r"trial_deadline_s=9 ended .*: 1, 2\. Raise it; `run=s`"):
+        run_trials(sweep("lightgbm", **options), record, runs=runs, concurrent=2)
+    trials = read_trials(record.ledger, **OWNER)
+    assert [trial.status for trial in trials.values()] == [Status.running, Status.running]
 
 
 def sweep(family: str, **options: Any) -> Sweep:

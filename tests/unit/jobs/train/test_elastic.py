@@ -10,15 +10,18 @@ import pytest
 
 from cluster.errors import TrainingFailed
 from cluster.placement import ScalingConfig
+from jobs.train.memory import MAX_RESTARTS
 from jobs.train.network import elastic
 from jobs.train.network.elastic import (
     RESIZED,
     GrowthWatch,
     WorkerRange,
     WorkersDied,
+    WorkersNotStarted,
     run_elastic,
     wait_for_room,
 )
+from jobs.train.network.fit import failure_config
 
 
 def workers(smallest: int = 1, largest: int = 4, *, batch_rows: int = 24) -> WorkerRange:
@@ -76,11 +79,16 @@ def test_a_run_grows_when_there_was_room_twice() -> None:
 
 
 def test_a_run_is_started_until_it_is_finished() -> None:
-    """It loses a worker, goes on with one, gets the other back, and finishes."""
+    """It loses a worker, goes on with one, gets the other back, and finishes. A start without room is no death."""
     starts: list[tuple[int, int]] = []
-    rooms = iter([cpus(a=4), *[cpus(a=2)] * 11, cpus(a=4)])
+    rooms = iter([cpus(a=4), cpus(a=4), *[cpus(a=2)] * 11, cpus(a=4)])
     ends = iter(
-        [WorkersDied("died"), SimpleNamespace(return_value=RESIZED), SimpleNamespace(return_value=None)]
+        [
+            WorkersNotStarted("room was taken"),
+            WorkersDied("died"),
+            SimpleNamespace(return_value=RESIZED),
+            SimpleNamespace(return_value=None),
+        ]
     )
 
     def fit(number: int, start: int) -> Any:
@@ -91,7 +99,14 @@ def test_a_run_is_started_until_it_is_finished() -> None:
         return end
 
     run_elastic(workers(1, 2), fit, max_restarts=1, room=lambda: next(rooms), sleep=lambda seconds: None)
-    assert starts == [(2, 1), (1, 2), (2, 3)]
+    assert starts == [(2, 1), (2, 2), (1, 3), (2, 4)]
+
+
+def test_ray_train_does_not_start_the_workers_of_an_elastic_run() -> None:
+    """By default, it would try to start them without end."""
+    elastic_run: Any = failure_config(is_elastic=True)
+    assert (elastic_run.max_failures, elastic_run.controller_failure_limit) == (0, 0)
+    assert failure_config(is_elastic=False).max_failures == MAX_RESTARTS
 
 
 def test_a_run_whose_workers_die_too_often_fails() -> None:
@@ -106,6 +121,17 @@ def test_a_run_whose_workers_die_too_often_fails() -> None:
     with pytest.raises(WorkersDied):
         run_elastic(workers(), fit, max_restarts=2, room=lambda: cpus(a=8))
     assert deaths == 3
+
+    starts = 0
+
+    def never_start(number: int, start: int) -> Any:
+        nonlocal starts
+        starts += 1
+        raise WorkersNotStarted("no room")
+
+    with pytest.raises(WorkersNotStarted):
+        run_elastic(workers(), never_start, max_restarts=2, room=lambda: cpus(a=8))
+    assert starts == 3
 
     def diverge(number: int, start: int) -> Any:
         raise TrainingFailed("nan")

@@ -8,15 +8,26 @@ from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    WorkerCrashedError,
+)
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from cluster.errors import ConfigError, RefusedError, TrainingFailed
 from jobs.train import memory
 from jobs.train.memory import count_kernel_kills, run_task, was_killed_by_ray
 from jobs.train.network import failures
-from jobs.train.network.elastic import WorkersDied
+from jobs.train.network.elastic import WorkersDied, WorkersNotStarted
 from jobs.train.network.failures import EndOfHopelessRuns, is_out_of_memory, reason_of
 
 MONITOR = "1 worker(s) were killed due to the node running low on memory. The node's memory was 0.96 used."
@@ -75,6 +86,12 @@ def test_a_worker_that_the_kernel_killed_ends_the_run(kernel: Kernel) -> None:
     ended(died(), kills=4)
 
 
+def test_a_kill_of_another_process_is_not_the_cause_of_a_workers_own_error(kernel: Kernel) -> None:
+    """The worker did not die, so the kernel did not kill it. Ray Train then tries again."""
+    kernel.set(4)
+    ended(UserExceptionWithTraceback(ZeroDivisionError("in loss"), "Traceback …"))
+
+
 @pytest.mark.parametrize("error", [TrainingFailed("the loss is nan"), ConfigError("the file was replaced")])
 def test_a_workers_own_reason_ends_the_run(kernel: Kernel, error: Exception) -> None:
     """It gets through Ray Train's errors, also between processes."""
@@ -84,6 +101,18 @@ def test_a_workers_own_reason_ends_the_run(kernel: Kernel, error: Exception) -> 
     reason = reason_of(raised)
     assert isinstance(reason, RefusedError | TrainingFailed)
     assert str(reason) == str(error)
+
+
+def test_a_worker_that_hangs_counts_as_dead() -> None:
+    """Its health checks time out. An elastic run then starts again."""
+    hung = WorkerGroupError("long", {0: WorkerHealthCheckTimeoutError("no answer")})
+    assert isinstance(reason_of(hung), WorkersDied)
+
+
+def test_workers_that_cannot_start_are_told_from_dead_ones() -> None:
+    """An elastic run counts the room again."""
+    error = pickle.loads(pickle.dumps(ControllerError(WorkerGroupStartupTimeoutError(2))))  # noqa: S301 (our own)
+    assert isinstance(reason_of(error), WorkersNotStarted)
 
 
 def test_repeated_deaths_are_one_line_and_an_error_in_a_family_keeps_its_traceback() -> None:
@@ -128,7 +157,10 @@ def test_a_task_that_was_killed_for_memory_is_not_started_again(
     with pytest.raises(TrainingFailed, match="small"):
         run_task(start, too_little_memory="small")
     assert len(started) == 1
-    started, ends = [], [WorkerCrashedError()] * 4
-    with pytest.raises(WorkerCrashedError):
+    started, ends = (
+        [],
+        [WorkerCrashedError(), NodeDiedError("lost"), LocalRayletDiedError(), NodeDiedError("lost")],
+    )
+    with pytest.raises(TrainingFailed, match="died again and again"):
         run_task(start, too_little_memory="small")
     assert len(started) == 4

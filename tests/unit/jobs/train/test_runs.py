@@ -144,9 +144,9 @@ def process_group() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def due_steps(files: RunFiles, **questions: Callable[[], bool]) -> list[int]:
+def due_steps(files: RunFiles, *, every_steps: int = 100, **questions: Callable[[], bool]) -> list[int]:
     """Return the steps, of a hundred, after which a checkpoint is due. Ray is asked whenever it can be."""
-    config = CheckpointConfig(every_s=None, every_steps=100, watch_s=1e-9)
+    config = CheckpointConfig(every_s=None, every_steps=every_steps, watch_s=1e-9)
     saver = Saver(files, config, Rank(), **questions)
     return [step for step in range(1, 101) if saver._is_due(LoopState(step=step))]
 
@@ -165,6 +165,21 @@ def test_room_for_more_workers_leads_to_a_checkpoint(tmp_path: Path, access: Key
     answers = [False, True] + [False] * 20
     files = run_files(str(tmp_path), model="m", run="a", access=access)
     assert due_steps(files, has_room=lambda: answers.pop(0)) == [2 * DECIDE_STEPS, 100]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_room_is_asked_for_also_with_a_checkpoint_after_each_step(tmp_path: Path, access: KeyAccess) -> None:
+    """Each of the steps after which rank 0 could ask is then one with a checkpoint."""
+    asked: list[int] = []
+
+    def has_room() -> bool:
+        asked.append(1)
+        return False
+
+    files = run_files(str(tmp_path), model="m", run="a", access=access)
+    due = due_steps(files, every_steps=1, has_room=has_room)
+    assert due == list(range(1, 101))
+    assert len(asked) == 100 // DECIDE_STEPS
 
 
 def test_an_incomplete_checkpoint_is_not_the_newest(tmp_path: Path, access: KeyAccess) -> None:
