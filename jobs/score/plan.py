@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster.errors import ConfigError, did_you_mean
 from cluster.ledger import Ledger
+from cluster.ledger.chain import to_json
 from cluster.ledger.events import ScoringStarted
 from cluster.registry import ModelVersion, Registry, require_not_retired
 from cluster.runtime import ModelSignature
@@ -317,7 +318,8 @@ def require_same(started: ScoringStarted, wanted: ScoringStarted) -> ScoringStar
 
 def _compared(event: ScoringStarted) -> dict[str, Any]:
     names = ("model", "version", "input", "input_hash", "output", "inputs_from", "keep")
-    return {name: getattr(event, name) for name in names} | event.settings
+    compared: dict[str, Any] = to_json({name: getattr(event, name) for name in names} | event.settings)
+    return compared
 
 
 def feature_read(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from cluster.errors import ConfigError
 from cluster.ledger import Ledger
+from cluster.ledger.chain import to_json
 from cluster.ledger.events import ModelRegistered, RunFailed, RunFinished, RunStarted
 from cluster.settings import PlatformConfig
 from jobs.train.run.lineage import to_json_values
@@ -75,7 +76,7 @@ def require_same_settings(recorded: Mapping[str, Any], settings: Mapping[str, An
         ConfigError: One differs. The message names it.
     """
     for name in sorted(recorded.keys() | settings.keys()):
-        if recorded.get(name) != settings.get(name):
+        if to_json(recorded.get(name)) != to_json(settings.get(name)):  # the ledger has large numbers as text
             raise ConfigError(
                 f"{what} was started with {name}={recorded.get(name)}, not {settings.get(name)}. Give the same "
                 "settings and data, or another run=…"

@@ -76,6 +76,13 @@ def register(ledger: Ledger) -> None:
     ledger.append(registered, actor="me")
 
 
+def test_a_large_number_is_the_same_after_the_ledger_has_stored_it(ledger: Ledger) -> None:
+    """The ledger stores a large whole number as text, because JSON has no such number."""
+    large = settings() | {"model.weight_decay": 1e30}
+    record_started(ledger, **OWNER, family="lightgbm", settings=large, actor="user:test")
+    assert check_settings(ledger, **OWNER, settings=large)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
