@@ -13,6 +13,7 @@ from cluster.host.submission import MODULE
 from cluster.ledger import Ledger
 from cluster.ledger.events import JobRefused, JobStopped
 from cluster.security.authorization.audit import DecisionRecorder
+from cluster.security.authorization.bearer import authenticate
 from cluster.security.authorization.policy import Action, Policy, Resource
 from cluster.security.tokens.intent import write_intent
 from cluster.security.tokens.principal import Principal, principal_as_json
@@ -31,7 +32,6 @@ MAX_READ = 1000
 """Most jobs of a caller that are read for a list. Older ones are not listed."""
 NEW, ALL = "new", "*"
 """Names, in the policies, of a job that does not exist yet, and of all jobs."""
-_BEARER = "bearer "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,13 +72,7 @@ class JobOperations:
         Raises:
             Unauthenticated: the token is missing or not valid.
         """
-        try:
-            if authorization is None or not authorization.lower().startswith(_BEARER):
-                raise Unauthenticated("Give a token: 'Authorization: Bearer ...'.")
-            return self.trust.tokens.verify(authorization[len(_BEARER) :].strip())
-        except Unauthenticated as error:
-            self.decisions.count_unauthenticated(str(error), at=self.clock())
-            raise
+        return authenticate(self.trust, self.decisions, authorization, at=self.clock())
 
     def submit(self, principal: Principal, body: object) -> Accepted:
         """Accept a job, or return the job that this caller has submitted with the same key.

@@ -14,6 +14,7 @@ from cluster.errors import Unauthenticated
 from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent
 from cluster.security.authorization.audit import Append, DecisionRecorder, start_flushing
+from cluster.security.authorization.bearer import bearer_token
 from cluster.security.authorization.policy import Action, Policy, Resource
 from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tokens.principal import Principal, TokenVerifier
@@ -111,9 +112,7 @@ class AccessCheck:
         )
 
     def _principal(self, authorization: str | None) -> Principal:
-        if authorization is None or not authorization.lower().startswith("bearer "):
-            raise Unauthenticated("Give a token: 'Authorization: Bearer ...'.")
-        token = authorization[7:].strip()
+        token = bearer_token(authorization)
         now = self._verifier.now()
         principal, until = self._known.get(token, (None, 0.0))
         if principal is not None and now < until:

@@ -13,11 +13,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cluster.errors import InvalidRequest, ModelNotFound, RolloutError, Unauthenticated
+from cluster.errors import InvalidRequest, ModelNotFound, RolloutError
 from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent, PolicyPaused, PolicyResumed
 from cluster.registry import Registry
 from cluster.security.authorization.audit import DecisionRecorder
+from cluster.security.authorization.bearer import authenticate
 from cluster.security.authorization.policy import Action, Policy
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.trust import Trust
@@ -38,7 +39,6 @@ from serve_apps.rollout.policies import (
 from serve_apps.rollout.policy_spec import RolloutSpec
 from serve_apps.rollout.serving_state import ModelState, read_states
 
-_BEARER = "bearer "
 _FIELDS = {
     "start": {"version", "weight", "policy"},
     "pause": {"reason"},
@@ -70,13 +70,7 @@ class RolloutOperations:
         Raises:
             Unauthenticated: the token is missing or not valid.
         """
-        try:
-            if authorization is None or not authorization.lower().startswith(_BEARER):
-                raise Unauthenticated("Give a token: 'Authorization: Bearer ...'.")
-            return self.trust.tokens.verify(authorization[len(_BEARER) :].strip())
-        except Unauthenticated as error:
-            self.decisions.count_unauthenticated(str(error), at=self.clock())
-            raise
+        return authenticate(self.trust, self.decisions, authorization, at=self.clock())
 
     def show(self, principal: Principal, model: str) -> dict[str, Any]:
         """Return the serving state of a model without the salt of its rollout, its policy and decisions.
