@@ -100,8 +100,10 @@ def _main(
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = [module, *args]
-    checkout = str(Path(__file__).parents[2])
-    sys.path[:] = [cwd, *(entry for entry in sys.path if entry not in ("", checkout))]
+    checkout = Path(__file__).parents[2]
+    # A script in `tests` has its folder in the path, and `tests/configs` would hide `configs`.
+    hidden = ("", str(checkout), str(checkout / "tests"))
+    sys.path[:] = [cwd, *(entry for entry in sys.path if entry not in hidden)]
     sys.modules.pop(module, None)
     code = 0
     try:

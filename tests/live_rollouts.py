@@ -1,0 +1,271 @@
+"""`make live-rollouts`: the controller decides about real versions of the census model, while people are scored.
+
+It prepares the data of the census in a folder of its own, and trains versions. Then clients score people of 2018
+through the edge, and post each outcome right after the answer. No command promotes or rolls back: the controller does.
+It prints each verdict with its reasons, and the exit code is 1 if one is not the expected one.
+
+    ONLY=broken runs one scenario.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import ssl
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+import polars as pl
+
+# This file is run by its path, so Python does not add the project's root to `sys.path`.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cluster.ledger.events import PolicyDecided, PolicyEnded
+from tests.integration.conftest import Project, new_project
+
+LONGEST_S = 400.0
+CONNECTIONS, BATCH, PER_S = 8, 50, 250
+END_OF_2018 = "2018-12-31T23:59:59Z"
+YEARS = (2015, 2018)
+"""Models are trained on people of the first year, and score people of the second one."""
+DATA = (
+    ("feature_jobs.census.source", "folder=data/census"),
+    ("feature_jobs.apply",),
+    *(
+        ("feature_jobs.ingest", f"view={view}", f"source.path=data/census/{view}_{year}.parquet")
+        for year in YEARS
+        for view in ("person", "cohort")
+    ),
+    (
+        *("feature_jobs.training_set", "service=employment", "entities=data/census/entities_2015.parquet"),
+        "output=train.parquet",
+    ),
+    ("feature_jobs.materialize", "view=[person,cohort]", f"as_of={END_OF_2018}"),
+)
+"""Commands that prepare the data, as in `configs/pipeline/census.yaml`."""
+TRAIN = (
+    *("training_set=train.parquet", "label=employed", "model=lightgbm", "name=work"),
+    *("split.modulo=4", "split.remainder=3"),
+)
+QUALITY = (
+    *("rollout=canary", "rollout.bake_s=5", "rollout.deadline_s=3600"),
+    "+rollout.steps=[{weight: 10}, {weight: 25}, {weight: 50}]",
+    "rollout.event_guardrails=[{event: failure, limit: 0.1}]",
+    "rollout.traffic={units_per_hour: 600000, events: {failure: 0.001}, outcome_delay_s: 10, "
+    "metrics: {brier: {mean: 0.13, deviation: 0.18}}}",
+    "+rollout.metrics=[{name: brier}]",
+)
+GOAL = "+rollout.goals=[{metric: brier, kind: superiority, expected: 0.03}]"
+GUARDRAIL = "+rollout.metric_guardrails=[{metric: brier, margin: 0.01}]"
+
+
+@dataclass
+class Clients:
+    """Context manager: scores people at a constant rate, and posts the outcome of each answer within a second.
+
+    Args:
+        project: The project.
+        people: Key and true outcome of each person.
+        outcome: Returns the outcome to post, for the true one and the variant that answered.
+    """
+
+    project: Project
+    people: list[tuple[int, int]]
+    outcome: Callable[[int, str], int] = lambda truth, _: truth
+    statuses: list[int] = field(default_factory=list)
+
+    def __enter__(self) -> Clients:
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    async def _run(self) -> None:
+        context = ssl.create_default_context(cafile=str(self.project.storage_root / "tls" / "ca.pem"))
+        connector = aiohttp.TCPConnector(ssl=context, limit=CONNECTIONS)
+        headers = {"Authorization": f"Bearer {self.project.token(ttl_s=7200)}"}
+        people = self._people()
+        async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
+            while not self._stopped.is_set():
+                began = time.monotonic()
+                batch = [next(people) for _ in range(BATCH)]
+                answers = await asyncio.gather(*(self._predict(session, *one) for one in batch))
+                await self._post(session, [one for one in answers if one is not None])
+                await asyncio.sleep(max(0.0, BATCH / PER_S - (time.monotonic() - began)))
+
+    def _people(self) -> Iterator[tuple[int, int]]:
+        while True:
+            yield from self.people
+
+    async def _predict(self, session: aiohttp.ClientSession, key: int, truth: int) -> dict[str, Any] | None:
+        body = {"entities": [{"person_id": key}], "as_of": END_OF_2018}
+        url = f"{self.project.edge_url}/v1/models/work:predict"
+        async with session.post(url, json=body, headers={"X-Unit-ID": str(key)}) as response:
+            content = await response.json(content_type=None)
+            self.statuses.append(response.status)
+        if self.statuses[-1] != 200:
+            return None
+        posted = self.outcome(truth, content["variant"])
+        return {"prediction_id": content["prediction_id"], "outcome": posted}
+
+    async def _post(self, session: aiohttp.ClientSession, outcomes: list[dict[str, Any]]) -> None:
+        body = {"model": "work", "outcomes": outcomes}
+        async with session.post(f"{self.project.edge_url}/v1/outcomes", json=body) as response:
+            assert response.status == 200, await response.text()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a rollout ended."""
+
+    outcome: str
+    reasons: list[str]
+    steps: list[int]
+    """Steps with a decision of their own, from 0."""
+    seconds: float
+    lost: int
+    """Requests without an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One rollout, and how it must end."""
+
+    title: str
+    champion: str
+    """Name of the version that answers before."""
+    treatment: str
+    policy: tuple[str, ...]
+    expected: str
+    outcome: Callable[[int, str], int] = lambda truth, _: truth
+
+
+def wrong_for_challenger(truth: int, variant: str) -> int:
+    """Return an outcome that is random for the units of the challenger: the concept changed where it decides."""
+    return random.randint(0, 1) if variant == "challenger" else truth
+
+
+SCENARIOS = {
+    "broken": Scenario(
+        title="a version with permuted labels",
+        champion="weak",
+        treatment="broken",
+        policy=(GUARDRAIL,),
+        expected="rolled_back",
+    ),
+    "better": Scenario(
+        title="a better version",
+        champion="weak",
+        treatment="good",
+        policy=(GOAL, GUARDRAIL),
+        expected="promoted",
+    ),
+    "concept": Scenario(
+        title="the concept changes for one version",
+        champion="weak",
+        treatment="good",
+        policy=(GUARDRAIL,),
+        expected="rolled_back",
+        outcome=wrong_for_challenger,
+    ),
+}
+TRAINED = {
+    "weak": ("model.rounds=6",),
+    "good": (),
+    "broken": ("label_permutation=true",),
+}
+
+
+def train(project: Project, *args: str) -> int:
+    """Train a version of the model `work`, and return its number."""
+    project.run("jobs.train", *TRAIN, "output=trained.json", *args, check=True)
+    return int(json.loads((project.root / "trained.json").read_text())["version"])
+
+
+def roll_out(project: Project, version: int, clients: Clients, *policy: str) -> Ended:
+    """Start a rollout, score people until it has ended, and return how it ended.
+
+    Raises:
+        TimeoutError: It did not end.
+    """
+    ledger = project.ledger()
+    before = ledger.head().seq
+    start = ("action=start", "name=work", f"version={version}", *QUALITY, *policy)
+    project.run("serve_apps.rollout", *start, check=True)
+    began = time.monotonic()
+    with clients:
+        while not (ended := [one for one in ledger.entries(PolicyEnded) if one.seq > before]):
+            if time.monotonic() - began > LONGEST_S:
+                raise TimeoutError(
+                    f"no end after {LONGEST_S:.0f} s; last decision: {ledger.last(PolicyDecided)}"
+                )
+            time.sleep(1)
+        seconds = time.monotonic() - began
+    decided = [one.payload for one in ledger.entries(PolicyDecided) if one.seq > before]
+    return Ended(
+        outcome=str(ended[0].payload["outcome"]),
+        reasons=list(decided[-1]["reasons"]),
+        steps=sorted({one["evidence"]["step"] for one in decided}),
+        seconds=seconds,
+        lost=sum(status != 200 for status in clients.statuses),
+    )
+
+
+def play(
+    project: Project, scenario: Scenario, versions: dict[str, int], people: list[tuple[int, int]]
+) -> bool:
+    """Play one scenario, print how it ended, and return whether that is right."""
+    clients = Clients(project, people, scenario.outcome)
+    ended = roll_out(project, versions[scenario.treatment], clients, *scenario.policy)
+    is_right = ended.outcome == scenario.expected and ended.lost == 0
+    print(
+        f"{'ok' if is_right else 'WRONG':6}{scenario.title}: {ended.outcome} after {ended.seconds:.0f} s, "
+        f"{len(clients.statuses)} requests, {ended.lost} lost, decisions at steps {ended.steps}: "
+        f"{'; '.join(ended.reasons)}",
+        flush=True,
+    )
+    if ended.outcome == "promoted":
+        project.run("serve_apps.rollout", "action=rollback", "name=work", "reason=next scenario", check=True)
+    return is_right
+
+
+def main() -> int:
+    """Prepare the data, train the versions, and play the scenarios."""
+    chosen = os.environ.get("ONLY", ",".join(SCENARIOS)).split(",")
+    with tempfile.TemporaryDirectory(prefix="falaj-live-") as folder:
+        project = new_project(Path(folder))
+        project.up()
+        try:
+            for module, *args in DATA:
+                project.run(module, *args, check=True)
+            versions = {name: train(project, *args) for name, args in TRAINED.items()}
+            project.run("serve_apps.deploy", "name=work", f"version={versions['weak']}", check=True)
+            table = pl.read_parquet(project.root / "data/census/entities_2018.parquet")
+            people = list(table.select("person_id", "employed").iter_rows())
+            random.shuffle(people)
+            right = [play(project, SCENARIOS[name], versions, people) for name in chosen]
+            export = project.root / "export.jsonl"
+            project.run("cluster.ledger", "export", "--output", str(export), check=True)
+            print(project.run("serve_apps.rollout.replay", "--file", str(export), check=True).stdout)
+        finally:
+            project.run("cluster.down", check=True)
+    return int(not all(right))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
