@@ -194,7 +194,7 @@ def test_status_says_what_is_missing(tmp_path: Path) -> None:
     """Before the first decision there is no verdict."""
     ledger = ledger_with(tmp_path, *EVENTS)
     store = evidence_store(ledger)
-    count_units(store, "r", slow_ms=None)
+    count_units(store, "r", SPEC)
     policy = policy_status(read_history(ledger, "m"), lambda: store)["policy"]
     assert policy["now"]["verdict"] == "continue"
     assert "units: 0 of 277" in policy["now"]["missing"]
