@@ -80,7 +80,7 @@ def remove_if_broken(engine: sa.Engine, error: sa.exc.DatabaseError) -> None:
 
 def _create_statements(dialect: sa.Dialect) -> list[str]:
     tables = METADATA.sorted_tables
-    statements = [
+    statements: list[sa.schema.ExecutableDDLElement] = [
         *(CreateTable(table, if_not_exists=True) for table in tables),
         *(CreateIndex(index, if_not_exists=True) for table in tables for index in table.indexes),
     ]
