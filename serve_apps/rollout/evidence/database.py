@@ -12,17 +12,20 @@ are still in their files, and are read again (`collecting`).
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from cluster.ledger.database import connect, is_shared, writing
+from cluster.ledger.database import connect, is_shared, updating, writing
 from serve_apps.rollout.evidence.tables import METADATA
 
 FILE = "evidence.db"
 """Name of SQLite's file."""
+SHORT_WAIT_MS = 100
 _NO_FLUSH = sa.func.set_config("synchronous_commit", "off", True)
 _BROKEN = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 LOG = logging.getLogger("falaj.evidence")
@@ -63,6 +66,30 @@ def ensure_tables(engine: sa.Engine) -> None:
         METADATA.create_all(connection)
 
 
+@contextmanager
+def updating_if_free(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Open a transaction as `updating`, but wait only `SHORT_WAIT_MS` for a lock. A stopped process may hold it.
+
+    Raises:
+        OperationalError: Another process holds the lock.
+    """
+    if is_shared(engine):
+        with updating(engine) as connection:
+            connection.execute(sa.select(sa.func.set_config("lock_timeout", f"{SHORT_WAIT_MS}ms", True)))
+            yield connection
+        return
+    with engine.connect() as connection:
+        usual_ms = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {SHORT_WAIT_MS}")
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            yield connection
+            connection.commit()
+        finally:
+            connection.rollback()
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {usual_ms}")
+
+
 def do_not_flush(connection: sa.Connection) -> None:
     """Let PostgreSQL's commit of this transaction not wait for the disk, as in SQLite's file."""
     if is_shared(connection):
@@ -80,11 +107,13 @@ def remove_if_broken(engine: sa.Engine, error: sa.exc.DatabaseError) -> None:
 
 def _create_statements(dialect: sa.Dialect) -> list[str]:
     tables = METADATA.sorted_tables
-    statements: list[sa.schema.ExecutableDDLElement] = [
-        *(CreateTable(table, if_not_exists=True) for table in tables),
-        *(CreateIndex(index, if_not_exists=True) for table in tables for index in table.indexes),
+    creations = [CreateTable(table, if_not_exists=True).compile(dialect=dialect) for table in tables]
+    creations += [
+        CreateIndex(index, if_not_exists=True).compile(dialect=dialect)
+        for table in tables
+        for index in table.indexes
     ]
-    return [str(statement.compile(dialect=dialect)) for statement in statements]
+    return [str(creation) for creation in creations]
 
 
 def _file_id(file: Path) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import math
@@ -18,7 +19,12 @@ from cluster.statistics.policy import DAY_S, MAX_UNITS, UnitEvent
 from serve_apps.rollout.assignment import Arm, bounds
 from serve_apps.rollout.evidence.activity import Activity, last_of_arm, last_requests
 from serve_apps.rollout.evidence.collecting import activities_of
-from serve_apps.rollout.evidence.database import do_not_flush, ensure_tables, evidence_engine
+from serve_apps.rollout.evidence.database import (
+    do_not_flush,
+    ensure_tables,
+    evidence_engine,
+    updating_if_free,
+)
 from serve_apps.rollout.evidence.metric_tables import COHORTS, ENTERED, SUMS, read_metrics
 from serve_apps.rollout.evidence.sizes import stored_units
 from serve_apps.rollout.evidence.tables import (
@@ -208,7 +214,10 @@ class EvidenceStore:
             metrics=metrics,
             last=last_requests(activities),
         )
-        self._store_look(rollout_id, evidence)
+        with contextlib.suppress(
+            sa.exc.OperationalError
+        ):  # a full disk or a held lock must not delay a verdict
+            self._store_look(rollout_id, evidence)
         return evidence
 
     def _count(self, connection: sa.Connection, of: _CountOf, now: dt.datetime) -> _Count:
@@ -229,7 +238,7 @@ class EvidenceStore:
 
     def _store_look(self, rollout_id: str, evidence: Evidence) -> None:
         values = {"evidence": json.dumps(as_json(evidence))}
-        with updating(self._engine) as connection:
+        with updating_if_free(self._engine) as connection:
             do_not_flush(connection)
             insert = upsert(LOOKS, connection).values(rollout=rollout_id, **values)
             connection.execute(insert.on_conflict_do_update(index_elements=[LOOKS.c.rollout], set_=values))

@@ -248,7 +248,7 @@ def test_rollout_by_subject_says_so_in_its_start_and_state(tmp_path: Path) -> No
     assert "unit" not in start_by(UnitKind.header)[0].payload()
     config = RolloutConfig(name="m", version="2", rollout=SPEC)
     with pytest.raises(RolloutError, match=r"runs with rollout\.unit=subject, not with header"):
-        require_same(config, running, History())
+        require_same(config, running, read_history(ledger, "m"))
 
 
 @pytest.mark.parametrize("last", [1, len(EVENTS)])

@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from cluster.ledger import Ledger
+from cluster.ledger.database import updating
 from serve_apps.rollout.evidence.database import FILE
 from serve_apps.rollout.evidence.store import Counting, EvidenceStore
 from serve_apps.rollout.evidence.tables import EVENTS, FILES, READERS, UNITS
@@ -69,6 +70,20 @@ def test_units_of_a_lost_pass_are_stored_again(store: EvidenceStore, node: Node)
             connection.execute(table.delete())
     node.reader.collect()
     assert (failures(store), evidence(store).watched_units) == ((1, 0), 1)
+
+
+def test_look_does_not_wait_for_a_held_lock(tmp_path: Path) -> None:
+    """An edge's process that was stopped in a transaction must not delay a rollback. Later looks are stored again."""
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    store, node = EvidenceStore(ledger.engine), Node(ledger, tmp_path / "access")
+    store.register(ROLLOUT_ID, COUNTING)
+    before = evidence(store)
+    node.write(line(status=500))
+    node.reader.collect()
+    with updating(node.engine):
+        assert failures(store) == (1, 0)
+        assert store.last_look(ROLLOUT_ID) == before
+    assert evidence(store) == store.last_look(ROLLOUT_ID) != before
 
 
 def test_registering_a_known_rollout_reads_nothing_again(store: EvidenceStore, node: Node) -> None:
