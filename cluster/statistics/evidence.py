@@ -49,6 +49,8 @@ class Evidence:
     """Time since the rollout began, in seconds."""
     idle_s: float = 0.0
     """Time since the last request of the arm that has waited longer, in seconds."""
+    stored_units: int = 0
+    """Greatest number of stored units of any kind in this step. It ends at the policy's `max_units`."""
     watched_units: int = 0
     """Number of the treatment's units in this step whose time `unit_watch_s` is over."""
     events: Mapping[UnitEvent, EventCounts] = field(default_factory=dict)

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, field
 
 DAY_S = 86_400.0
+MAX_UNITS = 1_000_000
+"""How many units of each kind are stored for one step of a rollout, by default."""
 
 
 class UnitEvent(enum.StrEnum):
@@ -181,6 +183,8 @@ class Policy:
     on_mismatch: Action = Action.hold
     """`warn` lets the rollout go on to its last step. No mismatch is ever promoted."""
     on_deadline: Action = Action.hold
+    max_units: int = MAX_UNITS
+    """How many units of each kind are stored for a step. Clients can invent units, so with more of them it holds."""
     errors: ErrorRates = field(default_factory=ErrorRates)
 
     def __post_init__(self) -> None:
@@ -197,6 +201,8 @@ class Policy:
         for name in ("watch_s", "unit_watch_s"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
+        if self.max_units < 1:
+            raise ValueError(f"max_units must be at least 1, got {self.max_units}.")
         self._validate_names()
 
     def metric(self, name: str) -> Metric:

@@ -2,7 +2,7 @@
 
 The first verdict that ends a rollout is final. Safety comes first: the breaker or a guardrail rolls back, whatever else
 is known. Then comes promotion, which needs that nothing is missing. Then come the deadline, what blocks (mismatch,
-signals, no data), and the next step.
+too many units, signals, no data), and the next step.
 """
 
 from __future__ import annotations
@@ -112,6 +112,9 @@ def _blocks(plan: Plan, evidence: Evidence) -> tuple[list[str], list[Action]]:
             units = [sum(getattr(split, arm) for split in counts.splits) for arm in ("treatment", "control")]
             blocks.append(f"mismatch: {units[0]} and {units[1]} units entered {name}, which is not the split")
             actions.append(policy.on_mismatch)
+    if evidence.stored_units >= policy.max_units:
+        blocks.append(f"too many units: {evidence.stored_units} are stored, and no others are counted")
+        actions.append(Action.hold)
     for name in evidence.signals:
         blocks.append(f"signal: {name}")
         actions.append(Action.hold)

@@ -137,7 +137,7 @@ def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState
         principal=actor.principal,
     )
     if config.rollout is not None:
-        count_units(evidence_store(ledger), event.rollout, slow_ms=config.rollout.slow_ms)
+        count_units(evidence_store(ledger), event.rollout, config.rollout)
     entries = transitions.append(ledger, config.name, events, actor=actor.name, since=since)
     wait_until_applied(config, ledger, transitions.require_appended(entries, config.name))
     return event.payload() | weight_remark(event.weight)

@@ -33,6 +33,15 @@ def require_variant(name: str) -> None:
         )
 
 
+class UnitKind(enum.StrEnum):
+    """What names the unit of a request. A request without it is outside any experiment."""
+
+    header = "header"
+    """The header `X-Unit-ID`. The client chooses it."""
+    subject = "subject"
+    """The token's `sub`, in UTF-8. The edge has verified it, so a client cannot change it."""
+
+
 class Arm(enum.StrEnum):
     """Arm that a unit belongs to in a rollout."""
 

@@ -69,6 +69,11 @@ def require_same(config: RolloutConfig, rollout: Rollout, history: History) -> N
             f"Rollout {rollout.id} of '{config.name}' runs with {f'the policy {running}' if running else 'no policy'}, "
             f"not with {requested_policy or 'none'}. Roll it back, and start another one."
         )
+    if config.rollout is not None and config.rollout.unit.value != rollout.unit:
+        raise RolloutError(
+            f"Rollout {rollout.id} of '{config.name}' runs with rollout.unit={rollout.unit}, not with "
+            f"{config.rollout.unit.value}. Roll it back, and start another one."
+        )
     current = {"weight": rollout.weight, "variant": rollout.treatment_variant}
     for name in sorted(given_options() & current.keys()):
         if (requested := getattr(config, name)) != current[name]:

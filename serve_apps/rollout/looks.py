@@ -1,4 +1,4 @@
-"""One look at a rollout: read the counts, and get their verdict. The controller and `action=show` do the same."""
+"""One look at a rollout: read the counts, and get their verdict. `action=show` reads the counts of the last look."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Protocol
 from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Plan
 from cluster.statistics.verdict import Decision, judge
+from serve_apps.rollout.evidence.store import Counting
 from serve_apps.rollout.history import PolicyRun, step_at
 
 
@@ -27,11 +28,11 @@ class EvidenceSource(Protocol):
     ) -> Evidence:
         """Return the counts of a rollout at one moment."""
 
-    def ensure_registered(self, rollout_id: str, *, slow_ms: float | None) -> None:
+    def ensure_registered(self, rollout_id: str, counting: Counting) -> None:
         """Let the edges count the units of a rollout if they do not, for example after `evidence.db` was lost."""
 
-    def forget(self, rollout_id: str) -> None:
-        """Remove the counts of a rollout that has ended. Idempotent."""
+    def forget(self, rollout_id: str) -> bool:
+        """Remove counts of a rollout that has ended. Return whether it must be called again. Idempotent."""
 
 
 def decision_now(
@@ -48,6 +49,20 @@ def decision_now(
         now=now,
     )
     return evidence, judge(plan, evidence)
+
+
+def last_decision(last: Evidence | None, run: PolicyRun, plan: Plan) -> Decision:
+    """Return what the counts of the controller's last look decide. Before the first look at a step, nothing is counted.
+
+    Args:
+        last: The counts of the last look.
+        run: The rollout.
+        plan: Its plan.
+    """
+    step = step_at([one.weight for one in plan.policy.steps], run.weight)
+    if last is None or last.step != step:
+        last = Evidence(step=step, window=step, step_s=0.0, total_s=0.0)
+    return judge(plan, last)
 
 
 def _counted_plan(plan: Plan, step: int, weight: float) -> Plan:

@@ -16,6 +16,7 @@ from cluster.ledger.events import LedgerEvent, PolicyStarted, RolloutStarted
 from cluster.ledger.store import utc_now
 from cluster.security.tokens.principal import Principal, principal_as_json
 from serve_apps.rollout import transitions
+from serve_apps.rollout.assignment import UnitKind
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.history import History, PolicyRun, step_at
 from serve_apps.rollout.json_form import as_json, from_json
@@ -24,6 +25,7 @@ from serve_apps.rollout.serving_state import ModelState
 if TYPE_CHECKING:
     from cluster.statistics.planning import Plan
     from serve_apps.rollout.evidence.store import EvidenceStore
+    from serve_apps.rollout.policy_spec import RolloutSpec
 
 ROLLBACK_TRIES = 5
 """A rollback is tried again if the rollout changes at the same moment, for example because the controller decides."""
@@ -77,6 +79,7 @@ def started_events(
         treatment_variant=config.variant,
         champion_version=champion,
         weight=config.weight if the_plan is None else the_plan.policy.steps[0].weight,
+        unit=(UnitKind.header if config.rollout is None else config.rollout.unit).value,
     )
     if the_plan is None or config.rollout is None:
         return started, [started]
@@ -114,19 +117,19 @@ def evidence_store(ledger: Ledger) -> EvidenceStore:
     return EvidenceStore(ledger.engine)
 
 
-def count_units(store: EvidenceStore, rollout: str, *, slow_ms: float | None) -> None:
+def count_units(store: EvidenceStore, rollout: str, spec: RolloutSpec) -> None:
     """Let the edges count the units of a rollout with a policy. Call it before the event of the start."""
     from serve_apps.rollout.evidence.store import Counting
 
-    store.register(rollout, Counting(slow_ms=slow_ms))
+    store.register(rollout, Counting(slow_ms=spec.slow_ms, max_units=spec.max_units))
 
 
 def verdict_now(store: EvidenceStore, run: PolicyRun) -> dict[str, Any]:
-    """Return the verdict that the counts give now, and what is missing for the next step."""
+    """Return the verdict that the counts of the controller's last look give, and what is missing for the next step."""
     from cluster.statistics.planning import Plan
-    from serve_apps.rollout.looks import decision_now
+    from serve_apps.rollout.looks import last_decision
 
-    decision = decision_now(store, run, from_json(Plan, run.plan), now=utc_now())[1]
+    decision = last_decision(store.last_look(run.rollout), run, from_json(Plan, run.plan))
     return {
         "verdict": decision.verdict.value,
         "reasons": list(decision.reasons),

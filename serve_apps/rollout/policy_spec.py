@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import suggest_name
 from cluster.statistics.policy import (
     DAY_S,
+    MAX_UNITS,
     Action,
     Better,
     ErrorRates,
@@ -26,7 +27,7 @@ from cluster.statistics.policy import (
     Step,
     UnitEvent,
 )
-from serve_apps.rollout.assignment import require_percent
+from serve_apps.rollout.assignment import UnitKind, require_percent
 
 if TYPE_CHECKING:
     from cluster.statistics.planning import Plan, Traffic
@@ -165,6 +166,8 @@ class RolloutSpec:
     """Only with `mode: ab`: percent of the units."""
     increment: float = 10.0
     """Only with `mode: linear`: percent of the units from one step to the next."""
+    unit: UnitKind = UnitKind.header
+    """What names the unit of a request: `header` (`X-Unit-ID`) or `subject` (the token's `sub`)."""
     bake_s: float = 0.0
     """Least time of each step, in seconds."""
     metrics: list[MetricSpec] = field(default_factory=list)
@@ -181,6 +184,9 @@ class RolloutSpec:
     on_no_data: Action = Action.hold
     on_mismatch: Action = Action.hold
     on_deadline: Action = Action.hold
+    max_units: int = MAX_UNITS
+    """How many units of each kind are stored for a step. More of them hold the rollout, because clients can invent
+    units."""
     errors: ErrorSpec = field(default_factory=ErrorSpec)
     traffic: TrafficSpec = field(default_factory=TrafficSpec)
 
@@ -278,6 +284,7 @@ class RolloutSpec:
             on_no_data=self.on_no_data,
             on_mismatch=self.on_mismatch,
             on_deadline=self.on_deadline,
+            max_units=self.max_units,
             errors=ErrorRates(
                 goals=self.errors.goals,
                 no_harm=self.errors.no_harm,
@@ -318,10 +325,10 @@ class RolloutSpec:
         """Return the plan.
 
         Raises:
-            RolloutError: The policy cannot finish before its deadline, or a baseline is missing.
+            RolloutError: The policy cannot finish before its deadline or with `max_units`, or a baseline is missing.
             ConfigError: A baseline is wrong, or a number is too large or too small.
         """
-        from cluster.errors import ConfigError
+        from cluster.errors import ConfigError, RolloutError
         from cluster.statistics.planning import plan
 
         try:
@@ -329,9 +336,14 @@ class RolloutSpec:
         except ValueError as error:
             raise ConfigError(f"rollout.traffic: {error}") from error
         try:
-            return plan(self.policy(), traffic)
+            the_plan = plan(self.policy(), traffic)
         except ArithmeticError as error:
             raise ConfigError(f"rollout: a number is too large or too small for a plan: {error}.") from error
+        if (units := max(step.units for step in the_plan.steps)) >= self.max_units:
+            raise RolloutError(
+                f"A step needs {units} units, so rollout.max_units must be greater, got {self.max_units}."
+            )
+        return the_plan
 
     def _steps(self) -> tuple[Step, ...]:
         match self.mode:

@@ -30,6 +30,7 @@ from cluster.ledger.events import (
 )
 from cluster.ledger.projection import Projection
 from cluster.registry import CHAMPION
+from serve_apps.rollout.assignment import UnitKind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +46,8 @@ class Rollout:
     started_at: str = ""
     reached: float = 0.0
     """The greatest weight of this rollout so far."""
+    unit: str = UnitKind.header.value
+    """What names the unit of a request."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +85,7 @@ States = dict[str, ModelState]
 
 METADATA = sa.MetaData()
 STATES = sa.Table(
-    "serving_states_2",
+    "serving_states_3",
     METADATA,
     sa.Column("model", sa.String(128), primary_key=True),
     sa.Column("seq", sa.BigInteger, nullable=False),
@@ -118,6 +121,7 @@ def apply(states: States, event: LedgerEvent, *, time: str = "") -> States:
                 weight=event.weight,
                 started_at=time,
                 reached=event.weight,
+                unit=event.unit,
             )
             return _with_rollout(states, event.model, rollout)
         case RolloutWeightChanged(model=model, rollout=rollout_id, weight=weight):

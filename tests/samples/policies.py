@@ -11,6 +11,7 @@ from cluster.ledger.events import LedgerEvent, PolicyStarted
 from cluster.statistics.evidence import EventCounts, Evidence
 from cluster.statistics.planning import Plan
 from cluster.statistics.policy import UnitEvent
+from serve_apps.rollout.evidence.store import Counting
 from serve_apps.rollout.json_form import as_json
 from serve_apps.rollout.policy_spec import EventGuardrailSpec, RolloutSpec, StepSpec, TrafficSpec
 from tests.samples.rollouts import DEPLOYED, STARTED
@@ -60,7 +61,7 @@ class EvidenceDouble:
     counts: Evidence = HEALTHY
     before: Callable[[], None] = lambda: None
     asked: list[dict[str, object]] = field(default_factory=list)
-    registered: list[tuple[str, float | None]] = field(default_factory=list)
+    registered: list[tuple[str, Counting]] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
 
     def evidence(
@@ -80,13 +81,14 @@ class EvidenceDouble:
         self.asked.append(asked)
         return replace(self.counts, step=step, window=step)
 
-    def ensure_registered(self, rollout_id: str, *, slow_ms: float | None) -> None:
+    def ensure_registered(self, rollout_id: str, counting: Counting) -> None:
         """Remember that the rollout was registered."""
-        self.registered.append((rollout_id, slow_ms))
+        self.registered.append((rollout_id, counting))
 
-    def forget(self, rollout_id: str) -> None:
+    def forget(self, rollout_id: str) -> bool:
         """Remember that the rollout was forgotten."""
         self.forgotten.append(rollout_id)
+        return False
 
 
 def permitted(starter: dict[str, object], model: str, version: int) -> str:

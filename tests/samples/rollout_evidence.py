@@ -9,12 +9,12 @@ from typing import Any
 from cluster.ledger import Ledger
 from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Plan, Traffic, plan
-from cluster.statistics.policy import EventGuardrail, Policy, Step, UnitEvent
+from cluster.statistics.policy import MAX_UNITS, EventGuardrail, Policy, Step, UnitEvent
 from serve_apps.rollout.evidence import collecting
 from serve_apps.rollout.evidence.access_files import Rotation
 from serve_apps.rollout.evidence.collecting import Reader
+from serve_apps.rollout.evidence.database import evidence_engine
 from serve_apps.rollout.evidence.store import EvidenceStore
-from serve_apps.rollout.evidence.tables import evidence_engine
 from tests.samples.access_records import GOOD, ROLLOUT_ID
 
 START = dt.datetime.fromtimestamp(GOOD["ended_ms"] / 1000, dt.UTC)
@@ -48,12 +48,13 @@ class Node:
             file.write(b"".join(lines))
 
 
-def the_plan(*, unit_watch_s: float = 0.0) -> Plan:
+def the_plan(*, unit_watch_s: float = 0.0, max_units: int = MAX_UNITS) -> Plan:
     policy = Policy(
         steps=(Step(weight=20), Step(weight=50)),
         event_guardrails=(EventGuardrail(event=UnitEvent.failure, limit=0.2),),
         deadline_s=3 * 86_400,
         unit_watch_s=unit_watch_s,
+        max_units=max_units,
     )
     return plan(policy, Traffic(units_per_hour=10_000, events={UnitEvent.failure: 0.01}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from cluster.ledger.events.base import Json, LedgerEvent
@@ -187,6 +188,15 @@ class RolloutStarted(LedgerEvent):
     champion_version: int
     weight: float
     """Percent of units in the treatment arm."""
+    unit: str = "header"
+    """What names the unit of a request: `header` (`X-Unit-ID`) or `subject` (the token's `sub`)."""
+
+    def payload(self) -> dict[str, Json]:
+        """Return the fields. The default unit is left out: an older release refuses an event with an unknown field."""
+        content = dataclasses.asdict(self)
+        if self.unit == "header":
+            del content["unit"]
+        return content
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 
 from cluster.records.unit_hash import NO_ROLLOUT
 from serve_apps.replica.targets import ScaledToZero, Target, addresses_of
-from serve_apps.rollout.assignment import BUCKETS, CHAMPION_VARIANT, bounds
+from serve_apps.rollout.assignment import BUCKETS, CHAMPION_VARIANT, UnitKind, bounds
 from serve_apps.rollout.serving_state import ModelState, States
+
+BY_SUBJECT = f"unit={UnitKind.subject}"
+"""Field of a map entry. Without it, the header `X-Unit-ID` names the unit, also in an entry of an older release."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,8 @@ def entry(state: ModelState) -> str | None:
     """Return a model's map entry, or None while the model has no deployed champion.
 
     The entry has these fields, separated by `|`: champion backend, treatment backend, treatment variant, rollout id,
-    salt, and the two bounds in buckets. All fields are in one value, so that one `set map` changes them together.
+    salt, and the two bounds in buckets. If the token's subject is the unit, the last field is `BY_SUBJECT`; it has no
+    fixed position. All fields are in one value, so that one `set map` changes them together.
     """
     champion = state.apps.get(state.champion_version or 0)
     if champion is None:
@@ -48,7 +52,8 @@ def entry(state: ModelState) -> str | None:
         return "|".join((champion, champion, CHAMPION_VARIANT, NO_ROLLOUT, "-", "0", str(BUCKETS)))
     limits = bounds(rollout.weight)
     fields = (champion, treatment, rollout.treatment_variant, rollout.id, rollout.salt)
-    return "|".join((*fields, str(limits.treatment_below), str(limits.control_from)))
+    split = (*fields, str(limits.treatment_below), str(limits.control_from))
+    return "|".join((*split, BY_SUBJECT) if rollout.unit == UnitKind.subject else split)
 
 
 def routes(states: States, targets: Mapping[str, Target]) -> Routes:

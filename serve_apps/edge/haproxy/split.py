@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cluster.records.unit_hash import DIGITS, NO_ROLLOUT
 from serve_apps.edge.haproxy.answers import NO_HEALTHY_REPLICA, refuse
+from serve_apps.edge.haproxy.routes import BY_SUBJECT
 from serve_apps.replica.edge_headers import (
     ARM,
     ARRIVED,
@@ -59,10 +60,15 @@ def _read_route(map_file: str) -> str:
 def _choose_arm() -> str:
     """Compute the unit's bucket, arm and hash.
 
+    The unit is the header `X-Unit-ID`, or the token's subject, which `token_checks` has verified. HAProxy reads a
+    subject that is `null`, a number or empty as some text, but it names no unit.
     `rollout.assignment.assign` gives the same arms, and `cluster.records.unit_hash` the same hashes.
     """
     return f"""    {refuse(400, "Send only one X-Unit-ID header.")} if by_model {{ req.fhdr_cnt(x-unit-id) gt 1 }}
-    http-request set-var(txn.unit) req.fhdr(x-unit-id) if by_model
+    acl by_subject var(txn.route) -m sub |{BY_SUBJECT}
+    http-request set-var(txn.unit) req.fhdr(x-unit-id) if by_model !by_subject
+    acl names_subject var(txn.claims) -m reg '"sub"[[:space:]]*:[[:space:]]*"[^"]'
+    http-request set-var(txn.unit) var(txn.principal) if by_model by_subject names_subject
     acl has_unit var(txn.unit) -m len gt 0
     http-request set-var(txn.arm) str({Arm.none}) if by_model
     http-request set-var(txn.arm) str({Arm.outside}) if has_unit

@@ -38,6 +38,11 @@ def kinds(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(text.partition(":")[0] for text in texts)
 
 
+def rests_on_time(decision: Decision) -> bool:
+    """Return whether a decision could be the mistake of a clock, and not of the counts."""
+    return not {"deadline", "no data"}.isdisjoint(kinds(decision.reasons))
+
+
 def is_new(last: LastDecision | None, decision: Decision, *, step: int, not_done: str) -> bool:
     """Return whether a decision differs from the last recorded one, so that it must be recorded."""
     if last is None:

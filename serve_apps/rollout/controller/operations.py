@@ -124,7 +124,7 @@ class RolloutOperations:
             config, the_plan, version=version, champion=state.champion_version, principal=principal
         )
         if config.rollout is not None:
-            count_units(self.store, started.rollout, slow_ms=config.rollout.slow_ms)
+            count_units(self.store, started.rollout, config.rollout)
         return self._append(principal, model, events, rollout=started.rollout, since=since)
 
     def _set_paused(self, principal: Principal, model: str, reason: str, *, paused: bool) -> dict[str, Any]:

@@ -4,15 +4,15 @@ Who does what:
 
 - **Each edge's controller process** runs a thread (`collecting.Collector`) with two passes a second. It reads the
   edge's own access files from the stored position on, and writes counts and position in one transaction of the
-  ledger's database, or with SQLite of a file beside it (`tables.py`). Nobody else has to call it.
+  ledger's database, or with SQLite of a file beside it (`database.py`). Nobody else has to call it.
 - **The process that decides** calls, for a rollout with a policy:
 
       from serve_apps.rollout.evidence.store import Counting, EvidenceStore
 
       store = EvidenceStore(ledger.engine)
-      store.register(rollout_id, Counting(slow_ms=…))   # once, before the event that starts the rollout
+      store.register(rollout_id, Counting(slow_ms=…, max_units=…))   # once, before the event that starts the rollout
       evidence = store.evidence(rollout_id, plan, step=…, step_started_at=…, started_at=…, now=…)   # each second
-      store.forget(rollout_id)                          # after the rollout's end
+      store.forget(rollout_id)                          # after the rollout's end, until it returns False
 
   For metrics of predictions and outcomes, it also needs the keys of the model's logs, and calls every few seconds:
 
@@ -23,8 +23,8 @@ Who does what:
 
   `evidence` then has what was added. If nobody calls it, `Evidence.metrics` is empty, so no goal is reached.
 
-  `evidence` only reads, and takes some milliseconds. Times are aware `datetime` values in UTC; `step_started_at` and
-  `started_at` are the times of the ledger's events. `now` is the time of the look.
+  `evidence` takes some milliseconds, and stores what it returns for `last_look`. Times are aware `datetime` values in
+  UTC; `step_started_at` and `started_at` are the times of the ledger's events. `now` is the time of the look.
 
 Rules that a caller must keep:
 

@@ -2,7 +2,8 @@
 
 A pass reads at most some MiB from the stored position on, and stores counts and position in one transaction. If a
 process is killed, the next pass starts from the stored position. If two processes of one edge read at the same time,
-only one of them can store. A pass that fails changes nothing, and the records stay in their files.
+only one of them can store. A pass that fails changes nothing, and the records stay in their files. If what was stored
+is lost or was removed, such as a deleted `evidence.db`, the files are read again from their beginning.
 
 Memory is bounded: a pass holds its own records only, and the units that were stored last (`_Known`).
 """
@@ -21,11 +22,18 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from cluster.ledger.database import is_shared, updating
+from cluster.ledger.database import updating
 from serve_apps.rollout.assignment import Arm
 from serve_apps.rollout.evidence.access_files import Rotation, is_complete, list_files
 from serve_apps.rollout.evidence.access_records import BrokenRecord, Request, parse
 from serve_apps.rollout.evidence.activity import Activity
+from serve_apps.rollout.evidence.database import (
+    do_not_flush,
+    ensure_tables,
+    evidence_engine,
+    remove_if_broken,
+)
+from serve_apps.rollout.evidence.sizes import add_sizes, admit
 from serve_apps.rollout.evidence.tables import (
     FILES,
     READERS,
@@ -34,8 +42,6 @@ from serve_apps.rollout.evidence.tables import (
     add_events,
     add_units,
     counted_rollouts,
-    ensure_tables,
-    evidence_engine,
     upsert,
 )
 
@@ -48,8 +54,6 @@ MAX_KNOWN = 100_000
 FORGET_MS = 7 * 86_400_000
 """A rollout without a request for this long is removed from the edge's activities."""
 STOP_S = 5.0
-_NO_FLUSH = sa.func.set_config("synchronous_commit", "off", True)
-"""A pass that is lost in a crash of PostgreSQL is repeated: position and counts are lost together."""
 LOG = logging.getLogger("falaj.evidence")
 
 
@@ -83,6 +87,23 @@ class Collected:
     """Names of removed files."""
 
 
+class _Known:
+    """Units that were stored last, so that their next requests need no statement. Bounded: the oldest are forgotten."""
+
+    def __init__(self) -> None:
+        self._below: dict[UnitOfRollout, int] = {}
+
+    def without_known(
+        self, units: Mapping[UnitOfRollout, tuple[int, int]]
+    ) -> dict[UnitOfRollout, tuple[int, int]]:
+        return {unit: found for unit, found in units.items() if self._below.get(unit) != found[0]}
+
+    def add(self, units: Mapping[UnitOfRollout, tuple[int, int]]) -> None:
+        self._below |= {unit: below for unit, (below, _) in units.items()}
+        while len(self._below) > MAX_KNOWN:
+            self._below.pop(next(iter(self._below)))
+
+
 @dataclass(kw_only=True, slots=True)
 class _State:
     """What is stored about an edge."""
@@ -92,6 +113,8 @@ class _State:
     changed: set[str] = field(default_factory=set)
     """Names of the files whose positions are not stored yet."""
     activities: dict[str, Activity] = field(default_factory=dict)
+    known: _Known = field(default_factory=_Known)
+    """Forgotten after an error with all else: their rows may be lost."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -117,23 +140,6 @@ class _Found:
                 self.units[unit] = (request.below, request.ended_ms)
 
 
-class _Known:
-    """Units that were stored last, so that their next requests need no statement. Bounded: the oldest are forgotten."""
-
-    def __init__(self) -> None:
-        self._below: dict[UnitOfRollout, int] = {}
-
-    def without_known(
-        self, units: Mapping[UnitOfRollout, tuple[int, int]]
-    ) -> dict[UnitOfRollout, tuple[int, int]]:
-        return {unit: found for unit, found in units.items() if self._below.get(unit) != found[0]}
-
-    def add(self, units: Mapping[UnitOfRollout, tuple[int, int]]) -> None:
-        self._below |= {unit: below for unit, (below, _) in units.items()}
-        while len(self._below) > MAX_KNOWN:
-            self._below.pop(next(iter(self._below)))
-
-
 class Reader:
     """Reads the access files of one edge.
 
@@ -149,7 +155,6 @@ class Reader:
         self._folder = folder
         self._edge = edge
         self._rotation = rotation
-        self._known = _Known()
         self._state: _State | None = None
 
     def collect(self, *, max_bytes: int = MAX_BYTES) -> Collected:
@@ -160,7 +165,14 @@ class Reader:
             OSError: a file cannot be read. Nothing was stored.
             OtherReader: another process reads the files of this edge. Nothing was stored.
         """
-        state, self._state = self._state or self._load(), None  # after an error, it is loaded again
+        try:
+            return self._collect(max_bytes)
+        except sa.exc.DatabaseError as error:
+            remove_if_broken(self._engine, error)
+            raise
+
+    def _collect(self, max_bytes: int) -> Collected:
+        state, self._state = self._current_state(), None  # after an error, it is loaded again
         paths = {path.name: path for path in list_files(self._folder)}
         removed = self._remove_old(state.files, paths)
         paths = {name: path for name, path in paths.items() if name not in removed}
@@ -171,9 +183,14 @@ class Reader:
         self._state = state
         return replace(read, removed=tuple(removed))
 
-    def _load(self) -> _State:
-        ensure_tables(self._engine)
+    def _current_state(self) -> _State:
+        """Return the state of the last pass, or load it if it is not the stored one any more."""
+        state = self._state
+        if state is None:
+            ensure_tables(self._engine)
         with self._engine.connect() as connection:
+            if state is not None and state.passes == _stored_passes(connection, self._edge):
+                return state
             return _load(connection, self._edge)
 
     def _read(
@@ -230,17 +247,17 @@ class Reader:
         for request in requests:
             state.activities.setdefault(request.rollout, Activity()).add(request)
         with updating(self._engine) as connection:
-            if is_shared(connection):
-                connection.execute(sa.select(_NO_FLUSH))
+            do_not_flush(connection)
             _save(connection, self._edge, state, gone)
-            slow = counted_rollouts(connection)
+            counted = counted_rollouts(connection)
             for request in requests:
-                if request.is_in_experiment and request.rollout in slow:
-                    found.add(request, slow[request.rollout])
-            units = self._known.without_known(found.units)
-            add_events(connection, found.events)
-            add_units(connection, units)
-        self._known.add(units)
+                if request.is_in_experiment and request.rollout in counted:
+                    found.add(request, counted[request.rollout].slow_ms)
+            admitted = admit(connection, counted, found.events, state.known.without_known(found.units))
+            add_events(connection, admitted.events)
+            add_units(connection, admitted.units)
+            add_sizes(connection, admitted.new)
+        state.known.add(admitted.units)
         state.passes += 1
         state.changed.clear()
         for name in gone:
@@ -265,6 +282,12 @@ def _read_lines(path: Path, position: int, max_bytes: int) -> tuple[list[bytes],
     if complete and end < len(content) < max_bytes:
         return lines, len(content), 1
     return lines, end, 0
+
+
+def _stored_passes(connection: sa.Connection, edge: str) -> int:
+    """Return how many passes of an edge were stored; 0 if none is, or the rows were removed."""
+    query = sa.select(READERS.c.passes).where(READERS.c.edge == edge)
+    return int(connection.execute(query).scalar_one_or_none() or 0)
 
 
 def _load(connection: sa.Connection, edge: str) -> _State:

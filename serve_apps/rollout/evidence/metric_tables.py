@@ -9,9 +9,11 @@ import sqlalchemy as sa
 
 from cluster.statistics.evidence import MetricCounts
 from cluster.statistics.moments import Moments
+from cluster.statistics.policy import MAX_UNITS
 from cluster.statistics.sample_ratio import Split
 from serve_apps.rollout.assignment import Arm
-from serve_apps.rollout.evidence.tables import METADATA, upsert
+from serve_apps.rollout.evidence.sizes import OF_ALL_STEPS, Kind, add_sizes, size
+from serve_apps.rollout.evidence.tables import METADATA, counted_rollouts, upsert
 
 EQUAL_ARMS = 0.5
 """Expected share of the treatment. Control has as many buckets at every weight of a policy."""
@@ -72,6 +74,8 @@ def add_cohort(
 ) -> bool:
     """Add a cohort in the caller's transaction. Return False, and change nothing, if it was added already.
 
+    A cohort with which the rollout would have more than `max_units` units does not enter (`sizes`).
+
     Args:
         connection: A transaction.
         rollout: Id of the rollout.
@@ -87,6 +91,8 @@ def add_cohort(
     if connection.execute(claim.returning(COHORTS.c.rollout)).first() is None:
         return False
     if units:
+        if not _has_room(connection, rollout, len(units)):
+            return True
         connection.execute(ENTERED.insert(), [{"rollout": rollout, "unit": unit} for unit in sorted(units)])
     stored = _sums(connection, rollout)
     for metric, by_arm in values.items():
@@ -98,6 +104,15 @@ def add_cohort(
             keys = [SUMS.c.rollout, SUMS.c.metric, SUMS.c.arm]
             connection.execute(insert.on_conflict_do_update(index_elements=keys, set_=row))
     return True
+
+
+def _has_room(connection: sa.Connection, rollout: str, number: int) -> bool:
+    """Return whether so many more units may enter. They are counted also if not, so that the rollout holds."""
+    kind = Kind(rollout, OF_ALL_STEPS, "entered")
+    counted = counted_rollouts(connection).get(rollout)
+    max_units = MAX_UNITS if counted is None else counted.max_units
+    add_sizes(connection, {kind: number})
+    return size(connection, kind) <= max_units
 
 
 def read_metrics(connection: sa.Connection, rollout: str) -> dict[str, MetricCounts]:

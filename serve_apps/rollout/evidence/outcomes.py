@@ -35,9 +35,9 @@ from cluster.statistics.moments import Moments
 from cluster.statistics.quality import Quality, accuracy, brier, squared_error, unit_means
 from cluster.storage import Layout
 from serve_apps.rollout.assignment import Arm
+from serve_apps.rollout.evidence.database import ensure_tables, evidence_engine
 from serve_apps.rollout.evidence.log_spans import LogSpans
 from serve_apps.rollout.evidence.metric_tables import add_cohort, known_units, next_cohort
-from serve_apps.rollout.evidence.tables import ensure_tables, evidence_engine
 
 COHORTS_IN_WINDOW = 4
 MIN_COHORT_S = 1.0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import json
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,25 +15,41 @@ import sqlalchemy as sa
 from cluster.ledger.database import snapshot, updating
 from cluster.statistics.evidence import EventCounts, Evidence
 from cluster.statistics.planning import Plan
-from cluster.statistics.policy import DAY_S, UnitEvent
+from cluster.statistics.policy import DAY_S, MAX_UNITS, UnitEvent
 from serve_apps.rollout.assignment import Arm, bounds
 from serve_apps.rollout.evidence.activity import Activity, last_of_arm, last_requests
 from serve_apps.rollout.evidence.collecting import activities_of
+from serve_apps.rollout.evidence.database import (
+    do_not_flush,
+    ensure_tables,
+    evidence_engine,
+    updating_if_free,
+)
 from serve_apps.rollout.evidence.metric_tables import COHORTS, ENTERED, SUMS, read_metrics
+from serve_apps.rollout.evidence.sizes import stored_units
 from serve_apps.rollout.evidence.tables import (
     COUNTED,
     EVENTS,
+    FILES,
+    LIMITS,
+    LOOKS,
     READERS,
+    SIZES,
     UNITS,
     counted_rollouts,
-    ensure_tables,
-    evidence_engine,
+    remove_batch,
     remove_rollout,
     upsert,
 )
+from serve_apps.rollout.json_form import as_json, from_json
 
-TABLES = (COUNTED, EVENTS, UNITS, COHORTS, ENTERED, SUMS)
-"""Tables with rows of a rollout. They are removed with it."""
+SMALL_TABLES = (COUNTED, LIMITS, COHORTS, SUMS, SIZES, LOOKS)
+"""Tables with a few rows of a rollout. They are removed at once."""
+LARGE_TABLES = (EVENTS, UNITS, ENTERED)
+"""Tables with a row for each unit. They are removed in batches, so that nobody waits long for their lock."""
+BATCH = 10_000
+ROWS_PER_S = 200_000.0
+"""Rows that looks count in a second, on average. So a look at a million units is the last one's for five seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +58,9 @@ class Counting:
 
     slow_ms: float | None = None
     """An answer that takes longer counts as slow. None: only requests whose client gave up count as slow."""
+
+    max_units: int = MAX_UNITS
+    """How many units of each kind are stored for a step."""
 
     def __post_init__(self) -> None:
         if self.slow_ms is not None and not 0 < self.slow_ms < math.inf:
@@ -67,6 +89,28 @@ def current_window(
     return Window(number=number, since=max(step_started_at, day_started_at))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _CountOf:
+    """What is counted: units of a step, with events since the start of a window."""
+
+    rollout: str
+    below: int
+    """The bound of the step's split."""
+    since: dt.datetime | None
+    """Start of the window; None if it is that of the step."""
+    unit_watch_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Count:
+    """Numbers of units at one moment."""
+
+    watched: int
+    events: Mapping[UnitEvent, EventCounts]
+    until: float
+    """Monotonic time until which the units are not counted again."""
+
+
 class EvidenceStore:
     """The counts of all rollouts.
 
@@ -76,6 +120,7 @@ class EvidenceStore:
 
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = evidence_engine(engine)
+        self._counts: dict[str, tuple[_CountOf, _Count]] = {}
         ensure_tables(self._engine)
 
     def register(self, rollout_id: str, counting: Counting) -> None:
@@ -83,25 +128,41 @@ class EvidenceStore:
 
         Idempotent. Other values replace the earlier ones for later requests.
         """
-        values = {"slow_ms": counting.slow_ms}
         with updating(self._engine) as connection:
-            insert = upsert(COUNTED, connection).values(rollout=rollout_id, **values)
-            connection.execute(insert.on_conflict_do_update(index_elements=[COUNTED.c.rollout], set_=values))
+            _register(connection, rollout_id, counting)
 
-    def ensure_registered(self, rollout_id: str, *, slow_ms: float | None) -> None:
-        """Let all edges count the units of a running rollout, if it is not registered, for example in a new file.
+    def ensure_registered(self, rollout_id: str, counting: Counting) -> None:
+        """Let all edges count the units of a running rollout, if it is not registered, for example in a new database.
 
-        What was counted before is lost, so the units of the current step are counted from now on.
+        Then all edges read their access files again from the beginning. So what was counted before is counted again, as
+        long as its records still exist.
         """
         with self._engine.connect() as connection:
             is_registered = rollout_id in counted_rollouts(connection)
         if not is_registered:
-            self.register(rollout_id, Counting(slow_ms=slow_ms))
+            with updating(self._engine) as connection:
+                _register(connection, rollout_id, counting)
+                connection.execute(FILES.delete())
+                connection.execute(READERS.delete())
 
-    def forget(self, rollout_id: str) -> None:
-        """Remove what was counted for a rollout, and count no more. Call it when the rollout has ended."""
+    def forget(self, rollout_id: str) -> bool:
+        """Count a rollout no more, and remove a batch of its rows. Call it when the rollout has ended.
+
+        Returns:
+            Whether there may be more rows. Then call it again.
+        """
+        self._counts.pop(rollout_id, None)
         with updating(self._engine) as connection:
-            remove_rollout(connection, rollout_id, TABLES)
+            remove_rollout(connection, rollout_id, SMALL_TABLES)
+            removed = [remove_batch(connection, rollout_id, table, at_most=BATCH) for table in LARGE_TABLES]
+        return max(removed) == BATCH
+
+    def last_look(self, rollout_id: str) -> Evidence | None:
+        """Return what `evidence` returned last, in any process; None if nobody has looked yet."""
+        query = sa.select(LOOKS.c.evidence).where(LOOKS.c.rollout == rollout_id)
+        with self._engine.connect() as connection:
+            text = connection.execute(query).scalar_one_or_none()
+        return None if text is None else from_json(Evidence, json.loads(text))
 
     def evidence(
         self,
@@ -113,7 +174,9 @@ class EvidenceStore:
         started_at: dt.datetime,
         now: dt.datetime,
     ) -> Evidence:
-        """Return all counts of a rollout at one moment.
+        """Return all counts of a rollout, and store them for `last_look`.
+
+        A rollout of very many units is not counted at each look; see `ROWS_PER_S`. The last requests are always new.
 
         Args:
             rollout_id: Id of a registered rollout.
@@ -126,27 +189,59 @@ class EvidenceStore:
         window = current_window(
             plan, step=step, step_started_at=step_started_at, started_at=started_at, now=now
         )
-        below = bounds(plan.policy.steps[step].weight).treatment_below
-        watched_until = now - dt.timedelta(seconds=plan.policy.unit_watch_s)
-        since = window.since if window.since > step_started_at else None
+        count_of = _CountOf(
+            rollout=rollout_id,
+            below=bounds(plan.policy.steps[step].weight).treatment_below,
+            since=window.since if window.since > step_started_at else None,
+            unit_watch_s=plan.policy.unit_watch_s,
+        )
         with snapshot(self._engine) as connection:
             activities = self._activities(connection, rollout_id)
-            units = _count_units(connection, rollout_id, below, watched_until)
-            events = _count_events(connection, rollout_id, below, since, watched_until)
+            count = self._count(connection, count_of, now)
             metrics = read_metrics(connection, rollout_id)
+            stored = stored_units(connection, rollout_id, count_of.below)
         last = [last_of_arm(activities, arm) for arm in (Arm.treatment, Arm.control)]
         waiting_since = min(_ms(started_at) if time is None else time for time in last)
-        return Evidence(
+        evidence = Evidence(
             step=step,
             window=window.number,
             step_s=(now - step_started_at).total_seconds(),
             total_s=(now - started_at).total_seconds(),
             idle_s=max(0.0, (_ms(now) - waiting_since) / 1000),
-            watched_units=units,
-            events=events,
+            stored_units=stored,
+            watched_units=count.watched,
+            events=count.events,
             metrics=metrics,
             last=last_requests(activities),
         )
+        with contextlib.suppress(
+            sa.exc.OperationalError
+        ):  # a full disk or a held lock must not delay a verdict
+            self._store_look(rollout_id, evidence)
+        return evidence
+
+    def _count(self, connection: sa.Connection, of: _CountOf, now: dt.datetime) -> _Count:
+        """Count the units of a rollout, or return the last numbers if they are still new enough."""
+        before = self._counts.get(of.rollout)
+        if before is not None and before[0] == of and time.monotonic() < before[1].until:
+            return before[1]
+        watched_until = now - dt.timedelta(seconds=of.unit_watch_s)
+        watched = _count_units(connection, of, watched_until)
+        events = _count_events(connection, of, watched_until)
+        rows = watched + sum(one.treatment + one.control for one in events.values())
+        valid_s = rows / ROWS_PER_S
+        count = _Count(
+            watched=watched, events=events, until=time.monotonic() + valid_s if valid_s > 1 else 0.0
+        )
+        self._counts[of.rollout] = (of, count)
+        return count
+
+    def _store_look(self, rollout_id: str, evidence: Evidence) -> None:
+        values = {"evidence": json.dumps(as_json(evidence))}
+        with updating_if_free(self._engine) as connection:
+            do_not_flush(connection)
+            insert = upsert(LOOKS, connection).values(rollout=rollout_id, **values)
+            connection.execute(insert.on_conflict_do_update(index_elements=[LOOKS.c.rollout], set_=values))
 
     def requests(self, rollout_id: str) -> dict[str, int]:
         """Return the number of a rollout's requests at all edges, by arm. `none` has those without a unit."""
@@ -165,30 +260,33 @@ class EvidenceStore:
         return [activity for activity in found if activity is not None]
 
 
-def _count_units(connection: sa.Connection, rollout: str, below: int, until: dt.datetime) -> int:
+def _register(connection: sa.Connection, rollout: str, counting: Counting) -> None:
+    for table, values in (
+        (COUNTED, {"slow_ms": counting.slow_ms}),
+        (LIMITS, {"max_units": counting.max_units}),
+    ):
+        insert = upsert(table, connection).values(rollout=rollout, **values)
+        connection.execute(insert.on_conflict_do_update(index_elements=[table.c.rollout], set_=values))
+
+
+def _count_units(connection: sa.Connection, of: _CountOf, until: dt.datetime) -> int:
     """Return how many units of the treatment had their first request in this step until a time."""
-    of_step = (UNITS.c.rollout == rollout) & (UNITS.c.below == below) & (UNITS.c.first_ms <= _ms(until))
+    of_step = (UNITS.c.rollout == of.rollout) & (UNITS.c.below == of.below) & (UNITS.c.first_ms <= _ms(until))
     return int(connection.execute(sa.select(sa.func.count()).select_from(UNITS).where(of_step)).scalar_one())
 
 
 def _count_events(
-    connection: sa.Connection,
-    rollout: str,
-    below: int,
-    since: dt.datetime | None,
-    watched_until: dt.datetime,
+    connection: sa.Connection, of: _CountOf, watched_until: dt.datetime
 ) -> Mapping[UnitEvent, EventCounts]:
     """Count units by their events.
 
     Args:
         connection: A transaction.
-        rollout: Id of the rollout.
-        below: The bound of the step's split.
-        since: Start of the window; None if it is that of the step.
+        of: What to count.
         watched_until: Units with a later first request are not watched yet.
     """
-    of_step = (EVENTS.c.rollout == rollout) & (EVENTS.c.below == below)
-    in_window = of_step if since is None else of_step & (EVENTS.c.last_ms >= _ms(since))
+    of_step = (EVENTS.c.rollout == of.rollout) & (EVENTS.c.below == of.below)
+    in_window = of_step if of.since is None else of_step & (EVENTS.c.last_ms >= _ms(of.since))
     by_arm = sa.select(EVENTS.c.event, EVENTS.c.arm, sa.func.count()).where(in_window)
     counts = {
         (event, arm): number
@@ -196,7 +294,7 @@ def _count_events(
     }
     # A subquery and no join, so that also a planner without statistics of a new table takes the primary key.
     is_watched = (
-        sa.select((UNITS.c.below == below) & (UNITS.c.first_ms <= _ms(watched_until)))
+        sa.select((UNITS.c.below == of.below) & (UNITS.c.first_ms <= _ms(watched_until)))
         .where(UNITS.c.rollout == EVENTS.c.rollout, UNITS.c.unit == EVENTS.c.unit)
         .scalar_subquery()
     )

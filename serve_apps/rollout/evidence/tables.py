@@ -1,8 +1,6 @@
 """Tables with the evidence of rollouts, and the statements that add to them.
 
-On PostgreSQL they are in the ledger's database, which all nodes share. With SQLite there is one machine, and they are
-in a file of their own beside the ledger's: SQLite has one lock for all writers of a file, and an append to the ledger,
-such as a rollback, must not wait for counts. They are no projections: no event contains them.
+`database` says where they are. They are no projections: no event contains them.
 
 A unit has one row for each kind of event, so it counts once, whatever the number of edges and retries, and a record
 that is read twice changes nothing. All times are Unix milliseconds.
@@ -10,19 +8,17 @@ that is read twice changes nothing. All times are Unix milliseconds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from cluster.ledger.database import connect, is_shared, writing
-from cluster.statistics.policy import UnitEvent
+from cluster.ledger.database import is_shared
+from cluster.statistics.policy import MAX_UNITS, UnitEvent
 from serve_apps.rollout.assignment import Arm
 
-FILE = "evidence.db"
-"""Name of SQLite's file."""
 METADATA = sa.MetaData()
 READERS = sa.Table(
     "evidence_readers",
@@ -74,37 +70,44 @@ UNITS = sa.Table(
     sa.Index("ix_evidence_units_counts", "rollout", "below", "first_ms"),
 )
 """The first request of each unit of the treatment at its greatest weight."""
+LIMITS = sa.Table(
+    "evidence_limits",
+    METADATA,
+    sa.Column("rollout", sa.String(32), primary_key=True),
+    sa.Column("max_units", sa.BigInteger, nullable=False),
+)
+"""How many units of each kind are stored for one step of a rollout. An older release does not know this table."""
+SIZES = sa.Table(
+    "evidence_sizes",
+    METADATA,
+    sa.Column("rollout", sa.String(32), primary_key=True),
+    sa.Column("below", sa.Integer, primary_key=True),
+    sa.Column("kind", sa.String(16), primary_key=True),
+    sa.Column("rows", sa.BigInteger, nullable=False),
+)
+"""Number of stored units of each step, by kind (`sizes`)."""
+LOOKS = sa.Table(
+    "evidence_looks",
+    METADATA,
+    sa.Column("rollout", sa.String(32), primary_key=True),
+    sa.Column("evidence", sa.Text, nullable=False),
+)
+"""The counts of the controller's last look, for callers that only show them."""
+
+
+class Counted(NamedTuple):
+    """How a registered rollout is counted."""
+
+    slow_ms: float
+    """From which latency an answer is slow."""
+    max_units: int
+    """How many units of each kind are stored for a step."""
+
 
 UnitOfRollout = tuple[str, str]
 """Rollout and unit."""
 EventOfUnit = tuple[str, UnitEvent, str]
 """Rollout, event and unit."""
-
-
-def evidence_engine(ledger_engine: sa.Engine) -> sa.Engine:
-    """Return the engine of the tables' database.
-
-    In SQLite's file, a commit does not wait for the disk. After a power failure, position and counts are both those of
-    an earlier moment, and the records are read again.
-    """
-    if is_shared(ledger_engine) or not ledger_engine.url.database:
-        return ledger_engine
-    engine = connect(f"sqlite:///{Path(ledger_engine.url.database).with_name(FILE)}")
-
-    @sa.event.listens_for(engine, "connect")
-    def commit_at_once(connection: Any, _record: Any) -> None:
-        connection.execute("PRAGMA synchronous = NORMAL")
-
-    return engine
-
-
-def ensure_tables(engine: sa.Engine) -> None:
-    """Create the tables if they do not exist."""
-    inspector = sa.inspect(engine)
-    if all(inspector.has_table(name) for name in METADATA.tables):
-        return
-    with writing(engine) as connection:  # the lock: PostgreSQL fails if two processes create a table at once
-        METADATA.create_all(connection)
 
 
 def upsert(table: sa.Table, connection: sa.Connection) -> Any:
@@ -157,13 +160,28 @@ def add_units(connection: sa.Connection, units: Mapping[UnitOfRollout, tuple[int
         connection.execute(statement, rows)
 
 
-def counted_rollouts(connection: sa.Connection) -> dict[str, float]:
-    """Return the registered rollouts, and from which latency in milliseconds an answer is slow."""
-    rows = connection.execute(sa.select(COUNTED.c.rollout, COUNTED.c.slow_ms))
-    return {row.rollout: float("inf") if row.slow_ms is None else row.slow_ms for row in rows}
+def counted_rollouts(connection: sa.Connection) -> dict[str, Counted]:
+    """Return the registered rollouts."""
+    joined = COUNTED.outerjoin(LIMITS, COUNTED.c.rollout == LIMITS.c.rollout)
+    query = sa.select(COUNTED.c.rollout, COUNTED.c.slow_ms, LIMITS.c.max_units).select_from(joined)
+    return {
+        row.rollout: Counted(
+            slow_ms=math.inf if row.slow_ms is None else row.slow_ms,
+            max_units=MAX_UNITS if row.max_units is None else row.max_units,
+        )
+        for row in connection.execute(query)
+    }
 
 
 def remove_rollout(connection: sa.Connection, rollout: str, tables: Iterable[sa.Table]) -> None:
     """Remove a rollout's rows from these tables."""
     for table in tables:
         connection.execute(table.delete().where(table.c.rollout == rollout))
+
+
+def remove_batch(connection: sa.Connection, rollout: str, table: sa.Table, *, at_most: int) -> int:
+    """Remove some of a rollout's rows from a table, and return their number."""
+    keys = list(table.primary_key.columns)
+    batch = sa.select(*keys).where(table.c.rollout == rollout).limit(at_most)
+    removed = connection.execute(table.delete().where(sa.tuple_(*keys).in_(batch)))
+    return int(removed.rowcount)

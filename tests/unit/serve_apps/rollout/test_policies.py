@@ -11,20 +11,28 @@ import pytest
 
 from cluster.errors import RolloutError
 from cluster.ledger import Ledger
-from cluster.ledger.events import DeploymentRemoved, LedgerEvent
+from cluster.ledger.events import DeploymentRemoved, LedgerEvent, RolloutStarted
+from cluster.security.tokens.principal import principal_from_json
 from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Plan, Traffic
 from serve_apps.rollout import transitions
 from serve_apps.rollout.__main__ import main as rollout
+from serve_apps.rollout.assignment import UnitKind
 from serve_apps.rollout.checks import require_same
 from serve_apps.rollout.config import RolloutAction, RolloutConfig
 from serve_apps.rollout.history import History, apply, read_history
 from serve_apps.rollout.json_form import as_json, from_json
-from serve_apps.rollout.policies import count_units, evidence_store, policy_status, rollback_change
+from serve_apps.rollout.policies import (
+    count_units,
+    evidence_store,
+    policy_status,
+    rollback_change,
+    started_events,
+)
 from serve_apps.rollout.policy_spec import EventGuardrailSpec, Mode, RolloutSpec, StepSpec, TrafficSpec
 from serve_apps.rollout.serving_state import read_states
 from tests.processes.commands import run_main
-from tests.samples.policies import EVENTS, FAILING, SPEC
+from tests.samples.policies import EVENTS, FAILING, SPEC, STARTER
 from tests.samples.rollouts import DEPLOYED, ROLLED_BACK, STARTED
 
 CONFIG = RolloutConfig(action=RolloutAction.rollback, name="m")
@@ -99,6 +107,12 @@ def test_steps_have_the_policys_bake_time_unless_they_have_their_own() -> None:
             "outcome_delay_s must be above 0 with metrics",
         ),
         (("rollout=canary", "rollout.mode=linear", "+rollout.increment=0.1"), "at most 100 steps, got 500"),
+        (
+            ("rollout=canary", "+rollout.max_units=277"),
+            "A step needs 277 units, so rollout.max_units must be",
+        ),
+        (("rollout=canary", "+rollout.max_units=0"), "max_units must be at least 1, got 0"),
+        (("rollout=canary", "+rollout.unit=person"), "rollout.unit"),
         (("rollout=canry",), "Did you mean 'canary'?"),
         ((), "Give the name of a policy"),
         (("rollout=canary", "weight=5"), "`weight` means nothing with `action=plan`"),
@@ -194,7 +208,7 @@ def test_status_says_what_is_missing(tmp_path: Path) -> None:
     """Before the first decision there is no verdict."""
     ledger = ledger_with(tmp_path, *EVENTS)
     store = evidence_store(ledger)
-    count_units(store, "r", slow_ms=None)
+    count_units(store, "r", SPEC)
     policy = policy_status(read_history(ledger, "m"), lambda: store)["policy"]
     assert policy["now"]["verdict"] == "continue"
     assert "units: 0 of 277" in policy["now"]["missing"]
@@ -213,6 +227,28 @@ def test_second_start_with_another_policy_is_refused(tmp_path: Path) -> None:
     assert running is not None
     with pytest.raises(RolloutError, match="runs with the policy short, not with none"):
         require_same(RolloutConfig(name="m", version="2"), running, read_history(ledger, "m"))
+
+
+def start_by(unit: UnitKind) -> tuple[LedgerEvent, ...]:
+    """Return the events of a start whose policy has this unit."""
+    config = RolloutConfig(name="m", rollout=replace(SPEC, unit=unit))
+    principal = principal_from_json(STARTER)
+    return tuple(started_events(config, SPEC.plan(), version=2, champion=1, principal=principal)[1])
+
+
+def test_rollout_by_subject_says_so_in_its_start_and_state(tmp_path: Path) -> None:
+    """A second start with another unit is refused. An older release refuses the event, because it assigns by header."""
+    ledger = ledger_with(tmp_path, *DEPLOYED, *start_by(UnitKind.subject))
+    running = read_states(ledger)["m"].rollout
+    assert running is not None
+    assert running.unit == "subject"
+    started = next(iter(ledger.entries(RolloutStarted)))
+    assert started.payload["unit"] == "subject"
+    assert started.event().payload() == started.payload
+    assert "unit" not in start_by(UnitKind.header)[0].payload()
+    config = RolloutConfig(name="m", version="2", rollout=SPEC)
+    with pytest.raises(RolloutError, match=r"runs with rollout\.unit=subject, not with header"):
+        require_same(config, running, read_history(ledger, "m"))
 
 
 @pytest.mark.parametrize("last", [1, len(EVENTS)])

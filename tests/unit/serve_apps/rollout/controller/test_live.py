@@ -86,7 +86,7 @@ def rollout(root: Path, handler: type[Echo]) -> Iterator[Running]:
         reader = Reader(edge.ledger.engine, root / "access", edge="e", rotation=Rotation())
         stack.enter_context(Collector(reader, interval_s=0.1).running())
         store = EvidenceStore(edge.ledger.engine)
-        count_units(store, STARTED.rollout, slow_ms=SPEC.slow_ms)
+        count_units(store, STARTED.rollout, SPEC)
         edge.tell(registered("m", 2), POLICY)
         stopped = threading.Event()
         loop = threading.Thread(

@@ -21,10 +21,10 @@ from cluster.statistics.evidence import MetricCounts
 from cluster.statistics.quality import Quality
 from cluster.storage import Layout
 from serve_apps.rollout.evidence import outcomes
+from serve_apps.rollout.evidence.database import evidence_engine
 from serve_apps.rollout.evidence.metric_tables import read_metrics
 from serve_apps.rollout.evidence.outcomes import OutcomeReader, RolloutMetrics
-from serve_apps.rollout.evidence.store import TABLES, EvidenceStore
-from serve_apps.rollout.evidence.tables import evidence_engine
+from serve_apps.rollout.evidence.store import LARGE_TABLES, SMALL_TABLES, EvidenceStore
 from tests.samples.record_log import FLAGS, PERSONAL, answer, new_keyring, outcome, post, run
 
 START = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)
@@ -279,7 +279,9 @@ def test_forgotten_rollout_leaves_no_rows(logs: Logs) -> None:
     logs.collect(500)
     EvidenceStore(logs.ledger.engine).forget("r")
     with logs.engine.connect() as connection:
-        assert all(connection.execute(sa.select(table)).first() is None for table in TABLES)
+        assert all(
+            connection.execute(sa.select(table)).first() is None for table in (*SMALL_TABLES, *LARGE_TABLES)
+        )
 
 
 def test_keys_of_the_log_are_needed(logs: Logs, tmp_path: Path) -> None:
