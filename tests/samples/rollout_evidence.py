@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.ledger import Ledger
+from cluster.records.edge_counts import evidence_engine
 from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Plan, Traffic, plan
 from cluster.statistics.policy import EventGuardrail, Policy, Step, UnitEvent
@@ -14,7 +15,6 @@ from serve_apps.rollout.evidence import collecting
 from serve_apps.rollout.evidence.access_files import Rotation
 from serve_apps.rollout.evidence.collecting import Reader
 from serve_apps.rollout.evidence.store import EvidenceStore
-from serve_apps.rollout.evidence.tables import evidence_engine
 from tests.samples.access_records import GOOD, ROLLOUT_ID
 
 START = dt.datetime.fromtimestamp(GOOD["ended_ms"] / 1000, dt.UTC)

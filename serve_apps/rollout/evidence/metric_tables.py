@@ -7,11 +7,11 @@ from dataclasses import asdict
 
 import sqlalchemy as sa
 
+from cluster.records.edge_counts import METADATA, upsert
 from cluster.statistics.evidence import MetricCounts
 from cluster.statistics.moments import Moments
 from cluster.statistics.sample_ratio import Split
 from serve_apps.rollout.assignment import Arm
-from serve_apps.rollout.evidence.tables import METADATA, upsert
 
 EQUAL_ARMS = 0.5
 """Expected share of the treatment. Control has as many buckets at every weight of a policy."""

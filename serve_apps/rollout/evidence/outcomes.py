@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from cluster.ledger import Ledger
 from cluster.ledger.database import updating
 from cluster.records.columns import OTHER
+from cluster.records.edge_counts import evidence_engine
 from cluster.records.location import outcome_log, prediction_log
 from cluster.records.progress import log_age
 from cluster.runtime import OutcomeParser, Task
@@ -37,7 +38,7 @@ from cluster.storage import Layout
 from serve_apps.rollout.assignment import Arm
 from serve_apps.rollout.evidence.log_spans import LogSpans
 from serve_apps.rollout.evidence.metric_tables import add_cohort, known_units, next_cohort
-from serve_apps.rollout.evidence.tables import ensure_tables, evidence_engine
+from serve_apps.rollout.evidence.tables import ensure_tables
 
 COHORTS_IN_WINDOW = 4
 MIN_COHORT_S = 1.0

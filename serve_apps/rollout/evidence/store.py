@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from cluster.ledger.database import snapshot, updating
+from cluster.records.edge_counts import evidence_engine, upsert
 from cluster.statistics.evidence import EventCounts, Evidence
 from cluster.statistics.planning import Plan
 from cluster.statistics.policy import DAY_S, UnitEvent
@@ -24,9 +25,7 @@ from serve_apps.rollout.evidence.tables import (
     UNITS,
     counted_rollouts,
     ensure_tables,
-    evidence_engine,
     remove_rollout,
-    upsert,
 )
 
 TABLES = (COUNTED, EVENTS, UNITS, COHORTS, ENTERED, SUMS)

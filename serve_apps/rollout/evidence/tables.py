@@ -1,8 +1,4 @@
-"""Tables with the evidence of rollouts, and the statements that add to them.
-
-On PostgreSQL they are in the ledger's database, which all nodes share. With SQLite there is one machine, and they are
-in a file of their own beside the ledger's: SQLite has one lock for all writers of a file, and an append to the ledger,
-such as a rollback, must not wait for counts. They are no projections: no event contains them.
+"""Tables with the evidence of rollouts, and the statements that add to them. See `cluster.records.edge_counts`.
 
 A unit has one row for each kind of event, so it counts once, whatever the number of edges and retries, and a record
 that is read twice changes nothing. All times are Unix milliseconds.
@@ -11,19 +7,14 @@ that is read twice changes nothing. All times are Unix milliseconds.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
-from cluster.ledger.database import connect, is_shared, writing
+from cluster.ledger.database import writing
+from cluster.records.edge_counts import METADATA, upsert
 from cluster.statistics.policy import UnitEvent
 from serve_apps.rollout.assignment import Arm
 
-FILE = "evidence.db"
-"""Name of SQLite's file."""
-METADATA = sa.MetaData()
 READERS = sa.Table(
     "evidence_readers",
     METADATA,
@@ -81,23 +72,6 @@ EventOfUnit = tuple[str, UnitEvent, str]
 """Rollout, event and unit."""
 
 
-def evidence_engine(ledger_engine: sa.Engine) -> sa.Engine:
-    """Return the engine of the tables' database.
-
-    In SQLite's file, a commit does not wait for the disk. After a power failure, position and counts are both those of
-    an earlier moment, and the records are read again.
-    """
-    if is_shared(ledger_engine) or not ledger_engine.url.database:
-        return ledger_engine
-    engine = connect(f"sqlite:///{Path(ledger_engine.url.database).with_name(FILE)}")
-
-    @sa.event.listens_for(engine, "connect")
-    def commit_at_once(connection: Any, _record: Any) -> None:
-        connection.execute("PRAGMA synchronous = NORMAL")
-
-    return engine
-
-
 def ensure_tables(engine: sa.Engine) -> None:
     """Create the tables if they do not exist."""
     inspector = sa.inspect(engine)
@@ -105,11 +79,6 @@ def ensure_tables(engine: sa.Engine) -> None:
         return
     with writing(engine) as connection:  # the lock: PostgreSQL fails if two processes create a table at once
         METADATA.create_all(connection)
-
-
-def upsert(table: sa.Table, connection: sa.Connection) -> Any:
-    """Return an `INSERT` into a table, with PostgreSQL's and SQLite's `ON CONFLICT`."""
-    return postgresql.insert(table) if is_shared(connection) else sqlite.insert(table)
 
 
 def add_events(connection: sa.Connection, events: Mapping[EventOfUnit, tuple[Arm | str, int, int]]) -> None:

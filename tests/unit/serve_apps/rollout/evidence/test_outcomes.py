@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from cluster.ledger import Ledger
+from cluster.records.edge_counts import evidence_engine
 from cluster.records.schema import OutcomeRecord, PredictionRecord
 from cluster.records.segments import SegmentWriter
 from cluster.runtime import InputSpec, ModelSignature, Task
@@ -24,7 +25,6 @@ from serve_apps.rollout.evidence import outcomes
 from serve_apps.rollout.evidence.metric_tables import read_metrics
 from serve_apps.rollout.evidence.outcomes import OutcomeReader, RolloutMetrics
 from serve_apps.rollout.evidence.store import TABLES, EvidenceStore
-from serve_apps.rollout.evidence.tables import evidence_engine
 from tests.samples.record_log import FLAGS, PERSONAL, answer, new_keyring, outcome, post, run
 
 START = dt.datetime(2026, 3, 1, tzinfo=dt.UTC)
