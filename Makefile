@@ -9,7 +9,7 @@ PACKAGES := cluster feature_jobs jobs serve_apps
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-nodes down test integration failures image image-test unit unit-ground unit-features unit-engines unit-serving chaos chaos-nodes chaos-pipeline soak gpu lint format bench lock audit coverage clean
+.PHONY: help install demo demo-nodes down test integration failures image image-test unit unit-ground unit-features unit-engines unit-serving unit-rollouts chaos chaos-nodes chaos-pipeline soak gpu lint format bench lock audit coverage clean
 
 help:
 	@echo "make demo    install, start a local cluster, run the whole loop, write .falaj/demo/report.html"
@@ -67,12 +67,14 @@ test: unit integration
 integration: $(STAMP)
 	@$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile --no-loadscope-reorder
 
-# Four processes, each of which imports only what its tests need. Each uses one thread, because LightGBM and Polars in
+# Five processes, each of which imports only what its tests need. Each uses one thread, because LightGBM and Polars in
 # parallel processes would otherwise compete for the cores. Tests that import a model engine run in unit-engines.
+# Tests of serving mostly wait, for HAProxy, databases and processes. So they are two of the five, about equally long.
 # Only an integration test uses schemathesis, and its plugin takes longer to import than pytest, so it is off here.
 UNIT := OMP_NUM_THREADS=1 POLARS_MAX_THREADS=1 $(BIN)/python -m pytest -p no:schemathesis
 unit: $(STAMP)
-	@$(MAKE) --silent --jobs=4 --output-sync=target unit-features unit-serving unit-ground unit-engines
+	@$(MAKE) --silent --jobs=5 --output-sync=target \
+		unit-features unit-serving unit-rollouts unit-ground unit-engines
 
 unit-ground:
 	@$(UNIT) tests/unit/cluster --ignore=tests/unit/cluster/runtime/test_runtime.py
@@ -84,7 +86,11 @@ unit-engines:
 	@$(UNIT) tests/unit/cluster/runtime/test_runtime.py tests/unit/serve_apps/predictor/test_engines.py tests/unit/jobs tests/configs
 
 unit-serving:
-	@$(UNIT) tests/unit/serve_apps --ignore=tests/unit/serve_apps/predictor/test_engines.py
+	@$(UNIT) tests/unit/serve_apps --ignore=tests/unit/serve_apps/rollout \
+		--ignore=tests/unit/serve_apps/predictor/test_engines.py
+
+unit-rollouts:
+	@$(UNIT) tests/unit/serve_apps/rollout
 
 # Crash tests with fifty kills, property tests with forty times the examples, a longer load on a cluster while parts of
 # it are killed, and the arms of 100,000 units.

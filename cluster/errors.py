@@ -3,6 +3,7 @@
     FalajError
     ├── RefusedError (ValueError)     the caller's mistake or a failed gate: exit code 2, one line, no traceback
     │   ├── ConfigError               an invalid configuration key or value
+    │   │   └── RunClaimed            another job has the run (`jobs/train/run/identity.py`)
     │   ├── ClusterNotRunning         a job needs a cluster, and no cluster runs
     │   ├── ClusterAlreadyUp
     │   ├── PortInUse

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 LOWER_PRIORITY = f"{__name__}.lower_priority"
 """Name of the function that Ray calls in each worker process of a background command."""
@@ -63,25 +63,52 @@ def _divides_cpu_time(controllers: str, path: str, *, cgroups: Path) -> bool:
         return False
 
 
-def cpus_for_serving() -> float:
-    """Return how many of the cluster's logical CPUs serving needs. This process must be attached to Ray.
+class Cpus(NamedTuple):
+    """Logical CPUs for background work."""
 
-    These are the CPUs of all replicas that its deployments may start.
+    free: float
+    """CPUs that serving does not need."""
+    serving: float
+    """CPUs that serving may need."""
+
+
+def background_cpus(node: str | None = None) -> Cpus:
+    """Return the logical CPUs that background work may use. This process must be attached to Ray.
+
+    Serving may need the CPUs of all replicas that its deployments may start.
+
+    Args:
+        node: Id of the only node where the work may run. By default, it may run on all nodes.
     """
-    return serving_cpus(_serve_details())
+    import ray
+
+    alive = [one for one in ray.nodes() if one["Alive"]]  # type: ignore[no-untyped-call]
+    usable = [one for one in alive if node is None or one["NodeID"] == node]
+    serving = serving_cpus(_serve_details(), node=node)
+    return Cpus(free=sum(one["Resources"].get("CPU", 0.0) for one in usable) - serving, serving=serving)
 
 
-def serving_cpus(details: dict[str, Any]) -> float:
+def serving_cpus(details: dict[str, Any], *, node: str | None = None) -> float:
     """Return the logical CPUs of all replicas that may start.
 
     Args:
         details: What Serve's controller says of its applications.
+        node: Id of a node. Then the replicas that other nodes have now do not count.
     """
     return sum(
-        _most_replicas(deployment["deployment_config"])
+        max(0, _most_replicas(deployment["deployment_config"]) - _num_elsewhere(deployment, node))
         * float((deployment["deployment_config"].get("ray_actor_options") or {}).get("num_cpus", 1))
         for application in details.get("applications", {}).values()
         for deployment in application.get("deployments", {}).values()
+    )
+
+
+def _num_elsewhere(deployment: dict[str, Any], node: str | None) -> int:
+    """Return how many replicas of a deployment run on other nodes."""
+    replicas = deployment.get("replicas", ()) if node is not None else ()
+    return sum(
+        replica.get("node_id") not in (None, node) and replica.get("state") != "STOPPING"
+        for replica in replicas
     )
 
 

@@ -96,7 +96,8 @@ def _monitoring(history: History) -> Iterator[Section]:
             estimate = next((v for k, v in one.items() if k.startswith("estimated_")), None)
             realised = next((v for k, v in one.items() if k.startswith("realised_")), None)
             rows.append([period, integer(one["rows"]), number(estimate), number(realised)])
-        drifted = sorted(entry.payload["drift"])
+        together = ["all inputs together"] if entry.payload.get("reconstruction") else []
+        drifted = [*sorted(entry.payload["drift"]), *together]
         yield Section(
             title=f"Monitoring as {entry.payload['variant']}",
             facts={"monitored": entry.time[:10], "drifted": ", ".join(drifted) or "nothing"},

@@ -10,6 +10,7 @@ from cluster.entrypoint import job
 from cluster.errors import TrainingSetError
 from cluster.ledger import open_ledger
 from cluster.ledger.events import ModelMonitored
+from cluster.records.edge_counts.refusals import read_refusals
 from cluster.records.progress import ages_as_json
 from cluster.security.acting import create_actor
 from cluster.security.encryption.access import protected_files
@@ -24,7 +25,7 @@ from jobs.monitor.reference import References
 from jobs.monitor.report import Output, alerting_chunks, describe, describe_traffic
 from jobs.monitor.run import Measured, MonitorRun, result_name
 from jobs.monitor.scored import read_scored
-from jobs.monitor.traffic import as_json, judge_traffic, unusual_hours
+from jobs.monitor.traffic import as_json, judge_traffic, unusual_hours, with_refusals
 from jobs.train.data import read_training_set
 
 TRAFFIC = "traffic.json"
@@ -67,7 +68,8 @@ def main(config: MonitorConfig) -> dict[str, Any]:
             print(f"log: {age}", flush=True)
         logs = ages_as_json(ages)
         counts = run.count()
-        judged = as_json(judge_traffic(counts.hours(), until=ages[0].until))
+        refusals = read_refusals(ledger.engine, config.name)
+        judged = as_json(judge_traffic(with_refusals(counts.hours(), refusals), until=ages[0].until))
         write_json(f"{folder}/{TRAFFIC}", judged)
         traffic = unusual_hours(judged)
         for line in describe_traffic(traffic):

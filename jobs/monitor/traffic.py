@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
+from cluster.records.edge_counts.refusals import HOUR
 from jobs.monitor.calculation.measures import Measure
 from jobs.monitor.calculation.thresholds import ReferenceShares, compare_share
 from jobs.monitor.log.index import HourCount
 
-FORMAT = "%Y-%m-%dT%H"
 WEEKS, MIN_WEEKS, DAYS, MIN_DAYS = 8, 4, 28, 3
 JUDGED_HOURS = 7 * 24
 """Number of newest hours that are judged. Older hours were judged by earlier runs."""
@@ -37,11 +37,11 @@ def judge_traffic(hours: Mapping[str, HourCount], *, until: dt.datetime) -> dict
     judged: dict[str, dict[str, Measure]] = {"requests": {}, "refused": {}, "unseen": {}}
     if not hours:
         return judged
-    first = dt.datetime.strptime(min(hours), FORMAT)
+    first = dt.datetime.strptime(min(hours), HOUR)
     end = until.astimezone(dt.UTC).replace(tzinfo=None, minute=0, second=0, microsecond=0)
     start = max(first, end - dt.timedelta(hours=JUDGED_HOURS))
     while start < end:
-        name, count = start.strftime(FORMAT), _at(hours, start)
+        name, count = start.strftime(HOUR), _at(hours, start)
         before = [_at(hours, hour) for hour in hours_before(start, first)]
         if before:
             judged["requests"][name] = _judge_volume(count.requests, [one.requests for one in before])
@@ -60,6 +60,20 @@ def judge_traffic(hours: Mapping[str, HourCount], *, until: dt.datetime) -> dict
     return judged
 
 
+def with_refusals(hours: Mapping[str, HourCount], refusals: Mapping[str, int]) -> dict[str, HourCount]:
+    """Return the traffic of the log together with the requests that got 4xx. The log has no record of these.
+
+    Refusals before the first hour of the log are left out, because it is not known what they are a share of.
+    """
+    first = min(hours, default="")
+    total = dict(hours)
+    for hour, number in refusals.items():
+        if first and hour >= first:
+            logged = total.get(hour, HourCount())
+            total[hour] = replace(logged, requests=logged.requests + number, refused=logged.refused + number)
+    return total
+
+
 def hours_before(hour: dt.datetime, first: dt.datetime) -> list[dt.datetime]:
     """Return the hours that an hour is compared with, newest first. There are none if too few are known.
 
@@ -76,7 +90,7 @@ def hours_before(hour: dt.datetime, first: dt.datetime) -> list[dt.datetime]:
 
 
 def _at(hours: Mapping[str, HourCount], hour: dt.datetime) -> HourCount:
-    return hours.get(hour.strftime(FORMAT), HourCount())
+    return hours.get(hour.strftime(HOUR), HourCount())
 
 
 def _judge_volume(requests: int, before: list[int]) -> Measure:

@@ -109,10 +109,7 @@ def _is_done(payload: dict[str, Any], pipeline: str) -> str:
 
 
 def _has_drift(payload: dict[str, Any], model: str) -> str:
-    """Return the reason if an input or the answers of a model have drifted.
-
-    `drift` and `periods` map a figure to its chunks, and say of each chunk whether it alerts.
-    """
+    """Return the reason if an input, all inputs together or the answers of a model have drifted."""
     if payload["model"] != model:
         return ""
     alerts = sorted(
@@ -121,6 +118,8 @@ def _has_drift(payload: dict[str, Any], model: str) -> str:
         for name, chunks in figures.items()
         if chunks
     )
+    if payload.get("reconstruction"):
+        alerts.append("all inputs together")
     return f"drift of model {model}: {', '.join(alerts)[:200]}" if alerts else ""
 
 

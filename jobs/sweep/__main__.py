@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from cluster.errors import TrainingFailed
 from cluster.host.this_node import this_node
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import SweepFinished
-from cluster.scheduling import cpus_for_serving, priority_warning
+from cluster.scheduling import background_cpus, priority_warning
 from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action, Resource
 from cluster.security.encryption.run_files import run_folder
@@ -39,6 +39,9 @@ from jobs.train.rows.encoded import Part
 from jobs.train.run.identity import new_run_id, run_settings
 from jobs.train.split import resolve_split
 from jobs.train.training_data import TrainingData
+
+if TYPE_CHECKING:
+    from jobs.sweep.tuning import Sweep  # imports Ray Tune
 
 FREE_SETTINGS = frozenset({"concurrent_trials", "trial_deadline_s"})
 """Settings of the search that may differ when a sweep continues."""
@@ -96,34 +99,48 @@ def search(
     Raises:
         TrainingFailed: No trial has a loss. Standard error has the cause of each.
     """
-    import ray
-
-    from jobs.sweep.tuning import Sweep, concurrent_trials, run_trials  # imports Ray Tune
+    from jobs.sweep.tuning import Sweep  # imports Ray Tune
 
     prepared = prepare_and_describe(config, source)
     data = limit_fit_rows(prepared.data, config.sweep.rows, seed=config.seed)
     attach(config, is_background=True)
-    sweep = Sweep(config=config, family=family, space=space, data=data)
-    serving = cpus_for_serving()
-    warning = priority_warning() if serving else None
-    print_warnings([warning] if warning else [])
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    concurrent = concurrent_trials(sweep, available=resources.get("CPU", 0.0) - serving)
-    ended = sum(trial.has_ended for trial in record.trials.values())
-    print(
-        f"{config.sweep.trials} trials, {f'{ended} have ended, ' if ended else ''}{concurrent} at once, each with "
-        f"{int(data.fit.sum())} rows to fit on",
-        flush=True,
-    )
     with claimed_run(f"sweep-{config.name}-{config.run}"):
         record.start()  # reads the trials again: another job may have run some, or all
         event = record.finished()
         if event is not None:
             return event
-        with run_folder(layout(config.storage), for_all_nodes=this_node() is not None) as runs:
-            run_trials(sweep, record, runs=runs, concurrent=concurrent)
+        run_open_trials(Sweep(config=config, family=family, space=space, data=data), record)
         require_best(list(record.trials.values()))
         return record.finish(training_set_hash=source.hash)
+
+
+def run_open_trials(sweep: Sweep, record: SweepRecord) -> None:
+    """Run the trials that have not ended, as many at once as there are CPUs for.
+
+    Raises:
+        ConfigError: There are too few CPUs for one trial.
+        TrainingFailed: The process of a trial was lost, or the time budget was too short for it.
+    """
+    import ray
+
+    from jobs.sweep.tuning import concurrent_trials, run_trials, stays_here  # imports Ray Tune
+
+    config = sweep.config
+    with run_folder(layout(config.storage), for_all_nodes=this_node() is not None) as runs:
+        is_here = stays_here(sweep, runs)
+        cpus = background_cpus(ray.get_runtime_context().get_node_id() if is_here else None)
+        warning = priority_warning() if cpus.serving else None
+        print_warnings([warning] if warning else [])
+        concurrent = concurrent_trials(
+            sweep, available=cpus.free, where="this node" if is_here else "the cluster"
+        )
+        ended = sum(trial.has_ended for trial in record.trials.values())
+        print(
+            f"{config.sweep.trials} trials, {f'{ended} have ended, ' if ended else ''}{concurrent} at once, each "
+            f"with {int(sweep.data.fit.sum())} rows to fit on",
+            flush=True,
+        )
+        run_trials(sweep, record, runs=runs, concurrent=concurrent)
 
 
 def sweep_settings(config: SweepConfig, family: ResolvedFamily, data_hash: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,10 @@ class Trial:
     def last_rung(self) -> int:
         return max(self.losses, default=0)
 
+    def add_report(self, rung: int, loss: float | None) -> None:
+        """Keep the loss of a rung; None is a loss that is not finite."""
+        self.losses = with_report(self.losses, rung, loss)
+
     def describe_parameters(self) -> str:
         """Return the parameters as text."""
         return " ".join(f"{name}={_short(value)}" for name, value in self.parameters.items())
@@ -90,7 +94,8 @@ def find_finished(ledger: Ledger, *, model: str, run: str) -> SweepFinished | No
 def fold(events: Iterable[LedgerEvent]) -> dict[int, Trial]:
     """Return the trials by number, after the events of one sweep in order.
 
-    A trial that starts again begins without losses. Reports of unknown or ended trials change nothing.
+    A trial that starts again begins without losses. So do workers that report their first rung again. Reports of
+    unknown or ended trials change nothing.
     """
     trials: dict[int, Trial] = {}
     for event in events:
@@ -103,8 +108,8 @@ def fold(events: Iterable[LedgerEvent]) -> dict[int, Trial]:
                     known.losses, known.starts = {}, known.starts + 1
             case TrialReported():
                 known = trials.get(event.trial)
-                if known is not None and not known.has_ended and event.loss is not None:
-                    known.losses[event.rung] = event.loss
+                if known is not None and not known.has_ended:
+                    known.add_report(event.rung, event.loss)
             case TrialFinished():
                 known = trials.get(event.trial)
                 if known is not None and not known.has_ended:
@@ -112,6 +117,20 @@ def fold(events: Iterable[LedgerEvent]) -> dict[int, Trial]:
             case _:
                 pass
     return dict(sorted(trials.items()))
+
+
+def with_report(losses: Mapping[int, float], rung: int, loss: float | None) -> dict[int, float]:
+    """Return the losses by rung after a report.
+
+    Workers that are started again begin at rung 1. Then the losses of the earlier workers do not count any more.
+
+    Args:
+        losses: Losses by rung so far.
+        rung: The number of the report.
+        loss: Its loss; None is a loss that is not finite.
+    """
+    earlier = {one: known for one, known in losses.items() if one < rung}
+    return earlier if loss is None else earlier | {rung: loss}
 
 
 def best_trial(trials: Iterable[Trial]) -> Trial | None:

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import math
+import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import sqlalchemy as sa
+
+from cluster.errors import TrainingFailed, first_line
 from cluster.ledger import Ledger
-from cluster.ledger.events import SweepFinished, SweepStarted, TrialFinished, TrialReported, TrialStarted
+from cluster.ledger.events import (
+    LedgerEvent,
+    SweepFinished,
+    SweepStarted,
+    TrialFinished,
+    TrialReported,
+    TrialStarted,
+)
 from jobs.sweep.history import Status, Trial, best_trial, find_finished, read_trials
 from jobs.train.progress import METRIC
 from jobs.train.run.identity import require_same_settings
+
+FLUSH_S = 60.0
+"""Seconds to wait at the end of the trials until the ledger has all events."""
+_RETRY_S = 0.5
+NO_ANSWER = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError)
+"""Errors of a database that does not answer, or that does not take writes now."""
 
 
 @dataclass(kw_only=True)
@@ -29,6 +47,7 @@ class SweepRecord:
     """Name of the caller."""
     trials: dict[int, Trial] = field(default_factory=dict)
     """Trials by number."""
+    _waiting: deque[LedgerEvent] = field(default_factory=deque, init=False, repr=False)
 
     def start(self) -> bool:
         """Record the start and read the trials. Return whether the sweep was started before.
@@ -52,34 +71,23 @@ class SweepRecord:
 
     def trial_started(self, number: int, parameters: dict[str, Any]) -> Trial:
         """Record that a trial started, for the first time or again."""
-        self.ledger.append(
-            TrialStarted(model=self.model, run=self.run, trial=number, parameters=parameters),
-            actor=self.actor,
-        )
+        self._append(TrialStarted(model=self.model, run=self.run, trial=number, parameters=parameters))
         starts = self.trials[number].starts + 1 if number in self.trials else 1
         self.trials[number] = Trial(number=number, parameters=parameters, starts=starts)
         return self.trials[number]
 
     def trial_reported(self, trial: Trial, rung: int, loss: float) -> None:
         """Record a validation loss."""
-        is_finite = math.isfinite(loss)
-        self.ledger.append(
-            TrialReported(
-                model=self.model,
-                run=self.run,
-                trial=trial.number,
-                rung=rung,
-                loss=loss if is_finite else None,
-            ),
-            actor=self.actor,
+        finite = loss if math.isfinite(loss) else None
+        trial.add_report(rung, finite)
+        self._append(
+            TrialReported(model=self.model, run=self.run, trial=trial.number, rung=rung, loss=finite)
         )
-        if is_finite:
-            trial.losses[rung] = loss
 
     def trial_ended(
         self, trial: Trial, status: Status, *, reason: str = "", cause: str | None = None
     ) -> None:
-        """Record the end of a trial. A trial without a finite loss has failed.
+        """Record the end of a trial, once. A trial without a finite loss has failed.
 
         Args:
             trial: The trial.
@@ -87,10 +95,12 @@ class SweepRecord:
             reason: Type of the error.
             cause: The error in one line, which the ledger does not get.
         """
+        if trial.has_ended:
+            return
         if not trial.losses and status is not Status.failed:
             status, reason, cause = Status.failed, reason or "NoLoss", cause or f"has no finite {METRIC}"
         trial.status, trial.reason, trial.cause = status, reason, cause
-        self.ledger.append(
+        self._append(
             TrialFinished(
                 model=self.model,
                 run=self.run,
@@ -98,9 +108,43 @@ class SweepRecord:
                 status=status.value,
                 loss=trial.loss,
                 reason=reason,
-            ),
-            actor=self.actor,
+            )
         )
+
+    def _append(self, event: LedgerEvent) -> None:
+        """Append an event of a trial. While the ledger does not answer, the events wait in memory, in their order.
+
+        Otherwise a trial would fail because its end could not be recorded.
+        """
+        self._waiting.append(event)
+        try:
+            self._append_waiting()
+        except NO_ANSWER as error:
+            if len(self._waiting) == 1:
+                print(f"the ledger does not answer: {first_line(error)}. The sweep goes on.", flush=True)
+
+    def _append_waiting(self) -> None:
+        while self._waiting:
+            self.ledger.append(self._waiting[0], actor=self.actor)
+            self._waiting.popleft()
+
+    def flush(self, *, timeout_s: float = FLUSH_S) -> None:
+        """Append the events that wait for the ledger.
+
+        Raises:
+            TrainingFailed: The ledger does not answer in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return self._append_waiting()
+            except NO_ANSWER as error:
+                if time.monotonic() > deadline:
+                    raise TrainingFailed(
+                        f"The ledger does not answer: {first_line(error)}. `run={self.run}` continues the sweep. It "
+                        "repeats the trials whose end the ledger does not have."
+                    ) from None
+            time.sleep(_RETRY_S)
 
     def finish(self, *, training_set_hash: str) -> SweepFinished:
         """Record the result of the sweep, or return the recorded one. One trial at least must have a loss."""

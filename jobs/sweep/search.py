@@ -6,8 +6,9 @@ Tune's own pickles are not used: they lie in a scratch folder, and a newer relea
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,13 +18,13 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from jobs.sweep.config import Search, SearchConfig
-from jobs.sweep.history import Status, Trial
+from jobs.sweep.history import Status, Trial, with_report
 from jobs.sweep.space import Space, draw
-from jobs.train.progress import METRIC
+from jobs.train.progress import METRIC, RUNG
 
 MODE = "min"
-RUNG = "training_iteration"
-"""Tune's name for the number of a report."""
+_STEP = "training_iteration"
+"""Ray's key for the step of a report to Optuna."""
 NUMBER, PARAMETERS = "number", "parameters"
 """Keys of a trial's configuration."""
 
@@ -36,15 +37,24 @@ class LedgerSearch(Searcher):
         trials: Trials of the sweep so far, by number.
         config: Configuration of the search.
         seed: Seed of the sweep.
+        stopped: Tune's ids of the trials that the scheduler has stopped. It adds them while the sweep runs.
     """
 
-    def __init__(self, space: Space, trials: Mapping[int, Trial], config: SearchConfig, *, seed: int) -> None:
+    def __init__(
+        self,
+        space: Space,
+        trials: Mapping[int, Trial],
+        config: SearchConfig,
+        *,
+        seed: int,
+        stopped: Set[str] = frozenset(),
+    ) -> None:
         super().__init__(metric=METRIC, mode=MODE)
-        self._space, self._seed = space, seed
+        self._space, self._seed, self._stopped = space, seed, stopped
         self._waiting = deque(trial for trial in trials.values() if not trial.has_ended)
         # After a kill, a trial may be recorded whose predecessor is not.
         self._new = deque(number for number in range(1, config.trials + 1) if number not in trials)
-        self._best: dict[str, float] = {}
+        self._losses: dict[str, dict[int, float]] = {}
         self._interrupted: dict[str, dict[str, Any]] = {}
         self._optuna = None
         if config.search is Search.optuna:
@@ -69,23 +79,24 @@ class LedgerSearch(Searcher):
         return {NUMBER: number, PARAMETERS: self._optuna.suggest(trial_id)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Keep the smallest loss of the trial."""
-        self._best[trial_id] = min(result[METRIC], self._best.get(trial_id, result[METRIC]))
+        """Keep a loss of the trial."""
+        loss = result[METRIC] if math.isfinite(result[METRIC]) else None
+        self._losses[trial_id] = with_report(self._losses.get(trial_id, {}), result[RUNG], loss)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell Optuna the result."""
-        loss = self._best.get(trial_id)
+        """Tell Optuna the result. Tune does not call `on_trial_result` for the report that stops a trial."""
         if self._optuna is None:
             return
-        if trial_id in self._interrupted:  # Optuna did not suggest it
-            if loss is not None and not error:
-                self._optuna.add_evaluated_point(self._interrupted[trial_id], loss)
-            return
-        self._optuna.on_trial_complete(
-            trial_id, None if loss is None or error else {METRIC: loss}, error=error
-        )
+        if result and METRIC in result:
+            self.on_trial_result(trial_id, result)
+        losses = {} if error else self._losses.get(trial_id, {})
+        is_stopped = trial_id in self._stopped
+        if trial_id not in self._interrupted:
+            tell(self._optuna, trial_id, losses, is_stopped=is_stopped)
+        elif losses:  # Optuna did not suggest it
+            add_ended(self._optuna, self._interrupted[trial_id], losses, is_stopped=is_stopped)
 
     def save(self, checkpoint_path: str) -> None:
         """Write nothing: the ledger has the trials."""
@@ -117,11 +128,38 @@ def optuna_search(space: Space, trials: Iterable[Trial], *, seed: int) -> Any:
         seed=int(np.random.default_rng([seed, len(ended)]).integers(2**31)),
     )
     for trial in ended:
-        loss = trial.loss
-        search.add_evaluated_point(
-            trial.parameters, float("nan") if loss is None else loss, error=loss is None
-        )
+        if trial.loss is None:
+            search.add_evaluated_point(trial.parameters, math.nan, error=True)
+        else:
+            add_ended(search, trial.parameters, trial.losses, is_stopped=trial.status is Status.stopped)
     return search
+
+
+def add_ended(
+    optuna: Any, parameters: dict[str, Any], losses: Mapping[int, float], *, is_stopped: bool
+) -> None:
+    """Add an ended trial that Optuna did not suggest. For the value of a stopped trial see `tell`."""
+    by_rung = [losses[rung] for rung in sorted(losses)]
+    if is_stopped:
+        optuna.add_evaluated_point(parameters, by_rung[-1], pruned=True, intermediate_values=by_rung)
+    else:
+        optuna.add_evaluated_point(parameters, min(by_rung))
+
+
+def tell(optuna: Any, trial_id: str, losses: Mapping[int, float], *, is_stopped: bool) -> None:
+    """Tell Optuna the end of a trial that it suggested.
+
+    A stopped trial is a pruned one for Optuna. Its value is its last loss, and Optuna compares it with other pruned
+    trials by the number of reports first. A trial without a loss has failed.
+    """
+    if not losses:
+        optuna.on_trial_complete(trial_id, error=True)
+    elif not is_stopped:
+        optuna.on_trial_complete(trial_id, {METRIC: min(losses.values())})
+    else:
+        for step, rung in enumerate(sorted(losses)):  # `add_evaluated_point` counts the steps in the same way
+            optuna.on_trial_result(trial_id, {METRIC: losses[rung], _STEP: step})
+        optuna.on_trial_complete(trial_id)
 
 
 class Asha(ASHAScheduler):

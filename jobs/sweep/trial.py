@@ -14,6 +14,7 @@ from cluster.security.encryption.scratch import memory_folder, scratch_directory
 from jobs.sweep.search import NUMBER, PARAMETERS
 from jobs.train.families import FitContext, resolve_family
 from jobs.train.trial import fit_trial
+from jobs.train.trial_error import without_values
 
 FIXED = "fixed"
 """Key of `TrialSettings` in a trial's configuration."""
@@ -34,7 +35,19 @@ class TrialSettings:
 
 
 def run_trial(config: dict[str, Any]) -> None:
-    """Fit a model, and report its validation losses to Tune. Tune calls this in the trial's process."""
+    """Fit a model, and report its validation losses to Tune. Tune calls this in the trial's process.
+
+    Raises:
+        RefusedError: An input is refused.
+        TrainingFailed: The fit diverged, or its code raised an error. Tune stores this error without encryption.
+    """
+    try:
+        _run(config)
+    except Exception as error:  # noqa: BLE001 - any error of a family's code
+        raise without_values(error) from None
+
+
+def _run(config: dict[str, Any]) -> None:
     settings: TrialSettings = config[FIXED]
     family = resolve_family(settings.model | config[PARAMETERS])
     with scratch_directory(memory_folder(otherwise=Path(settings.scratch))) as folder:

@@ -20,7 +20,7 @@ from ray import cloudpickle, tune
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.tune import TuneError
 
-from cluster.errors import ConfigError, RefusedError, TrainingFailed, refusal_behind
+from cluster.errors import ConfigError, RefusedError, TrainingFailed, first_line, refusal_behind
 from cluster.placement import find_nodes, here
 from cluster.security.encryption.run_files import RunFolder
 from cluster.storage import layout, local
@@ -28,14 +28,15 @@ from jobs.sweep.config import Scheduler, SweepConfig
 from jobs.sweep.display import Display
 from jobs.sweep.history import MAX_STARTS, Status, Trial
 from jobs.sweep.record import SweepRecord
-from jobs.sweep.search import NUMBER, PARAMETERS, RUNG, Asha, LedgerSearch, NoScheduler
+from jobs.sweep.search import NUMBER, PARAMETERS, Asha, LedgerSearch, NoScheduler
 from jobs.sweep.space import Space
 from jobs.sweep.trial import FIXED, TrialSettings, run_trial
 from jobs.train.families import FitContext, ResolvedFamily
 from jobs.train.memory import was_killed_by_ray
-from jobs.train.progress import METRIC
+from jobs.train.progress import METRIC, RUNG
 from jobs.train.training_data import TrainingData
 from jobs.train.trial import num_reports, trial_cpus
+from jobs.train.trial_error import TrialFailed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +83,14 @@ def run_trials(sweep: Sweep, record: SweepRecord, *, runs: RunFolder, concurrent
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # an interrupted sweep is not finished
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     config = sweep.config.sweep
-    search = LedgerSearch(sweep.space, record.trials, config, seed=sweep.config.seed)
-    if not search.num_waiting:
-        return
     scheduler: Asha | NoScheduler = NoScheduler()
     if config.scheduler is Scheduler.asha:
         scheduler = Asha(record.trials.values(), config, num_reports=num_reports(sweep.family))
+    search = LedgerSearch(
+        sweep.space, record.trials, config, seed=sweep.config.seed, stopped=scheduler.stopped
+    )
+    if not search.num_waiting:
+        return
     with Display(num_trials=config.trials) as display:
         recorder = Recorder(record, scheduler, display)
         tuner = build_tuner(sweep, search, scheduler, recorder, runs=runs, concurrent=concurrent)
@@ -99,6 +102,7 @@ def run_trials(sweep: Sweep, record: SweepRecord, *, runs: RunFolder, concurrent
             recorder.lose_unended()
         else:
             recorder.end_interrupted(deadline_s=config.trial_deadline_s)
+    record.flush()
     if recorder.lost:
         lost = ", ".join(map(str, sorted(recorder.lost)))
         raise TrainingFailed(
@@ -124,10 +128,7 @@ def build_tuner(
 ) -> tune.Tuner:
     """Return the tuner of a sweep with `concurrent` parallel trials. `runs` is for temporary files."""
     config = sweep.config
-    # Tune knows no labels, so the trials of a region run on this node. So do those of a family that uses its disk.
-    is_here = (
-        runs.file_system is None or config.placement.region is not None or not sweep.family.runs_anywhere
-    )
+    is_here = stays_here(sweep, runs)
     settings = TrialSettings(
         data=ray.put(sweep.data),
         model=sweep.model,
@@ -171,17 +172,27 @@ def build_tuner(
     )
 
 
+def stays_here(sweep: Sweep, runs: RunFolder) -> bool:
+    """Return whether all trials run on this node.
+
+    Tune knows no labels, so the trials of a region do. So do those of a family that uses this node's disk.
+    """
+    is_in_a_region = sweep.config.placement.region is not None
+    return runs.file_system is None or is_in_a_region or not sweep.family.runs_anywhere
+
+
 def trial_name(trial: Any) -> str:
     """Return the name of a trial and of its folder."""
     return f"trial-{trial.config[NUMBER]}-{trial.trial_id}"
 
 
-def concurrent_trials(sweep: Sweep, *, available: float) -> int:
+def concurrent_trials(sweep: Sweep, *, available: float, where: str) -> int:
     """Return how many trials may run at the same time, so that each has CPUs for its workers.
 
     Args:
         sweep: The sweep.
-        available: Logical CPUs of the cluster that serving does not need.
+        available: Logical CPUs that serving does not need, where the trials may run.
+        where: Where that is, for the message.
 
     Raises:
         ConfigError: They are too few for one trial.
@@ -191,7 +202,7 @@ def concurrent_trials(sweep: Sweep, *, available: float) -> int:
     needed = sweep.trial_cpus + workers * config.scaling.cpus_per_worker
     if needed > available:
         raise ConfigError(
-            f"A trial needs {needed:g} logical CPUs, but the cluster has {available:g} beside serving. Lower "
+            f"A trial needs {needed:g} logical CPUs, but {where} has {available:g} beside serving. Lower "
             "sweep.num_workers, or raise cluster.num_cpus."
         )
     return min(config.sweep.concurrent_trials, int(available / needed))
@@ -231,12 +242,10 @@ class Recorder(tune.Callback):
         if trial.config[NUMBER] not in self._started:  # its process was lost before Tune knew of the start
             self.on_trial_start(iteration, trials, trial)
         known, error = self._trial(trial), read_error(trial)
-        is_lost = isinstance(error, RayError) and not isinstance(error, RayTaskError)
-        if is_lost and known.starts < MAX_STARTS:
+        if is_lost(error) and known.starts < MAX_STARTS:
             self.lost.add(known.number)
             return
-        original = getattr(error, "cause", None) or error  # the worker's error, without Ray's wrapper
-        self._end(known, Status.failed, reason=type(original).__name__, cause=error_line(error))
+        self._end(known, Status.failed, reason=error_type(error), cause=error_line(error))
 
     def lose_unended(self) -> None:
         """Count the started trials without an end as lost: Ray killed one for memory, and all ended with Tune."""
@@ -280,10 +289,24 @@ def read_error(trial: Any) -> BaseException:
     return error
 
 
-def error_line(error: BaseException) -> str:
-    """Return a trial's error in one line: the message of a refusal, or the last line of a traceback."""
+def error_type(error: BaseException) -> str:
+    """Return the type of a trial's error, without Ray's wrapper and our own."""
     original = refusal_behind(error)
-    lines = [line.strip() for line in str(original).splitlines() if line.strip()]
-    if not lines:
-        return type(original).__name__
-    return lines[0] if isinstance(original, RefusedError | TrainingFailed) else lines[-1]
+    if isinstance(original, TrialFailed):
+        return original.reason
+    return type(getattr(original, "cause", None) or original).__name__
+
+
+def error_line(error: BaseException) -> str:
+    """Return a trial's error in one line, without values of rows.
+
+    These are the messages of Falaj's own errors, and of Ray's about its processes. Of another error it is the type.
+    """
+    original = refusal_behind(error)
+    is_safe = isinstance(original, RefusedError | TrainingFailed | TuneError) or is_lost(original)
+    return first_line(original) if is_safe else error_type(error)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return whether the process of a trial was lost. An error of its code has another type."""
+    return isinstance(error, RayError) and not isinstance(error, RayTaskError)

@@ -18,10 +18,12 @@ from ray.util.queue import Empty, Queue
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.errors import ConfigError
+from jobs.train.run.identity import RunClaimed
 
 METRIC = "validation_loss"
 """Metric that selects the best epoch and the best trial."""
+RUNG = "rung"
+"""Metric of a trial: the number of its report, from 1. A fit whose workers are started again reports them again."""
 LINES = 20
 """If the output is not a terminal, one run prints at most about this many lines."""
 _POLL_S = 0.2
@@ -95,7 +97,7 @@ def claimed_run(run: str) -> Iterator[Queue]:
     """Claim a run until the block ends, see `claim_run`. The block must read again what other jobs may have recorded.
 
     Raises:
-        ConfigError: Another job has the run.
+        RunClaimed: Another job has the run.
     """
     claim = claim_run(run)
     try:
@@ -108,7 +110,7 @@ def claim_run(run: str) -> Queue:
     """Return a queue whose process has the run's name. The name is free again when the job that has it ends.
 
     Raises:
-        ConfigError: Another job has the run.
+        RunClaimed: Another job has the run.
     """
     deadline = time.monotonic() + _CLAIM_S
     while True:
@@ -116,7 +118,7 @@ def claim_run(run: str) -> Queue:
             return Queue(actor_options={"num_cpus": 0, "name": run, "namespace": _NAMESPACE})
         except ValueError as error:
             if time.monotonic() > deadline:
-                raise ConfigError(
+                raise RunClaimed(
                     f"Run '{run}' is running in another job. Wait for its end, or give another run=…"
                 ) from error
             time.sleep(_POLL_S)

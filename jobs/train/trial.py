@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,12 +11,12 @@ from cluster.runtime import Task
 from jobs.metrics import score
 from jobs.train.data import load_dataset
 from jobs.train.families import FitContext, ResolvedFamily
-from jobs.train.progress import METRIC
+from jobs.train.progress import METRIC, RUNG
 from jobs.train.rows.encoded import Part
 from jobs.train.training_data import TrainingData, require_room
 
 Report = Callable[[dict[str, Any]], None]
-"""Called with the metrics of a trial. They have at least `METRIC`."""
+"""Called with the metrics of a trial. They have at least `METRIC`, and for a sweep `RUNG`."""
 
 
 def fit_trial(
@@ -43,14 +44,20 @@ def fit_trial(
     if family.is_network:
         _fit_network(data, family, context, num_workers, report, worker_callbacks)
     elif hasattr(family.module, "fit_trial"):
-        family.module.fit_trial(data, family.parameters, context, report)
+        family.module.fit_trial(data, family.parameters, context, numbered(report))
     else:
         if hasattr(family.module, "fit_rows"):
             family.module.fit_rows(data, family.parameters, context)
         else:
             require_room(data)
             family.module.fit(load_dataset(data.rows), family.parameters, context)
-        report({METRIC: validation_loss(data, context)})
+        report({METRIC: validation_loss(data, context), RUNG: 1})
+
+
+def numbered(report: Report) -> Report:
+    """Return a function that adds the number of the report to its metrics."""
+    numbers = itertools.count(1)
+    return lambda metrics: report(metrics | {RUNG: next(numbers)})
 
 
 def num_reports(family: ResolvedFamily) -> int:

@@ -24,12 +24,12 @@ import sqlalchemy as sa
 # This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cluster.ledger import Ledger
+from cluster.records.edge_counts.database import evidence_engine
 from cluster.statistics.planning import Traffic, plan
 from cluster.statistics.policy import EventGuardrail, Policy, Step, UnitEvent
 from serve_apps.rollout.assignment import bounds
 from serve_apps.rollout.evidence.access_files import Rotation
 from serve_apps.rollout.evidence.collecting import INTERVAL_S, Collector, Reader
-from serve_apps.rollout.evidence.database import evidence_engine
 from serve_apps.rollout.evidence.store import Counting, EvidenceStore
 from serve_apps.rollout.evidence.tables import EVENTS, UNITS, add_events, add_units
 from tests.samples.access_records import ROLLOUT_ID, line

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.ledger import Ledger
+from cluster.records.edge_counts.database import evidence_engine
 from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Plan, Traffic, plan
 from cluster.statistics.policy import MAX_UNITS, EventGuardrail, Policy, Step, UnitEvent
 from serve_apps.rollout.evidence import collecting
 from serve_apps.rollout.evidence.access_files import Rotation
 from serve_apps.rollout.evidence.collecting import Reader
-from serve_apps.rollout.evidence.database import evidence_engine
 from serve_apps.rollout.evidence.store import EvidenceStore
 from tests.samples.access_records import GOOD, ROLLOUT_ID
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -63,6 +64,14 @@ class Server:
         psutil.wait_procs(members)
         self.process.wait()
 
+    def stop(self) -> None:
+        """End the server at once, also if it has clients. It removes its shared memory."""
+        if self.process.poll() is None:
+            process = psutil.Process(self.process.pid)
+            postmaster = process.children()[0] if os.geteuid() == 0 else process
+            postmaster.send_signal(signal.SIGQUIT)
+            self.process.wait()
+
 
 @contextmanager
 def running_server(
@@ -118,8 +127,7 @@ def server(*settings: str, certificates: Path | None = None, subnet: str | None 
         started.start()
         yield started
     finally:
-        started.process.terminate()
-        started.process.wait()
+        started.stop()
         shutil.rmtree(folder)
 
 

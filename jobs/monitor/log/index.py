@@ -53,7 +53,7 @@ class HourCount:
 
     requests: int = 0
     refused: int = 0
-    """Requests that the model did not answer."""
+    """Requests with a record and without an answer, and those that got 4xx (`with_refusals`)."""
     entities: int = 0
     unseen: int = 0
     """Entities for which no feature was found: all that was read is null or a default."""

@@ -18,16 +18,17 @@ from jobs.train.network.failures import TOO_LITTLE_MEMORY, is_out_of_memory, rep
 from jobs.train.network.loop import TRAINING_LOSS, Rank, StepMetrics, run_loop
 from jobs.train.network.plan import LoopConfig, Steps
 from jobs.train.network.saver import NoCheckpoints, Saver
-from jobs.train.progress import METRIC, Report, send_report
+from jobs.train.progress import METRIC, RUNG, Report, send_report
 from jobs.train.run.files import RunFiles
+from jobs.train.trial_error import without_values
 
 
 def train_worker(settings: dict[str, Any]) -> str | None:
     """Fit a network as one of Ray Train's workers, and keep the run's checkpoints.
 
     Args:
-        settings: `loop` (reference to a `LoopConfig`), `files` (`RunFiles` or None), `checkpoint`, `reports`, and
-            `workers` (`WorkerRange` or None).
+        settings: `loop` (reference to a `LoopConfig`), `files` (`RunFiles`; None for a trial), `checkpoint`, `reports`,
+            and `workers` (`WorkerRange` or None).
 
     Returns:
         `RESIZED` if all ranks have ended because there is room for more workers.
@@ -36,6 +37,15 @@ def train_worker(settings: dict[str, Any]) -> str | None:
         TrainingFailed: The fit diverged, or the device or the node has too little memory.
         RefusedError: An input is refused.
     """
+    try:
+        return _train(settings)
+    except Exception as error:
+        if settings["files"] is not None:
+            raise
+        raise without_values(error) from None
+
+
+def _train(settings: dict[str, Any]) -> str | None:
     context = ray.train.get_context()
     rank = Rank(rank=context.get_world_rank(), workers=context.get_world_size())
     config: LoopConfig = ray.get(settings["loop"])
@@ -121,4 +131,4 @@ def fit_alone(config: LoopConfig, report: Callable[[dict[str, Any]], None]) -> N
 
 
 def _epoch_metrics(metrics: StepMetrics) -> dict[str, Any]:
-    return metrics.values | {"epoch": metrics.epoch}
+    return metrics.values | {RUNG: metrics.epoch + 1}

@@ -26,6 +26,10 @@ _SETTINGS = (
 """Options that determine the model. The others may differ when a run continues, for example where it may run."""
 
 
+class RunClaimed(ConfigError):
+    """Another job has the run."""
+
+
 class Finished(NamedTuple):
     """The result of a finished run."""
 

@@ -10,6 +10,7 @@ from typing import Any
 from cluster.errors import RefusedError, TrainingFailed
 from cluster.ledger import Ledger
 from jobs.train.run.identity import (
+    RunClaimed,
     check_settings,
     find_finished,
     record_failed,
@@ -47,6 +48,8 @@ class Run:
     def recorded(self, *, is_continued: bool) -> Iterator[None]:
         """Record the start of the run, and after the block that it finished or failed. The block registers a version.
 
+        If another job has the run, that job records its end, and this one records nothing.
+
         Args:
             is_continued: Whether the run was started before.
         """
@@ -61,6 +64,8 @@ class Run:
         print(f"run {self.run} {'continues' if is_continued else 'starts'}", flush=True)
         try:
             yield
+        except RunClaimed:
+            raise
         except (RefusedError, TrainingFailed) as error:
             reason = type(error).__name__
             record_failed(self.ledger, model=self.model, run=self.run, reason=reason, actor=self.actor)

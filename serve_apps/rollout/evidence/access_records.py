@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import datetime as dt
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import orjson
 
+from cluster.records.edge_counts.refusals import HOUR
 from cluster.records.unit_hash import NO_ROLLOUT
 from cluster.security.authorization.policy import Action
 from cluster.statistics.policy import UnitEvent
@@ -63,16 +66,56 @@ class Request(NamedTuple):
         return UnitEvent.slow if self.latency_ms > slow_ms else None
 
 
-def parse(line: bytes) -> Request | None:
-    """Return a line's request. None if it is no prediction during a rollout, or if the edge itself refused it.
+def load(line: bytes) -> dict[str, Any]:
+    """Return the record of a line.
+
+    Raises:
+        BrokenRecord: The line is no access record.
+    """
+    try:
+        record = orjson.loads(line)
+    except ValueError as error:
+        raise BrokenRecord(str(error)) from error
+    if not isinstance(record, dict):
+        raise BrokenRecord("A record is an object.")
+    return record
+
+
+def routed_model(record: Mapping[str, Any]) -> str | None:
+    """Return the model if the edge has found its route, so if it exists."""
+    return None if record.get("rollout", _UNSET) == _UNSET else record.get("model")
+
+
+def refusal_of(record: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return model and hour of a refused prediction. None if it is none, or if the client has no valid token.
+
+    The edge or a replica has answered with 4xx. A client that gave up was not refused.
+
+    Raises:
+        BrokenRecord: A field is missing or wrong.
+    """
+    try:
+        if not 400 <= int(record["status"]) < 500 or record["action"] != Action.predict:
+            return None
+        if record["principal"] in ("", _UNSET) or record["termination"][0] in _CLIENT_GAVE_UP:
+            return None
+        if "ended_ms" not in record:  # of an older release
+            return None
+        ended = dt.datetime.fromtimestamp(int(record["ended_ms"]) / 1000, dt.UTC)
+        return str(record["model"]), ended.strftime(HOUR)
+    except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
+        raise BrokenRecord(str(error)) from error
+
+
+def request_of(record: Mapping[str, Any]) -> Request | None:
+    """Return a record's request. None if it is no prediction during a rollout, or if the edge itself refused it.
 
     Records of an older release without `below` are None as well.
 
     Raises:
-        BrokenRecord: the line is no access record.
+        BrokenRecord: A field is missing or wrong.
     """
     try:
-        record = orjson.loads(line)
         rollout, arm, termination = record["rollout"], record["arm"], record["termination"]
         if rollout in (_UNSET, NO_ROLLOUT) or record["action"] != Action.predict or arm == _UNSET:
             return None

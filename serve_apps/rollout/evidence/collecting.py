@@ -23,16 +23,25 @@ from typing import Any
 import sqlalchemy as sa
 
 from cluster.ledger.database import updating
-from serve_apps.rollout.assignment import Arm
-from serve_apps.rollout.evidence.access_files import Rotation, is_complete, list_files
-from serve_apps.rollout.evidence.access_records import BrokenRecord, Request, parse
-from serve_apps.rollout.evidence.activity import Activity
-from serve_apps.rollout.evidence.database import (
+from cluster.records.edge_counts.database import (
     do_not_flush,
     ensure_tables,
     evidence_engine,
     remove_if_broken,
+    upsert,
 )
+from cluster.records.edge_counts.refusals import REFUSALS, HourOfModel, add_refusals
+from serve_apps.rollout.assignment import Arm
+from serve_apps.rollout.evidence.access_files import Rotation, is_complete, list_files
+from serve_apps.rollout.evidence.access_records import (
+    BrokenRecord,
+    Request,
+    load,
+    refusal_of,
+    request_of,
+    routed_model,
+)
+from serve_apps.rollout.evidence.activity import Activity
 from serve_apps.rollout.evidence.sizes import add_sizes, admit
 from serve_apps.rollout.evidence.tables import (
     FILES,
@@ -42,7 +51,6 @@ from serve_apps.rollout.evidence.tables import (
     add_events,
     add_units,
     counted_rollouts,
-    upsert,
 )
 
 INTERVAL_S = 0.5
@@ -110,11 +118,37 @@ class _State:
 
     passes: int = 0
     files: dict[str, FilePosition] = field(default_factory=dict)
+    models: set[str] = field(default_factory=set)
+    """Models that exist. A client can request any name, and not each may get a row."""
     changed: set[str] = field(default_factory=set)
     """Names of the files whose positions are not stored yet."""
     activities: dict[str, Activity] = field(default_factory=dict)
     known: _Known = field(default_factory=_Known)
     """Forgotten after an error with all else: their rows may be lost."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Read:
+    """What a pass has read."""
+
+    requests: list[Request] = field(default_factory=list)
+    refusals: dict[HourOfModel, int] = field(default_factory=dict)
+    """Numbers of refused requests, also for models that do not exist."""
+
+    def add(self, line: bytes, models: set[str]) -> None:
+        """Add a line, and to `models` the model that the edge found.
+
+        Raises:
+            BrokenRecord: The line is no access record.
+        """
+        record = load(line)
+        request, refusal = request_of(record), refusal_of(record)
+        if (model := routed_model(record)) is not None:
+            models.add(model)
+        if request is not None:
+            self.requests.append(request)
+        if refusal is not None:
+            self.refusals[refusal] = self.refusals.get(refusal, 0) + 1
 
 
 @dataclass(kw_only=True, slots=True)
@@ -177,9 +211,9 @@ class Reader:
         removed = self._remove_old(state.files, paths)
         paths = {name: path for name, path in paths.items() if name not in removed}
         gone = state.files.keys() - paths.keys()
-        requests, read = self._read(state, paths, max_bytes)
+        found, read = self._read(state, paths, max_bytes)
         if state.changed or gone:
-            self._store(state, gone, requests)
+            self._store(state, gone, found)
         self._state = state
         return replace(read, removed=tuple(removed))
 
@@ -193,11 +227,9 @@ class Reader:
                 return state
             return _load(connection, self._edge)
 
-    def _read(
-        self, state: _State, paths: Mapping[str, Path], max_bytes: int
-    ) -> tuple[list[Request], Collected]:
+    def _read(self, state: _State, paths: Mapping[str, Path], max_bytes: int) -> tuple[_Read, Collected]:
         """Read the newest file first, so that no backlog delays the newest records, and move the positions."""
-        requests: list[Request] = []
+        found = _Read()
         records = broken = behind = num_files = 0
         for name in sorted(paths, reverse=True):
             path, position = paths[name], state.files.get(name, FilePosition())
@@ -208,12 +240,9 @@ class Reader:
             good = len(lines)
             for line in lines:
                 try:
-                    request = parse(line)
+                    found.add(line, state.models)
                 except BrokenRecord:
                     good, num_broken = good - 1, num_broken + 1
-                    continue
-                if request is not None:
-                    requests.append(request)
             if num_bytes:
                 state.files[name] = FilePosition(
                     position=position.position + num_bytes,
@@ -224,8 +253,8 @@ class Reader:
             records, broken, num_files = records + good, broken + num_broken, num_files + bool(lines)
             behind += size - position.position - num_bytes
         if num_files > 1:
-            requests.sort(key=lambda request: request.ended_ms)
-        return requests, Collected(records=records, broken=broken, behind_bytes=behind)
+            found.requests.sort(key=lambda request: request.ended_ms)
+        return found, Collected(records=records, broken=broken, behind_bytes=behind)
 
     def _remove_old(self, files: Mapping[str, FilePosition], paths: Mapping[str, Path]) -> list[str]:
         """Remove complete files whose retention is over and whose end an earlier pass has stored."""
@@ -242,21 +271,23 @@ class Reader:
                 removed.append(name)
         return removed
 
-    def _store(self, state: _State, gone: Collection[str], requests: list[Request]) -> None:
+    def _store(self, state: _State, gone: Collection[str], read: _Read) -> None:
         found = _Found()
-        for request in requests:
+        for request in read.requests:
             state.activities.setdefault(request.rollout, Activity()).add(request)
         with updating(self._engine) as connection:
             do_not_flush(connection)
             _save(connection, self._edge, state, gone)
             counted = counted_rollouts(connection)
-            for request in requests:
+            for request in read.requests:
                 if request.is_in_experiment and request.rollout in counted:
                     found.add(request, counted[request.rollout].slow_ms)
             admitted = admit(connection, counted, found.events, state.known.without_known(found.units))
             add_events(connection, admitted.events)
             add_units(connection, admitted.units)
             add_sizes(connection, admitted.new)
+            known = {key: number for key, number in read.refusals.items() if key[0] in state.models}
+            add_refusals(connection, known)
         state.known.add(admitted.units)
         state.passes += 1
         state.changed.clear()
@@ -292,11 +323,13 @@ def _stored_passes(connection: sa.Connection, edge: str) -> int:
 
 def _load(connection: sa.Connection, edge: str) -> _State:
     row = connection.execute(sa.select(READERS).where(READERS.c.edge == edge)).first()
+    models = set(connection.execute(sa.select(REFUSALS.c.model).distinct()).scalars())
     if row is None:
-        return _State()
+        return _State(models=models)
     files = connection.execute(sa.select(FILES).where(FILES.c.edge == edge))
     return _State(
         passes=row.passes,
+        models=models,
         files={
             file.name: FilePosition(position=file.position, records=file.records, broken=file.broken)
             for file in files

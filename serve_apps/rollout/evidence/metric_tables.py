@@ -7,13 +7,14 @@ from dataclasses import asdict
 
 import sqlalchemy as sa
 
+from cluster.records.edge_counts.database import METADATA, upsert
 from cluster.statistics.evidence import MetricCounts
 from cluster.statistics.moments import Moments
 from cluster.statistics.policy import MAX_UNITS
 from cluster.statistics.sample_ratio import Split
 from serve_apps.rollout.assignment import Arm
 from serve_apps.rollout.evidence.sizes import OF_ALL_STEPS, Kind, add_sizes, size
-from serve_apps.rollout.evidence.tables import METADATA, counted_rollouts, upsert
+from serve_apps.rollout.evidence.tables import counted_rollouts
 
 EQUAL_ARMS = 0.5
 """Expected share of the treatment. Control has as many buckets at every weight of a policy."""

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from cluster.ledger import Ledger
 from cluster.ledger.database import updating
 from cluster.records.columns import OTHER
+from cluster.records.edge_counts.database import ensure_tables, evidence_engine
 from cluster.records.location import outcome_log, prediction_log
 from cluster.records.progress import log_age
 from cluster.runtime import OutcomeParser, Task
@@ -35,7 +36,6 @@ from cluster.statistics.moments import Moments
 from cluster.statistics.quality import Quality, accuracy, brier, squared_error, unit_means
 from cluster.storage import Layout
 from serve_apps.rollout.assignment import Arm
-from serve_apps.rollout.evidence.database import ensure_tables, evidence_engine
 from serve_apps.rollout.evidence.log_spans import LogSpans
 from serve_apps.rollout.evidence.metric_tables import add_cohort, known_units, next_cohort
 

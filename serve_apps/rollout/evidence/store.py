@@ -13,18 +13,19 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from cluster.ledger.database import snapshot, updating
+from cluster.records.edge_counts.database import (
+    do_not_flush,
+    ensure_tables,
+    evidence_engine,
+    updating_if_free,
+    upsert,
+)
 from cluster.statistics.evidence import EventCounts, Evidence
 from cluster.statistics.planning import Plan
 from cluster.statistics.policy import DAY_S, MAX_UNITS, UnitEvent
 from serve_apps.rollout.assignment import Arm, bounds
 from serve_apps.rollout.evidence.activity import Activity, last_of_arm, last_requests
 from serve_apps.rollout.evidence.collecting import activities_of
-from serve_apps.rollout.evidence.database import (
-    do_not_flush,
-    ensure_tables,
-    evidence_engine,
-    updating_if_free,
-)
 from serve_apps.rollout.evidence.metric_tables import COHORTS, ENTERED, SUMS, read_metrics
 from serve_apps.rollout.evidence.sizes import stored_units
 from serve_apps.rollout.evidence.tables import (
@@ -39,7 +40,6 @@ from serve_apps.rollout.evidence.tables import (
     counted_rollouts,
     remove_batch,
     remove_rollout,
-    upsert,
 )
 from serve_apps.rollout.json_form import as_json, from_json
 

@@ -1,7 +1,5 @@
 """Tables with the evidence of rollouts, and the statements that add to them.
 
-`database` says where they are. They are no projections: no event contains them.
-
 A unit has one row for each kind of event, so it counts once, whatever the number of edges and retries, and a record
 that is read twice changes nothing. All times are Unix milliseconds.
 """
@@ -10,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
-from cluster.ledger.database import is_shared
+from cluster.records.edge_counts.database import METADATA, upsert
 from cluster.statistics.policy import MAX_UNITS, UnitEvent
 from serve_apps.rollout.assignment import Arm
 
-METADATA = sa.MetaData()
 READERS = sa.Table(
     "evidence_readers",
     METADATA,
@@ -108,11 +104,6 @@ UnitOfRollout = tuple[str, str]
 """Rollout and unit."""
 EventOfUnit = tuple[str, UnitEvent, str]
 """Rollout, event and unit."""
-
-
-def upsert(table: sa.Table, connection: sa.Connection) -> Any:
-    """Return an `INSERT` into a table, with PostgreSQL's and SQLite's `ON CONFLICT`."""
-    return postgresql.insert(table) if is_shared(connection) else sqlite.insert(table)
 
 
 def add_events(connection: sa.Connection, events: Mapping[EventOfUnit, tuple[Arm | str, int, int]]) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
-from cluster.scheduling import priority_warning, serving_cpus
+from cluster import scheduling
+from cluster.scheduling import Cpus, background_cpus, priority_warning, serving_cpus
 
 SCRIPT = """
 import os, threading
@@ -88,3 +90,31 @@ def test_serving_needs_the_cpus_of_all_replicas_that_may_start() -> None:
     }
     assert serving_cpus(details) == 3.2
     assert serving_cpus({}) == 0
+
+
+def test_replicas_on_other_nodes_need_no_cpus_of_a_node() -> None:
+    """Those that are not started yet, or are being stopped elsewhere, may start on this node."""
+    replicas = [
+        {"node_id": "here", "state": "RUNNING"},
+        {"node_id": "other", "state": "RUNNING"},
+        {"node_id": "other", "state": "STOPPING"},
+        {"node_id": None, "state": "STARTING"},
+    ]
+    busy = {**deployment(num_replicas=4), "replicas": replicas}
+    details = {"applications": {"a": {"deployments": {"m": busy}}}}
+    assert serving_cpus(details) == 4
+    assert serving_cpus(details, node="here") == 3
+    assert serving_cpus(details, node="other") == 3
+    assert serving_cpus(details, node="third") == 2
+
+
+def test_work_on_one_node_counts_the_cpus_of_this_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not those of others, or of nodes that are gone."""
+    nodes = [
+        {"NodeID": name, "Alive": is_alive, "Resources": {"CPU": cpus}}
+        for name, is_alive, cpus in (("here", True, 2.0), ("other", True, 8.0), ("gone", False, 4.0))
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(scheduling, "_serve_details", lambda: {})
+    assert background_cpus() == Cpus(free=10.0, serving=0)
+    assert background_cpus("here") == Cpus(free=2.0, serving=0)

@@ -142,6 +142,7 @@ def test_a_card_has_what_the_ledger_knows(tmp_path: Path) -> None:
         drift={"income__amount": ["2024"]},
         inputs={},
         results="r",
+        reconstruction=["2024"],
     )
     reproduced = ModelReproduced(
         name="loan",
@@ -167,6 +168,7 @@ def test_a_card_has_what_the_ledger_knows(tmp_path: Path) -> None:
             "tree SHAP",
             "0.02 to 0.2",
             "2024",
+            "all inputs together",
             "numpy",
             "It is deployed",
             "Evidence",

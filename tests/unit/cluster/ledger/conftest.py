@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.servers.postgresql import new_database, running_server
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[str]:
-    with running_server() as address:
-        yield address
+from tests.servers.postgresql import new_database
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -11,7 +11,7 @@ import pytest
 from cluster.security.keys.keyring import Keyring
 from tests.samples.record_log import new_keyring
 from tests.servers.object_store import object_store_environment
-from tests.servers.postgresql import new_database, running_server
+from tests.servers.postgresql import new_database
 from tests.servers.shared_logs import SharedLogs
 
 
@@ -31,10 +31,10 @@ def outcomes(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[tuple[str, str]]:
+def servers(server: str) -> Iterator[tuple[str, str]]:
     """Bucket of the object store, and address of the database server."""
-    with object_store_environment() as bucket, running_server() as address:
-        yield bucket, address
+    with object_store_environment() as bucket:
+        yield bucket, server
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,18 +17,17 @@ from cluster.records.blocks import Block, BlockWriter, segment_sizes
 from cluster.records.database import BLOCKS, ensure_tables
 from cluster.records.location import LogLocation
 from tests.servers.polling import wait_until
-from tests.servers.postgresql import new_database, running_server
+from tests.servers.postgresql import new_database
 
 FIRST, SECOND = Block("s", 0, b"head\n"), Block("s", 5, b"a\n")
 
 
 @pytest.fixture
-def ledger() -> Iterator[Ledger]:
-    with running_server() as address:
-        opened = Ledger(new_database(address, "blocks"))
-        ensure_tables(opened)
-        yield opened
-        opened.close()
+def ledger(server: str) -> Iterator[Ledger]:
+    opened = Ledger(new_database(server, secrets.token_hex(4)))
+    ensure_tables(opened)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture

@@ -21,16 +21,9 @@ from feature_jobs.store.streaming.push_log import PushLog, PushLogFull, PushLogU
 from feature_jobs.store.streaming.push_tables import KEYS, RECORDS, import_lmdb_log, import_lmdb_logs
 from tests.projects.push import PushProject, row
 from tests.samples import lmdb_push_log
-from tests.servers.postgresql import new_database, running_server
+from tests.servers.postgresql import new_database
 
 NO_ROWS = pa.table({"amount": pa.array([], pa.float64())})
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """Address of a PostgreSQL server."""
-    with running_server() as address:
-        yield address
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

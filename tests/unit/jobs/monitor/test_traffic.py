@@ -7,8 +7,9 @@ import datetime as dt
 import numpy as np
 import pytest
 
+from cluster.records.edge_counts.refusals import HOUR
 from jobs.monitor.log.index import HourCount
-from jobs.monitor.traffic import FORMAT, as_json, hours_before, judge_traffic, unusual_hours
+from jobs.monitor.traffic import as_json, hours_before, judge_traffic, unusual_hours, with_refusals
 
 START = dt.datetime(2026, 1, 5)
 
@@ -21,7 +22,7 @@ def weeks(number: int, *, seed: int = 0) -> dict[str, HourCount]:
         time = START + dt.timedelta(hours=position)
         mean = (100 if 8 <= time.hour < 20 else 10) * (0.5 if time.weekday() > 4 else 1)
         requests = int(draw.poisson(mean))
-        hours[time.strftime(FORMAT)] = HourCount(
+        hours[time.strftime(HOUR)] = HourCount(
             requests=requests,
             refused=int(draw.binomial(requests, 0.01)),
             entities=requests,
@@ -31,9 +32,7 @@ def weeks(number: int, *, seed: int = 0) -> dict[str, HourCount]:
 
 
 def judge(hours: dict[str, HourCount]) -> dict[str, list[str]]:
-    until = (dt.datetime.strptime(max(hours), FORMAT) + dt.timedelta(hours=1, minutes=5)).replace(
-        tzinfo=dt.UTC
-    )
+    until = (dt.datetime.strptime(max(hours), HOUR) + dt.timedelta(hours=1, minutes=5)).replace(tzinfo=dt.UTC)
     return {
         kind: [hour for hour, measure in by_hour.items() if measure.alert]
         for kind, by_hour in judge_traffic(hours, until=until).items()
@@ -60,7 +59,7 @@ def test_an_unusual_hour_is_an_alert(kind: str, change: HourCount) -> None:
     hours = weeks(9)
     hour = max(name for name in hours if name.endswith("T12"))
     monday = max(
-        name for name in hours if name.endswith("T12") and dt.datetime.strptime(name, FORMAT).weekday() == 0
+        name for name in hours if name.endswith("T12") and dt.datetime.strptime(name, HOUR).weekday() == 0
     )
     hours[monday] = change
     assert hour >= monday
@@ -71,7 +70,7 @@ def test_results_have_only_the_unusual_hours() -> None:
     """As plain data."""
     hours = weeks(9)
     hours[max(hours)] = HourCount(requests=900, entities=900)
-    until = (dt.datetime.strptime(max(hours), FORMAT) + dt.timedelta(hours=1)).replace(tzinfo=dt.UTC)
+    until = (dt.datetime.strptime(max(hours), HOUR) + dt.timedelta(hours=1)).replace(tzinfo=dt.UTC)
     judged = as_json(judge_traffic(hours, until=until))
     assert len(judged["requests"]) == 168
     assert unusual_hours(judged)["requests"][max(hours)]["value"] == 900
@@ -82,7 +81,7 @@ def test_an_hour_without_requests_is_an_alert() -> None:
     """The log has no record of it."""
     hours = weeks(9)
     monday = max(
-        name for name in hours if name.endswith("T12") and dt.datetime.strptime(name, FORMAT).weekday() == 0
+        name for name in hours if name.endswith("T12") and dt.datetime.strptime(name, HOUR).weekday() == 0
     )
     del hours[monday]
     assert monday in judge(hours)["requests"]
@@ -95,5 +94,19 @@ def test_the_same_hours_before_are_those_of_the_weekday_if_enough_are_known() ->
     hour = START + dt.timedelta(days=9)
     assert hours_before(hour, START) == [hour - dt.timedelta(days=number) for number in range(1, 10)]
     assert hours_before(START + dt.timedelta(days=2), START) == []
-    few = {START.strftime(FORMAT): HourCount(requests=3)}
+    few = {START.strftime(HOUR): HourCount(requests=3)}
     assert judge(few) == {"requests": [], "refused": [], "unseen": []}
+
+
+def test_requests_that_got_4xx_are_refusals() -> None:
+    """The log has no record of them, also in an hour without any record. Before the log begins, they are left out."""
+    first, second, third = (f"2026-01-05T0{hour}" for hour in (1, 2, 3))
+    logged = {second: HourCount(requests=10, refused=1, entities=10)}
+    assert with_refusals(logged, {first: 5, second: 2, third: 3}) == {
+        second: HourCount(requests=12, refused=3, entities=10),
+        third: HourCount(requests=3, refused=3),
+    }
+    assert with_refusals({}, {first: 5}) == {}
+    usual = weeks(9)
+    last = max(hour for hour in usual if hour.endswith("T12"))
+    assert last in judge(with_refusals(usual, {last: 60}))["refused"]

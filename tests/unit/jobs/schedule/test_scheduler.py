@@ -220,6 +220,20 @@ def test_clock_that_is_set_back_runs_nothing_twice(url: str, tmp_path: Path) -> 
             ),
         ),
         (
+            TriggerSpec(kind=TriggerKind.drift, of="m"),
+            [],
+            ModelMonitored(
+                model="m",
+                variant="A",
+                version=1,
+                periods={},
+                drift={},
+                inputs={},
+                results="",
+                reconstruction=["1"],
+            ),
+        ),
+        (
             TriggerSpec(kind=TriggerKind.outcomes, of="m", count=10),
             [
                 OutcomesSummed(model="m", requests=1, accepted=6, digest="", first_at=0.0, last_at=0.0),

@@ -62,6 +62,17 @@ def test_a_new_record_has_the_trials_of_the_ledger(ledger: Ledger) -> None:
     assert read_trials(ledger, **OWNER)[3] == third
 
 
+def test_workers_that_start_again_replace_the_losses_of_the_earlier_ones(ledger: Ledger) -> None:
+    """They begin at rung 1. Losses of two fits are never mixed."""
+    sweep = record(ledger)
+    trial = sweep.trial_started(1, {"a": 1})
+    for rung, loss in ((1, 0.5), (2, 0.1), (3, 0.2), (1, 0.6), (2, math.nan)):
+        sweep.trial_reported(trial, rung, loss)
+    assert trial.losses == read_trials(ledger, **OWNER)[1].losses == {1: 0.6}
+    sweep.trial_reported(trial, 3, 0.4)
+    assert trial.losses == read_trials(ledger, **OWNER)[1].losses == {1: 0.6, 3: 0.4}
+
+
 def test_a_finished_sweep_is_finished_once(ledger: Ledger) -> None:
     """The best is the trial with the smallest loss. A second event is not appended."""
     sweep = record(ledger)

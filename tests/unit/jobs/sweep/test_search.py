@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,7 @@ def suggestions(
     chosen = LedgerSearch(SPACE, trials or {}, config, seed=3)
     found: list[dict[str, Any]] = []
     while (suggestion := chosen.suggest(f"t{len(found)}")) != Searcher.FINISHED:
-        loss = {"validation_loss": suggestion["parameters"]["rate"], "training_iteration": 1}
+        loss = {"validation_loss": suggestion["parameters"]["rate"], "rung": 1}
         chosen.on_trial_result(f"t{len(found)}", loss)
         chosen.on_trial_complete(f"t{len(found)}", loss)
         found.append(suggestion)
@@ -97,6 +98,55 @@ def test_optuna_learns_from_the_trials_of_the_ledger() -> None:
     assert mean_rate(Search.optuna) < 0.5 * mean_rate(Search.random)
 
 
+def mean_rate_after_stopped_trials(search: Search) -> float:
+    """Return the mean of the rates that are suggested. ASHA stops each trial at its first report, a loss of its rate.
+
+    Tune then calls `on_trial_complete` alone.
+    """
+    chosen = LedgerSearch(SPACE, {}, SearchConfig(trials=40, search=search), seed=3, stopped=ANY_TRIAL)
+    rates: list[float] = []
+    while (suggestion := chosen.suggest(f"t{len(rates)}")) != Searcher.FINISHED:
+        rate = suggestion["parameters"]["rate"]
+        chosen.on_trial_complete(f"t{len(rates)}", {"validation_loss": rate, "rung": 1})
+        rates.append(rate)
+    return sum(rates[20:]) / 20
+
+
+class _AnyTrial(frozenset[str]):
+    def __contains__(self, trial_id: object) -> bool:
+        return True
+
+
+ANY_TRIAL = _AnyTrial()
+
+
+def test_optuna_learns_from_stopped_trials() -> None:
+    """Also from those that are stopped at their first report."""
+    optuna, random = (mean_rate_after_stopped_trials(search) for search in (Search.optuna, Search.random))
+    assert optuna < 0.5 * random
+
+
+def test_stopped_trials_are_pruned_for_optuna() -> None:
+    """The number of reports counts first, then the last loss, for trials of the ledger and for those of this job."""
+    stopped = replace(ended(1, 0.9, Status.stopped), losses={1: 0.9, 2: 0.7})
+    trials = {1: stopped, 2: ended(2, 0.4)}
+    chosen = LedgerSearch(
+        SPACE, trials, SearchConfig(trials=3, search=Search.optuna), seed=3, stopped=ANY_TRIAL
+    )
+    chosen.suggest("t")
+    for rung, loss in ((1, 0.8), (2, 0.6)):
+        chosen.on_trial_result("t", {"validation_loss": loss, "rung": rung})
+    chosen.on_trial_complete("t", {"validation_loss": 0.65, "rung": 3})
+    assert chosen._optuna is not None
+    known = chosen._optuna._ot_study.trials
+    assert [(one.state.name, one.value) for one in known] == [
+        ("PRUNED", 0.7),
+        ("COMPLETE", 0.4),
+        ("PRUNED", 0.65),
+    ]
+    assert [one.intermediate_values for one in known] == [{0: 0.9, 1: 0.7}, {}, {0: 0.8, 1: 0.6, 2: 0.65}]
+
+
 def tune_trial(name: str) -> Any:
     return SimpleNamespace(trial_id=name)
 
@@ -110,7 +160,7 @@ def test_asha_stops_a_trial_that_is_worse_than_those_of_the_ledger() -> None:
         scheduler = Asha(known, config, num_reports=8)
         controller: Any = None
         scheduler.on_trial_add(controller, tune_trial("new"))
-        result = {"training_iteration": 1, "validation_loss": loss}
+        result = {"rung": 1, "validation_loss": loss}
         action = scheduler.on_trial_result(controller, tune_trial("new"), result)
         assert (action == TrialScheduler.STOP) == ("new" in scheduler.stopped)
         return action

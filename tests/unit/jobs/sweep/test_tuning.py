@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 from rich.console import Console
@@ -21,12 +23,14 @@ from jobs.sweep.display import Display
 from jobs.sweep.history import MAX_STARTS, Status, Trial, read_trials
 from jobs.sweep.record import SweepRecord
 from jobs.sweep.search import NUMBER, PARAMETERS, NoScheduler
-from jobs.sweep.tuning import Recorder, Sweep, concurrent_trials, run_trials
+from jobs.sweep.tuning import Recorder, Sweep, concurrent_trials, run_trials, stays_here
 from jobs.train.families import resolve_family
+from jobs.train.trial_error import TrialFailed
+from tests.samples import plain_fit
 
 OWNER: dict[str, str] = {"model": "m", "run": "s"}
 OUT_OF_MEMORY = OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.")
-REPORT = {"training_iteration": 1, "validation_loss": 0.5}
+REPORT = {"rung": 1, "validation_loss": 0.5}
 
 
 @pytest.fixture
@@ -65,21 +69,67 @@ def in_worker(error: Exception) -> Exception:
     ("error", "reason", "cause"),
     [
         (in_worker(TrainingFailed("The loss is nan.\nmore")), "TrainingFailed", "The loss is nan."),
-        (in_worker(ValueError("bob is 42")), "ValueError", "ValueError: bob is 42"),
+        (in_worker(ValueError("bob is 42")), "ValueError", "ValueError"),
+        (
+            in_worker(TrialFailed("KeyError", "fit, own.py line 3")),
+            "KeyError",
+            "KeyError in fit, own.py line 3. Its",
+        ),
         (None, "TuneError", "its error is unknown"),
     ],
 )
-def test_the_ledger_gets_only_the_type_of_an_error(
-    record: SweepRecord, tmp_path: Path, error: Exception | None, reason: str, cause: str
+def test_values_of_rows_in_an_error_are_neither_recorded_nor_shown(
+    record: SweepRecord,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception | None,
+    reason: str,
+    cause: str,
 ) -> None:
-    """The message, which may have values of rows, is printed."""
+    """The message of an error of a family's code may have some. The ledger has only the type of any error."""
     callback, trial = recorder(record), tune_trial(tmp_path, 1, error)
     callback.on_trial_start(0, [], trial)
     callback.on_trial_error(0, [], trial)
     known = record.trials[1]
-    assert (known.status, known.reason, known.cause) == (Status.failed, reason, cause)
+    assert (known.status, known.reason) == (Status.failed, reason)
+    assert known.cause is not None
+    assert known.cause.startswith(cause)
     assert read_trials(record.ledger, **OWNER)[1].reason == reason
-    assert "bob" not in "".join(str(entry.payload) for entry in record.ledger.entries())
+    assert "bob" not in "".join(str(entry.payload) for entry in record.ledger.entries()) + known.cause
+    assert "bob" not in capsys.readouterr().out
+
+
+def test_a_trial_does_not_fail_because_its_end_could_not_be_recorded(
+    record: SweepRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The events wait, in their order, until the ledger answers. Tune takes any error of a callback for the trial's."""
+    callback, trial = recorder(record), tune_trial(tmp_path, 1)
+    callback.on_trial_start(0, [], trial)
+    with monkeypatch.context() as down:
+        down.setattr(Ledger, "append", ledger_is_down)
+        callback.on_trial_result(0, [], trial, REPORT)
+        callback.on_trial_complete(0, [], trial)
+        with pytest.raises(TrainingFailed, match=r"The ledger does not answer.*`run=s` continues the sweep"):
+            record.flush(timeout_s=0)
+    assert not read_trials(record.ledger, **OWNER)[1].has_ended
+    record.flush(timeout_s=0)
+    ended = read_trials(record.ledger, **OWNER)[1]
+    assert (ended.status, ended.losses) == (Status.finished, {1: 0.5})
+
+
+def ledger_is_down(*_: Any, **__: Any) -> None:
+    raise sa.exc.OperationalError("INSERT", {}, Exception("server closed the connection"))
+
+
+def test_an_ended_trial_ends_once(record: SweepRecord, tmp_path: Path) -> None:
+    """A later error of Tune does not change how it ended."""
+    callback, trial = recorder(record), tune_trial(tmp_path, 1)
+    callback.on_trial_start(0, [], trial)
+    callback.on_trial_result(0, [], trial, REPORT)
+    callback.on_trial_complete(0, [], trial)
+    callback.on_trial_error(0, [], trial)
+    assert record.trials[1].status is Status.finished
+    assert read_trials(record.ledger, **OWNER)[1].status is Status.finished
 
 
 def test_a_trial_whose_process_was_lost_is_run_again_for_some_times(
@@ -216,13 +266,34 @@ def test_trials_run_at_once_as_far_as_there_are_cpus(
     family: str, options: dict[str, Any], available: float, expected: int
 ) -> None:
     """Only networks have workers. LightGBM needs a CPU for each thread."""
-    assert concurrent_trials(sweep(family, **options), available=available) == expected
+    assert concurrent_trials(sweep(family, **options), available=available, where="") == expected
 
 
 def test_too_few_cpus_for_a_trial_are_refused() -> None:
     """It would wait for ever."""
-    with pytest.raises(ConfigError, match=r"needs 2\.5 logical CPUs, but the cluster has 2 beside serving"):
-        concurrent_trials(sweep("tabular_network", num_workers=2), available=2)
+    with pytest.raises(ConfigError, match=r"needs 2\.5 logical CPUs, but this node has 2 beside serving"):
+        concurrent_trials(sweep("tabular_network", num_workers=2), available=2, where="this node")
+
+
+@pytest.mark.parametrize(
+    ("file_system", "region", "module", "expected"),
+    [
+        ("shared", None, None, False),
+        (None, None, None, True),
+        ("shared", "eu", None, True),
+        ("shared", None, "own", True),
+    ],
+)
+def test_trials_that_need_this_node_stay_here(
+    file_system: str | None, region: str | None, module: str | None, expected: bool
+) -> None:
+    """Then only the CPUs of this node count."""
+    planned = sweep("lightgbm")
+    planned.config.placement.region = region
+    if module:
+        planned = replace(planned, family=resolve_family({"family": "mine", "module": plain_fit.__name__}))
+    runs: Any = SimpleNamespace(file_system=file_system)
+    assert stays_here(planned, runs) == expected
 
 
 def test_an_interrupted_trial_is_described_by_its_parameters() -> None:

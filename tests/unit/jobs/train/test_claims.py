@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from cluster.ledger import Ledger
 from cluster.ledger.events import ModelRegistered
@@ -24,6 +23,7 @@ from jobs.train import __main__ as train_command
 from jobs.train import progress
 from jobs.train.config import TrainConfig
 from jobs.train.families import resolve_family
+from jobs.train.run.identity import RunClaimed
 
 OPTIONS: dict[str, Any] = {"name": "m", "training_set": "t", "label": "y", "run": "a"}
 FAMILY = resolve_family({"family": "lightgbm"})
@@ -65,8 +65,6 @@ def test_a_sweep_that_another_job_has_finished_runs_no_trial(
         monkeypatch.setattr(sweep_command, name, lambda *args, **options: SimpleNamespace(data=None))
     data = SimpleNamespace(fit=np.ones(3))
     monkeypatch.setattr(sweep_command, "limit_fit_rows", lambda *args, **options: data)
-    monkeypatch.setattr(sweep_command, "cpus_for_serving", lambda: 0.0)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
     event = sweep_command.search(SweepConfig(**OPTIONS), FAMILY, {}, NOTHING, record)
     assert event.best_trial == 1
     assert record.trials[1].loss == 0.5
@@ -80,6 +78,18 @@ def test_the_first_result_of_a_sweep_stays(ledger: Ledger) -> None:
     late.trial_reported(trial, 1, 0.1)
     late.trial_ended(trial, Status.finished)
     assert late.finish(training_set_hash="h") == first
+
+
+def test_a_claimed_run_is_refused_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray refuses a second process with the same name. The refusal says nothing about the run itself."""
+
+    def taken(**options: Any) -> None:
+        raise ValueError("The name is already taken.")
+
+    monkeypatch.setattr(progress, "Queue", taken)
+    monkeypatch.setattr(progress, "_CLAIM_S", 0.0)
+    with pytest.raises(RunClaimed, match=r"Run 'a' is running in another job\. Wait"):
+        progress.claim_run("a")
 
 
 def test_a_run_that_another_job_has_finished_registers_no_second_version(

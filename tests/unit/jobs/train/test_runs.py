@@ -32,6 +32,7 @@ from jobs.train.run.files import (
 )
 from jobs.train.run.identity import (
     Finished,
+    RunClaimed,
     check_settings,
     find_finished,
     new_run_id,
@@ -130,6 +131,16 @@ def test_the_record_of_a_run_says_how_it_ended(ledger: Ledger, capsys: pytest.Ca
     assert [entry.payload["reason"] for entry in ledger.entries(RunFailed)] == ["TrainingFailed"]
     assert len(list(ledger.entries(RunStarted))) == len(list(ledger.entries(RunFinished))) == 1
     assert capsys.readouterr().out == "run a starts\nrun a continues\n"
+
+
+def test_a_job_without_the_claim_records_nothing_about_the_run(ledger: Ledger) -> None:
+    """The run goes on in another job, so it has not failed."""
+    start(ledger)
+    run = Run(ledger=ledger, **OWNER, family="lightgbm", settings=settings(), actor="me")
+    before = ledger.head()
+    with pytest.raises(ConfigError, match="is running"), run.recorded(is_continued=True):
+        raise RunClaimed("Run 'a' is running in another job.")
+    assert ledger.head() == before
 
 
 def test_a_run_needs_its_options() -> None:

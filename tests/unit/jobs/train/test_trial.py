@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.errors import ConfigError
 from cluster.placement import ScalingConfig
 from jobs.train import lightgbm
 from jobs.train.config import DeepSpeedConfig, LearningConfig
@@ -15,6 +18,7 @@ from jobs.train.families import FitContext, resolve_family
 from jobs.train.rows.encoded import Part
 from jobs.train.training_data import TrainingData, prepare_rows
 from jobs.train.trial import fit_trial, num_reports, trial_cpus
+from jobs.train.trial_error import TrialFailed, without_values
 from tests.samples import plain_fit
 from tests.unit.jobs.train.conftest import people
 
@@ -59,6 +63,37 @@ def test_a_family_with_fit_reports_once(tmp_path: Path) -> None:
     [few] = reports(tmp_path, model | {"rounds": 1})
     [many] = reports(tmp_path, model | {"rounds": 20})
     assert 0 < many["validation_loss"] < few["validation_loss"]
+
+
+def test_the_error_of_a_trial_has_no_values_of_rows() -> None:
+    """Tune and Ray write it into files that are not encrypted. Only Falaj's own messages have none."""
+
+    def fail() -> None:
+        raise ValueError("bob is 42") from KeyError("bob")
+
+    def caught(function: Callable[[], None]) -> Exception:
+        with pytest.raises(ValueError, match="bob") as error:
+            function()
+        return without_values(error.value)
+
+    failed = pickle.loads(pickle.dumps(caught(fail)))  # noqa: S301 - our own object
+    assert isinstance(failed, TrialFailed)
+    assert failed.reason == "ValueError"
+    assert str(failed).startswith("ValueError in fail, test_trial.py line ")
+    assert without_values(failed) is failed
+    refused = ConfigError("There are fewer rows than workers.")
+    wrapped = ValueError("bob")
+    wrapped.__cause__ = refused
+    assert without_values(wrapped) is refused
+
+
+def test_a_trial_counts_its_reports(tmp_path: Path) -> None:
+    """So that ASHA and the ledger know them, also if a fit begins again."""
+    model = {"family": "lightgbm", "rounds": 25, "segment_rounds": 10, "num_threads": 1}
+    assert [report["rung"] for report in reports(tmp_path, model)] == [1, 2, 3]
+    assert [
+        report["rung"] for report in reports(tmp_path, {"family": "mine", "module": plain_fit.__name__})
+    ] == [1]
 
 
 @pytest.mark.parametrize(

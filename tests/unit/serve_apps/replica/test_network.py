@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import ssl
@@ -123,15 +124,14 @@ def test_copies_for_a_shadow_use_tls(edge: Edge, host: str, certificates: Path, 
     """A server of another authority gets neither the copy nor the replica's token."""
     application = Application()
     ensure_tls(Layout(str(tmp_path / "other")), addresses=[host])
-    connections = Connections(f"{edge.places.tls}/ca.pem")
-    with served(application, host=host, certificates=certificates) as address:
-        assert connections.post(address, "/x", b"", {}) == 200
     with (
-        served(application, host=host, certificates=tmp_path / "other" / "tls") as address,
-        pytest.raises(ssl.SSLCertVerificationError),
+        served(application, host=host, certificates=certificates) as address,
+        served(application, host=host, certificates=tmp_path / "other" / "tls") as other,
+        contextlib.closing(Connections(f"{edge.places.tls}/ca.pem")) as connections,
     ):
-        connections.post(address, "/x", b"", {})
-    connections.close()
+        assert connections.post(address, "/x", b"", {}) == 200
+        with pytest.raises(ssl.SSLCertVerificationError):
+            connections.post(other, "/x", b"", {})
     assert application.paths == ["/x"]
 
 

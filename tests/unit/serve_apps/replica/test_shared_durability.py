@@ -27,16 +27,16 @@ from serve_apps.replica.http_contract import TRY_ANOTHER
 from serve_apps.replica.record_log import RecordLog
 from tests.samples.record_log import PERSONAL, new_keyring, prediction
 from tests.servers.object_store import object_store_environment
-from tests.servers.postgresql import new_database, running_server
+from tests.servers.postgresql import new_database
 from tests.servers.replica import MODEL, SharedState, running_replica
 from tests.unit.serve_apps.replica.test_durability import BODY, OUTCOMES, PREDICT, VALUE
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[tuple[str, str]]:
+def servers(server: str) -> Iterator[tuple[str, str]]:
     """Bucket of the object store, and address of the database server."""
-    with object_store_environment() as bucket, running_server() as address:
-        yield bucket, address
+    with object_store_environment() as bucket:
+        yield bucket, server
 
 
 @pytest.fixture

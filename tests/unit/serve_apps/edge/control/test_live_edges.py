@@ -21,16 +21,10 @@ from serve_apps.edge.haproxy.request_limits import Limited
 from tests.samples.rollouts import DEPLOYED, ROLLED_BACK, STARTED
 from tests.servers.controller import CHAMPION_ONLY, ONE, Running, new_controller
 from tests.servers.polling import wait_until
-from tests.servers.postgresql import end_connections, new_database, running_server
+from tests.servers.postgresql import end_connections, new_database
 
 CONFIG = PlatformConfig()
 STATE = EdgeState(applied_seq=0, backends=["m-v1"], pid=1)
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[str]:
-    with running_server() as address:
-        yield address
 
 
 @pytest.fixture

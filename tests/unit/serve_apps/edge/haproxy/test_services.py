@@ -154,14 +154,14 @@ class SlowLog(ClosingEcho):
         for line in (b"one\n", b"two\n"):
             self.wfile.write(line)
             self.wfile.flush()
-            time.sleep(2.5 if line == b"one\n" else 0)
+            time.sleep(1.2 if line == b"one\n" else 0)
 
 
 def test_silent_log_outlives_the_timeouts_of_other_requests(edge: Edge, job_service: SocketEcho) -> None:
-    """A job may print nothing for long. The timeouts of client and server are shortened to a second here."""
+    """A job may print nothing for long. The timeouts of client and server are shortened to half a second here."""
     job_service.RequestHandlerClass = SlowLog
     for setting in ("client 30s", "server 2m"):
-        edge.load_targets(timeout=(f"timeout {setting}", f"timeout {setting.split()[0]} 1s"))
+        edge.load_targets(timeout=(f"timeout {setting}", f"timeout {setting.split()[0]} 500ms"))
         connection = edge.connect()
         connection.request("GET", f"{JOB}/logs", headers={"authorization": f"Bearer {edge.token()}"})
         assert connection.getresponse().read() == b"one\ntwo\n"

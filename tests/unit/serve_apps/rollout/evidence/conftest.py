@@ -12,13 +12,7 @@ from cluster.ledger import Ledger
 from serve_apps.rollout.evidence.store import Counting, EvidenceStore
 from tests.samples.access_records import ROLLOUT_ID
 from tests.samples.rollout_evidence import Node
-from tests.servers.postgresql import new_database, running_server
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[str]:
-    with running_server() as address:
-        yield address
+from tests.servers.postgresql import new_database
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

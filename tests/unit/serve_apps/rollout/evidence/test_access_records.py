@@ -8,9 +8,20 @@ from typing import Any
 import pytest
 
 from cluster.statistics.policy import UnitEvent
-from serve_apps.rollout.evidence.access_records import BrokenRecord, parse
+from serve_apps.rollout.evidence.access_records import (
+    BrokenRecord,
+    Request,
+    load,
+    refusal_of,
+    request_of,
+    routed_model,
+)
 from serve_apps.rollout.evidence.activity import Activity, last_requests
 from tests.samples.access_records import GOOD, line
+
+
+def parse(text: bytes) -> Request | None:
+    return request_of(load(text))
 
 
 @pytest.mark.parametrize(
@@ -58,10 +69,31 @@ def test_refusals_by_the_edge_and_other_requests_are_no_evidence(fields: dict[st
     assert parse(line(**fields)) is None
 
 
+@pytest.mark.parametrize(
+    ("fields", "is_refusal"),
+    [
+        ({"status": 422}, True),
+        ({"status": 429, "termination": "LR", "arm": "-", "rollout": "-"}, True),
+        ({"status": 401, "principal": "-"}, False),
+        ({"status": 401, "principal": ""}, False),
+        ({"status": 400, "termination": "CR"}, False),
+        ({"status": 404, "action": "read_metadata"}, False),
+        ({"status": 200}, False),
+        ({"status": 503}, False),
+    ],
+)
+def test_refused_predictions_are_counted_by_model_and_hour(fields: dict[str, Any], is_refusal: bool) -> None:
+    """Those of the edge and of replicas, during a rollout or not. A client without a valid token counts nowhere."""
+    record = load(line(**fields))
+    assert refusal_of(record) == (("m", "2027-01-15T08") if is_refusal else None)
+    assert routed_model(record) == ("m" if fields.get("rollout") != "-" else None)
+
+
 def test_records_of_an_older_release_are_no_evidence() -> None:
     """They do not say by which split the arm was chosen."""
     old = {name: value for name, value in GOOD.items() if name not in ("below", "ended_ms")}
     assert parse(json.dumps(old).encode()) is None
+    assert refusal_of(old | {"status": 422}) is None
 
 
 def test_a_request_without_a_unit_is_in_no_arm() -> None:

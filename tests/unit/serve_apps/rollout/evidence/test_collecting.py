@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from cluster.ledger import Ledger
+from cluster.records.edge_counts.refusals import read_refusals
 from cluster.statistics.breaker import is_open
 from cluster.statistics.policy import UnitEvent
 from serve_apps.rollout.evidence import collecting
@@ -38,6 +39,35 @@ def test_a_unit_counts_once_in_a_window(ledger: Ledger, store: EvidenceStore, no
     passes = stored_passes(node)
     assert node.reader.collect().records == 0
     assert stored_passes(node) == passes
+
+
+def test_refused_requests_are_counted_once(ledger: Ledger, store: EvidenceStore, node: Node) -> None:
+    """Those of all edges together, by hour. A reader that is killed before its commit counts nothing twice.
+
+    Names of models that no route has, which any client can choose, get no row. Numbers of old hours are removed.
+    """
+    unrouted = {"status": 429, "rollout": "-", "arm": "-", "termination": "LR"}
+    later = {"ended_ms": START_MS + 3_600_000}
+    node.write(
+        line(),
+        line(status=422),
+        line(**unrouted),
+        line(**unrouted, model="no-such"),
+        line(**unrouted, **later),
+    )
+    other = Node(ledger, node.folder.with_name("other"), edge="two")
+    other.write(line(status=400, arm="control"))
+    for one in (node, other):
+        one.reader.collect()
+        one.restart()
+        one.reader.collect()
+    node.write(line(**unrouted, **later))
+    node.reader.collect()
+    assert read_refusals(ledger.engine, "m") == {"2027-01-15T08": 3, "2027-01-15T09": 2}
+    assert read_refusals(ledger.engine, "no-such") == {}
+    node.write(line(**unrouted, ended_ms=START_MS + 71 * 86_400_000))
+    node.reader.collect()
+    assert read_refusals(ledger.engine, "m") == {"2027-03-27T08": 1}
 
 
 def stored_passes(node: Node) -> list[int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.ledger import Ledger
+from cluster.records.edge_counts.refusals import read_refusals
 from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Traffic, plan
 from cluster.statistics.policy import EventGuardrail, Policy, Step, UnitEvent
@@ -123,3 +124,4 @@ def test_each_fate_of_a_request_is_counted_in_its_arm(replica: Mirror, whole: Ed
         wait_until(lambda: counted() == expected)
         assert evidence().watched_units == 7
         assert store.requests(ROLLOUT.id)["none"] == 1
+        assert sum(read_refusals(ledger.engine, "m").values()) == 4  # the four 422; 401 has no principal

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from cluster.ledger import Ledger
 from cluster.ledger.database import updating
-from serve_apps.rollout.evidence.database import FILE
+from cluster.records.edge_counts.database import FILE
 from serve_apps.rollout.evidence.store import Counting, EvidenceStore
 from serve_apps.rollout.evidence.tables import EVENTS, FILES, READERS, UNITS
 from tests.samples.access_records import ROLLOUT_ID, line

@@ -13,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from cluster.ledger import Ledger
+from cluster.records.edge_counts.database import evidence_engine
 from cluster.records.schema import OutcomeRecord, PredictionRecord
 from cluster.records.segments import SegmentWriter
 from cluster.runtime import InputSpec, ModelSignature, Task
@@ -21,7 +22,6 @@ from cluster.statistics.evidence import MetricCounts
 from cluster.statistics.quality import Quality
 from cluster.storage import Layout
 from serve_apps.rollout.evidence import outcomes
-from serve_apps.rollout.evidence.database import evidence_engine
 from serve_apps.rollout.evidence.metric_tables import read_metrics
 from serve_apps.rollout.evidence.outcomes import OutcomeReader, RolloutMetrics
 from serve_apps.rollout.evidence.store import LARGE_TABLES, SMALL_TABLES, EvidenceStore

@@ -1,4 +1,4 @@
-"""The database of the evidence's tables.
+"""The database of what the edges count. Its tables are no projections: no event contains them.
 
 On PostgreSQL it is the ledger's database, which all nodes share. With SQLite there is one machine, and it is a file of
 its own beside the ledger's: SQLite has one lock for all writers of a file, and an append to the ledger, such as a
@@ -6,7 +6,7 @@ rollback, must not wait for counts.
 
 SQLite's file may be deleted, replaced or broken while processes use it. Each connection is checked before it is used,
 and is replaced if the file is another one. A new connection creates missing tables. Nothing is lost: the access records
-are still in their files, and are read again (`collecting`).
+are still in their files, and are read again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from cluster.ledger.database import connect, is_shared, updating, writing
-from serve_apps.rollout.evidence.tables import METADATA
 
+METADATA = sa.MetaData()
 FILE = "evidence.db"
 """Name of SQLite's file."""
 SHORT_WAIT_MS = 100
@@ -88,6 +89,11 @@ def updating_if_free(engine: sa.Engine) -> Iterator[sa.Connection]:
         finally:
             connection.rollback()
             connection.exec_driver_sql(f"PRAGMA busy_timeout = {usual_ms}")
+
+
+def upsert(table: sa.Table, connection: sa.Connection) -> Any:
+    """Return an `INSERT` into a table, with PostgreSQL's and SQLite's `ON CONFLICT`."""
+    return postgresql.insert(table) if is_shared(connection) else sqlite.insert(table)
 
 
 def do_not_flush(connection: sa.Connection) -> None:
