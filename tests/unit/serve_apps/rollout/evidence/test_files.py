@@ -76,7 +76,9 @@ def test_known_units_are_bounded(store: EvidenceStore, node: Node, monkeypatch: 
     for number in range(3):
         node.write(*(line(unit_hash=f"{unit:016}", ended_ms=START_MS + number) for unit in range(20)))
         node.reader.collect()
-    assert len(node.reader._known._below) == 5
+    state = node.reader._state
+    assert state is not None
+    assert len(state.known._below) == 5
     assert evidence(store).watched_units == 20
 
 
