@@ -181,7 +181,7 @@ def _parameters() -> dict[str, Any]:
             "name": "X-Unit-ID",
             "in": "header",
             "description": "Unit of the request, such as a user. During a rollout a unit keeps its variant; without "
-            "this header the champion answers.",
+            "this header the champion answers. A rollout can take the token's subject as the unit instead.",
             "schema": {"type": "string"},
         },
         "jsonLength": {
