@@ -12,7 +12,7 @@ from cluster.statistics.verdict import Decision, judge
 from serve_apps.rollout.history import PolicyRun, step_at
 
 
-class EvidenceSource(Protocol):
+class Counts(Protocol):
     """Where the counts come from."""
 
     def evidence(
@@ -27,6 +27,10 @@ class EvidenceSource(Protocol):
     ) -> Evidence:
         """Return the counts of a rollout at one moment."""
 
+
+class EvidenceSource(Counts, Protocol):
+    """Where all edges store their counts."""
+
     def ensure_registered(self, rollout_id: str, *, slow_ms: float | None) -> None:
         """Let the edges count the units of a rollout if they do not, for example after `evidence.db` was lost."""
 
@@ -38,8 +42,14 @@ def decision_now(
     source: EvidenceSource, run: PolicyRun, plan: Plan, *, now: dt.datetime
 ) -> tuple[Evidence, Decision]:
     """Return the counts of a rollout, and what they decide."""
+    evidence = evidence_now(source, run, plan, now=now)
+    return evidence, judge(plan, evidence)
+
+
+def evidence_now(source: Counts, run: PolicyRun, plan: Plan, *, now: dt.datetime) -> Evidence:
+    """Return the counts of a rollout."""
     step = step_at([one.weight for one in plan.policy.steps], run.weight)
-    evidence = source.evidence(
+    return source.evidence(
         run.rollout,
         _counted_plan(plan, step, run.weight),
         step=step,
@@ -47,7 +57,6 @@ def decision_now(
         started_at=dt.datetime.fromisoformat(run.started_at),
         now=now,
     )
-    return evidence, judge(plan, evidence)
 
 
 def _counted_plan(plan: Plan, step: int, weight: float) -> Plan:

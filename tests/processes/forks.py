@@ -17,6 +17,7 @@ _TARGETS = (
     "tests.unit.jobs.promotion.test_promotion_kills",
     "tests.unit.jobs.schedule.test_scheduler",
     "tests.unit.serve_apps.rollout.controller.test_kills",
+    "tests.unit.serve_apps.rollout.outage.test_kills",
 )
 """Modules with the functions that run in such processes."""
 

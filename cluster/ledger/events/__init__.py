@@ -90,6 +90,7 @@ from cluster.ledger.events.rollouts import (
     PolicyPaused,
     PolicyResumed,
     PolicyStarted,
+    RollbackJournaled,
 )
 from cluster.ledger.events.schedules import (
     ScheduleApplied,
@@ -149,6 +150,7 @@ __all__ = [
     "PolicyPaused",
     "PolicyResumed",
     "PolicyStarted",
+    "RollbackJournaled",
     "RolloutPromoted",
     "RolloutRolledBack",
     "RolloutStarted",

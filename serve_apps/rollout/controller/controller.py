@@ -54,6 +54,11 @@ class Controller:
         self._plans: dict[str, Plan] = {}
         self._forgotten_until = 0
 
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger that it reads and appends to."""
+        return self._ledger
+
     def check_once(self) -> int:
         """Look at every rollout with a policy once. A failure of one does not stop the others.
 
