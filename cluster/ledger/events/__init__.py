@@ -90,6 +90,7 @@ from cluster.ledger.events.rollouts import (
     PolicyPaused,
     PolicyResumed,
     PolicyStarted,
+    ReplicasRequested,
     RollbackJournaled,
 )
 from cluster.ledger.events.schedules import (
@@ -150,6 +151,7 @@ __all__ = [
     "PolicyPaused",
     "PolicyResumed",
     "PolicyStarted",
+    "ReplicasRequested",
     "RollbackJournaled",
     "RolloutPromoted",
     "RolloutRolledBack",

@@ -67,6 +67,20 @@ class PolicyResumed(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicasRequested(LedgerEvent):
+    """The controller asks for at least so many replicas of a version. The end of the rollout ends it."""
+
+    model: str
+    rollout: str
+    version: int
+    replicas: int
+    until: str
+    """Time after which the request has no effect. After a promotion, the predecessor's lasts for the rollback window
+    instead."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RollbackJournaled(LedgerEvent):
     """A machine rolled back at its own edge while the ledger did not answer. It is appended when the ledger is back."""
 

@@ -20,7 +20,8 @@ from cluster.ledger.events import PolicyEnded, RolloutPromoted, RolloutRolledBac
 from cluster.ledger.store import utc_now
 from cluster.statistics.planning import Plan
 from serve_apps.rollout import transitions
-from serve_apps.rollout.controller.decisions import Look, events_after
+from serve_apps.rollout.capacity.scaling import StepScaling
+from serve_apps.rollout.controller.decisions import Look, events_after, next_step
 from serve_apps.rollout.history import History, PolicyRun, read_running
 from serve_apps.rollout.json_form import from_json
 from serve_apps.rollout.looks import EvidenceSource, decision_now
@@ -36,6 +37,7 @@ class Controller:
         ledger: The ledger.
         source: Where the counts come from.
         refusal: Returns why a principal may not roll out a model's version, or "" if it may.
+        scaling: Scales a version before it gets more units. None: nothing is scaled.
         clock: Returns the time, in UTC.
     """
 
@@ -45,11 +47,13 @@ class Controller:
         source: EvidenceSource,
         *,
         refusal: Callable[[dict[str, Any], str, int], str],
+        scaling: StepScaling | None = None,
         clock: Callable[[], dt.datetime] = utc_now,
     ) -> None:
         self._ledger = ledger
         self._source = source
         self._refusal = refusal
+        self._scaling = scaling
         self._clock = clock
         self._plans: dict[str, Plan] = {}
         self._forgotten_until = 0
@@ -114,7 +118,7 @@ class Controller:
             evidence=evidence,
             decision=decision,
         )
-        events = events_after(look, refusal=lambda: self._refusal(run.starter, model, run.version))
+        events = events_after(look, refusal=lambda: self._obstacle(look))
         if not events:
             return
         if transitions.append(self._ledger, model, events, actor=ACTOR, since=since) is None:
@@ -127,6 +131,13 @@ class Controller:
             look.decision.verdict,
             "".join(f"; {reason}" for reason in look.decision.reasons),
         )
+
+    def _obstacle(self, look: Look) -> str:
+        """Return why a step or a promotion cannot be done now, or ""."""
+        refusal = self._refusal(look.run.starter, look.model, look.run.version)
+        if refusal or self._scaling is None:
+            return refusal
+        return self._scaling.not_ready(next_step(look))
 
     def _plan(self, run: PolicyRun) -> Plan:
         if run.rollout not in self._plans:

@@ -30,6 +30,8 @@ from cluster.security.tokens.trust import Trust
 from cluster.session import ClusterRecord, record_path, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local
+from serve_apps.rollout.capacity.scaling import StepScaling
+from serve_apps.rollout.capacity.serve import serve_capacities
 from serve_apps.rollout.controller.controller import Controller
 from serve_apps.rollout.controller.http import RolloutApi
 from serve_apps.rollout.controller.leadership import Leadership
@@ -99,7 +101,7 @@ def run(
             stopped.wait(RETRY_S)
             continue
         controller, operations = (
-            new_controller(config, ledger, store),
+            new_controller(config, ledger, store, StepScaling(ledger, serve_capacities(record))),
             new_operations(config, record, ledger, store),
         )
         watch.use(None if is_shared(ledger.engine) else store)
@@ -134,7 +136,9 @@ def read_outcomes(
     OutcomeCollector(ledger, record.layout, signatures, lambda starter: keys_of(record, starter)).run(stopped)
 
 
-def new_controller(config: PlatformConfig, ledger: Ledger, store: EvidenceStore) -> Controller:
+def new_controller(
+    config: PlatformConfig, ledger: Ledger, store: EvidenceStore, scaling: StepScaling | None = None
+) -> Controller:
     """Return the controller, with the cluster's policies."""
     rights = StarterRights(
         Registry(ledger, layout(config.storage)),
@@ -142,7 +146,7 @@ def new_controller(config: PlatformConfig, ledger: Ledger, store: EvidenceStore)
         region=config.cluster.region,
         environment=config.identity.environment,
     )
-    return Controller(ledger, store, refusal=rights.refusal)
+    return Controller(ledger, store, refusal=rights.refusal, scaling=scaling)
 
 
 def new_operations(
