@@ -54,7 +54,7 @@ from tests.servers.controller import Running, new_controller
 from tests.servers.edge import PREDICT
 from tests.servers.replica import served
 
-ROLLBACKS, TURNS, TURN_S, CONNECTIONS, UNITS = 2, 1, 1.0, 8, 5_000
+ROLLBACKS, TURNS, TURN_S, CONNECTIONS, UNITS = 25, 6, 3.0, 8, 5_000
 BEFORE_S, AFTER_S, START_S = 0.25, 0.3, 60.0
 CONTEXT = multiprocessing.get_context("spawn")
 BAKING = replace(SPEC, bake_s=86_400.0, deadline_s=30 * 86_400.0)
