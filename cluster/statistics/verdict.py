@@ -49,7 +49,7 @@ class Decision:
 def judge(plan: Plan, evidence: Evidence) -> Decision:
     """Return the verdict for these counts."""
     policy = plan.policy
-    if harm := _harm(plan, evidence):
+    if harm := find_harm(plan, evidence):
         return Decision(verdict=Verdict.roll_back, reasons=harm)
     blocks, actions = _blocks(plan, evidence)
     missing = _missing(plan, evidence) + tuple(blocks)
@@ -71,7 +71,7 @@ def judge(plan: Plan, evidence: Evidence) -> Decision:
     return Decision(verdict=Verdict.advance, reasons=warnings, missing=missing)
 
 
-def _harm(plan: Plan, evidence: Evidence) -> tuple[str, ...]:
+def find_harm(plan: Plan, evidence: Evidence) -> tuple[str, ...]:
     """Return what rolls back at once: the breaker and the guardrails."""
     policy, found = plan.policy, []
     if is_open(evidence.last):

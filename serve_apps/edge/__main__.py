@@ -5,6 +5,7 @@ To restart it, start it again.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -12,6 +13,8 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -36,6 +39,7 @@ from cluster.storage import layout, local
 from serve_apps.edge.control.controller import Controller
 from serve_apps.edge.control.edge_state import state_file
 from serve_apps.edge.control.haproxy_process import HAProxy
+from serve_apps.edge.control.journaled import FollowedJournal
 from serve_apps.edge.control.live_edges import edge_id
 from serve_apps.edge.control.metrics import EdgeMetrics
 from serve_apps.edge.control.succession import SIGNAL, sole_controller
@@ -47,8 +51,10 @@ from serve_apps.replica.edge_headers import edge_variables
 from serve_apps.replica.targets import serve_targets
 from serve_apps.rollout.evidence.access_files import Rotation
 from serve_apps.rollout.evidence.collecting import Collector, Reader
+from serve_apps.rollout.outage.journal import journal_of
 
 LEDGER_RETRY_S = 1.0
+JOURNAL_INTERVAL_S = 0.1
 KEYS_MAX_AGE_S = 30.0
 """Maximum age of an OIDC issuer's keys. Other processes fetch the keys again when a token names an unknown key, but
 HAProxy cannot."""
@@ -200,7 +206,9 @@ def main(config: EdgeConfig) -> None:
         registry = new_registry()
         metrics = EdgeMetrics(registry)
         serve_metrics(registry, port=record.ports.get("edge_controller_metrics"))
-        ledger = wait_for_ledger(config, haproxy, stopped, handed_over)
+        journal = journal_of(places)
+        follow = functools.partial(FollowedJournal(journal).apply_to_map, edge / "routes.map", haproxy)
+        ledger = wait_for_ledger(config, haproxy, stopped, handed_over, follow)
         trust = Trust.of(config.identity.issuer, places, keys_max_age_s=KEYS_MAX_AGE_S)
         controller = Controller(
             ledger=ledger,
@@ -209,6 +217,7 @@ def main(config: EdgeConfig) -> None:
             haproxy=haproxy,
             settings=edge_settings,
             state_file=state_file(config),
+            journal=journal,
             address=f"https://{edge_settings.bind.split(',')[0]} on {socket.gethostname()}",
             metrics=metrics,
         )
@@ -228,9 +237,15 @@ def restart_as_part_of(record: ClusterRecord) -> None:
 
 
 def wait_for_ledger(
-    config: EdgeConfig, haproxy: HAProxy, stopped: threading.Event, handed_over: threading.Event
+    config: EdgeConfig,
+    haproxy: HAProxy,
+    stopped: threading.Event,
+    handed_over: threading.Event,
+    follow_journal: Callable[[], None],
 ) -> Ledger:
     """Open the ledger. While the ledger's database is down, HAProxy serves with the configuration on disk.
+
+    A try can take half a minute. Meanwhile the edge follows this machine's journal of rollbacks.
 
     Raises:
         SQLAlchemyError: `stopped` was set while the database was down. If another edge takes over, HAProxy continues to
@@ -238,16 +253,29 @@ def wait_for_ledger(
     """
     while True:
         try:
-            return open_ledger(config)
+            with ThreadPoolExecutor(1, "opening") as executor:
+                opening = executor.submit(open_ledger, config)
+                while wait([opening], timeout=JOURNAL_INTERVAL_S).not_done:
+                    try_to_follow(follow_journal)
+            return opening.result()
         except sa.exc.SQLAlchemyError as error:
             logging.warning(
                 "the ledger cannot be opened, so the edge serves its last configuration: %s", error
             )
             haproxy.serve_last()
+            try_to_follow(follow_journal)
             if stopped.wait(LEDGER_RETRY_S):
                 if not handed_over.is_set():
                     haproxy.stop()
                 raise
+
+
+def try_to_follow(follow_journal: Callable[[], None]) -> None:
+    """Follow the journal of rollbacks. After a failure the next call tries again."""
+    try:
+        follow_journal()
+    except OSError as error:
+        logging.warning("a rollback of the journal cannot be applied: %s", error)
 
 
 if __name__ == "__main__":

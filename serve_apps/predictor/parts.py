@@ -28,6 +28,7 @@ from serve_apps.predictor.shadow import Shadowing
 from serve_apps.replica.access import AccessCheck
 from serve_apps.replica.process import is_replica
 from serve_apps.replica.record_log import RecordLog
+from serve_apps.replica.requested import RequestedNumber
 from serve_apps.replica.targets import serve_targets
 
 
@@ -114,6 +115,10 @@ class Parts:
             request_inputs=on_demand_inputs(spec),
             resource=with_read_features(model, spec.views, region=region),
         )
+
+    def requested_number(self) -> RequestedNumber:
+        """Start the thread that reads how many replicas a rollout has requested."""
+        return RequestedNumber(self.ledger, self.version.name, self.version.version)
 
     def shadowing(self, count: Callable[[str], None]) -> Shadowing:
         """Start the thread that watches for a shadow of the model."""

@@ -32,7 +32,7 @@ from serve_apps.replica.http_contract import PREDICTION_ID_HEADER
 from serve_apps.replica.ongoing import OngoingRequests
 from serve_apps.replica.outages import OUTAGE_S, TREATMENT_S, Outages
 from serve_apps.replica.process import prepare_replica
-from serve_apps.replica.scaling import ONGOING
+from serve_apps.replica.scaling import ONGOING, REQUESTED
 from serve_apps.rollout.assignment import Arm
 
 
@@ -71,15 +71,16 @@ class Predictor:
         self._metrics = PredictionMetrics(tags)
         self._shadowing = parts.shadowing(copy_counter(tags))
         self._ongoing = OngoingRequests()
+        self._requested = parts.requested_number()
         self._outages = Outages()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return this replica's load to Serve's controller. `serve_apps/replica/scaling.py` uses it to scale."""
-        return {ONGOING: self._ongoing.take()}
+        """Return this replica's load, and what a rollout requested, for `serve_apps/replica/scaling.py`."""
+        return {ONGOING: self._ongoing.take(), REQUESTED: float(self._requested.value)}
 
     def __del__(self) -> None:
         """Close the parts; Serve calls this when a replica stops normally."""
-        for part in ("_access", "_log", "_shadowing"):
+        for part in ("_access", "_log", "_shadowing", "_requested"):
             if (opened := getattr(self, part, None)) is not None:
                 opened.close()
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
 ONGOING = "falaj_ongoing_requests"
+REQUESTED = "falaj_requested_replicas"
+"""The number of replicas that a rollout has requested. The newest report counts, not a mean."""
 REPORT_INTERVAL_S = 2.0
 """Seconds between two reports that a replica or Serve's proxy sends to Serve's controller. If a request arrives just
 when the last replica stops, the request waits for the next report before a replica is started."""
@@ -63,17 +65,18 @@ def _autoscaling(config: ReplicaConfig) -> AutoscalingConfig:
 
 
 def wanted_replicas(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-    """Return the number of replicas that the load needs. Serve rounds this number up and applies bounds and delays.
+    """Return the number of replicas that the load or a rollout needs. Serve rounds up and applies bounds and delays.
 
     A replica that has not reported yet may be busy. So the number does not decrease until all replicas have reported.
-    Serve's controller unpickles this function, so the only name of this module that it can use is `ONGOING`.
+    Serve's controller unpickles this function, so the only names of this module that it can use are the metrics'.
     """
     reported = (context.aggregated_metrics or {}).get(ONGOING, {})
     ongoing = max(sum(reported.values()), context.total_num_requests)
     wanted = ongoing / context.config.get_target_ongoing_requests()  # type: ignore[union-attr]
     if len(reported) < context.current_num_replicas or not context.current_num_replicas:
         wanted = max(wanted, context.target_num_replicas)
-    return wanted, {}
+    requested = (context.raw_metrics or {}).get(REQUESTED, {})
+    return max([wanted, *(series[-1].value for series in requested.values() if series)]), {}
 
 
 def one_replica_per_node() -> dict[str, Any]:

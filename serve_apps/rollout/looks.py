@@ -13,7 +13,7 @@ from serve_apps.rollout.evidence.store import Counting
 from serve_apps.rollout.history import PolicyRun, step_at
 
 
-class EvidenceSource(Protocol):
+class Counts(Protocol):
     """Where the counts come from."""
 
     def evidence(
@@ -28,6 +28,10 @@ class EvidenceSource(Protocol):
     ) -> Evidence:
         """Return the counts of a rollout at one moment."""
 
+
+class EvidenceSource(Counts, Protocol):
+    """Where all edges store their counts."""
+
     def ensure_registered(self, rollout_id: str, counting: Counting) -> None:
         """Let the edges count the units of a rollout if they do not, for example after `evidence.db` was lost."""
 
@@ -36,11 +40,17 @@ class EvidenceSource(Protocol):
 
 
 def decision_now(
-    source: EvidenceSource, run: PolicyRun, plan: Plan, *, now: dt.datetime
+    source: Counts, run: PolicyRun, plan: Plan, *, now: dt.datetime
 ) -> tuple[Evidence, Decision]:
     """Return the counts of a rollout, and what they decide."""
+    evidence = evidence_now(source, run, plan, now=now)
+    return evidence, judge(plan, evidence)
+
+
+def evidence_now(source: Counts, run: PolicyRun, plan: Plan, *, now: dt.datetime) -> Evidence:
+    """Return the counts of a rollout."""
     step = step_at([one.weight for one in plan.policy.steps], run.weight)
-    evidence = source.evidence(
+    return source.evidence(
         run.rollout,
         _counted_plan(plan, step, run.weight),
         step=step,
@@ -48,7 +58,6 @@ def decision_now(
         started_at=dt.datetime.fromisoformat(run.started_at),
         now=now,
     )
-    return evidence, judge(plan, evidence)
 
 
 def last_decision(last: Evidence | None, run: PolicyRun, plan: Plan) -> Decision:

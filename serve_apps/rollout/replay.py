@@ -24,6 +24,7 @@ from cluster.ledger.events import (
     PolicyPaused,
     PolicyResumed,
     PolicyStarted,
+    RollbackJournaled,
     RolloutPromoted,
     RolloutRolledBack,
     RolloutStarted,
@@ -32,11 +33,12 @@ from cluster.ledger.events import (
 from cluster.registry import CHAMPION
 from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Plan, Traffic, plan
-from cluster.statistics.verdict import Decision, Verdict, judge
+from cluster.statistics.verdict import Decision, Verdict, find_harm, judge
 from serve_apps.rollout.controller.controller import ACTOR
 from serve_apps.rollout.controller.decisions import ENDED, PAUSED, kinds
 from serve_apps.rollout.history import step_at
 from serve_apps.rollout.json_form import as_json, from_json
+from serve_apps.rollout.outage.settling import APPLIED
 
 _TOLERANCE = 1e-6
 """Relative difference of a plan's numbers that another release of SciPy may cause."""
@@ -114,6 +116,9 @@ class Replay:
             case PolicyDecided():
                 self._decide(entry, event)
                 return f"{entry.seq} {event.model} {event.rollout}: {event.verdict}"
+            case RollbackJournaled():
+                self._check_journaled(entry, event)
+                return f"{entry.seq} {event.model} {event.rollout}: rolled back without the ledger"
             case PolicyPaused() | PolicyResumed() if event.rollout in self.rollouts:
                 self.rollouts[event.rollout].is_paused = isinstance(event, PolicyPaused)
             case RolloutWeightChanged() if event.rollout in self.rollouts:
@@ -172,6 +177,17 @@ class Replay:
         if changes and not event.not_done:
             self.pending = _Pending(decided=entry, model=event.model, rollout=event.rollout, types=changes)
         replayed.is_inconclusive |= decision.verdict is Verdict.inconclusive
+        self.decisions += 1
+
+    def _check_journaled(self, entry: Entry, event: RollbackJournaled) -> None:
+        """Check a rollback that a machine decided without the ledger. Its step may be an earlier one."""
+        replayed = self._rollout(entry, event.rollout)
+        harm = list(kinds(find_harm(replayed.plan, from_json(Evidence, event.evidence))))
+        if not harm or harm != list(kinds(event.reasons)):
+            raise _difference(entry, "reasons", list(kinds(event.reasons)), harm)
+        if event.outcome == APPLIED:
+            types = _CHANGES[Verdict.roll_back]
+            self.pending = _Pending(decided=entry, model=event.model, rollout=event.rollout, types=types)
         self.decisions += 1
 
     def _require_allowed(self, entry: Entry, event: _Change) -> None:

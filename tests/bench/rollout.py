@@ -4,6 +4,12 @@ It is what a command waits for: 200 changes, each after the one before. Cases: o
 edges with PostgreSQL, which run in processes of their own with a real HAProxy each. Without PostgreSQL only the first
 case runs. There is no peer: Ray Serve has no weights.
 
+Cases `sqlite_load` and `postgresql_load` have eight busy connections (`tests/bench/_rollout_load.py`): the time from
+the append of a rollback until the last request of the version that is rolled back, of a running rollout and after a
+promotion; the number of lost requests; and the requests per second with the controller of rollouts and the counting of
+access records, divided by those without, in alternating turns. `LOAD=0` leaves them out, and `LOAD=1` measures nothing
+else.
+
 `NODES=3` measures a whole cluster of three nodes instead, in network namespaces, with PostgreSQL, Redis and a double of
 S3: the time until it runs, the time from `deploy` until both versions of a model answer at each of the three edges, and
 all this for a node with a slow link (`LINK=2mbit`). It needs root.
@@ -129,6 +135,35 @@ def result(case: str, metric: str, value: float) -> dict[str, object]:
     }
 
 
+def measure_load(folder: Path, stack: ExitStack) -> list[dict[str, object]]:
+    """Print and return the results under load, with each database."""
+    from tests.bench._rollout_load import measure_under_load
+
+    urls = {"sqlite": f"sqlite:///{folder}/ledger.db"}
+    if is_installed():
+        urls["postgresql"] = stack.enter_context(running_server())
+    results = []
+    for name, url in urls.items():
+        measured, case = measure_under_load(folder / name, url), f"{name}_load"
+        for kind, seconds in (("rollback", measured.rollback_s), ("promoted", measured.promoted_s)):
+            taken_ms = 1000 * np.array(seconds)
+            values = (*np.percentile(taken_ms, (50, 95)), taken_ms.max())
+            results += [
+                result(case, f"{kind}_{part}_ms", float(value))
+                for part, value in zip(("p50", "p95", "max"), values, strict=True)
+            ]
+        ratio = float(np.median(measured.ratios))
+        results += [
+            result(case, "lost_requests", measured.lost),
+            result(case, "sent_requests", measured.requests),
+            result(case, "with_controller_per_s", measured.requests_per_s),
+            result(case, "with_to_without_controller_ratio", ratio),
+        ]
+        print("\n".join(f"{one['case']:20} {one['metric']:34} {one['value']:.3f}" for one in results[-10:]))
+        print(f"{case:20} ratios of the turns: {', '.join(f'{one:.3f}' for one in measured.ratios)}")
+    return results
+
+
 def main() -> None:
     """Measure and write the results."""
     results = []
@@ -142,8 +177,12 @@ def main() -> None:
                 results += describe(f"three_nodes_{case}", seconds)
             results += [result("three_nodes", metric, value) for metric, value in figures.once.items()]
         else:
-            for case, changes in measure_processes(folder, stack).items():
-                results += describe(case, changes)
+            if os.environ.get("LOAD") != "1":
+                for case, changes in measure_processes(folder, stack).items():
+                    results += describe(case, changes)
+            if os.environ.get("LOAD") != "0":
+                (folder / "load").mkdir()
+                results += measure_load(folder / "load", stack)
     output = Path(".falaj/bench/rollout.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1))

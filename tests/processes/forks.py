@@ -16,7 +16,9 @@ _TARGETS = (
     "tests.unit.feature_jobs.online.test_materialize_kill",
     "tests.unit.jobs.promotion.test_promotion_kills",
     "tests.unit.jobs.schedule.test_scheduler",
+    "tests.unit.serve_apps.rollout.controller.test_bad_challengers",
     "tests.unit.serve_apps.rollout.controller.test_kills",
+    "tests.unit.serve_apps.rollout.outage.test_kills",
 )
 """Modules with the functions that run in such processes."""
 

@@ -30,6 +30,7 @@ from serve_apps.edge.haproxy.dashboard import TOKEN_VARIABLE
 from serve_apps.edge.haproxy.keys import key_writer
 from serve_apps.replica.edge_headers import edge_variables
 from serve_apps.replica.targets import Targets
+from serve_apps.rollout.outage.journal import Journal
 from tests.samples.rollouts import DEPLOYED, STARTED
 from tests.servers.edge import edge_settings
 from tests.servers.polling import wait_until
@@ -95,6 +96,7 @@ class Running:
         self.serve = Serve()
         self.state_file = root / "state.json"
         self.haproxy_file = root / "haproxy.cfg"
+        self.journal = Journal(root / "rollbacks.journal", b"key")
         self.begin()
 
     def tell(self, *events: LedgerEvent) -> int:
@@ -156,6 +158,7 @@ class Running:
             haproxy=self.haproxy,
             settings=self.settings,
             state_file=self.state_file,
+            journal=self.journal,
             address=f"https://{self.settings.bind}",
         )
         self.stopped, self.handed_over = threading.Event(), threading.Event()

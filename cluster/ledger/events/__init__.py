@@ -90,6 +90,8 @@ from cluster.ledger.events.rollouts import (
     PolicyPaused,
     PolicyResumed,
     PolicyStarted,
+    ReplicasRequested,
+    RollbackJournaled,
 )
 from cluster.ledger.events.schedules import (
     ScheduleApplied,
@@ -149,6 +151,8 @@ __all__ = [
     "PolicyPaused",
     "PolicyResumed",
     "PolicyStarted",
+    "ReplicasRequested",
+    "RollbackJournaled",
     "RolloutPromoted",
     "RolloutRolledBack",
     "RolloutStarted",

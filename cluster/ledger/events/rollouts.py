@@ -67,6 +67,44 @@ class PolicyResumed(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicasRequested(LedgerEvent):
+    """The controller asks for at least so many replicas of a version. The end of the rollout ends it."""
+
+    model: str
+    rollout: str
+    version: int
+    replicas: int
+    until: str
+    """Time after which the request has no effect. After a promotion, the predecessor's lasts for the rollback window
+    instead."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RollbackJournaled(LedgerEvent):
+    """A machine rolled back at its own edge while the ledger did not answer. It is appended when the ledger is back."""
+
+    id: str
+    """Id of the rollback in the machine's journal."""
+    model: str
+    rollout: str
+    version: int
+    """The version that lost its units."""
+    fallback: int | None
+    """The champion that got all units of this edge."""
+    reasons: list[str]
+    evidence: dict[str, Json]
+    """The `Evidence` that the machine had."""
+    decided_at: str
+    """Time of the decision, of the machine's clock."""
+    machine: str
+    """Host name."""
+    outcome: str
+    """`applied`: the rollout is rolled back in the same transaction. `already_rolled_back`: it was. `conflict`: it was
+    promoted meanwhile, and that stays."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyEnded(LedgerEvent):
     """Summary of a rollout that followed a policy."""
 

@@ -28,6 +28,7 @@ from serve_apps.edge.control.certificate import Certificate
 from serve_apps.edge.control.edge_state import EdgeState, read_state, write_state
 from serve_apps.edge.control.followed_ledger import FollowedLedger
 from serve_apps.edge.control.haproxy_process import ConfigRefused, HAProxy
+from serve_apps.edge.control.journaled import FollowedJournal
 from serve_apps.edge.control.last_answers import LastState
 from serve_apps.edge.control.live_edges import EdgeReporter, edge_id
 from serve_apps.edge.control.metrics import EdgeMetrics
@@ -41,6 +42,7 @@ from serve_apps.edge.haproxy.request_limits import Limited
 from serve_apps.edge.haproxy.routes import Backend, Routes, routes
 from serve_apps.replica.access import append_in_background
 from serve_apps.replica.targets import Targets
+from serve_apps.rollout.outage.journal import Journal
 
 STEP_INTERVAL_S = 0.03
 """Longest pause between two steps, for what is not announced: a reload that is done, an HAProxy that died."""
@@ -94,6 +96,7 @@ class Controller:
         fetch_targets, fetch_keys: fetch the replicas from Serve, and the issuer's keys.
         haproxy, settings: HAProxy, and the settings of its configuration.
         state_file: file for the edge's state; other files of the edge are beside it.
+        journal: rollbacks that this machine decided while the ledger did not answer.
         address: the edge's URL and host name, for messages of commands.
         metrics: the controller's metrics.
     """
@@ -107,6 +110,7 @@ class Controller:
         haproxy: HAProxy,
         settings: EdgeSettings,
         state_file: Path,
+        journal: Journal,
         address: str = "",
         metrics: EdgeMetrics | None = None,
     ) -> None:
@@ -122,6 +126,7 @@ class Controller:
         self._metrics = metrics or EdgeMetrics(CollectorRegistry())
         self._followed = FollowedLedger(ledger)
         self._ledger_state = self._followed.value
+        self._journal = FollowedJournal(journal)
         self._last_file = state_file.with_name("last.json")
         self._last = LastState.read(self._last_file, now=time.time())
         self._targets = PolledSource(
@@ -190,10 +195,12 @@ class Controller:
         """
         self._take_ledger_state()
         if not self._followed.is_read and self._haproxy.serve_last():
+            self._journal.apply_to_map(Path(self._settings.map_file), self._haproxy)
             return
         for source in (self._targets, self._keys):
             source.poll(wait_s=FIRST_ANSWER_S if self._is_first else 0.0)
-        wanted = routes(self._ledger_state.states, self._targets.value)
+        states = self._journal.without_rolled_back(self._ledger_state.states)
+        wanted = routes(states, self._targets.value)
         if self._is_first:
             self._report_first()
         self._update_maps(wanted)

@@ -49,11 +49,25 @@ def entry(state: ModelState) -> str | None:
     rollout = state.rollout
     treatment = state.apps.get(rollout.treatment_version) if rollout else None
     if rollout is None or treatment is None:
-        return "|".join((champion, champion, CHAMPION_VARIANT, NO_ROLLOUT, "-", "0", str(BUCKETS)))
+        return _champion_entry(champion)
     limits = bounds(rollout.weight)
     fields = (champion, treatment, rollout.treatment_variant, rollout.id, rollout.salt)
     split = (*fields, str(limits.treatment_below), str(limits.control_from))
     return "|".join((*split, BY_SUBJECT) if rollout.unit == UnitKind.subject else split)
+
+
+def rollout_of(entry: str) -> str:
+    """Return the id of the rollout in a map entry."""
+    return entry.split("|")[3]
+
+
+def without_rollout(entry: str) -> str:
+    """Return the entry with which the champion of a map entry answers all units."""
+    return _champion_entry(entry.split("|", 1)[0])
+
+
+def _champion_entry(champion: str) -> str:
+    return "|".join((champion, champion, CHAMPION_VARIANT, NO_ROLLOUT, "-", "0", str(BUCKETS)))
 
 
 def routes(states: States, targets: Mapping[str, Target]) -> Routes:

@@ -21,8 +21,9 @@ from cluster.ledger.events import PolicyEnded, RolloutPromoted, RolloutRolledBac
 from cluster.statistics.planning import Plan
 from cluster.statistics.verdict import Decision
 from serve_apps.rollout import transitions
+from serve_apps.rollout.capacity.scaling import StepScaling
 from serve_apps.rollout.controller.clock import LookClock, database_time
-from serve_apps.rollout.controller.decisions import Look, events_after, rests_on_time
+from serve_apps.rollout.controller.decisions import Look, events_after, next_step, rests_on_time
 from serve_apps.rollout.evidence.store import Counting
 from serve_apps.rollout.history import History, PolicyRun, read_running
 from serve_apps.rollout.json_form import from_json
@@ -41,6 +42,7 @@ class Controller:
         ledger: The ledger.
         source: Where the counts come from.
         refusal: Returns why a principal may not roll out a model's version, or "" if it may.
+        scaling: Scales a version before it gets more units. None: nothing is scaled.
         clock: Gives the time of each look; by default, the database's.
     """
 
@@ -50,11 +52,13 @@ class Controller:
         source: EvidenceSource,
         *,
         refusal: Callable[[dict[str, Any], str, int], str],
+        scaling: StepScaling | None = None,
         clock: LookClock | None = None,
     ) -> None:
         self._ledger = ledger
         self._source = source
         self._refusal = refusal
+        self._scaling = scaling
         self._clock = clock or LookClock(partial(database_time, ledger.engine))
         self._plans: dict[str, Plan] = {}
         self._late_looks: dict[str, int] = {}
@@ -62,6 +66,11 @@ class Controller:
         self._ended: set[str] = set()
         """Rollouts that have ended, and whose counts are not all removed."""
         self._ended_until = 0
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger that it reads and appends to."""
+        return self._ledger
 
     def check_once(self) -> int:
         """Look at every rollout with a policy once. A failure of one does not stop the others.
@@ -131,7 +140,7 @@ class Controller:
             evidence=evidence,
             decision=decision,
         )
-        events = events_after(look, refusal=lambda: self._refusal(run.starter, model, run.version))
+        events = events_after(look, refusal=lambda: self._obstacle(look))
         if not events:
             return
         if transitions.append(self._ledger, model, events, actor=ACTOR, since=since) is None:
@@ -152,6 +161,13 @@ class Controller:
             return True
         looks = self._late_looks[rollout] = self._late_looks.get(rollout, 0) + 1
         return looks >= CONFIRMING_LOOKS
+
+    def _obstacle(self, look: Look) -> str:
+        """Return why a step or a promotion cannot be done now, or ""."""
+        refusal = self._refusal(look.run.starter, look.model, look.run.version)
+        if refusal or self._scaling is None:
+            return refusal
+        return self._scaling.not_ready(next_step(look))
 
     def _plan(self, run: PolicyRun) -> Plan:
         if run.rollout not in self._plans:

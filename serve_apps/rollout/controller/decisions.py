@@ -6,6 +6,7 @@ last one. The counts are those of that moment. The change that follows from it i
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Plan
 from cluster.statistics.verdict import Decision, Verdict
 from serve_apps.rollout import transitions
+from serve_apps.rollout.capacity.scaling import NextStep
 from serve_apps.rollout.history import LastDecision, PolicyRun
 from serve_apps.rollout.json_form import as_json
 
@@ -87,6 +89,21 @@ def events_after(look: Look, *, refusal: Callable[[], str]) -> list[LedgerEvent]
         not_done=not_done,
     )
     return [decided, *changes]
+
+
+def next_step(look: Look) -> NextStep:
+    """Return the step that a look leads to: the next weight, or the promotion."""
+    is_promotion = look.decision.verdict is Verdict.promote
+    steps, run = look.plan.policy.steps, look.run
+    deadline = dt.timedelta(seconds=look.plan.policy.deadline_s)
+    return NextStep(
+        model=look.model,
+        rollout=run.rollout,
+        champion=look.champion,
+        version=run.version,
+        weight=100.0 if is_promotion else steps[look.evidence.step + 1].weight,
+        ends_at=dt.datetime.fromisoformat(run.started_at) + deadline,
+    )
 
 
 def _changes(look: Look) -> list[LedgerEvent]:

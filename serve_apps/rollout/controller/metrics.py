@@ -21,6 +21,11 @@ class ControllerMetrics:
             "1 if this controller acts, 0 if another one does.",
             registry=registry,
         )
+        self.journaled = Gauge(
+            "falaj_rollouts_journaled_rollbacks",
+            "Rollbacks in this machine's journal that are not in the ledger yet.",
+            registry=registry,
+        )
         self.not_judged = Gauge(
             "falaj_rollouts_not_judged",
             "Rollouts with a policy that could not be judged at the last look.",

@@ -18,6 +18,7 @@ from cluster.errors import FalajError, first_line
 from cluster.host.http_socket import listening
 from cluster.host.signals import set_on_signal
 from cluster.ledger import Ledger, open_ledger
+from cluster.ledger.database import is_shared
 from cluster.metrics import new_registry, serve_metrics
 from cluster.node.locks import hold_lock
 from cluster.node.scheduling import wait_for_turn
@@ -28,7 +29,9 @@ from cluster.security.recorded_settings import apply_cluster_record
 from cluster.security.tokens.trust import Trust
 from cluster.session import ClusterRecord, record_path, require_recorded_cluster
 from cluster.settings import PlatformConfig
-from cluster.storage import layout
+from cluster.storage import layout, local
+from serve_apps.rollout.capacity.scaling import StepScaling
+from serve_apps.rollout.capacity.serve import serve_capacities
 from serve_apps.rollout.controller.controller import Controller
 from serve_apps.rollout.controller.http import RolloutApi
 from serve_apps.rollout.controller.leadership import Leadership
@@ -38,6 +41,10 @@ from serve_apps.rollout.controller.operations import RolloutOperations
 from serve_apps.rollout.controller.rights import StarterRights
 from serve_apps.rollout.evidence.store import EvidenceStore
 from serve_apps.rollout.history import read_running
+from serve_apps.rollout.outage.journal import journal_of
+from serve_apps.rollout.outage.known import KnownRollouts
+from serve_apps.rollout.outage.local_evidence import LocalEvidence
+from serve_apps.rollout.outage.watch import OutageWatch
 
 RETRY_S = 1.0
 FLUSH_S = 60.0
@@ -59,11 +66,30 @@ def main(config: PlatformConfig) -> None:
         "Another controller of rollouts (pid {pid}) runs for {folder}. `python -m cluster.status` shows it."
     )
     with hold_lock(Path(record_path(config.storage)).with_name("rollout-controller.lock"), refusal):
-        run(config, record, metrics, stopped)
+        watch = new_watch(config)
+        arguments = (stopped, metrics.journaled.set)
+        threading.Thread(target=watch.run, args=arguments, name="outage", daemon=True).start()
+        run(config, record, metrics, stopped, watch)
+
+
+def new_watch(config: PlatformConfig) -> OutageWatch:
+    """Return the watch for outages of the ledger. It works before the ledger could be opened."""
+    places = layout(config.storage)
+    journal = journal_of(places)
+    try:
+        journal.reserve()
+    except OSError as error:
+        LOG.warning("no room is reserved for rollbacks during an outage of the ledger: %s", error)
+    known = KnownRollouts(Path(record_path(config.storage)).with_name("rollouts.known"))
+    return OutageWatch(journal, known, LocalEvidence(local(places.edge) / "access"))
 
 
 def run(
-    config: PlatformConfig, record: ClusterRecord, metrics: ControllerMetrics, stopped: threading.Event
+    config: PlatformConfig,
+    record: ClusterRecord,
+    metrics: ControllerMetrics,
+    stopped: threading.Event,
+    watch: OutageWatch,
 ) -> None:
     """Answer requests and look at the rollouts until `stopped` is set."""
     while not stopped.is_set():
@@ -75,16 +101,17 @@ def run(
             stopped.wait(RETRY_S)
             continue
         controller, operations = (
-            new_controller(config, ledger, store),
+            new_controller(config, ledger, store, StepScaling(ledger, serve_capacities(record))),
             new_operations(config, record, ledger, store),
         )
+        watch.use(None if is_shared(ledger.engine) else store)
         lock = Path(record_path(config.storage)).with_name("rollouts.lock")
         flusher = start_flushing(operations.decisions, every_s=FLUSH_S, stopped=stopped)
         if record.node_id is None and config.identity.issuer.url is None:
             arguments = (record, ledger, operations.registry, stopped)
             threading.Thread(target=read_outcomes, args=arguments, name="outcomes", daemon=True).start()
         with listening(RolloutApi(operations).app(), Path(record.rollouts_socket)):
-            look_until_stopped(controller, Leadership(ledger.engine, lock), metrics, stopped)
+            look_until_stopped(controller, Leadership(ledger.engine, lock), metrics, stopped, watch)
         flusher.join(RETRY_S)
 
 
@@ -109,7 +136,9 @@ def read_outcomes(
     OutcomeCollector(ledger, record.layout, signatures, lambda starter: keys_of(record, starter)).run(stopped)
 
 
-def new_controller(config: PlatformConfig, ledger: Ledger, store: EvidenceStore) -> Controller:
+def new_controller(
+    config: PlatformConfig, ledger: Ledger, store: EvidenceStore, scaling: StepScaling | None = None
+) -> Controller:
     """Return the controller, with the cluster's policies."""
     rights = StarterRights(
         Registry(ledger, layout(config.storage)),
@@ -117,7 +146,7 @@ def new_controller(config: PlatformConfig, ledger: Ledger, store: EvidenceStore)
         region=config.cluster.region,
         environment=config.identity.environment,
     )
-    return Controller(ledger, store, refusal=rights.refusal)
+    return Controller(ledger, store, refusal=rights.refusal, scaling=scaling)
 
 
 def new_operations(

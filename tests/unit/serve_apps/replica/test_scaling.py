@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.serve._private.common import TimeStampedValue
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from cluster.settings import ReplicaConfig
 from serve_apps.replica.ongoing import OngoingRequests
-from serve_apps.replica.scaling import ONGOING, replica_options
+from serve_apps.replica.scaling import ONGOING, REQUESTED, replica_options
 from tests.servers.edge import PREDICT, Edge
 
 NO_DELAY = {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0, "downscale_to_zero_delay_s": 0.0}
@@ -26,7 +27,12 @@ def scaling(**options: Any) -> AutoscalingConfig:
 
 
 def wanted(
-    reported: list[float], *, running: int, target: int | None = None, seen_by_serve: float = 0.0
+    reported: list[float],
+    *,
+    running: int,
+    target: int | None = None,
+    seen_by_serve: float = 0.0,
+    requested: dict[str, list[TimeStampedValue]] | None = None,
 ) -> int:
     """Return Serve's result of our policy for a target of ten requests, before its bounds."""
     config = scaling(target_ongoing_requests=10, max_replicas=9, **NO_DELAY)
@@ -40,7 +46,7 @@ def wanted(
         total_num_requests=seen_by_serve,
         total_queued_requests=0.0,
         aggregated_metrics={ONGOING: dict(enumerate(reported))},
-        raw_metrics={},
+        raw_metrics={REQUESTED: requested or {}},
         capacity_adjusted_min_replicas=0,
         capacity_adjusted_max_replicas=9,
         policy_state={},
@@ -59,6 +65,16 @@ def wanted(
 def test_replicas_follow_the_reported_load(reported: list[float], running: int, expected: int) -> None:
     """One for every ten concurrent requests; one short request within the look-back time keeps the last replica."""
     assert wanted(reported, running=running) == expected
+
+
+def test_requested_number_is_a_minimum() -> None:
+    """The newest report counts. Load can need more replicas, and a replica may not have reported yet."""
+    series = [TimeStampedValue(1.0, value=0.0), TimeStampedValue(2.0, value=3.0)]
+    requested: dict[str, list[TimeStampedValue]] = {"a": series, "b": []}
+    assert wanted([0.0], running=1, requested=requested) == 3
+    assert wanted([50.0], running=1, requested=requested) == 5
+    over = [*series, TimeStampedValue(3.0, value=0.0)]
+    assert wanted([0.0], running=1, requested={"a": over}) == 0
 
 
 def test_no_scale_down_before_all_replicas_have_reported() -> None:

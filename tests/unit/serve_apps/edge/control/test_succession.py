@@ -105,15 +105,17 @@ class FakeHAProxy(HAProxy):
 
 @pytest.mark.parametrize("handed_over", [True, False])
 def test_handover_while_the_ledger_is_down_keeps_haproxy_running(tmp_path: Path, handed_over: bool) -> None:
-    """A plain stop ends HAProxy."""
+    """A plain stop ends HAProxy. Until then, the edge follows the journal of rollbacks."""
     config = EdgeConfig(ledger=LedgerConfig(url=f"sqlite:///{tmp_path}/none/ledger.db"))
+    followed: list[bool] = []
     haproxy, stopped, over = FakeHAProxy(), threading.Event(), threading.Event()
     stopped.set()
     if handed_over:
         over.set()
     with pytest.raises(sa.exc.SQLAlchemyError):
-        wait_for_ledger(config, haproxy, stopped, over)
+        wait_for_ledger(config, haproxy, stopped, over, lambda: followed.append(True))
     assert haproxy.ended is not handed_over
+    assert followed
 
 
 def test_last_state_round_trips_and_keys_last_a_day(tmp_path: Path) -> None:

@@ -2,68 +2,19 @@
 
 from __future__ import annotations
 
-import enum
-import os
 import signal
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 
-from cluster.ledger import Entry, Ledger
+from cluster.ledger import Ledger
 from cluster.ledger.chain import verify_chain
-from cluster.ledger.events import LedgerEvent
 from serve_apps.rollout.controller.controller import Controller
 from tests.processes import forks
+from tests.processes.dying_ledger import DyingLedger, Point, die
 from tests.samples.policies import EvidenceDouble, permitted, started_ledger
 
 LOOKS = 3
-
-
-class Point(enum.Enum):
-    """Where the process is killed during a look."""
-
-    before_counts = enum.auto()
-    in_transaction = enum.auto()
-    before_commit = enum.auto()
-    after_commit = enum.auto()
-
-
-def die(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class DyingLedger(Ledger):
-    """A ledger whose process is killed during an append."""
-
-    point: Point | None = None
-
-    def append_unless_changed(
-        self,
-        events: Sequence[LedgerEvent],
-        *,
-        actor: str,
-        since: int,
-        types: Callable[[str], bool],
-        concerns: Callable[[Entry], bool],
-    ) -> list[Entry] | None:
-        """Append, and die before, during or after it."""
-        if self.point is Point.before_commit:
-            sa.event.listen(self.engine, "commit", die)
-        if self.point is Point.in_transaction:
-            sa.event.listen(self.engine, "after_cursor_execute", die_after_an_insert)
-        entries = super().append_unless_changed(
-            events, actor=actor, since=since, types=types, concerns=concerns
-        )
-        if self.point is Point.after_commit:
-            die()
-        return entries
-
-
-def die_after_an_insert(_connection: object, _cursor: object, statement: str, *_: Any) -> None:
-    if statement.startswith("INSERT INTO events"):
-        die()
 
 
 def run_until_killed(url: str, point: Point, look: int) -> None:

@@ -27,6 +27,9 @@ from serve_apps.rollout.evidence.access_files import Rotation
 from serve_apps.rollout.evidence.collecting import Collector, Reader
 from serve_apps.rollout.evidence.store import EvidenceStore
 from serve_apps.rollout.json_form import as_json
+from serve_apps.rollout.outage.known import KnownRollouts
+from serve_apps.rollout.outage.local_evidence import LocalEvidence
+from serve_apps.rollout.outage.watch import OutageWatch
 from serve_apps.rollout.policies import count_units
 from serve_apps.rollout.policy_spec import EventGuardrailSpec, RolloutSpec, StepSpec, TrafficSpec
 from tests.samples.model_versions import registered
@@ -96,6 +99,7 @@ def rollout(root: Path, handler: type[Echo]) -> Iterator[Running]:
                 Leadership(edge.ledger.engine, root / "rollouts.lock"),
                 ControllerMetrics(new_registry()),
                 stopped,
+                OutageWatch(edge.journal, KnownRollouts(root / "known"), LocalEvidence(root / "access")),
             ),
         )
         loop.start()

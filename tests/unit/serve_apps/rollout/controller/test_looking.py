@@ -22,6 +22,10 @@ from serve_apps.rollout.controller.controller import Controller
 from serve_apps.rollout.controller.leadership import Leadership
 from serve_apps.rollout.controller.metrics import ControllerMetrics
 from serve_apps.rollout.controller.rights import StarterRights
+from serve_apps.rollout.outage.known import KnownRollouts
+from serve_apps.rollout.outage.local_evidence import LocalEvidence
+from serve_apps.rollout.outage.watch import OutageWatch
+from tests.samples.journaled import new_journal
 from tests.samples.model_versions import registered
 from tests.samples.policies import STARTER, EvidenceDouble, permitted, started_ledger
 from tests.servers.postgresql import end_connections, new_database
@@ -51,6 +55,9 @@ def running(url: str, file: Path, double: EvidenceDouble) -> Iterator[Controller
         Leadership(ledger.engine, file),
         metrics,
         stopped,
+        OutageWatch(
+            new_journal(file.parent), KnownRollouts(file.with_name("known")), LocalEvidence(file.parent)
+        ),
     )
     thread = threading.Thread(target=looking.look_until_stopped, args=arguments)
     thread.start()

@@ -1,0 +1,7 @@
+"""A ledger database in SQLite and in PostgreSQL."""
+
+from __future__ import annotations
+
+from tests.unit.cluster.ledger.conftest import server, url
+
+__all__ = ["server", "url"]
