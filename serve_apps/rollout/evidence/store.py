@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from cluster.ledger.database import snapshot, updating
 from cluster.statistics.evidence import EventCounts, Evidence
 from cluster.statistics.planning import Plan
-from cluster.statistics.policy import DAY_S, UnitEvent
+from cluster.statistics.policy import DAY_S, REQUEST_EVENTS, UnitEvent
 from serve_apps.rollout.assignment import Arm, bounds
 from serve_apps.rollout.evidence.activity import Activity, last_of_arm, last_requests
 from serve_apps.rollout.evidence.collecting import activities_of
@@ -209,7 +209,7 @@ def _count_events(
             control=counts.get((event, Arm.control), 0),
             watched=watched.get(event, 0),
         )
-        for event in UnitEvent
+        for event in REQUEST_EVENTS
     }
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cluster.statistics.policy import Form, UnitEvent
+from cluster.statistics.policy import REQUEST_EVENTS, Form, UnitEvent
 from tests.samples.rollout_simulations import (
     failing_share,
     false_no_harm,
@@ -48,7 +48,7 @@ def test_better_version_is_not_rolled_back(draw: np.random.Generator) -> None:
     assert rates.goal == 1
 
 
-@pytest.mark.parametrize("event", UnitEvent)
+@pytest.mark.parametrize("event", REQUEST_EVENTS)
 def test_each_kind_of_harm_is_rolled_back(draw: np.random.Generator, event: UnitEvent) -> None:
     """Three times the rate of one event."""
     worse = replace(HEALTHY, rates={**HEALTHY.rates, event: 3 * HEALTHY.rates[event]})
