@@ -20,6 +20,7 @@ from starlette.responses import Response
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ShadowStarted, ShadowStopped
 from cluster.records.reading import read_shadow_predictions
+from cluster.records.schema import PredictionRecord
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
@@ -76,6 +77,8 @@ class ShadowServer:
         self.may_answer = threading.Event()
         self.may_answer.set()
         self.idle_s = 60.0
+        self.status = 200
+        """Status of the answers; 0: the connection ends without one."""
         self.num_closed = 0
         """Connections that one of both sides has ended."""
         shadow_server = self
@@ -98,8 +101,11 @@ class ShadowServer:
                     (self.path, {k.lower(): v for k, v in self.headers.items()}, body)
                 )
                 shadow_server.may_answer.wait(10)
+                if not shadow_server.status:
+                    self.close_connection = True
+                    return
                 with contextlib.suppress(OSError):
-                    self.send_response(200)
+                    self.send_response(shadow_server.status)
                     self.send_header("content-length", "0")
                     self.end_headers()
 
@@ -136,6 +142,8 @@ class MirroredReplica:
 
     def __init__(self, ledger: Ledger, address: str, *, version: int = 1) -> None:
         self.counts: Counter[str] = Counter()
+        self.records: list[PredictionRecord] = []
+        self.loop = asyncio.new_event_loop()
         self.address = address
         self.errors: dict[str, BaseException] = {}
         """Error of the next call of a method, by its name; each is raised once."""
@@ -148,6 +156,7 @@ class MirroredReplica:
             proof=PROOF,
             authority="",
             count=self.count,
+            append=self.records.append,
         )
 
     def fetch_targets(self) -> dict[str, tuple[str, ...]]:
@@ -174,15 +183,24 @@ class MirroredReplica:
         answer = self.shadowing.add_copy(Response(), Operation.predict, edge, body)
         if answer.background is None:
             return False
-        asyncio.run(answer.background())
+        self.loop.run_until_complete(answer.background())
         return True
+
+    def recorded(self) -> list[PredictionRecord]:
+        """Run what the senders asked the event loop for, and return the records."""
+        self.loop.run_until_complete(asyncio.sleep(0))
+        return self.records
+
+    def close(self) -> None:
+        self.shadowing.close()
+        self.loop.close()
 
 
 @pytest.fixture
 def mirrored(ledger: Ledger, shadow_server: ShadowServer) -> Iterator[MirroredReplica]:
     mirrored = MirroredReplica(ledger, shadow_server.address)
     yield mirrored
-    mirrored.shadowing.close()
+    mirrored.close()
 
 
 def test_shadow_starts_changes_and_stops_with_the_ledger(
@@ -198,7 +216,7 @@ def test_shadow_starts_changes_and_stops_with_the_ledger(
     itself = MirroredReplica(ledger, shadow_server.address, version=2)
     wait_until(lambda: itself.shadowing._seq == ledger.head())
     assert not itself.ask()
-    itself.shadowing.close()
+    itself.close()
     ledger.append(STOPPED, actor="t")
     wait_until(lambda: not mirrored.ask())
 
@@ -253,6 +271,27 @@ def test_failed_and_refused_copies_are_counted(
     assert mirrored.counts["dropped"] == 1
 
 
+@pytest.mark.parametrize(
+    ("status", "fault"), [(503, "copy failed"), (400, "copy refused"), (0, "copy failed"), (200, "")]
+)
+def test_copy_without_an_answer_is_recorded(
+    mirrored: MirroredReplica, shadow_server: ShadowServer, ledger: Ledger, status: int, fault: str
+) -> None:
+    """With the request's rollout and unit, as evidence about the shadow. The shadow itself logs answered ones."""
+    shadow_server.status = status
+    ledger.append(STARTED, actor="t")
+    wait_until(lambda: mirrored.ask(7, rollout="r", unit_hash="U", arm="outside"))
+    wait_until(lambda: mirrored.counts["sent" if status == 200 else "refused" if status else "failed"] == 1)
+    found = mirrored.recorded()
+    if not fault:
+        assert found == []
+        return
+    wait_until(lambda: bool(mirrored.recorded()))
+    [record] = mirrored.records
+    assert (record.version, record.arm, record.fault) == (2, "shadow", fault)
+    assert (record.request_id, record.rollout, record.unit_hash) == ("r7", "r", "U")
+
+
 def test_connection_closed_by_the_shadow_loses_no_copy(shadow_server: ShadowServer) -> None:
     """Serve closes a connection after 90 s without a request, so a model with few requests would lose all copies."""
     shadow_server.idle_s = 0.05
@@ -284,7 +323,7 @@ def test_copies_follow_a_replaced_replica(
     wait_until(lambda: mirrored.ask() and mirrored.counts["failed"] > 0)
     mirrored.address = shadow_server.address
     wait_until(lambda: mirrored.ask() and mirrored.counts["sent"] > 0)
-    mirrored.shadowing.close()
+    mirrored.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
