@@ -12,11 +12,12 @@ import sqlalchemy as sa
 from cluster.ledger.database import snapshot, updating
 from cluster.statistics.evidence import EventCounts, Evidence
 from cluster.statistics.planning import Plan
-from cluster.statistics.policy import DAY_S, REQUEST_EVENTS, UnitEvent
+from cluster.statistics.policy import DAY_S, REQUEST_EVENTS, Form, Policy, UnitEvent
 from serve_apps.rollout.assignment import Arm, bounds
 from serve_apps.rollout.evidence.activity import Activity, last_of_arm, last_requests
 from serve_apps.rollout.evidence.collecting import activities_of
 from serve_apps.rollout.evidence.metric_tables import COHORTS, ENTERED, SUMS, read_metrics
+from serve_apps.rollout.evidence.shadow_counts import ALL_UNITS, SHADOW_COUNTS, read_shadow_counts
 from serve_apps.rollout.evidence.tables import (
     COUNTED,
     EVENTS,
@@ -29,7 +30,7 @@ from serve_apps.rollout.evidence.tables import (
     upsert,
 )
 
-TABLES = (COUNTED, EVENTS, UNITS, COHORTS, ENTERED, SUMS)
+TABLES = (COUNTED, EVENTS, UNITS, COHORTS, ENTERED, SUMS, SHADOW_COUNTS)
 """Tables with rows of a rollout. They are removed with it."""
 
 
@@ -123,6 +124,8 @@ class EvidenceStore:
             started_at: Time of the event that started the rollout.
             now: Time of the look.
         """
+        if plan.policy.is_shadow:
+            return self._evidence_of_shadow(rollout_id, plan, started_at=started_at, now=now)
         window = current_window(
             plan, step=step, step_started_at=step_started_at, started_at=started_at, now=now
         )
@@ -133,7 +136,7 @@ class EvidenceStore:
             activities = self._activities(connection, rollout_id)
             units = _count_units(connection, rollout_id, below, watched_until)
             events = _count_events(connection, rollout_id, below, since, watched_until)
-            metrics = read_metrics(connection, rollout_id)
+            metrics = read_metrics(connection, rollout_id, paired=_paired(plan.policy))
         last = [last_of_arm(activities, arm) for arm in (Arm.treatment, Arm.control)]
         waiting_since = min(_ms(started_at) if time is None else time for time in last)
         return Evidence(
@@ -146,6 +149,28 @@ class EvidenceStore:
             events=events,
             metrics=metrics,
             last=last_requests(activities),
+        )
+
+    def _evidence_of_shadow(
+        self, rollout_id: str, plan: Plan, *, started_at: dt.datetime, now: dt.datetime
+    ) -> Evidence:
+        """Return the counts of a shadow. It has one step, and one window that never ends."""
+        with snapshot(self._engine) as connection:
+            activities = self._activities(connection, rollout_id)
+            counts = read_shadow_counts(connection, rollout_id)
+            metrics = read_metrics(connection, rollout_id, paired=_paired(plan.policy), is_shadow=True)
+        last = last_of_arm(activities, Arm.outside)
+        total_s = (now - started_at).total_seconds()
+        idle_s = total_s if last is None else (_ms(now) - last) / 1000
+        return Evidence(
+            step=0,
+            window=0,
+            step_s=total_s,
+            total_s=total_s,
+            idle_s=max(0.0, idle_s),
+            watched_units=counts.get(ALL_UNITS, 0),
+            events={event: EventCounts(watched=counts.get(event, 0)) for event in UnitEvent},
+            metrics=metrics,
         )
 
     def requests(self, rollout_id: str) -> dict[str, int]:
@@ -163,6 +188,12 @@ class EvidenceStore:
         texts = connection.execute(sa.select(READERS.c.activities)).scalars()
         found = (activities_of(text).get(rollout_id) for text in texts)
         return [activity for activity in found if activity is not None]
+
+
+def _paired(policy: Policy) -> frozenset[str]:
+    """Return the names of the paired metrics, and of their segments."""
+    metrics = {metric.name for metric in policy.metrics if metric.form is Form.paired}
+    return frozenset(metrics | {signal.name for signal in policy.signals if signal.metric in metrics})
 
 
 def _count_units(connection: sa.Connection, rollout: str, below: int, until: dt.datetime) -> int:
