@@ -252,7 +252,7 @@ class Policy:
     @property
     def margins(self) -> list[tuple[str, Margin]]:
         """Metric and margin of each goal, of each guardrail on a metric, and of each signal."""
-        rules = (*self.goals, *self.metric_guardrails, *self.signals)
+        rules: list[Goal | MetricGuardrail | Signal] = [*self.goals, *self.metric_guardrails, *self.signals]
         return [(rule.metric, rule.margin) for rule in rules]
 
     @property

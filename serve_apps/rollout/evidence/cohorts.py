@@ -51,7 +51,7 @@ class Answer(NamedTuple):
     @property
     def predictions(self) -> list[dict[str, Any]]:
         """One prediction for each row; [] if there is no answer."""
-        return [] if self.fault else orjson.loads(self.predictions_json)  # type: ignore[no-any-return]
+        return [] if self.fault else orjson.loads(self.predictions_json)
 
     @property
     def features(self) -> dict[str, list[Any]]:

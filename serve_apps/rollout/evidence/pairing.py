@@ -10,7 +10,7 @@ import datetime as dt
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from cluster.errors import RefusedError
+from cluster.errors import ModelFailed, RefusedError
 from cluster.runtime import Model
 from serve_apps.rollout.evidence.cohorts import Answer, UnitRows
 
@@ -71,5 +71,5 @@ class Rescorer:
         try:
             columns = {spec.name: features[spec.name] for spec in model.signature.inputs}
             return model.predict(columns).require_finite().rows()
-        except (RefusedError, KeyError):
+        except (RefusedError, ModelFailed, KeyError):
             return []
