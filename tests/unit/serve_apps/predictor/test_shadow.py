@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ShadowStarted, ShadowStopped
-from cluster.records.reading import read_shadow_predictions
+from cluster.records.reading import read_records, read_shadow_predictions
 from cluster.records.schema import PredictionRecord
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
@@ -414,3 +414,6 @@ def test_shadow_predictions_are_logged_and_in_no_figure(
         assert pairs.height == shadows.height
         assert pairs["value"].to_list() == pairs["value_answered"].to_list()
         assert pairs["age"].to_list() == pairs["age_answered"].to_list()
+        for record in read_records(log, store):
+            assert record["cpu_ms"] > 0
+            assert 0 < record["took_ms"] < 10_000

@@ -175,14 +175,15 @@ def test_paired_difference_lets_the_other_version_score_the_logged_features(logs
     for unit in range(30):
         arm, version = (("treatment", 2), ("control", 1))[unit % 2]
         x, truth = int(draw.integers(0, 11)), bool(draw.random() < 0.5)
-        logs.predict(
-            asked(unit, f"U{unit}", 10, True, arm=arm, version=version, features={"x": [x]}, as_of=at(10)),
-            asked(100 + unit, f"U{unit}", 12, True, arm=arm, version=version, features={"x": [x]}),
-        )
-        logs.tell(outcome(unit, truth, at(60)), outcome(100 + unit, not truth, at(60)))
+        values: dict[str, Any] = {"arm": arm, "version": version, "features": {"x": [x]}}
+        asks.append(asked(unit, f"U{unit}", 10, True, **values, as_of=at(10)))
+        asks.append(asked(100 + unit, f"U{unit}", 12, True, **values))
+        tells += [outcome(unit, truth, at(60)), outcome(100 + unit, not truth, at(60))]
         logged, scored = (0.75 - truth) ** 2, (x / 10 - truth) ** 2
         ours.append(logged if version == 2 else scored)
         theirs.append(scored if version == 2 else logged)
+    logs.predict(*asks)
+    logs.tell(*tells)
     counts = collect(logs, PAIRED, models=lambda version: Model(FLAGS, Tenth()))["brier"]
     effect = paired_difference(counts.treatment)
     expected = stats.ttest_rel(ours, theirs)
