@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import http.server
+import itertools
 import json
 import threading
 from collections import Counter
@@ -34,6 +36,10 @@ from serve_apps.predictor.shadow import MAX_COPY_BYTES, MAX_WAITING, SENDERS, Sh
 from serve_apps.predictor.shadow_replicas import Connections, FetchSchedule
 from serve_apps.predictor.tensors import to_raw
 from serve_apps.replica.edge_headers import EdgeHeaders
+from serve_apps.rollout.evidence import outcomes
+from serve_apps.rollout.evidence.metric_rules import Scoring, ShadowRule
+from serve_apps.rollout.evidence.shadow_counts import read_shadow_counts
+from serve_apps.rollout.evidence.tables import evidence_engine
 from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
 from tests.servers.replica import MODEL, Replica, application, running_replica, served
@@ -417,3 +423,40 @@ def test_shadow_predictions_are_logged_and_in_no_figure(
         for record in read_records(log, store):
             assert record["cpu_ms"] > 0
             assert 0 < record["took_ms"] < 10_000
+
+
+def test_units_of_real_copies_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the logs of two replicas to the counts of a rollout: its rollout and its unit are in both records."""
+    monkeypatch.setattr(outcomes, "MIN_COHORT_S", 0.05)
+    with running_pair(tmp_path, monkeypatch) as replica:
+        log, store = Path(replica.places.predictions(MODEL)), key_store(replica.keys)
+        metrics = outcomes.RolloutMetrics(
+            rollout="r",
+            model=MODEL,
+            started_at=dt.datetime.now(dt.UTC),
+            scoring=Scoring(outcome_window_s=0.2, rules=(), shadow=ShadowRule(slow_ms=10_000)),
+            treatment=2,
+            champion=1,
+        )
+        numbers = itertools.count()
+
+        def send() -> bool:
+            number = next(numbers)
+            said = {"request_id": f"r{number}", "arm": "outside", "rollout": "r", "unit_hash": f"U{number}"}
+            body = {"entities": [{"id": 1}], "features": {"age": 3}}
+            assert replica.json("/v1/models/m:predict", body, headers=replica.as_edge(**said))[0] == 200
+            return read_shadow_predictions(log, store).height >= 3
+
+        wait_until(send)
+        reader = outcomes.OutcomeReader(
+            replica.ledger, replica.places, store, signatures=lambda _: SIGNATURE, metrics=metrics
+        )
+        engine = evidence_engine(replica.ledger.engine)
+
+        def counts() -> dict[str, int]:
+            reader.collect(now=dt.datetime.now(dt.UTC))
+            with engine.connect() as connection:
+                return read_shadow_counts(connection, "r")
+
+        wait_until(lambda: counts().get("units", 0) >= 3)
+        assert counts().keys() == {"units"}  # no copy failed or disagreed
