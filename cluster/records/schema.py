@@ -34,8 +34,15 @@ class PredictionRecord:
     """Maps input to the rows where the feature service's default replaced a missing or expired value. Older records do
     not have this field."""
     fault: str = ""
-    """Reason why the model gave no answer. Then `predictions` is empty, and the client got 503. Older records do not
-    have this field."""
+    """Reason why the model gave no answer. Then `predictions` is empty, and the client got 503. For a copy that a
+    shadow did not answer, it is `COPY_FAILED` or `COPY_REFUSED`, and the replica that sent the copy wrote the record.
+    Older records do not have this field."""
+    took_ms: float = 0.0
+    """Time of reading the features and running the model, with the wait for a batch, in milliseconds. 0 if unknown;
+    older records do not have this field."""
+    cpu_ms: float = 0.0
+    """CPU time of the same work, in milliseconds: of all threads of the model, and of a batch the part of this request.
+    0 if unknown; older records do not have this field."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +57,8 @@ class OutcomeRecord:
     received_at: str
 
 
+COPY_FAILED, COPY_REFUSED = "copy failed", "copy refused"
+"""Faults of a shadow's copy that got no answer, or a 4xx answer."""
 SHADOW = "shadow"
 """Arm and variant of a shadow's prediction, which no client gets."""
 Record = PredictionRecord | OutcomeRecord

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cluster.statistics.mixtures import FloatArray, log_e_below, upper_bound
+from cluster.statistics.mixtures import FloatArray, log_e_above, log_e_below, upper_bound
 
 
 def bound_of_failing_share(failing: ArrayLike, units: ArrayLike, *, error: float) -> FloatArray:
@@ -40,3 +40,18 @@ def is_no_harm(
     """
     proven = log_e_below(failing, units, limit) >= -np.log(error)
     return np.asarray(proven & (np.asarray(units) >= np.asarray(planned_units)))
+
+
+def is_above_limit(failing: ArrayLike, units: ArrayLike, *, limit: float, error: float) -> np.ndarray:
+    """Return whether the share of failing units is proven to be above the limit.
+
+    A shadow has no control arm: a copy is sent only for a request that the champion has answered. So its events are
+    compared with the limit alone. The test is exact from the first unit on (`mixtures.log_e_above`).
+
+    Args:
+        failing: Number of failing units, of any shape.
+        units: Number of all units. Each is counted once, failing or not.
+        limit: Share between 0 and 1.
+        error: Probability of a false result over all looks.
+    """
+    return np.asarray(log_e_above(failing, units, limit) >= -np.log(error))

@@ -26,6 +26,7 @@ from cluster.statistics.power import (
     MAX_UNITS,
     smallest_effect,
     smallest_share,
+    smallest_share_above,
     units_for_mean,
     units_for_no_harm,
 )
@@ -97,6 +98,12 @@ class Plan:
     """Variance of the mixture for all guardrails on metrics."""
     smallest_effects: Mapping[str, float]
     """For each guardrail on a metric: how far beyond its margin the treatment must be worse to be found at the end."""
+    signal_error: float = 0.0
+    """Error of each signal; 0 without signals, as in plans of older releases."""
+    signal_tunings: Mapping[str, float] = field(default_factory=dict)
+    """Variance of the mixture for each signal, by its name."""
+    smallest_signals: Mapping[str, float] = field(default_factory=dict)
+    """For each signal: how far beyond its margin the treatment must be worse to be found at the end."""
 
     @property
     def duration_s(self) -> float:
@@ -152,9 +159,40 @@ def plan(policy: Policy, traffic: Traffic) -> Plan:
             for guardrail in policy.metric_guardrails
         },
     )
+    draft = _with_signals(draft, traffic, total)
     for _ in policy.steps[:-1]:
         draft = _with_next_step(draft, traffic, per_step)
     return _require_time(_with_next_step(draft, traffic, last))
+
+
+def _with_signals(draft: Plan, traffic: Traffic, total: int) -> Plan:
+    """Return the plan with the error, the tunings and the smallest effects of its signals.
+
+    Args:
+        draft: The plan.
+        traffic: What is assumed.
+        total: Number of units of each arm in all steps.
+    """
+    signals, policy = draft.policy.signals, draft.policy
+    if not signals:
+        return draft
+    error = policy.errors.signals / len(signals)
+    units = {signal.name: max(math.ceil(total * signal.share), MIN_UNITS) for signal in signals}
+    arms = {signal.name: num_arms(policy.metric(signal.metric)) for signal in signals}
+    return replace(
+        draft,
+        signal_error=error,
+        signal_tunings={name: tuning(arms[name] * units[name], error=error) for name in units},
+        smallest_signals={
+            signal.name: smallest_effect(
+                units[signal.name],
+                deviation=traffic.metrics[signal.metric].deviation,
+                error=error,
+                arms=arms[signal.name],
+            )
+            for signal in signals
+        },
+    )
 
 
 def num_arms(metric: Metric) -> int:
@@ -210,11 +248,28 @@ def _with_next_step(draft: Plan, traffic: Traffic, units: int) -> Plan:
     policy, number = draft.policy, len(draft.steps)
     step = policy.steps[number]
     seconds = units / (traffic.units_per_hour / 3600 * step.weight / 100) + policy.unit_watch_s
-    if number == len(policy.steps) - 1 and policy.goals:
+    if number == len(policy.steps) - 1 and (policy.goals or policy.is_shadow):
         seconds += traffic.outcome_delay_s
-    window = min(number + math.floor(draft.duration_s / DAY_S), draft.num_windows - 1)
+    planned = PlannedStep(
+        weight=step.weight,
+        units=units,
+        duration_s=max(step.bake_s, seconds),
+        smallest_shares=_smallest_shares(draft, traffic, units=units, seconds=seconds),
+    )
+    return replace(draft, steps=(*draft.steps, planned))
+
+
+def _smallest_shares(draft: Plan, traffic: Traffic, *, units: int, seconds: float) -> dict[UnitEvent, float]:
+    """Return the smallest share of units with each event that the next step finds."""
+    policy = draft.policy
+    if policy.is_shadow:
+        return {
+            guardrail.event: smallest_share_above(units, limit=guardrail.limit, error=draft.guardrail_error)
+            for guardrail in policy.event_guardrails
+        }
+    window = min(len(draft.steps) + math.floor(draft.duration_s / DAY_S), draft.num_windows - 1)
     in_window = math.ceil(units * min(DAY_S / seconds, 1))
-    shares = {
+    return {
         guardrail.event: smallest_share(
             in_window,
             traffic.events[guardrail.event],
@@ -223,10 +278,6 @@ def _with_next_step(draft: Plan, traffic: Traffic, units: int) -> Plan:
         )
         for guardrail in policy.event_guardrails
     }
-    planned = PlannedStep(
-        weight=step.weight, units=units, duration_s=max(step.bake_s, seconds), smallest_shares=shares
-    )
-    return replace(draft, steps=(*draft.steps, planned))
 
 
 def _require_baselines(policy: Policy, traffic: Traffic) -> None:

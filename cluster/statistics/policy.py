@@ -24,6 +24,12 @@ class UnitEvent(enum.StrEnum):
     """The replica answered 4xx."""
     slow = "slow"
     """The answer was slower than the policy's limit, or the client gave up."""
+    disagreement = "disagreement"
+    """Only of a shadow: it gave another label than the champion, or a value that is too far from the champion's."""
+
+
+REQUEST_EVENTS = (UnitEvent.failure, UnitEvent.refusal, UnitEvent.slow)
+"""What a unit of an arm can have. A shadow's units can have all events."""
 
 
 class Form(enum.StrEnum):
@@ -128,17 +134,46 @@ class MetricGuardrail:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Signal:
+    """Holds the rollout while the treatment is proven to be worse in a metric by more than a margin.
+
+    It never rolls back and never promotes.
+    """
+
+    metric: str
+    margin: Margin = Margin()
+    column: str = ""
+    """Logged input whose values are segments; "" means all units."""
+    value: str = ""
+    """The segment's value of the column, as text."""
+    share: float = 1.0
+    """Share of the units in the segment, which the plan assumes."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(
+                f"signal '{self.name}': share must be above 0 and at most 1, got {self.share:g}."
+            )
+
+    @property
+    def name(self) -> str:
+        """Name of the signal, and of its counts in the evidence."""
+        return f"{self.metric}[{self.column}={self.value}]" if self.column else self.metric
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     """One weight of the rollout."""
 
     weight: float
-    """Percent of the units in the treatment, at most 50: above it, the arms have no equal size."""
+    """Percent of the units in the treatment, at most 50: above it, the arms have no equal size. Of a shadow: percent of
+    the requests that are copied."""
     bake_s: float = 0.0
     """Least time of the step, in seconds."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight <= 50:
-            raise ValueError(f"step.weight must be above 0 and at most 50 percent, got {self.weight}.")
+        if not 0 < self.weight <= 100:
+            raise ValueError(f"step.weight must be above 0 and at most 100 percent, got {self.weight}.")
         if not 0 <= self.bake_s < math.inf:
             raise ValueError(f"step.bake_s must be a finite number of at least 0, got {self.bake_s}.")
 
@@ -155,9 +190,11 @@ class ErrorRates:
     """That any guardrail rolls back a treatment that does no harm."""
     mismatch: float = 0.001
     """That a sample-ratio mismatch is reported for a metric although there is none."""
+    signals: float = 0.05
+    """That any signal holds a treatment that does no harm."""
 
     def __post_init__(self) -> None:
-        for name in ("goals", "no_harm", "guardrails", "mismatch"):
+        for name in ("goals", "no_harm", "guardrails", "mismatch", "signals"):
             if not 0 < getattr(self, name) < 0.5:
                 raise ValueError(f"errors.{name} must be between 0 and 0.5, got {getattr(self, name)}.")
 
@@ -171,6 +208,9 @@ class Policy:
     goals: tuple[Goal, ...] = ()
     event_guardrails: tuple[EventGuardrail, ...]
     metric_guardrails: tuple[MetricGuardrail, ...] = ()
+    signals: tuple[Signal, ...] = ()
+    is_shadow: bool = False
+    """The treatment gets only copies of requests, in one step. It is never promoted."""
     deadline_s: float
     """Time from the start of the rollout to its promotion, in seconds."""
     watch_s: float = DAY_S
@@ -191,6 +231,11 @@ class Policy:
         weights = [step.weight for step in self.steps]
         if not weights or any(later <= earlier for earlier, later in itertools.pairwise(weights)):
             raise ValueError(f"steps must have increasing weights, got {weights}.")
+        greatest = 100 if self.is_shadow else 50
+        if weights[-1] > greatest:
+            raise ValueError(
+                f"step.weight must be above 0 and at most {greatest} percent, got {weights[-1]:g}."
+            )
         if not self.event_guardrails:
             raise ValueError(
                 "event_guardrails must not be empty: without one, nothing proves that a version works."
@@ -204,6 +249,7 @@ class Policy:
         if self.max_units < 1:
             raise ValueError(f"max_units must be at least 1, got {self.max_units}.")
         self._validate_names()
+        self._validate_shadow()
 
     def metric(self, name: str) -> Metric:
         """Return the metric with this name."""
@@ -211,9 +257,9 @@ class Policy:
 
     @property
     def margins(self) -> list[tuple[str, Margin]]:
-        """Metric and margin of each goal, and of each guardrail on a metric."""
-        goals = [(goal.metric, goal.margin) for goal in self.goals]
-        return goals + [(guardrail.metric, guardrail.margin) for guardrail in self.metric_guardrails]
+        """Metric and margin of each goal, of each guardrail on a metric, and of each signal."""
+        rules: list[Goal | MetricGuardrail | Signal] = [*self.goals, *self.metric_guardrails, *self.signals]
+        return [(rule.metric, rule.margin) for rule in rules]
 
     @property
     def num_guardrails(self) -> int:
@@ -224,7 +270,13 @@ class Policy:
         events = [guardrail.event.value for guardrail in self.event_guardrails]
         goals = [goal.metric for goal in self.goals]
         guarded = [guardrail.metric for guardrail in self.metric_guardrails]
-        lists = {"metrics": known, "event_guardrails": events, "goals": goals, "metric_guardrails": guarded}
+        lists = {
+            "metrics": known,
+            "event_guardrails": events,
+            "goals": goals,
+            "metric_guardrails": guarded,
+            "signals": [signal.name for signal in self.signals],
+        }
         for kind, names in lists.items():
             if len(set(names)) < len(names):
                 raise ValueError(f"{kind} must have different names, got {', '.join(names)}.")
@@ -233,3 +285,22 @@ class Policy:
                 raise ValueError(f"No metric '{name}'. Known: {', '.join(known) or 'none'}.")
             if margin.is_relative and self.metric(name).form is Form.paired:
                 raise ValueError(f"Metric '{name}' is paired, so its margin cannot be relative.")
+
+    def _validate_shadow(self) -> None:
+        """Require what a shadow can show: it has one step, and each request is scored by both versions."""
+        if not self.is_shadow:
+            if any(guardrail.event is UnitEvent.disagreement for guardrail in self.event_guardrails):
+                raise ValueError("event_guardrails: only a shadow can have the event 'disagreement'.")
+            return
+        if len(self.steps) > 1:
+            raise ValueError(f"A shadow has one step, got {len(self.steps)}.")
+        for metric in self.metrics:
+            if metric.form is not Form.paired:
+                raise ValueError(
+                    f"Metric '{metric.name}' must be paired: a shadow scores the champion's requests."
+                )
+        for guardrail in self.event_guardrails:
+            if guardrail.ratio != 1:
+                raise ValueError(
+                    f"guardrail '{guardrail.event}': ratio has no meaning for a shadow, because it has no control arm."
+                )

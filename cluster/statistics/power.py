@@ -14,7 +14,7 @@ from scipy.special import ndtri
 from scipy.stats import binom
 
 from cluster.statistics.coin import is_harm
-from cluster.statistics.mixtures import FloatArray, log_e_below
+from cluster.statistics.mixtures import FloatArray, log_e_above, log_e_below
 from cluster.statistics.sequences import MIN_UNITS, critical_value, tuning
 
 POWER = 0.9
@@ -103,6 +103,23 @@ def smallest_share(
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if is_found(middle) else (middle, high)
+    return high
+
+
+def smallest_share_above(units: int, *, limit: float, error: float, power: float = POWER) -> float:
+    """Return the smallest share of failing units that is proven to be above a limit, or 1 if none is.
+
+    Arguments are those of `smallest_share`.
+    """
+    needed = units - _greatest(
+        lambda good: log_e_above(units - np.asarray(good), units, limit) >= -np.log(error), 0, units
+    )
+    if needed > units:
+        return 1.0
+    low, high = limit, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if binom.sf(needed - 1, units, middle) >= power else (middle, high)
     return high
 
 

@@ -14,12 +14,13 @@ import numpy as np
 
 from cluster.statistics.breaker import is_open
 from cluster.statistics.coin import is_harm, log_evidence_of_harm
-from cluster.statistics.comparisons import improvement, is_reached, is_worse
+from cluster.statistics.comparisons import is_reached, is_worse
 from cluster.statistics.evidence import EventCounts, Evidence, MetricCounts
 from cluster.statistics.no_harm import bound_of_failing_share, is_no_harm
 from cluster.statistics.planning import Plan
-from cluster.statistics.policy import Action, Goal, Margin
+from cluster.statistics.policy import Action, Goal
 from cluster.statistics.sample_ratio import is_mismatch
+from cluster.statistics.signals import difference, shares_above_limits, signals_out_of_bounds
 
 
 class Verdict(enum.StrEnum):
@@ -27,6 +28,8 @@ class Verdict(enum.StrEnum):
 
     promote = "promote"
     """Make the treatment the champion."""
+    passed = "passed"
+    """The shadow showed what the policy asks for. It ends, and only another rollout can promote its version."""
     advance = "continue"
     """Go on: with the next step if `Decision.missing` is empty, else with this one."""
     hold = "hold"
@@ -57,7 +60,8 @@ def judge(plan: Plan, evidence: Evidence) -> Decision:
         return Decision(verdict=Verdict.roll_back, reasons=tuple(blocks), missing=missing)
     is_last = evidence.step == len(policy.steps) - 1
     if is_last and not missing:
-        return Decision(verdict=Verdict.promote, reasons=("all goals are reached, and no harm was found",))
+        end = Verdict.passed if policy.is_shadow else Verdict.promote
+        return Decision(verdict=end, reasons=("all goals are reached, and no harm was found",))
     late = evidence.total_s >= policy.deadline_s
     if late and policy.on_deadline is not Action.warn:
         reasons = (f"deadline: {evidence.total_s / 3600:.1f} h are over", *blocks)
@@ -73,12 +77,30 @@ def judge(plan: Plan, evidence: Evidence) -> Decision:
 
 def find_harm(plan: Plan, evidence: Evidence) -> tuple[str, ...]:
     """Return what rolls back at once: the breaker and the guardrails."""
-    policy, found = plan.policy, []
+    found = shares_above_limits(plan, evidence) if plan.policy.is_shadow else _harm_by_events(plan, evidence)
+    for rule in plan.policy.metric_guardrails:
+        counts = evidence.metrics.get(rule.metric, MetricCounts())
+        if is_worse(
+            plan.policy.metric(rule.metric),
+            counts,
+            tolerated=rule.margin,
+            error=plan.guardrail_error,
+            variance=plan.guardrail_tuning,
+        ):
+            found.append(
+                f"{rule.metric}: worse by more than the margin, {difference(plan, rule.metric, counts)}"
+            )
+    return tuple(found)
+
+
+def _harm_by_events(plan: Plan, evidence: Evidence) -> list[str]:
+    """Return which events of the treatment's units roll back, and whether the breaker does."""
+    found = []
     if is_open(evidence.last):
         last = evidence.last
         found.append(f"breaker: the last {last.requests} requests, of {last.units} units, failed")
     error = plan.window_error(evidence.window)
-    for guardrail in policy.event_guardrails:
+    for guardrail in plan.policy.event_guardrails:
         counts = evidence.events.get(guardrail.event, EventCounts())
         arms = counts.treatment, counts.control
         if is_harm(*arms, ratio=guardrail.ratio, error=error):
@@ -88,34 +110,23 @@ def find_harm(plan: Plan, evidence: Evidence) -> tuple[str, ...]:
                 f"{evidence.window + 1}, more than {guardrail.ratio:g} times the rate "
                 f"(log e-value {value:.2f}, threshold {-np.log(error):.2f})"
             )
-    for rule in policy.metric_guardrails:
-        metric, of_metric = policy.metric(rule.metric), evidence.metrics.get(rule.metric, MetricCounts())
-        if is_worse(
-            metric,
-            of_metric,
-            tolerated=rule.margin,
-            error=plan.guardrail_error,
-            variance=plan.guardrail_tuning,
-        ):
-            found.append(
-                f"{rule.metric}: worse by more than the margin, {_difference(plan, rule.metric, of_metric)}"
-            )
-    return tuple(found)
+    return found
 
 
 def _blocks(plan: Plan, evidence: Evidence) -> tuple[list[str], list[Action]]:
     """Return what blocks a promotion although all else is reached, and the actions that the policy gives for it."""
     policy = plan.policy
     blocks, actions = [], []
+    segments = {signal.name for signal in policy.signals if signal.column}
     for name, counts in evidence.metrics.items():
-        if is_mismatch(counts.splits, error=policy.errors.mismatch):
+        if name not in segments and is_mismatch(counts.splits, error=policy.errors.mismatch):
             units = [sum(getattr(split, arm) for split in counts.splits) for arm in ("treatment", "control")]
             blocks.append(f"mismatch: {units[0]} and {units[1]} units entered {name}, which is not the split")
             actions.append(policy.on_mismatch)
     if evidence.stored_units >= policy.max_units:
         blocks.append(f"too many units: {evidence.stored_units} are stored, and no others are counted")
         actions.append(Action.hold)
-    for name in evidence.signals:
+    for name in (*evidence.signals, *signals_out_of_bounds(plan, evidence)):
         blocks.append(f"signal: {name}")
         actions.append(Action.hold)
     if evidence.idle_s >= policy.no_data_s:
@@ -157,13 +168,4 @@ def _reached(plan: Plan, goal: Goal, evidence: Evidence) -> bool:
 
 def _open_goal(plan: Plan, goal: Goal, evidence: Evidence) -> str:
     counts = evidence.metrics.get(goal.metric, MetricCounts())
-    return f"goal: {goal.kind} of {goal.metric}, {_difference(plan, goal.metric, counts)}"
-
-
-def _difference(plan: Plan, name: str, counts: MetricCounts) -> str:
-    """Return the improvement and its standard error in words."""
-    effect = improvement(plan.policy.metric(name), counts, tolerated=Margin())
-    return (
-        f"improvement {float(effect.estimate):.4g} ± {float(effect.standard_error):.2g} with "
-        f"{int(effect.units)} units"
-    )
+    return f"goal: {goal.kind} of {goal.metric}, {difference(plan, goal.metric, counts)}"

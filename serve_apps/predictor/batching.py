@@ -23,6 +23,7 @@ from cluster.runtime import Model, Precision
 from cluster.runtime.encoding import Matrix
 from cluster.runtime.predictions import Predictions
 from cluster.settings import BatchingConfig
+from serve_apps.replica.cost import RequestCost
 
 Predict = Callable[[Matrix], Predictions]
 PROBE_ROWS, PROBES = 8, 5
@@ -65,6 +66,7 @@ def batches(model: Model, config: BatchingConfig) -> Batches | None:
 class _Waiting:
     matrix: Matrix
     answer: asyncio.Future[Predictions]
+    cost: RequestCost | None
 
 
 class Batches:
@@ -86,12 +88,17 @@ class Batches:
         self._expected = 1
         self._due: asyncio.Handle | None = None
 
-    async def predict(self, matrix: Matrix) -> Predictions:
-        """Return the model's predictions for these rows. It raises the error that the model raises for these rows."""
+    async def predict(self, matrix: Matrix, *, cost: RequestCost | None = None) -> Predictions:
+        """Return the model's predictions for these rows. It raises the error that the model raises for these rows.
+
+        Args:
+            matrix: encoded rows.
+            cost: gets the CPU time of the request's part of its batch.
+        """
         loop = asyncio.get_running_loop()
         if self._num_rows + len(matrix) > self._max_rows:
             self._answer()
-        request = _Waiting(matrix, loop.create_future())
+        request = _Waiting(matrix, loop.create_future(), cost)
         self._waiting.append(request)
         self._num_rows += len(matrix)
         self._schedule(loop)
@@ -119,6 +126,7 @@ class Batches:
 
 
 def _answer_all(predict: Predict, waiting: Sequence[_Waiting]) -> None:
+    began = time.process_time()
     try:
         predictions = predict(np.concatenate([request.matrix for request in waiting]))
     except Exception as error:  # noqa: BLE001 (the request gets the error)
@@ -128,9 +136,11 @@ def _answer_all(predict: Predict, waiting: Sequence[_Waiting]) -> None:
             for request in waiting:  # only the request that causes the error may fail
                 _answer_all(predict, [request])
         return
-    first = 0
+    cpu_s, first = time.process_time() - began, 0
     for request in waiting:
         last = first + len(request.matrix)
+        if request.cost is not None:
+            request.cost.add_cpu(cpu_s * len(request.matrix) / max(len(predictions.scores), 1))
         scores = predictions.scores[first:last]
         request.answer.set_result(Predictions(signature=predictions.signature, scores=scores))
         first = last

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from cluster.ledger import Ledger, open_ledger
 from cluster.records.location import max_age_s, prediction_log
+from cluster.records.schema import PredictionRecord
 from cluster.registry import ModelVersion, Registry
 from cluster.runtime import InputSpec, Model, ModelSignature
 from cluster.runtime.device_choice import find_hardware
@@ -120,7 +121,9 @@ class Parts:
         """Start the thread that reads how many replicas a rollout has requested."""
         return RequestedNumber(self.ledger, self.version.name, self.version.version)
 
-    def shadowing(self, count: Callable[[str], None]) -> Shadowing:
+    def shadowing(
+        self, count: Callable[[str], None], append: Callable[[PredictionRecord], None]
+    ) -> Shadowing:
         """Start the thread that watches for a shadow of the model."""
         return Shadowing(
             model=self.version.name,
@@ -131,4 +134,5 @@ class Parts:
             proof=edge_proof(self.places),
             authority=f"{self.places.tls}/{CA_NAME}",
             count=count,
+            append=append,
         )

@@ -24,8 +24,9 @@ from serve_apps.predictor.inputs import ModelInputs, model_inputs
 from serve_apps.predictor.metrics import PredictionMetrics
 from serve_apps.predictor.parts import Parts
 from serve_apps.predictor.paths import Operation
-from serve_apps.predictor.request import RequestInput, parse_predict
+from serve_apps.predictor.request import PredictRequest, RequestInput, parse_predict
 from serve_apps.predictor.shadow import copy_counter
+from serve_apps.replica.cost import RequestCost
 from serve_apps.replica.edge_headers import EdgeHeaderReader, EdgeHeaders
 from serve_apps.replica.http import LOG, answer, parse_json, read_body, refusal
 from serve_apps.replica.http_contract import PREDICTION_ID_HEADER
@@ -69,7 +70,7 @@ class Predictor:
         self._allowed_inputs: dict[str, RequestInput] = {**self._request_inputs, **self._inputs}
         tags = {"model": name, "version": str(version)}
         self._metrics = PredictionMetrics(tags)
-        self._shadowing = parts.shadowing(copy_counter(tags))
+        self._shadowing = parts.shadowing(copy_counter(tags), self._log.append)
         self._ongoing = OngoingRequests()
         self._requested = parts.requested_number()
         self._outages = Outages()
@@ -128,13 +129,18 @@ class Predictor:
             case Operation.ready:
                 return answer({"name": name, "ready": True})
 
-    async def _rows(self, columns: dict[str, list[Any]]) -> tuple[list[dict[str, Any]], str]:
+    async def _rows(
+        self, columns: dict[str, list[Any]], cost: RequestCost
+    ) -> tuple[list[dict[str, Any]], str]:
         """Return the predictions as rows, and a fault. The fault is empty if the model gave scores."""
         try:
             # Each request is encoded separately. If one has a value that cannot be encoded, only this request fails.
             if self._batches is None:
-                return self._model.predict(columns).require_finite().rows(), ""
-            return (await self._batches.predict(self._model.encode(columns))).require_finite().rows(), ""
+                with cost.working():
+                    return self._model.predict(columns).require_finite().rows(), ""
+            with cost.working():
+                matrix = self._model.encode(columns)
+            return (await self._batches.predict(matrix, cost=cost)).require_finite().rows(), ""
         except InvalidRequest:
             raise
         except ModelFailed as failed:
@@ -155,9 +161,9 @@ class Predictor:
     async def _predict(self, edge: EdgeHeaders, body: dict[str, Any], *, deadline: float) -> Response:
         now = dt.datetime.now(dt.UTC)
         request = parse_predict(body, self._allowed_inputs, now=now)
-        overrides = request.overrides
-        inputs = await self._read_inputs(request.entities, overrides, request.as_of, deadline=deadline)
-        rows, fault = await self._rows(inputs.columns)
+        overrides, cost = request.overrides, RequestCost()
+        inputs = await self._read_inputs(request, cost, deadline=deadline)
+        rows, fault = await self._rows(inputs.columns, cost)
         request_values = {name: overrides[name] for name in self._request_inputs if name in overrides}
         prediction_id = self._log_prediction(
             edge,
@@ -169,6 +175,7 @@ class Predictor:
             given=sorted(overrides),
             defaulted=inputs.defaulted,
             fault=fault,
+            cost=cost,
         )
         if fault:
             return self._failed(fault, prediction_id)
@@ -185,24 +192,25 @@ class Predictor:
         return answer(content, headers={PREDICTION_ID_HEADER: prediction_id})
 
     async def _read_inputs(
-        self,
-        entities: list[dict[str, Any]],
-        overrides: dict[str, Any],
-        as_of: dt.datetime,
-        *,
-        deadline: float,
+        self, request: PredictRequest, cost: RequestCost, *, deadline: float
     ) -> ModelInputs:
         """Read the features. While the online store does not answer, wait for it."""
 
         def read() -> ModelInputs:
-            return model_inputs(self._reader, self._inputs.keys(), entities, overrides, as_of)
+            with cost.working():
+                return model_inputs(
+                    self._reader, self._inputs.keys(), request.entities, request.overrides, request.as_of
+                )
 
         return await self._outages.retry_during_outage(read, deadline=deadline)
 
     async def _infer(self, edge: EdgeHeaders, body: bytes, length: list[str]) -> Response:
         content, raw = inference_protocol.split_body(body, length)
-        request = inference_protocol.parse_infer(content, self._inputs, self._outputs, raw)
-        rows, fault = await self._rows(request.columns)
+        request, cost = (
+            inference_protocol.parse_infer(content, self._inputs, self._outputs, raw),
+            RequestCost(),
+        )
+        rows, fault = await self._rows(request.columns, cost)
         now = dt.datetime.now(dt.UTC)
         prediction_id = self._log_prediction(
             edge,
@@ -214,6 +222,7 @@ class Predictor:
             given=sorted(request.columns),
             defaulted=None,
             fault=fault,
+            cost=cost,
         )
         if fault:
             return self._failed(fault, prediction_id)
@@ -242,6 +251,7 @@ class Predictor:
         given: list[str],
         defaulted: dict[str, list[int]] | None,
         fault: str,
+        cost: RequestCost,
     ) -> str:
         """Append the record of an answer to the log before the answer is sent. Return the prediction id."""
         prediction_id = os.urandom(16).hex()
@@ -263,6 +273,8 @@ class Predictor:
             given=given,
             defaulted=defaulted or {},
             fault=fault,
+            took_ms=cost.took_ms,
+            cpu_ms=cost.cpu_ms,
         )
         self._log.append(record)
         return prediction_id

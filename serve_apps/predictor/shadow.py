@@ -7,20 +7,24 @@ access.
 
 A copy is sent directly to a replica of the shadow's application, with the sending replica's token, not with the
 client's token. Of the client's headers, only those that the model reads are sent. The shadow logs the copy under the
-same request id, with arm and variant `shadow`.
+same request id, with arm and variant `shadow`. If the shadow gives no answer, the sending replica logs the copy with
+the reason (`failed_copy`), so that a failure of the shadow is evidence of a rollout. A dropped copy is not logged: it
+says nothing about the shadow.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime as dt
 import itertools
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 import xxhash
@@ -30,11 +34,12 @@ from starlette.responses import Response
 
 from cluster.ledger import Entry, Ledger
 from cluster.ledger.events import LedgerEvent, ShadowStarted, ShadowStopped, Subject
-from cluster.records.schema import SHADOW
+from cluster.records.schema import COPY_FAILED, COPY_REFUSED, SHADOW, PredictionRecord
 from serve_apps.predictor.inference_protocol import JSON_LENGTH
 from serve_apps.predictor.paths import Operation
 from serve_apps.predictor.shadow_replicas import Connections, FetchSchedule
 from serve_apps.replica.edge_headers import EdgeHeaders
+from serve_apps.replica.http import Unavailable
 from serve_apps.replica.targets import Targets, addresses_of
 from serve_apps.rollout.assignment import BUCKETS
 from serve_apps.rollout.serving_state import Shadow, States, apply
@@ -100,6 +105,36 @@ class Destination:
     """Addresses of the shadow's replicas in Serve's last answer. There may be none."""
 
 
+class Sent(NamedTuple):
+    """What became of a copy."""
+
+    result: str
+    """`sent`, `refused`, `failed` or `dropped`."""
+    fault: str = ""
+    """Why the shadow gave no answer; "" if it gave one, or if it is not to blame."""
+    version: int = 0
+
+
+def failed_copy(copy: Copy, sent: Sent, *, model: str) -> PredictionRecord:
+    """Return the record of a copy that the shadow did not answer."""
+    return PredictionRecord(
+        prediction_id=os.urandom(16).hex(),
+        request_id=copy.edge.request_id,
+        time=copy.answered_at,
+        model=model,
+        version=sent.version,
+        variant=SHADOW,
+        rollout=copy.edge.rollout,
+        arm=SHADOW,
+        unit_hash=copy.edge.unit_hash,
+        as_of=copy.answered_at,
+        entities=[],
+        features={},
+        predictions=[],
+        fault=sent.fault,
+    )
+
+
 class Shadowing:
     """While a model has a shadow, sends copies of one replica's requests to the shadow.
 
@@ -111,6 +146,7 @@ class Shadowing:
         proof: the installation's secret. Without it, the shadow's replicas ignore the edge's headers.
         authority: file with the certificate of the nodes' authority.
         count: called with the result of each copy: `sent`, `refused`, `failed` or `dropped`.
+        append: writes a record to this replica's log. It is called in the event loop of the requests.
     """
 
     def __init__(
@@ -124,6 +160,7 @@ class Shadowing:
         proof: str,
         authority: str,
         count: Callable[[str], None],
+        append: Callable[[PredictionRecord], None],
     ) -> None:
         self._model, self._version = model, version
         self._ledger = ledger
@@ -132,6 +169,8 @@ class Shadowing:
         self._proof = proof
         self._authority = authority
         self._count = count
+        self._append = append
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._states: States = {}
         self._seq = 0
         self._destination: Destination | None = None
@@ -170,6 +209,7 @@ class Shadowing:
         return answer
 
     async def _enqueue(self, copy: Copy) -> None:
+        self._loop = asyncio.get_running_loop()
         try:
             if len(copy.body) > MAX_COPY_BYTES:
                 raise queue.Full
@@ -240,23 +280,42 @@ class Shadowing:
                     copy = self._waiting.get(timeout=QUEUE_TIMEOUT_S)
                 except queue.Empty:
                     continue
-                self._count(self._send(copy, connections))
+                sent = self._send(copy, connections)
+                self._count(sent.result)
+                if sent.fault:
+                    self._record(failed_copy(copy, sent, model=self._model))
 
-    def _send(self, copy: Copy, connections: Connections) -> str:
-        """Send a copy and return its result."""
+    def _record(self, record: PredictionRecord) -> None:
+        """Write a record in the event loop of the requests. It is lost if the replica ends."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._try_append, record)
+
+    def _try_append(self, record: PredictionRecord) -> None:
+        try:
+            self._append(record)
+        except Unavailable as error:  # the disk is full; then requests get 503, too
+            LOG.debug("The record of a copy is lost: %s", error)
+
+    def _send(self, copy: Copy, connections: Connections) -> Sent:
+        """Send a copy and return what became of it."""
         destination = self._destination
         if destination is None or not destination.addresses:
-            return "dropped"
+            return Sent("dropped")
         address = destination.addresses[next(self._turn) % len(destination.addresses)]
-        app = destination.shadow.app
+        app, version = destination.shadow.app, destination.shadow.version
+        fault = ""
         try:
             headers = copy.edge.to_headers(self._proof) | {"authorization": f"Bearer {self._token()}"}
             if copy.json_length:
                 headers[JSON_LENGTH] = copy.json_length
             path = f"/{app}{copy.path(self._model)}"
-            status = connections.post(address, path, copy.content(), headers)
+            content, fault = copy.content(), COPY_FAILED
+            status = connections.post(address, path, content, headers)
         except Exception as error:  # noqa: BLE001 (only this copy is lost; the next one may succeed)
             LOG.debug("A copy for %s at %s failed: %s", app, address, error)
             self._is_failing = True
-            return "failed"
-        return "sent" if status == 200 else "refused"
+            return Sent("failed", fault, version)
+        if status == 200:
+            return Sent("sent")
+        return Sent("refused", COPY_REFUSED if 400 <= status < 500 else COPY_FAILED, version)

@@ -25,7 +25,7 @@ from cluster.security.authorization.policy import Action
 from cluster.session import attach, require_running_cluster
 from cluster.storage import json_text, layout, resolve, write_json
 from serve_apps.edge.control.waiting import wait_until_applied
-from serve_apps.rollout import transitions
+from serve_apps.rollout import shadow_runs, transitions
 from serve_apps.rollout.assignment import mixes_arms
 from serve_apps.rollout.checks import (
     require_no_champion,
@@ -48,6 +48,7 @@ from serve_apps.rollout.policies import (
     started_events,
 )
 from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
+from serve_apps.rollout.start_checks import check_versions
 
 
 @job("rollout", RolloutConfig)
@@ -123,7 +124,16 @@ def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState
     the_plan = None if config.rollout is None else config.rollout.plan()
     version = require_permission(config, ledger, actor, Action.rollout, config.version)
     require_no_champion(config, state, version.version)
-    deploy_and_wait(config, ledger, actor, version, variant=config.variant)
+    shadow_runs.require_no_other_shadow(config, state, version.version)
+    assert state.champion_version is not None
+    check_versions(config, ledger, actor, treatment=version.version, champion=state.champion_version)
+    deploy_and_wait(
+        config,
+        ledger,
+        actor,
+        version,
+        variant=SHADOW if shadow_runs.is_shadow(config) else config.variant,
+    )
     since = ledger.head()
     state = read_states(ledger)[config.name]
     require_no_rollout(config, state)
@@ -138,6 +148,7 @@ def start(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState
     )
     if config.rollout is not None:
         count_units(evidence_store(ledger), event.rollout, config.rollout)
+    events += shadow_runs.shadow_events(config, state, version.version)
     entries = transitions.append(ledger, config.name, events, actor=actor.name, since=since)
     wait_until_applied(config, ledger, transitions.require_appended(entries, config.name))
     return event.payload() | weight_remark(event.weight)
@@ -191,6 +202,9 @@ def promote(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollou
         RolloutError: the command names another version, or the outcomes breach the guardrail.
     """
     version = rollout.treatment_version
+    shadow_runs.require_no_shadow_run(
+        config, read_history(ledger, config.name), what="so no client has got its answers."
+    )
     require_permission(config, ledger, actor, Action.rollout, version)
     if config.version != LATEST:
         requested = Registry(ledger, layout(config.storage)).get(config.name, config.version).version
@@ -307,6 +321,8 @@ def shadow(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelStat
         raise RolloutError(
             f"Version {version.version} is the champion of '{config.name}', so it already answers. Shadow another one."
         )
+    what = "so another shadow would replace it."
+    shadow_runs.require_no_shadow_run(config, read_history(ledger, config.name), what=what)
     app = deploy_and_wait(config, ledger, actor, version, variant=SHADOW)
     event = ShadowStarted(model=config.name, version=version.version, app=app, share=config.share)
     ledger.append(event, actor=actor.name)
@@ -326,6 +342,8 @@ def compare(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelSta
 def stop_shadow(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelState) -> dict[str, Any]:
     """Stop the copies to the shadow."""
     version = running_shadow(config, state).version
+    what = "so the controller would get no copies to judge."
+    shadow_runs.require_no_shadow_run(config, read_history(ledger, config.name), what=what)
     require_permission(config, ledger, actor, Action.rollback, version)
     event = ShadowStopped(model=config.name, version=version, reason=config.reason)
     ledger.append(event, actor=actor.name)

@@ -75,6 +75,11 @@ class PolicyRun:
     last: LastDecision | None = None
 
     @property
+    def is_shadow(self) -> bool:
+        """Whether the version gets only copies of requests."""
+        return bool(self.plan["policy"].get("is_shadow"))
+
+    @property
     def subject(self) -> str:
         """The starter's name."""
         return str(self.starter["subject"])

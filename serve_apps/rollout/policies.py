@@ -15,7 +15,7 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent, PolicyStarted, RolloutStarted
 from cluster.ledger.store import utc_now
 from cluster.security.tokens.principal import Principal, principal_as_json
-from serve_apps.rollout import transitions
+from serve_apps.rollout import shadow_runs, transitions
 from serve_apps.rollout.assignment import UnitKind
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.history import History, PolicyRun, step_at
@@ -78,7 +78,7 @@ def started_events(
         treatment_version=version,
         treatment_variant=config.variant,
         champion_version=champion,
-        weight=config.weight if the_plan is None else the_plan.policy.steps[0].weight,
+        weight=config.weight if the_plan is None else _first_weight(the_plan),
         unit=(UnitKind.header if config.rollout is None else config.rollout.unit).value,
     )
     if the_plan is None or config.rollout is None:
@@ -95,6 +95,11 @@ def started_events(
         starter=principal_as_json(principal),
     )
     return started, [started, policy]
+
+
+def _first_weight(the_plan: Plan) -> float:
+    """Return the weight at the start. A shadow answers no client."""
+    return shadow_runs.WEIGHT if the_plan.policy.is_shadow else the_plan.policy.steps[0].weight
 
 
 def require_policy_run(config: RolloutConfig, history: History) -> PolicyRun:

@@ -15,19 +15,21 @@ from cluster.statistics.policy import (
     DAY_S,
     MAX_UNITS,
     Action,
-    Better,
     ErrorRates,
     EventGuardrail,
     Goal,
     GoalKind,
     Margin,
-    Metric,
     MetricGuardrail,
     Policy,
+    Signal,
     Step,
     UnitEvent,
 )
 from serve_apps.rollout.assignment import UnitKind, require_percent
+from serve_apps.rollout.evidence.metric_rules import MetricRule, Scoring, ShadowRule, scoring_as_json
+from serve_apps.rollout.metric_spec import MetricSpec, SignalSpec, segment_rules
+from serve_apps.rollout.paired import require_paired_conditions
 
 if TYPE_CHECKING:
     from cluster.statistics.planning import Plan, Traffic
@@ -37,8 +39,6 @@ YEAR_S = 365 * DAY_S
 """Longest time in a policy. Greater ones are mistakes, and some cannot be subtracted from a date."""
 MAX_STEPS = 100
 """A plan computes each step, which takes milliseconds."""
-QUALITIES = {"brier": Better.low, "accuracy": Better.high, "squared_error": Better.low}
-"""Which values of each quality are better. `cluster.statistics.quality` computes them, and needs NumPy."""
 EVENTS = tuple(event.value for event in UnitEvent)
 
 
@@ -51,6 +51,8 @@ class Mode(enum.Enum):
     """The weights of `steps`, by default 1, 5, 10, 25 and 50 %."""
     linear = "linear"
     """Equal steps up to 50 %, each `increment` greater than the one before."""
+    shadow = "shadow"
+    """The version gets copies of `share` percent of the requests, and answers no client."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,34 +63,6 @@ class StepSpec:
     """Percent of the units, in steps of 0.01, at most 50."""
     bake_s: float | None = None
     """Least time of the step, in seconds. Null means the policy's `bake_s`."""
-
-
-@dataclass(kw_only=True, slots=True)
-class MetricSpec:
-    """A number that each unit gives, once its outcome window is over."""
-
-    name: str = ""
-    quality: str | None = None
-    """How a prediction is scored against its outcome: `brier`, `accuracy` or `squared_error`. Null: as the name."""
-    squared_error_limit: float = 1.0
-    """Greatest squared error that is counted."""
-
-    @property
-    def scored_by(self) -> str:
-        return self.quality or self.name
-
-    def metric(self) -> Metric:
-        """Return the metric.
-
-        Raises:
-            ValueError: No such quality.
-        """
-        if self.scored_by not in QUALITIES:
-            raise ValueError(
-                f"rollout.metrics: no quality '{self.scored_by}'.{suggest_name(self.scored_by, QUALITIES)} Known: "
-                f"{', '.join(QUALITIES)}."
-            )
-        return Metric(name=self.name, better=QUALITIES[self.scored_by])
 
 
 @dataclass(kw_only=True, slots=True)
@@ -153,6 +127,7 @@ class ErrorSpec:
     no_harm: float = 0.05
     guardrails: float = 0.05
     mismatch: float = 0.001
+    signals: float = 0.05
 
 
 @dataclass(kw_only=True, slots=True)
@@ -168,12 +143,20 @@ class RolloutSpec:
     """Only with `mode: linear`: percent of the units from one step to the next."""
     unit: UnitKind = UnitKind.header
     """What names the unit of a request: `header` (`X-Unit-ID`) or `subject` (the token's `sub`)."""
+    share: float = 100.0
+    """Only with `mode: shadow`: percent of the requests that are copied."""
+    tolerance: float = 0.0
+    """Only with `mode: shadow`: difference of two values of a regression that is no disagreement."""
+    outcomes_independent: bool = False
+    """Declares that no prediction has an influence on its outcome. Paired qualities need it."""
     bake_s: float = 0.0
     """Least time of each step, in seconds."""
     metrics: list[MetricSpec] = field(default_factory=list)
     goals: list[GoalSpec] = field(default_factory=list)
     event_guardrails: list[EventGuardrailSpec] = field(default_factory=list)
     metric_guardrails: list[MetricGuardrailSpec] = field(default_factory=list)
+    signals: list[SignalSpec] = field(default_factory=list)
+    """They hold, and never roll back or promote."""
     slow_ms: float | None = None
     """An answer that takes longer counts as slow. Null: only a client that gave up counts."""
     deadline_s: float = 7 * DAY_S
@@ -196,7 +179,12 @@ class RolloutSpec:
         Raises:
             ValueError: A field is wrong, or has no meaning with the mode.
         """
-        defaults = {"weight": (Mode.ab, 50.0), "increment": (Mode.linear, 10.0)}
+        defaults = {
+            "weight": (Mode.ab, 50.0),
+            "increment": (Mode.linear, 10.0),
+            "share": (Mode.shadow, 100.0),
+            "tolerance": (Mode.shadow, 0.0),
+        }
         for name, (mode, default) in defaults.items():
             if self.mode is not mode and getattr(self, name) != default:
                 raise ValueError(f"rollout.{name} has a meaning only with `mode: {mode.value}`.")
@@ -219,10 +207,17 @@ class RolloutSpec:
             raise ValueError(
                 f"rollout.traffic.outcome_delay_s must be at least 0, got {traffic.outcome_delay_s:g}."
             )
-        if self.metrics and traffic.outcome_delay_s == 0:
+        if (self.metrics or self.is_shadow) and traffic.outcome_delay_s == 0:
             raise ValueError(
-                "rollout.traffic.outcome_delay_s must be above 0 with metrics: a unit enters a metric after this time."
+                "rollout.traffic.outcome_delay_s must be above 0 with metrics and with `mode: shadow`: a unit is "
+                "counted after this time."
             )
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"rollout.tolerance must be a number of at least 0, got {self.tolerance:g}.")
+        require_paired_conditions(
+            self._rules(), outcomes_independent=self.outcomes_independent, is_shadow=self.is_shadow
+        )
+        self._require_slow_ms()
         if len({one.squared_error_limit for one in self.metrics}) > 1:
             raise ValueError("rollout.metrics must have the same squared_error_limit.")
         for event, share in traffic.events.items():
@@ -249,6 +244,26 @@ class RolloutSpec:
                     f"rollout.{name} must be at most {YEAR_S:.0f} seconds (a year), got {time:g}."
                 )
 
+    def _require_slow_ms(self) -> None:
+        """Require `slow_ms` for a shadow's guardrail on slow copies: no client waits for a copy, so none gives up.
+
+        Raises:
+            ValueError: It is missing.
+        """
+        events = [one.event for one in self.event_guardrails]
+        if self.is_shadow and UnitEvent.slow in events and self.slow_ms is None:
+            raise ValueError("rollout.slow_ms must be given for a guardrail on `slow` with `mode: shadow`.")
+
+    @property
+    def is_shadow(self) -> bool:
+        return self.mode is Mode.shadow
+
+    def _rules(self) -> list[MetricRule]:
+        return [one.rule(is_shadow=self.is_shadow) for one in self.metrics]
+
+    def _signals(self) -> list[Signal]:
+        return [signal for one in self.signals for signal in one.signals()]
+
     def policy(self) -> Policy:
         """Return the policy.
 
@@ -257,7 +272,7 @@ class RolloutSpec:
         """
         return Policy(
             steps=self._steps(),
-            metrics=tuple(one.metric() for one in self.metrics),
+            metrics=tuple(one.metric(is_shadow=self.is_shadow) for one in self.metrics),
             goals=tuple(
                 Goal(
                     metric=one.metric,
@@ -277,6 +292,8 @@ class RolloutSpec:
                 )
                 for one in self.metric_guardrails
             ),
+            signals=tuple(self._signals()),
+            is_shadow=self.is_shadow,
             deadline_s=self.deadline_s,
             watch_s=self.watch_s,
             unit_watch_s=self.unit_watch_s,
@@ -290,6 +307,7 @@ class RolloutSpec:
                 no_harm=self.errors.no_harm,
                 guardrails=self.errors.guardrails,
                 mismatch=self.errors.mismatch,
+                signals=self.errors.signals,
             ),
         )
 
@@ -312,14 +330,19 @@ class RolloutSpec:
         )
 
     def scoring(self) -> dict[str, Any]:
-        """Return how outcomes are scored, as the event of the start has it; {} without metrics."""
-        if not self.metrics:
+        """Return how units are scored, as the event of the start has it; {} if the logs are not needed."""
+        if not self.metrics and not self.is_shadow:
             return {}
-        return {
-            "outcome_window_s": self.traffic.outcome_delay_s,
-            "qualities": {one.name: one.scored_by for one in self.metrics},
-            "squared_error_limit": self.metrics[0].squared_error_limit,
-        }
+        slow_ms = math.inf if self.slow_ms is None else self.slow_ms
+        return scoring_as_json(
+            Scoring(
+                outcome_window_s=self.traffic.outcome_delay_s,
+                rules=tuple(self._rules()),
+                segments=segment_rules(self._signals()),
+                shadow=ShadowRule(slow_ms=slow_ms, tolerance=self.tolerance) if self.is_shadow else None,
+                squared_error_limit=self.metrics[0].squared_error_limit if self.metrics else 1.0,
+            )
+        )
 
     def plan(self) -> Plan:
         """Return the plan.
@@ -349,6 +372,8 @@ class RolloutSpec:
         match self.mode:
             case Mode.ab:
                 weights = [self.weight]
+            case Mode.shadow:
+                weights = [self.share]
             case Mode.linear:
                 if not 0 < self.increment <= 50:
                     raise ValueError(

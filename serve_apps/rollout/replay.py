@@ -1,13 +1,14 @@
 """`python -m serve_apps.rollout.replay --file export.jsonl`: compute each decision of the controller again.
 
 It needs no cluster. It verifies the hash chain of the export, computes each verdict from the recorded counts, and
-checks that the controller's changes are those that the verdicts allow. At the first difference it exits with 2 and
-names the event.
+checks that the controller's changes are those that the verdicts allow. With `--logs FOLDER`, it also counts the units
+of each decision again, from the access files of all edges. At the first difference it exits with 2 and names the event.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -36,9 +37,11 @@ from cluster.statistics.planning import Plan, Traffic, plan
 from cluster.statistics.verdict import Decision, Verdict, find_harm, judge
 from serve_apps.rollout.controller.controller import ACTOR
 from serve_apps.rollout.controller.decisions import ENDED, PAUSED, kinds
+from serve_apps.rollout.figures import first_other_figure
 from serve_apps.rollout.history import step_at
 from serve_apps.rollout.json_form import as_json, from_json
 from serve_apps.rollout.outage.settling import APPLIED
+from serve_apps.rollout.recount import LAG_S, AccessLogs, Moment
 
 _TOLERANCE = 1e-6
 """Relative difference of a plan's numbers that another release of SciPy may cause."""
@@ -48,6 +51,7 @@ _Change = AliasMoved | RolloutWeightChanged | RolloutPromoted | RolloutRolledBac
 
 _CHANGES: dict[Verdict, tuple[str, ...]] = {
     Verdict.roll_back: ("RolloutRolledBack",),
+    Verdict.passed: ("RolloutRolledBack",),
     Verdict.promote: ("AliasMoved", "RolloutPromoted"),
     Verdict.advance: ("RolloutWeightChanged",),
 }
@@ -61,6 +65,8 @@ class _Replayed:
     plan: Plan
     version: int
     weight: float
+    started_at: dt.datetime
+    step_started_at: dt.datetime
     is_paused: bool = False
     is_inconclusive: bool = False
 
@@ -93,7 +99,9 @@ class Replay:
     """Computes the decisions of all rollouts again, in the order of the ledger."""
 
     rollouts: dict[str, _Replayed] = field(default_factory=dict)
-    started: dict[str, RolloutStarted] = field(default_factory=dict)
+    started: dict[str, tuple[RolloutStarted, dt.datetime]] = field(default_factory=dict)
+    logs: AccessLogs | None = None
+    """The access files to count again, if there are any."""
     pending: _Pending | None = None
     decisions: int = 0
 
@@ -110,7 +118,7 @@ class Replay:
             self.require_done()
         match event:
             case RolloutStarted():
-                self.started[event.rollout] = event
+                self.started[event.rollout] = event, dt.datetime.fromisoformat(entry.time)
             case PolicyStarted():
                 return self._start(entry, event)
             case PolicyDecided():
@@ -122,7 +130,9 @@ class Replay:
             case PolicyPaused() | PolicyResumed() if event.rollout in self.rollouts:
                 self.rollouts[event.rollout].is_paused = isinstance(event, PolicyPaused)
             case RolloutWeightChanged() if event.rollout in self.rollouts:
-                self.rollouts[event.rollout].weight = event.weight
+                replayed = self.rollouts[event.rollout]
+                replayed.weight = event.weight
+                replayed.step_started_at = dt.datetime.fromisoformat(entry.time)
         return None
 
     def require_done(self) -> None:
@@ -143,10 +153,14 @@ class Replay:
                 f"Event {entry.seq} ({entry.type}) differs: its policy has no plan. {error}"
             ) from error
         _require_equal(entry, "plan", as_json(stored), as_json(computed))
-        started = self.started[event.rollout]
+        started, at = self.started[event.rollout]
         if event.version != started.treatment_version:
             raise _difference(entry, "version", event.version, started.treatment_version, by="it must be")
-        self.rollouts[event.rollout] = _Replayed(plan=stored, version=event.version, weight=started.weight)
+        self.rollouts[event.rollout] = _Replayed(
+            plan=stored, version=event.version, weight=started.weight, started_at=at, step_started_at=at
+        )
+        if self.logs is not None:
+            self.logs.start(event.rollout, slow_ms=event.slow_ms)
         return f"{entry.seq} {event.model} {event.rollout}: plan of {len(stored.steps)} steps"
 
     def _decide(self, entry: Entry, event: PolicyDecided) -> None:
@@ -172,6 +186,8 @@ class Replay:
         for name in computed:
             if computed[name] != recorded[name]:
                 raise _difference(entry, name, recorded[name], computed[name])
+        _require_figures(entry, (*event.reasons, *event.missing), (*decision.reasons, *decision.missing))
+        self._require_counted(entry, event.rollout, evidence)
         changes = replayed.changes(decision)
         _require_not_done(entry, event.not_done, replayed, decision, changes)
         if changes and not event.not_done:
@@ -189,6 +205,25 @@ class Replay:
             types = _CHANGES[Verdict.roll_back]
             self.pending = _Pending(decided=entry, model=event.model, rollout=event.rollout, types=types)
         self.decisions += 1
+
+    def _require_counted(self, entry: Entry, rollout: str, evidence: Evidence) -> None:
+        """Require that the access files give the recorded counts."""
+        if self.logs is None:
+            return
+        replayed = self._rollout(entry, rollout)
+        moment = Moment(
+            plan=replayed.plan,
+            weight=replayed.weight,
+            started_at=replayed.started_at,
+            step_started_at=replayed.step_started_at,
+            evidence=evidence,
+        )
+        if (found := self.logs.first_difference(rollout, moment)) is not None:
+            name, recorded, counted = found
+            raise RolloutError(
+                f"Event {entry.seq} ({entry.type}) differs: its {name} is {recorded}, but the access files give "
+                f"{counted}."
+            )
 
     def _require_allowed(self, entry: Entry, event: _Change) -> None:
         """Require that this change of the controller is the next one that the decision before it gives."""
@@ -236,14 +271,26 @@ def _require_not_done(
         raise _difference(entry, "not_done", not_done, expected, by="it must be")
 
 
-def replayed_lines(entries: Iterable[Entry]) -> Iterator[str]:
+def _require_figures(entry: Entry, recorded: Iterable[str], computed: Iterable[str]) -> None:
+    """Require that the figures in reasons and in what is missing are those that the counts give."""
+    for one, other in zip(recorded, computed, strict=True):
+        if (found := first_other_figure(one, other)) is not None:
+            kind = one.partition(":")[0]
+            raise _difference(entry, f"figure of '{kind}'", *found)
+
+
+def replayed_lines(entries: Iterable[Entry], *, logs: AccessLogs | None = None) -> Iterator[str]:
     """Compute all decisions again, and yield a line about each; the last line counts them.
+
+    Args:
+        entries: The events of an export.
+        logs: The access files to count again.
 
     Raises:
         RolloutError: A decision differs.
         LedgerCorrupt: An event is not one of this release, or was changed.
     """
-    replay = Replay()
+    replay = Replay(logs=logs)
     for entry in verify_chain(entries):
         try:
             line = replay.add(entry)
@@ -268,12 +315,17 @@ def main() -> None:
     parser.add_argument(
         "--file", type=Path, required=True, help="export of `python -m cluster.ledger export`"
     )
+    parser.add_argument("--logs", type=Path, help="folder with the edges' access files, to count units again")
+    parser.add_argument(
+        "--lag-s", type=float, default=LAG_S, help="seconds that the counts may have been behind the files"
+    )
     parser.add_argument("--output", type=Path, help="file to write instead of standard output")
     arguments = parser.parse_args()
     try:
         try:
+            logs = None if arguments.logs is None else AccessLogs(arguments.logs, lag_s=arguments.lag_s)
             with arguments.file.open() as file:
-                lines = list(replayed_lines(read_lines(file)))
+                lines = list(replayed_lines(read_lines(file), logs=logs))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{arguments.file} cannot be read: {error}.") from error
     except RefusedError as error:

@@ -15,6 +15,7 @@ from cluster.ledger.events import (
     PolicyEnded,
     RolloutPromoted,
     RolloutRolledBack,
+    ShadowStopped,
 )
 from cluster.registry import CHAMPION
 from serve_apps.rollout.history import History, PolicyRun, Promotion, concerns, is_relevant
@@ -94,6 +95,7 @@ def rollback_of_promotion(
 def _end(model: str, run: PolicyRun | None, *, outcome: str, reason: str) -> list[LedgerEvent]:
     if run is None:
         return []
+    stopped = ShadowStopped(model=model, version=run.version, reason=reason)
     return [
         PolicyEnded(
             model=model,
@@ -105,5 +107,6 @@ def _end(model: str, run: PolicyRun | None, *, outcome: str, reason: str) -> lis
             started_at=run.started_at,
             weight=run.weight,
             decisions=run.decisions,
-        )
+        ),
+        *([stopped] if run.is_shadow else []),
     ]

@@ -25,11 +25,13 @@ from tests.samples.rollout_simulations import (
     Detection,
     failing_share,
     false_no_harm,
+    false_signal,
     goal_by_form,
     late_harm,
     mismatch,
     requests_until_break,
     rollouts,
+    share_above_limit,
     superiority,
     the_plan,
 )
@@ -97,6 +99,12 @@ def single_tests() -> Iterator[tuple[str, Callable[[Draw], Figures]]]:
     )
     yield "late_harm", lambda draw: {"share": late_harm(draw, runs=RUNS)}
     yield "late_harm_one_window", lambda draw: {"share": late_harm(draw, runs=RUNS, with_windows=False)}
+    yield "signals_equal", lambda draw: {"share": false_signal(draw, runs=RUNS)}
+    for share in (0.05, 0.1):
+        yield (
+            f"shadow_share_{share}_limit_0.05",
+            lambda draw, share=share: found(share_above_limit(draw, runs=RUNS, share=share, limit=0.05)),
+        )
     yield (
         "breaker",
         lambda draw: {"requests_99": float(np.quantile(requests_until_break(draw, runs=RUNS), 0.99))},

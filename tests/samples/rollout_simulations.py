@@ -14,7 +14,7 @@ from cluster.statistics.effects import adjusted_difference, difference_of_means
 from cluster.statistics.evidence import EventCounts, Evidence, MetricCounts
 from cluster.statistics.mixtures import FloatArray
 from cluster.statistics.moments import Moments
-from cluster.statistics.no_harm import is_no_harm
+from cluster.statistics.no_harm import is_above_limit, is_no_harm
 from cluster.statistics.planning import Baseline, Plan, Traffic, plan
 from cluster.statistics.policy import (
     DAY_S,
@@ -283,12 +283,12 @@ def spread_of_cuped(draw: np.random.Generator, *, runs: int) -> tuple[float, flo
 
 
 def goal_by_form(draw: np.random.Generator, *, form: Form, runs: int, effect: float = 0.0) -> Detection:
-    """Return when superiority is found in a metric of this form, in 50 looks up to 5,000 units an arm.
+    """Return when superiority is found in a metric of this form, in 100 looks up to 5,000 units an arm.
 
     A unit has a gamma-distributed size, which is its covariate and its denominator. Its value is the size plus noise,
     and in the treatment the effect, too.
     """
-    looks, batch = 50, 100
+    looks, batch = NUM_LOOKS, 50
     metric = Metric(name="value", form=form)
     variance = tuning(looks * batch, error=POLICY.errors.goals)
     goal = Goal(metric="value", kind=GoalKind.superiority)
@@ -306,6 +306,39 @@ def goal_by_form(draw: np.random.Generator, *, form: Form, runs: int, effect: fl
         counts = MetricCounts(treatment=arms[0], control=arms[1])
         hits[:, look] = is_reached(goal, metric, counts, error=POLICY.errors.goals, variance=variance)
     return detection(hits, batch * np.arange(1, looks + 1))
+
+
+def false_signal(draw: np.random.Generator, *, runs: int, segments: int = 4) -> float:
+    """Return how often any of the signals of equal segments holds, in 100 looks up to 2,000 units an arm of each.
+
+    Each segment's values have another variance, and they are skewed.
+    """
+    looks, batch = NUM_LOOKS, 20
+    error = POLICY.errors.signals / segments
+    metric, variance = Metric(name="value"), tuning(2 * looks * batch, error=error)
+    held = np.zeros(runs, dtype=bool)
+    for segment in range(segments):
+        values = draw.exponential(1 + segment, (2, runs, looks, batch))
+        arms = [_running(values[arm]) for arm in (0, 1)]
+        counts = MetricCounts(treatment=arms[0], control=arms[1])
+        held |= is_worse(metric, counts, tolerated=Margin(), error=error, variance=variance).any(1)
+    return float(held.mean())
+
+
+def _running(values: np.ndarray) -> Moments:
+    """Return the sums over all batches until each look, of values of the shape [runs, looks, units of a batch]."""
+    units = values.shape[2] * np.arange(1, values.shape[1] + 1)
+    mean = values.sum(2).cumsum(1) / units
+    squares = (values**2).sum(2).cumsum(1) - units * mean**2
+    return Moments(units=np.broadcast_to(units, mean.shape).astype(float), mean=mean, squares=squares)
+
+
+def share_above_limit(draw: np.random.Generator, *, runs: int, share: float, limit: float) -> Detection:
+    """Return when a shadow's failing share is found to be above its limit, in 100 looks up to 5,000 units."""
+    units = np.arange(50, 5_001, 50)
+    failing = draw.binomial(50, share, (runs, len(units))).cumsum(1)
+    error = POLICY.errors.guardrails / 4
+    return detection(is_above_limit(failing, units, limit=limit, error=error), units)
 
 
 def evidence_at(look: Look, number: int) -> Evidence:

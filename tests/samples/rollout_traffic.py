@@ -12,7 +12,7 @@ import numpy as np
 
 from cluster.statistics.mixtures import FloatArray
 from cluster.statistics.moments import Moments
-from cluster.statistics.policy import UnitEvent
+from cluster.statistics.policy import REQUEST_EVENTS, UnitEvent
 
 WEIGHTS = (1.0, 5.0, 10.0, 25.0, 50.0)
 LOOKS = 20
@@ -71,7 +71,7 @@ def simulate(draw: np.random.Generator, treatment: Version, control: Version, *,
     for step, of_step in enumerate(requests):
         of_step[entry <= step] = draw.poisson(requests_a_day[entry <= step])
     events = {}
-    for event in UnitEvent:
+    for event in REQUEST_EVENTS:
         rate = np.array([version.rates[event] for version in versions])[arms] * frailty
         events[event] = _first_events(draw, rate, requests, arms)
     quality, cpu = _metrics(draw, requests, arms, versions)

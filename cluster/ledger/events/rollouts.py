@@ -27,7 +27,8 @@ class PolicyStarted(LedgerEvent):
     slow_ms: float | None
     """An answer that takes longer counts as slow. None: only a client that gave up counts."""
     scoring: dict[str, Json]
-    """How outcomes are scored: `outcome_window_s`, `qualities` by metric, `squared_error_limit`; {} without metrics."""
+    """How units are scored: `outcome_window_s`, `qualities` of means by metric, `squared_error_limit`, and `rules`,
+    `segments` and `shadow` if there are any; {} if the logs are not needed."""
     starter: dict[str, Json]
     """The principal that started the rollout. The controller promotes only what this principal may promote."""
 
@@ -112,7 +113,7 @@ class PolicyEnded(LedgerEvent):
     rollout: str
     version: int
     outcome: str
-    """`promoted`, `rolled_back` or `aborted`."""
+    """`promoted`, `rolled_back`, `aborted`, or of a shadow `passed`."""
     reason: str
     starter: str
     started_at: str

@@ -21,8 +21,9 @@ from cluster.records.signature_types import TypedRows, to_typed_rows
 from cluster.runtime import ModelSignature, Task
 from cluster.runtime.values import MAX_INTEGER, value_type
 
-NO_FAULT = '{"fault":""}'
-"""What the column `other` contains for a usual record."""
+NO_FAULT = '{"fault":""'
+"""How the column `other` begins for a record without a fault whose other fields fit their columns. The fields of a
+record are in the order of `PredictionRecord`, so those that do not fit come before the fault."""
 COLUMNS = ("prediction_id", "time", "as_of", "version", "variant", "arm", "features", "predictions", OTHER)
 """Columns of the log's table that conversion needs."""
 KEY_COLUMNS = ("prediction_id", "row", "as_of")
@@ -60,7 +61,7 @@ def _decode_each(records: pa.Table, signature: ModelSignature) -> Answers:
 
 def _decode_at_once(records: pa.Table, signature: ModelSignature) -> pl.DataFrame | None:
     """Return the rows, or None if a record has a fault, a null score, or a value of another type."""
-    if not pc.all(pc.is_in(records[OTHER], pa.array([NO_FAULT, None]))).as_py():
+    if not pc.all(pc.fill_null(pc.starts_with(records[OTHER], NO_FAULT), True)).as_py():
         return None
     schema = _schema(signature)
     if schema is None:

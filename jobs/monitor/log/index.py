@@ -144,7 +144,7 @@ def normalise(rows: pl.DataFrame) -> pl.DataFrame:
 
     A variant becomes text, and a time that cannot be parsed becomes null, as in `cluster.records.reading`.
     """
-    odd = rows.with_row_index("_number").filter(pl.col(OTHER).is_not_null() & (pl.col(OTHER) != NO_FAULT))
+    odd = rows.with_row_index("_number").filter(~pl.col(OTHER).str.starts_with(NO_FAULT))
     columns: dict[str, list[Any]] = {}
     for number, text in odd.select("_number", OTHER).iter_rows():
         for name, value in orjson.loads(text).items():
@@ -180,7 +180,7 @@ def _with_numbers(rows: pl.DataFrame) -> pl.DataFrame:
         one_row
         & one_entity
         & ~pl.col("predictions").str.contains("null", literal=True)
-        & (pl.col(OTHER).is_null() | (pl.col(OTHER) == NO_FAULT))
+        & (pl.col(OTHER).is_null() | pl.col(OTHER).str.starts_with(NO_FAULT))
     )
     has_nulls = pl.col("features").str.contains("null", literal=True)
     all_found = ~has_nulls & (pl.col("defaulted").is_null() | (pl.col("defaulted") == "{}"))

@@ -115,6 +115,14 @@ def _changes(look: Look) -> list[LedgerEvent]:
             return transitions.rollback(
                 look.model, rollout=run.rollout, reason="; ".join(decision.reasons), run=run
             )
+        case Verdict.passed:
+            return transitions.rollback(
+                look.model,
+                rollout=run.rollout,
+                reason="; ".join(decision.reasons),
+                run=run,
+                outcome="passed",
+            )
         case Verdict.promote:
             return transitions.promotion(
                 look.model,

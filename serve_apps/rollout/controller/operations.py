@@ -23,7 +23,7 @@ from cluster.security.authorization.policy import Action, Policy
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.trust import Trust
 from cluster.settings_conversion import load
-from serve_apps.rollout import transitions
+from serve_apps.rollout import shadow_runs, transitions
 from serve_apps.rollout.assignment import require_percent
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.evidence.store import EvidenceStore
@@ -119,12 +119,14 @@ class RolloutOperations:
             raise RolloutError(f"Version {version} is already the champion of '{model}'.")
         if version not in state.apps:
             raise RolloutError(f"Version {version} of '{model}' is not deployed. Deploy it first.")
+        shadow_runs.require_no_other_shadow(config, state, version)
         the_plan = None if config.rollout is None else config.rollout.plan()
         started, events = started_events(
             config, the_plan, version=version, champion=state.champion_version, principal=principal
         )
         if config.rollout is not None:
             count_units(self.store, started.rollout, config.rollout)
+        events += shadow_runs.shadow_events(config, state, version)
         return self._append(principal, model, events, rollout=started.rollout, since=since)
 
     def _set_paused(self, principal: Principal, model: str, reason: str, *, paused: bool) -> dict[str, Any]:

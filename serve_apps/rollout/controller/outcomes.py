@@ -7,24 +7,27 @@ goals are never reached.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import first_line
 from cluster.ledger import Ledger
 from cluster.ledger.store import utc_now
 from cluster.registry import Registry
-from cluster.runtime.loader import load_signature
+from cluster.runtime import Model
+from cluster.runtime.loader import load_model, load_signature
 from cluster.runtime.signature import ModelSignature
 from cluster.security.keys.access import KeyAccess, key_store
 from cluster.security.keys.store import KeyStore
 from cluster.security.tokens.roles import Role
 from cluster.security.tokens.source import TokenSource
 from cluster.session import ClusterRecord
-from cluster.statistics.quality import Quality
 from cluster.storage import Layout
+from serve_apps.rollout.evidence.metric_rules import scoring_from_json
 from serve_apps.rollout.evidence.outcomes import OutcomeReader, RolloutMetrics
 from serve_apps.rollout.history import PolicyRun, read_running
 
@@ -33,12 +36,22 @@ MAX_COHORTS = 100
 """Largest number of cohorts of one rollout in one pass, so that one does not delay the others."""
 LOG = logging.getLogger("falaj.rollouts")
 
-SignatureOf = Callable[[str, int, KeyStore], ModelSignature]
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """Loads registered versions. The arguments are model, version and the key store."""
+
+    signature: Callable[[str, int, KeyStore], ModelSignature]
+    loaded: Callable[[str, int, KeyStore], Model]
+    """Only paired metrics of a rollout whose version answers clients need it."""
 
 
-def registered_signature(registry: Registry) -> SignatureOf:
-    """Return a function that loads signatures from the registry."""
-    return lambda model, version, store: load_signature(registry.get(model, version), store)
+def registered_versions(registry: Registry) -> Versions:
+    """Return what loads versions from the registry."""
+    return Versions(
+        signature=lambda model, version, store: load_signature(registry.get(model, version), store),
+        loaded=lambda model, version, store: load_model(registry.get(model, version), store),
+    )
 
 
 def keys_of(record: ClusterRecord, starter: dict[str, Any]) -> KeyStore:
@@ -66,7 +79,7 @@ class OutcomeCollector:
     Args:
         ledger: The ledger.
         places: Where the logs are.
-        signature_of: Returns the signature of a model's version.
+        versions: Loads signatures and models.
         keys: Returns the key store with the rights of a principal.
     """
 
@@ -74,12 +87,12 @@ class OutcomeCollector:
         self,
         ledger: Ledger,
         places: Layout,
-        signature_of: SignatureOf,
+        versions: Versions,
         keys: Callable[[dict[str, Any]], KeyStore],
     ) -> None:
         self._ledger = ledger
         self._places = places
-        self._signature_of = signature_of
+        self._versions = versions
         self._keys = keys
         self._readers: dict[str, OutcomeReader] = {}
         self._failing: set[str] = set()
@@ -95,15 +108,17 @@ class OutcomeCollector:
     def collect_once(self, *, now: dt.datetime) -> int:
         """Add all cohorts that are complete, and return their number. A failure of one rollout stops no other."""
         running = {
-            one.run.rollout: (model, one.run) for model, one in read_running(self._ledger).items() if one.run
+            one.run.rollout: (model, one.champion, one.run)
+            for model, one in read_running(self._ledger).items()
+            if one.run
         }
         self._readers = {rollout: reader for rollout, reader in self._readers.items() if rollout in running}
         added = 0
-        for rollout, (model, run) in running.items():
+        for rollout, (model, champion, run) in running.items():
             if not run.scoring:
                 continue
             try:
-                reader = self._readers.get(rollout) or self._new_reader(model, run)
+                reader = self._readers.get(rollout) or self._new_reader(model, champion or 0, run)
                 self._readers[rollout] = reader
                 for _ in range(MAX_COHORTS):
                     if not reader.collect(now=now):
@@ -119,21 +134,30 @@ class OutcomeCollector:
                 self._failing.discard(rollout)
         return added
 
-    def _new_reader(self, model: str, run: PolicyRun) -> OutcomeReader:
-        store, scoring = self._keys(run.starter), run.scoring
-        known: dict[int, ModelSignature] = {}
+    def _new_reader(self, model: str, champion: int, run: PolicyRun) -> OutcomeReader:
+        store = self._keys(run.starter)
 
+        @functools.cache
         def signature(version: int) -> ModelSignature:
-            if version not in known:
-                known[version] = self._signature_of(model, version, store)
-            return known[version]
+            return self._versions.signature(model, version, store)
+
+        @functools.cache
+        def loaded(version: int) -> Model:
+            return self._versions.loaded(model, version, store)
 
         metrics = RolloutMetrics(
             rollout=run.rollout,
             model=model,
             started_at=dt.datetime.fromisoformat(run.started_at),
-            outcome_window_s=float(scoring["outcome_window_s"]),
-            qualities={name: Quality(quality) for name, quality in scoring["qualities"].items()},
-            squared_error_limit=float(scoring["squared_error_limit"]),
+            scoring=scoring_from_json(run.scoring),
+            treatment=run.version,
+            champion=champion,
         )
-        return OutcomeReader(self._ledger, self._places, store, signatures=signature, metrics=metrics)
+        return OutcomeReader(
+            self._ledger,
+            self._places,
+            store,
+            signatures=signature,
+            metrics=metrics,
+            models=loaded,
+        )

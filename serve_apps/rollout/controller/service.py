@@ -130,10 +130,10 @@ def read_outcomes(
             LOG.warning("the rollouts could not be read: %s", first_line(error))
     else:
         return
-    from serve_apps.rollout.controller.outcomes import OutcomeCollector, keys_of, registered_signature
+    from serve_apps.rollout.controller.outcomes import OutcomeCollector, keys_of, registered_versions
 
-    signatures = registered_signature(registry)
-    OutcomeCollector(ledger, record.layout, signatures, lambda starter: keys_of(record, starter)).run(stopped)
+    versions = registered_versions(registry)
+    OutcomeCollector(ledger, record.layout, versions, lambda starter: keys_of(record, starter)).run(stopped)
 
 
 def new_controller(

@@ -116,19 +116,30 @@ def _has_room(connection: sa.Connection, rollout: str, number: int) -> bool:
     return size(connection, kind) <= max_units
 
 
-def read_metrics(connection: sa.Connection, rollout: str) -> dict[str, MetricCounts]:
-    """Return what has entered each metric of a rollout."""
+def read_metrics(
+    connection: sa.Connection,
+    rollout: str,
+    *,
+    paired: Collection[str] = (),
+    is_shadow: bool = False,
+) -> dict[str, MetricCounts]:
+    """Return what has entered each metric of a rollout.
+
+    Args:
+        connection: A transaction.
+        rollout: Id of the rollout.
+        paired: Metrics whose values are differences. Units of both arms have them.
+        is_shadow: Whether there are no arms, and so no split.
+    """
     stored = _sums(connection, rollout)
     counts = {}
     for metric in sorted({metric for metric, _ in stored}):
-        arms = {arm: stored.get((metric, arm), Moments()) for arm in (Arm.treatment, Arm.control)}
-        split = Split(
-            expected=EQUAL_ARMS,
-            treatment=int(arms[Arm.treatment].units),
-            control=int(arms[Arm.control].units),
-        )
+        treatment, control = (stored.get((metric, arm), Moments()) for arm in (Arm.treatment, Arm.control))
+        split = Split(expected=EQUAL_ARMS, treatment=int(treatment.units), control=int(control.units))
+        if metric in paired:
+            treatment, control = treatment.merge(control), Moments()
         counts[metric] = MetricCounts(
-            treatment=arms[Arm.treatment], control=arms[Arm.control], splits=(split,)
+            treatment=treatment, control=control, splits=() if is_shadow else (split,)
         )
     return counts
 

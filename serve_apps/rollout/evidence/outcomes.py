@@ -7,60 +7,52 @@ of their values and the number of the cohort in one transaction. So a pass that 
 that is repeated counts nothing twice. Both arms have the same window.
 
 A unit's value is the mean over its answered rows in its window whose outcome arrived in it. A unit without such a row
-does not enter. If one arm loses outcomes, its units are missing, and the test of the sample ratio finds it.
+does not enter. If one arm loses outcomes, its units are missing, and the test of the sample ratio finds it. Other forms
+are in `unit_values`. The units of a shadow are those whose requests were copied.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import orjson
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from cluster.ledger import Ledger
 from cluster.ledger.database import updating
-from cluster.records.columns import OTHER
 from cluster.records.edge_counts.database import ensure_tables, evidence_engine
 from cluster.records.location import outcome_log, prediction_log
 from cluster.records.progress import log_age
-from cluster.runtime import OutcomeParser, Task
-from cluster.runtime.signature import ModelSignature
 from cluster.security.keys.store import KeyStore
-from cluster.statistics.moments import Moments
-from cluster.statistics.quality import Quality, accuracy, brier, squared_error, unit_means
+from cluster.statistics.policy import Form
 from cluster.storage import Layout
-from serve_apps.rollout.assignment import Arm
+from serve_apps.rollout.evidence.cohorts import (
+    COLUMNS,
+    EXPERIMENT,
+    MIRRORED,
+    UnitRows,
+    experiment_rows,
+    units_of_arms,
+    units_of_shadow,
+)
 from serve_apps.rollout.evidence.log_spans import LogSpans
+from serve_apps.rollout.evidence.metric_rules import Scoring
 from serve_apps.rollout.evidence.metric_tables import add_cohort, known_units, next_cohort
+from serve_apps.rollout.evidence.pairing import Models, Rescorer, pairs_of_copies
+from serve_apps.rollout.evidence.scoring import Scorer, Signatures
+from serve_apps.rollout.evidence.shadow_counts import add_shadow_counts, count_events
+from serve_apps.rollout.evidence.unit_values import CohortValues
+from serve_apps.rollout.paired import require_same_inputs
 
 COHORTS_IN_WINDOW = 4
 MIN_COHORT_S = 1.0
-_ARMS = (Arm.treatment.value, Arm.control.value)
-_PREDICTION_COLUMNS = (
-    "prediction_id",
-    "time",
-    "version",
-    "rollout",
-    "arm",
-    "unit_hash",
-    "predictions",
-    OTHER,
-)
+COPY_S = 10.0
+"""A copy may be answered so long after its request. Requests in the last seconds of a unit's window are left out, or
+only their fast copies would count. It is at most a tenth of the window."""
 _OUTCOME_COLUMNS = ("prediction_id", "row", "outcome", "received_at")
-_TASKS = {
-    Quality.brier: (Task.binary, Task.multiclass),
-    Quality.accuracy: (Task.binary, Task.multiclass),
-    Quality.squared_error: (Task.regression,),
-}
-
-Signatures = Callable[[int], ModelSignature]
-"""Function that returns the signature of a version."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,45 +62,44 @@ class RolloutMetrics:
     rollout: str
     model: str
     started_at: dt.datetime
-    outcome_window_s: float
-    """Time after a unit's first request in which its requests and their outcomes count, in seconds."""
-    qualities: Mapping[str, Quality]
-    """How each metric is scored, by its name."""
-    squared_error_limit: float = 1.0
-    """Greatest squared error that is counted."""
+    scoring: Scoring
+    treatment: int = 0
+    """Number of the version that is tried; paired metrics and shadows need it."""
+    champion: int = 0
 
     def __post_init__(self) -> None:
         for name in ("outcome_window_s", "squared_error_limit"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number above 0, got {getattr(self, name)}.")
+            if not 0 < getattr(self.scoring, name) < math.inf:
+                raise ValueError(
+                    f"{name} must be a finite number above 0, got {getattr(self.scoring, name)}."
+                )
 
     @property
     def window(self) -> dt.timedelta:
-        return dt.timedelta(seconds=self.outcome_window_s)
+        return dt.timedelta(seconds=self.scoring.outcome_window_s)
+
+    @property
+    def request_window(self) -> dt.timedelta:
+        """Time after a unit's first request in which its requests count."""
+        if self.scoring.shadow is None:
+            return self.window
+        return self.window - min(dt.timedelta(seconds=COPY_S), self.window / 10)
+
+    @property
+    def rescores(self) -> bool:
+        """Whether the version that did not answer must score the logged features."""
+        return self.scoring.shadow is None and any(rule.form is Form.paired for rule in self.scoring.rules)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the prediction log that the rules need."""
+        reads = self.rescores or any(rule.covariate for rule in self.scoring.rules) or self.scoring.segments
+        return (*COLUMNS, *(("features",) if reads else ()))
 
     def cohort_start(self, number: int) -> dt.datetime:
         """Return when a cohort begins; it ends when the next one begins."""
-        length_s = max(MIN_COHORT_S, self.outcome_window_s / COHORTS_IN_WINDOW)
+        length_s = max(MIN_COHORT_S, self.scoring.outcome_window_s / COHORTS_IN_WINDOW)
         return self.started_at + dt.timedelta(seconds=number * length_s)
-
-
-class _Answer(NamedTuple):
-    """One logged prediction of the experiment."""
-
-    prediction_id: str
-    time: dt.datetime
-    version: int
-    unit: str
-    predictions: str
-
-
-@dataclass(kw_only=True, slots=True)
-class _UnitRows:
-    """What a cohort knows of one unit."""
-
-    arm: str
-    first: dt.datetime
-    answers: list[_Answer] = field(default_factory=list)
 
 
 class OutcomeReader:
@@ -120,6 +111,10 @@ class OutcomeReader:
         store: Gives the keys of the logs.
         signatures: Returns the signature of a version of the model.
         metrics: The rollout's metrics.
+        models: Returns a version, loaded. None if no metric is paired.
+
+    Raises:
+        RolloutError: The versions cannot score each other's requests, and a metric is paired.
     """
 
     def __init__(
@@ -130,11 +125,17 @@ class OutcomeReader:
         *,
         signatures: Signatures,
         metrics: RolloutMetrics,
+        models: Models | None = None,
     ) -> None:
         self._engine = evidence_engine(ledger.engine)
         self._metrics = metrics
-        self._signatures = signatures
-        self._parsers: dict[int, OutcomeParser] = {}
+        self._scorer = Scorer(signatures, squared_error_limit=metrics.scoring.squared_error_limit)
+        self._pairs_of = pairs_of_copies
+        if metrics.rescores and models is not None:
+            require_same_inputs(signatures(metrics.treatment), signatures(metrics.champion))
+            self._pairs_of = Rescorer(
+                models, treatment=metrics.treatment, champion=metrics.champion, since=metrics.started_at
+            ).pairs
         self._logs = [of(places, ledger, metrics.model) for of in (prediction_log, outcome_log)]
         self._predictions = LogSpans(self._logs[0], store, time="time")
         self._outcomes = LogSpans(self._logs[1], store, time="received_at")
@@ -148,7 +149,7 @@ class OutcomeReader:
             RecordLogCorrupt, ProtectedFileCorrupt, AccessDenied, KeyRevoked: The logs cannot be read.
             SQLAlchemyError: The database does not answer. Nothing was stored.
         """
-        metrics = self._metrics
+        metrics, shadow = self._metrics, self._metrics.scoring.shadow
         with self._engine.connect() as connection:
             number = next_cohort(connection, metrics.rollout)
         since, end = metrics.cohort_start(number), metrics.cohort_start(number + 1)
@@ -157,36 +158,42 @@ class OutcomeReader:
             return False
         units = self._units(since, end, until)
         outcomes = self._outcomes_of(units, since, until)
-        values = {name: self._values(units, outcomes, quality) for name, quality in metrics.qualities.items()}
+        versions = metrics.treatment, metrics.champion
+        values = CohortValues(self._scorer, outcomes, pairs_of=self._pairs_of, versions=versions)
+        sums = values.sums(units, metrics.scoring)
+        events = {} if shadow is None else count_events(units, shadow, self._scorer)
         with updating(self._engine) as connection:
-            return add_cohort(connection, metrics.rollout, number=number, units=units.keys(), values=values)
+            added = add_cohort(connection, metrics.rollout, number=number, units=units.keys(), values=sums)
+            if added:
+                add_shadow_counts(connection, metrics.rollout, events)
+            return added
 
-    def _units(self, since: dt.datetime, end: dt.datetime, until: dt.datetime) -> dict[str, _UnitRows]:
+    def _units(self, since: dt.datetime, end: dt.datetime, until: dt.datetime) -> dict[str, UnitRows]:
         """Return the cohort's units with their answers in their windows."""
-        found: dict[str, _UnitRows] = {}
-        for rows in self._predictions.read(since, until, _PREDICTION_COLUMNS):
-            for row in _experiment_rows(rows, self._metrics.rollout):
-                answer = _Answer(
-                    row["prediction_id"], row["time"], row["version"], row["unit_hash"], row["predictions"]
-                )
-                unit = found.setdefault(answer.unit, _UnitRows(arm=row["arm"], first=answer.time))
-                unit.first = min(unit.first, answer.time)
-                if not _has_fault(row[OTHER]):
-                    unit.answers.append(answer)
+        metrics, is_shadow = self._metrics, self._metrics.scoring.shadow is not None
+        arms = MIRRORED if is_shadow else EXPERIMENT
+        rows = (
+            row
+            for table in self._predictions.read(since, until, metrics.columns)
+            for row in experiment_rows(table, metrics.rollout, arms)
+        )
+        found = units_of_shadow(rows, version=metrics.treatment) if is_shadow else units_of_arms(rows)
         with self._engine.connect() as connection:
-            known = known_units(connection, self._metrics.rollout, list(found))
-        cohort = {name: unit for name, unit in found.items() if unit.first < end and name not in known}
+            known = known_units(connection, metrics.rollout, list(found))
+        cohort = {name: unit for name, unit in found.items() if unit.first.time < end and name not in known}
         for unit in cohort.values():
-            closed = unit.first + self._metrics.window
+            closed = unit.first.time + metrics.request_window
             unit.answers = [answer for answer in unit.answers if answer.time < closed]
         return cohort
 
     def _outcomes_of(
-        self, units: Mapping[str, _UnitRows], since: dt.datetime, until: dt.datetime
+        self, units: Mapping[str, UnitRows], since: dt.datetime, until: dt.datetime
     ) -> dict[tuple[str, int], Any]:
         """Return the last valid outcome of each row that arrived within its unit's window."""
+        if not any(rule.is_quality for rule in self._metrics.scoring.rules):
+            return {}
         closes = {
-            answer.prediction_id: (unit.first + self._metrics.window, answer.version)
+            answer.prediction_id: (unit.first.time + self._metrics.window, answer.version)
             for unit in units.values()
             for answer in unit.answers
         }
@@ -196,67 +203,8 @@ class OutcomeReader:
                 closed, version = closes.get(row["prediction_id"], (None, 0))
                 if closed is None or row["received_at"] >= closed or row["outcome"] is None:
                     continue
-                value = self._parser(version).parse(orjson.loads(row["outcome"]))
+                value = self._scorer.parser(version).parse(orjson.loads(row["outcome"]))
                 key = (row["prediction_id"], row["row"] or 0)
                 if value is not None and (key not in found or found[key][0] <= row["received_at"]):
                     found[key] = (row["received_at"], value)
         return {key: value for key, (_, value) in found.items()}
-
-    def _parser(self, version: int) -> OutcomeParser:
-        if version not in self._parsers:
-            self._parsers[version] = OutcomeParser(self._signatures(version))
-        return self._parsers[version]
-
-    def _values(
-        self, units: Mapping[str, _UnitRows], outcomes: Mapping[tuple[str, int], Any], quality: Quality
-    ) -> dict[Arm, Moments]:
-        """Return the sums of the units' values, by arm."""
-        scored: dict[str, list[tuple[str, float]]] = {arm: [] for arm in _ARMS}
-        for name, unit in units.items():
-            for answer in unit.answers:
-                signature = self._signatures(answer.version)
-                if signature.task not in _TASKS[quality]:
-                    continue
-                for row, prediction in enumerate(orjson.loads(answer.predictions)):
-                    outcome = outcomes.get((answer.prediction_id, row))
-                    value = None if outcome is None else self._score(prediction, outcome, signature, quality)
-                    if value is not None:
-                        scored[unit.arm].append((name, value))
-        moments = {}
-        for arm, rows in scored.items():
-            names, values = [name for name, _ in rows], [value for _, value in rows]
-            moments[Arm(arm)] = Moments.of(unit_means(names, values)[1]) if rows else Moments()
-        return moments
-
-    def _score(
-        self, prediction: Mapping[str, Any], outcome: Any, signature: ModelSignature, quality: Quality
-    ) -> float | None:
-        """Return one row's value; None if the answer has no finite score."""
-        if quality is Quality.squared_error:
-            limit = self._metrics.squared_error_limit
-            value = prediction.get("value")
-            return None if value is None else float(squared_error([value], [outcome], limit=limit)[0])
-        classes = list(signature.classes or ())
-        truth = classes.index(outcome)
-        if quality is Quality.accuracy:
-            label = OutcomeParser(signature).parse(prediction.get("label"))
-            return None if label is None else float(accuracy([classes.index(label)], [truth])[0])
-        if signature.task is Task.binary:
-            scores: Any = prediction.get("probability")
-        else:
-            shares = prediction.get("probabilities") or {}
-            scores = [shares.get(str(name)) for name in classes]
-        if scores is None or (isinstance(scores, list) and None in scores):
-            return None
-        return float(brier(np.array([scores]), [truth])[0])
-
-
-def _experiment_rows(rows: pa.Table, rollout: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of both arms of a rollout."""
-    of_arms = pc.is_in(rows["arm"], value_set=pa.array(_ARMS))
-    yield from rows.filter(pc.and_(of_arms, pc.equal(rows["rollout"], rollout))).to_pylist()
-
-
-def _has_fault(other: str | None) -> bool:
-    """Return whether a record says in its other fields that the model gave no answer."""
-    return other is not None and bool(orjson.loads(other).get("fault"))

@@ -22,11 +22,12 @@ from cluster.records.edge_counts.database import (
 )
 from cluster.statistics.evidence import EventCounts, Evidence
 from cluster.statistics.planning import Plan
-from cluster.statistics.policy import DAY_S, MAX_UNITS, UnitEvent
+from cluster.statistics.policy import DAY_S, MAX_UNITS, REQUEST_EVENTS, Form, Policy, UnitEvent
 from serve_apps.rollout.assignment import Arm, bounds
 from serve_apps.rollout.evidence.activity import Activity, last_of_arm, last_requests
 from serve_apps.rollout.evidence.collecting import activities_of
 from serve_apps.rollout.evidence.metric_tables import COHORTS, ENTERED, SUMS, read_metrics
+from serve_apps.rollout.evidence.shadow_counts import ALL_UNITS, SHADOW_COUNTS, read_shadow_counts
 from serve_apps.rollout.evidence.sizes import stored_units
 from serve_apps.rollout.evidence.tables import (
     COUNTED,
@@ -43,7 +44,7 @@ from serve_apps.rollout.evidence.tables import (
 )
 from serve_apps.rollout.json_form import as_json, from_json
 
-SMALL_TABLES = (COUNTED, LIMITS, COHORTS, SUMS, SIZES, LOOKS)
+SMALL_TABLES = (COUNTED, LIMITS, COHORTS, SUMS, SIZES, LOOKS, SHADOW_COUNTS)
 """Tables with a few rows of a rollout. They are removed at once."""
 LARGE_TABLES = (EVENTS, UNITS, ENTERED)
 """Tables with a row for each unit. They are removed in batches, so that nobody waits long for their lock."""
@@ -186,6 +187,28 @@ class EvidenceStore:
             started_at: Time of the event that started the rollout.
             now: Time of the look.
         """
+        if plan.policy.is_shadow:
+            evidence = self._evidence_of_shadow(rollout_id, plan, started_at=started_at, now=now)
+        else:
+            evidence = self._evidence_of_arms(
+                rollout_id, plan, step=step, step_started_at=step_started_at, started_at=started_at, now=now
+            )
+        # A full disk or a held lock must not delay a verdict.
+        with contextlib.suppress(sa.exc.OperationalError):
+            self._store_look(rollout_id, evidence)
+        return evidence
+
+    def _evidence_of_arms(
+        self,
+        rollout_id: str,
+        plan: Plan,
+        *,
+        step: int,
+        step_started_at: dt.datetime,
+        started_at: dt.datetime,
+        now: dt.datetime,
+    ) -> Evidence:
+        """Return the counts of the treatment and its control."""
         window = current_window(
             plan, step=step, step_started_at=step_started_at, started_at=started_at, now=now
         )
@@ -198,11 +221,11 @@ class EvidenceStore:
         with snapshot(self._engine) as connection:
             activities = self._activities(connection, rollout_id)
             count = self._count(connection, count_of, now)
-            metrics = read_metrics(connection, rollout_id)
+            metrics = read_metrics(connection, rollout_id, paired=_paired(plan.policy))
             stored = stored_units(connection, rollout_id, count_of.below)
         last = [last_of_arm(activities, arm) for arm in (Arm.treatment, Arm.control)]
         waiting_since = min(_ms(started_at) if time is None else time for time in last)
-        evidence = Evidence(
+        return Evidence(
             step=step,
             window=window.number,
             step_s=(now - step_started_at).total_seconds(),
@@ -214,11 +237,6 @@ class EvidenceStore:
             metrics=metrics,
             last=last_requests(activities),
         )
-        with contextlib.suppress(
-            sa.exc.OperationalError
-        ):  # a full disk or a held lock must not delay a verdict
-            self._store_look(rollout_id, evidence)
-        return evidence
 
     def _count(self, connection: sa.Connection, of: _CountOf, now: dt.datetime) -> _Count:
         """Count the units of a rollout, or return the last numbers if they are still new enough."""
@@ -242,6 +260,28 @@ class EvidenceStore:
             do_not_flush(connection)
             insert = upsert(LOOKS, connection).values(rollout=rollout_id, **values)
             connection.execute(insert.on_conflict_do_update(index_elements=[LOOKS.c.rollout], set_=values))
+
+    def _evidence_of_shadow(
+        self, rollout_id: str, plan: Plan, *, started_at: dt.datetime, now: dt.datetime
+    ) -> Evidence:
+        """Return the counts of a shadow. It has one step, and one window that never ends."""
+        with snapshot(self._engine) as connection:
+            activities = self._activities(connection, rollout_id)
+            counts = read_shadow_counts(connection, rollout_id)
+            metrics = read_metrics(connection, rollout_id, paired=_paired(plan.policy), is_shadow=True)
+        last = last_of_arm(activities, Arm.outside)
+        total_s = (now - started_at).total_seconds()
+        idle_s = total_s if last is None else (_ms(now) - last) / 1000
+        return Evidence(
+            step=0,
+            window=0,
+            step_s=total_s,
+            total_s=total_s,
+            idle_s=max(0.0, idle_s),
+            watched_units=counts.get(ALL_UNITS, 0),
+            events={event: EventCounts(watched=counts.get(event, 0)) for event in UnitEvent},
+            metrics=metrics,
+        )
 
     def requests(self, rollout_id: str) -> dict[str, int]:
         """Return the number of a rollout's requests at all edges, by arm. `none` has those without a unit."""
@@ -267,6 +307,12 @@ def _register(connection: sa.Connection, rollout: str, counting: Counting) -> No
     ):
         insert = upsert(table, connection).values(rollout=rollout, **values)
         connection.execute(insert.on_conflict_do_update(index_elements=[table.c.rollout], set_=values))
+
+
+def _paired(policy: Policy) -> frozenset[str]:
+    """Return the names of the paired metrics, and of their segments."""
+    metrics = {metric.name for metric in policy.metrics if metric.form is Form.paired}
+    return frozenset(metrics | {signal.name for signal in policy.signals if signal.metric in metrics})
 
 
 def _count_units(connection: sa.Connection, of: _CountOf, until: dt.datetime) -> int:
@@ -307,7 +353,7 @@ def _count_events(
             control=counts.get((event, Arm.control), 0),
             watched=watched.get(event, 0),
         )
-        for event in UnitEvent
+        for event in REQUEST_EVENTS
     }
 
 

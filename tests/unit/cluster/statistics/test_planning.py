@@ -157,8 +157,9 @@ def test_plan_in_words_has_steps_harm_errors_and_time() -> None:
     lines = describe(the_plan())
     assert lines[0].startswith("step 1: 1 %, 277 units an arm, 12.0 h; finds harm in 90 % of cases")
     assert "failure from 9." in lines[0]
-    assert lines[6].startswith("guardrail cpu: finds a difference of 0.1")
-    assert lines[7] == (
+    assert lines[6].startswith("guardrail cpu (ratio): finds a difference of 0.1")
+    assert lines[7] == "goal quality: superiority with a margin of 0"
+    assert lines[8] == (
         "errors: 1.00% for each guardrail over 13 windows, 5.0% for each goal, 0.1% for a mismatch"
     )
-    assert lines[8] == "all steps: 60.0 h, 108.0 h before the deadline"
+    assert lines[9] == "all steps: 60.0 h, 108.0 h before the deadline"

@@ -16,19 +16,23 @@ from cluster.statistics.policy import (
     Margin,
     Metric,
     MetricGuardrail,
+    Policy,
+    Signal,
     Step,
     UnitEvent,
 )
 from tests.samples.rollout_simulations import POLICY
 
 FAILURE = EventGuardrail(event=UnitEvent.failure, limit=0.1)
+DISAGREEMENT = EventGuardrail(event=UnitEvent.disagreement, limit=0.1)
 RELATIVE = Margin(size=0.1, is_relative=True)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Step(weight=60), "step.weight"),
+        (lambda: replace(POLICY, steps=(Step(weight=60),)), "step.weight must be above 0 and at most 50"),
+        (lambda: Step(weight=101), "step.weight"),
         (lambda: Step(weight=0), "step.weight"),
         (lambda: Step(weight=1, bake_s=-1), "step.bake_s"),
         (lambda: EventGuardrail(event=UnitEvent.slow, ratio=0.9, limit=0.1), "ratio"),
@@ -53,6 +57,24 @@ RELATIVE = Margin(size=0.1, is_relative=True)
                 metric_guardrails=(MetricGuardrail(metric="brier", margin=RELATIVE),),
             ),
             "cannot be relative",
+        ),
+        (lambda: Signal(metric="quality", share=0), "signal 'quality': share must be above 0"),
+        (lambda: replace(POLICY, signals=(Signal(metric="qualty"),)), "No metric 'qualty'"),
+        (lambda: replace(POLICY, signals=(Signal(metric="cpu"),) * 2), "signals must have different names"),
+        (lambda: replace(POLICY, event_guardrails=(DISAGREEMENT,)), "only a shadow"),
+        (lambda: replace(POLICY, is_shadow=True), "A shadow has one step, got 5"),
+        (
+            lambda: replace(POLICY, is_shadow=True, steps=(Step(weight=100),)),
+            "Metric 'quality' must be paired",
+        ),
+        (
+            lambda: Policy(
+                steps=(Step(weight=100),),
+                event_guardrails=(replace(FAILURE, ratio=2),),
+                deadline_s=1,
+                is_shadow=True,
+            ),
+            "ratio has no meaning for a shadow",
         ),
     ],
 )

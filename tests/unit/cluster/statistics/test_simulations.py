@@ -10,15 +10,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cluster.statistics.policy import Form, UnitEvent
+from cluster.statistics.policy import REQUEST_EVENTS, Form, UnitEvent
 from tests.samples.rollout_simulations import (
     failing_share,
     false_no_harm,
+    false_signal,
     goal_by_form,
     late_harm,
     mismatch,
     requests_until_break,
     rollouts,
+    share_above_limit,
     superiority,
 )
 from tests.samples.rollout_traffic import Version
@@ -48,7 +50,7 @@ def test_better_version_is_not_rolled_back(draw: np.random.Generator) -> None:
     assert rates.goal == 1
 
 
-@pytest.mark.parametrize("event", UnitEvent)
+@pytest.mark.parametrize("event", REQUEST_EVENTS)
 def test_each_kind_of_harm_is_rolled_back(draw: np.random.Generator, event: UnitEvent) -> None:
     """Three times the rate of one event."""
     worse = replace(HEALTHY, rates={**HEALTHY.rates, event: 3 * HEALTHY.rates[event]})
@@ -72,8 +74,21 @@ def test_two_points_more_are_found_within_20000_units(draw: np.random.Generator)
 
 @pytest.mark.parametrize("form", Form)
 def test_each_form_of_a_metric_is_rarely_better_by_chance(draw: np.random.Generator, form: Form) -> None:
-    """Means, ratios by the delta method, CUPED and paired differences, at 50 looks."""
-    assert goal_by_form(draw, form=form, runs=RUNS).found <= 0.05
+    """Means, ratios by the delta method, CUPED and paired differences: 2,000 runs, 100 looks."""
+    assert goal_by_form(draw, form=form, runs=2_000).found <= 0.05
+
+
+def test_signals_rarely_hold_a_harmless_version(draw: np.random.Generator) -> None:
+    """Four segments share the error: 2,000 runs, 100 looks."""
+    assert false_signal(draw, runs=2_000) <= 0.05
+
+
+def test_shadow_at_its_limit_is_rarely_stopped_and_a_worse_one_is(draw: np.random.Generator) -> None:
+    """One of four guardrails has a quarter of 5 %: 2,000 runs, 100 looks."""
+    assert share_above_limit(draw, runs=2_000, share=0.05, limit=0.05).found <= 0.0125
+    worse = share_above_limit(draw, runs=2_000, share=0.1, limit=0.05)
+    assert worse.found == 1
+    assert worse.mean_units < 500
 
 
 def test_cuped_needs_fewer_units(draw: np.random.Generator) -> None:

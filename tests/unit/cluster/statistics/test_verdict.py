@@ -11,7 +11,7 @@ from cluster.statistics.breaker import LastRequests, is_open
 from cluster.statistics.evidence import EventCounts, Evidence, MetricCounts
 from cluster.statistics.moments import Moments
 from cluster.statistics.planning import plan
-from cluster.statistics.policy import DAY_S, Action, Policy, UnitEvent
+from cluster.statistics.policy import DAY_S, REQUEST_EVENTS, Action, Policy, UnitEvent
 from cluster.statistics.sample_ratio import Split
 from cluster.statistics.verdict import Verdict, judge
 from tests.samples.rollout_simulations import (
@@ -46,7 +46,7 @@ GOOD = Evidence(
     step_s=DAY_S,
     total_s=5 * DAY_S,
     watched_units=20_000,
-    events={event: EventCounts(treatment=200, control=200, watched=200) for event in UnitEvent},
+    events={event: EventCounts(treatment=200, control=200, watched=200) for event in REQUEST_EVENTS},
     metrics={"quality": quality(0.82, 0.8)},
 )
 """Everything is reached at the last step."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import http.server
+import itertools
 import json
 import threading
 from collections import Counter
@@ -19,7 +21,8 @@ from starlette.responses import Response
 
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ShadowStarted, ShadowStopped
-from cluster.records.reading import read_shadow_predictions
+from cluster.records.reading import read_records, read_shadow_predictions
+from cluster.records.schema import PredictionRecord
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import PlatformConfig, StorageConfig
@@ -33,6 +36,10 @@ from serve_apps.predictor.shadow import MAX_COPY_BYTES, MAX_WAITING, SENDERS, Sh
 from serve_apps.predictor.shadow_replicas import Connections, FetchSchedule
 from serve_apps.predictor.tensors import to_raw
 from serve_apps.replica.edge_headers import EdgeHeaders
+from serve_apps.rollout.evidence import outcomes
+from serve_apps.rollout.evidence.metric_rules import Scoring, ShadowRule
+from serve_apps.rollout.evidence.shadow_counts import read_shadow_counts
+from serve_apps.rollout.evidence.tables import evidence_engine
 from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
 from tests.servers.replica import MODEL, Replica, application, running_replica, served
@@ -76,6 +83,8 @@ class ShadowServer:
         self.may_answer = threading.Event()
         self.may_answer.set()
         self.idle_s = 60.0
+        self.status = 200
+        """Status of the answers; 0: the connection ends without one."""
         self.num_closed = 0
         """Connections that one of both sides has ended."""
         shadow_server = self
@@ -98,8 +107,11 @@ class ShadowServer:
                     (self.path, {k.lower(): v for k, v in self.headers.items()}, body)
                 )
                 shadow_server.may_answer.wait(10)
+                if not shadow_server.status:
+                    self.close_connection = True
+                    return
                 with contextlib.suppress(OSError):
-                    self.send_response(200)
+                    self.send_response(shadow_server.status)
                     self.send_header("content-length", "0")
                     self.end_headers()
 
@@ -136,6 +148,8 @@ class MirroredReplica:
 
     def __init__(self, ledger: Ledger, address: str, *, version: int = 1) -> None:
         self.counts: Counter[str] = Counter()
+        self.records: list[PredictionRecord] = []
+        self.loop = asyncio.new_event_loop()
         self.address = address
         self.errors: dict[str, BaseException] = {}
         """Error of the next call of a method, by its name; each is raised once."""
@@ -148,6 +162,7 @@ class MirroredReplica:
             proof=PROOF,
             authority="",
             count=self.count,
+            append=self.records.append,
         )
 
     def fetch_targets(self) -> dict[str, tuple[str, ...]]:
@@ -174,15 +189,24 @@ class MirroredReplica:
         answer = self.shadowing.add_copy(Response(), Operation.predict, edge, body)
         if answer.background is None:
             return False
-        asyncio.run(answer.background())
+        self.loop.run_until_complete(answer.background())
         return True
+
+    def recorded(self) -> list[PredictionRecord]:
+        """Run what the senders asked the event loop for, and return the records."""
+        self.loop.run_until_complete(asyncio.sleep(0))
+        return self.records
+
+    def close(self) -> None:
+        self.shadowing.close()
+        self.loop.close()
 
 
 @pytest.fixture
 def mirrored(ledger: Ledger, shadow_server: ShadowServer) -> Iterator[MirroredReplica]:
     mirrored = MirroredReplica(ledger, shadow_server.address)
     yield mirrored
-    mirrored.shadowing.close()
+    mirrored.close()
 
 
 def test_shadow_starts_changes_and_stops_with_the_ledger(
@@ -198,7 +222,7 @@ def test_shadow_starts_changes_and_stops_with_the_ledger(
     itself = MirroredReplica(ledger, shadow_server.address, version=2)
     wait_until(lambda: itself.shadowing._seq == ledger.head())
     assert not itself.ask()
-    itself.shadowing.close()
+    itself.close()
     ledger.append(STOPPED, actor="t")
     wait_until(lambda: not mirrored.ask())
 
@@ -253,6 +277,27 @@ def test_failed_and_refused_copies_are_counted(
     assert mirrored.counts["dropped"] == 1
 
 
+@pytest.mark.parametrize(
+    ("status", "fault"), [(503, "copy failed"), (400, "copy refused"), (0, "copy failed"), (200, "")]
+)
+def test_copy_without_an_answer_is_recorded(
+    mirrored: MirroredReplica, shadow_server: ShadowServer, ledger: Ledger, status: int, fault: str
+) -> None:
+    """With the request's rollout and unit, as evidence about the shadow. The shadow itself logs answered ones."""
+    shadow_server.status = status
+    ledger.append(STARTED, actor="t")
+    wait_until(lambda: mirrored.ask(7, rollout="r", unit_hash="U", arm="outside"))
+    wait_until(lambda: mirrored.counts["sent" if status == 200 else "refused" if status else "failed"] == 1)
+    found = mirrored.recorded()
+    if not fault:
+        assert found == []
+        return
+    wait_until(lambda: bool(mirrored.recorded()))
+    [record] = mirrored.records
+    assert (record.version, record.arm, record.fault) == (2, "shadow", fault)
+    assert (record.request_id, record.rollout, record.unit_hash) == ("r7", "r", "U")
+
+
 def test_connection_closed_by_the_shadow_loses_no_copy(shadow_server: ShadowServer) -> None:
     """Serve closes a connection after 90 s without a request, so a model with few requests would lose all copies."""
     shadow_server.idle_s = 0.05
@@ -284,7 +329,7 @@ def test_copies_follow_a_replaced_replica(
     wait_until(lambda: mirrored.ask() and mirrored.counts["failed"] > 0)
     mirrored.address = shadow_server.address
     wait_until(lambda: mirrored.ask() and mirrored.counts["sent"] > 0)
-    mirrored.shadowing.close()
+    mirrored.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -375,3 +420,43 @@ def test_shadow_predictions_are_logged_and_in_no_figure(
         assert pairs.height == shadows.height
         assert pairs["value"].to_list() == pairs["value_answered"].to_list()
         assert pairs["age"].to_list() == pairs["age_answered"].to_list()
+        for record in read_records(log, store):
+            assert record["cpu_ms"] > 0
+            assert 0 < record["took_ms"] < 10_000
+
+
+def test_units_of_real_copies_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the logs of two replicas to the counts of a rollout: its rollout and its unit are in both records."""
+    monkeypatch.setattr(outcomes, "MIN_COHORT_S", 0.05)
+    with running_pair(tmp_path, monkeypatch) as replica:
+        log, store = Path(replica.places.predictions(MODEL)), key_store(replica.keys)
+        metrics = outcomes.RolloutMetrics(
+            rollout="r",
+            model=MODEL,
+            started_at=dt.datetime.now(dt.UTC),
+            scoring=Scoring(outcome_window_s=0.2, rules=(), shadow=ShadowRule(slow_ms=10_000)),
+            treatment=2,
+            champion=1,
+        )
+        numbers = itertools.count()
+
+        def send() -> bool:
+            number = next(numbers)
+            said = {"request_id": f"r{number}", "arm": "outside", "rollout": "r", "unit_hash": f"U{number}"}
+            body = {"entities": [{"id": 1}], "features": {"age": 3}}
+            assert replica.json("/v1/models/m:predict", body, headers=replica.as_edge(**said))[0] == 200
+            return read_shadow_predictions(log, store).height >= 3
+
+        wait_until(send)
+        reader = outcomes.OutcomeReader(
+            replica.ledger, replica.places, store, signatures=lambda _: SIGNATURE, metrics=metrics
+        )
+        engine = evidence_engine(replica.ledger.engine)
+
+        def counts() -> dict[str, int]:
+            reader.collect(now=dt.datetime.now(dt.UTC))
+            with engine.connect() as connection:
+                return read_shadow_counts(connection, "r")
+
+        wait_until(lambda: counts().get("units", 0) >= 3)
+        assert counts().keys() == {"units"}  # no copy failed or disagreed

@@ -113,6 +113,11 @@ def test_steps_have_the_policys_bake_time_unless_they_have_their_own() -> None:
         ),
         (("rollout=canary", "+rollout.max_units=0"), "max_units must be at least 1, got 0"),
         (("rollout=canary", "+rollout.unit=person"), "rollout.unit"),
+        (
+            ("rollout=canary", "+rollout.metrics=[{name: brier, form: pared}]"),
+            "pared",
+        ),
+        (("rollout=shadow", "rollout.share=0"), "step.weight must be above 0"),
         (("rollout=canry",), "Did you mean 'canary'?"),
         ((), "Give the name of a policy"),
         (("rollout=canary", "weight=5"), "`weight` means nothing with `action=plan`"),
@@ -132,6 +137,15 @@ def test_plan_prints_units_and_time_of_each_step(tmp_path: Path) -> None:
     assert result.stdout.startswith("step 1: 1 %, 277 units an arm, 1.4 h; finds harm")
     assert "slow from" in result.stdout.splitlines()[0]
     assert len(result.stdout.splitlines()) == 7
+
+
+def test_plan_of_a_shadow_has_one_step(tmp_path: Path) -> None:
+    """Its units are those with a copied request."""
+    result = run_main(rollout, "action=plan", "name=m", "rollout=shadow", f"storage.root={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("step 1: copies of 100 % of the requests, ")
+    assert "disagreement from" in result.stdout.splitlines()[0]
+    assert len(result.stdout.splitlines()) == 3
 
 
 def test_plan_and_counts_survive_their_json_form() -> None:

@@ -106,6 +106,10 @@ def traffic(units_per_hour: float) -> dict[str, Any]:
     ("change", "message"),
     [
         (in_event(7, verdict="promote"), "Event 7 (PolicyDecided) differs: its verdict is 'promote'"),
+        (
+            in_event(6, missing=["units: 6 of 277", "no_harm: failure at most 44.985%, limit 5.000%"]),
+            "Event 6 (PolicyDecided) differs: its figure of 'units' is '6', but its counts give '5'",
+        ),
         (in_event(6, missing=[]), "Event 6 (PolicyDecided) differs: its missing is []"),
         (in_event(9, reasons=["breaker: no"]), "Event 9 (PolicyDecided) differs: its reasons is ['breaker']"),
         (in_event(7, evidence=counts(FAILING)), "but its counts give 'roll_back'"),
@@ -158,6 +162,16 @@ def test_wrong_promotion_or_pause_is_named(
     result = run_main(main, "--file", str(export(promoted, tmp_path / "export.jsonl")))
     assert result.returncode == 0, result.stderr
     result = run_main(main, "--file", str(export(promoted, tmp_path / "export.jsonl", change)))
+    assert (result.returncode, message in result.stderr) == (2, True), result.stderr
+
+
+def test_count_that_the_access_files_do_not_give_is_named(ledger: Ledger, tmp_path: Path) -> None:
+    """Here the counts are those of a double, and the files have no unit of the rollout."""
+    (tmp_path / "access").mkdir()
+    (tmp_path / "access" / "20270115T080000-a.jsonl").touch()
+    words = ("--file", str(export(ledger, tmp_path / "export.jsonl")), "--logs", str(tmp_path / "access"))
+    result = run_main(main, *words)
+    message = "Event 6 (PolicyDecided) differs: its watched_units is 5, but the access files give 0."
     assert (result.returncode, message in result.stderr) == (2, True), result.stderr
 
 

@@ -18,7 +18,7 @@ from cluster.metrics import new_registry
 from cluster.security.tokens.issuer import mint_token
 from cluster.security.tokens.roles import Role
 from cluster.settings import PlatformConfig, StorageConfig
-from cluster.statistics.policy import UnitEvent
+from cluster.statistics.policy import REQUEST_EVENTS
 from serve_apps.rollout.controller import looking
 from serve_apps.rollout.controller.leadership import Leadership
 from serve_apps.rollout.controller.metrics import ControllerMetrics
@@ -42,9 +42,9 @@ from tests.servers.edge import PREDICT, Echo, Mirror
 DEADLINE_S = 60.0
 SPEC = RolloutSpec(
     steps=[StepSpec(weight=weight) for weight in (20, 50)],
-    event_guardrails=[EventGuardrailSpec(event=event, limit=0.4) for event in UnitEvent],
+    event_guardrails=[EventGuardrailSpec(event=event, limit=0.4) for event in REQUEST_EVENTS],
     slow_ms=2000,
-    traffic=TrafficSpec(units_per_hour=20_000, events=dict.fromkeys(map(str, UnitEvent), 0.01)),
+    traffic=TrafficSpec(units_per_hour=20_000, events=dict.fromkeys(map(str, REQUEST_EVENTS), 0.01)),
 )
 POLICY: PolicyStarted = replace(
     WITH_POLICY, plan=as_json(SPEC.plan()), traffic=as_json(SPEC.expected_traffic()), slow_ms=SPEC.slow_ms

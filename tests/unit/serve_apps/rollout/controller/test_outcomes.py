@@ -9,9 +9,10 @@ from typing import Any
 
 from cluster.errors import AccessDenied
 from cluster.ledger import Ledger
+from cluster.runtime import Model
 from cluster.security.keys.store import KeyStore
 from cluster.statistics.policy import UnitEvent
-from serve_apps.rollout.controller.outcomes import OutcomeCollector
+from serve_apps.rollout.controller.outcomes import OutcomeCollector, Versions
 from serve_apps.rollout.json_form import as_json
 from serve_apps.rollout.policy_spec import (
     BaselineSpec,
@@ -41,6 +42,10 @@ SPEC = RolloutSpec(
 )
 
 
+def no_model(_model: str, _version: int, _store: KeyStore) -> Model:
+    raise AssertionError("No metric is paired.")
+
+
 def started(logs: Logs, root: Path) -> Logs:
     """Start the rollout of the policy at `START`."""
     ledger = Ledger(f"sqlite:///{root}/ledger.db", clock=lambda: START)
@@ -60,7 +65,10 @@ def test_outcomes_of_a_rollout_with_metrics_are_read(tmp_path: Path) -> None:
         return logs.keyring
 
     collector = OutcomeCollector(
-        logs.ledger, logs.places, lambda model, version, store: logs.signatures[version], keys
+        logs.ledger,
+        logs.places,
+        Versions(lambda model, version, store: logs.signatures[version], no_model),
+        keys,
     )
     logs.predict(asked(1, "A", 10, True), asked(2, "B", 20, True, arm="control", version=1))
     logs.tell(outcome(1, True, (START + dt.timedelta(seconds=30)).isoformat()))
@@ -85,7 +93,9 @@ def test_refused_keys_are_asked_for_again(tmp_path: Path) -> None:
             raise AccessDenied("no")
         return logs.keyring
 
-    collector = OutcomeCollector(logs.ledger, logs.places, lambda model, version, store: FLAGS, keys)
+    collector = OutcomeCollector(
+        logs.ledger, logs.places, Versions(lambda model, version, store: FLAGS, no_model), keys
+    )
     logs.predict(asked(1, "A", 10, True))
     logs.tell(outcome(1, True, (START + dt.timedelta(seconds=30)).isoformat()))
     assert collector.collect_once(now=START + dt.timedelta(seconds=500)) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cluster.statistics.evidence import MetricCounts
 from cluster.statistics.quality import Quality
 from cluster.storage import Layout
 from serve_apps.rollout.evidence import outcomes
+from serve_apps.rollout.evidence.metric_rules import MetricRule, Scoring
 from serve_apps.rollout.evidence.metric_tables import read_metrics
 from serve_apps.rollout.evidence.outcomes import OutcomeReader, RolloutMetrics
 from serve_apps.rollout.evidence.store import LARGE_TABLES, SMALL_TABLES, EvidenceStore
@@ -36,8 +38,12 @@ METRICS = RolloutMetrics(
     rollout="r",
     model="m",
     started_at=START,
-    outcome_window_s=400,
-    qualities={"brier": Quality.brier, "accuracy": Quality.accuracy},
+    scoring=Scoring(
+        outcome_window_s=400,
+        rules=(MetricRule(name="brier", score="brier"), MetricRule(name="accuracy", score="accuracy")),
+    ),
+    treatment=2,
+    champion=1,
 )
 COHORT_S = 100
 """Length of a cohort: a quarter of the window."""
@@ -234,13 +240,13 @@ def test_each_task_has_its_score(
 ) -> None:
     """A metric that does not fit to the task has no units."""
     logs.reader = logs.new_reader(
-        RolloutMetrics(
-            rollout="r",
-            model="m",
-            started_at=START,
-            outcome_window_s=400,
-            qualities={"score": quality},
-            squared_error_limit=4.0,
+        replace(
+            METRICS,
+            scoring=Scoring(
+                outcome_window_s=400,
+                rules=(MetricRule(name="score", score=quality),),
+                squared_error_limit=4.0,
+            ),
         )
     )
     logs.predict(asked(1, "A", 10, True, version=version, predictions=[prediction]))
