@@ -208,14 +208,8 @@ def promote(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollou
     if running_rollout(config, read_states(ledger)[config.name]).id != rollout.id:
         raise RolloutError(f"Rollout {rollout.id} of '{config.name}' has ended meanwhile.")
     history = read_history(ledger, config.name)
-    events = transitions.promotion(
-        config.name,
-        rollout=rollout.id,
-        version=version,
-        champion=history.champion,
-        reason=reason,
-        run=history.run,
-    )
+    ending = transitions.Ending(model=config.name, rollout=rollout, run=history.run, reason=reason)
+    events = transitions.promotion(ending, champion=history.champion)
     entries = transitions.append(ledger, config.name, events, actor=actor.name, since=since)
     wait_until_applied(config, ledger, transitions.require_appended(entries, config.name))
     return {"model": config.name, "rollout": rollout.id, "version": version, "judged": judgement}

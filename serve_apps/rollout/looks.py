@@ -1,4 +1,4 @@
-"""One look at a rollout: read the counts, and get their verdict. The controller and `action=show` do the same."""
+"""One look at a rollout, or at a promotion: read the counts, and get their verdict. `action=show` does the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Protocol
 from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Plan
 from cluster.statistics.verdict import Decision, judge
-from serve_apps.rollout.history import PolicyRun, step_at
+from cluster.statistics.watch import in_plan, judge_watch, watch_plan, windows_before
+from serve_apps.rollout.assignment import HOLDBACK_WEIGHT, watch_id
+from serve_apps.rollout.history import PolicyRun, WatchRun, step_at
 
 
 class EvidenceSource(Protocol):
@@ -30,6 +32,9 @@ class EvidenceSource(Protocol):
     def ensure_registered(self, rollout_id: str, *, slow_ms: float | None) -> None:
         """Let the edges count the units of a rollout if they do not, for example after `evidence.db` was lost."""
 
+    def counted(self) -> set[str]:
+        """Return the ids of the rollouts whose units are counted."""
+
     def forget(self, rollout_id: str) -> None:
         """Remove the counts of a rollout that has ended. Idempotent."""
 
@@ -48,6 +53,25 @@ def decision_now(
         now=now,
     )
     return evidence, judge(plan, evidence)
+
+
+def watch_decision_now(
+    source: EvidenceSource, watch: WatchRun, plan: Plan, *, now: dt.datetime
+) -> tuple[Evidence, Decision]:
+    """Return the counts since a promotion, and what they decide."""
+    promoted_at = dt.datetime.fromisoformat(watch.started_at)
+    rollout_s = (promoted_at - dt.datetime.fromisoformat(watch.run.started_at)).total_seconds()
+    used = windows_before(plan, rollout_s=rollout_s)
+    evidence = source.evidence(
+        watch_id(watch.run.rollout),
+        watch_plan(plan, weight=HOLDBACK_WEIGHT, used=used),
+        step=0,
+        step_started_at=promoted_at,
+        started_at=promoted_at,
+        now=now,
+    )
+    evidence = in_plan(plan, evidence, used=used)
+    return evidence, judge_watch(plan, evidence)
 
 
 def _counted_plan(plan: Plan, step: int, weight: float) -> Plan:

@@ -28,11 +28,14 @@ from cluster.ledger.events import (
     RolloutRolledBack,
     RolloutStarted,
     RolloutWeightChanged,
+    WatchDecided,
+    WatchStarted,
 )
 from cluster.registry import CHAMPION
 from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Plan, Traffic, plan
 from cluster.statistics.verdict import Decision, Verdict, judge
+from cluster.statistics.watch import judge_watch
 from serve_apps.rollout.controller.controller import ACTOR
 from serve_apps.rollout.controller.decisions import ENDED, PAUSED, kinds
 from serve_apps.rollout.history import step_at
@@ -59,6 +62,8 @@ class _Replayed:
     plan: Plan
     version: int
     weight: float
+    predecessor: int = 0
+    """The champion before the promotion, while the controller judges the promoted version."""
     is_paused: bool = False
     is_inconclusive: bool = False
 
@@ -84,6 +89,8 @@ class _Pending:
     model: str
     rollout: str
     types: tuple[str, ...]
+    version: int
+    """The version that becomes the champion, if one does."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,6 +121,11 @@ class Replay:
             case PolicyDecided():
                 self._decide(entry, event)
                 return f"{entry.seq} {event.model} {event.rollout}: {event.verdict}"
+            case WatchStarted() if event.rollout in self.rollouts:
+                self.rollouts[event.rollout].predecessor = event.predecessor
+            case WatchDecided():
+                self._decide_watch(entry, event)
+                return f"{entry.seq} {event.model} {event.rollout}: {event.verdict} after the promotion"
             case PolicyPaused() | PolicyResumed() if event.rollout in self.rollouts:
                 self.rollouts[event.rollout].is_paused = isinstance(event, PolicyPaused)
             case RolloutWeightChanged() if event.rollout in self.rollouts:
@@ -154,24 +166,35 @@ class Replay:
                 entry, "step", evidence.step, replayed.step, by=f"the weight {replayed.weight:g} gives"
             )
         decision = judge(replayed.plan, evidence)
-        computed = {
-            "verdict": decision.verdict.value,
-            "reasons": list(kinds(decision.reasons)),
-            "missing": list(kinds(decision.missing)),
-        }
-        recorded = {
-            "verdict": event.verdict,
-            "reasons": list(kinds(event.reasons)),
-            "missing": list(kinds(event.missing)),
-        }
-        for name in computed:
-            if computed[name] != recorded[name]:
-                raise _difference(entry, name, recorded[name], computed[name])
+        missing = list(kinds(decision.missing))
+        _require_decision(entry, event, decision, missing=(list(kinds(event.missing)), missing))
         changes = replayed.changes(decision)
         _require_not_done(entry, event.not_done, replayed, decision, changes)
         if changes and not event.not_done:
-            self.pending = _Pending(decided=entry, model=event.model, rollout=event.rollout, types=changes)
+            self.pending = _Pending(
+                decided=entry,
+                model=event.model,
+                rollout=event.rollout,
+                types=changes,
+                version=replayed.version,
+            )
         replayed.is_inconclusive |= decision.verdict is Verdict.inconclusive
+        self.decisions += 1
+
+    def _decide_watch(self, entry: Entry, event: WatchDecided) -> None:
+        replayed = self._rollout(entry, event.rollout)
+        if entry.actor != ACTOR:
+            raise _difference(entry, "actor", entry.actor, ACTOR, by="it must be")
+        decision = judge_watch(replayed.plan, from_json(Evidence, event.evidence))
+        _require_decision(entry, event, decision)
+        if decision.verdict is Verdict.roll_back and not event.not_done:
+            self.pending = _Pending(
+                decided=entry,
+                model=event.model,
+                rollout=event.rollout,
+                types=("AliasMoved", "RolloutRolledBack"),
+                version=replayed.predecessor,
+            )
         self.decisions += 1
 
     def _require_allowed(self, entry: Entry, event: _Change) -> None:
@@ -187,7 +210,7 @@ class Replay:
         else:
             values = {"rollout": (event.rollout, pending.rollout)}
         if isinstance(event, AliasMoved | RolloutPromoted):
-            values["version"] = (event.version, replayed.version)
+            values["version"] = (event.version, pending.version)
         if isinstance(event, RolloutWeightChanged):
             values["weight"] = (event.weight, replayed.plan.steps[replayed.step + 1].weight)
         for name, (recorded, computed) in values.items():
@@ -199,6 +222,24 @@ class Replay:
         if rollout not in self.rollouts:
             raise RolloutError(f"Event {entry.seq}: rollout {rollout} has no policy before it.")
         return self.rollouts[rollout]
+
+
+def _require_decision(
+    entry: Entry,
+    event: PolicyDecided | WatchDecided,
+    decision: Decision,
+    *,
+    missing: tuple[list[str], list[str]] = ([], []),
+) -> None:
+    """Require that a recorded decision is the computed one. `missing` has its recorded and its computed value."""
+    values = {
+        "verdict": (event.verdict, decision.verdict.value),
+        "reasons": (list(kinds(event.reasons)), list(kinds(decision.reasons))),
+        "missing": missing,
+    }
+    for name, (recorded, computed) in values.items():
+        if recorded != computed:
+            raise _difference(entry, name, recorded, computed)
 
 
 def _require_not_done(

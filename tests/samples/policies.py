@@ -84,6 +84,10 @@ class EvidenceDouble:
         """Remember that the rollout was registered."""
         self.registered.append((rollout_id, slow_ms))
 
+    def counted(self) -> set[str]:
+        """Return the rollouts that were registered and not forgotten."""
+        return {rollout for rollout, _ in self.registered} - set(self.forgotten)
+
     def forget(self, rollout_id: str) -> None:
         """Remember that the rollout was forgotten."""
         self.forgotten.append(rollout_id)

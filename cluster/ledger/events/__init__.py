@@ -106,6 +106,14 @@ from cluster.ledger.events.sweeps import (
     TrialReported,
     TrialStarted,
 )
+from cluster.ledger.events.watches import (
+    ApplicationEnded,
+    PolicySummarised,
+    VersionKeptWarm,
+    WatchDecided,
+    WatchEnded,
+    WatchStarted,
+)
 
 __all__ = [
     "Json",
@@ -197,6 +205,12 @@ __all__ = [
     "TrialFinished",
     "TrialReported",
     "TrialStarted",
+    "ApplicationEnded",
+    "PolicySummarised",
+    "VersionKeptWarm",
+    "WatchDecided",
+    "WatchEnded",
+    "WatchStarted",
 ]
 
 _TYPES: dict[str, type[LedgerEvent]] = {

@@ -7,8 +7,15 @@ from dataclasses import dataclass, field
 
 from cluster.records.unit_hash import NO_ROLLOUT
 from serve_apps.replica.targets import ScaledToZero, Target, addresses_of
-from serve_apps.rollout.assignment import BUCKETS, CHAMPION_VARIANT, bounds
-from serve_apps.rollout.serving_state import ModelState, States
+from serve_apps.rollout.assignment import (
+    BUCKETS,
+    CHAMPION_VARIANT,
+    HOLDBACK_WEIGHT,
+    PREDECESSOR_VARIANT,
+    bounds,
+    watch_id,
+)
+from serve_apps.rollout.serving_state import ModelState, States, Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +43,32 @@ class Routes:
 def entry(state: ModelState) -> str | None:
     """Return a model's map entry, or None while the model has no deployed champion.
 
-    The entry has these fields, separated by `|`: champion backend, treatment backend, treatment variant, rollout id,
+    The entry has these fields, separated by `|`: champion backend, the other version's backend and variant, rollout id,
     salt, and the two bounds in buckets. All fields are in one value, so that one `set map` changes them together.
+    The other version gets the treatment. With the variant `predecessor` it gets control: that is a holdback.
     """
     champion = state.apps.get(state.champion_version or 0)
     if champion is None:
         return None
     rollout = state.rollout
     treatment = state.apps.get(rollout.treatment_version) if rollout else None
+    if rollout is None and state.watch is not None:
+        return _watch_entry(state.watch, state, champion)
     if rollout is None or treatment is None:
         return "|".join((champion, champion, CHAMPION_VARIANT, NO_ROLLOUT, "-", "0", str(BUCKETS)))
     limits = bounds(rollout.weight)
     fields = (champion, treatment, rollout.treatment_variant, rollout.id, rollout.salt)
+    return "|".join((*fields, str(limits.treatment_below), str(limits.control_from)))
+
+
+def _watch_entry(watch: Watch, state: ModelState, champion: str) -> str:
+    """Return the entry after a promotion. Without a holdback, all units are treated, and the champion answers them."""
+    predecessor = state.apps.get(watch.predecessor) if watch.holdback else None
+    if predecessor is None:
+        other, variant, limits = champion, CHAMPION_VARIANT, bounds(100)
+    else:
+        other, variant, limits = predecessor, PREDECESSOR_VARIANT, bounds(HOLDBACK_WEIGHT)
+    fields = (champion, other, variant, watch_id(watch.rollout), watch.salt)
     return "|".join((*fields, str(limits.treatment_below), str(limits.control_from)))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,10 +20,13 @@ from cluster.ledger.events import PolicyEnded, RolloutPromoted, RolloutRolledBac
 from cluster.ledger.store import utc_now
 from cluster.statistics.planning import Plan
 from serve_apps.rollout import transitions
+from serve_apps.rollout.assignment import is_watch, watch_id
 from serve_apps.rollout.controller.decisions import Look, events_after
+from serve_apps.rollout.controller.watching import WatchedModel
 from serve_apps.rollout.history import History, PolicyRun, read_running
 from serve_apps.rollout.json_form import from_json
-from serve_apps.rollout.looks import EvidenceSource, decision_now
+from serve_apps.rollout.looks import EvidenceSource, decision_now, watch_decision_now
+from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
 
 ACTOR = "system:rollouts"
 LOG = logging.getLogger("falaj.rollouts")
@@ -65,24 +68,27 @@ class Controller:
             ReleaseTooOld: A newer release wrote an event that changes what is served.
         """
         since = self._ledger.head()
+        histories = read_running(self._ledger)
+        states = read_states(self._ledger) if histories else {}
         failed = 0
-        for model, history in read_running(self._ledger).items():
-            if history.run is None:
-                continue
+        for model, history in histories.items():
             try:
-                self._check(model, history, history.run, since=since)
+                self._judge(model, history, states.get(model, ModelState()), since=since)
             except Exception as error:  # any failure of one rollout: it must not stop the others
                 if isinstance(error, sa.exc.SQLAlchemyError) and not isinstance(error, sa.exc.DataError):
                     raise
                 failed += 1
-                LOG.error(
-                    "rollout %s of '%s' could not be judged: %s",
-                    history.run.rollout,
-                    model,
-                    first_line(error),
-                )
+                LOG.error("the rollout of '%s' could not be judged: %s", model, first_line(error))
         self._forget_ended()
+        self._forget_watches(histories)
         return failed
+
+    def _judge(self, model: str, history: History, state: ModelState, *, since: int) -> None:
+        """Look at a model's running rollout, or at its promotion."""
+        if history.run is not None and state.rollout is not None:
+            self._check(model, history, history.run, state.rollout, since=since)
+        elif history.watch is not None:
+            self._watch(WatchedModel(model, history, history.watch, state), since=since)
 
     def _forget_ended(self) -> None:
         """Forget rollouts that have ended, by a verdict or by a command, also while no controller ran.
@@ -97,13 +103,36 @@ class Controller:
             self._plans.pop(rollout, None)
         self._forgotten_until = until
 
-    def _check(self, model: str, history: History, run: PolicyRun, *, since: int) -> None:
+    def _forget_watches(self, histories: Mapping[str, History]) -> None:
+        """Forget promotions that are not judged any more. The next start of a rollout also ends a watch."""
+        current = {
+            watch_id(history.watch.run.rollout) for history in histories.values() if history.watch is not None
+        }
+        for counted in self._source.counted() - current:
+            if is_watch(counted):
+                self._source.forget(counted)
+
+    def _watch(self, watched: WatchedModel, *, since: int) -> None:
+        watch = watched.watch
+        plan, now = self._plan(watch.run), self._clock()
+        if watch.holdback:
+            self._source.ensure_registered(watch_id(watch.run.rollout), slow_ms=watch.run.slow_ms)
+        if now >= watch.until:
+            events = watched.end()
+        else:
+            evidence, decision = watch_decision_now(self._source, watch, plan, now=now)
+            events = watched.events_after(evidence, decision)
+        if events and transitions.append(self._ledger, watched.model, events, actor=ACTOR, since=since):
+            LOG.info("promotion of '%s': %s", watched.model, ", ".join(one.type for one in events))
+
+    def _check(self, model: str, history: History, run: PolicyRun, rollout: Rollout, *, since: int) -> None:
         plan = self._plan(run)
         self._source.ensure_registered(run.rollout, slow_ms=run.slow_ms)
         evidence, decision = decision_now(self._source, run, plan, now=self._clock())
         look = Look(
             model=model,
             champion=history.champion,
+            rollout=rollout,
             run=run,
             plan=plan,
             evidence=evidence,

@@ -93,10 +93,13 @@ class EvidenceStore:
 
         What was counted before is lost, so the units of the current step are counted from now on.
         """
-        with self._engine.connect() as connection:
-            is_registered = rollout_id in counted_rollouts(connection)
-        if not is_registered:
+        if rollout_id not in self.counted():
             self.register(rollout_id, Counting(slow_ms=slow_ms))
+
+    def counted(self) -> set[str]:
+        """Return the ids of the rollouts whose units are counted."""
+        with self._engine.connect() as connection:
+            return set(counted_rollouts(connection))
 
     def forget(self, rollout_id: str) -> None:
         """Remove what was counted for a rollout, and count no more. Call it when the rollout has ended."""

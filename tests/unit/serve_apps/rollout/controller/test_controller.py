@@ -54,9 +54,10 @@ def test_healthy_version_takes_all_steps_and_is_promoted(url: str) -> None:
     assert appended(ledger) == [
         *step,
         *step,
-        *("PolicyDecided", "AliasMoved", "RolloutPromoted", "PolicyEnded"),
+        *("PolicyDecided", "AliasMoved", "RolloutPromoted", "PolicyEnded", "WatchStarted", "VersionKeptWarm"),
+        "WatchDecided",
     ]
-    assert [one["step"] for one in double.asked] == [0, 1, 2]
+    assert [one["step"] for one in double.asked if one["rollout"] == "r"] == [0, 1, 2]
     assert double.forgotten == ["r"]
     state = read_states(ledger)["m"]
     assert (state.champion_version, state.rollout) == (2, None)
@@ -95,7 +96,7 @@ def test_harm_rolls_back_also_while_paused(url: str) -> None:
     acting, _ = controller(ledger, FAILING)
     acting.check_once()
     acting.check_once()
-    assert appended(ledger)[1:] == ["PolicyDecided", "RolloutRolledBack", "PolicyEnded"]
+    assert appended(ledger)[1:] == ["PolicyDecided", "RolloutRolledBack", "PolicyEnded", "VersionKeptWarm"]
     assert read_states(ledger)["m"].rollout is None
     ended = last(ledger, PolicyEnded)
     assert ended["outcome"] == "rolled_back"
@@ -129,7 +130,7 @@ def test_starter_without_the_right_promotes_nothing(url: str) -> None:
     assert last(ledger, PolicyDecided)["not_done"] == "ann may not"
     double.counts = FAILING
     acting.check_once()
-    assert appended(ledger)[1:] == ["PolicyDecided", "RolloutRolledBack", "PolicyEnded"]
+    assert appended(ledger)[1:] == ["PolicyDecided", "RolloutRolledBack", "PolicyEnded", "VersionKeptWarm"]
 
 
 def test_inconclusive_verdict_is_final_except_for_a_rollback(url: str) -> None:
