@@ -165,7 +165,7 @@ HISTORIES = sa.Table(
     "rollout_histories_2",
     METADATA,
     sa.Column("model", sa.String(128), primary_key=True),
-    sa.Column("is_judged", sa.Boolean, nullable=False, index=True),
+    sa.Column("is_followed", sa.Boolean, nullable=False, index=True),
     sa.Column("history", sa.Text, nullable=False),
 )
 """A release that computes the histories differently must change the number in the table's name."""
@@ -254,11 +254,11 @@ def read_histories(ledger: Ledger) -> dict[str, History]:
 
 
 def read_running(ledger: Ledger) -> dict[str, History]:
-    """Return the histories of the models that the controller judges: by a policy, or after a promotion.
+    """Return the histories that the controller follows: a policy, a promotion, or a version that must end later.
 
     Raises as `read_histories` does.
     """
-    return _read(ledger, HISTORIES.c.is_judged)
+    return _read(ledger, HISTORIES.c.is_followed)
 
 
 def read_history(ledger: Ledger, model: str) -> History:
@@ -352,8 +352,8 @@ def _apply_stored(connection: sa.Connection, entry: Entry) -> None:
     after = apply(before, event, time=entry.time)
     if after == before:
         return
-    is_judged = after.run is not None or after.watch is not None
-    values = {"is_judged": is_judged, "history": json.dumps(asdict(after))}
+    is_followed = after.run is not None or after.watch is not None or bool(after.warm)
+    values = {"is_followed": is_followed, "history": json.dumps(asdict(after))}
     if stored:
         connection.execute(HISTORIES.update().where(HISTORIES.c.model == model).values(values))
     else:

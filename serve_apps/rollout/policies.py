@@ -137,7 +137,11 @@ def verdict_now(store: EvidenceStore, run: PolicyRun) -> dict[str, Any]:
 def policy_status(history: History, store: Callable[[], EvidenceStore]) -> dict[str, Any]:
     """Return the policy's part of `action=show`: step, last decision, and what is missing for the next step now."""
     run, promotion = history.run, history.promotion
-    status: dict[str, Any] = {"promotion": None if promotion is None else asdict(promotion), "policy": None}
+    status: dict[str, Any] = {
+        "promotion": None if promotion is None else asdict(promotion),
+        "policy": None,
+        "judged_until": None if history.watch is None else history.watch.until.isoformat(),
+    }
     if run is None:
         return status
     weights = [step["weight"] for step in run.plan["steps"]]

@@ -36,10 +36,10 @@ from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Plan, Traffic, plan
 from cluster.statistics.verdict import Decision, Verdict, judge
 from cluster.statistics.watch import judge_watch
-from serve_apps.rollout.controller.controller import ACTOR
 from serve_apps.rollout.controller.decisions import ENDED, PAUSED, kinds
 from serve_apps.rollout.history import step_at
 from serve_apps.rollout.json_form import as_json, from_json
+from serve_apps.rollout.transitions import ACTOR
 
 _TOLERANCE = 1e-6
 """Relative difference of a plan's numbers that another release of SciPy may cause."""

@@ -31,6 +31,9 @@ from serve_apps.rollout.history import (
 )
 from serve_apps.rollout.serving_state import Rollout
 
+ACTOR = "system:rollouts"
+"""Actor of what the controller appends."""
+
 
 def append(
     ledger: Ledger, model: str, events: Sequence[LedgerEvent], *, actor: str, since: int

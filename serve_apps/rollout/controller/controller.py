@@ -27,8 +27,9 @@ from serve_apps.rollout.history import History, PolicyRun, read_running
 from serve_apps.rollout.json_form import from_json
 from serve_apps.rollout.looks import EvidenceSource, decision_now, watch_decision_now
 from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
+from serve_apps.rollout.transitions import ACTOR
+from serve_apps.rollout.warm import due
 
-ACTOR = "system:rollouts"
 LOG = logging.getLogger("falaj.rollouts")
 
 
@@ -84,11 +85,13 @@ class Controller:
         return failed
 
     def _judge(self, model: str, history: History, state: ModelState, *, since: int) -> None:
-        """Look at a model's running rollout, or at its promotion."""
+        """Look at a model's running rollout, or at its promotion; then remove versions that nobody needs any more."""
         if history.run is not None and state.rollout is not None:
             self._check(model, history, history.run, state.rollout, since=since)
         elif history.watch is not None:
             self._watch(WatchedModel(model, history, history.watch, state), since=since)
+        if removed := due(model, history, state, self._clock()):
+            transitions.append(self._ledger, model, removed, actor=ACTOR, since=since)
 
     def _forget_ended(self) -> None:
         """Forget rollouts that have ended, by a verdict or by a command, also while no controller ran.

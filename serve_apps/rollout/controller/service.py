@@ -29,7 +29,9 @@ from cluster.security.tokens.trust import Trust
 from cluster.session import ClusterRecord, record_path, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout
+from serve_apps.deployed_settings import idle_cost
 from serve_apps.rollout.controller.controller import Controller
+from serve_apps.rollout.controller.ending import ApplicationEnder, end_command
 from serve_apps.rollout.controller.http import RolloutApi
 from serve_apps.rollout.controller.leadership import Leadership
 from serve_apps.rollout.controller.looking import look_until_stopped
@@ -80,6 +82,9 @@ def run(
         )
         lock = Path(record_path(config.storage)).with_name("rollouts.lock")
         flusher = start_flushing(operations.decisions, every_s=FLUSH_S, stopped=stopped)
+        if record.node_id is None:
+            ender = ApplicationEnder(ledger, end_command(config, record))
+            threading.Thread(target=ender.run, args=(stopped,), name="ending", daemon=True).start()
         if record.node_id is None and config.identity.issuer.url is None:
             arguments = (record, ledger, operations.registry, stopped)
             threading.Thread(target=read_outcomes, args=arguments, name="outcomes", daemon=True).start()
@@ -133,6 +138,7 @@ def new_operations(
         region=config.cluster.region,
         environment=config.identity.environment,
         decisions=DecisionRecorder(ledger.append),
+        cost=lambda app: idle_cost(config, app),
     )
 
 

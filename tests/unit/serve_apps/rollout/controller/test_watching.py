@@ -104,7 +104,7 @@ def test_watch_ends_after_its_time(url: str) -> None:
     double.counts, seq = FAILING, ledger.head()
     acting.check_once()
     acting.check_once()
-    assert types_since(ledger, seq) == ["WatchEnded"]
+    assert types_since(ledger, seq) == ["WatchEnded", "DeploymentRemoved"]
     ended = ledger.last(WatchEnded)
     assert ended is not None
     assert (ended.payload["outcome"], split(ledger)) == ("over", AFTER)
