@@ -32,6 +32,9 @@ class EvidenceSource(Protocol):
     def ensure_registered(self, rollout_id: str, *, slow_ms: float | None) -> None:
         """Let the edges count the units of a rollout if they do not, for example after `evidence.db` was lost."""
 
+    def requests(self, rollout_id: str) -> dict[str, int]:
+        """Return the number of a rollout's requests by arm."""
+
     def counted(self) -> set[str]:
         """Return the ids of the rollouts whose units are counted."""
 
@@ -40,9 +43,21 @@ class EvidenceSource(Protocol):
 
 
 def decision_now(
-    source: EvidenceSource, run: PolicyRun, plan: Plan, *, now: dt.datetime
+    source: EvidenceSource,
+    run: PolicyRun,
+    plan: Plan,
+    *,
+    now: dt.datetime,
+    signals: tuple[str, ...] = (),
 ) -> tuple[Evidence, Decision]:
-    """Return the counts of a rollout, and what they decide."""
+    """Return the counts of a rollout, and what they decide.
+
+    Args:
+        source: Where the counts come from.
+        run, plan: The rollout and its plan.
+        now: Time of the look.
+        signals: Further signals, such as a drift. They hold the rollout.
+    """
     step = step_at([one.weight for one in plan.policy.steps], run.weight)
     evidence = source.evidence(
         run.rollout,
@@ -52,6 +67,7 @@ def decision_now(
         started_at=dt.datetime.fromisoformat(run.started_at),
         now=now,
     )
+    evidence = replace(evidence, signals=(*evidence.signals, *signals))
     return evidence, judge(plan, evidence)
 
 

@@ -91,6 +91,7 @@ class Ending:
             started_at=run.started_at,
             weight=run.weight,
             decisions=run.decisions,
+            steps=run.steps,
         )
         return [ended]
 

@@ -109,6 +109,7 @@ from cluster.ledger.events.sweeps import (
 from cluster.ledger.events.watches import (
     ApplicationEnded,
     PolicySummarised,
+    QualityJudged,
     VersionKeptWarm,
     WatchDecided,
     WatchEnded,
@@ -207,6 +208,7 @@ __all__ = [
     "TrialStarted",
     "ApplicationEnded",
     "PolicySummarised",
+    "QualityJudged",
     "VersionKeptWarm",
     "WatchDecided",
     "WatchEnded",

@@ -55,6 +55,22 @@ class WatchEnded(LedgerEvent):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class QualityJudged(LedgerEvent):
+    """Monitoring results of several chunks say something new about a version that serves."""
+
+    model: str
+    version: int
+    verdict: str
+    """`hold`: figures are out of their bounds. `retrain`: the realised quality of all versions is. `ok`: none is any
+    more."""
+    reasons: list[str]
+    chunks: list[str]
+    """The chunks that were judged, from the oldest."""
+    asks_for_labels: bool
+    """Whether outcomes are missing that would show if there is harm."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VersionKeptWarm(LedgerEvent):
     """A version that a rollout took out of use stays deployed for a time. Then the controller ends its application."""
 

@@ -15,13 +15,15 @@ from typing import Any
 import sqlalchemy as sa
 
 from cluster.errors import first_line
-from cluster.ledger import Ledger
+from cluster.ledger import Entry, Ledger
 from cluster.ledger.events import PolicyEnded, RolloutPromoted, RolloutRolledBack
 from cluster.ledger.store import utc_now
 from cluster.statistics.planning import Plan
 from serve_apps.rollout import transitions
 from serve_apps.rollout.assignment import is_watch, watch_id
 from serve_apps.rollout.controller.decisions import Look, events_after
+from serve_apps.rollout.controller.steady_state import SteadyState
+from serve_apps.rollout.controller.summary import Summaries
 from serve_apps.rollout.controller.watching import WatchedModel
 from serve_apps.rollout.history import History, PolicyRun, read_running
 from serve_apps.rollout.json_form import from_json
@@ -41,6 +43,7 @@ class Controller:
         source: Where the counts come from.
         refusal: Returns why a principal may not roll out a model's version, or "" if it may.
         clock: Returns the time, in UTC.
+        steady: What monitoring says about the versions. None ignores it.
     """
 
     def __init__(
@@ -50,13 +53,16 @@ class Controller:
         *,
         refusal: Callable[[dict[str, Any], str, int], str],
         clock: Callable[[], dt.datetime] = utc_now,
+        steady: SteadyState | None = None,
     ) -> None:
         self._ledger = ledger
         self._source = source
         self._refusal = refusal
         self._clock = clock
+        self._steady = steady
         self._plans: dict[str, Plan] = {}
         self._forgotten_until = 0
+        self._summaries = Summaries(ledger, source)
 
     def check_once(self) -> int:
         """Look at every rollout with a policy once. A failure of one does not stop the others.
@@ -68,6 +74,8 @@ class Controller:
             SQLAlchemyError: The ledger does not answer. A value that it cannot store is a failure of one rollout.
             ReleaseTooOld: A newer release wrote an event that changes what is served.
         """
+        if self._steady is not None:
+            self._steady.check()
         since = self._ledger.head()
         histories = read_running(self._ledger)
         states = read_states(self._ledger) if histories else {}
@@ -100,11 +108,22 @@ class Controller:
         """
         until = self._ledger.head()  # before the queries: an event between them is found again
         kinds = (PolicyEnded, RolloutRolledBack, RolloutPromoted)
-        found = (entry for kind in kinds for entry in self._ledger.entries(kind, after=self._forgotten_until))
+        found = [entry for kind in kinds for entry in self._ledger.entries(kind, after=self._forgotten_until)]
+        for entry in found:
+            self._summarise(entry)
         for rollout in {str(entry.payload["rollout"]) for entry in found}:
             self._source.forget(rollout)
             self._plans.pop(rollout, None)
         self._forgotten_until = until
+
+    def _summarise(self, entry: Entry) -> None:
+        """Append the summary of a rollout that has ended. A rollout that cannot be summarised stops no other."""
+        if entry.type != PolicyEnded.__name__:
+            return
+        try:
+            self._summaries.append(entry, actor=ACTOR)
+        except (ValueError, TypeError, KeyError, ArithmeticError) as error:
+            LOG.error("rollout %s has no summary: %s", entry.payload["rollout"], first_line(error))
 
     def _forget_watches(self, histories: Mapping[str, History]) -> None:
         """Forget promotions that are not judged any more. The next start of a rollout also ends a watch."""
@@ -131,7 +150,9 @@ class Controller:
     def _check(self, model: str, history: History, run: PolicyRun, rollout: Rollout, *, since: int) -> None:
         plan = self._plan(run)
         self._source.ensure_registered(run.rollout, slow_ms=run.slow_ms)
-        evidence, decision = decision_now(self._source, run, plan, now=self._clock())
+        versions = [version for version in (history.champion, run.version) if version is not None]
+        signals = () if self._steady is None else self._steady.signals(model, versions)
+        evidence, decision = decision_now(self._source, run, plan, now=self._clock(), signals=signals)
         look = Look(
             model=model,
             champion=history.champion,

@@ -31,6 +31,7 @@ from cluster.settings import PlatformConfig
 from cluster.storage import layout
 from serve_apps.deployed_settings import idle_cost
 from serve_apps.rollout.controller.controller import Controller
+from serve_apps.rollout.controller.delivering import Deliverer
 from serve_apps.rollout.controller.ending import ApplicationEnder, end_command
 from serve_apps.rollout.controller.http import RolloutApi
 from serve_apps.rollout.controller.leadership import Leadership
@@ -38,6 +39,8 @@ from serve_apps.rollout.controller.looking import look_until_stopped
 from serve_apps.rollout.controller.metrics import ControllerMetrics
 from serve_apps.rollout.controller.operations import RolloutOperations
 from serve_apps.rollout.controller.rights import StarterRights
+from serve_apps.rollout.controller.steady_state import SteadyState
+from serve_apps.rollout.controller.webhook import configured_webhook
 from serve_apps.rollout.evidence.store import EvidenceStore
 from serve_apps.rollout.history import read_running
 
@@ -76,8 +79,9 @@ def run(
             LOG.warning("the ledger cannot be opened: %s", first_line(error))
             stopped.wait(RETRY_S)
             continue
+        steady = SteadyState(ledger, config.rollouts.steady_state, metrics.out_of_bounds)
         controller, operations = (
-            new_controller(config, ledger, store),
+            new_controller(config, ledger, store, steady=steady),
             new_operations(config, record, ledger, store),
         )
         lock = Path(record_path(config.storage)).with_name("rollouts.lock")
@@ -88,9 +92,26 @@ def run(
         if record.node_id is None and config.identity.issuer.url is None:
             arguments = (record, ledger, operations.registry, stopped)
             threading.Thread(target=read_outcomes, args=arguments, name="outcomes", daemon=True).start()
+        leadership = Leadership(ledger.engine, lock)
+        start_delivering(config, ledger, leadership, metrics, stopped)
         with listening(RolloutApi(operations).app(), Path(record.rollouts_socket)):
-            look_until_stopped(controller, Leadership(ledger.engine, lock), metrics, stopped)
+            look_until_stopped(controller, leadership, metrics, stopped)
         flusher.join(RETRY_S)
+
+
+def start_delivering(
+    config: PlatformConfig,
+    ledger: Ledger,
+    leadership: Leadership,
+    metrics: ControllerMetrics,
+    stopped: threading.Event,
+) -> None:
+    """Send events to the configured webhook in a thread, while this controller acts."""
+    webhook = configured_webhook(config)
+    if webhook is None:
+        return
+    deliverer = Deliverer(ledger, webhook, acts=lambda: leadership.acts, waiting=metrics.webhook_waiting)
+    threading.Thread(target=deliverer.run, args=(stopped,), name="webhook", daemon=True).start()
 
 
 def read_outcomes(
@@ -102,7 +123,8 @@ def read_outcomes(
     """
     while not stopped.wait(RETRY_S):
         try:
-            if any(one.run is not None and one.run.scoring for one in read_running(ledger).values()):
+            judged = [one.run or (one.watch and one.watch.run) for one in read_running(ledger).values()]
+            if any(run is not None and run.scoring for run in judged):
                 break
         except (sa.exc.SQLAlchemyError, FalajError) as error:
             LOG.warning("the rollouts could not be read: %s", first_line(error))
@@ -114,7 +136,9 @@ def read_outcomes(
     OutcomeCollector(ledger, record.layout, signatures, lambda starter: keys_of(record, starter)).run(stopped)
 
 
-def new_controller(config: PlatformConfig, ledger: Ledger, store: EvidenceStore) -> Controller:
+def new_controller(
+    config: PlatformConfig, ledger: Ledger, store: EvidenceStore, *, steady: SteadyState | None = None
+) -> Controller:
     """Return the controller, with the cluster's policies."""
     rights = StarterRights(
         Registry(ledger, layout(config.storage)),
@@ -122,7 +146,7 @@ def new_controller(config: PlatformConfig, ledger: Ledger, store: EvidenceStore)
         region=config.cluster.region,
         environment=config.identity.environment,
     )
-    return Controller(ledger, store, refusal=rights.refusal)
+    return Controller(ledger, store, refusal=rights.refusal, steady=steady)
 
 
 def new_operations(
