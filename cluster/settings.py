@@ -370,6 +370,9 @@ class ReplicaConfig:
             raise ValueError(f"replica.look_back_s must be at least 3, got {self.look_back_s}.")
 
 
+_LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+
+
 @dataclass(kw_only=True, slots=True)
 class WebhookConfig:
     """Who is told when a rollout has ended. Only the operator of the cluster can set this, not a policy."""
@@ -386,7 +389,7 @@ class WebhookConfig:
             return
         target = urlsplit(self.url)
         host = target.hostname or ""
-        if target.scheme != "https" and not (target.scheme == "http" and is_loopback(host)):
+        if target.scheme != "https" and not (target.scheme == "http" and host in _LOOPBACK_HOSTS):
             raise ValueError(
                 f"rollouts.webhook.url must be https://…, or http://… on loopback, got '{target.scheme}://{host}'."
             )
