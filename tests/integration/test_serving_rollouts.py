@@ -69,7 +69,7 @@ def test_a_policy_promotes_a_version_and_a_command_takes_it_back(shop: Shop) -> 
     project = shop.project
     policy = (
         *("rollout=canary", "rollout.bake_s=0", "+rollout.steps=[{weight: 20}, {weight: 50}]"),
-        *("rollout.event_guardrails=[{event: failure, limit: 0.4}]", "rollout.watch_s=25"),
+        *("rollout.event_guardrails=[{event: failure, limit: 0.4}]", "+rollout.watch_s=25"),
     )
     start = ("action=start", "name=loan", "version=2", *policy)
     project.run("serve_apps.rollout", *start, check=True)

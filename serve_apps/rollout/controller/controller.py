@@ -74,8 +74,7 @@ class Controller:
             SQLAlchemyError: The ledger does not answer. A value that it cannot store is a failure of one rollout.
             ReleaseTooOld: A newer release wrote an event that changes what is served.
         """
-        if self._steady is not None:
-            self._steady.check()
+        self._follow_monitoring()
         since = self._ledger.head()
         histories = read_running(self._ledger)
         states = read_states(self._ledger) if histories else {}
@@ -100,6 +99,15 @@ class Controller:
             self._watch(WatchedModel(model, history, history.watch, state), since=since)
         if removed := due(model, history, state, self._clock()):
             transitions.append(self._ledger, model, removed, actor=ACTOR, since=since)
+
+    def _follow_monitoring(self) -> None:
+        """Read new monitoring results. Odd results of another release must not stop the guardrails."""
+        if self._steady is None:
+            return
+        try:
+            self._steady.check()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            LOG.error("monitoring results could not be judged: %s", first_line(error))
 
     def _forget_ended(self) -> None:
         """Forget rollouts that have ended, by a verdict or by a command, also while no controller ran.

@@ -9,8 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 from cluster.errors import first_line
@@ -26,9 +25,9 @@ from cluster.security.tokens.source import TokenSource
 from cluster.session import ClusterRecord
 from cluster.statistics.quality import Quality
 from cluster.storage import Layout
-from serve_apps.rollout.assignment import watch_id
+from serve_apps.rollout.controller.watching import compared_runs
 from serve_apps.rollout.evidence.outcomes import OutcomeReader, RolloutMetrics
-from serve_apps.rollout.history import History, PolicyRun, read_running
+from serve_apps.rollout.history import PolicyRun, read_running
 
 EVERY_S = 5.0
 MAX_COHORTS = 100
@@ -60,16 +59,6 @@ def keys_of(record: ClusterRecord, starter: dict[str, Any]) -> KeyStore:
             cluster_id=record.cluster_id,
         )
     )
-
-
-def compared_runs(histories: Mapping[str, History]) -> Iterator[tuple[str, PolicyRun]]:
-    """Yield the rollouts whose metrics are compared now, with their models. A holdback has an id of its own."""
-    for model, history in histories.items():
-        run, watch = history.run, history.watch
-        if run is None and watch is not None and watch.holdback:
-            run = replace(watch.run, rollout=watch_id(watch.run.rollout), started_at=watch.started_at)
-        if run is not None and run.scoring:
-            yield model, run
 
 
 class OutcomeCollector:

@@ -40,6 +40,7 @@ from serve_apps.rollout.controller.metrics import ControllerMetrics
 from serve_apps.rollout.controller.operations import RolloutOperations
 from serve_apps.rollout.controller.rights import StarterRights
 from serve_apps.rollout.controller.steady_state import SteadyState
+from serve_apps.rollout.controller.watching import compared_runs
 from serve_apps.rollout.controller.webhook import configured_webhook
 from serve_apps.rollout.evidence.store import EvidenceStore
 from serve_apps.rollout.history import read_running
@@ -123,8 +124,7 @@ def read_outcomes(
     """
     while not stopped.wait(RETRY_S):
         try:
-            judged = [one.run or (one.watch and one.watch.run) for one in read_running(ledger).values()]
-            if any(run is not None and run.scoring for run in judged):
+            if any(compared_runs(read_running(ledger))):
                 break
         except (sa.exc.SQLAlchemyError, FalajError) as error:
             LOG.warning("the rollouts could not be read: %s", first_line(error))

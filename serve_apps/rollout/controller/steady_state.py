@@ -38,6 +38,15 @@ class Chunk:
     is_worse: bool
     """The realised quality is out of its bounds."""
 
+    def merge(self, other: Chunk) -> Chunk:
+        """Return what either of two variants of a version shows in a chunk."""
+        return Chunk(
+            name=self.name,
+            alerts=self.alerts | other.alerts,
+            has_outcomes=self.has_outcomes or other.has_outcomes,
+            is_worse=self.is_worse or other.is_worse,
+        )
+
 
 def chunks_of(event: Mapping[str, Any]) -> list[Chunk]:
     """Return the chunks of a `ModelMonitored` event, from the oldest."""
@@ -139,13 +148,15 @@ class SteadyState:
         since = self._ledger.head()
         if since == self._read_until:
             return
-        changed = self._read()
-        self._read_until = since
+        after, self._read_until = self._read_until, since  # odd results are not read again
+        changed = self._read(after)
         if not changed:
             return
         states = read_states(self._ledger)
         for model in changed:
-            for version in _serving(states, model):
+            serving = _serving(states, model)
+            self._clear_others(model, serving)
+            for version in serving:
                 self._judge(model, version, since=since)
 
     def signals(self, model: str, versions: Iterable[int]) -> tuple[str, ...]:
@@ -159,24 +170,22 @@ class SteadyState:
         }
         return tuple(sorted(texts))
 
-    def _read(self) -> list[str]:
-        """Read the events since the last call, and return the models with new monitoring results."""
+    def _read(self, after: int) -> list[str]:
+        """Read the events after a `seq`, and return the models with new monitoring results."""
         changed: dict[str, None] = {}
-        for entry in self._ledger.entries(ModelMonitored, after=self._read_until):
+        for entry in self._ledger.entries(ModelMonitored, after=after):
             event = entry.payload
             by_variant = self._monitored.setdefault(str(event["model"]), {})
             by_variant[int(event["version"]), str(event["variant"])] = chunks_of(event)
             changed[str(event["model"])] = None
-        for entry in self._ledger.entries(QualityJudged, after=self._read_until):
+        for entry in self._ledger.entries(QualityJudged, after=after):
             judged = entry.event()
             assert isinstance(judged, QualityJudged)
             self._remember(judged)
         return list(changed)
 
     def _judge(self, model: str, version: int, *, since: int) -> None:
-        chunks: dict[int, list[Chunk]] = {}
-        for (number, _), of_variant in self._monitored[model].items():
-            chunks[number] = sorted((*chunks.get(number, ()), *of_variant), key=lambda chunk: chunk.name)
+        chunks = _by_version(self._monitored[model])
         if not chunks.get(version):
             return
         judged = judge_chunks(model, version, chunks, self._rule)
@@ -195,6 +204,12 @@ class SteadyState:
         if appended:
             self._remember(judged)
 
+    def _clear_others(self, model: str, serving: Collection[int]) -> None:
+        """End the alerts of a model's versions that do not serve any more."""
+        for known, version in self._last:
+            if known == model and version not in serving:
+                self._gauge.labels(known, str(version)).set(0)
+
     def _is_new(self, judged: QualityJudged) -> bool:
         last = self._last.get((judged.model, judged.version))
         if last is None:
@@ -204,6 +219,16 @@ class SteadyState:
     def _remember(self, judged: QualityJudged) -> None:
         self._last[judged.model, judged.version] = judged
         self._gauge.labels(judged.model, str(judged.version)).set(judged.verdict != OK)
+
+
+def _by_version(monitored: Mapping[tuple[int, str], list[Chunk]]) -> dict[int, list[Chunk]]:
+    """Return the chunks of each version, from the oldest. A version can have served under several variants."""
+    merged: dict[int, dict[str, Chunk]] = {}
+    for (version, _), chunks in monitored.items():
+        known = merged.setdefault(version, {})
+        for chunk in chunks:
+            known[chunk.name] = known[chunk.name].merge(chunk) if chunk.name in known else chunk
+    return {version: [known[name] for name in sorted(known)] for version, known in merged.items()}
 
 
 def _serving(states: States, model: str) -> list[int]:

@@ -6,14 +6,17 @@ is the same single change of the edge's map.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from cluster.ledger.events import LedgerEvent, WatchDecided, WatchEnded
 from cluster.statistics.evidence import Evidence
 from cluster.statistics.verdict import Decision, Verdict
 from serve_apps.rollout import transitions
+from serve_apps.rollout.assignment import watch_id
 from serve_apps.rollout.controller.decisions import is_new
-from serve_apps.rollout.history import History, WatchRun
+from serve_apps.rollout.history import History, PolicyRun, WatchRun
 from serve_apps.rollout.json_form import as_json
 from serve_apps.rollout.serving_state import ModelState
 
@@ -67,3 +70,13 @@ class WatchedModel(NamedTuple):
         assert promotion is not None, "A watch begins with a promotion, and ends with its rollback."
         reason = "; ".join(decision.reasons)
         return transitions.rollback_of_promotion(self.model, self.history, promotion, reason=reason)
+
+
+def compared_runs(histories: Mapping[str, History]) -> Iterator[tuple[str, PolicyRun]]:
+    """Yield the rollouts whose metrics are compared now, with their models. A holdback has an id of its own."""
+    for model, history in histories.items():
+        run, watch = history.run, history.watch
+        if run is None and watch is not None and watch.holdback:
+            run = replace(watch.run, rollout=watch_id(watch.run.rollout), started_at=watch.started_at)
+        if run is not None and run.scoring:
+            yield model, run

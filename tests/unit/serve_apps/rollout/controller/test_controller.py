@@ -61,7 +61,12 @@ def test_healthy_version_takes_all_steps_and_is_promoted(url: str) -> None:
         "PolicySummarised",
         "WatchDecided",
     ]
-    assert [one["step"] for one in double.asked if one["rollout"] == "r"] == [0, 1, 2, 2]  # and for the summary
+    assert [one["step"] for one in double.asked if one["rollout"] == "r"] == [
+        0,
+        1,
+        2,
+        2,
+    ]  # and for the summary
     assert double.forgotten == ["r"]
     state = read_states(ledger)["m"]
     assert (state.champion_version, state.rollout) == (2, None)
