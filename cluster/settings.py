@@ -370,6 +370,65 @@ class ReplicaConfig:
             raise ValueError(f"replica.look_back_s must be at least 3, got {self.look_back_s}.")
 
 
+_LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(kw_only=True, slots=True)
+class WebhookConfig:
+    """Who is told when a rollout has ended. Only the operator of the cluster can set this, not a policy."""
+
+    url: str | None = None
+    """`https://…`; plain http is allowed on loopback only. Null sends nothing."""
+    hosts: list[str] = field(default_factory=list)
+    """Hosts that the URL may have."""
+    secret: str | None = None
+    """Where the secret is that signs each request: a file, `env:<NAME>`, or `vault:<path>#<field>`."""
+
+    def __post_init__(self) -> None:
+        if self.url is None:
+            return
+        target = urlsplit(self.url)
+        host = target.hostname or ""
+        if target.scheme != "https" and not (target.scheme == "http" and host in _LOOPBACK_HOSTS):
+            raise ValueError(
+                f"rollouts.webhook.url must be https://…, or http://… on loopback, got '{target.scheme}://{host}'."
+            )
+        if target.username is not None or target.fragment:
+            raise ValueError("rollouts.webhook.url must have no user, password or fragment.")
+        if host not in self.hosts:
+            raise ValueError(
+                f"rollouts.webhook.url has the host '{host}', which is not in rollouts.webhook.hosts. Add it there."
+            )
+        if self.secret is None:
+            raise ValueError(
+                "rollouts.webhook.secret is missing. Give a file, `env:<NAME>`, or `vault:<path>#<field>`."
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class SteadyStateConfig:
+    """When the monitoring results of a version that serves are an alert."""
+
+    alerts: int = 2
+    """So many of the last chunks must be out of their bounds."""
+    chunks: int = 3
+    """Number of the last chunks that are judged."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.alerts <= self.chunks:
+            raise ValueError(
+                f"rollouts.steady_state.alerts must be 1 to chunks ({self.chunks}), got {self.alerts}."
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutsConfig:
+    """Settings of the controller of rollouts."""
+
+    steady_state: SteadyStateConfig = field(default_factory=SteadyStateConfig)
+    webhook: WebhookConfig = field(default_factory=WebhookConfig)
+
+
 @dataclass(kw_only=True, slots=True)
 class PlatformConfig:
     """Sections that every job's configuration has. `configs/platform.yaml` and `configs/tier/` set them."""
@@ -386,3 +445,4 @@ class PlatformConfig:
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     replica: ReplicaConfig = field(default_factory=ReplicaConfig)
     jobs: SubmissionConfig = field(default_factory=SubmissionConfig)
+    rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)

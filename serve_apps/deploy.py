@@ -41,7 +41,7 @@ from serve_apps.rollout.assignment import require_variant
 from serve_apps.rollout.history import History, read_histories
 from serve_apps.rollout.serving_state import ModelState, States, read_states
 from serve_apps.shared_apps import APPLICATIONS, ensure_shared_apps, restore_shared_apps
-from serve_apps.undeploy import remove, require_number
+from serve_apps.undeploy import end_removed, remove, require_number
 
 
 class DeployAction(enum.Enum):
@@ -52,6 +52,8 @@ class DeployAction(enum.Enum):
     """After the cluster was down, start all applications that get requests according to the ledger."""
     remove = "remove"
     """Remove the application of a version that is not the champion, a running treatment or a shadow."""
+    end_removed = "end_removed"
+    """End the applications of versions that the controller of rollouts has removed from the ledger."""
     retire = "retire"
     """Mark a version that is not deployed, so that it is not deployed any more."""
     reinstate = "reinstate"
@@ -82,6 +84,7 @@ class DeployConfig(PlatformConfig):
 UNUSED = {
     DeployAction.deploy: ("reason", "as_deployed"),
     DeployAction.restore: ("name", "version", "variant", "reason"),
+    DeployAction.end_removed: ("name", "version", "variant", "reason", "as_deployed"),
     DeployAction.remove: ("variant", "as_deployed"),
     DeployAction.retire: ("variant", "as_deployed"),
     DeployAction.reinstate: ("variant", "as_deployed"),
@@ -101,6 +104,9 @@ def main(config: DeployConfig) -> dict[str, Any] | None:
         case DeployAction.restore:
             restore(config, ledger, registry, actor)
             mark_restored(record)
+        case DeployAction.end_removed:
+            for app in end_removed(config, ledger, actor):
+                print(f"ended application {app}")
         case DeployAction.remove:
             require_number(config.version)
             version = registry.get(require_name(config), config.version)

@@ -44,5 +44,20 @@ def with_deployed_settings(config: PlatformConfig, app: str) -> PlatformConfig:
     return from_plain(plain | stored | {"identity": plain["identity"] | stored.get("identity", {})})
 
 
+def idle_cost(config: PlatformConfig, app: str) -> dict[str, float]:
+    """Return what an application without requests holds: its smallest number of replicas, and their CPUs and GPUs.
+
+    Raises:
+        ConfigError: the stored settings are damaged.
+    """
+    replica = with_deployed_settings(config, app).replica
+    replicas = replica.min_replicas if replica.num_replicas is None else replica.num_replicas
+    return {
+        "replicas": replicas,
+        "cpus": replicas * replica.num_cpus,
+        "gpus": replicas * replica.num_gpus,
+    }
+
+
 def _path(config: PlatformConfig, app: str) -> str:
     return layout(config.storage).serving(app)

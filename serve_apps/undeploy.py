@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from cluster.errors import RefusedError
 from cluster.ledger import Ledger
-from cluster.ledger.events import DeploymentRemoved, ModelDeployed
+from cluster.ledger.events import ApplicationEnded, DeploymentRemoved, ModelDeployed
 from cluster.registry import LATEST, ModelVersion
 from cluster.security.acting import Actor
-from cluster.security.authorization.policy import Action
+from cluster.security.authorization.policy import Action, Resource
 from cluster.settings import PlatformConfig
 from serve_apps.apps import app_name, remove_app
 from serve_apps.edge.control.waiting import wait_until_applied
 from serve_apps.rollout.serving_state import ModelState, read_states
+from serve_apps.rollout.warm import OpenRemovals
 
 
 def require_number(version: str) -> None:
@@ -53,6 +54,33 @@ def remove(
     wait_until_applied(config, ledger, seq)
     remove_app(app)
     return app
+
+
+def end_removed(config: PlatformConfig, ledger: Ledger, actor: Actor) -> list[str]:
+    """End the applications of versions that the controller of rollouts has removed, and return their names.
+
+    Idempotent: a second run finishes what an interrupted run has not done.
+
+    Raises:
+        AccessDenied: the actor may not restart serving. The right to deploy is not needed, because the ledger already
+            says that these versions are not deployed.
+    """
+    whole = Resource(kind="cluster", name="serving", region=config.cluster.region, serves=True)
+    actor.check(Action.restart_serving, whole)
+    ended = []
+    for removed in OpenRemovals(ledger=ledger).entries(lambda: read_states(ledger)):
+        app = str(removed.payload["app"])
+        wait_until_applied(config, ledger, removed.seq)
+        remove_app(app)
+        event = ApplicationEnded(
+            model=str(removed.payload["name"]),
+            version=int(removed.payload["version"]),
+            app=app,
+            removed_seq=removed.seq,
+        )
+        ledger.append(event, actor=actor.name)
+        ended.append(app)
+    return ended
 
 
 def _require_unused(version: ModelVersion, state: ModelState) -> None:

@@ -284,7 +284,16 @@ def shared_overrides(config: PlatformConfig, record: ClusterRecord) -> list[str]
         *overrides("identity", config.identity, leave_out=USER_FIELDS),
         *(
             argument
-            for section in ("secrets", "ledger", "online", "features", "scaling", "replica", "jobs")
+            for section in (
+                "secrets",
+                "ledger",
+                "online",
+                "features",
+                "scaling",
+                "replica",
+                "jobs",
+                "rollouts",
+            )
             for argument in overrides(section, getattr(config, section))
         ),
     ]

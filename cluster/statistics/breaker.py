@@ -31,9 +31,13 @@ class LastRequests:
 
 def is_open(last: LastRequests) -> bool:
     """Return whether the breaker fires: the treatment fails completely, and the champion does not."""
-    treatment_fails = last.failures == last.requests >= REQUESTS and last.units >= UNITS
     champion_healthy = (
         last.champion_requests >= MIN_CHAMPION_REQUESTS
         and last.champion_failures <= MAX_CHAMPION_FAILURES * last.champion_requests
     )
-    return treatment_fails and champion_healthy
+    return all_failed(last) and champion_healthy
+
+
+def all_failed(last: LastRequests) -> bool:
+    """Return whether the last 20 requests all failed, and came from several units. Nothing says how others did."""
+    return last.failures == last.requests >= REQUESTS and last.units >= UNITS

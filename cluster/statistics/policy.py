@@ -214,7 +214,10 @@ class Policy:
     deadline_s: float
     """Time from the start of the rollout to its promotion, in seconds."""
     watch_s: float = DAY_S
-    """Time after the promotion in which the guardrails still roll back, in seconds."""
+    """Time after the promotion in which the controller can still roll back, in seconds."""
+    holdback: bool = False
+    """Whether a part of the units keeps the champion before the promotion, so that the guardrails can still compare.
+    Without a holdback, only a version whose requests all fail is rolled back then."""
     unit_watch_s: float = 0.0
     """`no_harm` counts a unit after this time since its first request, in seconds."""
     no_data_s: float = 3600.0
@@ -248,6 +251,8 @@ class Policy:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
         if self.max_units < 1:
             raise ValueError(f"max_units must be at least 1, got {self.max_units}.")
+        if self.holdback and self.watch_s == 0:
+            raise ValueError("watch_s must be above 0 with holdback: the holdback ends with it.")
         self._validate_names()
         self._validate_shadow()
 
@@ -263,7 +268,12 @@ class Policy:
 
     @property
     def num_guardrails(self) -> int:
-        return len(self.event_guardrails) + len(self.metric_guardrails)
+        """Number of tests that share the error of the guardrails.
+
+        With a holdback, each guardrail on a metric is tested twice: before the promotion and after it, on other units.
+        Guardrails on events have windows for both.
+        """
+        return len(self.event_guardrails) + len(self.metric_guardrails) * (2 if self.holdback else 1)
 
     def _validate_names(self) -> None:
         known = [metric.name for metric in self.metrics]

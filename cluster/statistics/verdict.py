@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.statistics.breaker import is_open
+from cluster.statistics.breaker import LastRequests, is_open
 from cluster.statistics.coin import is_harm, log_evidence_of_harm
 from cluster.statistics.comparisons import is_reached, is_worse
 from cluster.statistics.evidence import EventCounts, Evidence, MetricCounts
@@ -54,7 +54,7 @@ def judge(plan: Plan, evidence: Evidence) -> Decision:
     policy = plan.policy
     if harm := find_harm(plan, evidence):
         return Decision(verdict=Verdict.roll_back, reasons=harm)
-    blocks, actions = _blocks(plan, evidence)
+    blocks, actions = find_blocks(plan, evidence)
     missing = _missing(plan, evidence) + tuple(blocks)
     if Action.roll_back in actions:
         return Decision(verdict=Verdict.roll_back, reasons=tuple(blocks), missing=missing)
@@ -97,8 +97,7 @@ def _harm_by_events(plan: Plan, evidence: Evidence) -> list[str]:
     """Return which events of the treatment's units roll back, and whether the breaker does."""
     found = []
     if is_open(evidence.last):
-        last = evidence.last
-        found.append(f"breaker: the last {last.requests} requests, of {last.units} units, failed")
+        found.append(describe_failures(evidence.last))
     error = plan.window_error(evidence.window)
     for guardrail in plan.policy.event_guardrails:
         counts = evidence.events.get(guardrail.event, EventCounts())
@@ -113,7 +112,12 @@ def _harm_by_events(plan: Plan, evidence: Evidence) -> list[str]:
     return found
 
 
-def _blocks(plan: Plan, evidence: Evidence) -> tuple[list[str], list[Action]]:
+def describe_failures(last: LastRequests) -> str:
+    """Return the reason of the breaker in words."""
+    return f"breaker: the last {last.requests} requests, of {last.units} units, failed"
+
+
+def find_blocks(plan: Plan, evidence: Evidence) -> tuple[list[str], list[Action]]:
     """Return what blocks a promotion although all else is reached, and the actions that the policy gives for it."""
     policy = plan.policy
     blocks, actions = [], []

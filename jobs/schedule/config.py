@@ -29,7 +29,7 @@ class TriggerKind(enum.Enum):
     pipeline = "pipeline"
     """A run of the pipeline `of` is done."""
     drift = "drift"
-    """Monitoring found a chunk of the model `of` outside its thresholds."""
+    """Monitoring found a chunk of the model `of` outside its thresholds, or all its versions have become worse."""
     outcomes = "outcomes"
     """The model `of` has got `count` outcomes since the last slot."""
     data = "data"

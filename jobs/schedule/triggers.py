@@ -13,7 +13,7 @@ import fsspec
 from cluster.errors import ConfigError, first_line
 from cluster.ledger import Ledger
 from cluster.ledger.chain import Entry
-from cluster.ledger.events import ModelMonitored, OutcomesSummed, PipelineFinished
+from cluster.ledger.events import ModelMonitored, OutcomesSummed, PipelineFinished, QualityJudged
 from cluster.storage import resolve
 from jobs.schedule.config import TriggerKind, TriggerSpec
 
@@ -48,7 +48,9 @@ def detect(
         case TriggerKind.pipeline:
             return _newest(ledger, PipelineFinished, after, lambda payload: _is_done(payload, trigger.of))
         case TriggerKind.drift:
-            return _newest(ledger, ModelMonitored, after, lambda payload: _has_drift(payload, trigger.of))
+            drift = _newest(ledger, ModelMonitored, after, lambda payload: _has_drift(payload, trigger.of))
+            harm = _newest(ledger, QualityJudged, after, lambda payload: _has_harm(payload, trigger.of))
+            return max(drift, harm, key=lambda one: int(one.position) if one else 0)
         case TriggerKind.outcomes:
             return _outcomes(ledger, trigger, after)
         case TriggerKind.data:
@@ -121,6 +123,13 @@ def _has_drift(payload: dict[str, Any], model: str) -> str:
     if payload.get("reconstruction"):
         alerts.append("all inputs together")
     return f"drift of model {model}: {', '.join(alerts)[:200]}" if alerts else ""
+
+
+def _has_harm(payload: dict[str, Any], model: str) -> str:
+    """Return the reason if all versions of a model have become worse, so that no rollback helps."""
+    if payload["model"] != model or payload["verdict"] != "retrain":
+        return ""
+    return f"harm of all versions of model {model}: {'; '.join(payload['reasons'])[:200]}"
 
 
 def _outcomes(ledger: Ledger, trigger: TriggerSpec, after: int) -> Triggered | None:

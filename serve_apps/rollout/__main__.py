@@ -24,6 +24,7 @@ from cluster.security.acting import Actor, create_actor
 from cluster.security.authorization.policy import Action
 from cluster.session import attach, require_running_cluster
 from cluster.storage import json_text, layout, resolve, write_json
+from serve_apps.deployed_settings import idle_cost
 from serve_apps.edge.control.waiting import wait_until_applied
 from serve_apps.rollout import shadow_runs, transitions
 from serve_apps.rollout.assignment import mixes_arms
@@ -49,6 +50,7 @@ from serve_apps.rollout.policies import (
 )
 from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
 from serve_apps.rollout.start_checks import check_versions
+from serve_apps.rollout.warm import warm_status
 
 
 @job("rollout", RolloutConfig)
@@ -71,9 +73,7 @@ def main(config: RolloutConfig) -> dict[str, Any]:
         case RolloutAction.weight:
             result = change_weight(config, ledger, actor)
         case RolloutAction.show:
-            result = asdict(state) | policy_status(
-                read_history(ledger, config.name), lambda: evidence_store(ledger)
-            )
+            result = show(config, ledger, state)
         case RolloutAction.promote:
             result = promote(config, ledger, actor, running_rollout(config, state))
         case RolloutAction.rollback:
@@ -94,6 +94,13 @@ def main(config: RolloutConfig) -> dict[str, Any]:
     if config.output is not None:
         write_json(resolve(config.output), result)
     return result
+
+
+def show(config: RolloutConfig, ledger: Ledger, state: ModelState) -> dict[str, Any]:
+    """Return the serving state of a model, its policy and decisions, and the versions that stay deployed."""
+    history = read_history(ledger, config.name)
+    warm = warm_status(history, state, lambda app: idle_cost(config, app))
+    return asdict(state) | policy_status(history, lambda: evidence_store(ledger)) | {"warm": warm}
 
 
 def require_permission(
@@ -222,14 +229,8 @@ def promote(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollou
     if running_rollout(config, read_states(ledger)[config.name]).id != rollout.id:
         raise RolloutError(f"Rollout {rollout.id} of '{config.name}' has ended meanwhile.")
     history = read_history(ledger, config.name)
-    events = transitions.promotion(
-        config.name,
-        rollout=rollout.id,
-        version=version,
-        champion=history.champion,
-        reason=reason,
-        run=history.run,
-    )
+    ending = transitions.Ending(model=config.name, rollout=rollout, run=history.run, reason=reason)
+    events = transitions.promotion(ending, champion=history.champion)
     entries = transitions.append(ledger, config.name, events, actor=actor.name, since=since)
     wait_until_applied(config, ledger, transitions.require_appended(entries, config.name))
     return {"model": config.name, "rollout": rollout.id, "version": version, "judged": judgement}

@@ -18,6 +18,13 @@ import xxhash
 BUCKETS = 10_000
 CHAMPION_VARIANT = "champion"
 """Variant of the champion in records. The variant that the champion was deployed with does not matter."""
+PREDECESSOR_VARIANT = "predecessor"
+"""Variant of the champion before a promotion, while a holdback keeps it. In the edge's map it says that control gets
+the other version, and the treatment the champion."""
+RESERVED_VARIANTS = (CHAMPION_VARIANT, PREDECESSOR_VARIANT)
+HOLDBACK_WEIGHT = 1.0
+"""Percent of the units that a holdback keeps. As many others are compared with them."""
+_WATCH = "-watch"
 _VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -82,6 +89,16 @@ def bounds(weight: float) -> Bounds:
         raise ValueError(f"A weight must be 0 to 100 percent, got {weight}.")
     treatment = round(weight * BUCKETS / 100)
     return Bounds(treatment, max(BUCKETS - treatment, treatment))
+
+
+def watch_id(rollout: str) -> str:
+    """Return the id under which the requests after a rollout's promotion are recorded and counted."""
+    return f"{rollout}{_WATCH}"
+
+
+def is_watch(rollout: str) -> bool:
+    """Return whether a recorded rollout id is that of the time after a promotion."""
+    return rollout.endswith(_WATCH)
 
 
 def mixes_arms(reached: float, weight: float) -> bool:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from cluster.records.schema import SHADOW
 from cluster.settings import PlatformConfig
-from serve_apps.rollout.assignment import CHAMPION_VARIANT, require_percent, require_variant
-from serve_apps.rollout.history import ROLLBACK_WINDOW_H
+from serve_apps.rollout.assignment import RESERVED_VARIANTS, require_percent, require_variant
 from serve_apps.rollout.policy_spec import RolloutSpec
 
 
@@ -54,8 +53,9 @@ class RolloutConfig(PlatformConfig):
     """Number of outcomes that each arm needs for a verdict of the guardrail."""
     max_drop: float = 0.05
     """How far the treatment's metric may be below the control's metric."""
-    rollback_window_h: float = ROLLBACK_WINDOW_H
-    """Hours after a promotion in which `rollback` takes it back."""
+    rollback_window_h: float | None = None
+    """Hours after a promotion in which `rollback` takes it back. Null: as long as the predecessor stays deployed, which
+    is the policy's `watch_s`, or 24 hours without a policy."""
     output: str | None = None
     """File to write the result to, as JSON."""
 
@@ -63,9 +63,9 @@ class RolloutConfig(PlatformConfig):
         for name in ("weight", "share"):
             require_percent(getattr(self, name), name=name)
         require_variant(self.variant)
-        if self.variant in (CHAMPION_VARIANT, SHADOW):
+        if self.variant in (*RESERVED_VARIANTS, SHADOW):
             raise ValueError(f"variant '{self.variant}' is a reserved name in records. Choose another name.")
-        if not 0 <= self.rollback_window_h < math.inf:
+        if self.rollback_window_h is not None and not 0 <= self.rollback_window_h < math.inf:
             raise ValueError(f"rollback_window_h must be at least 0, got {self.rollback_window_h}.")
         if self.min_outcomes < 1:
             raise ValueError(f"min_outcomes must be at least 1, got {self.min_outcomes}.")

@@ -145,7 +145,11 @@ def verdict_now(store: EvidenceStore, run: PolicyRun) -> dict[str, Any]:
 def policy_status(history: History, store: Callable[[], EvidenceStore]) -> dict[str, Any]:
     """Return the policy's part of `action=show`: step, last decision, and what is missing for the next step now."""
     run, promotion = history.run, history.promotion
-    status: dict[str, Any] = {"promotion": None if promotion is None else asdict(promotion), "policy": None}
+    status: dict[str, Any] = {
+        "promotion": None if promotion is None else asdict(promotion),
+        "policy": None,
+        "judged_until": None if history.watch is None else history.watch.until.isoformat(),
+    }
     if run is None:
         return status
     weights = [step["weight"] for step in run.plan["steps"]]
@@ -192,19 +196,21 @@ def rollback_change(
     """
     if state.rollout is not None:
         outcome = "aborted" if reason.startswith("aborted ") else "rolled_back"
-        events = transitions.rollback(
-            config.name, rollout=state.rollout.id, reason=reason, run=history.run, outcome=outcome
-        )
+        ending = transitions.Ending(model=config.name, rollout=state.rollout, run=history.run, reason=reason)
+        events = transitions.rollback(ending, outcome=outcome)
         version, champion = state.rollout.treatment_version, state.champion_version
         return RollbackChange(rollout=state.rollout.id, version=version, champion=champion, events=events)
     promoted = history.promotion
     if promoted is None:
         raise RolloutError(f"No rollout of '{config.name}' runs. Start one with `action=start version=…`.")
-    age = (now or utc_now()) - dt.datetime.fromisoformat(promoted.at)
-    if age > dt.timedelta(hours=config.rollback_window_h):
+    now = now or utc_now()
+    age_h = (now - dt.datetime.fromisoformat(promoted.at)).total_seconds() / 3600
+    own_h = (history.rollback_until(promoted) - dt.datetime.fromisoformat(promoted.at)).total_seconds() / 3600
+    window_h = own_h if config.rollback_window_h is None else config.rollback_window_h
+    if age_h > window_h:
         raise RolloutError(
-            f"Rollout {promoted.rollout} of '{config.name}' was promoted {age.total_seconds() / 3600:.1f} h ago, and "
-            f"the rollback window is {config.rollback_window_h:g} h. Give a greater `rollback_window_h`, or start a "
+            f"Rollout {promoted.rollout} of '{config.name}' was promoted {age_h:.1f} h ago, and "
+            f"the rollback window is {window_h:g} h. Give a greater `rollback_window_h`, or start a "
             f"rollout of version {promoted.predecessor}."
         )
     if history.champion != promoted.version:

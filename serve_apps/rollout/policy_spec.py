@@ -162,6 +162,9 @@ class RolloutSpec:
     deadline_s: float = 7 * DAY_S
     """Time from the start to the promotion, in seconds."""
     watch_s: float = DAY_S
+    """Time after the promotion in which the predecessor stays deployed and the controller can roll back, in seconds."""
+    holdback: bool = False
+    """Whether 1 % of the units keep the predecessor for this time, so that the guardrails can still compare."""
     unit_watch_s: float = 0.0
     no_data_s: float = 3600.0
     on_no_data: Action = Action.hold
@@ -296,6 +299,7 @@ class RolloutSpec:
             is_shadow=self.is_shadow,
             deadline_s=self.deadline_s,
             watch_s=self.watch_s,
+            holdback=self.holdback,
             unit_watch_s=self.unit_watch_s,
             no_data_s=self.no_data_s,
             on_no_data=self.on_no_data,

@@ -30,18 +30,21 @@ from cluster.ledger.events import (
     RolloutRolledBack,
     RolloutStarted,
     RolloutWeightChanged,
+    WatchDecided,
+    WatchStarted,
 )
 from cluster.registry import CHAMPION
 from cluster.statistics.evidence import Evidence
 from cluster.statistics.planning import Plan, Traffic, plan
 from cluster.statistics.verdict import Decision, Verdict, find_harm, judge
-from serve_apps.rollout.controller.controller import ACTOR
+from cluster.statistics.watch import judge_watch
 from serve_apps.rollout.controller.decisions import ENDED, PAUSED, kinds
 from serve_apps.rollout.figures import first_other_figure
 from serve_apps.rollout.history import step_at
 from serve_apps.rollout.json_form import as_json, from_json
 from serve_apps.rollout.outage.settling import APPLIED
 from serve_apps.rollout.recount import LAG_S, AccessLogs, Moment
+from serve_apps.rollout.transitions import ACTOR
 
 _TOLERANCE = 1e-6
 """Relative difference of a plan's numbers that another release of SciPy may cause."""
@@ -67,6 +70,8 @@ class _Replayed:
     weight: float
     started_at: dt.datetime
     step_started_at: dt.datetime
+    predecessor: int = 0
+    """The champion before the promotion, while the controller judges the promoted version."""
     is_paused: bool = False
     is_inconclusive: bool = False
 
@@ -92,6 +97,8 @@ class _Pending:
     model: str
     rollout: str
     types: tuple[str, ...]
+    version: int
+    """The version that becomes the champion, if one does."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -127,6 +134,11 @@ class Replay:
             case RollbackJournaled():
                 self._check_journaled(entry, event)
                 return f"{entry.seq} {event.model} {event.rollout}: rolled back without the ledger"
+            case WatchStarted() if event.rollout in self.rollouts:
+                self.rollouts[event.rollout].predecessor = event.predecessor
+            case WatchDecided():
+                self._decide_watch(entry, event)
+                return f"{entry.seq} {event.model} {event.rollout}: {event.verdict} after the promotion"
             case PolicyPaused() | PolicyResumed() if event.rollout in self.rollouts:
                 self.rollouts[event.rollout].is_paused = isinstance(event, PolicyPaused)
             case RolloutWeightChanged() if event.rollout in self.rollouts:
@@ -173,25 +185,20 @@ class Replay:
                 entry, "step", evidence.step, replayed.step, by=f"the weight {replayed.weight:g} gives"
             )
         decision = judge(replayed.plan, evidence)
-        computed = {
-            "verdict": decision.verdict.value,
-            "reasons": list(kinds(decision.reasons)),
-            "missing": list(kinds(decision.missing)),
-        }
-        recorded = {
-            "verdict": event.verdict,
-            "reasons": list(kinds(event.reasons)),
-            "missing": list(kinds(event.missing)),
-        }
-        for name in computed:
-            if computed[name] != recorded[name]:
-                raise _difference(entry, name, recorded[name], computed[name])
+        missing = list(kinds(decision.missing))
+        _require_decision(entry, event, decision, missing=(list(kinds(event.missing)), missing))
         _require_figures(entry, (*event.reasons, *event.missing), (*decision.reasons, *decision.missing))
         self._require_counted(entry, event.rollout, evidence)
         changes = replayed.changes(decision)
         _require_not_done(entry, event.not_done, replayed, decision, changes)
         if changes and not event.not_done:
-            self.pending = _Pending(decided=entry, model=event.model, rollout=event.rollout, types=changes)
+            self.pending = _Pending(
+                decided=entry,
+                model=event.model,
+                rollout=event.rollout,
+                types=changes,
+                version=replayed.version,
+            )
         replayed.is_inconclusive |= decision.verdict is Verdict.inconclusive
         self.decisions += 1
 
@@ -225,6 +232,22 @@ class Replay:
                 f"{counted}."
             )
 
+    def _decide_watch(self, entry: Entry, event: WatchDecided) -> None:
+        replayed = self._rollout(entry, event.rollout)
+        if entry.actor != ACTOR:
+            raise _difference(entry, "actor", entry.actor, ACTOR, by="it must be")
+        decision = judge_watch(replayed.plan, from_json(Evidence, event.evidence))
+        _require_decision(entry, event, decision)
+        if decision.verdict is Verdict.roll_back and not event.not_done:
+            self.pending = _Pending(
+                decided=entry,
+                model=event.model,
+                rollout=event.rollout,
+                types=("AliasMoved", "RolloutRolledBack"),
+                version=replayed.predecessor,
+            )
+        self.decisions += 1
+
     def _require_allowed(self, entry: Entry, event: _Change) -> None:
         """Require that this change of the controller is the next one that the decision before it gives."""
         pending = self.pending
@@ -238,7 +261,7 @@ class Replay:
         else:
             values = {"rollout": (event.rollout, pending.rollout)}
         if isinstance(event, AliasMoved | RolloutPromoted):
-            values["version"] = (event.version, replayed.version)
+            values["version"] = (event.version, pending.version)
         if isinstance(event, RolloutWeightChanged):
             values["weight"] = (event.weight, replayed.plan.steps[replayed.step + 1].weight)
         for name, (recorded, computed) in values.items():
@@ -250,6 +273,24 @@ class Replay:
         if rollout not in self.rollouts:
             raise RolloutError(f"Event {entry.seq}: rollout {rollout} has no policy before it.")
         return self.rollouts[rollout]
+
+
+def _require_decision(
+    entry: Entry,
+    event: PolicyDecided | WatchDecided,
+    decision: Decision,
+    *,
+    missing: tuple[list[str], list[str]] = ([], []),
+) -> None:
+    """Require that a recorded decision is the computed one. `missing` has its recorded and its computed value."""
+    values = {
+        "verdict": (event.verdict, decision.verdict.value),
+        "reasons": (list(kinds(event.reasons)), list(kinds(decision.reasons))),
+        "missing": missing,
+    }
+    for name, (recorded, computed) in values.items():
+        if recorded != computed:
+            raise _difference(entry, name, recorded, computed)
 
 
 def _require_not_done(

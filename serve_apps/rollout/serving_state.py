@@ -26,6 +26,8 @@ from cluster.ledger.events import (
     ShadowStarted,
     ShadowStopped,
     Subject,
+    WatchEnded,
+    WatchStarted,
     require_known,
 )
 from cluster.ledger.projection import Projection
@@ -51,6 +53,19 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Watch:
+    """The time after a promotion in which the controller goes on judging the new champion."""
+
+    rollout: str
+    salt: str
+    version: int
+    predecessor: int
+    holdback: bool
+    """Whether a part of the units keeps the predecessor."""
+    unit: str = UnitKind.header.value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shadow:
     """A version that gets copies of requests. Its answers are only logged."""
 
@@ -62,13 +77,15 @@ class Shadow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelState:
-    """Serving state of one model: its champion, deployed versions, rollout and shadow."""
+    """Serving state of one model: its champion, deployed versions, rollout, shadow, and the watch of a promotion."""
 
     champion_version: int | None = None
     apps: dict[int, str] = field(default_factory=dict)
     """From a deployed version to the name of its Serve application."""
     rollout: Rollout | None = None
     shadow: Shadow | None = None
+    watch: Watch | None = None
+    """None also while a rollout runs."""
 
     def usage_of(self, version: int) -> str | None:
         """Return in words which requests a version gets now, or None if it gets no requests."""
@@ -82,6 +99,8 @@ class ModelState:
 
 
 States = dict[str, ModelState]
+
+_WATCH_TYPES = (WatchStarted.__name__, WatchEnded.__name__)
 
 METADATA = sa.MetaData()
 STATES = sa.Table(
@@ -109,9 +128,10 @@ def apply(states: States, event: LedgerEvent, *, time: str = "") -> States:
         case DeploymentRemoved(name=name, version=version):
             state = states.get(name, ModelState())
             apps = {number: app for number, app in state.apps.items() if number != version}
-            return states | {name: replace(state, apps=apps)}
+            return states | {name: _without_watch_of(replace(state, apps=apps), predecessor=version)}
         case AliasMoved(name=name, alias=alias, version=version) if alias == CHAMPION:
-            return states | {name: replace(states.get(name, ModelState()), champion_version=version)}
+            state = replace(states.get(name, ModelState()), champion_version=version)
+            return states | {name: _without_other_watch(state)}
         case RolloutStarted():
             rollout = Rollout(
                 id=event.rollout,
@@ -123,7 +143,20 @@ def apply(states: States, event: LedgerEvent, *, time: str = "") -> States:
                 reached=event.weight,
                 unit=event.unit,
             )
-            return _with_rollout(states, event.model, rollout)
+            return _with_watch(_with_rollout(states, event.model, rollout), event.model, None)
+        case WatchStarted(model=model):
+            watch = Watch(
+                rollout=event.rollout,
+                salt=event.salt,
+                version=event.version,
+                predecessor=event.predecessor,
+                holdback=event.holdback,
+                unit=event.unit,
+            )
+            return _with_watch(states, model, watch)
+        case WatchEnded(model=model, rollout=rollout_id):
+            ended = states.get(model, ModelState()).watch
+            return _with_watch(states, model, None) if ended and ended.rollout == rollout_id else states
         case RolloutWeightChanged(model=model, rollout=rollout_id, weight=weight):
             current = states.get(model, ModelState()).rollout
             if current is None or current.id != rollout_id:
@@ -147,6 +180,11 @@ def apply(states: States, event: LedgerEvent, *, time: str = "") -> States:
             return states
 
 
+def changes_serving(type_name: str) -> bool:
+    """Return whether events of a type can change a serving state."""
+    return type_name in _WATCH_TYPES or Subject.serving.includes(type_name)
+
+
 def read_states(ledger: Ledger) -> States:
     """Return the states after the ledger's last event.
 
@@ -154,7 +192,7 @@ def read_states(ledger: Ledger) -> States:
         ReleaseTooOld: a newer release wrote an event that changes what is served.
     """
     projection = Projection(
-        ledger, name=STATES.name, metadata=METADATA, wanted=Subject.serving.includes, apply=_apply_stored
+        ledger, name=STATES.name, metadata=METADATA, wanted=changes_serving, apply=_apply_stored
     )
     query = sa.select(STATES.c.model, STATES.c.state).order_by(STATES.c.seq)
     with projection.reading() as connection:
@@ -186,11 +224,28 @@ def _from_json(text: str) -> ModelState:
         apps={int(version): app for version, app in content["apps"].items()},
         rollout=Rollout(**content["rollout"]) if content["rollout"] else None,
         shadow=Shadow(**content["shadow"]) if content["shadow"] else None,
+        watch=Watch(**content["watch"]) if content["watch"] else None,
     )
 
 
 def _with_rollout(states: States, model: str, rollout: Rollout | None) -> States:
     return states | {model: replace(states.get(model, ModelState()), rollout=rollout)}
+
+
+def _with_watch(states: States, model: str, watch: Watch | None) -> States:
+    return states | {model: replace(states.get(model, ModelState()), watch=watch)}
+
+
+def _without_watch_of(state: ModelState, *, predecessor: int) -> ModelState:
+    """End the watch if its predecessor is not deployed any more."""
+    watch = state.watch
+    return replace(state, watch=None) if watch and watch.predecessor == predecessor else state
+
+
+def _without_other_watch(state: ModelState) -> ModelState:
+    """End the watch if another version is the champion now."""
+    watch = state.watch
+    return replace(state, watch=None) if watch and watch.version != state.champion_version else state
 
 
 def _with_shadow(states: States, model: str, shadow: Shadow | None) -> States:

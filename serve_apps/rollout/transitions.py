@@ -6,6 +6,7 @@ Commands and the controller use the same functions, so a promotion has the same 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cluster.errors import RolloutError
 from cluster.ledger import Entry, Ledger
@@ -16,9 +17,23 @@ from cluster.ledger.events import (
     RolloutPromoted,
     RolloutRolledBack,
     ShadowStopped,
+    VersionKeptWarm,
+    WatchEnded,
+    WatchStarted,
 )
 from cluster.registry import CHAMPION
-from serve_apps.rollout.history import History, PolicyRun, Promotion, concerns, is_relevant
+from serve_apps.rollout.history import (
+    ROLLBACK_WINDOW_H,
+    History,
+    PolicyRun,
+    Promotion,
+    concerns,
+    is_relevant,
+)
+from serve_apps.rollout.serving_state import Rollout
+
+ACTOR = "system:rollouts"
+"""Actor of what the controller appends."""
 
 
 def append(
@@ -52,27 +67,67 @@ def require_appended(entries: list[Entry] | None, model: str) -> int:
     return entries[-1].seq
 
 
-def promotion(
-    model: str, *, rollout: str, version: int, champion: int | None, reason: str, run: PolicyRun | None
-) -> list[LedgerEvent]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ending:
+    """A running rollout that ends."""
+
+    model: str
+    rollout: Rollout
+    run: PolicyRun | None
+    """None without a policy."""
+    reason: str
+
+    def end_of_policy(self, outcome: str) -> list[LedgerEvent]:
+        """Return the event that ends the policy; none without one."""
+        run = self.run
+        if run is None:
+            return []
+        ended = PolicyEnded(
+            model=self.model,
+            rollout=run.rollout,
+            version=run.version,
+            outcome=outcome,
+            reason=self.reason,
+            starter=run.subject,
+            started_at=run.started_at,
+            weight=run.weight,
+            decisions=run.decisions,
+            steps=run.steps,
+        )
+        stopped = ShadowStopped(model=self.model, version=run.version, reason=self.reason)
+        return [ended, stopped] if run.is_shadow else [ended]
+
+    @property
+    def window_s(self) -> float:
+        """Time for which the version without requests stays deployed, in seconds."""
+        if self.run is None:
+            return ROLLBACK_WINDOW_H * 3600
+        return float(self.run.plan["policy"]["watch_s"])
+
+
+def promotion(ending: Ending, *, champion: int | None) -> list[LedgerEvent]:
     """Return the events that make the treatment the champion.
 
     First comes the alias and then the end of the rollout, so no unit goes back to the old champion.
     """
-    return [
-        AliasMoved(name=model, alias=CHAMPION, version=version, previous=champion, reason=reason),
-        RolloutPromoted(model=model, rollout=rollout, version=version),
-        *_end(model, run, outcome="promoted", reason=reason),
+    model, rollout = ending.model, ending.rollout
+    version = rollout.treatment_version
+    events: list[LedgerEvent] = [
+        AliasMoved(name=model, alias=CHAMPION, version=version, previous=champion, reason=ending.reason),
+        RolloutPromoted(model=model, rollout=rollout.id, version=version),
+        *ending.end_of_policy("promoted"),
     ]
+    if champion is not None:
+        events += [*_watch(ending, champion), *_kept_warm(ending, champion)]
+    return events
 
 
-def rollback(
-    model: str, *, rollout: str, reason: str, run: PolicyRun | None, outcome: str = "rolled_back"
-) -> list[LedgerEvent]:
+def rollback(ending: Ending, *, outcome: str = "rolled_back") -> list[LedgerEvent]:
     """Return the events that end a running rollout and send every unit to the champion."""
     return [
-        RolloutRolledBack(model=model, rollout=rollout, reason=reason),
-        *_end(model, run, outcome=outcome, reason=reason),
+        RolloutRolledBack(model=ending.model, rollout=ending.rollout.id, reason=ending.reason),
+        *ending.end_of_policy(outcome),
+        *_kept_warm(ending, ending.rollout.treatment_version),
     ]
 
 
@@ -80,33 +135,47 @@ def rollback_of_promotion(
     model: str, history: History, promoted: Promotion, *, reason: str
 ) -> list[LedgerEvent]:
     """Return the events that make the champion before a promotion the champion again."""
-    return [
+    rollout, watch = promoted.rollout, history.watch
+    window_s = ROLLBACK_WINDOW_H * 3600 if watch is None else watch.watch_s
+    events: list[LedgerEvent] = [
         AliasMoved(
             name=model,
             alias=CHAMPION,
             version=promoted.predecessor,
             previous=history.champion,
-            reason=f"rollout {promoted.rollout} rolled back after its promotion: {reason}",
+            reason=f"rollout {rollout} rolled back after its promotion: {reason}",
         ),
-        RolloutRolledBack(model=model, rollout=promoted.rollout, reason=reason),
+        RolloutRolledBack(model=model, rollout=rollout, reason=reason),
+    ]
+    if watch is not None:
+        events.append(WatchEnded(model=model, rollout=rollout, outcome="rolled_back", reason=reason))
+    return [
+        *events,
+        VersionKeptWarm(model=model, rollout=rollout, version=promoted.version, window_s=window_s),
     ]
 
 
-def _end(model: str, run: PolicyRun | None, *, outcome: str, reason: str) -> list[LedgerEvent]:
-    if run is None:
+def _watch(ending: Ending, champion: int) -> list[LedgerEvent]:
+    """Return the event that starts the watch of a promotion; none without a policy, or if it takes no time."""
+    if ending.run is None or ending.window_s == 0:
         return []
-    stopped = ShadowStopped(model=model, version=run.version, reason=reason)
+    started = WatchStarted(
+        model=ending.model,
+        rollout=ending.rollout.id,
+        version=ending.rollout.treatment_version,
+        predecessor=champion,
+        salt=ending.rollout.salt,
+        unit=ending.rollout.unit,
+        holdback=bool(ending.run.plan["policy"].get("holdback", False)),
+        watch_s=ending.window_s,
+    )
+    return [started]
+
+
+def _kept_warm(ending: Ending, version: int) -> list[LedgerEvent]:
+    """Return the event that keeps a version without requests deployed for some time."""
     return [
-        PolicyEnded(
-            model=model,
-            rollout=run.rollout,
-            version=run.version,
-            outcome=outcome,
-            reason=reason,
-            starter=run.subject,
-            started_at=run.started_at,
-            weight=run.weight,
-            decisions=run.decisions,
-        ),
-        *([stopped] if run.is_shadow else []),
+        VersionKeptWarm(
+            model=ending.model, rollout=ending.rollout.id, version=version, window_s=ending.window_s
+        )
     ]

@@ -46,6 +46,7 @@ from serve_apps.rollout.outage.known import KnownRollouts
 from serve_apps.rollout.outage.local_evidence import LocalEvidence
 from serve_apps.rollout.outage.watch import OutageWatch
 from serve_apps.rollout.policies import count_units
+from serve_apps.rollout.serving_state import read_states
 from tests.clients.load import Load
 from tests.samples.journaled import new_journal
 from tests.samples.policies import SPEC, WITH_POLICY, permitted
@@ -256,18 +257,25 @@ async def measure(world: World) -> tuple[Changes, list[float], float]:
     return changes, ratios, float(np.median(turns[True]))
 
 
+def ending(world: World) -> transitions.Ending:
+    """Return the running rollout, which ends."""
+    rollout = read_states(world.ledger)["m"].rollout
+    assert rollout is not None
+    return transitions.Ending(model="m", rollout=rollout, run=None, reason="bench")
+
+
 def roll_back(world: World, kind: str, rollout: str) -> tuple[float, float]:
     """Start a rollout with half of the units, promote it if that is measured, and roll back."""
     started = replace(STARTED, rollout=rollout, salt=rollout, weight=50)
     world.append(started)
     if kind == "promoted":
-        world.append(*transitions.promotion("m", rollout=rollout, version=2, champion=1, reason="", run=None))
+        world.append(*transitions.promotion(ending(world), champion=1))
     time.sleep(BEFORE_S)
     history = read_history(world.ledger, "m")
     if history.promotion is not None and history.promotion.rollout == rollout:
         events = transitions.rollback_of_promotion("m", history, history.promotion, reason="bench")
     else:
-        events = transitions.rollback("m", rollout=rollout, reason="bench", run=None)
+        events = transitions.rollback(ending(world))
     at = world.append(*events)
     time.sleep(AFTER_S)
     return at, time.time()
@@ -275,7 +283,7 @@ def roll_back(world: World, kind: str, rollout: str) -> tuple[float, float]:
 
 def start_baking(world: World) -> None:
     """Start a rollout that the controller judges each second, and that stays at its first step."""
-    count_units(EvidenceStore(world.ledger.engine), "b", slow_ms=None)
+    count_units(EvidenceStore(world.ledger.engine), "b", BAKING)
     policy = replace(
         WITH_POLICY, rollout="b", plan=as_json(BAKING.plan()), traffic=as_json(BAKING.expected_traffic())
     )

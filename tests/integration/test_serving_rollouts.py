@@ -13,7 +13,7 @@ import time
 
 import polars as pl
 
-from cluster.ledger.events import ArtifactRefused, PolicyDecided, PolicyEnded
+from cluster.ledger.events import ApplicationEnded, ArtifactRefused, PolicyDecided, PolicyEnded
 from cluster.node.parts import Part, find_parts
 from cluster.records.reading import read_predictions, read_shadow_predictions
 from cluster.security.keys.access import key_store
@@ -62,11 +62,14 @@ def test_a_rollout_starts_sticks_and_rolls_back_without_a_lost_request(shop: Sho
 
 
 def test_a_policy_promotes_a_version_and_a_command_takes_it_back(shop: Shop) -> None:
-    """Without a command, also after `kill -9` of the controller. A replay gives the same decisions."""
+    """Without a command, also after `kill -9` of the controller. A replay gives the same decisions.
+
+    After the rollback, the controller ends the application of the version that lost.
+    """
     project = shop.project
     policy = (
         *("rollout=canary", "rollout.bake_s=0", "+rollout.steps=[{weight: 20}, {weight: 50}]"),
-        "rollout.event_guardrails=[{event: failure, limit: 0.4}]",
+        *("rollout.event_guardrails=[{event: failure, limit: 0.4}]", "+rollout.watch_s=25"),
     )
     start = ("action=start", "name=loan", "version=2", *policy)
     project.run("serve_apps.rollout", *start, check=True)
@@ -82,13 +85,15 @@ def test_a_policy_promotes_a_version_and_a_command_takes_it_back(shop: Shop) -> 
     assert ended is not None
     assert (ended.payload["outcome"], ended.payload["version"]) == ("promoted", 2)
     wait_until(lambda: shop.predict(1)[1]["model_version"] == "2")
-    export = project.root / "export.jsonl"
-    project.run("cluster.ledger", "export", "--output", str(export), check=True)
-    replay = project.run("serve_apps.rollout.replay", "--file", str(export), check=True)
-    assert f"{ended.payload['decisions']} decisions of 1 rollouts are as recorded" in replay.stdout
     taken_back = project.run("serve_apps.rollout", "action=rollback", "name=loan", check=True)
     assert json.loads(taken_back.stdout[taken_back.stdout.index("{") :])["champion"] == 1
     assert shop.predict(1)[1]["model_version"] == "1"
+    export = project.root / "export.jsonl"
+    project.run("cluster.ledger", "export", "--output", str(export), check=True)
+    replay = project.run("serve_apps.rollout.replay", "--file", str(export), check=True)
+    assert "decisions of 1 rollouts are as recorded" in replay.stdout
+    wait_until(lambda: ledger.last(ApplicationEnded) is not None, seconds=90)
+    assert "loan-v2" not in project.run("cluster.status", check=True).stdout
 
 
 def test_a_shadow_sees_every_request_and_no_client_sees_it(shop: Shop) -> None:

@@ -85,6 +85,14 @@ class EvidenceDouble:
         """Remember that the rollout was registered."""
         self.registered.append((rollout_id, counting))
 
+    def requests(self, rollout_id: str) -> dict[str, int]:
+        """Return the same numbers for each rollout."""
+        return {"treatment": 7, "control": 8, "none": 1}
+
+    def counted(self) -> set[str]:
+        """Return the rollouts that were registered and not forgotten."""
+        return {rollout for rollout, _ in self.registered} - set(self.forgotten)
+
     def forget(self, rollout_id: str) -> bool:
         """Remember that the rollout was forgotten."""
         self.forgotten.append(rollout_id)

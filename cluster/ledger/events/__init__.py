@@ -108,6 +108,15 @@ from cluster.ledger.events.sweeps import (
     TrialReported,
     TrialStarted,
 )
+from cluster.ledger.events.watches import (
+    ApplicationEnded,
+    PolicySummarised,
+    QualityJudged,
+    VersionKeptWarm,
+    WatchDecided,
+    WatchEnded,
+    WatchStarted,
+)
 
 __all__ = [
     "Json",
@@ -201,6 +210,13 @@ __all__ = [
     "TrialFinished",
     "TrialReported",
     "TrialStarted",
+    "ApplicationEnded",
+    "PolicySummarised",
+    "QualityJudged",
+    "VersionKeptWarm",
+    "WatchDecided",
+    "WatchEnded",
+    "WatchStarted",
 ]
 
 _TYPES: dict[str, type[LedgerEvent]] = {

@@ -6,7 +6,7 @@ that, in the same transaction as the decision. So an older release serves such a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.ledger.events.base import Json, LedgerEvent
 
@@ -122,3 +122,5 @@ class PolicyEnded(LedgerEvent):
     """Weight at the end, in percent of units."""
     decisions: int
     """Number of the controller's decisions."""
+    steps: list[dict[str, Json]] = field(default_factory=list)
+    """Weight and start of each step. Older events lack it."""

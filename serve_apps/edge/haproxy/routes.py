@@ -7,8 +7,17 @@ from dataclasses import dataclass, field
 
 from cluster.records.unit_hash import NO_ROLLOUT
 from serve_apps.replica.targets import ScaledToZero, Target, addresses_of
-from serve_apps.rollout.assignment import BUCKETS, CHAMPION_VARIANT, UnitKind, bounds
-from serve_apps.rollout.serving_state import ModelState, States
+from serve_apps.rollout.assignment import (
+    BUCKETS,
+    CHAMPION_VARIANT,
+    HOLDBACK_WEIGHT,
+    PREDECESSOR_VARIANT,
+    Bounds,
+    UnitKind,
+    bounds,
+    watch_id,
+)
+from serve_apps.rollout.serving_state import ModelState, States, Watch
 
 BY_SUBJECT = f"unit={UnitKind.subject}"
 """Field of a map entry. Without it, the header `X-Unit-ID` names the unit, also in an entry of an older release."""
@@ -39,21 +48,23 @@ class Routes:
 def entry(state: ModelState) -> str | None:
     """Return a model's map entry, or None while the model has no deployed champion.
 
-    The entry has these fields, separated by `|`: champion backend, treatment backend, treatment variant, rollout id,
+    The entry has these fields, separated by `|`: champion backend, the other version's backend and variant, rollout id,
     salt, and the two bounds in buckets. If the token's subject is the unit, the last field is `BY_SUBJECT`; it has no
     fixed position. All fields are in one value, so that one `set map` changes them together.
+    The other version gets the treatment. With the variant `predecessor` it gets control: that is a holdback.
     """
     champion = state.apps.get(state.champion_version or 0)
     if champion is None:
         return None
     rollout = state.rollout
     treatment = state.apps.get(rollout.treatment_version) if rollout else None
+    if rollout is None and state.watch is not None:
+        return _watch_entry(state.watch, state, champion)
     if rollout is None or treatment is None:
         return _champion_entry(champion)
     limits = bounds(rollout.weight)
     fields = (champion, treatment, rollout.treatment_variant, rollout.id, rollout.salt)
-    split = (*fields, str(limits.treatment_below), str(limits.control_from))
-    return "|".join((*split, BY_SUBJECT) if rollout.unit == UnitKind.subject else split)
+    return _split_entry(fields, limits, unit=rollout.unit)
 
 
 def rollout_of(entry: str) -> str:
@@ -68,6 +79,22 @@ def without_rollout(entry: str) -> str:
 
 def _champion_entry(champion: str) -> str:
     return "|".join((champion, champion, CHAMPION_VARIANT, NO_ROLLOUT, "-", "0", str(BUCKETS)))
+
+
+def _watch_entry(watch: Watch, state: ModelState, champion: str) -> str:
+    """Return the entry after a promotion. Without a holdback, all units are treated, and the champion answers them."""
+    predecessor = state.apps.get(watch.predecessor) if watch.holdback else None
+    if predecessor is None:
+        other, variant, limits = champion, CHAMPION_VARIANT, bounds(100)
+    else:
+        other, variant, limits = predecessor, PREDECESSOR_VARIANT, bounds(HOLDBACK_WEIGHT)
+    fields = (champion, other, variant, watch_id(watch.rollout), watch.salt)
+    return _split_entry(fields, limits, unit=watch.unit)
+
+
+def _split_entry(fields: tuple[str, ...], limits: Bounds, *, unit: str) -> str:
+    split = (*fields, str(limits.treatment_below), str(limits.control_from))
+    return "|".join((*split, BY_SUBJECT) if unit == UnitKind.subject else split)
 
 
 def routes(states: States, targets: Mapping[str, Target]) -> Routes:

@@ -16,7 +16,7 @@ from serve_apps.replica.edge_headers import (
     UNIT_KEY_VARIABLE,
     VARIANT,
 )
-from serve_apps.rollout.assignment import BUCKETS, CHAMPION_VARIANT, Arm
+from serve_apps.rollout.assignment import BUCKETS, CHAMPION_VARIANT, PREDECESSOR_VARIANT, Arm
 
 OUTCOMES_APP, FEATURES_APP = "outcomes", "features"
 _FEATURE_PATHS = "/v1/features:read /v1/features:push"
@@ -80,9 +80,18 @@ def _choose_arm() -> str:
 
 
 def _choose_backend() -> str:
-    """For a treated request, set the treatment's backend, or the champion's if the treatment has no healthy replica."""
-    return f"""    acl treated var(txn.arm) -m str {Arm.treatment}
-    http-request set-var(txn.treatment) var(txn.route),field(2,|) if treated
+    """For a request of the other version's arm, set its backend, or the champion's if it has no healthy replica.
+
+    This arm is the treatment, and in a holdback control. After a promotion without a holdback, no arm has another
+    version, and the variant is the champion's.
+    """
+    return f"""    acl holdback var(txn.route),field(3,|) -m str {PREDECESSOR_VARIANT}
+    acl one_version var(txn.route),field(3,|) -m str {CHAMPION_VARIANT}
+    acl of_treatment var(txn.arm) -m str {Arm.treatment}
+    acl of_control var(txn.arm) -m str {Arm.control}
+    http-request set-var(txn.treatment) var(txn.route),field(2,|) if of_treatment !holdback !one_version
+    http-request set-var(txn.treatment) var(txn.route),field(2,|) if of_control holdback
+    acl treated var(txn.treatment) -m found
     acl treatable var(txn.treatment),nbsrv -m int gt 0
     http-request set-var(txn.backend) var(txn.treatment) if treated treatable
     http-request set-var(txn.variant) var(txn.route),field(3,|) if treated treatable

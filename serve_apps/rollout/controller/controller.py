@@ -9,27 +9,33 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 
 from cluster.errors import first_line
-from cluster.ledger import Ledger
+from cluster.ledger import Entry, Ledger
 from cluster.ledger.events import PolicyEnded, RolloutPromoted, RolloutRolledBack
 from cluster.statistics.planning import Plan
 from cluster.statistics.verdict import Decision
 from serve_apps.rollout import transitions
+from serve_apps.rollout.assignment import is_watch, watch_id
 from serve_apps.rollout.capacity.scaling import StepScaling
 from serve_apps.rollout.controller.clock import LookClock, database_time
 from serve_apps.rollout.controller.decisions import Look, events_after, next_step, rests_on_time
+from serve_apps.rollout.controller.steady_state import SteadyState
+from serve_apps.rollout.controller.summary import Summaries
+from serve_apps.rollout.controller.watching import WatchedModel
 from serve_apps.rollout.evidence.store import Counting
 from serve_apps.rollout.history import History, PolicyRun, read_running
 from serve_apps.rollout.json_form import from_json
-from serve_apps.rollout.looks import EvidenceSource, decision_now
+from serve_apps.rollout.looks import EvidenceSource, decision_now, watch_decision_now
+from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
+from serve_apps.rollout.transitions import ACTOR
+from serve_apps.rollout.warm import due
 
-ACTOR = "system:rollouts"
 CONFIRMING_LOOKS = 5
 """A deadline, or a lack of data, counts after so many looks in a row. A clock may be wrong for a moment."""
 LOG = logging.getLogger("falaj.rollouts")
@@ -44,6 +50,7 @@ class Controller:
         refusal: Returns why a principal may not roll out a model's version, or "" if it may.
         scaling: Scales a version before it gets more units. None: nothing is scaled.
         clock: Gives the time of each look; by default, the database's.
+        steady: What monitoring says about the versions. None ignores it.
     """
 
     def __init__(
@@ -54,12 +61,15 @@ class Controller:
         refusal: Callable[[dict[str, Any], str, int], str],
         scaling: StepScaling | None = None,
         clock: LookClock | None = None,
+        steady: SteadyState | None = None,
     ) -> None:
         self._ledger = ledger
         self._source = source
         self._refusal = refusal
         self._scaling = scaling
         self._clock = clock or LookClock(partial(database_time, ledger.engine))
+        self._steady = steady
+        self._summaries = Summaries(ledger, source)
         self._plans: dict[str, Plan] = {}
         self._late_looks: dict[str, int] = {}
         """For each rollout, how many looks in a row had a decision that rests on time."""
@@ -87,25 +97,42 @@ class Controller:
             LOG.warning("the clock has jumped since the last look, so this look is skipped")
             self._late_looks.clear()
             return 0
+        self._follow_monitoring()
         since = self._ledger.head()
+        histories = read_running(self._ledger)
+        states = read_states(self._ledger) if histories else {}
         failed = 0
-        for model, history in read_running(self._ledger).items():
-            if history.run is None:
-                continue
+        for model, history in histories.items():
             try:
-                self._check(model, history, history.run, now=now, since=since)
+                self._judge(model, history, states.get(model, ModelState()), now=now, since=since)
             except Exception as error:  # any failure of one rollout: it must not stop the others
                 if isinstance(error, sa.exc.SQLAlchemyError) and not isinstance(error, sa.exc.DataError):
                     raise
                 failed += 1
-                LOG.error(
-                    "rollout %s of '%s' could not be judged: %s",
-                    history.run.rollout,
-                    model,
-                    first_line(error),
-                )
+                LOG.error("the rollout of '%s' could not be judged: %s", model, first_line(error))
         self._forget_ended()
+        self._forget_watches(histories)
         return failed
+
+    def _judge(
+        self, model: str, history: History, state: ModelState, *, now: dt.datetime, since: int
+    ) -> None:
+        """Look at a model's running rollout, or at its promotion; then remove versions that nobody needs any more."""
+        if history.run is not None and state.rollout is not None:
+            self._check(model, history, history.run, state.rollout, now=now, since=since)
+        elif history.watch is not None:
+            self._watch(WatchedModel(model, history, history.watch, state), now=now, since=since)
+        if removed := due(model, history, state, now):
+            transitions.append(self._ledger, model, removed, actor=ACTOR, since=since)
+
+    def _follow_monitoring(self) -> None:
+        """Read new monitoring results. Odd results of another release must not stop the guardrails."""
+        if self._steady is None:
+            return
+        try:
+            self._steady.check()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            LOG.error("monitoring results could not be judged: %s", first_line(error))
 
     def _forget_ended(self) -> None:
         """Forget rollouts that have ended, by a verdict or by a command, also while no controller ran.
@@ -115,7 +142,9 @@ class Controller:
         """
         until = self._ledger.head()  # before the queries: an event between them is found again
         kinds = (PolicyEnded, RolloutRolledBack, RolloutPromoted)
-        found = (entry for kind in kinds for entry in self._ledger.entries(kind, after=self._ended_until))
+        found = [entry for kind in kinds for entry in self._ledger.entries(kind, after=self._ended_until)]
+        for entry in found:
+            self._summarise(entry)
         self._ended |= {str(entry.payload["rollout"]) for entry in found}
         self._ended_until = until
         for rollout in sorted(self._ended):
@@ -125,16 +154,58 @@ class Controller:
                 return
             self._ended.remove(rollout)
 
-    def _check(self, model: str, history: History, run: PolicyRun, *, now: dt.datetime, since: int) -> None:
+    def _summarise(self, entry: Entry) -> None:
+        """Append the summary of a rollout that has ended. A rollout that cannot be summarised stops no other."""
+        if entry.type != PolicyEnded.__name__:
+            return
+        try:
+            self._summaries.append(entry, actor=ACTOR)
+        except (ValueError, TypeError, KeyError, ArithmeticError) as error:
+            LOG.error("rollout %s has no summary: %s", entry.payload["rollout"], first_line(error))
+
+    def _forget_watches(self, histories: Mapping[str, History]) -> None:
+        """Forget promotions that are not judged any more. The next start of a rollout also ends a watch."""
+        current = {
+            watch_id(history.watch.run.rollout) for history in histories.values() if history.watch is not None
+        }
+        for counted in self._source.counted() - current:
+            if is_watch(counted):
+                self._source.forget(counted)
+
+    def _watch(self, watched: WatchedModel, *, now: dt.datetime, since: int) -> None:
+        watch = watched.watch
+        plan = self._plan(watch.run)
+        if watch.holdback:
+            self._source.ensure_registered(watch_id(watch.run.rollout), _counting(watch.run, plan))
+        if now >= watch.until:
+            events = watched.end()
+        else:
+            evidence, decision = watch_decision_now(self._source, watch, plan, now=now)
+            events = watched.events_after(evidence, decision)
+        if events and transitions.append(self._ledger, watched.model, events, actor=ACTOR, since=since):
+            LOG.info("promotion of '%s': %s", watched.model, ", ".join(one.type for one in events))
+
+    def _check(
+        self,
+        model: str,
+        history: History,
+        run: PolicyRun,
+        rollout: Rollout,
+        *,
+        now: dt.datetime,
+        since: int,
+    ) -> None:
         plan = self._plan(run)
-        counting = Counting(slow_ms=run.slow_ms, max_units=plan.policy.max_units)
-        self._source.ensure_registered(run.rollout, counting)
-        evidence, decision = decision_now(self._source, run, plan, now=now)
+        self._source.ensure_registered(run.rollout, _counting(run, plan))
+        versions = [version for version in (history.champion, run.version) if version is not None]
+        signals = () if self._steady is None else self._steady.signals(model, versions)
+        evidence, decision = decision_now(self._source, run, plan, now=now, signals=signals)
         if not self._is_confirmed(run.rollout, decision):
             return
         look = Look(
             model=model,
             champion=history.champion,
+            rollout=rollout,
             run=run,
             plan=plan,
             evidence=evidence,
@@ -173,3 +244,7 @@ class Controller:
         if run.rollout not in self._plans:
             self._plans[run.rollout] = from_json(Plan, run.plan)
         return self._plans[run.rollout]
+
+
+def _counting(run: PolicyRun, plan: Plan) -> Counting:
+    return Counting(slow_ms=run.slow_ms, max_units=plan.policy.max_units)

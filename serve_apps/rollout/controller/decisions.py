@@ -18,6 +18,7 @@ from serve_apps.rollout import transitions
 from serve_apps.rollout.capacity.scaling import NextStep
 from serve_apps.rollout.history import LastDecision, PolicyRun
 from serve_apps.rollout.json_form import as_json
+from serve_apps.rollout.serving_state import Rollout
 
 PAUSED = "paused"
 ENDED = "an earlier verdict was inconclusive"
@@ -29,6 +30,7 @@ class Look:
 
     model: str
     champion: int | None
+    rollout: Rollout
     run: PolicyRun
     plan: Plan
     evidence: Evidence
@@ -112,27 +114,18 @@ def _changes(look: Look) -> list[LedgerEvent]:
     run = replace(look.run, decisions=look.run.decisions + 1)
     match decision.verdict:
         case Verdict.roll_back:
-            return transitions.rollback(
-                look.model, rollout=run.rollout, reason="; ".join(decision.reasons), run=run
-            )
+            return transitions.rollback(_ending(look, run, "; ".join(decision.reasons)))
         case Verdict.passed:
-            return transitions.rollback(
-                look.model,
-                rollout=run.rollout,
-                reason="; ".join(decision.reasons),
-                run=run,
-                outcome="passed",
-            )
+            ending = _ending(look, run, "; ".join(decision.reasons))
+            return transitions.rollback(ending, outcome="passed")
         case Verdict.promote:
-            return transitions.promotion(
-                look.model,
-                rollout=run.rollout,
-                version=run.version,
-                champion=look.champion,
-                reason=f"rollout {run.rollout} of {run.subject}: {'; '.join(decision.reasons)}",
-                run=run,
-            )
+            reason = f"rollout {run.rollout} of {run.subject}: {'; '.join(decision.reasons)}"
+            return transitions.promotion(_ending(look, run, reason), champion=look.champion)
         case Verdict.advance if not decision.missing and look.evidence.step + 1 < len(look.plan.steps):
             following = look.plan.policy.steps[look.evidence.step + 1]
             return [RolloutWeightChanged(model=look.model, rollout=run.rollout, weight=following.weight)]
     return []
+
+
+def _ending(look: Look, run: PolicyRun, reason: str) -> transitions.Ending:
+    return transitions.Ending(model=look.model, rollout=look.rollout, run=run, reason=reason)

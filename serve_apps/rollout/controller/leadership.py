@@ -39,6 +39,8 @@ class Leadership:
         self._connection: sa.Connection | None = None
         self._held = contextlib.ExitStack()
         self._has_file = False
+        self.acts = False
+        """Whether the lock was held at the last check. Other threads may read it."""
 
     def is_held(self) -> bool:
         """Take the lock if it is free, and return whether this process has it. Call it each second.
@@ -46,10 +48,13 @@ class Leadership:
         Raises:
             SQLAlchemyError: The database does not answer. Then the lock is lost.
         """
-        return self._holds_transaction() if is_shared(self._engine) else self._holds_file()
+        self.acts = False  # also if the check fails
+        self.acts = self._holds_transaction() if is_shared(self._engine) else self._holds_file()
+        return self.acts
 
     def release(self) -> None:
         """Release the lock, so that another controller acts at once."""
+        self.acts = False
         connection, self._connection = self._connection, None
         if connection is not None:
             with contextlib.suppress(sa.exc.SQLAlchemyError):

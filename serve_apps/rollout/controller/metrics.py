@@ -26,6 +26,17 @@ class ControllerMetrics:
             "Rollbacks in this machine's journal that are not in the ledger yet.",
             registry=registry,
         )
+        self.webhook_waiting = Gauge(
+            "falaj_rollouts_webhook_waiting",
+            "Events that the webhook's receiver has not taken yet.",
+            registry=registry,
+        )
+        self.out_of_bounds = Gauge(
+            "falaj_rollouts_quality_out_of_bounds",
+            "1 if monitoring says that a version that serves is out of its bounds, 0 if it is not any more.",
+            ["model", "version"],
+            registry=registry,
+        )
         self.not_judged = Gauge(
             "falaj_rollouts_not_judged",
             "Rollouts with a policy that could not be judged at the last look.",

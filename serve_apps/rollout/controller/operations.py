@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ from serve_apps.rollout.policies import (
 )
 from serve_apps.rollout.policy_spec import RolloutSpec
 from serve_apps.rollout.serving_state import ModelState, read_states
+from serve_apps.rollout.warm import warm_status
 
 _FIELDS = {
     "start": {"version", "weight", "policy"},
@@ -62,6 +63,8 @@ class RolloutOperations:
     region: str
     environment: str
     decisions: DecisionRecorder
+    cost: Callable[[str], Mapping[str, Any]]
+    """Returns what an application without requests holds."""
     clock: Callable[[], float] = time.time
 
     def authenticate(self, authorization: str | None) -> Principal:
@@ -84,7 +87,11 @@ class RolloutOperations:
         shown = asdict(state)
         if shown["rollout"] is not None:
             del shown["rollout"]["salt"]  # who knows it can choose unit ids of one arm
-        return shown | policy_status(read_history(self.ledger, model), lambda: self.store)
+        if shown["watch"] is not None:
+            del shown["watch"]["salt"]
+        history = read_history(self.ledger, model)
+        warm = warm_status(history, state, self.cost)
+        return shown | policy_status(history, lambda: self.store) | {"warm": warm}
 
     def act(self, principal: Principal, model: str, body: object) -> dict[str, Any]:
         """Change the rollout of a model, and return what was done.

@@ -27,6 +27,7 @@ from cluster.security.tokens.roles import Role
 from cluster.security.tokens.source import TokenSource
 from cluster.session import ClusterRecord
 from cluster.storage import Layout
+from serve_apps.rollout.controller.watching import compared_runs
 from serve_apps.rollout.evidence.metric_rules import scoring_from_json
 from serve_apps.rollout.evidence.outcomes import OutcomeReader, RolloutMetrics
 from serve_apps.rollout.history import PolicyRun, read_running
@@ -107,18 +108,13 @@ class OutcomeCollector:
 
     def collect_once(self, *, now: dt.datetime) -> int:
         """Add all cohorts that are complete, and return their number. A failure of one rollout stops no other."""
-        running = {
-            one.run.rollout: (model, one.champion, one.run)
-            for model, one in read_running(self._ledger).items()
-            if one.run
-        }
+        compared = compared_runs(read_running(self._ledger))
+        running = {one.run.rollout: one for one in compared}
         self._readers = {rollout: reader for rollout, reader in self._readers.items() if rollout in running}
         added = 0
-        for rollout, (model, champion, run) in running.items():
-            if not run.scoring:
-                continue
+        for rollout, one in running.items():
             try:
-                reader = self._readers.get(rollout) or self._new_reader(model, champion or 0, run)
+                reader = self._readers.get(rollout) or self._new_reader(one.model, one.champion or 0, one.run)
                 self._readers[rollout] = reader
                 for _ in range(MAX_COHORTS):
                     if not reader.collect(now=now):

@@ -30,15 +30,21 @@ from cluster.security.tokens.trust import Trust
 from cluster.session import ClusterRecord, record_path, require_recorded_cluster
 from cluster.settings import PlatformConfig
 from cluster.storage import layout, local
+from serve_apps.deployed_settings import idle_cost
 from serve_apps.rollout.capacity.scaling import StepScaling
 from serve_apps.rollout.capacity.serve import serve_capacities
 from serve_apps.rollout.controller.controller import Controller
+from serve_apps.rollout.controller.delivering import Deliverer
+from serve_apps.rollout.controller.ending import ApplicationEnder, end_command
 from serve_apps.rollout.controller.http import RolloutApi
 from serve_apps.rollout.controller.leadership import Leadership
 from serve_apps.rollout.controller.looking import look_until_stopped
 from serve_apps.rollout.controller.metrics import ControllerMetrics
 from serve_apps.rollout.controller.operations import RolloutOperations
 from serve_apps.rollout.controller.rights import StarterRights
+from serve_apps.rollout.controller.steady_state import SteadyState
+from serve_apps.rollout.controller.watching import compared_runs
+from serve_apps.rollout.controller.webhook import configured_webhook
 from serve_apps.rollout.evidence.store import EvidenceStore
 from serve_apps.rollout.history import read_running
 from serve_apps.rollout.outage.journal import journal_of
@@ -100,19 +106,42 @@ def run(
             LOG.warning("the ledger cannot be opened: %s", first_line(error))
             stopped.wait(RETRY_S)
             continue
+        steady = SteadyState(ledger, config.rollouts.steady_state, metrics.out_of_bounds)
         controller, operations = (
-            new_controller(config, ledger, store, StepScaling(ledger, serve_capacities(record))),
+            new_controller(
+                config, ledger, store, scaling=StepScaling(ledger, serve_capacities(record)), steady=steady
+            ),
             new_operations(config, record, ledger, store),
         )
         watch.use(None if is_shared(ledger.engine) else store)
         lock = Path(record_path(config.storage)).with_name("rollouts.lock")
         flusher = start_flushing(operations.decisions, every_s=FLUSH_S, stopped=stopped)
+        if record.node_id is None:
+            ender = ApplicationEnder(ledger, end_command(config, record))
+            threading.Thread(target=ender.run, args=(stopped,), name="ending", daemon=True).start()
         if record.node_id is None and config.identity.issuer.url is None:
             arguments = (record, ledger, operations.registry, stopped)
             threading.Thread(target=read_outcomes, args=arguments, name="outcomes", daemon=True).start()
+        leadership = Leadership(ledger.engine, lock)
+        start_delivering(config, ledger, leadership, metrics, stopped)
         with listening(RolloutApi(operations).app(), Path(record.rollouts_socket)):
-            look_until_stopped(controller, Leadership(ledger.engine, lock), metrics, stopped, watch)
+            look_until_stopped(controller, leadership, metrics, stopped, watch)
         flusher.join(RETRY_S)
+
+
+def start_delivering(
+    config: PlatformConfig,
+    ledger: Ledger,
+    leadership: Leadership,
+    metrics: ControllerMetrics,
+    stopped: threading.Event,
+) -> None:
+    """Send events to the configured webhook in a thread, while this controller acts."""
+    webhook = configured_webhook(config)
+    if webhook is None:
+        return
+    deliverer = Deliverer(ledger, webhook, acts=lambda: leadership.acts, waiting=metrics.webhook_waiting)
+    threading.Thread(target=deliverer.run, args=(stopped,), name="webhook", daemon=True).start()
 
 
 def read_outcomes(
@@ -124,7 +153,7 @@ def read_outcomes(
     """
     while not stopped.wait(RETRY_S):
         try:
-            if any(one.run is not None and one.run.scoring for one in read_running(ledger).values()):
+            if any(compared_runs(read_running(ledger))):
                 break
         except (sa.exc.SQLAlchemyError, FalajError) as error:
             LOG.warning("the rollouts could not be read: %s", first_line(error))
@@ -137,7 +166,12 @@ def read_outcomes(
 
 
 def new_controller(
-    config: PlatformConfig, ledger: Ledger, store: EvidenceStore, scaling: StepScaling | None = None
+    config: PlatformConfig,
+    ledger: Ledger,
+    store: EvidenceStore,
+    *,
+    scaling: StepScaling | None = None,
+    steady: SteadyState | None = None,
 ) -> Controller:
     """Return the controller, with the cluster's policies."""
     rights = StarterRights(
@@ -146,7 +180,7 @@ def new_controller(
         region=config.cluster.region,
         environment=config.identity.environment,
     )
-    return Controller(ledger, store, refusal=rights.refusal, scaling=scaling)
+    return Controller(ledger, store, refusal=rights.refusal, scaling=scaling, steady=steady)
 
 
 def new_operations(
@@ -162,6 +196,7 @@ def new_operations(
         region=config.cluster.region,
         environment=config.identity.environment,
         decisions=DecisionRecorder(ledger.append),
+        cost=lambda app: idle_cost(config, app),
     )
 
 

@@ -12,7 +12,7 @@ from cluster.records.edge_counts.refusals import HOUR
 from cluster.records.unit_hash import NO_ROLLOUT
 from cluster.security.authorization.policy import Action
 from cluster.statistics.policy import UnitEvent
-from serve_apps.rollout.assignment import CHAMPION_VARIANT, Arm
+from serve_apps.rollout.assignment import CHAMPION_VARIANT, PREDECESSOR_VARIANT, Arm, is_watch
 
 _ARMS = frozenset(arm.value for arm in Arm)
 _EXPERIMENT = frozenset({Arm.treatment.value, Arm.control.value})
@@ -45,7 +45,8 @@ class Request(NamedTuple):
     refused: bool
     gave_up: bool
     by_champion: bool
-    """The champion was asked, in or outside the experiment, and not as a fallback."""
+    """The champion was asked, in or outside the experiment, and not as a fallback. After a promotion: the champion
+    before it was asked."""
 
     @property
     def is_in_experiment(self) -> bool:
@@ -138,7 +139,12 @@ def request_of(record: Mapping[str, Any]) -> Request | None:
             failed=failed,
             refused=400 <= status < 500,
             gave_up=gave_up,
-            by_champion=record["variant"] == CHAMPION_VARIANT and not fallback,
+            by_champion=record["variant"] == _compared(rollout) and not fallback,
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise BrokenRecord(str(error)) from error
+
+
+def _compared(rollout: str) -> str:
+    """Return the variant that the treatment of a recorded rollout is compared with."""
+    return PREDECESSOR_VARIANT if is_watch(rollout) else CHAMPION_VARIANT

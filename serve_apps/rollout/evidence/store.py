@@ -138,13 +138,16 @@ class EvidenceStore:
         Then all edges read their access files again from the beginning. So what was counted before is counted again, as
         long as its records still exist.
         """
-        with self._engine.connect() as connection:
-            is_registered = rollout_id in counted_rollouts(connection)
-        if not is_registered:
+        if rollout_id not in self.counted():
             with updating(self._engine) as connection:
                 _register(connection, rollout_id, counting)
                 connection.execute(FILES.delete())
                 connection.execute(READERS.delete())
+
+    def counted(self) -> set[str]:
+        """Return the ids of the rollouts whose units are counted."""
+        with self._engine.connect() as connection:
+            return set(counted_rollouts(connection))
 
     def forget(self, rollout_id: str) -> bool:
         """Count a rollout no more, and remove a batch of its rows. Call it when the rollout has ended.

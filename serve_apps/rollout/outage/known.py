@@ -43,7 +43,7 @@ class KnownRollouts:
         self.rollouts = tuple(
             KnownRollout(model=model, champion=history.champion, run=replace(history.run, last=None))
             for model, history in sorted(histories.items())
-            if history.run is not None
+            if history.run is not None and not history.run.is_shadow  # no client gets a shadow's answer
         )
         if self.rollouts == self._written:
             return

@@ -14,6 +14,7 @@ from cluster.ledger.events import LedgerEvent, RollbackJournaled
 from serve_apps.rollout import transitions
 from serve_apps.rollout.history import History, read_history
 from serve_apps.rollout.outage.journal import Journal, JournaledRollback
+from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
 
 APPLIED, ALREADY, CONFLICT = "applied", "already_rolled_back", "conflict"
 """What became of a journaled rollback in the ledger."""
@@ -61,7 +62,8 @@ def _append(ledger: Ledger, rollback: JournaledRollback, actor: str) -> str:
         since = ledger.head()
         history = read_history(ledger, rollback.model)
         outcome = _outcome(history, rollback)
-        events = _events(history, rollback, outcome)
+        rollout = read_states(ledger).get(rollback.model, ModelState()).rollout
+        events = _events(history, rollout, rollback, outcome)
         if transitions.append(ledger, rollback.model, events, actor=actor, since=since) is not None:
             return outcome
     raise RolloutError(f"The rollout of '{rollback.model}' changed {_TRIES} times meanwhile.")
@@ -74,7 +76,9 @@ def _outcome(history: History, rollback: JournaledRollback) -> str:
     return CONFLICT if promoted else ALREADY
 
 
-def _events(history: History, rollback: JournaledRollback, outcome: str) -> list[LedgerEvent]:
+def _events(
+    history: History, rollout: Rollout | None, rollback: JournaledRollback, outcome: str
+) -> list[LedgerEvent]:
     journaled = RollbackJournaled(
         id=rollback.id,
         model=rollback.model,
@@ -87,11 +91,9 @@ def _events(history: History, rollback: JournaledRollback, outcome: str) -> list
         machine=socket.gethostname(),
         outcome=outcome,
     )
-    if outcome != APPLIED:
+    if outcome != APPLIED or rollout is None:
         return [journaled]
     run = None if history.run is None else replace(history.run, decisions=history.run.decisions + 1)
     reason = f"while the ledger did not answer: {'; '.join(rollback.reasons)}"
-    return [
-        journaled,
-        *transitions.rollback(rollback.model, rollout=rollback.rollout, reason=reason, run=run),
-    ]
+    ending = transitions.Ending(model=rollback.model, rollout=rollout, run=run, reason=reason)
+    return [journaled, *transitions.rollback(ending)]

@@ -166,9 +166,10 @@ def ledger_with(path: Path, *events: LedgerEvent) -> Ledger:
 def promoted(path: Path) -> Ledger:
     """Return a ledger in which version 2 was promoted over version 1."""
     ledger = ledger_with(path, *EVENTS)
-    history = read_history(ledger, "m")
-    events = transitions.promotion("m", rollout="r", version=2, champion=1, reason="good", run=history.run)
-    for event in events:
+    run, rollout = read_history(ledger, "m").run, read_states(ledger)["m"].rollout
+    assert rollout is not None
+    ending = transitions.Ending(model="m", rollout=rollout, run=run, reason="good")
+    for event in transitions.promotion(ending, champion=1):
         ledger.append(event, actor="ann")
     return ledger
 

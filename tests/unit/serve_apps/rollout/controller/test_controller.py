@@ -33,6 +33,9 @@ def controller(ledger: Ledger, counts: Evidence = HEALTHY) -> tuple[Controller, 
     return Controller(ledger, double, refusal=permitted), double
 
 
+ROLLBACK = ["PolicyDecided", "RolloutRolledBack", "PolicyEnded", "VersionKeptWarm", "PolicySummarised"]
+
+
 def appended(ledger: Ledger) -> list[str]:
     """Return the types of the events after the start."""
     return [entry.type for entry in ledger.entries(after=len(EVENTS))]
@@ -54,9 +57,16 @@ def test_healthy_version_takes_all_steps_and_is_promoted(url: str) -> None:
     assert appended(ledger) == [
         *step,
         *step,
-        *("PolicyDecided", "AliasMoved", "RolloutPromoted", "PolicyEnded"),
+        *("PolicyDecided", "AliasMoved", "RolloutPromoted", "PolicyEnded", "WatchStarted", "VersionKeptWarm"),
+        "PolicySummarised",
+        "WatchDecided",
     ]
-    assert [one["step"] for one in double.asked] == [0, 1, 2]
+    assert [one["step"] for one in double.asked if one["rollout"] == "r"] == [
+        0,
+        1,
+        2,
+        2,
+    ]  # and for the summary
     assert double.forgotten == ["r"]
     state = read_states(ledger)["m"]
     assert (state.champion_version, state.rollout) == (2, None)
@@ -95,7 +105,7 @@ def test_harm_rolls_back_also_while_paused(url: str) -> None:
     acting, _ = controller(ledger, FAILING)
     acting.check_once()
     acting.check_once()
-    assert appended(ledger)[1:] == ["PolicyDecided", "RolloutRolledBack", "PolicyEnded"]
+    assert appended(ledger)[1:] == ROLLBACK
     assert read_states(ledger)["m"].rollout is None
     ended = last(ledger, PolicyEnded)
     assert ended["outcome"] == "rolled_back"
@@ -129,7 +139,7 @@ def test_starter_without_the_right_promotes_nothing(url: str) -> None:
     assert last(ledger, PolicyDecided)["not_done"] == "ann may not"
     double.counts = FAILING
     acting.check_once()
-    assert appended(ledger)[1:] == ["PolicyDecided", "RolloutRolledBack", "PolicyEnded"]
+    assert appended(ledger)[1:] == ROLLBACK
 
 
 def test_inconclusive_verdict_is_final_except_for_a_rollback(url: str) -> None:

@@ -49,6 +49,7 @@ class Service:
         for event in (registered("m", 1), registered("m", 2), registered("m", 3), *DEPLOYED):
             self.ledger.append(event, actor="bob")
         operations = RolloutOperations(
+            cost=lambda app: {"replicas": 1},
             ledger=self.ledger,
             store=EvidenceStore(self.ledger.engine),
             registry=Registry(self.ledger, self.places),

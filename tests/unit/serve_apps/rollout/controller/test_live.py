@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from cluster.security.tokens.issuer import mint_token
 from cluster.security.tokens.roles import Role
 from cluster.settings import PlatformConfig, StorageConfig
 from cluster.statistics.policy import REQUEST_EVENTS
+from serve_apps.rollout.assignment import HOLDBACK_WEIGHT, Arm, assign, bounds
 from serve_apps.rollout.controller import looking
 from serve_apps.rollout.controller.leadership import Leadership
 from serve_apps.rollout.controller.metrics import ControllerMetrics
@@ -40,10 +41,13 @@ from tests.servers.controller import new_controller as new_edge_controller
 from tests.servers.edge import PREDICT, Echo, Mirror
 
 DEADLINE_S = 60.0
+HELD = "m-v2|m-v1|predecessor|r-watch|s|100|9900"
+COMPARED = (Arm.treatment, Arm.control)
 SPEC = RolloutSpec(
     steps=[StepSpec(weight=weight) for weight in (20, 50)],
     event_guardrails=[EventGuardrailSpec(event=event, limit=0.4) for event in REQUEST_EVENTS],
     slow_ms=2000,
+    holdback=True,
     traffic=TrafficSpec(units_per_hour=20_000, events=dict.fromkeys(map(str, REQUEST_EVENTS), 0.01)),
 )
 POLICY: PolicyStarted = replace(
@@ -59,6 +63,15 @@ class Broken(Echo):
         self.send_response(500)
         self.send_header("content-length", "0")
         self.end_headers()
+
+
+class Breaking(Broken):
+    """Answers well until `breaks` is set."""
+
+    breaks = threading.Event()
+
+    def do_POST(self) -> None:
+        (super().do_POST if self.breaks.is_set() else Echo.do_POST.__get__(self))()
 
 
 class Refusing(Echo):
@@ -110,19 +123,21 @@ def rollout(root: Path, handler: type[Echo]) -> Iterator[Running]:
             loop.join()
 
 
-def send_until(edge: Running, is_over: Callable[[], bool], *, at_least: int = 0) -> Counter[int]:
-    """Send requests of different units until something is over, and count their status codes."""
+def send_until(
+    edge: Running, is_over: Callable[[], bool], *, at_least: int = 0, units: Sequence[int] = ()
+) -> Counter[int]:
+    """Send requests of different units, or again and again of these, until something is over. Count the statuses."""
     token = mint_token(edge.places, subject="t", role=Role.service, purpose="test", ttl_s=900)
     statuses: Counter[int] = Counter()
     deadline = time.monotonic() + DEADLINE_S
     connection = edge.connect()
-    for unit in itertools.count():
+    for number, unit in enumerate(itertools.cycle(units) if units else itertools.count()):
         headers = {"authorization": f"Bearer {token}", "x-unit-id": str(unit)}
         connection.request("POST", PREDICT, b"{}", headers)
         response = connection.getresponse()
         response.read()
         statuses[response.status] += 1
-        if unit >= at_least and unit % 20 == 0 and is_over():
+        if number >= at_least and number % 20 == 0 and is_over():
             break
         assert time.monotonic() < deadline, [entry.payload for entry in edge.ledger.entries(PolicyDecided)][
             -1
@@ -142,12 +157,17 @@ def ended(edge: Running) -> dict[str, object]:
     return entry.payload
 
 
-def test_healthy_version_is_promoted(tmp_path: Path) -> None:
-    """By itself, and no request fails."""
-    with rollout(tmp_path / "edge", Echo) as edge:
-        statuses = send_until(edge, lambda: edge.split().startswith("m-v2|m-v2|champion"))
+def test_healthy_version_is_promoted_and_taken_back_when_it_breaks(tmp_path: Path) -> None:
+    """By itself, and no request fails until it breaks. The holdback's units show the harm."""
+    with rollout(tmp_path / "edge", Breaking) as edge:
+        statuses = send_until(edge, lambda: edge.split() == HELD)
         assert (ended(edge)["outcome"], ended(edge)["weight"]) == ("promoted", 50)
-    assert set(statuses) == {200}
+        assert set(statuses) == {200}
+        limits = bounds(HOLDBACK_WEIGHT)
+        units = [unit for unit in range(9000) if assign("s", str(unit).encode(), limits) in COMPARED]
+        Breaking.breaks.set()
+        send_until(edge, lambda: edge.split() == CHAMPION_ONLY, units=units)
+        assert set(send_until(edge, lambda: True, at_least=50)) == {200}
 
 
 @pytest.mark.parametrize(("handler", "reason"), [(Broken, "failure: "), (Refusing, "refusal: ")])

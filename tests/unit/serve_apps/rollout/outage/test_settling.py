@@ -61,9 +61,10 @@ def test_second_time_changes_nothing(url: str, tmp_path: Path) -> None:
 def test_promotion_meanwhile_is_a_conflict_and_stays(url: str, tmp_path: Path) -> None:
     ledger = started_ledger(url)
     history = read_history(ledger, "m")
-    for event in transitions.promotion(
-        "m", rollout="r", version=2, champion=1, reason="better", run=history.run
-    ):
+    rollout = read_states(ledger)["m"].rollout
+    assert rollout is not None
+    ending = transitions.Ending(model="m", rollout=rollout, run=history.run, reason="better")
+    for event in transitions.promotion(ending, champion=1):
         ledger.append(event, actor="ann")
     settle(ledger, journaled(tmp_path), actor="a")
     assert outcomes(ledger) == ["conflict"]
