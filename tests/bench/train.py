@@ -9,7 +9,8 @@ Both print a line after each epoch (trees: each tenth round). `samples_per_s` is
 and the last line, per second; a row of each tree round counts once. `start_s` is the time from the start of the command
 to the first line, without one epoch. `whole_s` is the time of the whole command. For Falaj, it includes the checks of
 the data, the evaluation, the export and the registration. The systems take turns, and the results are medians.
-`times_peer` is the median of the ratios of `samples_per_s` of each turn.
+`times_peer` is the median of the ratios of `samples_per_s` of each turn. As root, everything runs in one control group
+for CPU time (`GROUP=0`: not), so other work on the machine slows both systems down equally.
 
     python tests/bench/train.py --families ft_transformer --turns 5
 """
@@ -53,6 +54,7 @@ from jobs.train.network.plan import LoopConfig, plan_steps
 from jobs.train.network.protocol import network_signature
 from jobs.train.rows.encoded import Part
 from jobs.train.training_data import prepare_rows
+from tests.bench._group import own_group
 from tests.integration.conftest import Project, new_project
 
 PEERS = Path(__file__).parent / "peers"
@@ -285,7 +287,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     given = parser.parse_args()
     results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="falaj-train-") as folder:
+    with own_group(), tempfile.TemporaryDirectory(prefix="falaj-train-") as folder:
         project = new_project(Path(folder) / "project")
         project.up()
         try:
