@@ -169,7 +169,7 @@ def _settings(signature: ModelSignature, parameters: Parameters, seed: int) -> d
         "num_threads": parameters.num_threads,
         "seed": seed,
         "deterministic": True,
-        "force_row_wise": True,
+        "force_col_wise": True,  # row by row needs a second copy of the bins
         "verbosity": -1,
     }
 

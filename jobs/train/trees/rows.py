@@ -67,7 +67,9 @@ def build_dataset(
         params=settings,
         free_raw_data=False,  # the sequences hold no rows; LightGBM refuses to use a data set twice without them
     )
-    return dataset.construct()
+    dataset.construct()
+    dataset.label, loader.target = None, np.empty(0, np.float32)  # the data set has its own copy
+    return dataset
 
 
 def add_raw_scores(booster: lightgbm.Booster, rows: EncodedRows, scores: dict[Part, Values]) -> None:
