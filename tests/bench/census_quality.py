@@ -39,6 +39,8 @@ from jobs.train.training_data import TrainingData, prepare_rows
 from tests.processes.training import Curve, run_group
 from tests.servers.key_broker import running_broker
 
+TIMEOUT_S = 7200.0
+"""A busy machine takes many minutes for a network."""
 LIMIT = 0.005
 """A network may have an AUC that is lower than LightGBM's by at most this."""
 
@@ -73,7 +75,7 @@ def scores_of_network(data: TrainingData, dataset: Dataset, family: ResolvedFami
         deepspeed=DeepSpeedConfig(),
         seed=seed,
     )
-    (result,) = run_group([Curve(config)], workers=1)
+    (result,) = run_group([Curve(config)], workers=1, timeout_s=TIMEOUT_S)
     network = family.module.build(signature, family.parameters).eval()
     network.load_state_dict({name: torch.from_numpy(value) for name, value in result["weights"].items()})
     with torch.no_grad():
