@@ -17,7 +17,6 @@ from jobs.train.families import FitContext
 from jobs.train.memory import run_task
 from jobs.train.progress import LINES, METRIC, Report, display_progress, send_report
 from jobs.train.rows.encoded import EncodedRows, Part
-from jobs.train.rows.target import Target
 from jobs.train.run.files import RunFiles
 from jobs.train.training_data import TrainingData
 from jobs.train.trees.rows import build_dataset
@@ -71,10 +70,9 @@ def fit_rows(data: TrainingData, parameters: Parameters, context: FitContext) ->
     """Fit the trees, continuing after the run's last segment, and write them in LightGBM's text format."""
     print(f"fitting trees: at most {parameters.rounds} rounds, patience {parameters.patience}", flush=True)
     remote = _fit.options(num_cpus=parameters.num_threads, max_retries=0, **options(context.selector))
-    targets = {part: data.target[data.parts == part] for part in (Part.fit, Part.validation)}
     with display_progress(unit="round", total=parameters.rounds, claim=context.claim) as reports:
         fitted: Fitted = run_task(
-            lambda: remote.remote(data.rows, targets, parameters, context.seed, context.files, reports),
+            lambda: remote.remote(data.rows, parameters, context.seed, context.files, reports),
             too_little_memory=TOO_LITTLE_MEMORY,
         )
     print(f"fitted: the best round is {fitted.best_round}, {fitted.loss}", flush=True)
@@ -88,7 +86,6 @@ def fit_trial(
     report: Callable[[dict[str, Any]], None],
 ) -> None:
     """Fit the trees in this process, and report the smallest validation loss after each segment."""
-    targets = {part: data.target[data.parts == part] for part in (Part.fit, Part.validation)}
     best, rounds = math.inf, 0
 
     def after_round(completed: int, losses: dict[str, float]) -> None:
@@ -97,7 +94,7 @@ def fit_trial(
         if completed % parameters.segment_rounds == 0:
             report({METRIC: best})
 
-    fit_trees(data.rows, targets, parameters, context.seed, files=None, on_round=after_round)
+    fit_trees(data.rows, parameters, context.seed, files=None, on_round=after_round)
     if rounds % parameters.segment_rounds:
         report({METRIC: best})
 
@@ -105,7 +102,6 @@ def fit_trial(
 @ray.remote
 def _fit(
     rows: EncodedRows,
-    targets: dict[Part, Target],
     parameters: Parameters,
     seed: int,
     files: RunFiles | None,
@@ -113,7 +109,6 @@ def _fit(
 ) -> Fitted:
     return fit_trees(
         rows,
-        targets,
         parameters,
         seed,
         files=files,
@@ -123,7 +118,6 @@ def _fit(
 
 def fit_trees(
     rows: EncodedRows,
-    targets: dict[Part, Target],
     parameters: Parameters,
     seed: int,
     *,
@@ -134,7 +128,6 @@ def fit_trees(
 
     Args:
         rows: All rows.
-        targets: Target of the rows to fit on and of the validation rows.
         parameters: Hyper-parameters.
         seed: Seed of the run.
         files: Files of the run, for its checkpoints. None keeps none.
@@ -144,10 +137,8 @@ def fit_trees(
         TrainingFailed: A loss is NaN or infinite, or LightGBM refuses the parameters or rows.
     """
     settings = _settings(rows.signature, parameters, seed)
-    train = build_dataset(rows, Part.fit, targets[Part.fit], settings=settings)
-    validation = build_dataset(
-        rows, Part.validation, targets[Part.validation], settings=settings, reference=train
-    )
+    train = build_dataset(rows, Part.fit, settings=settings)
+    validation = build_dataset(rows, Part.validation, settings=settings, reference=train)
     plan = SegmentPlan(
         rounds=parameters.rounds,
         segment_rounds=parameters.segment_rounds,
@@ -178,7 +169,7 @@ def _settings(signature: ModelSignature, parameters: Parameters, seed: int) -> d
         "num_threads": parameters.num_threads,
         "seed": seed,
         "deterministic": True,
-        "force_row_wise": True,
+        "force_col_wise": True,  # row by row needs a second copy of the bins
         "verbosity": -1,
     }
 

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cluster.host import processes
 from cluster.ledger.events import TrialReported
-from cluster.scheduling import priority_warning
+from tests.bench._group import own_group
 from tests.clients.balanced_load import BalancedLoad, Kind
 from tests.clients.load import percentile
 from tests.integration.conftest import Project
@@ -43,8 +43,6 @@ from tests.servers.polling import wait_until
 SECONDS, ROUNDS = float(os.environ.get("SECONDS", "15")), int(os.environ.get("ROUNDS", "5"))
 PER_S = float(os.environ.get("PER_S", "100"))
 ROWS, COLUMNS = 30_000, 12
-GROUPS = (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup"))
-"""Where groups for CPU time are, in version 1 and version 2 of control groups."""
 CASES = ("serving", "both", "sweep")
 CONCURRENT = 2
 RUN = "bench"
@@ -94,26 +92,6 @@ class Sweep:
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
-
-
-@contextlib.contextmanager
-def own_group() -> Iterator[None]:
-    """Put this process and those that it starts into a control group, if this user may."""
-    parent = next((path for path in GROUPS if (path / "cgroup.procs").is_file()), None)
-    group = parent / f"falaj-bench-{os.getpid()}" if parent and os.environ.get("GROUP") != "0" else None
-    try:
-        if group is not None:
-            group.mkdir()
-            (group / "cgroup.procs").write_text(str(os.getpid()))
-    except OSError:
-        group = None
-    warning = priority_warning()
-    print(f"warning: {warning}" if warning else "priorities count between all processes", flush=True)
-    yield
-    if group is not None and parent is not None:
-        (parent / "cgroup.procs").write_text(str(os.getpid()))
-        with contextlib.suppress(OSError):  # a process still ends
-            group.rmdir()
 
 
 @contextlib.contextmanager

@@ -11,6 +11,10 @@ to the first line, without one epoch. `whole_s` is the time of the whole command
 the data, the evaluation, the export and the registration. The systems take turns, and the results are medians.
 `times_peer` is the median of the ratios of `samples_per_s` of each turn.
 
+So that other work on the machine slows both systems down equally, everything runs in one control group for CPU time
+(as root, and not with `GROUP=0`), and the peer has the scheduling policy of the cluster's processes, SCHED_BATCH.
+`--peer-policy normal` gives it the normal one, which makes no difference on a machine without other work.
+
     python tests/bench/train.py --families ft_transformer --turns 5
 """
 
@@ -27,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +42,7 @@ import pyarrow.parquet as pq
 
 # This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from cluster.node.scheduling import wait_for_turn
 from cluster.security.encryption.access import protected_files
 from cluster.security.encryption.parquet import Protection
 from cluster.security.keys.access import key_store
@@ -53,6 +59,7 @@ from jobs.train.network.plan import LoopConfig, plan_steps
 from jobs.train.network.protocol import network_signature
 from jobs.train.rows.encoded import Part
 from jobs.train.training_data import prepare_rows
+from tests.bench._group import own_group
 from tests.integration.conftest import Project, new_project
 
 PEERS = Path(__file__).parent / "peers"
@@ -224,8 +231,16 @@ def prepared(ours: list[str], peer: list[str], work: dict[str, Any], folder: Pat
     )
 
 
-def run(command: list[str], project: Project, *, num_rows: int) -> Timed:
+def run(
+    command: list[str], project: Project, *, num_rows: int, prepare: Callable[[], None] | None = None
+) -> Timed:
     """Run a command and time its lines.
+
+    Args:
+        command: The command.
+        project: Gives the folder and the environment.
+        num_rows: Rows of a line.
+        prepare: Called in the new process before the command.
 
     Raises:
         RuntimeError: The command fails.
@@ -235,7 +250,13 @@ def run(command: list[str], project: Project, *, num_rows: int) -> Timed:
     output: list[str] = []
     env = project.env | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, cwd=project.root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=project.root,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=prepare,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -250,18 +271,20 @@ def run(command: list[str], project: Project, *, num_rows: int) -> Timed:
     return Timed(num_rows / unit_s, first_at - started - unit_s * first, whole_s)
 
 
-def measure(project: Project, family: str, *, turns: int, folder: Path) -> list[dict[str, Any]]:
-    """Measure one case."""
-    prepare = prepare_text if family == "decoder" else prepare_table
+def measure(
+    project: Project, family: str, *, turns: int, folder: Path, is_batch: bool
+) -> list[dict[str, Any]]:
+    """Measure one case. `is_batch`: the peer has the policy SCHED_BATCH."""
     folder.mkdir()
-    both = prepare(project, family, CASES[family], folder)
+    both = (prepare_text if family == "decoder" else prepare_table)(project, family, CASES[family], folder)
     peer = "lightgbm" if family == "lightgbm" else "torchrun"
     timed: dict[str, list[Timed]] = {"falaj": [], peer: []}
     for turn in range(turns):
         commands = {"falaj": both.ours, peer: both.peer}
         # Every second turn, the other system is first.
         for system in list(commands)[:: -1 if turn % 2 else 1]:
-            timed[system].append(run(commands[system], project, num_rows=both.rows))
+            prepare = wait_for_turn if is_batch and system == peer else None
+            timed[system].append(run(commands[system], project, num_rows=both.rows, prepare=prepare))
             shutil.rmtree(both.checkpoints, ignore_errors=True)
             print(f"{family} {system}: {timed[system][-1]}", flush=True)
     shutil.rmtree(folder)
@@ -283,14 +306,21 @@ def main() -> None:
     )
     parser.add_argument("--families", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--peer-policy", choices=("batch", "normal"), default="batch")
     given = parser.parse_args()
     results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="falaj-train-") as folder:
+    with own_group(), tempfile.TemporaryDirectory(prefix="falaj-train-") as folder:
         project = new_project(Path(folder) / "project")
         project.up()
         try:
             for family in given.families:
-                results += measure(project, family, turns=given.turns, folder=Path(folder) / family)
+                results += measure(
+                    project,
+                    family,
+                    turns=given.turns,
+                    folder=Path(folder) / family,
+                    is_batch=given.peer_policy == "batch",
+                )
         finally:
             project.run("cluster.down")
     for result in results:

@@ -67,10 +67,8 @@ def read_rows(file: RowFile, kind: str) -> None:
     parts = np.concatenate([part_of[draw.integers(len(part_of), size=size)] for size in file.group_sizes])
     rows = EncodedRows(rows=file, signature=SIGNATURE, parts=parts)
     if kind == "trees":
-        labels = np.asarray(file["y"].to_numpy())
-        targets = {part: labels[parts == part] for part in (Part.fit, Part.validation)}
         parameters = Parameters(rounds=3, segment_rounds=2, num_threads=1)
-        fit_trees(rows, targets, parameters, 0, files=None, on_round=lambda completed, losses: None)
+        fit_trees(rows, parameters, 0, files=None, on_round=lambda completed, losses: None)
     else:
         reader = RowReader(rows, seed=0)
         steps = int((parts == Part.fit).sum()) // BATCH

@@ -23,7 +23,7 @@ TIMEOUT_S = 550.0
 Fit = Callable[[Rank], Any]
 
 
-def run_group(fits: Sequence[Fit], *, workers: int) -> list[Any]:
+def run_group(fits: Sequence[Fit], *, workers: int, timeout_s: float = TIMEOUT_S) -> list[Any]:
     """Run each fit on all processes of a new group, one after another, and return the results of rank 0."""
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -34,7 +34,7 @@ def run_group(fits: Sequence[Fit], *, workers: int) -> list[Any]:
         for process in processes:
             process.start()
         for process in processes:
-            process.join(TIMEOUT_S)
+            process.join(timeout_s)
             process.kill()
         assert [process.exitcode for process in processes] == [0] * workers
         # Files and no queue: a process that writes more than 64 KiB to a queue waits until they are read.

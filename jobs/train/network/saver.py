@@ -107,7 +107,7 @@ class Saver:
         Raises:
             Resized: There is room for more workers. The checkpoint is complete.
         """
-        if self._is_due(state):
+        if self._is_due(state, device=engine.device):
             self._save(engine, state, weights=None)
         if self._is_resizing:
             self.close()
@@ -130,23 +130,23 @@ class Saver:
         """Wait until the last checkpoint is complete. Errors of its upload are raised here."""
         self._upload.wait()
 
-    def _is_due(self, state: LoopState) -> bool:
+    def _is_due(self, state: LoopState, *, device: torch.device) -> bool:
         steps = self._config.every_steps
         is_due = steps is not None and state.step % steps == 0
         if state.step % DECIDE_STEPS == 0:  # also if it is due, because rank 0 must ask for room
-            is_due |= self._decide()
+            is_due |= self._decide(device)
         return is_due
 
-    def _decide(self) -> bool:
+    def _decide(self, device: torch.device) -> bool:
         """Return whether a checkpoint is due by time, or because the run must end or grow. All ranks call this."""
         seconds = self._config.every_s
         now = time.monotonic()
         is_late = seconds is not None and now - self._saved_at >= seconds
         must_ask = now - self._asked_at >= self._config.watch_s
         is_resizing = must_ask and self._rank.rank == 0 and self._has_room()
-        decisions = [is_late, must_ask, is_resizing]
-        torch.distributed.broadcast_object_list(decisions, src=0)
-        is_due, must_ask, self._is_resizing = decisions
+        decisions = torch.tensor([is_late, must_ask, is_resizing], dtype=torch.uint8, device=device)
+        torch.distributed.broadcast(decisions, src=0)
+        is_due, must_ask, self._is_resizing = map(bool, decisions.tolist())
         is_due |= self._is_resizing
         if must_ask:
             self._asked_at = now

@@ -28,55 +28,57 @@ class GroupSequence(lightgbm.Sequence):
 
 
 class GroupLoader:
-    """Reads the rows of one part. It keeps the last group."""
+    """Reads the rows of one part, keeps the last group, and collects the target of all groups that were read."""
 
     def __init__(self, rows: EncodedRows, part: Part) -> None:
         self._rows, self._part = rows, part
         self._loaded: tuple[int, EncodedGroup] | None = None
+        self.counts = rows.counts(part)
+        self.target = np.empty(sum(self.counts), np.float32)
+        """Target in LightGBM's own type. It is complete when each group was loaded once."""
 
     def load(self, group: int) -> EncodedGroup:
         """Return the rows of one group."""
         if self._loaded is None or self._loaded[0] != group:
             self._loaded = group, self._rows.read(group).of(self._part)
+            begin = sum(self.counts[:group])
+            self.target[begin : begin + self.counts[group]] = self._loaded[1].target
         return self._loaded[1]
-
-    def groups(self) -> list[int]:
-        """Return the groups that have rows of the part."""
-        return [group for group, count in enumerate(self._rows.counts(self._part)) if count]
 
 
 def build_dataset(
-    rows: EncodedRows,
-    part: Part,
-    target: npt.NDArray[Any],
-    *,
-    settings: dict[str, Any],
-    reference: lightgbm.Dataset | None = None,
+    rows: EncodedRows, part: Part, *, settings: dict[str, Any], reference: lightgbm.Dataset | None = None
 ) -> lightgbm.Dataset:
     """Return the rows of one part as LightGBM's data set. At most one row group is in memory beside it.
 
     Args:
         rows: All rows.
         part: The part to use.
-        target: Target of the rows of the part, in order.
         settings: LightGBM's settings.
         reference: Data set whose bins are used. It is needed for validation rows.
     """
-    loader, counts = GroupLoader(rows, part), rows.counts(part)
-    sequences = [GroupSequence(loader, group, counts[group]) for group in loader.groups()]
+    loader = GroupLoader(rows, part)
+    sequences = [GroupSequence(loader, group, count) for group, count in enumerate(loader.counts) if count]
     dataset = lightgbm.Dataset(
         sequences,
-        target,
+        loader.target,  # LightGBM reads it after all rows, so it is complete then
         reference=reference,
         categorical_feature=rows.signature.categorical,
         params=settings,
         free_raw_data=False,  # the sequences hold no rows; LightGBM refuses to use a data set twice without them
     )
-    return dataset.construct()
+    dataset.construct()
+    dataset.label, loader.target = None, np.empty(0, np.float32)  # the data set has its own copy
+    return dataset
 
 
-def predict_raw(booster: lightgbm.Booster, rows: EncodedRows, part: Part) -> Values:
-    """Return the raw scores of the rows of one part, float64 [rows] or [rows, classes]."""
-    loader = GroupLoader(rows, part)
-    parts = [booster.predict(loader.load(group).matrix, raw_score=True) for group in loader.groups()]
-    return np.concatenate(parts)
+def add_raw_scores(booster: lightgbm.Booster, rows: EncodedRows, scores: dict[Part, Values]) -> None:
+    """Add a model's raw scores to those of the rows of some parts, float64 [rows] or [rows, classes]."""
+    positions = dict.fromkeys(scores, 0)
+    for group in rows.groups():
+        for part, values in scores.items():
+            chosen = group.of(part).matrix
+            if len(chosen):
+                begin = positions[part]
+                positions[part] = end = begin + len(chosen)
+                values[begin:end] += booster.predict(chosen, raw_score=True)

@@ -22,7 +22,7 @@ from cluster.errors import ArtifactTampered, TrainingFailed
 from jobs.train.progress import divergence_message
 from jobs.train.rows.encoded import EncodedRows, Part
 from jobs.train.run.files import RunFiles
-from jobs.train.trees.rows import Values, predict_raw
+from jobs.train.trees.rows import Values, add_raw_scores
 
 VALIDATION = "validation"
 OnRound = Callable[[int, dict[str, float]], None]
@@ -88,7 +88,6 @@ class SegmentedFit:
     ) -> None:
         self._rows, self._plan, self._files, self._settings = rows, plan, files, settings
         self._data = {Part.fit: train, Part.validation: validation}
-        self._scores: dict[Part, Values] = {}
 
     def run(self, on_round: OnRound) -> list[Segment]:
         """Fit all segments that are missing, and return all.
@@ -117,8 +116,6 @@ class SegmentedFit:
             best_loss=before.best_loss,
             loss_name=before.loss_name,
         )
-        for part, scores in self._scores.items():
-            self._data[part].set_init_score(scores)
 
         def after_round(env: CallbackEnv) -> None:
             _update(state, env, on_round)
@@ -144,10 +141,20 @@ class SegmentedFit:
         return state
 
     def _add_scores(self, segment: Segment) -> None:
-        booster = lightgbm.Booster(model_str=segment.text)
-        for part in self._data:
-            scores = predict_raw(booster, self._rows, part)
-            self._scores[part] = scores if part not in self._scores else self._scores[part] + scores
+        """Add the raw scores of a segment to those from which the next segment starts."""
+        scores = {part: self._start_scores(part) for part in self._data}
+        add_raw_scores(lightgbm.Booster(model_str=segment.text), self._rows, scores)
+        for part, values in scores.items():
+            # `set_init_score` would also keep a copy for Python.
+            self._data[part].set_field("init_score", values)
+
+    def _start_scores(self, part: Part) -> Values:
+        """Return the raw scores from which the last segment started, float64 [rows] or [rows, classes]."""
+        dataset, num_scores = self._data[part], self._rows.signature.num_scores
+        scores = dataset.get_field("init_score")
+        if scores is None:
+            return np.zeros((dataset.num_data(), num_scores) if num_scores > 1 else dataset.num_data())
+        return np.asarray(scores)
 
 
 def _update(state: Segment, env: CallbackEnv, on_round: OnRound) -> None:

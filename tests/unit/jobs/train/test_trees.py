@@ -12,7 +12,6 @@ from cluster.security.keys.access import KeyAccess
 from jobs.train.config import LearningConfig
 from jobs.train.data import TrainingSet, load_dataset
 from jobs.train.lightgbm import Fitted, Parameters, _settings, fit_trees
-from jobs.train.rows.encoded import Part
 from jobs.train.rows.file import RowFile
 from jobs.train.run.files import RunFiles, run_files
 from jobs.train.training_data import TrainingData, prepare_rows
@@ -40,8 +39,7 @@ def fit(
             raise Broken
 
     rounds: list[int] = []
-    targets = {part: data.target[data.parts == part] for part in (Part.fit, Part.validation)}
-    fitted = fit_trees(data.rows, targets, parameters, 3, files=files, on_round=on_round)
+    fitted = fit_trees(data.rows, parameters, 3, files=files, on_round=on_round)
     assert broken_at is None
     return fitted
 

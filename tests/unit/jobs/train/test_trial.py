@@ -15,7 +15,6 @@ from jobs.train import lightgbm
 from jobs.train.config import DeepSpeedConfig, LearningConfig
 from jobs.train.data import TrainingSet
 from jobs.train.families import FitContext, resolve_family
-from jobs.train.rows.encoded import Part
 from jobs.train.training_data import TrainingData, prepare_rows
 from jobs.train.trial import fit_trial, num_reports, trial_cpus
 from jobs.train.trial_error import TrialFailed, without_values
@@ -52,8 +51,7 @@ def test_trees_report_the_best_loss_after_each_segment(tmp_path: Path, patience:
     assert losses == sorted(losses, reverse=True)
     assert len(losses) == count
     data, parameters = prepared(), resolve_family(model).parameters
-    targets = {part: data.target[data.parts == part] for part in (Part.fit, Part.validation)}
-    fitted = lightgbm.fit_trees(data.rows, targets, parameters, 0, files=None, on_round=lambda *_: None)
+    fitted = lightgbm.fit_trees(data.rows, parameters, 0, files=None, on_round=lambda *_: None)
     assert fitted.loss == f"validation binary_logloss {losses[-1]:.4f}"
 
 
