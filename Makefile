@@ -9,7 +9,7 @@ PACKAGES := cluster feature_jobs jobs serve_apps
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-nodes down test integration failures image image-test unit unit-ground unit-features unit-engines unit-serving unit-rollouts chaos chaos-nodes chaos-pipeline soak gpu lint format bench lock audit coverage clean
+.PHONY: help install demo demo-nodes down test integration failures image image-test unit unit-ground unit-features unit-engines unit-serving unit-rollouts chaos chaos-nodes chaos-pipeline soak gpu lint lint-types lint-rules format bench lock audit coverage clean
 
 help:
 	@echo "make demo    install, start a local cluster, run the whole loop, write .falaj/demo/report.html"
@@ -63,9 +63,10 @@ test: unit integration
 
 # Two processes with a cluster each share the test files. They use both cores of a machine with two; with three, tests
 # with deadlines failed there.
-# tests/integration/conftest.py orders the files; otherwise xdist would start with those that have most tests.
+# tests/integration/conftest.py orders the files; otherwise xdist would start with those that have most tests. The
+# durations show where the time goes.
 integration: $(STAMP)
-	@$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile --no-loadscope-reorder --durations=30
 
 # Five processes, each of which imports only what its tests need. Each uses one thread, because LightGBM and Polars in
 # parallel processes would otherwise compete for the cores. Tests that import a model engine run in unit-engines.
@@ -127,10 +128,16 @@ image:
 image-test: image $(STAMP)
 	@FALAJ_IMAGE=$(or $(TAG),localhost/falaj) $(BIN)/python -m pytest -p no:schemathesis tests/image
 
+# mypy takes longest, and uses one core.
 lint: $(STAMP)
+	@$(MAKE) --silent --jobs=2 --output-sync=target lint-types lint-rules
+
+lint-types:
+	@$(BIN)/mypy
+
+lint-rules:
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
 format: $(STAMP)

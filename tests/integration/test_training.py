@@ -214,7 +214,7 @@ def test_a_killed_sweep_continues_from_the_ledger(project: Project) -> None:
     started = trials(TrialStarted)
     assert [number for number, _ in started] == [1, 2, 2, 3]
     assert started[1] == started[2]
-    outputs = ("output=sweep.json", "report=sweep.html", "register=true")
+    outputs = ("output=sweep.json", "report=sweep.html", "register=true", "scaling.num_workers=1")
     again = project.run("jobs.sweep", *DATA, *options, *search, *outputs, check=True)
     assert "sweep s is finished" in again.stdout
     assert len(trials(TrialStarted)) == 4

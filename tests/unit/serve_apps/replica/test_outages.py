@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from serve_apps.replica import outages
 from serve_apps.replica.outages import Outages
 from tests.servers import postgresql
 from tests.servers.object_store import object_store_environment
-from tests.servers.postgresql import new_database
 from tests.servers.replica import SharedState, running_replica
 from tests.unit.serve_apps.replica.test_durability import BODY, PREDICT, VALUE
 
@@ -90,51 +89,45 @@ def test_requests_wait_for_one_probe_in_a_thread() -> None:
     assert calls.failed_in.count(threading.get_ident()) == 1
 
 
-@pytest.fixture(scope="module")
-def own_server() -> Iterator[postgresql.Server]:
-    """A server that a test may kill. It has to start it again."""
-    with postgresql.server() as server:
-        yield server
-
-
-def test_blocks_are_added_after_a_restart_of_the_database(
-    own_server: postgresql.Server, tmp_path: Path
-) -> None:
+def test_blocks_are_added_after_a_restart_of_the_database(tmp_path: Path) -> None:
     """PostgreSQL is killed and started again while a block waits. The block is there once."""
-    ledger = Ledger(new_database(own_server.address, "blocks"))
-    ensure_tables(ledger)
-    location = LogLocation(name="predictions/m", folder=tmp_path / "predictions" / "m", engine=ledger.engine)
-    writer = BlockWriter(location)
-    writer.add([Block("s", 0, b"first\n")])
-    own_server.kill()
+    with postgresql.server() as server:
+        ledger = Ledger(server.address)
+        ensure_tables(ledger)
+        location = LogLocation(
+            name="predictions/m", folder=tmp_path / "predictions" / "m", engine=ledger.engine
+        )
+        writer = BlockWriter(location)
+        writer.add([Block("s", 0, b"first\n")])
+        server.kill()
 
-    async def restart_meanwhile() -> None:
-        adding = asyncio.create_task(asyncio.to_thread(writer.add, [Block("s", 6, b"second\n")]))
-        await asyncio.sleep(0.5)
-        assert not adding.done()
-        await asyncio.to_thread(own_server.start)
-        await adding
+        async def restart_meanwhile() -> None:
+            adding = asyncio.create_task(asyncio.to_thread(writer.add, [Block("s", 6, b"second\n")]))
+            await asyncio.sleep(0.5)
+            assert not adding.done()
+            await asyncio.to_thread(server.start)
+            await adding
 
-    asyncio.run(restart_meanwhile())
-    writer.close()
-    assert read_blocks(ledger.engine, "predictions/m", "s") == b"first\nsecond\n"
-    ledger.engine.dispose()
+        asyncio.run(restart_meanwhile())
+        writer.close()
+        assert read_blocks(ledger.engine, "predictions/m", "s") == b"first\nsecond\n"
+        ledger.engine.dispose()
 
 
-def test_predictions_wait_for_a_restart_of_postgresql(own_server: postgresql.Server, tmp_path: Path) -> None:
+def test_predictions_wait_for_a_restart_of_postgresql(tmp_path: Path) -> None:
     """Requests of eight clients wait while the database is killed and started again. Each answer is in the log once."""
-    with object_store_environment() as bucket:
-        shared = SharedState(f"{bucket}/outage", new_database(own_server.address, "outage"))
+    with object_store_environment() as bucket, postgresql.server() as server:
+        shared = SharedState(f"{bucket}/outage", server.address)
         with (
             running_replica(tmp_path, VALUE, durability=Durability.shared, shared=shared) as replica,
             ThreadPoolExecutor(8) as clients,
         ):
             answers = [replica.json(PREDICT, BODY)]
-            own_server.kill()
+            server.kill()
             waiting = [clients.submit(replica.json, PREDICT, BODY) for _ in range(16)]
             time.sleep(1.0)
             assert not any(one.done() for one in waiting)
-            own_server.start()
+            server.start()
             answers += [one.result() for one in waiting]
             assert {status for status, _ in answers} == {200}
             ids = [content["prediction_id"] for _, content in answers]
