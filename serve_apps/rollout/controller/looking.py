@@ -31,14 +31,14 @@ def look_until_stopped(
     acts = False
     while not stopped.wait(EVERY_S):
         try:
-            watch.settle(controller.ledger, actor=ACTOR)
+            watch.begin_look(controller.ledger, actor=ACTOR)
             held = leadership.is_held()
             if held is not acts:
                 LOG.info("this controller %s", "acts" if held else "waits: another one acts")
             acts = held
             metrics.acts.set(acts)
             metrics.not_judged.set(controller.check_once() if acts else 0)
-            watch.look_ended(controller.ledger)
+            watch.end_look()
             metrics.last_check.set_to_current_time()
         except (sa.exc.SQLAlchemyError, FalajError, RefusedError, OSError) as error:
             metrics.acts.set(0)

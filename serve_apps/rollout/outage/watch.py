@@ -1,6 +1,6 @@
 """Looks for harm while the ledger does not answer, in a thread of its own, because a call to a database can hang.
 
-The loop of the controller tells when a look has ended. If none has ended for `OUTAGE_S`, this thread judges the
+The loop of the controller tells when a look begins and ends. If none has ended for `OUTAGE_S`, this thread judges the
 rollouts that are known: by the counts in the machine's own file if there is one (SQLite), and by the last requests in
 the edge's own access files. A guardrail or the breaker writes a rollback to the journal. Nothing else acts: no step,
 no promotion, no deadline.
@@ -67,18 +67,19 @@ class OutageWatch:
         """Take the counts that do not depend on the ledger's database; None if there are none."""
         self._store = store
 
-    def settle(self, ledger: Ledger, *, actor: str) -> None:
-        """Append what the journal has. Raises as `settling.settle` does."""
-        settle(ledger, self._journal, actor=actor)
-
-    def look_ended(self, ledger: Ledger) -> None:
-        """Learn which rollouts run. Call it after each complete look.
+    def begin_look(self, ledger: Ledger, *, actor: str) -> None:
+        """Append what the journal has, and learn which rollouts run. Call it before each look.
 
         Raises:
             SQLAlchemyError: The ledger does not answer.
             ReleaseTooOld: A newer release wrote an event that changes what is served.
+            ConfigError, OSError: The journal cannot be read or written.
         """
+        settle(ledger, self._journal, actor=actor)
         self._known.learn(read_running(ledger))
+
+    def end_look(self) -> None:
+        """Call it after each complete look: the ledger answers."""
         self._answered_at = time.monotonic()
 
     def run(self, stopped: threading.Event, on_checked: Callable[[int], object]) -> None:

@@ -81,7 +81,8 @@ def down(watching: OutageWatch) -> OutageWatch:
 def known(machine: Machine) -> OutageWatch:
     """Return a watch that knows the rollout, while the ledger is down."""
     watching = machine.new_watch()
-    watching.look_ended(started_ledger("sqlite://"))
+    watching.begin_look(started_ledger("sqlite://"), actor="a")
+    watching.end_look()
     return down(watching)
 
 
@@ -109,7 +110,8 @@ def test_locked_sqlite_does_not_hold_up_a_rollback(machine: Machine) -> None:
     """The counts are in a file of their own. When the lock is released, the ledger has one rollback."""
     ledger = started_ledger(f"sqlite:///{machine.folder}/ledger.db")
     watching = machine.new_watch()
-    watching.look_ended(ledger)
+    watching.begin_look(ledger, actor="a")
+    watching.end_look()
     watching.use(EvidenceDouble(FAILING))
     lock = machine.folder / "lock"
     with ExitStack() as held, looking_at(ledger, watching, FAILING, lock):
@@ -151,7 +153,8 @@ def test_healthy_version_is_left_alone(machine: Machine) -> None:
 
 def test_nothing_is_journaled_while_the_ledger_answers(machine: Machine) -> None:
     watching = machine.new_watch()
-    watching.look_ended(started_ledger("sqlite://"))
+    watching.begin_look(started_ledger("sqlite://"), actor="a")
+    watching.end_look()
     watching.use(EvidenceDouble(FAILING))
     assert watching.check_once() == 0
 
