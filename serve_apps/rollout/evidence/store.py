@@ -16,8 +16,15 @@ from cluster.statistics.policy import DAY_S, REQUEST_EVENTS, Form, Policy, UnitE
 from serve_apps.rollout.assignment import Arm, bounds
 from serve_apps.rollout.evidence.activity import Activity, last_of_arm, last_requests
 from serve_apps.rollout.evidence.collecting import activities_of
-from serve_apps.rollout.evidence.metric_tables import COHORTS, ENTERED, SUMS, read_metrics
-from serve_apps.rollout.evidence.shadow_counts import ALL_UNITS, SHADOW_COUNTS, read_shadow_counts
+from serve_apps.rollout.evidence.metric_tables import (
+    ALL_UNITS,
+    COHORTS,
+    ENTERED,
+    SHADOW_COUNTS,
+    SUMS,
+    read_metrics,
+    read_shadow_counts,
+)
 from serve_apps.rollout.evidence.tables import (
     COUNTED,
     EVENTS,
