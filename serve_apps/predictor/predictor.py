@@ -136,9 +136,9 @@ class Predictor:
         try:
             # Each request is encoded separately. If one has a value that cannot be encoded, only this request fails.
             if self._batches is None:
-                with cost.working():
+                with cost:
                     return self._model.predict(columns).require_finite().rows(), ""
-            with cost.working():
+            with cost:
                 matrix = self._model.encode(columns)
             return (await self._batches.predict(matrix, cost=cost)).require_finite().rows(), ""
         except InvalidRequest:
@@ -197,7 +197,7 @@ class Predictor:
         """Read the features. While the online store does not answer, wait for it."""
 
         def read() -> ModelInputs:
-            with cost.working():
+            with cost:
                 return model_inputs(
                     self._reader, self._inputs.keys(), request.entities, request.overrides, request.as_of
                 )

@@ -7,26 +7,26 @@ waits, for example for its batch, is not added: other requests use the CPU then.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 
 
 class RequestCost:
-    """Adds up the cost of one request, from its creation on."""
+    """Adds up the cost of one request, from its creation on.
+
+    `with cost:` adds the CPU time of the block, which must not wait for other work.
+    """
+
+    __slots__ = ("_began", "_cpu_s", "_started")
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._cpu_s = 0.0
+        self._began = self._cpu_s = 0.0
 
-    @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        """Add the CPU time of the `with` block. The block must not wait for other work."""
-        began = time.process_time()
-        try:
-            yield
-        finally:
-            self.add_cpu(time.process_time() - began)
+    def __enter__(self) -> None:
+        self._began = time.process_time()
+
+    def __exit__(self, *_: object) -> None:
+        self.add_cpu(time.process_time() - self._began)
 
     def add_cpu(self, seconds: float) -> None:
         """Add CPU time that was measured elsewhere, such as the request's part of a batch."""

@@ -1,4 +1,4 @@
-"""Tables with the sums of a rollout's metrics, and with the units that have entered them."""
+"""Tables with the sums of a rollout's metrics, the units that have entered them, and the events of a shadow's units."""
 
 from __future__ import annotations
 
@@ -45,6 +45,16 @@ SUMS = sa.Table(
         for name in ("mean", "squares", "second_mean", "second_squares", "products")
     ),
 )
+ALL_UNITS = "units"
+"""Stands for an event that each unit of a shadow has."""
+SHADOW_COUNTS = sa.Table(
+    "evidence_shadow_counts",
+    METADATA,
+    sa.Column("rollout", sa.String(32), primary_key=True),
+    sa.Column("event", sa.String(16), primary_key=True),
+    sa.Column("units", sa.BigInteger, nullable=False),
+)
+"""Number of a shadow's units with each event."""
 _FIELDS = ("units", "mean", "squares", "second_mean", "second_squares", "products")
 
 
@@ -142,6 +152,21 @@ def read_metrics(
             treatment=treatment, control=control, splits=() if is_shadow else (split,)
         )
     return counts
+
+
+def add_shadow_counts(connection: sa.Connection, rollout: str, counts: Mapping[str, int]) -> None:
+    """Add the counts of one cohort, in the caller's transaction."""
+    for event, number in sorted(counts.items()):
+        insert = upsert(SHADOW_COUNTS, connection).values(rollout=rollout, event=event, units=number)
+        total = SHADOW_COUNTS.c.units + insert.excluded.units
+        keys = [SHADOW_COUNTS.c.rollout, SHADOW_COUNTS.c.event]
+        connection.execute(insert.on_conflict_do_update(index_elements=keys, set_={"units": total}))
+
+
+def read_shadow_counts(connection: sa.Connection, rollout: str) -> dict[str, int]:
+    """Return the number of a shadow's units with each event, and of all its units."""
+    query = sa.select(SHADOW_COUNTS.c.event, SHADOW_COUNTS.c.units)
+    return dict(connection.execute(query.where(SHADOW_COUNTS.c.rollout == rollout)).tuples().all())
 
 
 def _sums(connection: sa.Connection, rollout: str) -> dict[tuple[str, str], Moments]:

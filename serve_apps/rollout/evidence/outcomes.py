@@ -40,10 +40,15 @@ from serve_apps.rollout.evidence.cohorts import (
 )
 from serve_apps.rollout.evidence.log_spans import LogSpans
 from serve_apps.rollout.evidence.metric_rules import Scoring
-from serve_apps.rollout.evidence.metric_tables import add_cohort, known_units, next_cohort
+from serve_apps.rollout.evidence.metric_tables import (
+    add_cohort,
+    add_shadow_counts,
+    known_units,
+    next_cohort,
+)
 from serve_apps.rollout.evidence.pairing import Models, Rescorer, pairs_of_copies
 from serve_apps.rollout.evidence.scoring import Scorer, Signatures
-from serve_apps.rollout.evidence.shadow_counts import add_shadow_counts, count_events
+from serve_apps.rollout.evidence.shadow_counts import count_events
 from serve_apps.rollout.evidence.unit_values import CohortValues
 from serve_apps.rollout.paired import require_same_inputs
 
@@ -158,8 +163,7 @@ class OutcomeReader:
             return False
         units = self._units(since, end, until)
         outcomes = self._outcomes_of(units, since, until)
-        versions = metrics.treatment, metrics.champion
-        values = CohortValues(self._scorer, outcomes, pairs_of=self._pairs_of, versions=versions)
+        values = CohortValues(self._scorer, outcomes, pairs_of=self._pairs_of)
         sums = values.sums(units, metrics.scoring)
         events = {} if shadow is None else count_events(units, shadow, self._scorer)
         with updating(self._engine) as connection:

@@ -18,22 +18,30 @@ Models = Callable[[int], Model]
 """Function that returns a version of the model, loaded."""
 
 
+class Predicted(NamedTuple):
+    """What one version says to the rows of one request."""
+
+    version: int
+    rows: Sequence[dict[str, Any]]
+    """[] if the version gave no answer."""
+
+
 class Pair(NamedTuple):
-    """The predictions of both versions for the rows of one request."""
+    """What both versions say to one request."""
 
     answer: Answer
     """What the client got. Outcomes have its prediction id."""
-    treatment: Sequence[dict[str, Any]]
-    """[] if the version gave no answer."""
-    champion: Sequence[dict[str, Any]]
+    treatment: Predicted
+    champion: Predicted
 
 
 def pairs_of_copies(unit: UnitRows) -> list[Pair]:
     """Return the champion's answers with the shadow's."""
-    return [
-        Pair(answer, unit.copies[answer.request_id].predictions, answer.predictions)
-        for answer in unit.answers
-    ]
+    return [Pair(answer, _logged(unit.copies[answer.request_id]), _logged(answer)) for answer in unit.answers]
+
+
+def _logged(answer: Answer) -> Predicted:
+    return Predicted(answer.version, answer.predictions)
 
 
 class Rescorer:
@@ -60,16 +68,16 @@ class Rescorer:
             if answer.as_of is None or answer.as_of < self._since:
                 continue
             if answer.version == self._treatment:
-                found.append(Pair(answer, answer.predictions, self._scores(self._champion, answer)))
+                found.append(Pair(answer, _logged(answer), self._scored(self._champion, answer)))
             elif answer.version == self._champion:
-                found.append(Pair(answer, self._scores(self._treatment, answer), answer.predictions))
+                found.append(Pair(answer, self._scored(self._treatment, answer), _logged(answer)))
         return found
 
-    def _scores(self, version: int, answer: Answer) -> list[dict[str, Any]]:
-        """Return a version's predictions; [] if it cannot score the request."""
+    def _scored(self, version: int, answer: Answer) -> Predicted:
+        """Let a version score a request's features."""
         model, features = self._models(version), answer.features
         try:
             columns = {spec.name: features[spec.name] for spec in model.signature.inputs}
-            return model.predict(columns).require_finite().rows()
+            return Predicted(version, model.predict(columns).require_finite().rows())
         except (RefusedError, ModelFailed, KeyError):
-            return []
+            return Predicted(version, [])

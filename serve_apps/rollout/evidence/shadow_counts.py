@@ -9,26 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-import sqlalchemy as sa
-
 from cluster.records.schema import COPY_REFUSED
 from cluster.runtime import Task
 from cluster.statistics.policy import UnitEvent
 from serve_apps.rollout.evidence.cohorts import Answer, UnitRows
 from serve_apps.rollout.evidence.metric_rules import ShadowRule
+from serve_apps.rollout.evidence.metric_tables import ALL_UNITS
 from serve_apps.rollout.evidence.scoring import Scorer
-from serve_apps.rollout.evidence.tables import METADATA, upsert
-
-ALL_UNITS = "units"
-"""Stands for an event that each unit has."""
-SHADOW_COUNTS = sa.Table(
-    "evidence_shadow_counts",
-    METADATA,
-    sa.Column("rollout", sa.String(32), primary_key=True),
-    sa.Column("event", sa.String(16), primary_key=True),
-    sa.Column("units", sa.BigInteger, nullable=False),
-)
-"""Number of a shadow's units with each event."""
 
 
 def count_events(units: Mapping[str, UnitRows], rule: ShadowRule, scorer: Scorer) -> Counter[str]:
@@ -63,18 +50,3 @@ def _disagrees(answer: Answer, copy: Answer, rule: ShadowRule, scorer: Scorer) -
         return any(one is None or other is None or abs(one - other) > rule.tolerance for one, other in values)
     parse = scorer.parser(answer.version).parse
     return any(parse(one.get("label")) != parse(other.get("label")) for one, other in pairs)
-
-
-def add_shadow_counts(connection: sa.Connection, rollout: str, counts: Mapping[str, int]) -> None:
-    """Add the counts of one cohort, in the caller's transaction."""
-    for event, number in sorted(counts.items()):
-        insert = upsert(SHADOW_COUNTS, connection).values(rollout=rollout, event=event, units=number)
-        total = SHADOW_COUNTS.c.units + insert.excluded.units
-        keys = [SHADOW_COUNTS.c.rollout, SHADOW_COUNTS.c.event]
-        connection.execute(insert.on_conflict_do_update(index_elements=keys, set_={"units": total}))
-
-
-def read_shadow_counts(connection: sa.Connection, rollout: str) -> dict[str, int]:
-    """Return the number of a shadow's units with each event, and of all its units."""
-    query = sa.select(SHADOW_COUNTS.c.event, SHADOW_COUNTS.c.units)
-    return dict(connection.execute(query.where(SHADOW_COUNTS.c.rollout == rollout)).tuples().all())

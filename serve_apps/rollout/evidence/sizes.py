@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 
 import sqlalchemy as sa
 
+from cluster.records.edge_counts.database import upsert
 from serve_apps.rollout.evidence.tables import (
     EVENTS,
     SIZES,
@@ -24,7 +25,6 @@ from serve_apps.rollout.evidence.tables import (
     Counted,
     EventOfUnit,
     UnitOfRollout,
-    upsert,
 )
 
 OF_ALL_STEPS = 0

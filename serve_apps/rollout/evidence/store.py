@@ -26,8 +26,15 @@ from cluster.statistics.policy import DAY_S, MAX_UNITS, REQUEST_EVENTS, Form, Po
 from serve_apps.rollout.assignment import Arm, bounds
 from serve_apps.rollout.evidence.activity import Activity, last_of_arm, last_requests
 from serve_apps.rollout.evidence.collecting import activities_of
-from serve_apps.rollout.evidence.metric_tables import COHORTS, ENTERED, SUMS, read_metrics
-from serve_apps.rollout.evidence.shadow_counts import ALL_UNITS, SHADOW_COUNTS, read_shadow_counts
+from serve_apps.rollout.evidence.metric_tables import (
+    ALL_UNITS,
+    COHORTS,
+    ENTERED,
+    SHADOW_COUNTS,
+    SUMS,
+    read_metrics,
+    read_shadow_counts,
+)
 from serve_apps.rollout.evidence.sizes import stored_units
 from serve_apps.rollout.evidence.tables import (
     COUNTED,

@@ -15,7 +15,7 @@ from cluster.statistics.quality import Quality
 from serve_apps.rollout.assignment import Arm
 from serve_apps.rollout.evidence.cohorts import UnitRows
 from serve_apps.rollout.evidence.metric_rules import MetricRule, Per, Scoring, SegmentRule
-from serve_apps.rollout.evidence.pairing import Pair
+from serve_apps.rollout.evidence.pairing import Pair, Predicted
 from serve_apps.rollout.evidence.scoring import Outcomes, Scorer
 
 Units = Mapping[str, UnitRows]
@@ -37,16 +37,12 @@ class CohortValues:
         scorer: Scores rows.
         outcomes: The outcomes of the cohort's answers.
         pairs_of: Returns a unit's requests with the predictions of both versions. Only paired metrics call it.
-        versions: Number of the treatment and of the champion.
     """
 
-    def __init__(
-        self, scorer: Scorer, outcomes: Outcomes, *, pairs_of: PairsOf, versions: tuple[int, int]
-    ) -> None:
+    def __init__(self, scorer: Scorer, outcomes: Outcomes, *, pairs_of: PairsOf) -> None:
         self._scorer = scorer
         self._outcomes = outcomes
         self._pairs_of = pairs_of
-        self._versions = versions
 
     def sums(self, units: Units, scoring: Scoring) -> dict[str, dict[Arm, Moments]]:
         """Return the sums of all metrics, and of their segments, by name and arm."""
@@ -109,15 +105,15 @@ class CohortValues:
             for row in range(len(pair.answer.predictions)):
                 outcome = self._outcomes.get((pair.answer.prediction_id, row))
                 if outcome is not None:
-                    sides = zip((pair.treatment, pair.champion), self._versions, strict=True)
-                    ours, theirs = (
-                        self._scored(side, row, outcome, version, quality) for side, version in sides
-                    )
+                    sides = pair.treatment, pair.champion
+                    ours, theirs = (self._scored(side, row, outcome, quality) for side in sides)
                     yield ours - theirs
 
-    def _scored(self, side: Any, row: int, outcome: Any, version: int, quality: Quality) -> float:
-        value = self._scorer.value(side[row], outcome, version, quality) if row < len(side) else None
-        return self._scorer.worst(quality, version) if value is None else value
+    def _scored(self, side: Predicted, row: int, outcome: Any, quality: Quality) -> float:
+        value = None
+        if row < len(side.rows):
+            value = self._scorer.value(side.rows[row], outcome, side.version, quality)
+        return self._scorer.worst(quality, side.version) if value is None else value
 
 
 def covariate(unit: UnitRows, column: str) -> float | None:

@@ -38,7 +38,7 @@ from serve_apps.predictor.tensors import to_raw
 from serve_apps.replica.edge_headers import EdgeHeaders
 from serve_apps.rollout.evidence import outcomes
 from serve_apps.rollout.evidence.metric_rules import Scoring, ShadowRule
-from serve_apps.rollout.evidence.shadow_counts import read_shadow_counts
+from serve_apps.rollout.evidence.metric_tables import read_shadow_counts
 from serve_apps.rollout.evidence.tables import evidence_engine
 from tests.servers.polling import wait_until
 from tests.servers.ports import free_port

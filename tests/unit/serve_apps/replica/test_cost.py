@@ -24,9 +24,9 @@ def burn(seconds: float) -> None:
 
 
 def test_only_work_is_cpu_time() -> None:
-    """Work outside of `working` is another request's."""
+    """Work outside of the `with` block is another request's."""
     cost = RequestCost()
-    with cost.working():
+    with cost:
         burn(0.004)
     burn(0.02)
     assert 4 <= cost.cpu_ms < 20

@@ -32,9 +32,8 @@ from serve_apps.rollout.evidence.metric_rules import (
     scoring_as_json,
     scoring_from_json,
 )
-from serve_apps.rollout.evidence.metric_tables import read_metrics
+from serve_apps.rollout.evidence.metric_tables import read_metrics, read_shadow_counts
 from serve_apps.rollout.evidence.outcomes import OutcomeReader
-from serve_apps.rollout.evidence.shadow_counts import read_shadow_counts
 from tests.samples.record_log import FLAGS, outcome
 from tests.unit.serve_apps.rollout.evidence.test_outcomes import METRICS, Logs, asked, at
 
