@@ -210,7 +210,7 @@ def rollback_change(
     if age_h > window_h:
         raise RolloutError(
             f"Rollout {promoted.rollout} of '{config.name}' was promoted {age_h:.1f} h ago, and "
-            f"the rollback window is {window_h:g} h. Give a greater `rollback_window_h`, or start a "
+            f"the rollback window is {window_h:.4g} h. Give a greater `rollback_window_h`, or start a "
             f"rollout of version {promoted.predecessor}."
         )
     if history.champion != promoted.version:

@@ -20,6 +20,8 @@ from cluster.ledger.events import (
     RolloutWeightChanged,
     ShadowStarted,
     ShadowStopped,
+    WatchEnded,
+    WatchStarted,
 )
 from serve_apps.edge.control.own_limits import read_own_limits
 from serve_apps.edge.haproxy.request_limits import OwnLimits
@@ -57,6 +59,17 @@ EVENTS = st.one_of(
         champion_version=VERSIONS,
         weight=WEIGHTS,
     ),
+    st.builds(
+        WatchStarted,
+        model=MODELS,
+        rollout=ROLLOUTS,
+        version=VERSIONS,
+        predecessor=VERSIONS,
+        salt=st.just("s"),
+        holdback=st.booleans(),
+        watch_s=st.just(60.0),
+    ),
+    st.builds(WatchEnded, model=MODELS, rollout=ROLLOUTS, outcome=st.just("over"), reason=st.just("")),
     st.builds(RolloutWeightChanged, model=MODELS, rollout=ROLLOUTS, weight=WEIGHTS),
     st.builds(RolloutPromoted, model=MODELS, rollout=ROLLOUTS, version=VERSIONS),
     st.builds(RolloutRolledBack, model=MODELS, rollout=ROLLOUTS, reason=st.just("")),
