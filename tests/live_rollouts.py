@@ -204,7 +204,7 @@ def roll_out(project: Project, version: int, clients: Clients, *policy: str) -> 
         TimeoutError: It did not end.
     """
     ledger = project.ledger()
-    before = ledger.head().seq
+    before = ledger.head()
     start = ("action=start", "name=work", f"version={version}", *QUALITY, *policy)
     project.run("serve_apps.rollout", *start, check=True)
     began = time.monotonic()

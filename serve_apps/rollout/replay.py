@@ -210,7 +210,13 @@ class Replay:
             raise _difference(entry, "reasons", list(kinds(event.reasons)), harm)
         if event.outcome == APPLIED:
             types = _CHANGES[Verdict.roll_back]
-            self.pending = _Pending(decided=entry, model=event.model, rollout=event.rollout, types=types)
+            self.pending = _Pending(
+                decided=entry,
+                model=event.model,
+                rollout=event.rollout,
+                types=types,
+                version=replayed.version,
+            )
         self.decisions += 1
 
     def _require_counted(self, entry: Entry, rollout: str, evidence: Evidence) -> None:

@@ -8,10 +8,11 @@ import threading
 import sqlalchemy as sa
 
 from cluster.errors import FalajError, RefusedError, first_line
-from serve_apps.rollout.controller.controller import ACTOR, Controller
+from serve_apps.rollout.controller.controller import Controller
 from serve_apps.rollout.controller.leadership import Leadership
 from serve_apps.rollout.controller.metrics import ControllerMetrics
 from serve_apps.rollout.outage.watch import OutageWatch
+from serve_apps.rollout.transitions import ACTOR
 
 EVERY_S = 1.0
 LOG = logging.getLogger("falaj.rollouts")

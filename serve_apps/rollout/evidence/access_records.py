@@ -82,6 +82,15 @@ def load(line: bytes) -> dict[str, Any]:
     return record
 
 
+def parse(line: bytes) -> Request | None:
+    """Return the request of a line, or None, as `request_of` does.
+
+    Raises:
+        BrokenRecord: The line is no access record.
+    """
+    return request_of(load(line))
+
+
 def routed_model(record: Mapping[str, Any]) -> str | None:
     """Return the model if the edge has found its route, so if it exists."""
     return None if record.get("rollout", _UNSET) == _UNSET else record.get("model")

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.unit.cluster.ledger.conftest import server, url
+from tests.unit.cluster.ledger.conftest import url
 
 __all__ = ["server", "url"]
