@@ -15,9 +15,10 @@ from cluster.ledger.events import PolicyPaused, PolicyResumed
 from cluster.statistics.evidence import Evidence
 from serve_apps.rollout.controller.controller import Controller
 from serve_apps.rollout.json_form import as_json
-from serve_apps.rollout.replay import main
+from serve_apps.rollout.replay import main, replayed_lines
 from tests.processes.commands import run_main
 from tests.samples.policies import EARLY, FAILING, HEALTHY, EvidenceDouble, permitted, started_ledger
+from tests.samples.watches import promoted_ledger
 
 
 @pytest.fixture
@@ -187,3 +188,25 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
     """In one line."""
     result = run_main(main, "--file", str(tmp_path / "none.jsonl"))
     assert (result.returncode, "cannot be read" in result.stderr) == (2, True), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("WatchDecided", {"verdict": "continue"}, "its verdict is 'continue'"),
+        ("WatchDecided", {"evidence": as_json(HEALTHY)}, "but its counts give 'continue'"),
+        ("RolloutRolledBack", {"rollout": "other"}, "its rollout is 'other'"),
+        ("AliasMoved", {"version": 2}, "its version is 2"),
+    ],
+)
+def test_changed_decision_after_a_promotion_is_named(
+    tmp_path: Path, kind: str, changes: dict[str, Any], message: str
+) -> None:
+    """The rollback of a promotion is computed again, too, and it must name the predecessor."""
+    ledger, acting, _ = promoted_ledger(f"sqlite:///{tmp_path}/ledger.db", holdback=True, counts=FAILING)
+    acting.check_once()
+    seq = max(entry.seq for entry in ledger.entries() if entry.type == kind)
+    assert list(replayed_lines(ledger.entries()))
+    changed = export(ledger, tmp_path / "export.jsonl", in_event(seq, **changes))
+    result = run_main(main, "--file", str(changed))
+    assert (result.returncode, message in result.stderr) == (2, True), result.stderr
