@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from tests.unit.cluster.ledger.conftest import url
 
-__all__ = ["server", "url"]
+__all__ = ["url"]
