@@ -309,7 +309,7 @@ def _composition_message(error: Exception, schema: type[Any]) -> str:
         known, group = option_names(schema), name.partition(".")[0]
         of_group = _group_options(group) if group in known else []
         for table in (name, name.rpartition(".")[0]):
-            if not of_group and is_table(schema, table):
+            if not of_group and (is_table(schema, table) or (table == name and name in known)):
                 return (
                     f"Option '{table}' has no such entries. To add one, write `+{table}.NAME=VALUE`, for several "
                     f"`+{table}={{NAME: VALUE, …}}`."

@@ -60,8 +60,9 @@ QUALITY = (
     *("rollout=canary", "rollout.bake_s=5", "rollout.deadline_s=3600"),
     "+rollout.steps=[{weight: 10}, {weight: 25}, {weight: 50}]",
     "rollout.event_guardrails=[{event: failure, limit: 0.1}]",
-    "rollout.traffic={units_per_hour: 600000, events: {failure: 0.001}, outcome_delay_s: 10, "
-    "metrics: {brier: {mean: 0.13, deviation: 0.18}}}",
+    *("rollout.traffic.units_per_hour=600000", "+rollout.traffic.outcome_delay_s=10"),
+    "rollout.traffic.events={failure: 0.001}",
+    "+rollout.traffic.metrics={brier: {mean: 0.13, deviation: 0.18}}",
     "+rollout.metrics=[{name: brier}]",
 )
 GOAL = "+rollout.goals=[{metric: brier, kind: superiority, expected: 0.03}]"

@@ -11,6 +11,7 @@ from cluster.ledger.events import LedgerEvent, PolicyStarted
 from cluster.statistics.evidence import EventCounts, Evidence
 from cluster.statistics.planning import Plan
 from cluster.statistics.policy import UnitEvent
+from serve_apps.rollout.controller.clock import LookClock
 from serve_apps.rollout.evidence.store import Counting
 from serve_apps.rollout.json_form import as_json
 from serve_apps.rollout.policy_spec import EventGuardrailSpec, RolloutSpec, StepSpec, TrafficSpec
@@ -52,6 +53,14 @@ def started_ledger(url: str) -> Ledger:
     for event in EVENTS:
         ledger.append(event, actor="ann")
     return ledger
+
+
+class SetClock(LookClock):
+    """A clock of looks that a test sets. No jump is noticed."""
+
+    def now(self) -> dt.datetime:
+        """Return the time."""
+        return self._wall()
 
 
 @dataclass

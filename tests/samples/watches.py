@@ -10,7 +10,7 @@ from cluster.statistics.breaker import LastRequests
 from cluster.statistics.evidence import Evidence
 from serve_apps.rollout.controller.controller import Controller
 from serve_apps.rollout.json_form import as_json
-from tests.samples.policies import HEALTHY, SPEC, WITH_POLICY, EvidenceDouble, permitted
+from tests.samples.policies import HEALTHY, SPEC, WITH_POLICY, EvidenceDouble, SetClock, permitted
 from tests.samples.rollouts import DEPLOYED, STARTED
 
 ALL_FAILED = replace(HEALTHY, events={}, last=LastRequests(requests=20, failures=20, units=9))
@@ -26,7 +26,7 @@ def promoted_ledger(
     for event in (*DEPLOYED, STARTED, replace(WITH_POLICY, plan=plan)):
         ledger.append(event, actor="ann")
     double = EvidenceDouble()
-    clock = {"clock": arguments["clock"]} if "clock" in arguments else {}
+    clock = {"clock": SetClock(arguments["clock"])} if "clock" in arguments else {}
     acting = Controller(ledger, double, refusal=permitted, **clock)
     for _ in range(STEPS):
         acting.check_once()

@@ -21,6 +21,7 @@ from starlette.responses import Response
 
 from cluster.ledger import Ledger, open_ledger
 from cluster.ledger.events import ShadowStarted, ShadowStopped
+from cluster.records.edge_counts.database import evidence_engine
 from cluster.records.reading import read_records, read_shadow_predictions
 from cluster.records.schema import PredictionRecord
 from cluster.runtime import InputSpec, ModelSignature, Task
@@ -39,7 +40,6 @@ from serve_apps.replica.edge_headers import EdgeHeaders
 from serve_apps.rollout.evidence import outcomes
 from serve_apps.rollout.evidence.metric_rules import Scoring, ShadowRule
 from serve_apps.rollout.evidence.metric_tables import read_shadow_counts
-from serve_apps.rollout.evidence.tables import evidence_engine
 from tests.servers.polling import wait_until
 from tests.servers.ports import free_port
 from tests.servers.replica import MODEL, Replica, application, running_replica, served

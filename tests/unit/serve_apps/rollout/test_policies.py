@@ -111,6 +111,10 @@ def test_steps_have_the_policys_bake_time_unless_they_have_their_own() -> None:
             ("rollout=canary", "+rollout.max_units=277"),
             "A step needs 277 units, so rollout.max_units must be",
         ),
+        (
+            ("rollout=canary", "rollout.traffic={units: 1}"),
+            "'rollout.traffic' has no such entries. To add one, write",
+        ),
         (("rollout=canary", "+rollout.max_units=0"), "max_units must be at least 1, got 0"),
         (("rollout=canary", "+rollout.unit=person"), "rollout.unit"),
         (

@@ -29,7 +29,7 @@ from serve_apps.rollout.serving_state import read_states
 from serve_apps.rollout.transitions import ACTOR
 from serve_apps.rollout.warm import OpenRemovals, warm_status
 from tests.samples.model_versions import registered
-from tests.samples.policies import FAILING, EvidenceDouble, permitted, started_ledger
+from tests.samples.policies import FAILING, EvidenceDouble, SetClock, permitted, started_ledger
 from tests.samples.rollouts import STARTED, deployed
 from tests.samples.watches import promoted_ledger
 
@@ -102,7 +102,9 @@ def test_loser_of_a_rollback_is_removed_too(tmp_path: Path) -> None:
     """After the same time as a predecessor."""
     times = itertools.chain([START, START], itertools.repeat(LATER))
     ledger = started_ledger(f"sqlite:///{tmp_path}/ledger.db")
-    acting = Controller(ledger, EvidenceDouble(FAILING), refusal=permitted, clock=lambda: next(times))
+    acting = Controller(
+        ledger, EvidenceDouble(FAILING), refusal=permitted, clock=SetClock(lambda: next(times))
+    )
     for _ in range(3):
         acting.check_once()
     assert removed(ledger) == [(2, ACTOR)]

@@ -28,6 +28,7 @@ from cluster.ledger.events import (
     RolloutRolledBack,
 )
 from cluster.metrics import new_registry
+from cluster.records.edge_counts.database import evidence_engine
 from cluster.security.tokens.issuer import mint_token
 from cluster.security.tokens.roles import Role
 from cluster.statistics.moments import Moments
@@ -41,7 +42,6 @@ from serve_apps.rollout.evidence.access_files import Rotation
 from serve_apps.rollout.evidence.collecting import Collector, Reader
 from serve_apps.rollout.evidence.metric_tables import add_cohort
 from serve_apps.rollout.evidence.store import EvidenceStore
-from serve_apps.rollout.evidence.tables import evidence_engine
 from serve_apps.rollout.json_form import as_json
 from serve_apps.rollout.outage import watch
 from serve_apps.rollout.outage.known import KnownRollouts

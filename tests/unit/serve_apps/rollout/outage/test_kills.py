@@ -88,5 +88,5 @@ def test_killed_while_it_appends_to_the_ledger(url: str, tmp_path: Path, point: 
     killed(settle_until_killed, url, tmp_path, point)
     settle(ledger, new_journal(tmp_path), actor="a")
     types = [entry.type for entry in verify_chain(ledger.entries())][len(EVENTS) :]
-    assert types == ["RollbackJournaled", "RolloutRolledBack", "PolicyEnded"]
+    assert types == ["RollbackJournaled", "RolloutRolledBack", "PolicyEnded", "VersionKeptWarm"]
     assert new_journal(tmp_path).read() == ()

@@ -38,7 +38,7 @@ def test_running_rollout_is_rolled_back(url: str, tmp_path: Path, between: tuple
         ledger.append(event, actor="ann")
     settle(ledger, journal, actor="system:rollouts")
     types = [entry.type for entry in ledger.entries(after=len(EVENTS) + len(between))]
-    assert types == ["RollbackJournaled", "RolloutRolledBack", "PolicyEnded"]
+    assert types == ["RollbackJournaled", "RolloutRolledBack", "PolicyEnded", "VersionKeptWarm"]
     assert outcomes(ledger) == ["applied"]
     assert read_states(ledger)["m"].rollout is None
     assert journal.read() == ()
