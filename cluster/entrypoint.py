@@ -308,8 +308,9 @@ def _composition_message(error: Exception, schema: type[Any]) -> str:
         name = unknown[1]
         known, group = option_names(schema), name.partition(".")[0]
         of_group = _group_options(group) if group in known else []
+        known_tables = {name} & {*known, *of_group}
         for table in (name, name.rpartition(".")[0]):
-            if not of_group and (is_table(schema, table) or (table == name and name in known)):
+            if table in known_tables or (not of_group and is_table(schema, table)):
                 return (
                     f"Option '{table}' has no such entries. To add one, write `+{table}.NAME=VALUE`, for several "
                     f"`+{table}={{NAME: VALUE, …}}`."
