@@ -26,7 +26,7 @@ from cluster.session import attach, require_running_cluster
 from cluster.storage import json_text, layout, resolve, write_json
 from serve_apps.deployed_settings import idle_cost
 from serve_apps.edge.control.waiting import wait_until_applied
-from serve_apps.rollout import shadow_runs, transitions
+from serve_apps.rollout import transitions
 from serve_apps.rollout.assignment import mixes_arms
 from serve_apps.rollout.checks import (
     require_no_champion,
@@ -38,7 +38,8 @@ from serve_apps.rollout.checks import (
 )
 from serve_apps.rollout.config import OWN_OPTIONS, USED, RolloutAction, RolloutConfig
 from serve_apps.rollout.history import read_history
-from serve_apps.rollout.policies import (
+from serve_apps.rollout.policy import shadow_runs
+from serve_apps.rollout.policy.commands import (
     ROLLBACK_TRIES,
     count_units,
     evidence_store,
@@ -48,8 +49,8 @@ from serve_apps.rollout.policies import (
     rollback_change,
     started_events,
 )
+from serve_apps.rollout.policy.start_checks import check_versions
 from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
-from serve_apps.rollout.start_checks import check_versions
 from serve_apps.rollout.warm import warm_status
 
 
@@ -221,7 +222,7 @@ def promote(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollou
                 "version that was tried can be promoted. Leave `version` out, or start a rollout of the other one."
             )
     # Only this action and `check` read logs, so only they import Polars and delta-rs.
-    from serve_apps.rollout.evaluation import judge_before_promotion
+    from serve_apps.rollout.comparison.evaluation import judge_before_promotion
 
     judgement = judge_before_promotion(config, ledger, actor, rollout)
     reason = f"rollout {rollout.id} promoted {config.reason}; {judgement}"
@@ -293,8 +294,8 @@ def set_paused(config: RolloutConfig, ledger: Ledger, actor: Actor, *, paused: b
 
 def check(config: RolloutConfig, ledger: Ledger, actor: Actor, rollout: Rollout) -> dict[str, Any]:
     """Apply the guardrail to the rollout's outcomes, and roll the rollout back on a breach."""
-    from serve_apps.rollout.evaluation import describe_metrics, evaluate
-    from serve_apps.rollout.guardrail import Verdict
+    from serve_apps.rollout.comparison.evaluation import describe_metrics, evaluate
+    from serve_apps.rollout.comparison.guardrail import Verdict
 
     require_permission(config, ledger, actor, Action.rollback, rollout.treatment_version)
     finding = evaluate(config, ledger, actor, rollout)
@@ -335,7 +336,7 @@ def compare(config: RolloutConfig, ledger: Ledger, actor: Actor, state: ModelSta
 
     The key store decides whether the caller may read the log.
     """
-    from serve_apps.rollout.shadow_comparison import compare_shadow
+    from serve_apps.rollout.comparison.shadow import compare_shadow
 
     return asdict(compare_shadow(config, ledger, actor, running_shadow(config, state).version))
 

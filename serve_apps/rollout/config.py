@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cluster.records.schema import SHADOW
 from cluster.settings import PlatformConfig
 from serve_apps.rollout.assignment import RESERVED_VARIANTS, require_percent, require_variant
-from serve_apps.rollout.policy_spec import RolloutSpec
+from serve_apps.rollout.policy.spec import RolloutSpec
 
 
 class RolloutAction(enum.Enum):

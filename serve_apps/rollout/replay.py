@@ -39,11 +39,11 @@ from cluster.statistics.planning import Plan, Traffic, plan
 from cluster.statistics.verdict import Decision, Verdict, find_harm, judge
 from cluster.statistics.watch import judge_watch
 from serve_apps.rollout.controller.decisions import ENDED, PAUSED, kinds
-from serve_apps.rollout.figures import first_other_figure
 from serve_apps.rollout.history import step_at
 from serve_apps.rollout.json_form import as_json, from_json
 from serve_apps.rollout.outage.settling import APPLIED
-from serve_apps.rollout.recount import LAG_S, AccessLogs, Moment
+from serve_apps.rollout.recounting.access_logs import LAG_S, AccessLogs, Moment
+from serve_apps.rollout.recounting.figures import first_other_figure
 from serve_apps.rollout.transitions import ACTOR
 
 _TOLERANCE = 1e-6

@@ -26,8 +26,8 @@ def promoted_ledger(
     for event in (*DEPLOYED, STARTED, replace(WITH_POLICY, plan=plan)):
         ledger.append(event, actor="ann")
     double = EvidenceDouble()
-    clock = {"clock": SetClock(arguments["clock"])} if "clock" in arguments else {}
-    acting = Controller(ledger, double, refusal=permitted, **clock)
+    clock = SetClock(arguments["clock"]) if "clock" in arguments else None
+    acting = Controller(ledger, double, refusal=permitted, clock=clock)
     for _ in range(STEPS):
         acting.check_once()
     double.counts = counts

@@ -24,9 +24,9 @@ from serve_apps.edge.limits import main as limits
 from serve_apps.rollout.__main__ import main as rollout
 from serve_apps.rollout.__main__ import start
 from serve_apps.rollout.assignment import Arm, assign, bounds, mixes_arms
+from serve_apps.rollout.comparison.evaluation import describe
+from serve_apps.rollout.comparison.guardrail import Finding, Verdict
 from serve_apps.rollout.config import RolloutAction, RolloutConfig
-from serve_apps.rollout.evaluation import describe
-from serve_apps.rollout.guardrail import Finding, Verdict
 from serve_apps.rollout.serving_state import ModelState, read_states
 from serve_apps.undeploy import require_number
 from tests.processes.commands import run_main

@@ -14,11 +14,11 @@ from cluster.records.segments import SegmentWriter
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.security.keys.access import key_store
 from cluster.settings import StorageConfig
+from serve_apps.rollout.comparison.evaluation import evaluate
+from serve_apps.rollout.comparison.guardrail import Verdict
+from serve_apps.rollout.comparison.shadow import compare_shadow
 from serve_apps.rollout.config import RolloutConfig
-from serve_apps.rollout.evaluation import evaluate
-from serve_apps.rollout.guardrail import Verdict
 from serve_apps.rollout.serving_state import Rollout
-from serve_apps.rollout.shadow_comparison import compare_shadow
 from tests.samples.record_log import FLAGS, LATER, answer, outcome
 from tests.servers.replica import MODEL, Replica, running_replica
 

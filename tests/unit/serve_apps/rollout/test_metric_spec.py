@@ -10,8 +10,8 @@ from cluster.errors import RolloutError
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.statistics.policy import Form, GoalKind, UnitEvent
 from serve_apps.rollout.evidence.metric_rules import Per, scoring_from_json
-from serve_apps.rollout.metric_spec import MetricSpec, SignalSpec
-from serve_apps.rollout.policy_spec import (
+from serve_apps.rollout.policy.metric_spec import MetricSpec, SignalSpec
+from serve_apps.rollout.policy.spec import (
     BaselineSpec,
     EventGuardrailSpec,
     GoalSpec,
@@ -19,7 +19,7 @@ from serve_apps.rollout.policy_spec import (
     RolloutSpec,
     TrafficSpec,
 )
-from serve_apps.rollout.start_checks import require_computable
+from serve_apps.rollout.policy.start_checks import require_computable
 
 NAMES = ("accuracy", "brier", "cpu_ms")
 TRAFFIC = TrafficSpec(

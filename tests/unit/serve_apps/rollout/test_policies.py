@@ -22,14 +22,14 @@ from serve_apps.rollout.checks import require_same
 from serve_apps.rollout.config import RolloutAction, RolloutConfig
 from serve_apps.rollout.history import History, apply, read_history
 from serve_apps.rollout.json_form import as_json, from_json
-from serve_apps.rollout.policies import (
+from serve_apps.rollout.policy.commands import (
     count_units,
     evidence_store,
     policy_status,
     rollback_change,
     started_events,
 )
-from serve_apps.rollout.policy_spec import EventGuardrailSpec, Mode, RolloutSpec, StepSpec, TrafficSpec
+from serve_apps.rollout.policy.spec import EventGuardrailSpec, Mode, RolloutSpec, StepSpec, TrafficSpec
 from serve_apps.rollout.serving_state import read_states
 from tests.processes.commands import run_main
 from tests.samples.policies import EVENTS, FAILING, SPEC, STARTER

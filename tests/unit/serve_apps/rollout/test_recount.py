@@ -12,8 +12,8 @@ from cluster.ledger import Ledger
 from cluster.statistics.evidence import EventCounts, Evidence
 from cluster.statistics.policy import UnitEvent
 from serve_apps.rollout.evidence.store import Counting, EvidenceStore
-from serve_apps.rollout.figures import first_other_figure
-from serve_apps.rollout.recount import AccessLogs, Moment
+from serve_apps.rollout.recounting.access_logs import AccessLogs, Moment
+from serve_apps.rollout.recounting.figures import first_other_figure
 from tests.samples.access_records import ROLLOUT_ID, line
 from tests.samples.rollout_evidence import DAY, START, START_MS, Node, evidence, the_plan
 

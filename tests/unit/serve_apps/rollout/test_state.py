@@ -18,7 +18,7 @@ from cluster.ledger.events import (
 )
 from cluster.runtime import InputSpec, ModelSignature, Task
 from serve_apps.edge.haproxy.routes import entry, routes
-from serve_apps.rollout.guardrail import Verdict, judge
+from serve_apps.rollout.comparison.guardrail import Verdict, judge
 from serve_apps.rollout.serving_state import ModelState, States, apply
 from tests.samples.rollouts import DEPLOYED, ROLLED_BACK, STARTED
 

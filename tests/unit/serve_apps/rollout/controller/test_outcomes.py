@@ -14,7 +14,7 @@ from cluster.security.keys.store import KeyStore
 from cluster.statistics.policy import UnitEvent
 from serve_apps.rollout.controller.outcomes import OutcomeCollector, Versions
 from serve_apps.rollout.json_form import as_json
-from serve_apps.rollout.policy_spec import (
+from serve_apps.rollout.policy.spec import (
     BaselineSpec,
     EventGuardrailSpec,
     GoalSpec,

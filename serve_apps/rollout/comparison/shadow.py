@@ -20,8 +20,8 @@ from cluster.runtime.signature import ModelSignature, Task
 from cluster.security.acting import Actor
 from cluster.security.keys.access import key_store
 from cluster.storage import layout
+from serve_apps.rollout.comparison.guardrail import METRICS, TRUTH, score, truths
 from serve_apps.rollout.config import RolloutConfig
-from serve_apps.rollout.guardrail import METRICS, TRUTH, score, truths
 
 _KEYS = ("request_id", "row")
 _SHADOW_SUFFIX = "_of_shadow"

@@ -17,7 +17,7 @@ from cluster.statistics.policy import Form
 from cluster.storage import layout
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.paired import require_same_inputs
-from serve_apps.rollout.policy_spec import RolloutSpec
+from serve_apps.rollout.policy.spec import RolloutSpec
 
 if TYPE_CHECKING:
     from cluster.runtime.signature import ModelSignature

@@ -19,8 +19,8 @@ from cluster.security.acting import Actor
 from cluster.security.keys.access import key_store
 from cluster.storage import layout
 from serve_apps.rollout.assignment import Arm
+from serve_apps.rollout.comparison.guardrail import Finding, Verdict, judge
 from serve_apps.rollout.config import RolloutConfig
-from serve_apps.rollout.guardrail import Finding, Verdict, judge
 from serve_apps.rollout.serving_state import Rollout
 
 

@@ -1,0 +1,1 @@
+"""What the commands `check` and `compare` find in the logs, without a policy."""

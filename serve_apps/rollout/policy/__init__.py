@@ -1,0 +1,1 @@
+"""What a policy of a rollout says, as files declare it, and what commands do with it."""

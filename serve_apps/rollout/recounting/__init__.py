@@ -1,0 +1,1 @@
+"""What a replay computes again from logs and texts."""
