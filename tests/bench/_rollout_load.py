@@ -56,7 +56,9 @@ from tests.servers.edge import PREDICT
 from tests.servers.replica import served
 
 ROLLBACKS, TURNS, TURN_S, CONNECTIONS, UNITS = 25, 6, 3.0, 8, 5_000
-BEFORE_S, AFTER_S, START_S = 0.25, 0.3, 60.0
+BEFORE_S, AFTER_S = 0.25, 0.3
+SETTLE_S = 2.0
+"""Pause before a turn. The reader counts the records of the turns without it meanwhile."""
 CONTEXT = multiprocessing.get_context("spawn")
 BAKING = replace(SPEC, bake_s=86_400.0, deadline_s=30 * 86_400.0)
 
@@ -247,7 +249,7 @@ async def measure(world: World) -> tuple[Changes, list[float], float]:
     for number in range(2 * TURNS):
         on = number % 4 in (0, 3)  # on, off, off, on: so a drift does not favour one side
         world.switch(on)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(SETTLE_S)
         before, began = len(world.load.answers), time.monotonic()
         await asyncio.sleep(TURN_S)
         turns[on].append((len(world.load.answers) - before) / (time.monotonic() - began))
