@@ -34,6 +34,7 @@ from tests.integration.conftest import Project, new_project
 
 LONGEST_S = 400.0
 CONNECTIONS, BATCH, PER_S = 8, 50, 250
+PURPOSE = "employment_statistics"
 END_OF_2018 = "2018-12-31T23:59:59Z"
 YEARS = (2015, 2018)
 """Models are trained on people of the first year, and score people of the second one."""
@@ -99,7 +100,7 @@ class Clients:
     async def _run(self) -> None:
         context = ssl.create_default_context(cafile=str(self.project.storage_root / "tls" / "ca.pem"))
         connector = aiohttp.TCPConnector(ssl=context, limit=CONNECTIONS)
-        headers = {"Authorization": f"Bearer {self.project.token(ttl_s=7200)}"}
+        headers = {"Authorization": f"Bearer {self.project.token(purpose=PURPOSE, ttl_s=7200)}"}
         people = self._people()
         async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
             while not self._stopped.is_set():
@@ -125,6 +126,8 @@ class Clients:
         return {"prediction_id": content["prediction_id"], "outcome": posted}
 
     async def _post(self, session: aiohttp.ClientSession, outcomes: list[dict[str, Any]]) -> None:
+        if not outcomes:
+            raise AssertionError(f"no person was scored; the last status is {self.statuses[-1]}")
         body = {"model": "work", "outcomes": outcomes}
         async with session.post(f"{self.project.edge_url}/v1/outcomes", json=body) as response:
             assert response.status == 200, await response.text()
