@@ -137,7 +137,8 @@ def plan(policy: Policy, traffic: Traffic) -> Plan:
     goal_units = {goal.metric: units_of_goal(goal, policy, traffic) for goal in policy.goals}
     per_step = max(_units_of_no_harm(guardrail, policy, traffic) for guardrail in policy.event_guardrails)
     before = per_step * (len(policy.steps) - 1)
-    last = max(per_step, *(units - before for units in goal_units.values()), 1)
+    of_guardrails = MIN_UNITS - before if policy.metric_guardrails else 1
+    last = max(per_step, of_guardrails, *(units - before for units in goal_units.values()))
     total = before + last
     draft = Plan(
         policy=policy,
@@ -248,7 +249,8 @@ def _with_next_step(draft: Plan, traffic: Traffic, units: int) -> Plan:
     policy, number = draft.policy, len(draft.steps)
     step = policy.steps[number]
     seconds = units / (traffic.units_per_hour / 3600 * step.weight / 100) + policy.unit_watch_s
-    if number == len(policy.steps) - 1 and (policy.goals or policy.is_shadow):
+    waits = policy.goals or policy.metric_guardrails or policy.is_shadow
+    if number == len(policy.steps) - 1 and waits:
         seconds += traffic.outcome_delay_s
     planned = PlannedStep(
         weight=step.weight,

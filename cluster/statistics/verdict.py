@@ -17,9 +17,10 @@ from cluster.statistics.coin import is_harm, log_evidence_of_harm
 from cluster.statistics.comparisons import is_reached, is_worse
 from cluster.statistics.evidence import EventCounts, Evidence, MetricCounts
 from cluster.statistics.no_harm import bound_of_failing_share, is_no_harm
-from cluster.statistics.planning import Plan
-from cluster.statistics.policy import Action, Goal
+from cluster.statistics.planning import Plan, num_arms
+from cluster.statistics.policy import Action, Goal, Policy
 from cluster.statistics.sample_ratio import is_mismatch
+from cluster.statistics.sequences import MIN_UNITS
 from cluster.statistics.signals import difference, shares_above_limits, signals_out_of_bounds
 
 
@@ -161,7 +162,20 @@ def _missing(plan: Plan, evidence: Evidence) -> tuple[str, ...]:
         missing += [
             _open_goal(plan, goal, evidence) for goal in policy.goals if not _reached(plan, goal, evidence)
         ]
+        missing += _unjudged_guardrails(policy, evidence)
     return tuple(missing)
+
+
+def _unjudged_guardrails(policy: Policy, evidence: Evidence) -> list[str]:
+    """Return the guardrails on metrics that have too few units to find any harm."""
+    found = []
+    for rule in policy.metric_guardrails:
+        counts = evidence.metrics.get(rule.metric, MetricCounts())
+        arms = [counts.treatment, counts.control][: num_arms(policy.metric(rule.metric))]
+        units = min(int(arm.units) for arm in arms)
+        if units < MIN_UNITS:
+            found.append(f"metric: {units} of {MIN_UNITS} units an arm entered {rule.metric}")
+    return found
 
 
 def _reached(plan: Plan, goal: Goal, evidence: Evidence) -> bool:

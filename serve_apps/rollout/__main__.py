@@ -26,7 +26,7 @@ from cluster.session import attach, require_running_cluster
 from cluster.storage import json_text, layout, resolve, write_json
 from serve_apps.deployed_settings import idle_cost
 from serve_apps.edge.control.waiting import wait_until_applied
-from serve_apps.rollout import transitions
+from serve_apps.rollout import shadow_runs, transitions
 from serve_apps.rollout.assignment import mixes_arms
 from serve_apps.rollout.checks import (
     require_no_champion,
@@ -38,8 +38,7 @@ from serve_apps.rollout.checks import (
 )
 from serve_apps.rollout.config import OWN_OPTIONS, USED, RolloutAction, RolloutConfig
 from serve_apps.rollout.history import read_history
-from serve_apps.rollout.policy import shadow_runs
-from serve_apps.rollout.policy.commands import (
+from serve_apps.rollout.policies import (
     ROLLBACK_TRIES,
     count_units,
     evidence_store,
@@ -49,8 +48,8 @@ from serve_apps.rollout.policy.commands import (
     rollback_change,
     started_events,
 )
-from serve_apps.rollout.policy.start_checks import check_versions
 from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
+from serve_apps.rollout.start_checks import check_versions
 from serve_apps.rollout.warm import warm_status
 
 

@@ -6,7 +6,7 @@ from cluster.command_line import given_options
 from cluster.errors import RolloutError
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.history import History
-from serve_apps.rollout.policy.commands import policy_name
+from serve_apps.rollout.policies import policy_name
 from serve_apps.rollout.serving_state import ModelState, Rollout, Shadow
 
 

@@ -45,7 +45,7 @@ from serve_apps.rollout.json_form import as_json
 from serve_apps.rollout.outage.known import KnownRollouts
 from serve_apps.rollout.outage.local_evidence import LocalEvidence
 from serve_apps.rollout.outage.watch import OutageWatch
-from serve_apps.rollout.policy.commands import count_units
+from serve_apps.rollout.policies import count_units
 from serve_apps.rollout.serving_state import read_states
 from tests.clients.load import Load
 from tests.samples.journaled import new_journal

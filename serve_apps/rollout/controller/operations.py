@@ -23,13 +23,12 @@ from cluster.security.authorization.policy import Action, Policy
 from cluster.security.tokens.principal import Principal
 from cluster.security.tokens.trust import Trust
 from cluster.settings_conversion import load
-from serve_apps.rollout import transitions
+from serve_apps.rollout import shadow_runs, transitions
 from serve_apps.rollout.assignment import require_percent
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.evidence.store import EvidenceStore
 from serve_apps.rollout.history import read_history
-from serve_apps.rollout.policy import shadow_runs
-from serve_apps.rollout.policy.commands import (
+from serve_apps.rollout.policies import (
     ROLLBACK_TRIES,
     count_units,
     policy_status,

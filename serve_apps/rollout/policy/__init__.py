@@ -1,1 +1,1 @@
-"""What a policy of a rollout says, as files declare it, and what commands do with it."""
+"""What a policy of a rollout may say, as files declare it."""

@@ -47,7 +47,10 @@ GOOD = Evidence(
     total_s=5 * DAY_S,
     watched_units=20_000,
     events={event: EventCounts(treatment=200, control=200, watched=200) for event in REQUEST_EVENTS},
-    metrics={"quality": quality(0.82, 0.8)},
+    metrics={
+        "quality": quality(0.82, 0.8),
+        "cpu": MetricCounts(treatment=cpu_seconds(2.2), control=cpu_seconds(2.2)),
+    },
 )
 """Everything is reached at the last step."""
 
@@ -117,7 +120,7 @@ def test_harm_rolls_back_whatever_else_is_known(changed: dict[str, object], reas
     assert reason in reasons
 
 
-MISMATCH = replace(GOOD, metrics={"quality": quality(0.82, 0.8, LOST)})
+MISMATCH = replace(GOOD, metrics={**GOOD.metrics, "quality": quality(0.82, 0.8, LOST)})
 SIGNAL = replace(GOOD, signals=("drift of age",))
 IDLE = replace(GOOD, idle_s=7200)
 

@@ -10,14 +10,23 @@ import pytest
 from cluster.statistics.breaker import LastRequests
 from cluster.statistics.evidence import EventCounts, Evidence
 from cluster.statistics.planning import Baseline, Plan, Traffic, plan
-from cluster.statistics.policy import DAY_S, EventGuardrail, Metric, MetricGuardrail, Policy, Step, UnitEvent
+from cluster.statistics.policy import (
+    DAY_S,
+    REQUEST_EVENTS,
+    EventGuardrail,
+    Metric,
+    MetricGuardrail,
+    Policy,
+    Step,
+    UnitEvent,
+)
 from cluster.statistics.verdict import Verdict
 from cluster.statistics.watch import in_plan, judge_watch, watch_plan, windows_before
 
 POLICY = Policy(
     steps=(Step(weight=10), Step(weight=50)),
     metrics=(Metric(name="accuracy"),),
-    event_guardrails=tuple(EventGuardrail(event=event, limit=0.05) for event in UnitEvent),
+    event_guardrails=tuple(EventGuardrail(event=event, limit=0.05) for event in REQUEST_EVENTS),
     metric_guardrails=(MetricGuardrail(metric="accuracy"),),
     deadline_s=7 * DAY_S,
     watch_s=1.5 * DAY_S,
@@ -25,7 +34,7 @@ POLICY = Policy(
 )
 TRAFFIC = Traffic(
     units_per_hour=20_000,
-    events=dict.fromkeys(UnitEvent, 0.01),
+    events=dict.fromkeys(REQUEST_EVENTS, 0.01),
     metrics={"accuracy": Baseline(mean=0.8, deviation=0.4)},
 )
 COUNTS = Evidence(step=0, window=0, step_s=60, total_s=60)
@@ -40,7 +49,7 @@ def test_all_guardrails_before_and_after_the_promotion_share_the_error() -> None
     """A guardrail on events has a share for each window, and one on a metric is tested before and after."""
     the_plan = planned()
     of_event = sum(map(the_plan.window_error, range(the_plan.num_windows)))
-    total = len(UnitEvent) * of_event + 2 * the_plan.guardrail_error
+    total = len(REQUEST_EVENTS) * of_event + 2 * the_plan.guardrail_error
     assert math.isclose(total, POLICY.errors.guardrails)
 
 

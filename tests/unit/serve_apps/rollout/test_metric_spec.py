@@ -19,7 +19,7 @@ from serve_apps.rollout.policy.spec import (
     RolloutSpec,
     TrafficSpec,
 )
-from serve_apps.rollout.policy.start_checks import require_computable
+from serve_apps.rollout.start_checks import require_computable
 
 NAMES = ("accuracy", "brier", "cpu_ms")
 TRAFFIC = TrafficSpec(

@@ -22,7 +22,7 @@ from serve_apps.rollout.checks import require_same
 from serve_apps.rollout.config import RolloutAction, RolloutConfig
 from serve_apps.rollout.history import History, apply, read_history
 from serve_apps.rollout.json_form import as_json, from_json
-from serve_apps.rollout.policy.commands import (
+from serve_apps.rollout.policies import (
     count_units,
     evidence_store,
     policy_status,

@@ -32,7 +32,7 @@ from cluster.records.edge_counts.database import evidence_engine
 from cluster.security.tokens.issuer import mint_token
 from cluster.security.tokens.roles import Role
 from cluster.statistics.moments import Moments
-from cluster.statistics.policy import UnitEvent
+from cluster.statistics.policy import REQUEST_EVENTS
 from serve_apps.rollout.assignment import Arm
 from serve_apps.rollout.controller import looking
 from serve_apps.rollout.controller.controller import Controller
@@ -47,7 +47,7 @@ from serve_apps.rollout.outage import watch
 from serve_apps.rollout.outage.known import KnownRollouts
 from serve_apps.rollout.outage.local_evidence import LocalEvidence
 from serve_apps.rollout.outage.watch import OutageWatch
-from serve_apps.rollout.policy.commands import count_units
+from serve_apps.rollout.policies import count_units
 from serve_apps.rollout.policy.spec import EventGuardrailSpec, RolloutSpec, StepSpec, TrafficSpec
 from serve_apps.rollout.replay import replayed_lines
 from tests.processes import forks
@@ -63,9 +63,9 @@ DEADLINE_S, SLOW_S = 60.0, 0.15
 SPEC = RolloutSpec(
     steps=[StepSpec(weight=50)],
     bake_s=3600,
-    event_guardrails=[EventGuardrailSpec(event=event, limit=0.4) for event in UnitEvent],
+    event_guardrails=[EventGuardrailSpec(event=event, limit=0.4) for event in REQUEST_EVENTS],
     slow_ms=1000 * SLOW_S / 2,
-    traffic=TrafficSpec(units_per_hour=20_000, events=dict.fromkeys(map(str, UnitEvent), 0.01)),
+    traffic=TrafficSpec(units_per_hour=20_000, events=dict.fromkeys(map(str, REQUEST_EVENTS), 0.01)),
 )
 IMPATIENT = replace(SPEC, no_data_s=1.0)
 

@@ -31,7 +31,7 @@ from serve_apps.rollout.json_form import as_json
 from serve_apps.rollout.outage.known import KnownRollouts
 from serve_apps.rollout.outage.local_evidence import LocalEvidence
 from serve_apps.rollout.outage.watch import OutageWatch
-from serve_apps.rollout.policy.commands import count_units
+from serve_apps.rollout.policies import count_units
 from serve_apps.rollout.policy.spec import EventGuardrailSpec, RolloutSpec, StepSpec, TrafficSpec
 from tests.samples.model_versions import registered
 from tests.samples.policies import WITH_POLICY

@@ -18,15 +18,15 @@ from serve_apps.rollout.assignment import Arm, assign, bounds
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.controller.controller import Controller
 from serve_apps.rollout.history import read_history
-from serve_apps.rollout.policy.commands import rollback_change, started_events
-from serve_apps.rollout.policy.shadow_runs import (
+from serve_apps.rollout.policies import rollback_change, started_events
+from serve_apps.rollout.policy.spec import EventGuardrailSpec, Mode, RolloutSpec, TrafficSpec
+from serve_apps.rollout.replay import replayed_lines
+from serve_apps.rollout.serving_state import read_states
+from serve_apps.rollout.shadow_runs import (
     require_no_other_shadow,
     require_no_shadow_run,
     shadow_events,
 )
-from serve_apps.rollout.policy.spec import EventGuardrailSpec, Mode, RolloutSpec, TrafficSpec
-from serve_apps.rollout.replay import replayed_lines
-from serve_apps.rollout.serving_state import read_states
 from tests.samples.policies import STARTER, EvidenceDouble, permitted
 from tests.samples.rollouts import DEPLOYED
 

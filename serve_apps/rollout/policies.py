@@ -15,12 +15,11 @@ from cluster.ledger import Ledger
 from cluster.ledger.events import LedgerEvent, PolicyStarted, RolloutStarted
 from cluster.ledger.store import utc_now
 from cluster.security.tokens.principal import Principal, principal_as_json
-from serve_apps.rollout import transitions
+from serve_apps.rollout import shadow_runs, transitions
 from serve_apps.rollout.assignment import UnitKind
 from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.history import History, PolicyRun, step_at
 from serve_apps.rollout.json_form import as_json, from_json
-from serve_apps.rollout.policy import shadow_runs
 from serve_apps.rollout.serving_state import ModelState
 
 if TYPE_CHECKING:
