@@ -16,7 +16,7 @@ from cluster.security.keys.access import key_store
 from cluster.statistics.policy import Form
 from cluster.storage import layout
 from serve_apps.rollout.config import RolloutConfig
-from serve_apps.rollout.paired import require_same_inputs
+from serve_apps.rollout.evidence.paired import require_same_inputs
 from serve_apps.rollout.policy.spec import RolloutSpec
 
 if TYPE_CHECKING:

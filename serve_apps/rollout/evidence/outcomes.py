@@ -46,11 +46,11 @@ from serve_apps.rollout.evidence.metric_tables import (
     known_units,
     next_cohort,
 )
+from serve_apps.rollout.evidence.paired import require_same_inputs
 from serve_apps.rollout.evidence.pairing import Models, Rescorer, pairs_of_copies
 from serve_apps.rollout.evidence.scoring import Scorer, Signatures
 from serve_apps.rollout.evidence.shadow_counts import count_events
 from serve_apps.rollout.evidence.unit_values import CohortValues
-from serve_apps.rollout.paired import require_same_inputs
 
 COHORTS_IN_WINDOW = 4
 MIN_COHORT_S = 1.0

@@ -28,7 +28,7 @@ from cluster.statistics.policy import (
 )
 from serve_apps.rollout.assignment import UnitKind, require_percent
 from serve_apps.rollout.evidence.metric_rules import MetricRule, Scoring, ShadowRule, scoring_as_json
-from serve_apps.rollout.paired import require_paired_conditions
+from serve_apps.rollout.evidence.paired import require_paired_conditions
 from serve_apps.rollout.policy.metric_spec import MetricSpec, SignalSpec, segment_rules
 
 if TYPE_CHECKING:

@@ -212,3 +212,13 @@ def test_judge_agrees_with_the_vectorised_simulations(seed: int) -> None:
         promoted = np.array([verdict is Verdict.promote for verdict in verdicts])
         assert not np.any(promoted & ~goal)
         assert promoted.any() == (treatment.quality > 0.8 and not harm[-1])
+
+
+def test_version_whose_guardrails_could_not_judge_is_not_promoted() -> None:
+    """Before, a policy without goals promoted a broken version before the first outcome."""
+    few = MetricCounts(treatment=arm(0.8, units=99), control=arm(0.8, units=20_000))
+    early = replace(GOOD, metrics={**GOOD.metrics, "quality": few})
+    without_goals = replace(POLICY, goals=())
+    verdict, _, missing = verdict_of(early, without_goals)
+    assert (verdict, missing) == (Verdict.advance, "metric: 99 of 100 units an arm entered quality")
+    assert verdict_of(GOOD, without_goals)[0] is Verdict.promote
