@@ -9,7 +9,7 @@ PACKAGES := cluster feature_jobs jobs serve_apps
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-nodes down test integration failures image image-test unit unit-ground unit-features unit-engines unit-serving unit-rollouts chaos chaos-nodes chaos-pipeline soak gpu lint lint-types lint-rules format bench lock audit coverage clean
+.PHONY: help install demo demo-nodes down test integration failures image image-test unit unit-ground unit-features unit-engines unit-serving unit-rollouts chaos chaos-nodes chaos-pipeline live-rollouts soak gpu lint lint-types lint-rules format bench lock audit coverage clean
 
 help:
 	@echo "make demo    install, start a local cluster, run the whole loop, write .falaj/demo/report.html"
@@ -27,6 +27,7 @@ help:
 	@echo "make image   the container image localhost/falaj, built with buildah as root; BASE=<image>, TAG=<name>"
 	@echo "make image-test    build the image, run it with runc, call it from another network namespace; takes minutes"
 	@echo "make gpu     measure a GPU: steps of a 350M decoder, memory, and ONNX on CUDA; at most eight minutes"
+	@echo "make live-rollouts    the controller decides about versions of the census model while people are scored; ten minutes"
 	@echo "make soak    ten minutes of requests; no request may fail, no process may grow"
 
 install: $(STAMP)
@@ -112,6 +113,9 @@ chaos-nodes: $(STAMP)
 
 chaos-pipeline: $(STAMP)
 	@$(BIN)/python tests/chaos_pipeline.py
+
+live-rollouts: $(STAMP)
+	@$(BIN)/python tests/live_rollouts.py
 
 soak: $(STAMP)
 	@$(BIN)/python tests/soak.py

@@ -29,10 +29,29 @@ import polars as pl
 
 # This file is run by its path, so Python does not add the project's root to `sys.path`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cluster.ledger.events import PolicyDecided, PolicyEnded
+from cluster.ledger.events import (
+    PolicyDecided,
+    PolicyEnded,
+    QualityJudged,
+    ScheduledRunDue,
+    ScheduledRunStarted,
+)
 from tests.integration.conftest import Project, new_project
+from tests.servers.polling import wait_until
 
 LONGEST_S = 400.0
+A_DAY = 600
+"""Number of requests of a day that is monitored."""
+SCHEDULE = """
+trigger: {kind: drift, of: work}
+command: jobs.train
+parameters:
+  name: work
+  training_set: train.parquet
+  label: employed
+  model: lightgbm
+  split: {modulo: 4, remainder: 3}
+"""
 CONNECTIONS, BATCH, PER_S = 8, 50, 250
 PURPOSE = "employment_statistics"
 END_OF_2018 = "2018-12-31T23:59:59Z"
@@ -78,11 +97,13 @@ class Clients:
         project: The project.
         people: Key and true outcome of each person.
         outcome: Returns the outcome to post, for the true one and the variant that answered.
+        as_of: Time of the requests.
     """
 
     project: Project
     people: list[tuple[int, int]]
     outcome: Callable[[int, str], int] = lambda truth, _: truth
+    as_of: str = END_OF_2018
     statuses: list[int] = field(default_factory=list)
 
     def __enter__(self) -> Clients:
@@ -115,7 +136,7 @@ class Clients:
             yield from self.people
 
     async def _predict(self, session: aiohttp.ClientSession, key: int, truth: int) -> dict[str, Any] | None:
-        body = {"entities": [{"person_id": key}], "as_of": END_OF_2018}
+        body = {"entities": [{"person_id": key}], "as_of": self.as_of}
         url = f"{self.project.edge_url}/v1/models/work:predict"
         async with session.post(url, json=body, headers={"X-Unit-ID": str(key)}) as response:
             content = await response.json(content_type=None)
@@ -248,9 +269,89 @@ def play(
     return is_right
 
 
+def people_of(project: Project, condition: pl.Expr) -> list[tuple[int, int]]:
+    """Return key and true outcome of the people of 2018 who meet a condition, in random order."""
+    folder = project.root / "data" / "census"
+    persons = pl.read_parquet(folder / "person_2018.parquet").filter(condition)
+    table = pl.read_parquet(folder / "entities_2018.parquet").join(persons, on="person_id", how="semi")
+    people = list(table.select("person_id", "employed").iter_rows())
+    random.shuffle(people)
+    return people
+
+
+def score_days(project: Project, people: list[tuple[int, int]], days: range, *, flip: bool = False) -> None:
+    """Score people on some days after 2018, and monitor the days.
+
+    Args:
+        project: The project.
+        people: Key and true outcome of each person.
+        days: The days of January 2019.
+        flip: Whether the concept has changed, so that each outcome is the opposite.
+    """
+    for day in days:
+        clients = Clients(
+            project,
+            people,
+            lambda truth, _: 1 - truth if flip else truth,
+            as_of=f"2019-01-{day:02}T12:00:00Z",
+        )
+        with clients:
+            wait_until(lambda: len(clients.statuses) >= A_DAY, f"day {day}", seconds=LONGEST_S)
+    project.run("jobs.monitor", "name=work", "period=day", "output=monitored.json", check=True)
+
+
+def hold_on_drift(project: Project, version: int, people: list[tuple[int, int]]) -> bool:
+    """Let only old people come during a rollout. Return whether the rollout holds."""
+    ledger = project.ledger()
+    start = ("action=start", "name=work", f"version={version}", *QUALITY, GOAL, "rollout.bake_s=1800")
+    project.run("serve_apps.rollout", *start, check=True)
+    score_days(project, people, range(1, 4))
+
+    def holds() -> bool:
+        decided = ledger.last(PolicyDecided)
+        return decided is not None and decided.payload["verdict"] == "hold"
+
+    is_right = comes_true(holds)
+    decided = ledger.last(PolicyDecided)
+    print(
+        f"{'ok' if is_right else 'WRONG':6}planted drift: {decided and decided.payload['reasons']}",
+        flush=True,
+    )
+    project.run("serve_apps.rollout", "action=abort", "name=work", "reason=next scenario", check=True)
+    return is_right
+
+
+def retrain_when_all_are_worse(project: Project, people: list[tuple[int, int]]) -> bool:
+    """Change the concept for all versions. Return whether the model's own training starts."""
+    ledger = project.ledger()
+    folder = project.root / "conf" / "schedule"
+    folder.mkdir(parents=True)
+    (folder / "again.yaml").write_text(SCHEDULE)
+    project.run("jobs.schedule", "--config-dir", "conf", "action=apply", "schedule=again", check=True)
+    score_days(project, people, range(4, 7), flip=True)
+    is_right = comes_true(lambda: ledger.last(ScheduledRunStarted) is not None)
+    judged, due = ledger.last(QualityJudged), ledger.last(ScheduledRunDue)
+    is_right = is_right and judged is not None and judged.payload["verdict"] == "retrain"
+    print(
+        f"{'ok' if is_right else 'WRONG':6}concept of all versions: {judged and judged.payload}; "
+        f"{due and due.payload['reason']}",
+        flush=True,
+    )
+    return is_right
+
+
+def comes_true(condition: Callable[[], bool]) -> bool:
+    """Return whether something becomes true within a minute."""
+    try:
+        wait_until(condition, seconds=60)
+    except AssertionError:
+        return False
+    return True
+
+
 def main() -> int:
     """Prepare the data, train the versions, and play the scenarios."""
-    chosen = os.environ.get("ONLY", ",".join(SCENARIOS)).split(",")
+    chosen = os.environ.get("ONLY", ",".join((*SCENARIOS, "drift", "retrain"))).split(",")
     with tempfile.TemporaryDirectory(prefix="falaj-live-") as folder:
         project = new_project(Path(folder))
         project.up()
@@ -259,10 +360,13 @@ def main() -> int:
                 project.run(module, *args, check=True)
             versions = {name: train(project, *args) for name, args in TRAINED.items()}
             project.run("serve_apps.deploy", "name=work", f"version={versions['weak']}", check=True)
-            table = pl.read_parquet(project.root / "data/census/entities_2018.parquet")
-            people = list(table.select("person_id", "employed").iter_rows())
-            random.shuffle(people)
-            right = [play(project, SCENARIOS[name], versions, people) for name in chosen]
+            people = people_of(project, pl.lit(True))
+            right = [play(project, SCENARIOS[name], versions, people) for name in chosen if name in SCENARIOS]
+            if "drift" in chosen:
+                old = people_of(project, pl.col("AGEP") > 60)
+                right.append(hold_on_drift(project, versions["good"], old))
+            if "retrain" in chosen:
+                right.append(retrain_when_all_are_worse(project, people))
             export = project.root / "export.jsonl"
             project.run("cluster.ledger", "export", "--output", str(export), check=True)
             print(project.run("serve_apps.rollout.replay", "--file", str(export), check=True).stdout)
