@@ -118,6 +118,10 @@ class Clients:
         self._stopped.set()
         self._thread.join()
 
+    def wait_for_requests(self, number: int) -> None:
+        """Wait until so many requests were answered."""
+        wait_until(lambda: len(self.statuses) >= number, f"{number} requests", seconds=LONGEST_S)
+
     async def _run(self) -> None:
         context = ssl.create_default_context(cafile=str(self.project.storage_root / "tls" / "ca.pem"))
         connector = aiohttp.TCPConnector(ssl=context, limit=CONNECTIONS)
@@ -296,7 +300,7 @@ def score_days(project: Project, people: list[tuple[int, int]], days: range, *, 
             as_of=f"2019-01-{day:02}T12:00:00Z",
         )
         with clients:
-            wait_until(lambda: len(clients.statuses) >= A_DAY, f"day {day}", seconds=LONGEST_S)
+            clients.wait_for_requests(A_DAY)
     project.run("jobs.monitor", "name=work", "period=day", "output=monitored.json", check=True)
 
 
