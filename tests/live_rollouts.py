@@ -307,7 +307,7 @@ def score_days(project: Project, people: list[tuple[int, int]], days: range, *, 
 def hold_on_drift(project: Project, version: int, people: list[tuple[int, int]]) -> bool:
     """Let only old people come during a rollout. Return whether the rollout holds."""
     ledger = project.ledger()
-    start = ("action=start", "name=work", f"version={version}", *QUALITY, GOAL, "rollout.bake_s=1800")
+    start = ("action=start", "name=work", f"version={version}", *QUALITY, GOAL, "rollout.bake_s=900")
     project.run("serve_apps.rollout", *start, check=True)
     score_days(project, people, range(1, 4))
 
