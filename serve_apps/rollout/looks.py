@@ -34,8 +34,8 @@ class Counts(Protocol):
 class EvidenceSource(Counts, Protocol):
     """Where all edges store their counts."""
 
-    def ensure_registered(self, rollout_id: str, counting: Counting) -> None:
-        """Let the edges count the units of a rollout if they do not, for example after `evidence.db` was lost."""
+    def ensure_registered(self, rollout_id: str, counting: Counting, *, is_new: bool = False) -> None:
+        """Let the edges count the units of a rollout if they do not: it is new, or `evidence.db` was lost."""
 
     def requests(self, rollout_id: str) -> dict[str, int]:
         """Return the number of a rollout's requests by arm."""

@@ -90,7 +90,7 @@ class EvidenceDouble:
         self.asked.append(asked)
         return replace(self.counts, step=step, window=step)
 
-    def ensure_registered(self, rollout_id: str, counting: Counting) -> None:
+    def ensure_registered(self, rollout_id: str, counting: Counting, *, is_new: bool = False) -> None:
         """Remember that the rollout was registered."""
         self.registered.append((rollout_id, counting))
 

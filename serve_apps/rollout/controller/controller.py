@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -74,7 +74,7 @@ class Controller:
         self._late_looks: dict[str, int] = {}
         """For each rollout, how many looks in a row had a decision that rests on time."""
         self._ended: set[str] = set()
-        """Rollouts that have ended, and whose counts are not all removed."""
+        """Rollouts and watches that have ended, and whose counts are not all removed."""
         self._ended_until = 0
 
     @property
@@ -111,7 +111,6 @@ class Controller:
                 failed += 1
                 LOG.error("the rollout of '%s' could not be judged: %s", model, first_line(error))
         self._forget_ended()
-        self._forget_watches(histories)
         return failed
 
     def _judge(
@@ -135,7 +134,7 @@ class Controller:
             LOG.error("monitoring results could not be judged: %s", first_line(error))
 
     def _forget_ended(self) -> None:
-        """Forget rollouts that have ended, by a verdict or by a command, also while no controller ran.
+        """Forget rollouts and watches that have ended, by a verdict or by a command, also while no controller ran.
 
         Each look removes a part of the rows of one rollout, so that it takes no longer than others. An older release
         ends a rollout without `PolicyEnded`.
@@ -145,7 +144,7 @@ class Controller:
         found = [entry for kind in kinds for entry in self._ledger.entries(kind, after=self._ended_until)]
         for entry in found:
             self._summarise(entry)
-        self._ended |= {str(entry.payload["rollout"]) for entry in found}
+        self._ended |= {str(entry.payload["rollout"]) for entry in found} | self._ended_watches(found)
         self._ended_until = until
         for rollout in sorted(self._ended):
             self._plans.pop(rollout, None)
@@ -163,20 +162,27 @@ class Controller:
         except (ValueError, TypeError, KeyError, ArithmeticError) as error:
             LOG.error("rollout %s has no summary: %s", entry.payload["rollout"], first_line(error))
 
-    def _forget_watches(self, histories: Mapping[str, History]) -> None:
-        """Forget promotions that are not judged any more. The next start of a rollout also ends a watch."""
-        current = {
-            watch_id(history.watch.run.rollout) for history in histories.values() if history.watch is not None
+    def _ended_watches(self, ended: Iterable[Entry]) -> set[str]:
+        """Return the ids of watches that are over, or that can never begin. Some end without an event of their own.
+
+        Args:
+            ended: New ends of rollouts. The first look of a controller has all of them, so it finds each watch whose
+                removal another controller has begun.
+        """
+        found = {one for one in self._source.counted() if is_watch(one)}
+        found |= {
+            watch_id(entry.payload["rollout"]) for entry in ended if entry.type == RolloutPromoted.__name__
         }
-        for counted in self._source.counted() - current:
-            if is_watch(counted):
-                self._source.forget(counted)
+        if not found:
+            return found
+        histories = read_running(self._ledger)  # after the query: what was registered until then is in it
+        return found - {watch_id(rollout) for history in histories.values() for rollout in _judged(history)}
 
     def _watch(self, watched: WatchedModel, *, now: dt.datetime, since: int) -> None:
         watch = watched.watch
         plan = self._plan(watch.run)
         if watch.holdback:
-            self._source.ensure_registered(watch_id(watch.run.rollout), _counting(watch.run, plan))
+            self._register_watch(watch.run, plan, is_new=watch.last is None)
         if now >= watch.until:
             events = watched.end()
         else:
@@ -184,6 +190,10 @@ class Controller:
             events = watched.events_after(evidence, decision)
         if events and transitions.append(self._ledger, watched.model, events, actor=ACTOR, since=since):
             LOG.info("promotion of '%s': %s", watched.model, ", ".join(one.type for one in events))
+
+    def _register_watch(self, run: PolicyRun, plan: Plan, *, is_new: bool) -> None:
+        """Let the edges count the units of a holdback. After its first decision, it is missing only if it was lost."""
+        self._source.ensure_registered(watch_id(run.rollout), _counting(run, plan), is_new=is_new)
 
     def _check(
         self,
@@ -197,6 +207,8 @@ class Controller:
     ) -> None:
         plan = self._plan(run)
         self._source.ensure_registered(run.rollout, _counting(run, plan))
+        if plan.policy.holdback:  # before the promotion, whoever promotes
+            self._register_watch(run, plan, is_new=True)
         versions = [version for version in (history.champion, run.version) if version is not None]
         signals = () if self._steady is None else self._steady.signals(model, versions)
         evidence, decision = decision_now(self._source, run, plan, now=now, signals=signals)
@@ -244,6 +256,14 @@ class Controller:
         if run.rollout not in self._plans:
             self._plans[run.rollout] = from_json(Plan, run.plan)
         return self._plans[run.rollout]
+
+
+def _judged(history: History) -> Iterator[str]:
+    """Yield the rollouts of a model that are judged, before or after their promotion."""
+    if history.run is not None:
+        yield history.run.rollout
+    if history.watch is not None:
+        yield history.watch.run.rollout
 
 
 def _counting(run: PolicyRun, plan: Plan) -> Counting:

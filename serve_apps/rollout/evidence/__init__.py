@@ -14,6 +14,9 @@ Who does what:
       evidence = store.evidence(rollout_id, plan, step=…, step_started_at=…, started_at=…, now=…)   # each second
       store.forget(rollout_id)                          # after the rollout's end, until it returns False
 
+  The requests after a promotion with a holdback have an id of their own, `watch_id(rollout_id)`. The controller
+  registers it at its looks at the rollout, so before the promotion, with `ensure_registered(…, is_new=True)`.
+
   For metrics of predictions and outcomes, it also needs the keys of the model's logs, and calls every few seconds:
 
       from serve_apps.rollout.evidence.outcomes import OutcomeReader, RolloutMetrics

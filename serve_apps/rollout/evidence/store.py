@@ -139,17 +139,26 @@ class EvidenceStore:
         with updating(self._engine) as connection:
             _register(connection, rollout_id, counting)
 
-    def ensure_registered(self, rollout_id: str, counting: Counting) -> None:
-        """Let all edges count the units of a running rollout, if it is not registered, for example in a new database.
+    def ensure_registered(self, rollout_id: str, counting: Counting, *, is_new: bool = False) -> None:
+        """Let all edges count the units of a rollout, if it is not registered.
 
-        Then all edges read their access files again from the beginning. So what was counted before is counted again, as
-        long as its records still exist.
+        A running rollout is missing only if the database was lost. Then all edges read their access files again from
+        the beginning. So what was counted before is counted again, as long as its records still exist. Until then, no
+        model has all its counts.
+
+        Args:
+            rollout_id: Id of the rollout.
+            counting: How its units are counted.
+            is_new: Nobody has registered it before, so nothing was lost, and no file is read again.
         """
-        if rollout_id not in self.counted():
-            with updating(self._engine) as connection:
-                _register(connection, rollout_id, counting)
-                connection.execute(FILES.delete())
+        if rollout_id in self.counted():
+            return
+        with updating(self._engine) as connection:
+            _register(connection, rollout_id, counting)
+            if not is_new:
+                # In the order in which an edge stores them, so that PostgreSQL sees no deadlock.
                 connection.execute(READERS.delete())
+                connection.execute(FILES.delete())
 
     def counted(self) -> set[str]:
         """Return the ids of the rollouts whose units are counted."""

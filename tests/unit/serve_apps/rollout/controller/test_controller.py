@@ -241,7 +241,7 @@ def test_rollout_that_an_older_release_ends_is_forgotten(url: str, end: LedgerEv
     ledger.append(end, actor="ann")
     acting.check_once()
     acting.check_once()
-    assert double.forgotten == ["r"]
+    assert double.forgotten.count("r") == 1
 
 
 def test_running_rollout_is_registered_again_after_its_counts_were_lost(tmp_path: Path) -> None:
