@@ -11,14 +11,8 @@ from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.statistics.policy import Form, GoalKind, UnitEvent
 from serve_apps.rollout.evidence.metric_rules import Per, scoring_from_json
 from serve_apps.rollout.policy.metric_spec import MetricSpec, SignalSpec
-from serve_apps.rollout.policy.spec import (
-    BaselineSpec,
-    EventGuardrailSpec,
-    GoalSpec,
-    Mode,
-    RolloutSpec,
-    TrafficSpec,
-)
+from serve_apps.rollout.policy.sections import BaselineSpec, EventGuardrailSpec, GoalSpec, TrafficSpec
+from serve_apps.rollout.policy.spec import Mode, RolloutSpec
 from serve_apps.rollout.start_checks import require_computable
 
 NAMES = ("accuracy", "brier", "cpu_ms")

@@ -29,7 +29,8 @@ from serve_apps.rollout.policies import (
     rollback_change,
     started_events,
 )
-from serve_apps.rollout.policy.spec import EventGuardrailSpec, Mode, RolloutSpec, StepSpec, TrafficSpec
+from serve_apps.rollout.policy.sections import EventGuardrailSpec, StepSpec, TrafficSpec
+from serve_apps.rollout.policy.spec import Mode, RolloutSpec
 from serve_apps.rollout.serving_state import read_states
 from tests.processes.commands import run_main
 from tests.samples.policies import EVENTS, FAILING, SPEC, STARTER
