@@ -35,7 +35,7 @@ from serve_apps.rollout.evidence.metric_tables import (
     read_metrics,
     read_shadow_counts,
 )
-from serve_apps.rollout.evidence.sizes import stored_units
+from serve_apps.rollout.evidence.sizes import OF_ALL_STEPS, stored_units
 from serve_apps.rollout.evidence.tables import (
     COUNTED,
     EVENTS,
@@ -279,6 +279,7 @@ class EvidenceStore:
             activities = self._activities(connection, rollout_id)
             counts = read_shadow_counts(connection, rollout_id)
             metrics = read_metrics(connection, rollout_id, paired=_paired(plan.policy), is_shadow=True)
+            stored = stored_units(connection, rollout_id, OF_ALL_STEPS)
         last = last_of_arm(activities, Arm.outside)
         total_s = (now - started_at).total_seconds()
         idle_s = total_s if last is None else (_ms(now) - last) / 1000
@@ -288,6 +289,7 @@ class EvidenceStore:
             step_s=total_s,
             total_s=total_s,
             idle_s=max(0.0, idle_s),
+            stored_units=stored,
             watched_units=counts.get(ALL_UNITS, 0),
             events={event: EventCounts(watched=counts.get(event, 0)) for event in UnitEvent},
             metrics=metrics,
