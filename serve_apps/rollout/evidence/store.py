@@ -84,6 +84,12 @@ class Window:
     since: dt.datetime
 
 
+def valid_seconds(rows: int) -> float:
+    """Return for how long so many counted rows are not counted again; 0 if each look counts them."""
+    valid_s = rows / ROWS_PER_S
+    return valid_s if valid_s > 1 else 0.0
+
+
 def current_window(
     plan: Plan, *, step: int, step_started_at: dt.datetime, started_at: dt.datetime, now: dt.datetime
 ) -> Window:
@@ -257,10 +263,7 @@ class EvidenceStore:
         watched = _count_units(connection, of, watched_until)
         events = _count_events(connection, of, watched_until)
         rows = watched + sum(one.treatment + one.control for one in events.values())
-        valid_s = rows / ROWS_PER_S
-        count = _Count(
-            watched=watched, events=events, until=time.monotonic() + valid_s if valid_s > 1 else 0.0
-        )
+        count = _Count(watched=watched, events=events, until=time.monotonic() + valid_seconds(rows))
         self._counts[of.rollout] = (of, count)
         return count
 
