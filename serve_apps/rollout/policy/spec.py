@@ -123,6 +123,11 @@ class RolloutSpec:
         for name, (mode, default) in defaults.items():
             if self.mode is not mode and getattr(self, name) != default:
                 raise ValueError(f"rollout.{name} has a meaning only with `mode: {mode.value}`.")
+        for name in ("holdback", "unit_watch_s"):
+            if self.is_shadow and getattr(self, name) > 0:
+                raise ValueError(
+                    f"rollout.{name} has no meaning with `mode: shadow`: the version answers no client."
+                )
         if self.steps and self.mode is not Mode.canary:
             raise ValueError("rollout.steps has a meaning only with `mode: canary`.")
         if self.mode is Mode.ab and not self.goals:
@@ -287,8 +292,9 @@ class RolloutSpec:
             RolloutError: The policy cannot finish before its deadline or with `max_units`, or a baseline is missing.
             ConfigError: A baseline is wrong, or a number is too large or too small.
         """
-        from cluster.errors import ConfigError, RolloutError
+        from cluster.errors import ConfigError
         from cluster.statistics.planning import plan
+        from serve_apps.rollout.policy.expected_units import require_room
 
         try:
             traffic = self.expected_traffic()
@@ -298,10 +304,7 @@ class RolloutSpec:
             the_plan = plan(self.policy(), traffic)
         except ArithmeticError as error:
             raise ConfigError(f"rollout: a number is too large or too small for a plan: {error}.") from error
-        if (units := max(step.units for step in the_plan.steps)) >= self.max_units:
-            raise RolloutError(
-                f"A step needs {units} units, so rollout.max_units must be greater, got {self.max_units}."
-            )
+        require_room(the_plan, traffic, has_metrics=bool(self.metrics) or self.is_shadow)
         return the_plan
 
     def _steps(self) -> tuple[Step, ...]:
