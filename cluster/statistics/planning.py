@@ -177,7 +177,7 @@ def _with_signals(draft: Plan, traffic: Traffic, total: int) -> Plan:
     signals, policy = draft.policy.signals, draft.policy
     if not signals:
         return draft
-    error = policy.errors.signals / len(signals)
+    error = policy.errors.signals / policy.num_signals
     units = {signal.name: max(math.ceil(total * signal.share), MIN_UNITS) for signal in signals}
     arms = {signal.name: num_arms(policy.metric(signal.metric)) for signal in signals}
     return replace(

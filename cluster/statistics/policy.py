@@ -275,6 +275,14 @@ class Policy:
         """
         return len(self.event_guardrails) + len(self.metric_guardrails) * (2 if self.holdback else 1)
 
+    @property
+    def num_signals(self) -> int:
+        """Number of tests that share the error of the signals.
+
+        With a holdback, each signal is tested twice, as each guardrail on a metric.
+        """
+        return len(self.signals) * (2 if self.holdback else 1)
+
     def _validate_names(self) -> None:
         known = [metric.name for metric in self.metrics]
         events = [guardrail.event.value for guardrail in self.event_guardrails]

@@ -14,7 +14,8 @@ from cluster.statistics.policy import UnitEvent
 from serve_apps.rollout.controller.clock import LookClock
 from serve_apps.rollout.evidence.store import Counting
 from serve_apps.rollout.json_form import as_json
-from serve_apps.rollout.policy.spec import EventGuardrailSpec, RolloutSpec, StepSpec, TrafficSpec
+from serve_apps.rollout.policy.sections import EventGuardrailSpec, StepSpec, TrafficSpec
+from serve_apps.rollout.policy.spec import RolloutSpec
 from tests.samples.rollouts import DEPLOYED, STARTED
 
 SPEC = RolloutSpec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 
@@ -58,6 +59,16 @@ SHADOW_COUNTS = sa.Table(
 _FIELDS = ("units", "mean", "squares", "second_mean", "second_squares", "products")
 
 
+class CohortResult(enum.Enum):
+    """What `add_cohort` did with a cohort."""
+
+    added = "added"
+    full = "full"
+    """The rollout has no room for its units, so none of them is stored."""
+    already = "already"
+    """It was taken before, so nothing was changed."""
+
+
 def next_cohort(connection: sa.Connection, rollout: str) -> int:
     """Return the number of a rollout's next cohort, from 0."""
     query = sa.select(COHORTS.c.next).where(COHORTS.c.rollout == rollout)
@@ -82,8 +93,8 @@ def add_cohort(
     number: int,
     units: Collection[str],
     values: Mapping[str, Mapping[Arm, Moments]],
-) -> bool:
-    """Add a cohort in the caller's transaction. Return False, and change nothing, if it was added already.
+) -> CohortResult:
+    """Add a cohort in the caller's transaction, if it is the next one.
 
     A cohort with which the rollout would have more than `max_units` units does not enter (`sizes`).
 
@@ -100,10 +111,10 @@ def add_cohort(
     else:
         claim = upsert(COHORTS, connection).values(rollout=rollout, next=1).on_conflict_do_nothing()
     if connection.execute(claim.returning(COHORTS.c.rollout)).first() is None:
-        return False
+        return CohortResult.already
     if units:
         if not _has_room(connection, rollout, len(units)):
-            return True
+            return CohortResult.full
         connection.execute(ENTERED.insert(), [{"rollout": rollout, "unit": unit} for unit in sorted(units)])
     stored = _sums(connection, rollout)
     for metric, by_arm in values.items():
@@ -114,7 +125,7 @@ def add_cohort(
             insert = upsert(SUMS, connection).values(rollout=rollout, metric=metric, arm=arm, **row)
             keys = [SUMS.c.rollout, SUMS.c.metric, SUMS.c.arm]
             connection.execute(insert.on_conflict_do_update(index_elements=keys, set_=row))
-    return True
+    return CohortResult.added
 
 
 def _has_room(connection: sa.Connection, rollout: str, number: int) -> bool:

@@ -41,6 +41,7 @@ from serve_apps.rollout.evidence.cohorts import (
 from serve_apps.rollout.evidence.log_spans import LogSpans
 from serve_apps.rollout.evidence.metric_rules import Scoring
 from serve_apps.rollout.evidence.metric_tables import (
+    CohortResult,
     add_cohort,
     add_shadow_counts,
     known_units,
@@ -147,7 +148,7 @@ class OutcomeReader:
         ensure_tables(self._engine)
 
     def collect(self, *, now: dt.datetime) -> bool:
-        """Add the next cohort if it is complete. Return whether it was added; then another one may be complete.
+        """Take the next cohort if it is complete. Return whether it was taken; then another one may be complete.
 
         Raises:
             LogMoved: A log was compacted meanwhile. Nothing was stored; call this again.
@@ -167,10 +168,10 @@ class OutcomeReader:
         sums = values.sums(units, metrics.scoring)
         events = {} if shadow is None else count_events(units, shadow, self._scorer)
         with updating(self._engine) as connection:
-            added = add_cohort(connection, metrics.rollout, number=number, units=units.keys(), values=sums)
-            if added:
+            result = add_cohort(connection, metrics.rollout, number=number, units=units.keys(), values=sums)
+            if result is CohortResult.added:
                 add_shadow_counts(connection, metrics.rollout, events)
-            return added
+        return result is not CohortResult.already
 
     def _units(self, since: dt.datetime, end: dt.datetime, until: dt.datetime) -> dict[str, UnitRows]:
         """Return the cohort's units with their answers in their windows."""

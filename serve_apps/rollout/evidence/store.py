@@ -35,7 +35,7 @@ from serve_apps.rollout.evidence.metric_tables import (
     read_metrics,
     read_shadow_counts,
 )
-from serve_apps.rollout.evidence.sizes import stored_units
+from serve_apps.rollout.evidence.sizes import OF_ALL_STEPS, stored_units
 from serve_apps.rollout.evidence.tables import (
     COUNTED,
     EVENTS,
@@ -82,6 +82,12 @@ class Window:
     number: int
     """Number of windows that ended before it."""
     since: dt.datetime
+
+
+def valid_seconds(rows: int) -> float:
+    """Return for how long so many counted rows are not counted again; 0 if each look counts them."""
+    valid_s = rows / ROWS_PER_S
+    return valid_s if valid_s > 1 else 0.0
 
 
 def current_window(
@@ -266,10 +272,7 @@ class EvidenceStore:
         watched = _count_units(connection, of, watched_until)
         events = _count_events(connection, of, watched_until)
         rows = watched + sum(one.treatment + one.control for one in events.values())
-        valid_s = rows / ROWS_PER_S
-        count = _Count(
-            watched=watched, events=events, until=time.monotonic() + valid_s if valid_s > 1 else 0.0
-        )
+        count = _Count(watched=watched, events=events, until=time.monotonic() + valid_seconds(rows))
         self._counts[of.rollout] = (of, count)
         return count
 
@@ -288,6 +291,7 @@ class EvidenceStore:
             activities = self._activities(connection, rollout_id)
             counts = read_shadow_counts(connection, rollout_id)
             metrics = read_metrics(connection, rollout_id, paired=_paired(plan.policy), is_shadow=True)
+            stored = stored_units(connection, rollout_id, OF_ALL_STEPS)
         last = last_of_arm(activities, Arm.outside)
         total_s = (now - started_at).total_seconds()
         idle_s = total_s if last is None else (_ms(now) - last) / 1000
@@ -297,6 +301,7 @@ class EvidenceStore:
             step_s=total_s,
             total_s=total_s,
             idle_s=max(0.0, idle_s),
+            stored_units=stored,
             watched_units=counts.get(ALL_UNITS, 0),
             events={event: EventCounts(watched=counts.get(event, 0)) for event in UnitEvent},
             metrics=metrics,

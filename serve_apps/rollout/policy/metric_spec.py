@@ -59,6 +59,8 @@ class MetricSpec:
         )
 
     def _validate(self) -> None:
+        if len(self.name) > MAX_NAME:
+            raise ValueError(f"rollout.metrics: '{self.name}' is longer than {MAX_NAME} characters.")
         if self.quality and self.measure:
             raise ValueError(
                 f"rollout.metrics: '{self.name}' has both a quality and a measure. Give one of them."

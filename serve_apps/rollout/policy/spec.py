@@ -18,7 +18,6 @@ from cluster.statistics.policy import (
     ErrorRates,
     EventGuardrail,
     Goal,
-    GoalKind,
     Margin,
     MetricGuardrail,
     Policy,
@@ -30,6 +29,14 @@ from serve_apps.rollout.assignment import UnitKind, require_percent
 from serve_apps.rollout.evidence.metric_rules import MetricRule, Scoring, ShadowRule, scoring_as_json
 from serve_apps.rollout.evidence.paired import require_paired_conditions
 from serve_apps.rollout.policy.metric_spec import MetricSpec, SignalSpec, segment_rules
+from serve_apps.rollout.policy.sections import (
+    ErrorSpec,
+    EventGuardrailSpec,
+    GoalSpec,
+    MetricGuardrailSpec,
+    StepSpec,
+    TrafficSpec,
+)
 
 if TYPE_CHECKING:
     from cluster.statistics.planning import Plan, Traffic
@@ -53,81 +60,6 @@ class Mode(enum.Enum):
     """Equal steps up to 50 %, each `increment` greater than the one before."""
     shadow = "shadow"
     """The version gets copies of `share` percent of the requests, and answers no client."""
-
-
-@dataclass(kw_only=True, slots=True)
-class StepSpec:
-    """One weight of a canary."""
-
-    weight: float = 0.0
-    """Percent of the units, in steps of 0.01, at most 50."""
-    bake_s: float | None = None
-    """Least time of the step, in seconds. Null means the policy's `bake_s`."""
-
-
-@dataclass(kw_only=True, slots=True)
-class GoalSpec:
-    """What must be proven before the version is promoted."""
-
-    metric: str = ""
-    kind: GoalKind = GoalKind.superiority
-    margin: float = 0.0
-    is_relative: bool = False
-    """The margin is a share of control's value."""
-    expected: float = 0.0
-    """Improvement that the plan assumes."""
-
-
-@dataclass(kw_only=True, slots=True)
-class EventGuardrailSpec:
-    """Rolls back if too many units have an event."""
-
-    event: UnitEvent = UnitEvent.failure
-    ratio: float = 1.0
-    """Rate, relative to that of control, that is tolerated."""
-    limit: float = 0.05
-    """Each step must prove that the share of units with the event is below this limit."""
-
-
-@dataclass(kw_only=True, slots=True)
-class MetricGuardrailSpec:
-    """Rolls back if a metric is proven to be worse than control's by more than the margin."""
-
-    metric: str = ""
-    margin: float = 0.0
-    is_relative: bool = False
-
-
-@dataclass(kw_only=True, slots=True)
-class BaselineSpec:
-    """What is known about a metric before the rollout."""
-
-    mean: float = 0.0
-    deviation: float = 0.0
-
-
-@dataclass(kw_only=True, slots=True)
-class TrafficSpec:
-    """What the plan assumes about the requests. Wrong assumptions cost time or power, but change no error rate."""
-
-    units_per_hour: float = 0.0
-    """Number of units that come for the first time in an hour of a step."""
-    events: dict[str, float] = field(default_factory=dict)
-    """Share of the champion's units that have an event in a step, by event."""
-    metrics: dict[str, BaselineSpec] = field(default_factory=dict)
-    outcome_delay_s: float = 0.0
-    """Time from a unit's first request to the end of its outcome window, in seconds."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ErrorSpec:
-    """Probabilities of false results over the whole rollout."""
-
-    goals: float = 0.05
-    no_harm: float = 0.05
-    guardrails: float = 0.05
-    mismatch: float = 0.001
-    signals: float = 0.05
 
 
 @dataclass(kw_only=True, slots=True)
@@ -191,6 +123,11 @@ class RolloutSpec:
         for name, (mode, default) in defaults.items():
             if self.mode is not mode and getattr(self, name) != default:
                 raise ValueError(f"rollout.{name} has a meaning only with `mode: {mode.value}`.")
+        for name in ("holdback", "unit_watch_s"):
+            if self.is_shadow and getattr(self, name) > 0:
+                raise ValueError(
+                    f"rollout.{name} has no meaning with `mode: shadow`: the version answers no client."
+                )
         if self.steps and self.mode is not Mode.canary:
             raise ValueError("rollout.steps has a meaning only with `mode: canary`.")
         if self.mode is Mode.ab and not self.goals:
@@ -355,8 +292,9 @@ class RolloutSpec:
             RolloutError: The policy cannot finish before its deadline or with `max_units`, or a baseline is missing.
             ConfigError: A baseline is wrong, or a number is too large or too small.
         """
-        from cluster.errors import ConfigError, RolloutError
+        from cluster.errors import ConfigError
         from cluster.statistics.planning import plan
+        from serve_apps.rollout.policy.expected_units import require_room
 
         try:
             traffic = self.expected_traffic()
@@ -366,10 +304,7 @@ class RolloutSpec:
             the_plan = plan(self.policy(), traffic)
         except ArithmeticError as error:
             raise ConfigError(f"rollout: a number is too large or too small for a plan: {error}.") from error
-        if (units := max(step.units for step in the_plan.steps)) >= self.max_units:
-            raise RolloutError(
-                f"A step needs {units} units, so rollout.max_units must be greater, got {self.max_units}."
-            )
+        require_room(the_plan, traffic, has_metrics=bool(self.metrics) or self.is_shadow)
         return the_plan
 
     def _steps(self) -> tuple[Step, ...]:

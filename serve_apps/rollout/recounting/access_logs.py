@@ -2,14 +2,16 @@
 
 A decision has the counts of its moment. The edges' readers may be some time behind then, so a recorded count must lie
 between the counts of two moments: that of the decision, and one that is `lag_s` earlier. Within a window no count ever
-falls, so these are its bounds. Figures from outcomes are not counted again: the logs of predictions and outcomes are
-encrypted, and a replay has no keys.
+falls, so these are its bounds. Counts of very many units may be older (`EvidenceStore`), so their lower bound is
+earlier. With `max_units` stored units, no others are counted, so there is only an upper bound. Figures from outcomes
+are not counted again: the logs of predictions and outcomes are encrypted, and a replay has no keys.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from cluster.statistics.planning import Plan
 from cluster.statistics.policy import REQUEST_EVENTS
 from serve_apps.rollout.assignment import Arm, bounds
 from serve_apps.rollout.evidence.access_records import BrokenRecord, Request, parse
-from serve_apps.rollout.evidence.store import current_window
+from serve_apps.rollout.evidence.store import current_window, valid_seconds
 
 LAG_S = 10.0
 """Time that the readers may be behind, by default."""
@@ -42,19 +44,25 @@ class Moment:
 
 @dataclass(kw_only=True, slots=True)
 class _Counter:
-    """The counts of one rollout up to a time that only moves forward."""
+    """The counts of one rollout up to a time. It mostly moves forward; after an earlier time they begin again."""
 
     requests: list[Request]
     """In the order of their end."""
     slow_ms: float
     position: int = 0
+    until_ms: int = 0
     events: dict[tuple[str, str], tuple[str, int, int]] = field(default_factory=dict)
     """Arm, `below` and time of a unit's last event, by event and unit."""
     units: dict[str, tuple[int, int]] = field(default_factory=dict)
     """`below` and time of the first request of each unit of the treatment at its greatest weight."""
 
     def advance(self, until_ms: int) -> None:
-        """Add the requests that ended until a time."""
+        """Count the requests that ended until a time."""
+        if until_ms < self.until_ms:
+            self.position = 0
+            self.events.clear()
+            self.units.clear()
+        self.until_ms = until_ms
         while self.position < len(self.requests) and self.requests[self.position].ended_ms <= until_ms:
             self._add(self.requests[self.position])
             self.position += 1
@@ -68,8 +76,8 @@ class _Counter:
         if request.arm == Arm.treatment and request.below > self.units.get(request.unit, (0, 0))[0]:
             self.units[request.unit] = (request.below, request.ended_ms)
 
-    def counts(self, moment: Moment) -> dict[str, int]:
-        """Return all counts of units, by their name in the evidence."""
+    def counts(self, moment: Moment, *, age_ms: int = 0) -> dict[str, int]:
+        """Return all counts of units, by their name in the evidence, if they were counted `age_ms` before the look."""
         plan, evidence = moment.plan, moment.evidence
         weight = moment.weight if 0 < moment.weight <= 50 else plan.policy.steps[evidence.step].weight
         below = bounds(weight).treatment_below
@@ -81,7 +89,7 @@ class _Counter:
             now=moment.now,
         )
         since_ms = _ms(window.since) if window.since > moment.step_started_at else 0
-        watched_ms = _ms(moment.now) - round(plan.policy.unit_watch_s * 1000)
+        watched_ms = _ms(moment.now) - age_ms - round(plan.policy.unit_watch_s * 1000)
         watched = {unit for unit, (at, first) in self.units.items() if at == below and first <= watched_ms}
         found = {"watched_units": len(watched)}
         found |= {f"events.{event}.{part}": 0 for event in REQUEST_EVENTS for part in _PARTS}
@@ -135,10 +143,14 @@ class AccessLogs:
         if moment.plan.policy.is_shadow:
             return None
         earlier, later = self._counters[rollout]
-        earlier.advance(_ms(moment.now) - self._lag_ms)
+        recorded = _recorded(moment.evidence)
+        age_ms = _age_ms(recorded)
+        earlier.advance(_ms(moment.now) - self._lag_ms - age_ms)
         later.advance(_ms(moment.now))
-        least, most = earlier.counts(moment), later.counts(moment)
-        for name, value in _recorded(moment.evidence).items():
+        least, most = earlier.counts(moment, age_ms=age_ms), later.counts(moment)
+        if moment.evidence.stored_units >= moment.plan.policy.max_units:
+            least = dict.fromkeys(least, 0)
+        for name, value in recorded.items():
             if not least[name] <= value <= most[name]:
                 span = f"{least[name]}" if least[name] == most[name] else f"{least[name]} to {most[name]}"
                 return name, value, span
@@ -165,6 +177,12 @@ def _recorded(evidence: Evidence) -> dict[str, int]:
         counts = evidence.events.get(event, EventCounts())
         found |= {f"events.{event}.{part}": getattr(counts, part) for part in _PARTS}
     return found
+
+
+def _age_ms(recorded: Mapping[str, int]) -> int:
+    """Return how old recorded counts may have been at their look."""
+    rows = sum(number for name, number in recorded.items() if not name.endswith(".watched"))
+    return math.ceil(valid_seconds(rows) * 1000)
 
 
 def _ms(time: dt.datetime) -> int:

@@ -17,6 +17,7 @@ from cluster.statistics.policy import (
     Metric,
     MetricGuardrail,
     Policy,
+    Signal,
     Step,
     UnitEvent,
 )
@@ -51,6 +52,14 @@ def test_all_guardrails_before_and_after_the_promotion_share_the_error() -> None
     of_event = sum(map(the_plan.window_error, range(the_plan.num_windows)))
     total = len(REQUEST_EVENTS) * of_event + 2 * the_plan.guardrail_error
     assert math.isclose(total, POLICY.errors.guardrails)
+
+
+@pytest.mark.parametrize(("holdback", "error"), [(True, 0.0125), (False, 0.025)])
+def test_all_signals_before_and_after_the_promotion_share_the_error(holdback: bool, error: float) -> None:
+    """With a holdback, each signal is tested before and after, on other units."""
+    segment = Signal(metric="accuracy", column="region", value="north", share=0.2)
+    policy = replace(POLICY, signals=(Signal(metric="accuracy"), segment), holdback=holdback)
+    assert plan(policy, TRAFFIC).signal_error == error
 
 
 @pytest.mark.parametrize("days", [0.0, 0.5, 3.0, 6.99])

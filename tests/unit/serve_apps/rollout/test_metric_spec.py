@@ -5,20 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from cluster.errors import RolloutError
 from cluster.runtime import InputSpec, ModelSignature, Task
 from cluster.statistics.policy import Form, GoalKind, UnitEvent
 from serve_apps.rollout.evidence.metric_rules import Per, scoring_from_json
-from serve_apps.rollout.policy.metric_spec import MetricSpec, SignalSpec
-from serve_apps.rollout.policy.spec import (
-    BaselineSpec,
-    EventGuardrailSpec,
-    GoalSpec,
-    Mode,
-    RolloutSpec,
-    TrafficSpec,
-)
+from serve_apps.rollout.evidence.metric_tables import SUMS
+from serve_apps.rollout.policy.metric_spec import MAX_NAME, MetricSpec, SignalSpec
+from serve_apps.rollout.policy.sections import BaselineSpec, EventGuardrailSpec, GoalSpec, TrafficSpec
+from serve_apps.rollout.policy.spec import Mode, RolloutSpec
 from serve_apps.rollout.start_checks import require_computable
 
 NAMES = ("accuracy", "brier", "cpu_ms")
@@ -84,6 +80,12 @@ def test_wrong_metric_is_refused(metric: MetricSpec, message: str) -> None:
             {"event_guardrails": [EventGuardrailSpec(event=UnitEvent.disagreement)]},
             "only a shadow can have the event 'disagreement'",
         ),
+        (
+            {"metrics": [MetricSpec(name="m" * 129, quality="brier")]},
+            f"'{'m' * 129}' is longer than 128 characters",
+        ),
+        ({"mode": Mode.shadow, "holdback": True}, "rollout.holdback has no meaning with `mode: shadow`"),
+        ({"mode": Mode.shadow, "unit_watch_s": 1.0}, "rollout.unit_watch_s has no meaning"),
         ({"mode": Mode.shadow, "share": 0.001}, "rollout.steps.weight"),
         ({"mode": Mode.shadow, "share": 101.0}, "at most 100"),
         ({"mode": Mode.shadow, "weight": 20.0}, "rollout.weight has a meaning only with `mode: ab`"),
@@ -108,6 +110,12 @@ def test_wrong_policy_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as refused:  # noqa: PT011 (the text is compared)
         spec(**fields)
     assert message in str(refused.value)
+
+
+def test_longest_name_fits_into_the_table() -> None:
+    """PostgreSQL refuses a longer one, so the metric would never have any unit."""
+    assert isinstance(SUMS.c.metric.type, sa.String)
+    assert SUMS.c.metric.type.length == MAX_NAME
 
 
 def test_plan_and_scoring_of_each_form() -> None:

@@ -29,7 +29,8 @@ from serve_apps.rollout.policies import (
     rollback_change,
     started_events,
 )
-from serve_apps.rollout.policy.spec import EventGuardrailSpec, Mode, RolloutSpec, StepSpec, TrafficSpec
+from serve_apps.rollout.policy.sections import EventGuardrailSpec, StepSpec, TrafficSpec
+from serve_apps.rollout.policy.spec import Mode, RolloutSpec
 from serve_apps.rollout.serving_state import read_states
 from tests.processes.commands import run_main
 from tests.samples.policies import EVENTS, FAILING, SPEC, STARTER
@@ -109,7 +110,7 @@ def test_steps_have_the_policys_bake_time_unless_they_have_their_own() -> None:
         (("rollout=canary", "rollout.mode=linear", "+rollout.increment=0.1"), "at most 100 steps, got 500"),
         (
             ("rollout=canary", "+rollout.max_units=277"),
-            "A step needs 277 units, so rollout.max_units must be",
+            "The step of 1 % gets about 277 units in 1.4 h, so rollout.max_units must be",
         ),
         (
             ("rollout=canary", "rollout.traffic={units: 1}"),

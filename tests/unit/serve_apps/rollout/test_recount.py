@@ -11,6 +11,7 @@ from cluster.errors import ConfigError
 from cluster.ledger import Ledger
 from cluster.statistics.evidence import EventCounts, Evidence
 from cluster.statistics.policy import UnitEvent
+from serve_apps.rollout.evidence import store as store_module
 from serve_apps.rollout.evidence.store import Counting, EvidenceStore
 from serve_apps.rollout.recounting.access_logs import AccessLogs, Moment
 from serve_apps.rollout.recounting.figures import first_other_figure
@@ -80,6 +81,32 @@ def test_count_may_be_behind_the_files_by_the_lag_only(node: Node) -> None:
         )
         difference = logs.first_difference(ROLLOUT_ID, moment(counts))
         assert (difference is None) is is_equal, difference
+
+
+def ten_failures(failing: int, **changes: int) -> Evidence:
+    """Return counts nine seconds after the first of ten failures, one a second."""
+    failures = {UnitEvent.failure: EventCounts(treatment=failing, watched=failing)}
+    return Evidence(step=0, window=0, step_s=9, total_s=9, watched_units=failing, events=failures, **changes)
+
+
+def test_full_rollout_has_only_an_upper_bound(node: Node) -> None:
+    """With `max_units` stored units, the store counts no others."""
+    node.write(*(line(unit_hash=f"U{n}", status=500, ended_ms=START_MS + 1000 * n) for n in range(10)))
+    logs = AccessLogs(node.folder, lag_s=0)
+    logs.start(ROLLOUT_ID, slow_ms=None)
+    for failing, stored, is_equal in ((4, 4, True), (4, 3, False), (11, 11, False)):
+        look = replace(moment(ten_failures(failing, stored_units=stored)), plan=the_plan(max_units=4))
+        assert (logs.first_difference(ROLLOUT_ID, look) is None) is is_equal
+
+
+def test_counts_of_very_many_units_may_be_old(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the store counts: 14 rows are valid for 3.5 seconds here. A look at few rows may follow."""
+    monkeypatch.setattr(store_module, "ROWS_PER_S", 4.0)
+    node.write(*(line(unit_hash=f"U{n}", status=500, ended_ms=START_MS + 1000 * n) for n in range(10)))
+    logs = AccessLogs(node.folder, lag_s=0)
+    logs.start(ROLLOUT_ID, slow_ms=None)
+    for failing, is_equal in ((10, True), (7, True), (4, False), (7, True)):
+        assert (logs.first_difference(ROLLOUT_ID, moment(ten_failures(failing))) is None) is is_equal
 
 
 def test_folder_without_files_is_refused(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ from serve_apps.rollout.outage.known import KnownRollouts
 from serve_apps.rollout.outage.local_evidence import LocalEvidence
 from serve_apps.rollout.outage.watch import OutageWatch
 from serve_apps.rollout.policies import count_units
-from serve_apps.rollout.policy.spec import EventGuardrailSpec, RolloutSpec, StepSpec, TrafficSpec
+from serve_apps.rollout.policy.sections import EventGuardrailSpec, StepSpec, TrafficSpec
+from serve_apps.rollout.policy.spec import RolloutSpec
 from serve_apps.rollout.replay import replayed_lines
 from tests.processes import forks
 from tests.samples.journaled import new_journal

@@ -14,15 +14,8 @@ from cluster.security.keys.store import KeyStore
 from cluster.statistics.policy import UnitEvent
 from serve_apps.rollout.controller.outcomes import OutcomeCollector, Versions
 from serve_apps.rollout.json_form import as_json
-from serve_apps.rollout.policy.spec import (
-    BaselineSpec,
-    EventGuardrailSpec,
-    GoalSpec,
-    MetricSpec,
-    Mode,
-    RolloutSpec,
-    TrafficSpec,
-)
+from serve_apps.rollout.policy.sections import BaselineSpec, EventGuardrailSpec, GoalSpec, TrafficSpec
+from serve_apps.rollout.policy.spec import MetricSpec, Mode, RolloutSpec
 from tests.samples.policies import STARTER, WITH_POLICY
 from tests.samples.record_log import FLAGS, outcome
 from tests.samples.rollouts import DEPLOYED, STARTED

@@ -19,7 +19,8 @@ from serve_apps.rollout.config import RolloutConfig
 from serve_apps.rollout.controller.controller import Controller
 from serve_apps.rollout.history import read_history
 from serve_apps.rollout.policies import rollback_change, started_events
-from serve_apps.rollout.policy.spec import EventGuardrailSpec, Mode, RolloutSpec, TrafficSpec
+from serve_apps.rollout.policy.sections import EventGuardrailSpec, TrafficSpec
+from serve_apps.rollout.policy.spec import Mode, RolloutSpec
 from serve_apps.rollout.replay import replayed_lines
 from serve_apps.rollout.serving_state import read_states
 from serve_apps.rollout.shadow_runs import (

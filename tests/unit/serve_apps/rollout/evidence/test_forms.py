@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,9 @@ from cluster.statistics.effects import (
     paired_difference,
 )
 from cluster.statistics.evidence import MetricCounts
-from cluster.statistics.policy import Form
+from cluster.statistics.planning import Traffic, plan
+from cluster.statistics.policy import DAY_S, EventGuardrail, Form, Policy, Step, UnitEvent
+from cluster.statistics.verdict import Verdict, judge
 from serve_apps.rollout.evidence.metric_rules import (
     MetricRule,
     Per,
@@ -34,8 +37,9 @@ from serve_apps.rollout.evidence.metric_rules import (
 )
 from serve_apps.rollout.evidence.metric_tables import read_metrics, read_shadow_counts
 from serve_apps.rollout.evidence.outcomes import OutcomeReader
+from serve_apps.rollout.evidence.store import Counting, EvidenceStore
 from tests.samples.record_log import FLAGS, outcome
-from tests.unit.serve_apps.rollout.evidence.test_outcomes import METRICS, Logs, asked, at
+from tests.unit.serve_apps.rollout.evidence.test_outcomes import METRICS, START, Logs, asked, at
 
 PAIRED = MetricRule(name="brier", score="brier", form=Form.paired)
 
@@ -236,3 +240,35 @@ def test_shadow_is_judged_by_its_copies(logs: Logs) -> None:
     assert mean(found["brier"].treatment) == (4, (0.25 + 0.9375 + 0 + 0.9375) / 4)
     assert mean(found["cost"].treatment) == (1, 2.0)
     assert found["brier"].splits == ()
+
+
+def test_full_shadow_holds_and_counts_no_unit_twice(logs: Logs) -> None:
+    """Units for which there is no room come again in later cohorts. None of their events counts."""
+    store = EvidenceStore(logs.ledger.engine)
+    store.register("r", Counting(max_units=3))
+    for number, (unit, seconds) in enumerate([("A", 10), ("B", 20), ("C", 110), ("D", 120), ("C", 710)]):
+        copy = copied(number, True, time=at(seconds + 1))
+        logs.predict(asked(number, unit, seconds, True, arm="outside", version=1), copy)
+        logs.tell(outcome(number, True, at(seconds + 5)))
+    found = collect(logs, PAIRED, shadow=ShadowRule(slow_ms=50))
+    policy = Policy(
+        steps=(Step(weight=100),),
+        event_guardrails=(EventGuardrail(event=UnitEvent.failure, limit=0.05),),
+        deadline_s=DAY_S,
+        is_shadow=True,
+        max_units=3,
+    )
+    the_plan = plan(policy, Traffic(units_per_hour=1_000, events={UnitEvent.failure: 0.01}))
+    evidence = store.evidence(
+        "r",
+        the_plan,
+        step=0,
+        step_started_at=START,
+        started_at=START,
+        now=START + dt.timedelta(seconds=1_500),
+    )
+    assert (evidence.watched_units, int(found["brier"].treatment.units)) == (2, 2)
+    assert evidence.stored_units >= 3
+    decision = judge(the_plan, evidence)
+    assert decision.verdict is Verdict.hold
+    assert any(reason.startswith("too many units") for reason in decision.reasons)

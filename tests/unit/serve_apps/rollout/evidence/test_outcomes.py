@@ -24,7 +24,7 @@ from cluster.statistics.quality import Quality
 from cluster.storage import Layout
 from serve_apps.rollout.evidence import outcomes
 from serve_apps.rollout.evidence.metric_rules import MetricRule, Scoring
-from serve_apps.rollout.evidence.metric_tables import read_metrics
+from serve_apps.rollout.evidence.metric_tables import CohortResult, read_metrics
 from serve_apps.rollout.evidence.outcomes import OutcomeReader, RolloutMetrics
 from serve_apps.rollout.evidence.store import LARGE_TABLES, SMALL_TABLES, EvidenceStore
 from tests.samples.record_log import FLAGS, PERSONAL, answer, new_keyring, outcome, post, run
@@ -262,7 +262,7 @@ def test_a_killed_pass_counts_nothing_twice(logs: Logs, monkeypatch: pytest.Monk
     logs.tell(outcome(1, True, at(20)), outcome(2, True, at(120)))
     original = outcomes.add_cohort
 
-    def die(*arguments: Any, **named: Any) -> bool:
+    def die(*arguments: Any, **named: Any) -> CohortResult:
         original(*arguments, **named)
         raise KeyboardInterrupt
 
@@ -274,7 +274,8 @@ def test_a_killed_pass_counts_nothing_twice(logs: Logs, monkeypatch: pytest.Monk
                 logs.reader.collect(now=now)
         assert logs.reader.collect(now=now)
         with logs.engine.begin() as connection:
-            assert not original(connection, "r", number=expected - 1, units=["Z"], values={})
+            result = original(connection, "r", number=expected - 1, units=["Z"], values={})
+        assert result is CohortResult.already
         assert logs.accuracy()[0] == (expected, 1.0)
 
 

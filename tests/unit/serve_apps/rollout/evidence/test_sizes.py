@@ -9,7 +9,7 @@ from cluster.statistics.policy import UnitEvent
 from cluster.statistics.verdict import Verdict, judge
 from serve_apps.rollout.evidence import metric_tables
 from serve_apps.rollout.evidence import store as store_module
-from serve_apps.rollout.evidence.metric_tables import ENTERED, add_cohort
+from serve_apps.rollout.evidence.metric_tables import ENTERED, CohortResult, add_cohort
 from serve_apps.rollout.evidence.store import Counting, EvidenceStore
 from serve_apps.rollout.evidence.tables import EVENTS, UNITS
 from tests.samples.access_records import ROLLOUT_ID, line
@@ -71,10 +71,11 @@ def test_events_of_stored_units_count_in_later_windows(limited: EvidenceStore, n
 
 def test_too_large_cohorts_do_not_enter_metrics(limited: EvidenceStore, node: Node) -> None:
     """The cohort counts as done, and the rollout holds."""
-    for number, units in enumerate((MAX - 2, 5, 1)):
+    added, full = CohortResult.added, CohortResult.full
+    for number, (units, result) in enumerate(((MAX - 2, added), (5, full), (1, full))):
         names = [f"{number}{unit:015}" for unit in range(units)]
         with node.engine.begin() as connection:
-            assert add_cohort(connection, ROLLOUT_ID, number=number, units=names, values={})
+            assert result is add_cohort(connection, ROLLOUT_ID, number=number, units=names, values={})
     assert num_rows(node, ENTERED) == MAX - 2
     assert evidence(limited).stored_units >= MAX
     with node.engine.connect() as connection:
