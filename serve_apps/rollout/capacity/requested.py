@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cluster.ledger import Entry, Ledger
-from cluster.ledger.events import ReplicasRequested, RolloutPromoted, RolloutRolledBack
+from cluster.ledger.events import ReplicasRequested, RolloutPromoted, RolloutRolledBack, VersionKeptWarm
 from serve_apps.rollout.history import ROLLBACK_WINDOW_H
 
-KINDS = (ReplicasRequested, RolloutPromoted, RolloutRolledBack)
+KINDS = (ReplicasRequested, RolloutPromoted, RolloutRolledBack, VersionKeptWarm)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +32,7 @@ def apply(requests: Requests, entry: Entry) -> Requests:
     """Return the requests after one more event.
 
     A rollback ends the requests of its rollout, also after the promotion. A promotion ends the request for the new
-    champion, whose load now says how many replicas it needs. The predecessor's lasts for the rollback window.
+    champion, whose load now says how many replicas it needs. The predecessor's lasts as long as it stays deployed.
     """
     event, at = entry.event(), dt.datetime.fromisoformat(entry.time)
     match event:
@@ -53,6 +53,12 @@ def apply(requests: Requests, entry: Entry) -> Requests:
                 for key, one in requests.items()
                 if key != (model, version)
             }
+        case VersionKeptWarm(model=model, rollout=rollout, version=version):
+            kept = requests.get((model, version))
+            if kept is None or kept.rollout != rollout:
+                return requests
+            until = at + dt.timedelta(seconds=event.window_s)
+            return {**requests, (model, version): replace(kept, until=until)}
         case _:
             return requests
 

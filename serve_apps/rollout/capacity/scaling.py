@@ -13,10 +13,12 @@ from cluster.ledger.events import ReplicasRequested
 from cluster.ledger.store import utc_now
 from serve_apps.rollout.capacity.requested import Request, RequestedReplicas
 from serve_apps.rollout.capacity.serve import Capacity, FetchCapacities
+from serve_apps.rollout.transitions import ACTOR
 
 MAX_WAIT_S = 600.0
 """Longest wait for one step. Then the step is taken, and more replicas start with the load."""
-ACTOR = "system:rollouts"
+KEPT_AFTER_WAIT_S = 60.0
+"""A request outlasts the longest wait by so much, also after the rollout's deadline."""
 LOG = logging.getLogger("falaj.rollouts")
 
 
@@ -32,7 +34,7 @@ class NextStep:
     weight: float
     """Percentage of units after the step: 100 for a promotion."""
     ends_at: dt.datetime
-    """The rollout's deadline. The requested replicas are not kept for longer."""
+    """The rollout's deadline. The requested replicas are kept until then, and at least for the longest wait."""
 
 
 def needed_replicas(champion: int, weight: float, treatment: Capacity) -> int:
@@ -104,19 +106,20 @@ class StepScaling:
 
     def _request(self, step: NextStep, version: int, replicas: int, reason: str) -> Request:
         """Request a number of replicas, unless it is requested already."""
-        before = self._requested.find(step.model, version, now=self._clock())
+        now = self._clock()
+        before = self._requested.find(step.model, version, now=now)
         if before is not None and (before.rollout, before.replicas) == (step.rollout, replicas):
             return before
+        until = max(step.ends_at, now + dt.timedelta(seconds=MAX_WAIT_S + KEPT_AFTER_WAIT_S))
         event = ReplicasRequested(
             model=step.model,
             rollout=step.rollout,
             version=version,
             replicas=replicas,
-            until=step.ends_at.isoformat(timespec="microseconds"),
+            until=until.isoformat(timespec="microseconds"),
             reason=reason,
         )
         self._ledger.append(event, actor=ACTOR)
         self._requested.update()
-        found = self._requested.find(step.model, version, now=self._clock())
-        now = self._clock()
-        return found or Request(rollout=step.rollout, replicas=replicas, since=now, until=step.ends_at)
+        found = self._requested.find(step.model, version, now=now)
+        return found or Request(rollout=step.rollout, replicas=replicas, since=now, until=until)

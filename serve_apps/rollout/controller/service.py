@@ -14,7 +14,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from cluster.entrypoint import job
-from cluster.errors import FalajError, first_line
+from cluster.errors import ConfigError, FalajError, first_line
 from cluster.host.http_socket import listening
 from cluster.host.signals import set_on_signal
 from cluster.ledger import Ledger, open_ledger
@@ -84,7 +84,7 @@ def new_watch(config: PlatformConfig) -> OutageWatch:
     journal = journal_of(places)
     try:
         journal.reserve()
-    except OSError as error:
+    except (ConfigError, OSError) as error:
         LOG.warning("no room is reserved for rollbacks during an outage of the ledger: %s", error)
     known = KnownRollouts(Path(record_path(config.storage)).with_name("rollouts.known"))
     return OutageWatch(journal, known, LocalEvidence(local(places.edge) / "access"))

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import sqlalchemy as sa
 from prometheus_client import Gauge
 
 from cluster.ledger import Ledger
@@ -143,12 +144,22 @@ class SteadyState:
         """Read new results, and append what they say that is new. Without new events, it does nothing.
 
         Raises:
-            SQLAlchemyError: The ledger does not answer.
+            SQLAlchemyError: The ledger does not answer. The next call reads the same results again.
         """
         since = self._ledger.head()
         if since == self._read_until:
             return
         after, self._read_until = self._read_until, since  # odd results are not read again
+        try:
+            self._judge_new(after, since=since)
+        except sa.exc.DataError:  # an odd result, too
+            raise
+        except sa.exc.SQLAlchemyError:
+            self._read_until = after
+            raise
+
+    def _judge_new(self, after: int, *, since: int) -> None:
+        """Read the events after a `seq`, and judge the versions of their models."""
         changed = self._read(after)
         if not changed:
             return

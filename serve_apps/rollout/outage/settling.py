@@ -10,7 +10,13 @@ import sqlalchemy as sa
 
 from cluster.errors import RolloutError, first_line
 from cluster.ledger import Ledger
-from cluster.ledger.events import LedgerEvent, RollbackJournaled
+from cluster.ledger.events import (
+    LedgerEvent,
+    RollbackJournaled,
+    RolloutPromoted,
+    RolloutRolledBack,
+    RolloutStarted,
+)
 from serve_apps.rollout import transitions
 from serve_apps.rollout.history import History, read_history
 from serve_apps.rollout.outage.journal import Journal, JournaledRollback
@@ -18,6 +24,7 @@ from serve_apps.rollout.serving_state import ModelState, Rollout, read_states
 
 APPLIED, ALREADY, CONFLICT = "applied", "already_rolled_back", "conflict"
 """What became of a journaled rollback in the ledger."""
+DROPPED = "dropped, because the ledger has no such rollout"
 _TRIES = 5
 LOG = logging.getLogger("falaj.rollouts")
 
@@ -53,7 +60,7 @@ def settle(ledger: Ledger, journal: Journal, *, actor: str) -> None:
 
 
 def _append(ledger: Ledger, rollback: JournaledRollback, actor: str) -> str:
-    """Append a rollback, and return its outcome.
+    """Append a rollback, and return its outcome. One of a rollout that the ledger does not have is dropped.
 
     Raises:
         RolloutError: The model's rollout changed again and again meanwhile.
@@ -61,7 +68,9 @@ def _append(ledger: Ledger, rollback: JournaledRollback, actor: str) -> str:
     for _ in range(_TRIES):
         since = ledger.head()
         history = read_history(ledger, rollback.model)
-        outcome = _outcome(history, rollback)
+        outcome = _outcome(ledger, history, rollback)
+        if outcome == DROPPED:
+            return outcome
         rollout = read_states(ledger).get(rollback.model, ModelState()).rollout
         events = _events(history, rollout, rollback, outcome)
         if transitions.append(ledger, rollback.model, events, actor=actor, since=since) is not None:
@@ -69,11 +78,17 @@ def _append(ledger: Ledger, rollback: JournaledRollback, actor: str) -> str:
     raise RolloutError(f"The rollout of '{rollback.model}' changed {_TRIES} times meanwhile.")
 
 
-def _outcome(history: History, rollback: JournaledRollback) -> str:
+def _outcome(ledger: Ledger, history: History, rollback: JournaledRollback) -> str:
+    """Return what becomes of a rollback. A promotion can be older than the model's last one."""
     if history.started is not None and history.started["rollout"] == rollback.rollout:
         return APPLIED
-    promoted = history.promotion is not None and history.promotion.rollout == rollback.rollout
-    return CONFLICT if promoted else ALREADY
+
+    def has(kind: type[LedgerEvent]) -> bool:
+        return any(entry.payload["rollout"] == rollback.rollout for entry in ledger.entries(kind))
+
+    if has(RolloutPromoted) and not has(RolloutRolledBack):
+        return CONFLICT
+    return ALREADY if has(RolloutStarted) else DROPPED
 
 
 def _events(

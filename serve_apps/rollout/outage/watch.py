@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable
 
-from cluster.errors import first_line
+from cluster.errors import ConfigError, first_line
 from cluster.ledger import Ledger
 from cluster.ledger.store import utc_now
 from cluster.statistics.evidence import Evidence
@@ -60,6 +60,8 @@ class OutageWatch:
         self._store: Counts | None = None
         self._answered_at = time.monotonic()
         self._is_down = False
+        self._is_unusable = False
+        """Whether the journal could not be read or written the last time."""
         self._written: set[str] = set()
         """Rollouts that were rolled back. After the journal was emptied, `known` still has them for a moment."""
 
@@ -73,10 +75,20 @@ class OutageWatch:
         Raises:
             SQLAlchemyError: The ledger does not answer.
             ReleaseTooOld: A newer release wrote an event that changes what is served.
-            ConfigError, OSError: The journal cannot be read or written.
         """
-        settle(ledger, self._journal, actor=actor)
+        self._use_journal(lambda: settle(ledger, self._journal, actor=actor))
         self._known.learn(read_running(ledger))
+
+    def _use_journal(self, use: Callable[[], object]) -> None:
+        """Call a function. The first of several failures of the journal is logged; none stops a look at the ledger."""
+        try:
+            use()
+        except (ConfigError, OSError) as error:
+            if not self._is_unusable:
+                LOG.error("without its journal, no rollout is rolled back in an outage of the ledger: %s", error)
+            self._is_unusable = True
+        else:
+            self._is_unusable = False
 
     def end_look(self) -> None:
         """Call it after each complete look: the ledger answers."""
@@ -92,7 +104,7 @@ class OutageWatch:
         while not stopped.wait(EVERY_S):
             try:
                 self.check_once()
-                on_checked(len(self._journal.read()))
+                self._use_journal(lambda: on_checked(len(self._journal.read())))
             except Exception as error:  # noqa: BLE001 (without this thread, nothing would roll back in an outage)
                 LOG.warning("rollouts cannot be judged without the ledger: %s", first_line(error))
 

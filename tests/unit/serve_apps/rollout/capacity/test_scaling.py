@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from cluster.ledger.events import (
     RolloutPromoted,
     RolloutRolledBack,
     RolloutWeightChanged,
+    VersionKeptWarm,
 )
 from serve_apps.replica import requested as following
 from serve_apps.replica.requested import RequestedNumber
 from serve_apps.rollout.capacity.requested import RequestedReplicas
-from serve_apps.rollout.capacity.scaling import MAX_WAIT_S, StepScaling, needed_replicas
+from serve_apps.rollout.capacity.scaling import MAX_WAIT_S, NextStep, StepScaling, needed_replicas
 from serve_apps.rollout.capacity.serve import Capacity, read_capacities
 from serve_apps.rollout.controller.controller import Controller
 from serve_apps.rollout.replay import replayed_lines
@@ -137,6 +139,52 @@ def test_wait_is_bounded(url: str) -> None:
     serve.late_s = MAX_WAIT_S + 1
     controller(ledger, serve).check_once()
     assert ledger.last(RolloutWeightChanged) is not None
+
+
+def late_step(serve: Serve, *, after_s: float) -> NextStep:
+    """Return a step of a rollout whose deadline is so many seconds from now, or was before now."""
+    ends_at = serve.now() + dt.timedelta(seconds=after_s)
+    return NextStep(model="m", rollout="r", champion=1, version=2, weight=30, ends_at=ends_at)
+
+
+@pytest.mark.parametrize("after_s", [-3600.0, 0.0, 100.0])
+def test_wait_is_bounded_after_the_deadline_too(after_s: float) -> None:
+    """Also if the deadline passes during the wait. Each version's replicas are requested once."""
+    serve = Serve()
+    ledger = Ledger("sqlite://", clock=serve.now)
+    step, scaling = late_step(serve, after_s=after_s), StepScaling(ledger, serve, clock=serve.now)
+    waited_s = 0.0
+    while scaling.not_ready(step):
+        waited_s += 5
+        assert waited_s < 2 * MAX_WAIT_S
+        serve.late_s = waited_s
+    assert waited_s >= MAX_WAIT_S
+    assert len(list(ledger.entries(ReplicasRequested))) == 2
+
+
+def test_rollout_that_was_paused_past_its_deadline_waits_again() -> None:
+    """Its replicas were given back meanwhile."""
+    serve = Serve()
+    ledger = Ledger("sqlite://", clock=serve.now)
+    step, scaling = late_step(serve, after_s=3600), StepScaling(ledger, serve, clock=serve.now)
+    assert scaling.not_ready(step)
+    serve.late_s = 2 * 3600
+    assert scaling.not_ready(step)
+
+
+@pytest.mark.parametrize("window_s", [0.0, 3600.0, 48 * 3600.0])
+def test_predecessor_keeps_its_replicas_as_long_as_it_is_deployed(window_s: float) -> None:
+    """The window is the policy's. Another rollout's version does not matter."""
+    serve, ledger = Serve(), Ledger("sqlite://")
+    assert StepScaling(ledger, serve).not_ready(late_step(serve, after_s=60))
+    ledger.append(RolloutPromoted(model="m", rollout="r", version=2), actor="a")
+    kept = VersionKeptWarm(model="m", rollout="r", version=1, window_s=window_s)
+    at = dt.datetime.fromisoformat(ledger.append(kept, actor="a").time)
+    ledger.append(replace(kept, rollout="other", window_s=1e6), actor="a")
+    read = RequestedReplicas(ledger)
+    read.update()
+    for after_s, is_kept in ((window_s / 2, window_s > 0), (window_s + 1, False)):
+        assert (read.find("m", 1, now=at + dt.timedelta(seconds=after_s)) is not None) is is_kept
 
 
 @pytest.mark.parametrize("error", [OSError("refused"), ValueError("another form")])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from prometheus_client import CollectorRegistry, Gauge
 
 from cluster.ledger import Ledger
@@ -100,6 +101,25 @@ def test_version_that_is_well_again_is_recorded(ledger: Ledger) -> None:
         acting.check()
     assert [one.verdict for one in judged(ledger)] == ["hold", "ok"]
     assert registry.get_sample_value("out_of_bounds", {"model": "m", "version": "1"}) == 0.0
+
+
+def test_verdict_is_not_lost_if_the_database_fails(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next look reads the same results again."""
+    acting = steady(ledger)
+    ledger.append(monitored(".ee"), actor="monitor")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise sa.exc.OperationalError("INSERT", {}, OSError("gone"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "append_unless_changed", fail)
+        with pytest.raises(sa.exc.OperationalError):
+            acting.check()
+    acting.check()
+    acting.check()
+    assert [one.verdict for one in judged(ledger)] == ["hold"]
 
 
 TRIGGER = TriggerSpec(kind=TriggerKind.drift, of="m")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from serve_apps.rollout.replay import replayed_lines
 from serve_apps.rollout.serving_state import read_states
 from tests.samples.journaled import journaled
 from tests.samples.policies import EVENTS, started_ledger
+from tests.samples.rollouts import STARTED
 
 AHEAD = RolloutWeightChanged(model="m", rollout="r", weight=30)
 """Another machine has taken the next step meanwhile."""
@@ -58,7 +60,7 @@ def test_second_time_changes_nothing(url: str, tmp_path: Path) -> None:
     assert (ledger.head(), journal.read()) == (head, ())
 
 
-def test_promotion_meanwhile_is_a_conflict_and_stays(url: str, tmp_path: Path) -> None:
+def promoted_ledger(url: str) -> Ledger:
     ledger = started_ledger(url)
     history = read_history(ledger, "m")
     rollout = read_states(ledger)["m"].rollout
@@ -66,9 +68,37 @@ def test_promotion_meanwhile_is_a_conflict_and_stays(url: str, tmp_path: Path) -
     ending = transitions.Ending(model="m", rollout=rollout, run=history.run, reason="better")
     for event in transitions.promotion(ending, champion=1):
         ledger.append(event, actor="ann")
+    return ledger
+
+
+def test_promotion_meanwhile_is_a_conflict_and_stays(url: str, tmp_path: Path) -> None:
+    ledger = promoted_ledger(url)
     settle(ledger, journaled(tmp_path), actor="a")
     assert outcomes(ledger) == ["conflict"]
     assert read_states(ledger)["m"].champion_version == 2
+
+
+@pytest.mark.parametrize(("is_rolled_back", "outcome"), [(False, "conflict"), (True, "already_rolled_back")])
+def test_promotion_is_a_conflict_also_if_the_next_rollout_runs(
+    tmp_path: Path, is_rolled_back: bool, outcome: str
+) -> None:
+    """Unless the promotion was taken back."""
+    ledger = promoted_ledger("sqlite://")
+    if is_rolled_back:
+        ledger.append(RolloutRolledBack(model="m", rollout="r", reason=""), actor="ann")
+    ledger.append(replace(STARTED, rollout="r2", treatment_version=3, champion_version=2), actor="ann")
+    settle(ledger, journaled(tmp_path), actor="a")
+    assert outcomes(ledger) == [outcome]
+    assert list(replayed_lines(ledger.entries()))
+
+
+def test_rollback_of_an_unknown_rollout_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise a replay of the ledger would fail for ever."""
+    ledger, journal = Ledger("sqlite://"), journaled(tmp_path)
+    settle(ledger, journal, actor="a")
+    assert (outcomes(ledger), journal.read()) == ([], ())
+    assert "the ledger has no such rollout" in caplog.text
+    assert list(replayed_lines(ledger.entries()))
 
 
 def test_rollback_meanwhile_is_recorded(url: str, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from serve_apps.rollout.outage.known import KnownRollouts
 from serve_apps.rollout.outage.local_evidence import LocalEvidence
 from serve_apps.rollout.outage.watch import OutageWatch
 from tests.samples.access_records import line
-from tests.samples.journaled import new_journal
+from tests.samples.journaled import ROLLBACK, new_journal
 from tests.samples.policies import EARLY, FAILING, HEALTHY, EvidenceDouble, permitted, started_ledger
 from tests.servers.polling import wait_until
 from tests.servers.postgresql import server
@@ -139,6 +139,32 @@ def test_breaker_works_while_postgresql_is_down(machine: Machine) -> None:
             wait_until(lambda: not machine.journal.read(), seconds=30)
         assert ledger.last(RollbackJournaled) is not None
         ledger.close()
+
+
+def test_unusable_journal_stops_no_look(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged once each time that it becomes unusable. The file has wrong rights, or the disk fails."""
+    ledger, watching = started_ledger("sqlite://"), machine.new_watch()
+    machine.journal.reserve()
+    file = machine.folder / "rollbacks.journal"
+    for mode in (0o640, 0o600, 0o640):
+        file.chmod(mode)
+        for _ in range(2):
+            watching.begin_look(ledger, actor="a")
+    assert [one.run.rollout for one in watching._known.rollouts] == ["r"]
+    assert caplog.text.count("without its journal") == 2
+
+    def fail(*_: object) -> None:
+        raise OSError("disk I/O error")
+
+    file.chmod(0o600)
+    watching.begin_look(ledger, actor="a")
+    machine.journal.append(ROLLBACK)
+    monkeypatch.setattr(Journal, "clear", fail)
+    watching.begin_look(ledger, actor="a")
+    assert "disk I/O error" in caplog.text
+    assert ledger.last(RolloutRolledBack) is not None
 
 
 def test_healthy_version_is_left_alone(machine: Machine) -> None:
