@@ -325,9 +325,11 @@ def hold_on_drift(project: Project, version: int, people: list[tuple[int, int]])
     return is_right
 
 
-def retrain_when_all_are_worse(project: Project, people: list[tuple[int, int]]) -> bool:
-    """Change the concept for all versions. Return whether the model's own training starts."""
+def retrain_when_all_are_worse(project: Project, version: int, people: list[tuple[int, int]]) -> bool:
+    """Change the concept for both versions of a rollout. Return whether the model's own training starts."""
     ledger = project.ledger()
+    start = ("action=start", "name=work", f"version={version}", "weight=50")
+    project.run("serve_apps.rollout", *start, check=True)
     folder = project.root / "conf" / "schedule"
     folder.mkdir(parents=True)
     (folder / "again.yaml").write_text(SCHEDULE)
@@ -370,7 +372,7 @@ def main() -> int:
                 old = people_of(project, pl.col("AGEP") > 60)
                 right.append(hold_on_drift(project, versions["good"], old))
             if "retrain" in chosen:
-                right.append(retrain_when_all_are_worse(project, people))
+                right.append(retrain_when_all_are_worse(project, versions["good"], people))
             export = project.root / "export.jsonl"
             project.run("cluster.ledger", "export", "--output", str(export), check=True)
             print(project.run("serve_apps.rollout.replay", "--file", str(export), check=True).stdout)
