@@ -40,7 +40,7 @@ from tests.integration.conftest import Project, new_project
 from tests.servers.polling import wait_until
 
 LONGEST_S = 400.0
-A_DAY = 600
+A_DAY = 900
 """Number of requests of a day that is monitored."""
 SCHEDULE = """
 trigger: {kind: drift, of: work}
