@@ -47,7 +47,7 @@ def remove_refusals(connection: sa.Connection, edge: str, files: Iterable[str]) 
 
 
 def add_refusals(connection: sa.Connection, edge: str, refusals: Mapping[RefusalKey, int]) -> None:
-    """Add numbers of refused requests, and remove those of old hours of the edge.
+    """Add numbers of refused requests, and remove those of old hours.
 
     Args:
         connection: The transaction that also stores how far the requests were read.
@@ -65,7 +65,7 @@ def add_refusals(connection: sa.Connection, edge: str, refusals: Mapping[Refusal
     connection.execute(statement, rows)
     newest = max(dt.datetime.strptime(key.hour, HOUR) for key in refusals)
     models = sorted({key.model for key in refusals})
-    is_old = (REFUSALS.c.edge == edge) & (REFUSALS.c.hour < (newest - KEEP).strftime(HOUR))
+    is_old = REFUSALS.c.hour < (newest - KEEP).strftime(HOUR)  # of all edges: one may be gone
     connection.execute(REFUSALS.delete().where(REFUSALS.c.model.in_(models), is_old))
 
 
