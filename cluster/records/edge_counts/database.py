@@ -5,8 +5,8 @@ its own beside the ledger's: SQLite has one lock for all writers of a file, and 
 rollback, must not wait for counts.
 
 SQLite's file may be deleted, replaced or broken while processes use it. Each connection is checked before it is used,
-and is replaced if the file is another one. A new connection creates missing tables. Nothing is lost: the access records
-are still in their files, and are read again.
+and is replaced if the file is another one. A new connection creates missing tables. The access records that are still
+in their files are read again. What older records gave is lost: the refused requests of hours before the oldest file.
 """
 
 from __future__ import annotations

@@ -1,9 +1,14 @@
-"""Numbers of refused requests, by model and hour."""
+"""Numbers of refused requests, by model and hour.
+
+They are stored for each access file. If an edge reads a file again from its beginning, the file's numbers are replaced,
+so no request counts twice. The numbers of files that were removed stay.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import sqlalchemy as sa
 
@@ -14,38 +19,53 @@ HOUR = "%Y-%m-%dT%H"
 KEEP = dt.timedelta(days=70)
 """How long the numbers of an hour are kept. Monitoring compares an hour with those of eight weeks."""
 REFUSALS = sa.Table(
-    "edge_refusals",
+    "edge_file_refusals",
     METADATA,
+    sa.Column("edge", sa.String(32), primary_key=True),
+    sa.Column("file", sa.String(64), primary_key=True),
     sa.Column("model", sa.String(64), primary_key=True),
     sa.Column("hour", sa.String(13), primary_key=True),
     sa.Column("requests", sa.BigInteger, nullable=False),
 )
-"""Refused requests for predictions of all edges together. They are in no prediction log."""
-
-HourOfModel = tuple[str, str]
-"""Model and hour."""
+"""Refused requests for predictions. They are in no prediction log."""
 
 
-def add_refusals(connection: sa.Connection, refusals: Mapping[HourOfModel, int]) -> None:
+class RefusalKey(NamedTuple):
+    """What a number of refused requests belongs to."""
+
+    file: str
+    """Name of the access file."""
+    model: str
+    hour: str
+
+
+def remove_refusals(connection: sa.Connection, edge: str, files: Iterable[str]) -> None:
+    """Remove the numbers of files that are read from their beginning."""
+    if names := sorted(files):
+        is_read_again = (REFUSALS.c.edge == edge) & REFUSALS.c.file.in_(names)
+        connection.execute(REFUSALS.delete().where(is_read_again))
+
+
+def add_refusals(connection: sa.Connection, edge: str, refusals: Mapping[RefusalKey, int]) -> None:
     """Add numbers of refused requests, and remove those of old hours.
 
     Args:
         connection: The transaction that also stores how far the requests were read.
-        refusals: Numbers by model and hour.
+        edge: Id of the edge.
+        refusals: Numbers by file, model and hour.
     """
     if not refusals:
         return
     insert = upsert(REFUSALS, connection)
     statement = insert.on_conflict_do_update(
-        index_elements=[REFUSALS.c.model, REFUSALS.c.hour],
+        index_elements=list(REFUSALS.primary_key.columns),
         set_={"requests": REFUSALS.c.requests + insert.excluded.requests},
     )
-    # Sorted, so that two edges lock the rows in the same order and PostgreSQL sees no deadlock.
-    rows = [{"model": model, "hour": hour, "requests": n} for (model, hour), n in sorted(refusals.items())]
+    rows = [{"edge": edge, **key._asdict(), "requests": n} for key, n in sorted(refusals.items())]
     connection.execute(statement, rows)
-    newest = max(dt.datetime.strptime(hour, HOUR) for _, hour in refusals)
-    models = sorted({model for model, _ in refusals})
-    is_old = REFUSALS.c.hour < (newest - KEEP).strftime(HOUR)
+    newest = max(dt.datetime.strptime(key.hour, HOUR) for key in refusals)
+    models = sorted({key.model for key in refusals})
+    is_old = REFUSALS.c.hour < (newest - KEEP).strftime(HOUR)  # of all edges: one may be gone
     connection.execute(REFUSALS.delete().where(REFUSALS.c.model.in_(models), is_old))
 
 
@@ -54,6 +74,6 @@ def read_refusals(ledger_engine: sa.Engine, model: str) -> dict[str, int]:
     engine = evidence_engine(ledger_engine)
     if not sa.inspect(engine).has_table(REFUSALS.name):
         return {}
-    query = sa.select(REFUSALS.c.hour, REFUSALS.c.requests).where(REFUSALS.c.model == model)
+    query = sa.select(REFUSALS.c.hour, sa.func.sum(REFUSALS.c.requests)).where(REFUSALS.c.model == model)
     with engine.connect() as connection:
-        return {row.hour: row.requests for row in connection.execute(query)}
+        return {hour: int(number) for hour, number in connection.execute(query.group_by(REFUSALS.c.hour))}

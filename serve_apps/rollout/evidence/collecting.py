@@ -30,7 +30,7 @@ from cluster.records.edge_counts.database import (
     remove_if_broken,
     upsert,
 )
-from cluster.records.edge_counts.refusals import REFUSALS, HourOfModel, add_refusals
+from cluster.records.edge_counts.refusals import REFUSALS, RefusalKey, add_refusals, remove_refusals
 from serve_apps.rollout.assignment import Arm
 from serve_apps.rollout.evidence.access_files import Rotation, is_complete, list_files
 from serve_apps.rollout.evidence.access_records import (
@@ -132,10 +132,12 @@ class _Read:
     """What a pass has read."""
 
     requests: list[Request] = field(default_factory=list)
-    refusals: dict[HourOfModel, int] = field(default_factory=dict)
+    refusals: dict[RefusalKey, int] = field(default_factory=dict)
     """Numbers of refused requests, also for models that do not exist."""
+    begun: set[str] = field(default_factory=set)
+    """Names of the files that were read from their beginning."""
 
-    def add(self, line: bytes, models: set[str]) -> None:
+    def add(self, line: bytes, models: set[str], *, file: str) -> None:
         """Add a line, and to `models` the model that the edge found.
 
         Raises:
@@ -148,7 +150,8 @@ class _Read:
         if request is not None:
             self.requests.append(request)
         if refusal is not None:
-            self.refusals[refusal] = self.refusals.get(refusal, 0) + 1
+            key = RefusalKey(file, *refusal)
+            self.refusals[key] = self.refusals.get(key, 0) + 1
 
 
 @dataclass(kw_only=True, slots=True)
@@ -240,10 +243,12 @@ class Reader:
             good = len(lines)
             for line in lines:
                 try:
-                    found.add(line, state.models)
+                    found.add(line, state.models, file=name)
                 except BrokenRecord:
                     good, num_broken = good - 1, num_broken + 1
             if num_bytes:
+                if not position.position:
+                    found.begun.add(name)
                 state.files[name] = FilePosition(
                     position=position.position + num_bytes,
                     records=position.records + good,
@@ -286,8 +291,9 @@ class Reader:
             add_events(connection, admitted.events)
             add_units(connection, admitted.units)
             add_sizes(connection, admitted.new)
-            known = {key: number for key, number in read.refusals.items() if key[0] in state.models}
-            add_refusals(connection, known)
+            known = {key: number for key, number in read.refusals.items() if key.model in state.models}
+            remove_refusals(connection, self._edge, read.begun)
+            add_refusals(connection, self._edge, known)
         state.known.add(admitted.units)
         state.passes += 1
         state.changed.clear()

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from cluster.ledger import Ledger
 from cluster.ledger.database import updating
 from cluster.records.edge_counts.database import FILE
+from cluster.records.edge_counts.refusals import read_refusals
 from serve_apps.rollout.evidence.store import Counting, EvidenceStore
 from serve_apps.rollout.evidence.tables import EVENTS, FILES, READERS, UNITS
 from tests.samples.access_records import ROLLOUT_ID, line
@@ -70,6 +71,21 @@ def test_units_of_a_lost_pass_are_stored_again(store: EvidenceStore, node: Node)
             connection.execute(table.delete())
     node.reader.collect()
     assert (failures(store), evidence(store).watched_units) == ((1, 0), 1)
+
+
+def test_refused_requests_are_not_counted_again(ledger: Ledger, store: EvidenceStore, node: Node) -> None:
+    """The numbers of files that are read again are replaced. Those of removed files stay."""
+    for name in ("20270114T080000-a.jsonl", "20270115T080000-a.jsonl"):
+        node.write(line(status=422), line(status=422), name=name)
+    node.reader.collect()
+    (node.folder / "20270114T080000-a.jsonl").unlink()
+    node.write(line(status=422))
+    node.reader.collect()
+    before = read_refusals(ledger.engine, "m")
+    assert sum(before.values()) == 5
+    store.ensure_registered("another", COUNTING)
+    assert node.reader.collect().records == 3
+    assert read_refusals(ledger.engine, "m") == before
 
 
 def test_look_does_not_wait_for_a_held_lock(tmp_path: Path) -> None:
