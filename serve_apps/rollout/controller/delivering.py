@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-import http.client
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from prometheus_client import Gauge
 
-from cluster.errors import FalajError, RefusedError, first_line
+from cluster.errors import first_line
 from cluster.ledger import Entry, Ledger
 from cluster.ledger.events import PolicySummarised, QualityJudged, WatchEnded
 from cluster.ledger.store import utc_now
@@ -81,13 +80,7 @@ class Deliverer:
         try:
             if self._acts():
                 self._deliver()
-        except (
-            OSError,
-            FalajError,
-            RefusedError,
-            http.client.HTTPException,
-            sa.exc.SQLAlchemyError,
-        ) as error:
+        except Exception as error:  # noqa: BLE001 (any failure is tried again)
             if not self._is_failing:  # one line for each outage
                 LOG.warning("the webhook cannot be called: %s", first_line(error))
             self._is_failing = True
@@ -110,7 +103,7 @@ class Deliverer:
     def _send(self, entry: Entry) -> None:
         try:
             self._webhook.send(entry)
-        except (OSError, FalajError, http.client.HTTPException):
+        except Exception:
             if self._clock() - dt.datetime.fromisoformat(entry.time) < KEEP_TRYING:
                 raise
             LOG.error("event %d is not sent to the webhook any more", entry.seq)

@@ -138,6 +138,16 @@ def test_event_that_nobody_takes_for_days_does_not_stop_later_ones(
     assert receiver.events() == [second.seq]
 
 
+def test_unknown_failure_is_tried_again(tmp_path: Path) -> None:
+    """The name of this host cannot be encoded, because a label has more than 63 characters."""
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db")
+    unusable = Receiver(url=f"https://{'a' * 70}.example/hook")
+    sending = deliverer(ledger, unusable)
+    assert sending.deliver_once()
+    append(ledger, "a")
+    assert [sending.deliver_once() for _ in range(2)] == [False, False]
+
+
 @pytest.mark.parametrize(
     ("url", "hosts", "message"),
     [
