@@ -85,7 +85,9 @@ class OutageWatch:
             use()
         except (ConfigError, OSError) as error:
             if not self._is_unusable:
-                LOG.error("without its journal, no rollout is rolled back in an outage of the ledger: %s", error)
+                LOG.error(
+                    "without its journal, no rollout is rolled back in an outage of the ledger: %s", error
+                )
             self._is_unusable = True
         else:
             self._is_unusable = False

@@ -103,9 +103,7 @@ def test_version_that_is_well_again_is_recorded(ledger: Ledger) -> None:
     assert registry.get_sample_value("out_of_bounds", {"model": "m", "version": "1"}) == 0.0
 
 
-def test_verdict_is_not_lost_if_the_database_fails(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verdict_is_not_lost_if_the_database_fails(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next look reads the same results again."""
     acting = steady(ledger)
     ledger.append(monitored(".ee"), actor="monitor")
