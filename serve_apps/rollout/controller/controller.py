@@ -19,7 +19,6 @@ from cluster.errors import first_line
 from cluster.ledger import Entry, Ledger
 from cluster.ledger.events import PolicyEnded, RolloutPromoted, RolloutRolledBack
 from cluster.statistics.planning import Plan
-from cluster.statistics.verdict import Decision
 from serve_apps.rollout import transitions
 from serve_apps.rollout.assignment import is_watch, watch_id
 from serve_apps.rollout.capacity.scaling import StepScaling
@@ -37,7 +36,8 @@ from serve_apps.rollout.transitions import ACTOR
 from serve_apps.rollout.warm import due
 
 CONFIRMING_LOOKS = 5
-"""A deadline, or a lack of data, counts after so many looks in a row. A clock may be wrong for a moment."""
+"""A deadline, a lack of data, or the end of a watch counts after so many looks in a row. A clock may be wrong for a
+moment."""
 LOG = logging.getLogger("falaj.rollouts")
 
 
@@ -72,7 +72,7 @@ class Controller:
         self._summaries = Summaries(ledger, source)
         self._plans: dict[str, Plan] = {}
         self._late_looks: dict[str, int] = {}
-        """For each rollout, how many looks in a row had a decision that rests on time."""
+        """For each rollout, watch or removal, how many looks in a row found something that rests on time."""
         self._ended: set[str] = set()
         """Rollouts and watches that have ended, and whose counts are not all removed."""
         self._ended_until = 0
@@ -121,7 +121,8 @@ class Controller:
             self._check(model, history, history.run, state.rollout, now=now, since=since)
         elif history.watch is not None:
             self._watch(WatchedModel(model, history, history.watch, state), now=now, since=since)
-        if removed := due(model, history, state, now):
+        removed = due(model, history, state, now)
+        if self._is_confirmed(f"removal of {model}", is_late=bool(removed)) and removed:
             transitions.append(self._ledger, model, removed, actor=ACTOR, since=since)
 
     def _follow_monitoring(self) -> None:
@@ -183,7 +184,10 @@ class Controller:
         plan = self._plan(watch.run)
         if watch.holdback:
             self._register_watch(watch.run, plan, is_new=watch.last is None)
-        if now >= watch.until:
+        is_over = now >= watch.until
+        if not self._is_confirmed(watch_id(watch.run.rollout), is_late=is_over):
+            return
+        if is_over:
             events = watched.end()
         else:
             evidence, decision = watch_decision_now(self._source, watch, plan, now=now)
@@ -212,7 +216,7 @@ class Controller:
         versions = [version for version in (history.champion, run.version) if version is not None]
         signals = () if self._steady is None else self._steady.signals(model, versions)
         evidence, decision = decision_now(self._source, run, plan, now=now, signals=signals)
-        if not self._is_confirmed(run.rollout, decision):
+        if not self._is_confirmed(run.rollout, is_late=rests_on_time(decision)):
             return
         look = Look(
             model=model,
@@ -237,12 +241,12 @@ class Controller:
             "".join(f"; {reason}" for reason in look.decision.reasons),
         )
 
-    def _is_confirmed(self, rollout: str, decision: Decision) -> bool:
-        """Return whether enough looks in a row had such a decision, if it rests on time."""
-        if not rests_on_time(decision):
-            self._late_looks.pop(rollout, None)
+    def _is_confirmed(self, of: str, *, is_late: bool) -> bool:
+        """Return whether enough looks in a row found something that rests on time, if this look did."""
+        if not is_late:
+            self._late_looks.pop(of, None)
             return True
-        looks = self._late_looks[rollout] = self._late_looks.get(rollout, 0) + 1
+        looks = self._late_looks[of] = self._late_looks.get(of, 0) + 1
         return looks >= CONFIRMING_LOOKS
 
     def _obstacle(self, look: Look) -> str:

@@ -22,7 +22,7 @@ from cluster.settings import PlatformConfig, ReplicaConfig, StorageConfig
 from cluster.storage import Layout
 from serve_apps.deploy import serving
 from serve_apps.deployed_settings import idle_cost, store_settings
-from serve_apps.rollout.controller.controller import Controller
+from serve_apps.rollout.controller.controller import CONFIRMING_LOOKS, Controller
 from serve_apps.rollout.controller.ending import ApplicationEnder
 from serve_apps.rollout.history import read_histories, read_history
 from serve_apps.rollout.serving_state import read_states
@@ -71,7 +71,7 @@ def test_predecessor_is_removed_after_the_watch_and_not_before(tmp_path: Path, c
     acting.check_once()
     assert removed(ledger) == []
     clock.now = LATER
-    for _ in range(4):
+    for _ in range(2 * CONFIRMING_LOOKS):
         acting.check_once()
     assert removed(ledger) == [(1, ACTOR)]
     kinds = [entry.type for entry in ledger.entries()]
@@ -93,7 +93,7 @@ def test_version_in_use_is_not_removed(tmp_path: Path, clock: Clock, event: Ledg
     ledger, acting = promoted(tmp_path, clock)
     ledger.append(event, actor="ann")
     clock.now = LATER
-    for _ in range(3):
+    for _ in range(2 * CONFIRMING_LOOKS):
         acting.check_once()
     assert removed(ledger) == []
 
@@ -105,7 +105,7 @@ def test_loser_of_a_rollback_is_removed_too(tmp_path: Path) -> None:
     acting = Controller(
         ledger, EvidenceDouble(FAILING), refusal=permitted, clock=SetClock(lambda: next(times))
     )
-    for _ in range(3):
+    for _ in range(2 + CONFIRMING_LOOKS):
         acting.check_once()
     assert removed(ledger) == [(2, ACTOR)]
 
@@ -142,7 +142,7 @@ class Command:
 def removed_ledger(path: Path, clock: Clock) -> Ledger:
     ledger, acting = promoted(path, clock)
     clock.now = LATER
-    for _ in range(3):
+    for _ in range(2 * CONFIRMING_LOOKS):
         acting.check_once()
     return ledger
 

@@ -19,6 +19,7 @@ from cluster.ledger.events import (
 from cluster.statistics.evidence import EventCounts, Evidence
 from cluster.statistics.policy import UnitEvent
 from serve_apps.edge.haproxy.routes import entry
+from serve_apps.rollout.controller.controller import CONFIRMING_LOOKS
 from serve_apps.rollout.history import History, read_history
 from serve_apps.rollout.replay import replayed_lines
 from serve_apps.rollout.serving_state import read_states
@@ -102,13 +103,30 @@ def test_watch_ends_after_its_time(url: str) -> None:
     ledger, acting, double = promoted_ledger(url, holdback=True, clock=lambda: times[-1])
     times.append(NOW + dt.timedelta(hours=24, seconds=1))
     double.counts, seq = FAILING, ledger.head()
-    acting.check_once()
-    acting.check_once()
+    for _ in range(2 * CONFIRMING_LOOKS):
+        acting.check_once()
     assert types_since(ledger, seq) == ["WatchEnded", "DeploymentRemoved"]
     ended = ledger.last(WatchEnded)
     assert ended is not None
     assert (ended.payload["outcome"], split(ledger)) == ("over", AFTER)
     assert "r-watch" not in double.counted()
+
+
+def test_clock_that_is_wrong_for_some_looks_ends_no_watch() -> None:
+    """Neither does it remove a version whose time is not over."""
+    times = [NOW]
+    ledger, acting, _ = promoted_ledger("sqlite://", holdback=True, clock=lambda: times[-1])
+    acting.check_once()
+    seq, late = ledger.head(), NOW + dt.timedelta(days=365)
+    for now in ([late] * (CONFIRMING_LOOKS - 1) + [NOW]) * 2:
+        times.append(now)
+        acting.check_once()
+    assert types_since(ledger, seq) == []
+    over = NOW + dt.timedelta(hours=24, seconds=1)
+    for now in ([over] * CONFIRMING_LOOKS) + ([over] * (CONFIRMING_LOOKS - 1) + [NOW]) * 2:
+        times.append(now)
+        acting.check_once()
+    assert types_since(ledger, seq) == ["WatchEnded"]
 
 
 @pytest.mark.parametrize(
