@@ -138,7 +138,7 @@ class World:
 
     def begin(self, rollout: str, spec: RolloutSpec) -> None:
         """Start a rollout that follows a policy. Kill the controller after its first decision, and start it again."""
-        count_units(EvidenceStore(self.edge.ledger.engine), rollout, slow_ms=spec.slow_ms)
+        count_units(EvidenceStore(self.edge.ledger.engine), rollout, spec)
         policy: PolicyStarted = replace(
             WITH_POLICY,
             rollout=rollout,
