@@ -31,10 +31,9 @@ from serve_apps.replica.edge_headers import EdgeHeaderReader, EdgeHeaders
 from serve_apps.replica.http import LOG, answer, parse_json, read_body, refusal
 from serve_apps.replica.http_contract import PREDICTION_ID_HEADER
 from serve_apps.replica.ongoing import OngoingRequests
-from serve_apps.replica.outages import OUTAGE_S, TREATMENT_S, Outages
+from serve_apps.replica.outages import Outages, wait_s
 from serve_apps.replica.process import prepare_replica
 from serve_apps.replica.scaling import ONGOING, REQUESTED
-from serve_apps.rollout.assignment import Arm
 
 
 class Predictor:
@@ -107,7 +106,7 @@ class Predictor:
         resource = self._predict_resource if call.operation is Operation.predict else None
         self._access(request.headers.get("authorization"), call.operation.action, resource)
         call.check_version(name, version)
-        deadline = time.monotonic() + (TREATMENT_S if edge.arm == Arm.treatment else OUTAGE_S)
+        deadline = time.monotonic() + wait_s(edge.variant)
         match call.operation:
             case Operation.predict:
                 body = await read_body(request)

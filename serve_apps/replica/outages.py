@@ -17,14 +17,21 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from cluster.errors import OnlineStoreUnavailable
 from serve_apps.replica.http import OutageOfDatabase
+from serve_apps.rollout.assignment import CHAMPION_VARIANT
 
 T = TypeVar("T")
 
 OUTAGE_S = 9.0
 """Seconds for which a request waits for databases. It is below ten seconds, a usual timeout of clients."""
 TREATMENT_S = 6.0
-"""The same for a request of a treatment. After 7 s, the edge lets the champion answer it."""
+"""The same for a version that is not the champion. After 7 s, the edge lets the champion answer instead. The arm does
+not say this: after a promotion, the champion answers the units of the arm treatment."""
 PAUSE_S = 0.2
+
+
+def wait_s(variant: str) -> float:
+    """Return how many seconds a request waits for databases, for the variant of the version that answers it."""
+    return OUTAGE_S if variant == CHAMPION_VARIANT else TREATMENT_S
 
 
 class Outages:

@@ -20,7 +20,8 @@ from cluster.records.database import ensure_tables
 from cluster.records.location import LogLocation
 from cluster.settings import Durability
 from serve_apps.replica import outages
-from serve_apps.replica.outages import Outages
+from serve_apps.replica.edge_headers import EdgeHeaders
+from serve_apps.replica.outages import OUTAGE_S, TREATMENT_S, Outages, wait_s
 from tests.servers import postgresql
 from tests.servers.object_store import object_store_environment
 from tests.servers.replica import SharedState, running_replica
@@ -132,3 +133,17 @@ def test_predictions_wait_for_a_restart_of_postgresql(tmp_path: Path) -> None:
             assert {status for status, _ in answers} == {200}
             ids = [content["prediction_id"] for _, content in answers]
             assert sorted(replica.log()["prediction_id"]) == sorted(ids)
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        (EdgeHeaders().variant, OUTAGE_S),
+        (EdgeHeaders(variant="champion", arm="treatment").variant, OUTAGE_S),
+        (EdgeHeaders(variant="predecessor", arm="control").variant, TREATMENT_S),
+        (EdgeHeaders(variant="challenger", arm="treatment").variant, TREATMENT_S),
+    ],
+)
+def test_only_a_version_with_a_fallback_waits_for_less(variant: str, expected: float) -> None:
+    """After a promotion, the champion answers the arm treatment, and the predecessor answers control."""
+    assert wait_s(variant) == expected
